@@ -1,0 +1,658 @@
+"""The result backend, as Celery calls it."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import threading
+import time
+import weakref
+from typing import (
+    Any,
+    Callable,
+    ClassVar,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
+
+import kombu
+from celery import states
+from celery.app.task import Context
+from celery.backends.base import Backend
+from celery.exceptions import ImproperlyConfigured, TimeoutError
+from celery.result import ResultSet, result_from_tuple
+from celery.utils.nodenames import anon_nodename
+from kombu.utils.encoding import bytes_to_str
+
+from celery_amqp_results import connections, errors, options, topology
+from celery_amqp_results.layouts import Layout
+from celery_amqp_results.meta import GROUP, STATE, Codec, PublishClock, StateMessage, is_final
+from celery_amqp_results.pending import PendingResults
+from celery_amqp_results.shared_layout import SharedLayout
+
+__all__ = ("AMQPBackend",)
+
+#: The state of a group that is kept by ``GroupResult.save``, in header and body.
+GROUP_STATE = "GROUP"
+
+#: The longest expiration that RabbitMQ takes, in seconds.
+MAX_EXPIRES = 4_294_967
+
+#: How often ``on_interval`` is called where no interval is given, in seconds.
+DEFAULT_INTERVAL = 0.5
+SHORTEST_INTERVAL = 0.01
+
+Meta = Dict[str, Any]
+
+_clock = PublishClock()
+
+
+class AMQPBackend(Backend):
+    """Keeps task results in RabbitMQ, and pushes them to those who wait.
+
+    Parameters:
+        app: the Celery app.
+        connection: not used; the connection is made from the URL.
+        exchange: first part of all names; the setting ``result_exchange`` by default.
+        exchange_type: not used by the layout ``shared``, whose exchange is a topic exchange.
+        persistent: whether results survive a restart of the broker; the setting
+            ``result_persistent`` by default, and otherwise true.
+        serializer: kombu's name of a serializer; the setting ``result_serializer`` by default.
+        auto_delete: not used by the layout ``shared``.
+        url: the result backend URL; ``None`` or ``amqp://`` for the app's broker.
+        **kwargs: for Celery's base class.
+
+    Raises:
+        InvalidOption: when an option is unknown or its value is not allowed.
+
+    Thread-safe: one instance serves all threads and greenlets of a process. Fork-safe: the child
+    opens connections of its own, whatever the parent was doing. Nothing is opened before it is
+    needed.
+    """
+
+    #: Waiting is pushed to, so that ``GroupResult.get`` may wait for all members at once.
+    supports_native_join = True
+    #: The broker drops what has expired: no periodic task has to.
+    supports_autoexpire = True
+    supports_result_compression = True
+    supports_failure_expires = True
+    persistent = True
+
+    retry_policy: ClassVar[Dict[str, Any]] = {
+        "max_retries": 20,
+        "interval_start": 0,
+        "interval_step": 1,
+        "interval_max": 1,
+    }
+
+    def __init__(
+        self,
+        app: Any,
+        connection: Any = None,
+        exchange: Optional[str] = None,
+        exchange_type: Optional[str] = None,
+        persistent: Optional[bool] = None,
+        serializer: Optional[str] = None,
+        auto_delete: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(app, serializer=serializer, **kwargs)
+        conf = self.app.conf
+        self._arguments = dict(
+            kwargs,
+            exchange=exchange,
+            exchange_type=exchange_type,
+            persistent=persistent,
+            serializer=serializer,
+            auto_delete=auto_delete,
+        )
+        #: One instance serves all threads, whatever the setting says.
+        self.thread_safe = True
+        self.persistent = self.prepare_persistent(persistent)
+        self._url = options.parse_url(self.url)
+        self.options = options.Options.read(
+            conf.result_backend_transport_options or {}, self._url.options
+        )
+        self._topology = topology.Topology(
+            exchange or conf.result_exchange, self.options.shards, self.options.queue_type
+        )
+        self._codec = Codec(self.serializer, self.accept, self.compression)
+        self._expiration = _milliseconds("result_expires", self.expires)
+        failure_expires = conf.get("result_failure_expires")
+        self._failure_expiration = (
+            self._expiration
+            if failure_expires is None
+            else _milliseconds("result_failure_expires", self.prepare_expires(failure_expires))
+        )
+        self._reset()
+        _backends.add(self)
+
+    def _reset(self) -> None:
+        """Start afresh, as a new process that has opened nothing."""
+        self._lock = threading.Lock()
+        self._resolving = threading.RLock()
+        self._pid = os.getpid()
+        self._layout: Optional[Layout] = None
+        self._pending: Optional[PendingResults] = None
+
+    @property
+    def layout(self) -> Layout:
+        """Where the results are kept. Making it does no I/O."""
+        if self._pid != os.getpid():
+            # Forked by something that does not run Python's hooks.
+            self._reset()
+        if self._layout is None:
+            with self._lock:
+                if self._layout is None:
+                    self._layout = self._make_layout()
+                    weakref.finalize(self, self._layout.close, wait=False).atexit = False
+        return self._layout
+
+    def _make_layout(self) -> Layout:
+        policy = self.options.retry_policy
+        connector = connections.Connector(
+            functools.partial(_new_connection, weakref.ref(self.app), self._url),
+            policy,
+            functools.partial(self._url.sanitized),
+        )
+        return SharedLayout(
+            connector,
+            self._topology,
+            self.options,
+            topology.client_word(anon_nodename()),
+            self.persistent,
+        )
+
+    # -- identity ----------------------------------------------------------------------------
+
+    def as_uri(self, include_password: bool = True) -> str:
+        """Return the result backend URL.
+
+        Parameters:
+            include_password: whether to show it; ``**`` stands for it otherwise.
+        """
+        return self._url.complete() if include_password else self._url.sanitized()
+
+    def __reduce__(self, args: Tuple[Any, ...] = (), kwargs: Optional[Meta] = None) -> Any:
+        """Pickle as the arguments it was made with; the app is the one of the reading process."""
+        return super().__reduce__(args, dict(self._arguments, url=self.url, **(kwargs or {})))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.as_uri(include_password=False)}>"
+
+    # -- storing -----------------------------------------------------------------------------
+
+    def on_task_call(self, producer: Any, task_id: str) -> Meta:
+        """Note that a task is about to be sent. Does no I/O."""
+        self.layout.note_sent(bytes_to_str(task_id))
+        return {}
+
+    def _store_result(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: Any = None,
+        request: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Publish a state.
+
+        Raises:
+            kombu.exceptions.EncodeError: when the serializer cannot encode the result.
+            ResultTooLarge: when the broker refuses a message of this size.
+            BackendUnavailable: when the broker did not confirm it; it may be stored or not.
+            DeclarationRefused: when something on the broker exists with other properties.
+        """
+        task_id = bytes_to_str(task_id)
+        meta = self._get_result_meta(result, state, traceback, request)
+        meta["task_id"] = task_id
+        self.layout.publish(
+            self._encode_state(task_id, state, meta, STATE, self._expiration_of(state)),
+            _client_of(request),
+            getattr(request, "group", None),
+            is_final(state),
+        )
+        return result
+
+    def _encode_state(
+        self, message_id: str, state: str, meta: Meta, kind: str, expiration: Optional[int]
+    ) -> StateMessage:
+        content_type, content_encoding, compression, body = self._codec.encode(meta)
+        return StateMessage(
+            message_id,
+            state,
+            _clock.now(),
+            body,
+            content_type,
+            content_encoding,
+            compression,
+            expiration,
+            kind,
+        )
+
+    def _expiration_of(self, state: str) -> Optional[int]:
+        if state == states.FAILURE:
+            return self._failure_expiration
+        if state in states.READY_STATES or self._failure_expiration is None:
+            return self._expiration
+        # A state on the way must not outlive the one at the end: the task would seem to run again.
+        if self._expiration is None:
+            return self._failure_expiration
+        return min(self._expiration, self._failure_expiration)
+
+    def exception_safe_to_retry(self, exc: BaseException) -> bool:
+        """Return whether trying again may help: the broker is away, not unwilling."""
+        cause = exc.__cause__ or exc
+        return isinstance(
+            exc, (errors.BackendUnavailable, *connections.TRANSIENT)
+        ) and not connections.is_refusal(cause)
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def _decode_state(self, state: StateMessage) -> Meta:
+        meta: Meta = self.meta_from_decoded(self._codec.decode(state))
+        return meta
+
+    def _get_task_meta_for(self, task_id: str) -> Meta:
+        """Return the meta of a task; of one that nothing is known of, a pending one.
+
+        Raises:
+            LookupTimeout: when the store could not be read in time.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+            kombu.exceptions.ContentDisallowed: when the meta is of a content type that is not
+                accepted.
+            ForeignMessage: when the meta is damaged.
+        """
+        task_id = bytes_to_str(task_id)
+        state = self.layout.poll((task_id,))[task_id]
+        if state is None:
+            return {"status": states.PENDING, "result": None}
+        return self._decode_state(state)
+
+    def task_result_exists(self, task_id: str) -> bool:
+        """Return whether a state of the task is kept."""
+        task_id = bytes_to_str(task_id)
+        return self.layout.poll((task_id,))[task_id] is not None
+
+    def _forget(self, task_id: str) -> None:
+        self.layout.forget((bytes_to_str(task_id),))
+
+    def cleanup(self) -> None:
+        """Do nothing: the broker drops what has expired."""
+
+    def process_cleanup(self) -> None:
+        """Do nothing: Celery calls this after every task, and connections are kept."""
+
+    # -- waiting -----------------------------------------------------------------------------
+
+    @property
+    def is_async(self) -> bool:
+        """True: a group tells its callbacks when its last member is ready."""
+        return True
+
+    def _follow(
+        self,
+        ids: Iterable[str],
+        timeout: Optional[float] = None,
+        interval: Optional[float] = None,
+        on_interval: Optional[Callable[[], Any]] = None,
+        on_message: Optional[Callable[[Meta], Any]] = None,
+    ) -> Iterator[Tuple[str, StateMessage]]:
+        """Wait for tasks; yield the final state of each as it comes.
+
+        Parameters:
+            ids: the tasks.
+            timeout: seconds for all of them; ``None`` for no end, 0 to poll once.
+            interval: seconds between calls of *on_interval*, 0.5 by default.
+            on_interval: called now and then while waiting.
+            on_message: called with the meta of every state, in the order of publishing.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* is over.
+        """
+        ids = list(dict.fromkeys(ids))
+        if timeout is not None and timeout <= 0:
+            missing = 0
+            for task_id, state in self.layout.poll(ids).items():
+                if state is not None and on_message is not None:
+                    on_message(self._decode_state(state))
+                if state is None or not is_final(state.state):
+                    missing += 1
+                else:
+                    yield task_id, state
+            if missing:
+                raise _timed_out(timeout, missing, len(ids))
+            return
+        deadline = None if timeout is None else time.monotonic() + timeout
+        interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
+        with self.layout.follower() as follower:
+            follower.add(ids)
+            next_interval = time.monotonic() + interval
+            while follower.pending:
+                now = time.monotonic()
+                if deadline is not None and now >= deadline:
+                    raise _timed_out(timeout, len(follower.pending), len(ids))
+                for update in follower.step(deadline, max(0.0, next_interval - now)):
+                    if on_message is not None:
+                        for state in update.states:
+                            on_message(self._decode_state(state))
+                    if update.final is not None:
+                        yield update.task_id, update.final
+                if time.monotonic() >= next_interval:
+                    next_interval = time.monotonic() + interval
+                    if on_interval is not None:
+                        on_interval()
+
+    def wait_for(
+        self,
+        task_id: str,
+        timeout: Optional[float] = None,
+        cache: bool = True,
+        no_ack: bool = True,
+        on_interval: Optional[Callable[[], Any]] = None,
+        READY_STATES: Any = states.READY_STATES,
+        PROPAGATE_STATES: Any = states.PROPAGATE_STATES,
+        interval: Optional[float] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Wait for a task and return its result, or raise its exception.
+
+        Parameters:
+            task_id: the task.
+            timeout: seconds to wait; ``None`` for no end, 0 to poll once.
+            cache: whether a result in the cache will do.
+            no_ack: accepted for compatibility; reading never removes a result.
+            on_interval: called about every *interval* seconds while waiting.
+            interval: seconds, 0.5 by default.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* is over.
+            Exception: the exception of the task, if it failed.
+        """
+        task_id = bytes_to_str(task_id)
+        meta = self._cache.get(task_id) if cache else None
+        if not meta or meta["status"] not in READY_STATES:
+            ((_, state),) = self._follow((task_id,), timeout, interval, on_interval)
+            meta = self._decode_state(state)
+        if meta["status"] in PROPAGATE_STATES:
+            raise self.exception_to_python(meta["result"])
+        return meta["result"]
+
+    def wait_for_pending(
+        self,
+        result: Any,
+        timeout: Optional[float] = None,
+        interval: Optional[float] = None,
+        no_ack: bool = True,
+        on_message: Optional[Callable[[Meta], Any]] = None,
+        on_interval: Optional[Callable[[], Any]] = None,
+        callback: Optional[Callable[[str, Any], Any]] = None,
+        propagate: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Wait until *result* is ready and return its value; what ``AsyncResult.get`` does.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* seconds are over.
+            Exception: the exception of the task, if it failed and *propagate* is true.
+        """
+        self._ensure_not_eager()
+        for _, state in self._follow((result.id,), timeout, interval, on_interval, on_message):
+            self._resolve(result, state)
+        return result.maybe_throw(callback=callback, propagate=propagate)
+
+    def _resolve(self, result: Any, state: StateMessage) -> None:
+        """Give a result object its final state and have its callbacks called, once."""
+        with self._resolving:
+            if result._cache is not None:
+                return
+            result._set_cache(self._decode_state(state))
+        result.on_ready(result)
+
+    def iter_native(
+        self,
+        result: Any,
+        timeout: Optional[float] = None,
+        interval: Optional[float] = None,
+        no_ack: bool = True,
+        on_message: Optional[Callable[[Meta], Any]] = None,
+        on_interval: Optional[Callable[[], Any]] = None,
+        **kwargs: Any,
+    ) -> Iterator[Tuple[str, Union[Meta, List[Any]]]]:
+        """Wait for the members of a result set; yield each as it becomes ready.
+
+        Yields:
+            ``(id, meta)``, and for a member that is a group itself ``(id, members)`` when all of
+            its members are ready.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* seconds are over.
+        """
+        self._ensure_not_eager()
+        waited: Dict[str, List[Any]] = {}
+        groups = []
+        for node in result.results:
+            if isinstance(node, ResultSet):
+                leaves = [leaf for leaf in _leaves(node) if not _is_ready(leaf)]
+                groups.append((node, {leaf.id for leaf in leaves}))
+            else:
+                leaves = [] if _is_ready(node) else [node]
+                if not leaves:
+                    yield node.id, _meta_of(node)
+            for leaf in leaves:
+                waited.setdefault(leaf.id, []).append(leaf)
+        members = {node.id for node in result.results if not isinstance(node, ResultSet)}
+        for node, missing in groups:
+            if not missing:
+                yield node.id, node.results
+        groups = [(node, missing) for node, missing in groups if missing]
+        for task_id, state in self._follow(waited, timeout, interval, on_interval, on_message):
+            for leaf in waited.pop(task_id):
+                self._resolve(leaf, state)
+            if task_id in members:
+                yield task_id, _meta_of(leaf)
+            for node, missing in groups:
+                if task_id in missing:
+                    missing.discard(task_id)
+                    if not missing:
+                        yield node.id, node.results
+
+    def get_many(
+        self,
+        task_ids: Iterable[str],
+        timeout: Optional[float] = None,
+        interval: Optional[float] = None,
+        no_ack: bool = True,
+        on_message: Optional[Callable[[Meta], Any]] = None,
+        on_interval: Optional[Callable[[], Any]] = None,
+        max_iterations: Optional[int] = None,
+        **kwargs: Any,
+    ) -> Iterator[Tuple[str, Meta]]:
+        """Wait for tasks; yield ``(id, meta)`` of each as it becomes ready.
+
+        Parameters:
+            task_ids: the tasks.
+            timeout: seconds for all of them; ``None`` for no end, 0 to poll once.
+            interval: seconds between calls of *on_interval*, 0.5 by default.
+            no_ack: accepted for compatibility; reading never removes a result.
+            on_message: called with the meta of every state.
+            on_interval: called now and then while waiting.
+            max_iterations: yield what is ready within so many intervals, then end; 1 polls once.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* is over.
+        """
+        self._ensure_not_eager()
+        ids = [bytes_to_str(task_id) for task_id in task_ids]
+        missing = []
+        for task_id in ids:
+            meta = self._cache.get(task_id)
+            if meta and meta["status"] in states.READY_STATES:
+                yield task_id, meta
+            else:
+                missing.append(task_id)
+        if max_iterations is not None:
+            timeout = (max_iterations - 1) * (interval or DEFAULT_INTERVAL)
+        try:
+            for task_id, state in self._follow(missing, timeout, interval, on_interval, on_message):
+                meta = self._decode_state(state)
+                if meta["status"] == states.SUCCESS:
+                    self._cache[task_id] = meta
+                yield task_id, meta
+        except TimeoutError:
+            if max_iterations is None:
+                raise
+
+    def add_pending_result(self, result: Any, weak: Optional[bool] = None) -> Any:
+        """Take an interest in a result. Does no I/O.
+
+        Parameters:
+            result: a result object.
+            weak: ``False`` for a callback (``AsyncResult.then``), which is then called when the
+                task ends although nobody waits. A member of a group (``True``) and a result that
+                is waited for (not given) are told by whoever waits.
+        """
+        if weak is False:
+            if self._pending is None:
+                layout = self.layout
+                with self._lock:
+                    if self._pending is None:
+                        self._pending = PendingResults(layout.follower, self._resolve)
+            self._pending.add(result)
+        return result
+
+    def add_pending_results(self, results: Iterable[Any], weak: bool = False) -> List[Any]:
+        """Take an interest in several results, see :meth:`add_pending_result`."""
+        return [self.add_pending_result(result, weak=weak) for result in results]
+
+    def remove_pending_result(self, result: Any) -> Any:
+        """Take no interest any more. Safe within garbage collection: no lock, no I/O."""
+        pending = self._pending
+        if pending is not None:
+            pending.remove(result)
+        return result
+
+    # -- groups ------------------------------------------------------------------------------
+
+    def _save_group(self, group_id: str, result: Any) -> Any:
+        meta = {"status": GROUP_STATE, "group_id": group_id, "result": result.as_tuple()}
+        self.layout.save_group(
+            self._encode_state(group_id, GROUP_STATE, meta, GROUP, self._expiration)
+        )
+        return result
+
+    def _restore_group(self, group_id: str) -> Optional[Meta]:
+        group = self.layout.read_group(group_id)
+        if group is None:
+            return None
+        meta = self._codec.decode(group)
+        meta["result"] = result_from_tuple(meta["result"], self.app)
+        return meta
+
+    def _delete_group(self, group_id: str) -> None:
+        self.layout.forget_group(group_id)
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close all connections and end all threads; whoever waits gets an error.
+
+        The backend can be used again, and then opens anew.
+        """
+        with self._lock:
+            layout, self._layout = self._layout, None
+            pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.close()
+        if layout is not None:
+            layout.close()
+
+
+def _new_connection(
+    app: weakref.ref[Any], url: options.ResultURL, heartbeat: float
+) -> kombu.Connection:
+    owner = app()
+    if owner is None:
+        raise errors.BackendUnavailable("the Celery app of this result backend is gone")
+    tls: Meta = {}
+    if url.scheme in ("amqps", "pyamqps") and not owner.conf.broker_use_ssl:
+        tls["ssl"] = True
+    return owner.connection_for_write(url.broker, heartbeat=heartbeat, **tls)
+
+
+def _client_of(request: Any) -> str:
+    """Return the routing key's word for the process that sent the task of *request*."""
+    origin = getattr(request, "origin", None)
+    if origin and not getattr(request, "replaced_task_nesting", 0):
+        return topology.client_word(origin)
+    if isinstance(request, Context) and request.hostname and not origin:
+        # The message said nothing of its sender, who so cannot count on being pushed to.
+        return topology.ABSENT
+    # No request, one that was made up, or one of a task that another process has put in the place
+    # of the task that was sent: the sender is somebody, and may wait.
+    return topology.BROADCAST
+
+
+def _milliseconds(name: str, seconds: Optional[float]) -> Optional[int]:
+    """Return an expiration in milliseconds, ``None`` for never."""
+    if not seconds:
+        return None
+    if not 0 < seconds <= MAX_EXPIRES:
+        raise ImproperlyConfigured(
+            f"{name} is {seconds!r} seconds; RabbitMQ takes up to {MAX_EXPIRES} (49 days). Use 0 "
+            "or None to keep results until they are forgotten."
+        )
+    return max(1, int(seconds * 1000))
+
+
+def _timed_out(timeout: Optional[float], missing: int, total: int) -> TimeoutError:
+    what = "The task is" if total == 1 else f"{missing} of {total} tasks are"
+    return TimeoutError(f"The operation timed out: {what} not ready after {timeout:g} seconds.")
+
+
+def _leaves(result: Any) -> Iterator[Any]:
+    for node in result.results:
+        if isinstance(node, ResultSet):
+            yield from _leaves(node)
+        else:
+            yield node
+
+
+def _is_ready(node: Any) -> bool:
+    return node._cache is not None or node.ignored
+
+
+def _meta_of(node: Any) -> Meta:
+    # What ignores its result is not waited for: as AsyncResult.get, which returns None.
+    meta: Meta = node._cache or {"status": states.SUCCESS, "result": None, "task_id": node.id}
+    return meta
+
+
+_backends: weakref.WeakSet[AMQPBackend] = weakref.WeakSet()
+
+
+def _each_backend() -> Sequence[AMQPBackend]:
+    return list(_backends)
+
+
+def _after_fork_in_child() -> None:
+    # The parent's connections are let go of without a word: their sockets are the parent's.
+    for backend in _each_backend():
+        backend._reset()
+
+
+def _at_exit() -> None:
+    for backend in _each_backend():
+        backend.close()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)

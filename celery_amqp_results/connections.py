@@ -1,0 +1,363 @@
+"""Opening connections to the broker, keeping idle ones for reuse, and telling errors apart.
+
+kombu's ``Connection`` reads URLs, TLS settings and lists of hosts; what is opened is a py-amqp
+connection. Nothing here knows what the connections are used for.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import selectors
+import socket
+import threading
+import time
+from typing import Any, Callable, Deque, Iterator, Optional, Tuple, Type
+
+import amqp
+import kombu
+from amqp import exceptions as amqp_errors
+
+from celery_amqp_results import errors, options
+
+__all__ = ("TRANSIENT", "Connector", "Link", "Pool", "is_refusal", "time_left")
+
+logger = logging.getLogger(__name__)
+
+#: What a lost connection, a closed channel or a broken protocol raises.
+TRANSIENT: Tuple[Type[Exception], ...] = (
+    amqp_errors.AMQPError,
+    amqp_errors.MessageNacked,
+    kombu.exceptions.OperationalError,
+    OSError,
+)
+
+#: How long a new connection may take until it is open, in seconds, where the app sets nothing.
+CONNECT_TIMEOUT = 4.0
+
+#: How long a single read or write on an open connection may take, in seconds.
+IO_TIMEOUT = 30.0
+
+#: An idle connection of a pool is closed after this many seconds.
+IDLE_SECONDS = 60.0
+
+
+def is_refusal(exc: BaseException) -> bool:
+    """Return whether the broker said no for a reason that trying again does not change.
+
+    Wrong password, no such virtual host, no permission, a declaration that differs.
+    """
+    return isinstance(
+        exc,
+        (amqp_errors.AccessRefused, amqp_errors.NotAllowed, amqp_errors.PreconditionFailed),
+    )
+
+
+def time_left(deadline: Optional[float], at_most: float) -> float:
+    """Return the seconds until *deadline* (``time.monotonic``), at most *at_most*, at least 0."""
+    if deadline is None:
+        return at_most
+    return max(0.0, min(at_most, deadline - time.monotonic()))
+
+
+class Link:
+    """One open AMQP connection. Not thread-safe: whoever holds it is alone with it.
+
+    Parameters:
+        connection: what kombu knows of the broker.
+        established: the open connection that it made.
+        heartbeat: seconds between heartbeats; 0 for none.
+    """
+
+    def __init__(
+        self, connection: kombu.Connection, established: amqp.Connection, heartbeat: float
+    ) -> None:
+        # py-amqp's connection refers to kombu's weakly in places; keep it as long as ours.
+        self._kombu = connection
+        self.amqp = established
+        self.heartbeat = heartbeat
+        #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
+        self.blocked: Optional[str] = None
+        self.idle_since = 0.0
+        # Bounds every read and write that sets no shorter bound of its own, so that a broker that
+        # stops answering is an error and not a hang.
+        self.socket.settimeout(IO_TIMEOUT)
+        self.amqp.on_blocked = self._on_blocked
+        self.amqp.on_unblocked = self._on_unblocked
+
+    def _on_blocked(self, reason: str) -> None:
+        self.blocked = reason
+        logger.warning("the broker blocks publishers (memory or disk alarm): %s", reason)
+
+    def _on_unblocked(self) -> None:
+        self.blocked = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection was open when it was last used."""
+        return bool(self.amqp.connected)
+
+    @property
+    def socket(self) -> Any:
+        """The socket, for waiting until it is readable."""
+        return self.amqp.transport.sock
+
+    def drain(self, timeout: float) -> bool:
+        """Handle what the broker sends until one message is complete, or nothing comes.
+
+        Returns ``False`` when nothing was complete within *timeout* seconds.
+        """
+        try:
+            self.amqp.drain_events(timeout=max(timeout, 0.001))
+        except socket.timeout:
+            return False
+        return True
+
+    def buffered(self) -> bool:
+        """Whether bytes were received that the socket's readiness does not show any more."""
+        pending = getattr(self.socket, "pending", None)
+        # TLS decrypts whole records: more than was read may lie there.
+        return bool(pending is not None and pending())
+
+    def idle_time(self) -> float:
+        """Seconds that may be waited for the socket before :meth:`tick` is due again."""
+        if self.buffered():
+            return 0.0
+        return self.heartbeat / 4 if self.heartbeat else IO_TIMEOUT
+
+    def readable(self) -> bool:
+        """Return whether the broker has sent something, or closed the connection."""
+        if self.buffered():
+            return True
+        # Looked up at each call: gevent and eventlet replace it.
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            return bool(selector.select(0.0))
+
+    def tick(self) -> None:
+        """Send a heartbeat if one is due; raise if the broker's have stopped coming."""
+        if self.heartbeat:
+            self.amqp.heartbeat_tick()
+
+    def close(self) -> None:
+        """Close the connection as the protocol asks, waiting at most a moment for the answer."""
+        with contextlib.suppress(Exception):
+            sock = self.amqp.transport.sock
+            if sock is not None:
+                sock.settimeout(1.0)
+            self.amqp.close()
+        self.drop()
+
+    def drop(self) -> None:
+        """Close the socket without a word."""
+        with contextlib.suppress(Exception):
+            self.amqp.collect()
+
+
+class Connector:
+    """Opens connections for one backend.
+
+    Parameters:
+        make: returns a new, not yet connected kombu connection; called with the heartbeat in
+            seconds.
+        policy: how opening is retried.
+        describe: returns the broker's address without password, for messages.
+
+    Thread-safe. Holds nothing that must not be used after a fork.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[float], kombu.Connection],
+        policy: options.RetryPolicy,
+        describe: Callable[[], str],
+    ) -> None:
+        self._make = make
+        self.policy = policy
+        self.describe = describe
+
+    def open_once(self, heartbeat: float, deadline: Optional[float] = None) -> Link:
+        """Open a connection, trying each host of the URL once.
+
+        Parameters:
+            heartbeat: seconds between heartbeats; 0 for none.
+            deadline: time (``time.monotonic``) after which no further host is tried.
+
+        Raises:
+            BackendUnavailable: when the broker refuses us; ``__cause__`` says why.
+            OSError, amqp.AMQPError: when no host answers.
+        """
+        connection = self._make(heartbeat)
+        hosts = max(1, len(connection.alt or ()))
+        for attempt in range(hosts):
+            timeout = connection.connect_timeout or CONNECT_TIMEOUT
+            connection.connect_timeout = max(0.1, time_left(deadline, timeout))
+            try:
+                # Connection.connect() would retry and log on its own: there is one policy, ours.
+                link = Link(connection, connection.transport.establish_connection(), heartbeat)
+            except TRANSIENT as exc:
+                if is_refusal(exc):
+                    raise errors.BackendUnavailable(
+                        f"the broker at {self.describe()} refuses the result backend: {exc}. "
+                        "Check user, password, virtual host and permissions in the result backend "
+                        "URL."
+                    ) from exc
+                if attempt + 1 == hosts or (deadline is not None and time.monotonic() >= deadline):
+                    raise
+                connection.maybe_switch_next()
+                continue
+            return link
+        raise AssertionError("unreachable")  # pragma: no cover
+
+    def open(self, heartbeat: float, deadline: Optional[float] = None) -> Link:
+        """Open a connection, trying again as the retry policy says.
+
+        Parameters:
+            heartbeat: seconds between heartbeats; 0 for none.
+            deadline: time (``time.monotonic``) after which to give up.
+
+        Raises:
+            BackendUnavailable: when the broker could not be reached, or refuses us.
+        """
+        attempt = 0
+        while True:
+            try:
+                return self.open_once(heartbeat, deadline)
+            except errors.BackendUnavailable:
+                raise
+            except TRANSIENT as exc:
+                attempt += 1
+                pause = self.policy.pause(attempt)
+                now = time.monotonic()
+                if pause is None or (deadline is not None and now + pause >= deadline):
+                    raise errors.BackendUnavailable(
+                        f"the broker at {self.describe()} cannot be reached after {attempt} "
+                        f"tries: {exc!r}. Is RabbitMQ running there, and is the result backend "
+                        "URL right?"
+                    ) from exc
+                time.sleep(pause)
+
+
+class Pool:
+    """Open connections that are lent to one user at a time.
+
+    The connection used last is lent first, so that as many are open as are in use at once, and
+    the others get old and are closed. While connections are idle a thread keeps their heartbeats
+    going and closes the old ones; it ends when none is left.
+
+    Parameters:
+        connector: opens the connections.
+        heartbeat: seconds between heartbeats; 0 for none.
+        name: what they are for; names the thread.
+
+    Thread-safe. After a fork the child must make a new pool and let go of this one untouched.
+    """
+
+    def __init__(self, connector: Connector, heartbeat: float, name: str) -> None:
+        self._connector = connector
+        #: How a user of the pool retries what it does on its connections.
+        self.policy = connector.policy
+        self._heartbeat = heartbeat
+        self._name = name
+        # Guards all that follows. No I/O is done while holding it.
+        self._changed = threading.Condition(threading.Lock())
+        self._idle: Deque[Link] = collections.deque()
+        self._keeper: Optional[threading.Thread] = None
+        self._closed = False
+
+    @contextlib.contextmanager
+    def link(self, deadline: Optional[float] = None) -> Iterator[Link]:
+        """Lend a connection for the duration of a ``with`` block.
+
+        One on which the block raises is not used again.
+
+        Parameters:
+            deadline: time (``time.monotonic``) after which opening a new one is given up.
+
+        Raises:
+            BackendUnavailable: when a new one was needed and could not be opened.
+        """
+        link = self._take() or self._connector.open(self._heartbeat, deadline)
+        try:
+            yield link
+        except BaseException:
+            link.drop()
+            raise
+        self._put(link)
+
+    def _take(self) -> Optional[Link]:
+        while True:
+            with self._changed:
+                if not self._idle:
+                    return None
+                link = self._idle.pop()
+            try:
+                # Something unasked for may have come on an idle connection: a heartbeat, the
+                # broker's leave to reuse a channel's number, or the end.
+                while link.alive and link.readable():
+                    link.drain(0.001)
+                if link.alive:
+                    return link
+            except TRANSIENT:
+                pass
+            link.drop()
+
+    def _put(self, link: Link) -> None:
+        if not link.alive:
+            link.drop()
+            return
+        with self._changed:
+            if not self._closed:
+                link.idle_since = time.monotonic()
+                self._idle.append(link)
+                if self._keeper is None:
+                    self._keeper = threading.Thread(
+                        target=self._keep, name=f"celery-results-{self._name}", daemon=True
+                    )
+                    self._keeper.start()
+                return
+        link.close()
+
+    def _keep(self) -> None:
+        pause = self._heartbeat / 2 if self._heartbeat else IDLE_SECONDS / 4
+        while True:
+            with self._changed:
+                if not self._closed:
+                    self._changed.wait(pause)
+                if self._closed or not self._idle:
+                    self._keeper = None
+                    return
+                # The oldest are on the left. They are out of reach while they are looked after.
+                links, self._idle = self._idle, collections.deque()
+            kept = []
+            now = time.monotonic()
+            for link in links:
+                try:
+                    if now - link.idle_since >= IDLE_SECONDS:
+                        link.close()
+                        continue
+                    while link.readable():
+                        link.drain(0.001)
+                    link.tick()
+                    kept.append(link)
+                except TRANSIENT:
+                    link.drop()
+            with self._changed:
+                if not self._closed:
+                    self._idle.extendleft(reversed(kept))
+                    kept = []
+            for link in kept:
+                link.close()
+
+    def close(self) -> None:
+        """Close the idle connections; those in use are closed when they come back."""
+        with self._changed:
+            self._closed = True
+            links, self._idle = self._idle, collections.deque()
+            keeper = self._keeper
+            self._changed.notify_all()
+        for link in links:
+            link.close()
+        if keeper is not None and keeper is not threading.current_thread():
+            keeper.join(5.0)

@@ -1,0 +1,67 @@
+"""Errors that the backend raises.
+
+::
+
+    celery.exceptions.ImproperlyConfigured
+     +-- InvalidOption              an option of ours is unknown or has a bad value
+     +-- DeclarationRefused         the broker holds a queue or exchange that differs from ours
+    kombu.exceptions.OperationalError
+     +-- BackendUnavailable         the broker cannot be reached, or refuses us
+          +-- LookupTimeout         a shard was not read within ``lookup_timeout``
+          +-- NotConfirmed          the broker did not take a published state
+    ValueError
+     +-- ForeignMessage             a message in our queues that is not ours, or is damaged
+    celery.exceptions.BackendError
+     +-- ResultTooLarge             the broker refuses a message of this size
+
+All of them survive pickling: task errors travel between processes.
+"""
+
+from __future__ import annotations
+
+from celery.exceptions import BackendError, ImproperlyConfigured
+from kombu.exceptions import OperationalError
+
+__all__ = (
+    "BackendUnavailable",
+    "DeclarationRefused",
+    "ForeignMessage",
+    "InvalidOption",
+    "LookupTimeout",
+    "NotConfirmed",
+    "ResultTooLarge",
+)
+
+
+class InvalidOption(ImproperlyConfigured):
+    """Raised when an option is unknown, or when its value is not allowed."""
+
+
+class DeclarationRefused(ImproperlyConfigured):
+    """Raised when a queue or exchange exists with other properties than ours."""
+
+
+class BackendUnavailable(OperationalError):
+    """Raised when the broker cannot be reached, or does not let us in."""
+
+
+class LookupTimeout(BackendUnavailable):
+    """Raised when a shard could not be read within ``lookup_timeout`` seconds.
+
+    The state of the task is then unknown; nothing was changed, and asking again is safe.
+    """
+
+
+class NotConfirmed(BackendUnavailable):
+    """Raised when the broker did not confirm a published state.
+
+    The state may be stored or not; publishing it again is safe.
+    """
+
+
+class ForeignMessage(ValueError):
+    """Raised when a message is not one of ours, or is damaged."""
+
+
+class ResultTooLarge(BackendError):
+    """Raised when the broker refuses a result because of its size."""

@@ -1,0 +1,312 @@
+"""A task's state as a message, and the rule for which state counts.
+
+:class:`StateMessage` is one state of one task as it lies on the broker: its body is not decoded
+until somebody wants it. :func:`fold` is the one rule for what a list of them amounts to;
+everything that reads a state uses it, so that a duplicate run, a revoke written by twenty workers
+at once, or a late STARTED change nothing. This module does no I/O.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
+
+from celery import states
+from kombu import compression as kombu_compression
+from kombu import serialization
+
+from celery_amqp_results import errors
+
+__all__ = (
+    "Codec",
+    "PublishClock",
+    "StateMessage",
+    "fold",
+    "is_final",
+    "supersedes",
+)
+
+#: Kinds of messages in a shard, in the property ``type``.
+STATE = "state"
+GROUP = "group"
+FENCE = "fence"
+
+#: Header with the time of publishing, in microseconds since 1970.
+PUBLISHED = "published"
+#: Header with the name of the state.
+STATE_HEADER = "state"
+#: Header with the id, where it does not fit the property ``correlation_id``.
+ID_HEADER = "id"
+#: Header with the content type of kombu's compression; the name is kombu's.
+COMPRESSION_HEADER = "compression"
+
+#: The state of ``celery.contrib.abortable``, which imports too much for one word.
+ABORTED = "ABORTED"
+
+#: Longest AMQP short string, in bytes.
+MAX_SHORT_STRING = 255
+
+
+@dataclasses.dataclass(frozen=True)
+class StateMessage:
+    """One state of one task (or one saved group), encoded."""
+
+    #: Id of the task or of the group.
+    id: str
+    #: Name of the state; of a group, ``GROUP``.
+    state: str
+    #: When it was published, in microseconds since 1970.
+    published: int
+    #: The encoded meta.
+    body: bytes
+    content_type: str
+    content_encoding: str
+    #: kombu's name for how the body is compressed, or ``None``.
+    compression: Optional[str] = None
+    #: Milliseconds after which the broker drops it, or ``None``.
+    expiration: Optional[int] = None
+    #: :data:`STATE` or :data:`GROUP`.
+    kind: str = STATE
+
+    def expired(self, now: int) -> bool:
+        """Return whether the broker would have dropped it by *now*, in microseconds since 1970."""
+        return self.expiration is not None and now >= self.published + self.expiration * 1000
+
+    def properties(self, persistent: bool) -> Dict[str, Any]:
+        """Return the AMQP properties it is published with, by py-amqp's names for them."""
+        headers: Dict[str, Any] = {PUBLISHED: self.published, STATE_HEADER: self.state}
+        properties: Dict[str, Any] = {
+            "type": self.kind,
+            "content_type": self.content_type,
+            "content_encoding": self.content_encoding,
+            "delivery_mode": 2 if persistent else 1,
+            "application_headers": headers,
+        }
+        raw_id = self.id.encode("utf-8", "surrogatepass")
+        if len(raw_id) <= MAX_SHORT_STRING and _is_utf8(self.id):
+            properties["correlation_id"] = self.id
+        else:
+            headers[ID_HEADER] = raw_id.hex()
+        if self.compression:
+            headers[COMPRESSION_HEADER] = self.compression
+        if self.expiration is not None:
+            properties["expiration"] = str(self.expiration)
+        return properties
+
+    @classmethod
+    def from_properties(cls, properties: Mapping[str, Any], body: Any) -> StateMessage:
+        """Return the state that a message on the broker holds.
+
+        Parameters:
+            properties: AMQP properties, by py-amqp's names for them.
+            body: the body, not decoded.
+
+        Raises:
+            ForeignMessage: when it is not a message that :meth:`properties` could have described.
+        """
+        kind = properties.get("type")
+        if kind not in (STATE, GROUP):
+            raise errors.ForeignMessage(f"property 'type' is {kind!r}, not 'state' or 'group'")
+        headers = properties.get("application_headers")
+        if not isinstance(headers, Mapping):
+            raise errors.ForeignMessage(f"the headers are {headers!r}, not a table")
+        state = headers.get(STATE_HEADER)
+        if not isinstance(state, str) or not state:
+            raise errors.ForeignMessage(f"header {STATE_HEADER!r} is {state!r}, not a state")
+        published = headers.get(PUBLISHED)
+        if isinstance(published, bool) or not isinstance(published, int) or published < 0:
+            raise errors.ForeignMessage(
+                f"header {PUBLISHED!r} is {published!r}, not microseconds since 1970"
+            )
+        compression = headers.get(COMPRESSION_HEADER)
+        if compression is not None and not isinstance(compression, str):
+            raise errors.ForeignMessage(
+                f"header {COMPRESSION_HEADER!r} is {compression!r}, not a content type"
+            )
+        return cls(
+            id=message_id(properties),
+            state=state,
+            published=published,
+            body=body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body),
+            content_type=_text(properties, "content_type"),
+            content_encoding=_text(properties, "content_encoding"),
+            compression=compression,
+            expiration=_expiration(properties),
+            kind=kind,
+        )
+
+
+def message_id(properties: Mapping[str, Any]) -> str:
+    """Return the id that a message is about, from its properties alone.
+
+    Raises:
+        ForeignMessage: when it names none.
+    """
+    found = properties.get("correlation_id")
+    if isinstance(found, str) and found:
+        return found
+    headers = properties.get("application_headers")
+    digits = headers.get(ID_HEADER) if isinstance(headers, Mapping) else None
+    try:
+        return bytes.fromhex(digits).decode("utf-8", "surrogatepass")  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise errors.ForeignMessage(
+            f"neither the property 'correlation_id' ({found!r}) nor the header {ID_HEADER!r} "
+            f"({digits!r}) is an id"
+        ) from None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text(properties: Mapping[str, Any], name: str) -> str:
+    value = properties.get(name)
+    if not isinstance(value, str) or not value:
+        raise errors.ForeignMessage(f"property {name!r} is {value!r}, not text")
+    return value
+
+
+def _expiration(properties: Mapping[str, Any]) -> Optional[int]:
+    value = properties.get("expiration")
+    if value is None:
+        return None
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise errors.ForeignMessage(
+            f"property 'expiration' is {value!r}, not milliseconds"
+        ) from None
+
+
+def is_final(state: str) -> bool:
+    """Return whether *state* ends a task: SUCCESS, FAILURE or REVOKED."""
+    return state in states.READY_STATES
+
+
+def _rank(state: str) -> int:
+    if state == states.SUCCESS:
+        return 3
+    if state in states.READY_STATES:
+        return 2
+    # A task that was asked to abort stays so until it ends, whatever it reports meanwhile:
+    # is_aborted() must not turn false because of a progress report, or of a late STARTED.
+    if state == ABORTED:
+        return 1
+    return 0
+
+
+def supersedes(new: StateMessage, old: StateMessage) -> bool:
+    """Return whether the state *new* counts more than the state *old* of the same task.
+
+    SUCCESS yields to nothing, another final state only to a final one that was published later
+    or to SUCCESS; otherwise the state published last counts.
+    """
+    new_rank, old_rank = _rank(new.state), _rank(old.state)
+    if new_rank != old_rank:
+        return new_rank > old_rank
+    if new_rank == _rank(states.SUCCESS):
+        # Two runs of one task: the first result is the one that others may have read already.
+        return new.published < old.published
+    return new.published >= old.published
+
+
+def fold(messages: Iterable[StateMessage]) -> Optional[StateMessage]:
+    """Return the state that counts, or ``None`` for no messages.
+
+    Parameters:
+        messages: states of one task, in any order; of two that were published in the same
+            microsecond and rank alike, the later in the order counts.
+    """
+    current: Optional[StateMessage] = None
+    for message in messages:
+        if current is None or supersedes(message, current):
+            current = message
+    return current
+
+
+class PublishClock:
+    """Microseconds since 1970 that never repeat or go back within the process.
+
+    Two states that a process publishes one after the other must not tie, or swap when the
+    system's clock is set back. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def now(self) -> int:
+        """Return the present time, at least one microsecond later than the last one returned."""
+        with self._lock:
+            self._last = max(self._last + 1, time.time_ns() // 1000)
+            return self._last
+
+
+class Codec:
+    """Encodes and decodes metas by the app's serializer settings.
+
+    Parameters:
+        serializer: kombu's name of the serializer to write with.
+        accept: content types that may be read.
+        compression: kombu's name of the compression to write with, or ``None``.
+    """
+
+    def __init__(
+        self, serializer: str, accept: Optional[Iterable[str]], compression: Optional[str] = None
+    ) -> None:
+        self.serializer = serializer
+        self.accept = accept
+        self.compression = compression
+
+    def encode(self, meta: Mapping[str, Any]) -> Tuple[str, str, Optional[str], bytes]:
+        """Return *meta* as (content type, content encoding, compression, body).
+
+        Raises:
+            kombu.exceptions.EncodeError: when the serializer cannot encode it.
+        """
+        content_type, content_encoding, payload = serialization.dumps(
+            meta, serializer=self.serializer
+        )
+        compression = None
+        if self.compression:
+            payload, compression = kombu_compression.compress(payload, self.compression)
+        if isinstance(payload, str):
+            payload = payload.encode("utf-8")
+        return content_type, content_encoding, compression, payload
+
+    def decode(self, message: StateMessage) -> Dict[str, Any]:
+        """Return the meta that *message* holds.
+
+        Raises:
+            kombu.exceptions.ContentDisallowed: when its content type is not accepted.
+            ForeignMessage: when the body is damaged, or is no meta.
+        """
+        body = message.body
+        try:
+            if message.compression:
+                body = kombu_compression.decompress(body, message.compression)
+            meta = serialization.loads(
+                body,
+                content_type=message.content_type,
+                content_encoding=message.content_encoding,
+                accept=self.accept,
+            )
+        except serialization.ContentDisallowed:
+            raise
+        except Exception as exc:
+            # Whatever the serializer or the decompressor raises on a damaged body.
+            raise errors.ForeignMessage(
+                f"the {message.state} of {message.id!r} cannot be decoded: {exc!r}"
+            ) from exc
+        if not isinstance(meta, dict) or "status" not in meta or "result" not in meta:
+            raise errors.ForeignMessage(
+                f"the {message.state} of {message.id!r} decodes to no meta: {meta!r:.200}"
+            )
+        return meta

@@ -1,0 +1,263 @@
+"""The options of the backend, read and checked.
+
+They come from two places: the setting ``result_backend_transport_options`` and the query of the
+result URL (``amqp://host/vhost?shards=64``); the URL wins. An option that is unknown or has a bad
+value is an error that names the option, the value and what is allowed: a typing error must not
+become a silent default. This module does no I/O.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from urllib.parse import parse_qsl, quote, unquote, urlencode
+
+from celery_amqp_results import errors
+
+__all__ = ("Options", "ResultURL", "RetryPolicy", "parse_url")
+
+LAYOUTS = ("shared", "per-task")
+QUEUE_TYPES = ("classic", "quorum")
+
+#: More shards than this cost more to declare than they save in look-ups.
+MAX_SHARDS = 4096
+
+#: Schemes of a result URL that mean AMQP 0-9-1; ``+`` and what follows it is a transport's own.
+AMQP_SCHEMES = frozenset({"amqp", "amqps", "pyamqp", "pyamqps"})
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+@dataclasses.dataclass(frozen=True)
+class RetryPolicy:
+    """How often, and how patiently, an operation on the broker is tried again.
+
+    The names are those of kombu's ``retry_policy`` and of Celery's other backends.
+    """
+
+    #: How many times to try again before giving up; ``None`` is for ever.
+    max_retries: Optional[int] = 20
+    #: Seconds before the first new try.
+    interval_start: float = 0.0
+    #: Seconds added to the pause at each further try.
+    interval_step: float = 1.0
+    #: The longest pause, in seconds.
+    interval_max: float = 1.0
+
+    def pause(self, attempt: int) -> Optional[float]:
+        """Return the seconds to wait before try number *attempt* (1 is the first new try).
+
+        Returns ``None`` where there is to be no further try.
+        """
+        if self.max_retries is not None and attempt > self.max_retries:
+            return None
+        return min(self.interval_start + self.interval_step * (attempt - 1), self.interval_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What can be chosen about the backend beyond Celery's own settings.
+
+    All processes that share results must have the same ``layout``, ``shards`` and ``queue_type``.
+    """
+
+    #: ``shared``, ``per-task``, or ``None``: shared on AMQP brokers, per-task on other transports.
+    layout: Optional[str] = None
+    #: How many queues hold the results.
+    shards: int = 256
+    #: Type of these queues: ``classic``, or ``quorum`` for a cluster.
+    queue_type: str = "classic"
+    #: Whether ``store_result`` of a final state waits until the broker has it.
+    confirm: bool = True
+    #: Seconds within which a look-up has to be answered.
+    lookup_timeout: float = 10.0
+    #: How connecting and publishing are retried.
+    retry_policy: RetryPolicy = RetryPolicy()
+
+    @classmethod
+    def read(
+        cls, settings: Optional[Mapping[str, Any]] = None, query: Optional[Mapping[str, str]] = None
+    ) -> Options:
+        """Return the options given by *settings* and, winning over them, by a URL's *query*.
+
+        Parameters:
+            settings: the value of ``result_backend_transport_options``.
+            query: the pairs of a URL's query; all values are strings.
+
+        Raises:
+            InvalidOption: when an option is unknown or its value is not allowed.
+        """
+        if settings is not None and not isinstance(settings, Mapping):
+            raise errors.InvalidOption(
+                f"result_backend_transport_options must be a dict, not {settings!r}"
+            )
+        values: Dict[str, Any] = {}
+        for source, given in (
+            ("result_backend_transport_options", settings or {}),
+            ("the result backend URL", query or {}),
+        ):
+            for name, value in given.items():
+                parser = _PARSERS.get(name)
+                if parser is None:
+                    raise errors.InvalidOption(
+                        f"unknown option {name!r} in {source} (its value is {value!r}); "
+                        f"known options are: {', '.join(sorted(_PARSERS))}"
+                    )
+                try:
+                    values[name] = parser(value)
+                except ValueError as exc:
+                    raise errors.InvalidOption(
+                        f"invalid value {value!r} for option {name!r} in {source}: {exc}"
+                    ) from None
+        return cls(**values)
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in allowed:
+            raise ValueError(f"allowed are {' and '.join(map(repr, allowed))}")
+        return str(value)
+
+    return parse
+
+
+def _integer(low: int, high: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"allowed are whole numbers from {low} to {high}")
+        return value
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[Any], float]:
+    def parse(value: Any) -> float:
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not low <= number <= high:
+            raise ValueError(f"allowed are seconds from {low:g} to {high:g}")
+        return number
+
+    return parse
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if value.lower() in _TRUE:
+            return True
+        if value.lower() in _FALSE:
+            return False
+    raise ValueError("allowed are true and false")
+
+
+def _retry_policy(value: Any) -> RetryPolicy:
+    if isinstance(value, RetryPolicy):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError("it must be a dict")
+    retries = _integer(0, 10**6)
+    seconds = _seconds(0, 3600)
+    policy: Dict[str, Any] = {}
+    for name, item in value.items():
+        if name == "max_retries":
+            # kombu takes None, and its own documentation also a negative number, as "for ever".
+            policy[name] = None if item is None else retries(item)
+        elif name in ("interval_start", "interval_step", "interval_max"):
+            policy[name] = seconds(item)
+        else:
+            raise ValueError(
+                f"unknown entry {name!r}; known are interval_max, interval_start, interval_step "
+                "and max_retries"
+            )
+    return RetryPolicy(**policy)
+
+
+_PARSERS: Dict[str, Callable[[Any], Any]] = {
+    "layout": _one_of(*LAYOUTS),
+    "shards": _integer(1, MAX_SHARDS),
+    "queue_type": _one_of(*QUEUE_TYPES),
+    "confirm": _boolean,
+    "lookup_timeout": _seconds(0.1, 3600),
+    "retry_policy": _retry_policy,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultURL:
+    """A result backend URL taken apart.
+
+    ``broker`` is what kombu connects to, without our options: one URL, or several separated by
+    ``;``. It is ``None`` where the URL names no server of its own, so the app's broker is meant.
+    """
+
+    scheme: str
+    broker: Optional[str]
+    options: Mapping[str, str]
+
+    def sanitized(self) -> str:
+        """Return the URL with every password masked, and our options kept."""
+        return self._text(_mask_password)
+
+    def complete(self) -> str:
+        """Return the URL with its passwords, and our options kept."""
+        return self._text(lambda url: url)
+
+    def _text(self, show: Callable[[str], str]) -> str:
+        text = ";".join(show(url) for url in (self.broker or f"{self.scheme}://").split(";"))
+        if self.options:
+            text += ("&" if "?" in text else "?") + urlencode(self.options)
+        return text
+
+
+def parse_url(url: Optional[str]) -> ResultURL:
+    """Take apart the value of ``result_backend``.
+
+    The query may hold our options and what kombu reads from it (``login_method``, ``ssl_*``).
+
+    Raises:
+        InvalidOption: when two of several URLs give different values for one option.
+    """
+    brokers = []
+    options: Dict[str, str] = {}
+    scheme = "amqp"
+    for number, part in enumerate((url or "amqp://").split(";")):
+        part_scheme, separator, rest = part.strip().partition("://")
+        if not separator:
+            part_scheme, rest = scheme, part_scheme
+        if number == 0:
+            scheme = part_scheme
+        location, _, query = rest.partition("?")
+        kept: list[Tuple[str, str]] = []
+        for name, value in parse_qsl(query, keep_blank_values=True):
+            if name in _KOMBU_QUERY or name.startswith("ssl_"):
+                kept.append((name, value))
+            elif options.setdefault(name, value) != value:
+                raise errors.InvalidOption(
+                    f"option {name!r} is {options[name]!r} in one part of the result backend URL "
+                    f"and {value!r} in another; give it once"
+                )
+        if location.strip("/") or kept:
+            brokers.append(f"{part_scheme}://{location}" + ("?" + urlencode(kept) if kept else ""))
+    return ResultURL(scheme, ";".join(brokers) or None, options)
+
+
+#: Names in a URL's query that kombu's Connection takes as parameters of its own.
+_KOMBU_QUERY = frozenset({"login_method"})
+
+
+def _mask_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    credentials, at, location = rest.rpartition("@")
+    if not at:
+        return url
+    user, colon, _ = credentials.partition(":")
+    return f"{scheme}://{quote(unquote(user), safe='')}{colon and ':**'}@{location}"

@@ -1,0 +1,307 @@
+"""Publishing states, and waiting until the broker has them.
+
+Every connection publishes on one channel in confirm mode. What must not be lost is waited for;
+what need not be waited for is remembered until its confirm comes along with a later one, and is
+published again if the connection is lost before. A state may then be on the broker twice, which
+the fold of states makes harmless.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import threading
+import time
+from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type
+
+import amqp
+from amqp import exceptions as amqp_errors
+
+from celery_amqp_results import connections, errors
+from celery_amqp_results.declarations import Declarations
+
+__all__ = ("Outgoing", "Publisher")
+
+logger = logging.getLogger(__name__)
+
+#: How long the broker may take to confirm before the connection is taken for dead, in seconds.
+#: Not counted while the broker says that it blocks publishers.
+CONFIRM_TIMEOUT = 30.0
+
+#: How many messages that nobody waits for may be unconfirmed on one connection.
+MAX_UNCONFIRMED = 500
+
+#: Publishing has no heartbeats: a dead connection is noticed at the next message, which the
+#: kernel gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
+HEARTBEAT = 0.0
+
+_FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *connections.TRANSIENT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outgoing:
+    """A message to publish."""
+
+    #: Name of the exchange; empty for the default exchange.
+    exchange: str
+    routing_key: str
+    #: AMQP properties, by py-amqp's names.
+    properties: Mapping[str, Any]
+    body: bytes
+    #: Number of the shard that keeps it, which is declared first; ``None`` for no shard.
+    shard: Optional[int] = None
+    #: What it is, for messages of errors.
+    what: str = "a message"
+
+
+class _Channel:
+    """A channel in confirm mode on one connection, and what is unconfirmed on it."""
+
+    def __init__(self, link: connections.Link) -> None:
+        self.link = link
+        self.channel = link.amqp.channel()
+        self.channel.confirm_select()
+        self._tag = 0
+        #: By delivery tag, in the order of publishing.
+        self.unconfirmed: Dict[int, Outgoing] = {}
+        self.nacked: Set[int] = set()
+        self.returned: List[str] = []
+        self.channel.events["basic_ack"].add(self._on_ack)
+        self.channel.events["basic_nack"].add(self._on_nack)
+        self.channel.events["basic_return"].add(self._on_return)
+
+    def publish(self, message: Outgoing) -> int:
+        self._tag += 1
+        self.unconfirmed[self._tag] = message
+        # Mandatory: a state that no queue takes comes back instead of vanishing. _basic_publish
+        # is what basic_publish was before confirms were added to it, which waits for the next
+        # confirm of whatever message.
+        self.channel._basic_publish(
+            amqp.Message(message.body, **message.properties),
+            exchange=message.exchange,
+            routing_key=message.routing_key,
+            mandatory=message.shard is not None,
+        )
+        return self._tag
+
+    def _on_ack(self, tag: int, multiple: bool) -> None:
+        self._settle(tag, multiple)
+
+    def _on_nack(self, tag: int, multiple: bool) -> None:
+        self.nacked.update(self._settle(tag, multiple))
+
+    def _settle(self, tag: int, multiple: bool) -> List[int]:
+        if not multiple:
+            return [tag] if self.unconfirmed.pop(tag, None) is not None else []
+        # Keys are in ascending order.
+        settled = []
+        for key in self.unconfirmed:
+            if key > tag:
+                break
+            settled.append(key)
+        for key in settled:
+            del self.unconfirmed[key]
+        return settled
+
+    def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
+        self.returned.append(routing_key)
+
+    def wait(self, tags: Sequence[int]) -> None:
+        """Wait until the broker has settled *tags*."""
+        patience = time.monotonic() + CONFIRM_TIMEOUT
+        while any(tag in self.unconfirmed for tag in tags):
+            self.link.drain(1.0)
+            if self.link.blocked:
+                patience = time.monotonic() + CONFIRM_TIMEOUT
+            elif time.monotonic() > patience:
+                raise errors.NotConfirmed(
+                    f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s"
+                )
+
+    def collect(self) -> None:
+        """Take in the confirms that have come so far, without waiting."""
+        while self.link.readable():
+            self.link.drain(0.001)
+
+
+class Publisher:
+    """Publishes messages on connections of its own.
+
+    Parameters:
+        connector: opens connections.
+        declarations: declares the shards before they are first used.
+
+    Thread-safe: each thread that publishes at the same moment has a connection to itself. After a
+    fork the child must make a new publisher.
+    """
+
+    def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
+        self._connector = connector
+        self._declarations = declarations
+        self._lock = threading.Lock()
+        self._idle: Deque[_Channel] = collections.deque()
+        self._closed = False
+        #: Messages that nobody waits for, of connections lost before their confirm came.
+        self._orphans: Deque[Outgoing] = collections.deque(maxlen=MAX_UNCONFIRMED)
+
+    def publish(self, messages: Sequence[Outgoing], confirm: bool = True) -> None:
+        """Publish *messages*, in order, and wait for their confirms together.
+
+        Tried again as the retry policy says when the connection is lost; a message may then be
+        there twice.
+
+        Parameters:
+            messages: what to publish.
+            confirm: whether to return only when the broker has all of them.
+
+        Raises:
+            DeclarationRefused: when the exchange or a shard exists with other properties.
+            ResultTooLarge: when the broker refuses a message of this size.
+            BackendUnavailable: when the broker could not be reached or refuses us; nothing is
+                known of the messages then.
+        """
+        attempt = 0
+        while True:
+            channel: Optional[_Channel] = None
+            try:
+                channel = self._acquire()
+                self._publish(channel, messages, confirm)
+            except _FAILURES as exc:
+                if channel is not None:
+                    self._drop(channel, messages)
+                attempt += 1
+                pause = self._judge(exc, messages, attempt)
+                logger.warning(
+                    "%s was not published, trying again in %.1f s [%d/%s]: %r",
+                    _what(messages),
+                    pause,
+                    attempt,
+                    self._connector.policy.max_retries,
+                    exc,
+                )
+                time.sleep(pause)
+            except BaseException:
+                # Interrupted (a time limit, Ctrl-C), or a declaration was refused: half a frame
+                # may be on the wire.
+                if channel is not None:
+                    self._drop(channel, messages)
+                raise
+            else:
+                self._release(channel)
+                return
+
+    def _publish(self, channel: _Channel, messages: Sequence[Outgoing], confirm: bool) -> None:
+        declarations = self._declarations
+        while self._orphans:
+            # Published under the channel's watch from now on.
+            channel.publish(self._orphans.popleft())
+        pending = list(messages)
+        for _ in range(2):
+            for message in pending:
+                if message.shard is not None and not declarations.has_shard(message.shard):
+                    declarations.ensure_shard(channel.channel, message.shard)
+            sent = {channel.publish(message): message for message in pending}
+            if confirm or len(channel.unconfirmed) > MAX_UNCONFIRMED:
+                channel.wait(list(channel.unconfirmed))
+            else:
+                channel.collect()
+            if channel.nacked:
+                raise errors.NotConfirmed("the broker refused to take a message (nack)")
+            if not channel.returned:
+                return
+            # Somebody deleted a shard queue: declare it again, and send what came back.
+            returned, channel.returned = set(channel.returned), []
+            logger.warning("a shard queue is gone and is declared again: %s", sorted(returned))
+            declarations.forget()
+            pending = [m for m in sent.values() if m.routing_key in returned]
+        raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
+
+    def _judge(self, exc: BaseException, messages: Sequence[Outgoing], attempt: int) -> float:
+        """Return the pause before the next try, or raise where there is to be none."""
+        if isinstance(exc, errors.BackendUnavailable) and not isinstance(exc, errors.NotConfirmed):
+            # Connecting has its own tries, by the same policy.
+            raise exc
+        if isinstance(exc, amqp_errors.PreconditionFailed) and "larger than" in str(exc):
+            size = max(len(message.body) for message in messages)
+            raise errors.ResultTooLarge(
+                f"{_what(messages)} has {size} bytes and the broker refuses it: {exc}. Return "
+                "less, set result_compression, or raise max_message_size in rabbitmq.conf."
+            ) from exc
+        if connections.is_refusal(exc):
+            raise errors.BackendUnavailable(
+                f"the broker at {self._connector.describe()} refuses {_what(messages)}: {exc}. "
+                "Check the user's permissions on the exchange and the queues "
+                f"{self._declarations.topology.prefix}.*"
+            ) from exc
+        pause = self._connector.policy.pause(attempt)
+        if pause is None:
+            raise errors.NotConfirmed(
+                f"the broker at {self._connector.describe()} did not confirm {_what(messages)} "
+                f"in {attempt} tries: {exc!r}"
+            ) from exc
+        return pause
+
+    def _acquire(self) -> _Channel:
+        while True:
+            with self._lock:
+                if not self._idle:
+                    break
+                channel = self._idle.pop()
+            if channel.link.alive and channel.channel.is_open:
+                return channel
+            self._drop(channel, ())
+        link = self._connector.open(HEARTBEAT)
+        try:
+            return _Channel(link)
+        except BaseException:
+            link.drop()
+            raise
+
+    def _release(self, channel: _Channel) -> None:
+        channel.link.idle_since = time.monotonic()
+        surplus: Optional[_Channel] = None
+        with self._lock:
+            if self._closed:
+                surplus = channel
+            else:
+                self._idle.append(channel)
+                oldest = self._idle[0]
+                # Left over from a time when more threads published at once.
+                if channel.link.idle_since - oldest.link.idle_since > connections.IDLE_SECONDS:
+                    surplus = self._idle.popleft()
+        if surplus is not None:
+            self._close(surplus)
+
+    def _drop(self, channel: _Channel, current: Sequence[Outgoing]) -> None:
+        """Let go of a broken connection, keeping what others published on it unconfirmed."""
+        mine = {id(message) for message in current}
+        self._orphans.extend(m for m in channel.unconfirmed.values() if id(m) not in mine)
+        channel.link.drop()
+        # The broker may have restarted without what was declared.
+        self._declarations.forget()
+
+    def close(self) -> None:
+        """Wait for what is unconfirmed, and close the connections."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = list(self._idle), collections.deque()
+        for channel in idle:
+            self._close(channel)
+
+    def _close(self, channel: _Channel) -> None:
+        try:
+            channel.wait(list(channel.unconfirmed))
+        except _FAILURES as exc:
+            logger.warning(
+                "%d states were not confirmed when their connection was closed: %r",
+                len(channel.unconfirmed),
+                exc,
+            )
+        channel.link.close()
+
+
+def _what(messages: Sequence[Outgoing]) -> str:
+    return ", ".join(message.what for message in messages[:3]) + (
+        f" and {len(messages) - 3} more" if len(messages) > 3 else ""
+    )

@@ -1,0 +1,115 @@
+"""The layout ``shared``: every state published once, kept in a fixed number of queues, pushed."""
+
+from __future__ import annotations
+
+from typing import Collection, Dict, Optional
+
+from celery_amqp_results import connections, meta
+from celery_amqp_results.declarations import Declarations
+from celery_amqp_results.inbox import Inbox
+from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.options import Options
+from celery_amqp_results.publisher import Outgoing, Publisher
+from celery_amqp_results.store import HEARTBEAT as STORE_HEARTBEAT
+from celery_amqp_results.store import Store
+from celery_amqp_results.topology import ABSENT, Topology
+from celery_amqp_results.waiting import Follower, Waiting
+
+__all__ = ("SharedLayout",)
+
+
+class SharedLayout:
+    """Puts publisher, store and inbox together.
+
+    Parameters:
+        connector: opens connections.
+        topology: names and queue arguments.
+        options: the backend's options.
+        client: the word of this process in routing keys.
+        persistent: whether messages survive a restart of the broker.
+
+    Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and let
+    go of this one untouched: closing it would speak on the parent's connections.
+    """
+
+    def __init__(
+        self,
+        connector: connections.Connector,
+        topology: Topology,
+        options: Options,
+        client: str,
+        persistent: bool,
+    ) -> None:
+        self._topology = topology
+        self._options = options
+        self._persistent = persistent
+        declarations = Declarations(topology)
+        self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups")
+        self.publisher = Publisher(connector, declarations)
+        self.store = Store(self._pool, declarations, options.lookup_timeout)
+        self.inbox = Inbox(connector, declarations, client)
+        self._waiting = Waiting(self.inbox, self.store)
+
+    def note_sent(self, task_id: str) -> None:
+        """Note that this process is about to send a task. Does no I/O."""
+        self.inbox.note_sent(task_id)
+
+    def publish(
+        self, state: StateMessage, client: str, group_id: Optional[str], final: bool
+    ) -> None:
+        """Publish a state; of a *final* one, return only when the broker has it.
+
+        Raises:
+            BackendUnavailable, ResultTooLarge, DeclarationRefused: see
+                :meth:`~celery_amqp_results.publisher.Publisher.publish`.
+        """
+        self.publisher.publish(
+            (self._outgoing(state, client, group_id),), final and self._options.confirm
+        )
+
+    def _outgoing(self, state: StateMessage, client: str, group_id: Optional[str]) -> Outgoing:
+        topology = self._topology
+        return Outgoing(
+            topology.exchange,
+            topology.routing_key(state.id, state.state, client, group_id),
+            state.properties(self._persistent),
+            state.body,
+            topology.shard(state.id),
+            f"the {state.state} of {state.id}",
+        )
+
+    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+        """Return the present state of each of *ids*, or ``None`` where nothing is known."""
+        return self._waiting.poll(ids)
+
+    def follower(self) -> Follower:
+        """Return a follower of no tasks yet."""
+        return self._waiting.follower()
+
+    def forget(self, ids: Collection[str]) -> None:
+        """Delete everything about *ids*."""
+        self.store.remove(ids)
+        for task_id in ids:
+            self._waiting.discard(task_id)
+
+    def save_group(self, group: StateMessage) -> None:
+        """Keep a group: in the shard of its id, and in no inbox."""
+        self.publisher.publish((self._outgoing(group, ABSENT, group.id),))
+
+    def read_group(self, group_id: str) -> Optional[StateMessage]:
+        """Return the group as it was kept last, or ``None``."""
+        return meta.fold(self.store.read((group_id,), kind=meta.GROUP)[group_id])
+
+    def forget_group(self, group_id: str) -> None:
+        """Delete a group that was kept."""
+        self.store.remove((group_id,), kind=meta.GROUP)
+
+    def close(self, wait: bool = True) -> None:
+        """Close all connections and end all threads.
+
+        Parameters:
+            wait: whether to return only when all is done.
+        """
+        self.inbox.close(wait)
+        self.publisher.close()
+        self._pool.close()

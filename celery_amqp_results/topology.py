@@ -1,0 +1,159 @@
+"""Names, routing keys, and arguments of everything the backend declares on the broker.
+
+::
+
+    topic exchange   <result_exchange>.states
+    shard queues     <result_exchange>.shard.<n>           bound with  <n>.#
+    inbox            named by the broker, exclusive        bound with  *.<client>.#, *.all.#, <n>.#
+    routing key      <shard>.<client>.<group>.<task>.<STATE>
+
+This module does no I/O and knows nothing of connections. ``docs/wire.md`` describes the same for
+programs in other languages: what changes here changes there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import zlib
+from typing import Any, Dict, Mapping, Optional
+
+__all__ = ("ABSENT", "BROADCAST", "QueueSpec", "Topology", "client_word", "encode_word")
+
+#: Stands in a routing key for a word that there is none of.
+ABSENT = "-"
+
+#: Stands for the client in the routing key of a state that is written by somebody who does not
+#: know who sent the task: a revoke, a chord that failed, a task replaced by another. Every inbox
+#: gets these, since the one that sent the task may wait for them. It is no digest.
+BROADCAST = "all"
+
+#: A word of a routing key is at most this long; a longer one is replaced by its digest. Five
+#: words, of which one is a number and one a digest of 16, then always fit the 255 bytes of a key.
+MAX_WORD = 72
+
+_SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+@functools.lru_cache(maxsize=4096)
+def encode_word(value: Optional[str]) -> str:
+    """Return *value* as one word of a routing key.
+
+    Letters, digits, ``_`` and ``-`` stand for themselves, anything else for ``%XX`` of its UTF-8
+    bytes, so that a dot does not end the word and ``*`` and ``#`` can be bound literally. What
+    would be longer than :data:`MAX_WORD` becomes ``~`` and a digest. Different values give
+    different words.
+
+    Parameters:
+        value: any text; ``None`` and the empty text give :data:`ABSENT`.
+    """
+    if not value:
+        return ABSENT
+    if value == ABSENT:
+        return "%2D"
+    if len(value) <= MAX_WORD and _SAFE.issuperset(value):
+        return value
+    # Lone surrogates are no UTF-8; they are legal in a Python string, so in a task id as well.
+    raw = value.encode("utf-8", "surrogatepass")
+    if len(raw) <= MAX_WORD:
+        word = "".join(chr(b) if chr(b) in _SAFE else f"%{b:02X}" for b in raw)
+        if len(word) <= MAX_WORD:
+            return word
+    return "~" + hashlib.blake2b(raw, digest_size=24).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def client_word(origin: Optional[str]) -> str:
+    """Return the word for the process that sent a task.
+
+    Parameters:
+        origin: the task's header ``origin`` (``gen<pid>@<host>``), the same for every thread of
+            the sender; ``None`` gives :data:`ABSENT`.
+    """
+    if not origin:
+        return ABSENT
+    raw = origin.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(raw, digest_size=8).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class QueueSpec:
+    """How a queue is declared."""
+
+    name: str
+    durable: bool
+    exclusive: bool
+    auto_delete: bool
+    arguments: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Names and arguments that follow from the settings."""
+
+    #: The setting ``result_exchange``: first part of every name.
+    prefix: str
+    #: How many shard queues there are.
+    shards: int
+    #: ``classic`` or ``quorum``.
+    queue_type: str
+
+    @property
+    def exchange(self) -> str:
+        """Name of the topic exchange that every state is published to."""
+        return f"{self.prefix}.states"
+
+    @property
+    def exchange_arguments(self) -> Dict[str, Any]:
+        """Arguments of the exchange.
+
+        RabbitMQ keeps no arguments of our own and compares none of them, but it does compare the
+        name of the alternate exchange, which need not exist. With the number of shards in it, a
+        process that counts the shards differently is refused, instead of looking for results in
+        the wrong places and finding them pending.
+        """
+        return {"alternate-exchange": f"{self.prefix}.shards-{self.shards}"}
+
+    def shard(self, task_id: str) -> int:
+        """Return the number of the shard that keeps *task_id*, a task's or a group's id."""
+        return zlib.crc32(task_id.encode("utf-8", "surrogatepass")) % self.shards
+
+    def shard_queue(self, shard: int) -> QueueSpec:
+        """Return the queue of shard number *shard*."""
+        arguments: Dict[str, Any] = {
+            "x-queue-type": self.queue_type,
+            # Being the single active consumer is the lock of a checkout.
+            "x-single-active-consumer": True,
+        }
+        if self.queue_type == "quorum":
+            # Every read returns messages: a limit on deliveries would drop results that are read
+            # often. -1 is no limit; brokers before 4.0 have none by default and ignore a
+            # negative one.
+            arguments["x-delivery-limit"] = -1
+        return QueueSpec(f"{self.prefix}.shard.{shard}", True, False, False, arguments)
+
+    def shard_binding(self, shard: int) -> str:
+        """Return the binding key for every message of shard number *shard*."""
+        return f"{shard}.#"
+
+    @staticmethod
+    def client_binding(client: str) -> str:
+        """Return the binding key for every state of the tasks that *client* sent."""
+        return f"*.{client}.#"
+
+    def routing_key(
+        self, task_id: str, state: str, client: str = ABSENT, group_id: Optional[str] = None
+    ) -> str:
+        """Return the routing key of a state.
+
+        Parameters:
+            task_id: the task's id, of any length and shape.
+            state: name of the state.
+            client: word of the process that sent the task, see :func:`client_word`.
+            group_id: id of the group that the task belongs to.
+        """
+        return (
+            f"{self.shard(task_id)}.{client}.{encode_word(group_id)}"
+            f".{encode_word(task_id)}.{encode_word(state)}"
+        )

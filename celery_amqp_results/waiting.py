@@ -1,0 +1,275 @@
+"""Waiting for tasks: what the inbox pushes, put together with what the store keeps.
+
+A :class:`Follower` follows any number of tasks. Of each it hands out every state once, in the
+order of publishing where that can be told, and says which one ends the task. It looks a task up
+in the store once when it starts to follow it (unless the inbox covers it), again after the
+inbox's connection was lost, and now and then while nothing comes: a push is a hint, the store is
+the truth.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from typing import Callable, Collection, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+
+from celery_amqp_results import connections, errors, meta
+from celery_amqp_results.inbox import Inbox, Waiter
+from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.store import Store
+
+__all__ = ("Follower", "Update", "Waiting")
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which the store is asked again although nothing was pushed; doubled each time, up
+#: to the most. It costs next to nothing, and ends a wait whose push went astray for a reason that
+#: nobody has thought of.
+FIRST_RECHECK = 15.0
+LAST_RECHECK = 300.0
+
+#: Ids remembered as polled while pending, at most.
+MAX_POLLED = 10_000
+
+
+class Update(NamedTuple):
+    """What is new of a task."""
+
+    task_id: str
+    #: States not handed out before, in the order of publishing.
+    states: List[StateMessage]
+    #: The state that ends the task, or ``None`` while it goes on.
+    final: Optional[StateMessage]
+
+
+class Follower:
+    """Follows tasks until they end. To be used by one thread, and closed at the end.
+
+    Parameters:
+        inbox: pushes states.
+        store: keeps them.
+        wake: called, by any thread, when :meth:`step` has something to do.
+    """
+
+    def __init__(
+        self, inbox: Inbox, store: Store, wake: Optional[Callable[[], None]] = None
+    ) -> None:
+        self._inbox = inbox
+        self._store = store
+        self._waiter = Waiter(wake)
+        #: Of each task followed, the state that counts so far.
+        self.pending: Dict[str, Optional[StateMessage]] = {}
+        self._seen: Dict[str, Set[Tuple[int, str]]] = {}
+        #: Tasks whose store is to be asked, and what was pushed of them meanwhile: an older state
+        #: in the store may count more.
+        self._unsettled: Set[str] = set()
+        self._held: Dict[str, List[StateMessage]] = {}
+        self._pause = FIRST_RECHECK
+        self._recheck_at = time.monotonic() + FIRST_RECHECK
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def add(self, ids: Iterable[str]) -> None:
+        """Follow *ids* as well. Does no I/O."""
+        new = [task_id for task_id in dict.fromkeys(ids) if task_id not in self.pending]
+        self.pending.update(dict.fromkeys(new))
+        self._inbox.watch(new, self._waiter)
+
+    def discard(self, task_id: str) -> None:
+        """Follow *task_id* no more."""
+        if task_id in self.pending:
+            self._finish(task_id, consumed=False)
+
+    def close(self) -> None:
+        """Follow nothing any more."""
+        self._inbox.unwatch(self.pending, self._waiter)
+        self.pending.clear()
+
+    def poke(self) -> None:
+        """Have :meth:`step` return soon. May be called by any thread."""
+        self._waiter.poke()
+
+    def pause(self, seconds: float) -> None:
+        """Wait for *seconds*, or until there is something to do."""
+        self._waiter.wait(seconds)
+
+    def step(self, deadline: Optional[float], pause: float) -> List[Update]:
+        """Wait for something new and return it.
+
+        Parameters:
+            deadline: time (``time.monotonic``) after which the store is not asked any more.
+            pause: seconds to wait at most before returning empty-handed. Asking the store may
+                take longer.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+            DeclarationRefused: when something on the broker exists with other properties.
+        """
+        until = time.monotonic() + pause
+        if deadline is not None:
+            until = min(until, deadline)
+        now = time.monotonic()
+        if now >= self._recheck_at:
+            self._unsettled.update(self.pending)
+            self._pause = min(2 * self._pause, LAST_RECHECK)
+            self._recheck_at = now + self._pause
+        self._unsettled |= self._waiter.take_uncovered() & self.pending.keys()
+        updates: Dict[str, List[StateMessage]] = {}
+        if self._unsettled:
+            self._settle(until, deadline, updates)
+        if not updates:
+            self._waiter.wait(max(0.0, until - time.monotonic()))
+        for state in self._waiter.take():
+            if state.id in self._unsettled:
+                self._held.setdefault(state.id, []).append(state)
+            else:
+                updates.setdefault(state.id, []).append(state)
+        return [
+            update
+            for task_id, states in updates.items()
+            if (update := self._update(task_id, states)) is not None
+        ]
+
+    def _settle(
+        self,
+        until: float,
+        deadline: Optional[float],
+        updates: Dict[str, List[StateMessage]],
+    ) -> None:
+        """Ask the store about what is unsettled."""
+        try:
+            epoch = self._inbox.cover(self._unsettled, until)
+        except TimeoutError:
+            return
+        try:
+            found = self._store.read(self._unsettled, deadline)
+        except errors.BackendUnavailable as exc:
+            if exc.__cause__ is not None and connections.is_refusal(exc.__cause__):
+                raise
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            logger.warning("waiting goes on although a look-up failed: %s", exc)
+            # What was pushed is better than nothing.
+            for task_id, states in self._held.items():
+                updates.setdefault(task_id, []).extend(states)
+            self._held.clear()
+            return
+        self._inbox.install(found, epoch)
+        # The connection may have been lost meanwhile: the waiter says so, and we ask again.
+        self._unsettled.clear()
+        for task_id, states in found.items():
+            updates.setdefault(task_id, []).extend(states)
+        for task_id, states in self._held.items():
+            updates.setdefault(task_id, []).extend(states)
+        self._held.clear()
+
+    def _update(self, task_id: str, states: List[StateMessage]) -> Optional[Update]:
+        if task_id not in self.pending:
+            return None
+        seen = self._seen.setdefault(task_id, set())
+        new = []
+        for state in sorted(states, key=_published):
+            key = (state.published, state.state)
+            if key not in seen:
+                seen.add(key)
+                new.append(state)
+        if not new:
+            return None
+        known = self.pending[task_id]
+        current = meta.fold([known, *new] if known is not None else new)
+        self.pending[task_id] = current
+        final = current if current is not None and meta.is_final(current.state) else None
+        if final is not None:
+            self._finish(task_id, consumed=True)
+        return Update(task_id, new, final)
+
+    def _finish(self, task_id: str, consumed: bool) -> None:
+        del self.pending[task_id]
+        self._seen.pop(task_id, None)
+        self._held.pop(task_id, None)
+        self._unsettled.discard(task_id)
+        self._inbox.unwatch((task_id,), self._waiter, consumed)
+
+
+def _published(state: StateMessage) -> int:
+    return state.published
+
+
+class Waiting:
+    """Reads states by asking once, and makes followers. Thread-safe."""
+
+    def __init__(self, inbox: Inbox, store: Store) -> None:
+        self._inbox = inbox
+        self._store = store
+        self._lock = threading.Lock()
+        #: Ids that were pending when they were polled, the latest last.
+        self._polled: collections.OrderedDict[str, None] = collections.OrderedDict()
+
+    def follower(self, wake: Optional[Callable[[], None]] = None) -> Follower:
+        """Return a follower of no tasks yet."""
+        return Follower(self._inbox, self._store, wake)
+
+    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+        """Return the present state of each of *ids*, or ``None`` where nothing is known.
+
+        Of covered tasks nobody is asked. Others are looked up in the store; a task that is polled
+        a second time while pending is covered from then on.
+
+        Raises:
+            LookupTimeout: when the store could not be read in time.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+            DeclarationRefused: when something on the broker exists with other properties.
+        """
+        states: Dict[str, Optional[StateMessage]] = {}
+        unknown = []
+        for task_id in ids:
+            try:
+                states[task_id] = self._inbox.known(task_id)
+            except KeyError:
+                unknown.append(task_id)
+        if not unknown:
+            return states
+        with self._lock:
+            again = {task_id for task_id in unknown if task_id in self._polled}
+        waiter = Waiter()
+        epoch = 0
+        if again:
+            self._inbox.watch(again, waiter)
+        try:
+            if again:
+                epoch = self._cover(again)
+            found = self._store.read(unknown)
+            if epoch:
+                self._inbox.install({task_id: found[task_id] for task_id in again}, epoch)
+        finally:
+            if again:
+                self._inbox.unwatch(again, waiter)
+        with self._lock:
+            for task_id in unknown:
+                state = states[task_id] = meta.fold(found[task_id])
+                self._polled.pop(task_id, None)
+                if state is None or not meta.is_final(state.state):
+                    self._polled[task_id] = None
+            while len(self._polled) > MAX_POLLED:
+                self._polled.popitem(last=False)
+        return states
+
+    def _cover(self, ids: Set[str]) -> int:
+        """Cover *ids* if that can be done soon: the answer does not depend on it."""
+        try:
+            return self._inbox.cover(ids, time.monotonic() + self._store.lookup_timeout)
+        except (TimeoutError, errors.BackendUnavailable) as exc:
+            logger.warning("polled tasks cannot be pushed: %s", exc)
+            return 0
+
+    def discard(self, task_id: str) -> None:
+        """Drop what is known of a task."""
+        self._inbox.discard(task_id)
+        with self._lock:
+            self._polled.pop(task_id, None)
