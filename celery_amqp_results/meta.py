@@ -31,7 +31,6 @@ __all__ = (
 #: Kinds of messages in a shard, in the property ``type``.
 STATE = "state"
 GROUP = "group"
-FENCE = "fence"
 
 #: Header with the time of publishing, in microseconds since 1970.
 PUBLISHED = "published"

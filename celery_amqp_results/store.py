@@ -1,16 +1,9 @@
-"""Reading the shards: looking up states, forgetting them, and nothing lost or hidden meanwhile.
+"""Reading the shards: looking up states, and forgetting them.
 
-A queue can only be read by taking its messages out. A read is therefore a *checkout*: consume
-with manual acknowledgement, look at what comes until one's own *fence* does, and close the
-channel, upon which the broker puts back in its place, in one step, everything that was not
-acknowledged. A reader that dies does the same. The queue's single active consumer is the lock: a
-second reader waits in line, and never finds a queue that only looks empty. The fence is a message
-published to the queue just before: whatever was confirmed before the read began lies in front of
-it.
-
-Several shards are read at once, each on a channel of its own that is closed as soon as its own
-fence has come: a reader that kept one shard while it waits for another could meet a second reader
-that does the reverse, and both would wait for ever.
+A shard is read by a :class:`~celery_amqp_results.checkout.Checkout`. Several shards are read at
+once, each on a channel of its own that is closed as soon as its own fence has come: a reader that
+kept one shard while it waits for another could meet a second reader that does the reverse, and
+both would wait for ever.
 """
 
 from __future__ import annotations
@@ -18,14 +11,12 @@ from __future__ import annotations
 import collections
 import logging
 import time
-import uuid
 from typing import Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
 
 import amqp
-from amqp import exceptions as amqp_errors
-from amqp import spec
 
 from celery_amqp_results import connections, errors, meta
+from celery_amqp_results.checkout import Checkout
 from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.meta import StateMessage
 
@@ -40,19 +31,12 @@ HEARTBEAT = 5.0
 #: How many shards one look-up reads at the same time.
 PARALLEL = 16
 
-#: How many messages a checkout may hold; the most that AMQP can say. It has to be finite: with no
-#: limit a quorum queue stops at 2,000 deliveries, and the fence never comes.
-PREFETCH = 65535
-
-#: A fence that its reader did not live to take is dropped after this many milliseconds.
-FENCE_EXPIRATION = 60_000
-
 #: A foreign message is logged in full once; so many kinds of them are remembered.
 MAX_COMPLAINTS = 100
 
 
-class _Checkout:
-    """One read of one shard."""
+class _Read:
+    """One shard being read."""
 
     def __init__(
         self,
@@ -65,86 +49,49 @@ class _Checkout:
     ) -> None:
         self.shard = shard
         self.wanted = wanted
-        self.kind = kind
-        self.remove = remove
         self.found: Dict[str, List[StateMessage]] = {}
-        self.seen = 0
         self.removed = 0
-        self.done = False
+        self._kind = kind
+        self._remove = remove
         self._store = store
-        self._link = link
-        self._fence = uuid.uuid4().hex
-        self.channel = link.amqp.channel()
-        store.declarations.ensure_shard(self.channel, shard)
-        queue = store.declarations.topology.shard_queue(shard).name
-        self._queue = queue
-        channel = self.channel
-        channel.basic_publish(
-            amqp.Message(
-                b"",
-                type=meta.FENCE,
-                message_id=self._fence,
-                expiration=str(FENCE_EXPIRATION),
-                delivery_mode=1,
-            ),
-            routing_key=queue,
+        channel = link.amqp.channel()
+        store.declarations.ensure_shard(channel, shard)
+        self.checkout = Checkout(
+            link,
+            channel,
+            store.declarations.topology.shard_queue(shard).name,
+            self._on_message,
         )
-        # Neither answer is waited for: the next thing of interest is the first message.
-        channel.send_method(spec.Basic.Qos, "lBb", (0, PREFETCH, False))
-        channel.basic_consume(
-            queue,
-            consumer_tag="r",
-            no_ack=False,
-            nowait=True,
-            callback=self._on_message,
-            on_cancel=self._on_cancel,
-        )
-
-    def _on_cancel(self, consumer_tag: str) -> None:
-        # The queue was deleted, or its leader went away.
-        raise amqp_errors.ConsumerCancelled(consumer_tag, spec.Basic.Cancel)
 
     def _on_message(self, message: amqp.Message) -> None:
-        if self.done:
-            return
-        self.seen += 1
-        properties = message.properties
-        kind = properties.get("type")
-        if kind == meta.FENCE:
-            # Those of readers that died are in nobody's way any more.
-            self.channel.basic_ack(message.delivery_tag)
-            self.done = properties.get("message_id") == self._fence
-            return
-        if kind != self.kind:
+        kind = message.properties.get("type")
+        if kind != self._kind:
             if kind not in (meta.STATE, meta.GROUP):
-                self._store.reject(f"queue {self._queue}", f"property 'type' is {kind!r}")
+                self._store.reject(self.checkout.queue, f"property 'type' is {kind!r}")
             return
         try:
-            found = meta.message_id(properties)
+            found = meta.message_id(message.properties)
             if found not in self.wanted:
                 return
-            state = StateMessage.from_properties(properties, message.body)
+            state = StateMessage.from_properties(message.properties, message.body)
         except errors.ForeignMessage as exc:
-            self._store.reject(f"queue {self._queue}", str(exc))
+            self._store.reject(self.checkout.queue, str(exc))
             return
-        if self.remove:
-            self.channel.basic_ack(message.delivery_tag)
+        if self._remove:
+            self.checkout.acknowledge([message.delivery_tag])
             self.removed += 1
             return
         self.found.setdefault(found, []).append(state)
 
-    def close(self) -> None:
-        """Have the broker put everything back that was not acknowledged.
+    @property
+    def done(self) -> bool:
+        """Whether the whole shard was seen."""
+        return self.checkout.fenced
 
-        Channel.close() would log each message that is still on its way as a protocol error, and
-        would wait for the answer: only a removal has to be done when the caller goes on.
-        """
-        self.channel.send_method(
-            spec.Channel.Close,
-            "BsBB",
-            (0, "", 0, 0),
-            wait=spec.Channel.CloseOk if self.remove else None,
-        )
+    def close(self) -> None:
+        """Let go of the shard."""
+        # Only a removal has to be done when the caller goes on.
+        self.checkout.close(wait=self._remove)
 
 
 class Store:
@@ -200,7 +147,7 @@ class Store:
         """
         found: Dict[str, List[StateMessage]] = {}
 
-        def take(checkout: _Checkout) -> None:
+        def take(checkout: _Read) -> None:
             part = {task_id: checkout.found.get(task_id, []) for task_id in checkout.wanted}
             found.update(part)
             if on_shard is not None:
@@ -218,7 +165,7 @@ class Store:
         """
         removed = 0
 
-        def take(checkout: _Checkout) -> None:
+        def take(checkout: _Read) -> None:
             nonlocal removed
             removed += checkout.removed
 
@@ -245,7 +192,7 @@ class Store:
         deadline: Optional[float],
         kind: str,
         remove: bool,
-        take: Callable[[_Checkout], None],
+        take: Callable[[_Read], None],
     ) -> None:
         started = time.monotonic()
         # Each shard has its time; of many, those at the end of the line are not to be late.
@@ -291,15 +238,15 @@ class Store:
         end: float,
         kind: str,
         remove: bool,
-        take: Callable[[_Checkout], None],
+        take: Callable[[_Read], None],
     ) -> None:
-        running: List[_Checkout] = []
+        running: List[_Read] = []
         waiting = collections.deque(todo)
         started = time.monotonic()
         while waiting or running:
             while waiting and len(running) < PARALLEL:
                 shard = waiting.popleft()
-                running.append(_Checkout(self, link, shard, shards[shard], kind, remove))
+                running.append(_Read(self, link, shard, shards[shard], kind, remove))
             now = time.monotonic()
             if now >= end:
                 raise self._late(link, running, now - started)
@@ -315,14 +262,14 @@ class Store:
                 take(checkout)
 
     def _late(
-        self, link: connections.Link, running: List[_Checkout], seconds: float
+        self, link: connections.Link, running: List[_Read], seconds: float
     ) -> errors.LookupTimeout:
         slow = running[0]
         queue = self.declarations.topology.shard_queue(slow.shard).name
         if link.blocked:
             why = f"the broker blocks publishers ({link.blocked}: a memory or disk alarm)"
-        elif slow.seen:
-            why = f"{slow.seen} messages were read by then, and more are kept in it"
+        elif slow.checkout.seen:
+            why = f"{slow.checkout.seen} messages were read by then, and more are kept in it"
         else:
             why = "another reader holds it, or the broker does not answer"
         return errors.LookupTimeout(

@@ -1,0 +1,140 @@
+"""Taking the messages of a queue out to look at them, and putting them back.
+
+A queue can only be read by taking its messages out. A *checkout* consumes with manual
+acknowledgement, looks at what comes until its own *fence* does, and closes the channel, upon which
+the broker puts back in its place, in one step, everything that was not acknowledged. A reader that
+dies does the same. The queue's single active consumer is the lock: a second reader waits in line,
+and never finds a queue that only looks empty.
+
+The fence is a message that the reader publishes to the queue. What was confirmed before lies in
+front of it. One thing may lie behind a fence although it was there before: what a reader further
+up the line took out and published again in another form, while the fence was waiting. So a reader
+that has not found what it looks for sets a second fence when the first one comes: it has the queue
+to itself by then, and nothing can be moved behind the second one.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Callable, List
+
+import amqp
+from amqp import exceptions as amqp_errors
+from amqp import spec
+
+from celery_amqp_results import connections
+
+__all__ = ("FENCE", "Checkout")
+
+#: The property ``type`` of a fence.
+FENCE = "fence"
+
+#: How many messages a checkout may hold; the most that AMQP can say. It has to be finite: with no
+#: limit a quorum queue stops at 2,000 deliveries, and the fence never comes.
+PREFETCH = 65535
+
+#: A fence that its reader did not live to take is dropped after this many milliseconds.
+FENCE_EXPIRATION = 60_000
+
+
+class Checkout:
+    """One read of one queue.
+
+    The queue must have a single active consumer. Nothing is waited for here: whoever makes a
+    checkout drains the link until :attr:`fenced`.
+
+    Parameters:
+        link: an open connection, which the caller is alone with.
+        channel: an open channel on it, which the checkout closes.
+        queue: name of the queue.
+        on_message: called with each message that is no fence, while the link is drained.
+
+    Raises:
+        amqp.AMQPError, OSError: when the connection is lost. Draining the link raises NotFound or
+            ConsumerCancelled when the queue is not there, or is deleted meanwhile.
+    """
+
+    def __init__(
+        self,
+        link: connections.Link,
+        channel: amqp.Channel,
+        queue: str,
+        on_message: Callable[[amqp.Message], None],
+    ) -> None:
+        self.link = link
+        self.channel = channel
+        self.queue = queue
+        #: Whether the fence has come.
+        self.fenced = False
+        #: How many messages have come, fences among them.
+        self.seen = 0
+        self._on_message = on_message
+        self._fence = ""
+        self.set_fence()
+        # Neither answer is waited for: the next thing of interest is the first message.
+        channel.send_method(spec.Basic.Qos, "lBb", (0, PREFETCH, False))
+        channel.basic_consume(
+            queue,
+            consumer_tag="r",
+            no_ack=False,
+            nowait=True,
+            callback=self._receive,
+            on_cancel=self._cancelled,
+        )
+
+    def set_fence(self) -> None:
+        """Publish a fence; :attr:`fenced` is false until it comes."""
+        self.fenced = False
+        self._fence = uuid.uuid4().hex
+        self.channel.basic_publish(
+            amqp.Message(
+                b"",
+                type=FENCE,
+                message_id=self._fence,
+                expiration=str(FENCE_EXPIRATION),
+                delivery_mode=1,
+            ),
+            routing_key=self.queue,
+        )
+
+    def _cancelled(self, consumer_tag: str) -> None:
+        # The queue was deleted, or its leader went away.
+        raise amqp_errors.ConsumerCancelled(consumer_tag, spec.Basic.Cancel)
+
+    def _receive(self, message: amqp.Message) -> None:
+        if self.fenced:
+            # Published since; it is put back.
+            return
+        self.seen += 1
+        properties = message.properties
+        if properties.get("type") == FENCE:
+            # Those of readers that died are in nobody's way any more; those of readers that wait
+            # in line are not acknowledged, and put back.
+            if properties.get("message_id") == self._fence:
+                self.channel.basic_ack(message.delivery_tag)
+                self.fenced = True
+            return
+        self._on_message(message)
+
+    def acknowledge(self, tags: List[int]) -> None:
+        """Take messages out for good.
+
+        Parameters:
+            tags: their delivery tags.
+        """
+        for tag in tags:
+            self.channel.basic_ack(tag)
+
+    def close(self, wait: bool) -> None:
+        """Have the broker put everything back that was not acknowledged.
+
+        Parameters:
+            wait: whether to return only when that is done.
+        """
+        # Channel.close() would log each message that is still on its way as a protocol error.
+        self.channel.send_method(
+            spec.Channel.Close,
+            "BsBB",
+            (0, "", 0, 0),
+            wait=spec.Channel.CloseOk if wait else None,
+        )

@@ -1,0 +1,162 @@
+"""Fixtures for all tests: a private RabbitMQ node, and apps that use it.
+
+``RABBITMQ_DISTRIBUTION`` names what the node is made of: ``system`` (the default) for the package
+that is installed, or a Debian suite such as ``forky``. With ``AMQP_URL`` set that broker is used,
+and tests that have to stop or kill it are skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Callable, Iterator, List, Optional, TypeVar
+
+import amqp
+import pytest
+from celery import Celery
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import rabbitmq
+
+_T = TypeVar("_T")
+
+
+def pytest_report_header() -> str:
+    where = os.environ.get("AMQP_URL") and "AMQP_URL"
+    return f"rabbitmq: {where or os.environ.get('RABBITMQ_DISTRIBUTION', 'system')}"
+
+
+def eventually(condition: Callable[[], _T], timeout: float = 20.0) -> _T:
+    """Return what *condition* returns once that is true; fail after *timeout* seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() >= deadline:
+            pytest.fail(f"not true within {timeout} s: {condition}")
+        time.sleep(0.02)
+
+
+@pytest.fixture(name="eventually")
+def _eventually() -> Callable[..., Any]:
+    return eventually
+
+
+@pytest.fixture(scope="session")
+def _session_node() -> Iterator[Optional[rabbitmq.Node]]:
+    if os.environ.get("AMQP_URL"):
+        yield None
+        return
+    name = os.environ.get("RABBITMQ_DISTRIBUTION", "system")
+    try:
+        rabbitmq.ensure_installed(name)
+        node = rabbitmq.Node(rabbitmq.distribution(name))
+        node.start()
+    except rabbitmq.NotAvailable as exc:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no RabbitMQ: {exc}")
+    with node:
+        yield node
+
+
+@pytest.fixture
+def node(_session_node: Optional[rabbitmq.Node]) -> rabbitmq.Node:
+    """The private RabbitMQ node, to be stopped, killed and asked."""
+    if _session_node is None:
+        pytest.skip("the broker of AMQP_URL is not ours to control")
+    return _session_node
+
+
+@pytest.fixture
+def amqp_url(_session_node: Optional[rabbitmq.Node]) -> str:
+    """URL of the broker."""
+    return os.environ["AMQP_URL"] if _session_node is None else _session_node.url()
+
+
+@contextlib.contextmanager
+def raw_connection(url: str) -> Iterator[amqp.Connection]:
+    """A plain py-amqp connection to *url*: what the tests look at the broker with."""
+    import kombu
+
+    connection = kombu.Connection(url)
+    try:
+        yield connection.connection
+    finally:
+        connection.release()
+
+
+@pytest.fixture
+def raw(amqp_url: str) -> Iterator[amqp.Connection]:
+    """A plain py-amqp connection: what the tests look at the broker with."""
+    with raw_connection(amqp_url) as connection:
+        yield connection
+
+
+class Apps:
+    """Makes Celery apps that share one random ``result_exchange``, and cleans up after them."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.prefix = f"test-{uuid.uuid4().hex[:12]}"
+        self.made: List[Celery] = []
+
+    def __call__(self, backend: str = "amqp://", *, shards: int = 8, **conf: Any) -> Celery:
+        """Return an app.
+
+        Parameters:
+            backend: the result backend URL.
+            shards: the option of that name, unless the transport options are given.
+            **conf: Celery settings.
+        """
+        app = Celery(
+            f"app-{len(self.made)}", broker=self.url, backend=backend, set_as_current=False
+        )
+        app.conf.update(
+            result_exchange=self.prefix,
+            task_default_queue=f"{self.prefix}-tasks",
+            result_backend_transport_options={"shards": shards},
+            broker_connection_retry_on_startup=True,
+        )
+        app.conf.update(conf)
+        self.made.append(app)
+        return app
+
+    def close(self) -> None:
+        """Close the apps and delete what they declared."""
+        shards = {1}
+        for app in self.made:
+            backend = app._backend_cache
+            if backend is not None:
+                shards.add(backend.options.shards)
+                backend.close()
+            app.close()
+        with raw_connection(self.url) as connection:
+            channel = connection.channel()
+            for number in range(max(shards)):
+                # Deleting what is not there is no error.
+                channel.queue_delete(f"{self.prefix}.shard.{number}")
+            channel.queue_delete(f"{self.prefix}-tasks")
+            channel.exchange_delete(f"{self.prefix}.states")
+            channel.exchange_delete(self.prefix)
+            connection.close()
+
+
+@pytest.fixture
+def make_app(amqp_url: str) -> Iterator[Apps]:
+    """Makes Celery apps with the result backend, a random ``result_exchange`` and 8 shards."""
+    apps = Apps(amqp_url)
+    yield apps
+    apps.close()
+
+
+@pytest.fixture
+def app(make_app: Apps) -> Celery:
+    """A Celery app with the result backend."""
+    return make_app()

@@ -1,0 +1,115 @@
+"""Real Celery workers, as processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any, Callable, Iterator, List
+
+import pytest
+from celery import Celery
+
+from tests.conftest import Apps, eventually
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Worker:
+    """A running ``celery worker`` process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    @property
+    def pid(self) -> int:
+        """The parent process of the worker."""
+        return self.process.pid
+
+    def output(self) -> str:
+        """What the worker has logged so far."""
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """End the worker warmly, or by force where it does not end."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def kill(self) -> None:
+        """Kill the worker and its children with SIGKILL."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+def launch_worker(
+    app: Celery,
+    tmp_path: Path,
+    module: str = "tests.worker.tasks",
+    pool: str = "prefork",
+    concurrency: int = 2,
+    args: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+) -> Worker:
+    """Start ``celery worker`` for the tasks of *module* with the settings of *app*.
+
+    The module makes its app with :func:`tests.worker.tasks.app_from_environment`. Returns when
+    the worker is ready.
+    """
+    log = tmp_path / f"worker-{uuid.uuid4().hex[:8]}.log"
+    environment = dict(
+        os.environ,
+        TEST_BROKER_URL=str(app.conf.broker_url),
+        TEST_RESULT_BACKEND=str(app.conf.result_backend),
+        TEST_RESULT_EXCHANGE=str(app.conf.result_exchange),
+        TEST_TASK_QUEUE=str(app.conf.task_default_queue),
+        TEST_SHARDS=str(app.backend.options.shards),
+        PYTHONWARNINGS="default",
+        PYTHONUNBUFFERED="1",
+        **(env or {}),
+    )
+    command = [
+        sys.executable, "-m", "celery", "-A", module, "worker", "--pool", pool,
+        "--concurrency", str(concurrency), "--loglevel", "INFO", "--without-gossip",
+        "--without-mingle", "--hostname", f"w-{uuid.uuid4().hex[:8]}@localhost", *args,
+    ]  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    worker = Worker(process, log)
+
+    def ready() -> bool:
+        if process.poll() is not None:
+            pytest.fail(f"the worker has ended:\n{worker.output()}")
+        return " ready." in worker.output()
+
+    eventually(ready, 60)
+    return worker
+
+
+@pytest.fixture
+def start_worker(make_app: Apps, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """Starts ``celery worker`` processes, see :func:`launch_worker`; ends them after the test."""
+    workers: List[Worker] = []
+
+    def start(app: Celery, **kwargs: Any) -> Worker:
+        worker = launch_worker(app, tmp_path, **kwargs)
+        workers.append(worker)
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.stop()

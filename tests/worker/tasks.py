@@ -1,0 +1,87 @@
+"""Tasks for tests with real workers. The sending side imports them, too."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, List
+
+from celery import Celery
+
+
+def app_from_environment() -> Celery:
+    """Return an app with the settings that the test has put into the environment."""
+    app = Celery("worker-app")
+    app.conf.update(
+        broker_url=os.environ.get("TEST_BROKER_URL", "memory://"),
+        result_backend=os.environ.get("TEST_RESULT_BACKEND", "amqp://"),
+        result_exchange=os.environ.get("TEST_RESULT_EXCHANGE", "celeryresults"),
+        task_default_queue=os.environ.get("TEST_TASK_QUEUE", "celery"),
+        result_backend_transport_options={"shards": int(os.environ.get("TEST_SHARDS", "8"))},
+        broker_connection_retry_on_startup=True,
+        worker_hijack_root_logger=True,
+    )
+    return app
+
+
+app = app_from_environment()
+
+
+@app.task
+def add(x: int, y: int) -> int:
+    return x + y
+
+
+@app.task
+def fail(message: str) -> None:
+    raise KeyError(message)
+
+
+@app.task(track_started=True)
+def started_for(seconds: float) -> str:
+    time.sleep(seconds)
+    return "done"
+
+
+@app.task(bind=True)
+def progress(self: Any, steps: int) -> int:
+    for step in range(steps):
+        self.update_state(state="PROGRESS", meta={"current": step, "total": steps})
+    return steps
+
+
+@app.task(bind=True, max_retries=3)
+def retried(self: Any, times: int) -> int:
+    if self.request.retries < times:
+        raise self.retry(countdown=0, exc=ValueError(f"try {self.request.retries}"))
+    return int(self.request.retries)
+
+
+@app.task(bind=True)
+def replaced(self: Any, x: int, y: int) -> Any:
+    return self.replace(add.s(x, y))
+
+
+@app.task(ignore_result=True)
+def ignored() -> int:
+    return 1
+
+
+@app.task
+def spawn_children(n: int) -> List[str]:
+    return [add.delay(i, i).id for i in range(n)]
+
+
+@app.task(bind=True)
+def whoami(self: Any) -> Any:
+    return {"origin": self.request.origin, "pid": os.getpid()}
+
+
+@app.task
+def unserializable() -> Any:
+    return object()
+
+
+@app.task
+def payload(size: int) -> str:
+    return "x" * size
