@@ -16,7 +16,7 @@ to itself by then, and nothing can be moved behind the second one.
 from __future__ import annotations
 
 import uuid
-from typing import Callable, List
+from typing import Callable, Iterable
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -116,7 +116,7 @@ class Checkout:
             return
         self._on_message(message)
 
-    def acknowledge(self, tags: List[int]) -> None:
+    def acknowledge(self, tags: Iterable[int]) -> None:
         """Take messages out for good.
 
         Parameters:

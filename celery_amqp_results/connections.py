@@ -80,6 +80,8 @@ class Link:
         #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
         self.blocked: Optional[str] = None
         self.idle_since = 0.0
+        #: A channel for publishing that its users keep open between uses.
+        self.publishing: Any = None
         # Bounds every read and write that sets no shorter bound of its own, so that a broker that
         # stops answering is an error and not a hang.
         self.socket.settimeout(IO_TIMEOUT)

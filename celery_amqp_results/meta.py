@@ -137,6 +137,26 @@ class StateMessage:
         )
 
 
+def checked(state: StateMessage) -> StateMessage:
+    """Return *state*, which came out of a page, if its fields are what they should be.
+
+    Raises:
+        ForeignMessage: when one is not.
+    """
+    if not (
+        isinstance(state.id, str)
+        and isinstance(state.state, str)
+        and type(state.published) is int
+        and isinstance(state.content_type, str)
+        and isinstance(state.content_encoding, str)
+        and (state.compression is None or isinstance(state.compression, str))
+        and (state.expiration is None or type(state.expiration) is int)
+        and state.kind in (STATE, GROUP)
+    ):
+        raise errors.ForeignMessage(f"a field is not of its type: {state!r:.300}")
+    return state
+
+
 def message_id(properties: Mapping[str, Any]) -> str:
     """Return the id that a message is about, from its properties alone.
 

@@ -74,6 +74,8 @@ class Options:
     confirm: bool = True
     #: Seconds within which a look-up has to be answered.
     lookup_timeout: float = 10.0
+    #: Bytes of results that are packed into one message, at most.
+    page_size: int = 256 * 1024
     #: How connecting and publishing are retried.
     retry_policy: RetryPolicy = RetryPolicy()
 
@@ -187,6 +189,7 @@ _PARSERS: Dict[str, Callable[[Any], Any]] = {
     "queue_type": _one_of(*QUEUE_TYPES),
     "confirm": _boolean,
     "lookup_timeout": _seconds(0.1, 3600),
+    "page_size": _integer(1024, 8 * 1024 * 1024),
     "retry_policy": _retry_policy,
 }
 

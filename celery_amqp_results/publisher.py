@@ -9,25 +9,20 @@ the fold of states makes harmless.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import threading
 import time
-from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type
+from typing import Deque, Optional, Sequence, Tuple, Type
 
-import amqp
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import connections, errors
+from celery_amqp_results.confirms import ConfirmChannel, Outgoing
 from celery_amqp_results.declarations import Declarations
 
 __all__ = ("Outgoing", "Publisher")
 
 logger = logging.getLogger(__name__)
-
-#: How long the broker may take to confirm before the connection is taken for dead, in seconds.
-#: Not counted while the broker says that it blocks publishers.
-CONFIRM_TIMEOUT = 30.0
 
 #: How many messages that nobody waits for may be unconfirmed on one connection.
 MAX_UNCONFIRMED = 500
@@ -37,92 +32,6 @@ MAX_UNCONFIRMED = 500
 HEARTBEAT = 0.0
 
 _FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *connections.TRANSIENT)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outgoing:
-    """A message to publish."""
-
-    #: Name of the exchange; empty for the default exchange.
-    exchange: str
-    routing_key: str
-    #: AMQP properties, by py-amqp's names.
-    properties: Mapping[str, Any]
-    body: bytes
-    #: Number of the shard that keeps it, which is declared first; ``None`` for no shard.
-    shard: Optional[int] = None
-    #: What it is, for messages of errors.
-    what: str = "a message"
-
-
-class _Channel:
-    """A channel in confirm mode on one connection, and what is unconfirmed on it."""
-
-    def __init__(self, link: connections.Link) -> None:
-        self.link = link
-        self.channel = link.amqp.channel()
-        self.channel.confirm_select()
-        self._tag = 0
-        #: By delivery tag, in the order of publishing.
-        self.unconfirmed: Dict[int, Outgoing] = {}
-        self.nacked: Set[int] = set()
-        self.returned: List[str] = []
-        self.channel.events["basic_ack"].add(self._on_ack)
-        self.channel.events["basic_nack"].add(self._on_nack)
-        self.channel.events["basic_return"].add(self._on_return)
-
-    def publish(self, message: Outgoing) -> int:
-        self._tag += 1
-        self.unconfirmed[self._tag] = message
-        # Mandatory: a state that no queue takes comes back instead of vanishing. _basic_publish
-        # is what basic_publish was before confirms were added to it, which waits for the next
-        # confirm of whatever message.
-        self.channel._basic_publish(
-            amqp.Message(message.body, **message.properties),
-            exchange=message.exchange,
-            routing_key=message.routing_key,
-            mandatory=message.shard is not None,
-        )
-        return self._tag
-
-    def _on_ack(self, tag: int, multiple: bool) -> None:
-        self._settle(tag, multiple)
-
-    def _on_nack(self, tag: int, multiple: bool) -> None:
-        self.nacked.update(self._settle(tag, multiple))
-
-    def _settle(self, tag: int, multiple: bool) -> List[int]:
-        if not multiple:
-            return [tag] if self.unconfirmed.pop(tag, None) is not None else []
-        # Keys are in ascending order.
-        settled = []
-        for key in self.unconfirmed:
-            if key > tag:
-                break
-            settled.append(key)
-        for key in settled:
-            del self.unconfirmed[key]
-        return settled
-
-    def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
-        self.returned.append(routing_key)
-
-    def wait(self, tags: Sequence[int]) -> None:
-        """Wait until the broker has settled *tags*."""
-        patience = time.monotonic() + CONFIRM_TIMEOUT
-        while any(tag in self.unconfirmed for tag in tags):
-            self.link.drain(1.0)
-            if self.link.blocked:
-                patience = time.monotonic() + CONFIRM_TIMEOUT
-            elif time.monotonic() > patience:
-                raise errors.NotConfirmed(
-                    f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s"
-                )
-
-    def collect(self) -> None:
-        """Take in the confirms that have come so far, without waiting."""
-        while self.link.readable():
-            self.link.drain(0.001)
 
 
 class Publisher:
@@ -140,7 +49,7 @@ class Publisher:
         self._connector = connector
         self._declarations = declarations
         self._lock = threading.Lock()
-        self._idle: Deque[_Channel] = collections.deque()
+        self._idle: Deque[ConfirmChannel] = collections.deque()
         self._closed = False
         #: Messages that nobody waits for, of connections lost before their confirm came.
         self._orphans: Deque[Outgoing] = collections.deque(maxlen=MAX_UNCONFIRMED)
@@ -163,7 +72,7 @@ class Publisher:
         """
         attempt = 0
         while True:
-            channel: Optional[_Channel] = None
+            channel: Optional[ConfirmChannel] = None
             try:
                 channel = self._acquire()
                 self._publish(channel, messages, confirm)
@@ -191,7 +100,9 @@ class Publisher:
                 self._release(channel)
                 return
 
-    def _publish(self, channel: _Channel, messages: Sequence[Outgoing], confirm: bool) -> None:
+    def _publish(
+        self, channel: ConfirmChannel, messages: Sequence[Outgoing], confirm: bool
+    ) -> None:
         declarations = self._declarations
         while self._orphans:
             # Published under the channel's watch from now on.
@@ -242,7 +153,7 @@ class Publisher:
             ) from exc
         return pause
 
-    def _acquire(self) -> _Channel:
+    def _acquire(self) -> ConfirmChannel:
         while True:
             with self._lock:
                 if not self._idle:
@@ -253,14 +164,14 @@ class Publisher:
             self._drop(channel, ())
         link = self._connector.open(HEARTBEAT)
         try:
-            return _Channel(link)
+            return ConfirmChannel(link)
         except BaseException:
             link.drop()
             raise
 
-    def _release(self, channel: _Channel) -> None:
+    def _release(self, channel: ConfirmChannel) -> None:
         channel.link.idle_since = time.monotonic()
-        surplus: Optional[_Channel] = None
+        surplus: Optional[ConfirmChannel] = None
         with self._lock:
             if self._closed:
                 surplus = channel
@@ -273,7 +184,7 @@ class Publisher:
         if surplus is not None:
             self._close(surplus)
 
-    def _drop(self, channel: _Channel, current: Sequence[Outgoing]) -> None:
+    def _drop(self, channel: ConfirmChannel, current: Sequence[Outgoing]) -> None:
         """Let go of a broken connection, keeping what others published on it unconfirmed."""
         mine = {id(message) for message in current}
         self._orphans.extend(m for m in channel.unconfirmed.values() if id(m) not in mine)
@@ -289,7 +200,7 @@ class Publisher:
         for channel in idle:
             self._close(channel)
 
-    def _close(self, channel: _Channel) -> None:
+    def _close(self, channel: ConfirmChannel) -> None:
         try:
             channel.wait(list(channel.unconfirmed))
         except _FAILURES as exc:

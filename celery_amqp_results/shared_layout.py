@@ -46,7 +46,9 @@ class SharedLayout:
         declarations = Declarations(topology)
         self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups")
         self.publisher = Publisher(connector, declarations)
-        self.store = Store(self._pool, declarations, options.lookup_timeout)
+        self.store = Store(
+            self._pool, declarations, options.lookup_timeout, options.page_size, persistent
+        )
         self.inbox = Inbox(connector, declarations, client)
         self._waiting = Waiting(self.inbox, self.store)
 

@@ -9,14 +9,17 @@ both would wait for ever.
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 import time
-from typing import Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
+from typing import Any, Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
 
 import amqp
+from celery import states
 
-from celery_amqp_results import connections, errors, meta
+from celery_amqp_results import connections, errors, meta, page
 from celery_amqp_results.checkout import Checkout
+from celery_amqp_results.confirms import ConfirmChannel, Outgoing
 from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.meta import StateMessage
 
@@ -31,12 +34,21 @@ HEARTBEAT = 5.0
 #: How many shards one look-up reads at the same time.
 PARALLEL = 16
 
+#: A reader that finds so many loose results or more packs them.
+PACK_AT = 32
+
+#: Packing is left to the next reader after so many seconds of one look-up: others wait in line.
+PACK_SECONDS = 0.03
+
+#: A reader keeps so many bytes of messages in memory for packing, at most.
+MAX_RETAINED = 2 * 1024 * 1024
+
 #: A foreign message is logged in full once; so many kinds of them are remembered.
 MAX_COMPLAINTS = 100
 
 
 class _Read:
-    """One shard being read."""
+    """One shard being read, and packed or rid of some messages on the way."""
 
     def __init__(
         self,
@@ -54,6 +66,14 @@ class _Read:
         self._kind = kind
         self._remove = remove
         self._store = store
+        self._link = link
+        self._fences = 1
+        #: Loose messages and small pages that packing would replace, by delivery tag.
+        self._loose: Dict[int, StateMessage] = {}
+        self._small_pages: Dict[int, bytes] = {}
+        self._retained = 0
+        #: Pages to write anew without what is removed from them, by delivery tag.
+        self._cut_pages: Dict[int, bytes] = {}
         channel = link.amqp.channel()
         store.declarations.ensure_shard(channel, shard)
         self.checkout = Checkout(
@@ -64,34 +84,156 @@ class _Read:
         )
 
     def _on_message(self, message: amqp.Message) -> None:
-        kind = message.properties.get("type")
-        if kind != self._kind:
-            if kind not in (meta.STATE, meta.GROUP):
-                self._store.reject(self.checkout.queue, f"property 'type' is {kind!r}")
-            return
+        properties = message.properties
+        tag = message.delivery_tag
         try:
-            found = meta.message_id(message.properties)
-            if found not in self.wanted:
-                return
-            state = StateMessage.from_properties(message.properties, message.body)
+            if properties.get("type") == page.PAGE:
+                self._on_page(tag, message.body)
+            else:
+                self._on_state(tag, StateMessage.from_properties(properties, message.body))
         except errors.ForeignMessage as exc:
             self._store.reject(self.checkout.queue, str(exc))
-            return
+
+    def _on_state(self, tag: int, state: StateMessage) -> None:
+        if state.id in self.wanted and state.kind == self._kind:
+            if self._remove:
+                self.checkout.acknowledge((tag,))
+                self.removed += 1
+                return
+            self.found.setdefault(state.id, []).append(state)
+        if self._retain(len(state.body)):
+            self._loose[tag] = state
+
+    def _on_page(self, tag: int, body: bytes) -> None:
+        now = time.time_ns() // 1000
+        hits = [
+            state
+            for state in page.find(body, self.wanted)
+            if state.kind == self._kind and not state.expired(now)
+        ]
         if self._remove:
-            self.checkout.acknowledge([message.delivery_tag])
-            self.removed += 1
+            if hits:
+                self.removed += len(hits)
+                self._cut_pages[tag] = body
             return
-        self.found.setdefault(found, []).append(state)
+        for state in hits:
+            self.found.setdefault(state.id, []).append(state)
+        if self._retain(len(body)):
+            self._small_pages[tag] = body
+
+    def _retain(self, size: int) -> bool:
+        """Return whether a message of *size* bytes is worth packing and may be kept in memory."""
+        page_size = self._store.page_size
+        if size > page_size // 2 or self._retained + size > MAX_RETAINED:
+            return False
+        self._retained += size
+        return True
 
     @property
     def done(self) -> bool:
-        """Whether the whole shard was seen."""
+        """Whether the whole shard was seen.
+
+        A second fence is set where the first one may have been too early, see
+        :mod:`~celery_amqp_results.checkout`.
+        """
+        if self.checkout.fenced and self._fences == 1 and not self._complete():
+            self._fences = 2
+            self.checkout.set_fence()
         return self.checkout.fenced
 
-    def close(self) -> None:
-        """Let go of the shard."""
+    def _complete(self) -> bool:
+        if self._remove or self._kind != meta.STATE:
+            return False
+        return all(
+            any(state.state == states.SUCCESS for state in self.found.get(task_id, ()))
+            for task_id in self.wanted
+        )
+
+    def finish(self, pack_until: float) -> None:
+        """Write what has to be written, and let go of the shard.
+
+        Parameters:
+            pack_until: time (``time.monotonic``) after which packing is left to the next reader.
+        """
+        if self._cut_pages:
+            self._cut()
+        elif not self._remove and len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
+            self._pack(pack_until)
         # Only a removal has to be done when the caller goes on.
         self.checkout.close(wait=self._remove)
+
+    def _cut(self) -> None:
+        for tag, body in self._cut_pages.items():
+            kept = [
+                state
+                for state in page.decode(body)
+                if not (state.id in self.wanted and state.kind == self._kind)
+            ]
+            if kept:
+                self._publish_page(kept)
+            self.checkout.acknowledge((tag,))
+
+    def _pack(self, until: float) -> None:
+        """Replace loose results, and small pages, by full pages.
+
+        Each page is confirmed before anything that it replaces is acknowledged. A crash in
+        between leaves results twice, which the fold makes harmless.
+        """
+        now = time.time_ns() // 1000
+        store = self._store
+        sources: Dict[int, List[StateMessage]] = {
+            tag: [state] for tag, state in self._loose.items()
+        }
+        for tag, body in self._small_pages.items():
+            try:
+                sources[tag] = page.decode(body)
+            except errors.ForeignMessage as exc:
+                store.reject(self.checkout.queue, str(exc))
+        keep, drop = page.select(itertools.chain.from_iterable(sources.values()), now)
+        if len(keep) + len(drop) < PACK_AT:
+            # Almost all are states of tasks that go on.
+            return
+        settled = {id(state) for state in drop}
+        batch: List[StateMessage] = []
+        size = 0
+        for state in keep:
+            if batch and size + len(state.body) > store.page_size:
+                if time.monotonic() >= until:
+                    break
+                self._publish_page(batch)
+                settled.update(map(id, batch))
+                batch, size = [], 0
+            batch.append(state)
+            size += len(state.body) + page.OVERHEAD
+        else:
+            if batch:
+                self._publish_page(batch)
+                settled.update(map(id, batch))
+        done = [
+            tag
+            for tag, states_of in sources.items()
+            if all(id(state) in settled for state in states_of)
+        ]
+        self.checkout.acknowledge(done)
+        store.packed += len(settled)
+
+    def _publish_page(self, content: List[StateMessage]) -> None:
+        """Publish a page to the shard, and wait until the broker has it."""
+        expires = page.expiration(content, time.time_ns() // 1000)
+        properties: Dict[str, Any] = {
+            "type": page.PAGE,
+            "content_type": page.CONTENT_TYPE,
+            "delivery_mode": 2 if self._store.persistent else 1,
+        }
+        if expires is not None:
+            properties["expiration"] = str(expires)
+        channel = self._store.confirm_channel(self._link)
+        tag = channel.publish(
+            Outgoing("", self.checkout.queue, properties, page.encode(content), self.shard)
+        )
+        channel.wait((tag,))
+        if channel.nacked or channel.returned:
+            raise errors.NotConfirmed(f"the broker did not take a page for {self.checkout.queue!r}")
 
 
 class Store:
@@ -101,6 +243,8 @@ class Store:
         pool: connections for look-ups.
         declarations: declares the shards before they are first used.
         lookup_timeout: seconds within which a look-up has to be answered.
+        page_size: bytes of results that are packed into one page, at most.
+        persistent: whether pages survive a restart of the broker.
 
     Thread-safe. After a fork the child must make a new store.
     """
@@ -110,10 +254,16 @@ class Store:
         pool: connections.Pool,
         declarations: Declarations,
         lookup_timeout: float,
+        page_size: int,
+        persistent: bool,
     ) -> None:
         self._pool = pool
         self.declarations = declarations
         self.lookup_timeout = lookup_timeout
+        self.page_size = page_size
+        self.persistent = persistent
+        #: States that were packed into pages, or dropped as superseded or expired.
+        self.packed = 0
         #: Messages in the shards that are not ours or are damaged, as often as they were met.
         self.rejected = 0
         self._complaints: Set[str] = set()
@@ -147,8 +297,8 @@ class Store:
         """
         found: Dict[str, List[StateMessage]] = {}
 
-        def take(checkout: _Read) -> None:
-            part = {task_id: checkout.found.get(task_id, []) for task_id in checkout.wanted}
+        def take(read: _Read) -> None:
+            part = {task_id: read.found.get(task_id, []) for task_id in read.wanted}
             found.update(part)
             if on_shard is not None:
                 on_shard(part)
@@ -165,9 +315,9 @@ class Store:
         """
         removed = 0
 
-        def take(checkout: _Read) -> None:
+        def take(read: _Read) -> None:
             nonlocal removed
-            removed += checkout.removed
+            removed += read.removed
 
         self._run(self._by_shard(ids), deadline, kind, True, take)
         return removed
@@ -243,6 +393,7 @@ class Store:
         running: List[_Read] = []
         waiting = collections.deque(todo)
         started = time.monotonic()
+        pack_seconds = PACK_SECONDS
         while waiting or running:
             while waiting and len(running) < PARALLEL:
                 shard = waiting.popleft()
@@ -250,16 +401,25 @@ class Store:
             now = time.monotonic()
             if now >= end:
                 raise self._late(link, running, now - started)
-            if not any(checkout.done for checkout in running):
+            finished = [read for read in running if read.done]
+            if not finished:
                 link.drain(min(end - now, HEARTBEAT / 2))
                 link.tick()
-            finished = [checkout for checkout in running if checkout.done]
-            for checkout in finished:
-                running.remove(checkout)
-                # Closed before anything else is done with it: others wait in line.
-                checkout.close()
-                todo.remove(checkout.shard)
-                take(checkout)
+                continue
+            for read in finished:
+                running.remove(read)
+                started_packing = time.monotonic()
+                read.finish(started_packing + pack_seconds)
+                pack_seconds -= time.monotonic() - started_packing
+                todo.remove(read.shard)
+                take(read)
+
+    def confirm_channel(self, link: connections.Link) -> ConfirmChannel:
+        """Return the channel for publishing on a connection for look-ups."""
+        if link.publishing is None:
+            link.publishing = ConfirmChannel(link)
+        channel: ConfirmChannel = link.publishing
+        return channel
 
     def _late(
         self, link: connections.Link, running: List[_Read], seconds: float

@@ -1,0 +1,110 @@
+"""Publishing on one channel, and knowing what of it the broker has taken over."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set
+
+import amqp
+
+from celery_amqp_results import connections, errors
+
+__all__ = ("ConfirmChannel", "Outgoing")
+
+#: How long the broker may take to confirm before the connection is taken for dead, in seconds.
+#: Not counted while the broker says that it blocks publishers.
+CONFIRM_TIMEOUT = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outgoing:
+    """A message to publish."""
+
+    #: Name of the exchange; empty for the default exchange.
+    exchange: str
+    routing_key: str
+    #: AMQP properties, by py-amqp's names.
+    properties: Mapping[str, Any]
+    body: bytes
+    #: Number of the shard that keeps it, which is declared first; ``None`` for no shard.
+    shard: Optional[int] = None
+    #: What it is, for messages of errors.
+    what: str = "a message"
+
+
+class ConfirmChannel:
+    """A channel in confirm mode, and what is unconfirmed on it.
+
+    Parameters:
+        link: an open connection, which the caller is alone with.
+
+    Raises:
+        amqp.AMQPError, OSError: when the connection is lost, here and in all methods.
+    """
+
+    def __init__(self, link: connections.Link) -> None:
+        self.link = link
+        self.channel = link.amqp.channel()
+        self.channel.confirm_select()
+        self._tag = 0
+        #: By delivery tag, in the order of publishing.
+        self.unconfirmed: Dict[int, Outgoing] = {}
+        self.nacked: Set[int] = set()
+        self.returned: List[str] = []
+        self.channel.events["basic_ack"].add(self._on_ack)
+        self.channel.events["basic_nack"].add(self._on_nack)
+        self.channel.events["basic_return"].add(self._on_return)
+
+    def publish(self, message: Outgoing) -> int:
+        self._tag += 1
+        self.unconfirmed[self._tag] = message
+        # Mandatory: a state that no queue takes comes back instead of vanishing. _basic_publish
+        # is what basic_publish was before confirms were added to it, which waits for the next
+        # confirm of whatever message.
+        self.channel._basic_publish(
+            amqp.Message(message.body, **message.properties),
+            exchange=message.exchange,
+            routing_key=message.routing_key,
+            mandatory=message.shard is not None,
+        )
+        return self._tag
+
+    def _on_ack(self, tag: int, multiple: bool) -> None:
+        self._settle(tag, multiple)
+
+    def _on_nack(self, tag: int, multiple: bool) -> None:
+        self.nacked.update(self._settle(tag, multiple))
+
+    def _settle(self, tag: int, multiple: bool) -> List[int]:
+        if not multiple:
+            return [tag] if self.unconfirmed.pop(tag, None) is not None else []
+        # Keys are in ascending order.
+        settled = []
+        for key in self.unconfirmed:
+            if key > tag:
+                break
+            settled.append(key)
+        for key in settled:
+            del self.unconfirmed[key]
+        return settled
+
+    def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
+        self.returned.append(routing_key)
+
+    def wait(self, tags: Sequence[int]) -> None:
+        """Wait until the broker has settled *tags*."""
+        patience = time.monotonic() + CONFIRM_TIMEOUT
+        while any(tag in self.unconfirmed for tag in tags):
+            self.link.drain(1.0)
+            if self.link.blocked:
+                patience = time.monotonic() + CONFIRM_TIMEOUT
+            elif time.monotonic() > patience:
+                raise errors.NotConfirmed(
+                    f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s"
+                )
+
+    def collect(self) -> None:
+        """Take in the confirms that have come so far, without waiting."""
+        while self.link.readable():
+            self.link.drain(0.001)

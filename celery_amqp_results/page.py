@@ -1,0 +1,176 @@
+"""Pages: many results in one message.
+
+Taking one message out of a queue costs the same whether it holds one result or a thousand. A
+reader therefore packs the loose results that it finds in a shard into pages. A page is searched as
+bytes for the digests of the ids that are wanted, and only the entries that match are decoded. This
+module does no I/O; ``docs/wire.md`` describes the format.
+
+::
+
+    magic      8 bytes   b"CARpage1"
+    count      u32       number of entries
+    index      count times: digest of the id (8 bytes), offset (u32), length (u32) of the entry
+    entries    each a u32 with the length of its head, the head (a JSON object), the body
+
+All integers are big-endian; offsets count from the start of the page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+
+from celery_amqp_results import errors, meta
+from celery_amqp_results.meta import StateMessage
+
+__all__ = ("CONTENT_TYPE", "OVERHEAD", "PAGE", "decode", "encode", "expiration", "find", "select")
+
+#: The property ``type`` of a page.
+PAGE = "page"
+CONTENT_TYPE = "application/x-celery-results-page"
+
+_MAGIC = b"CARpage1"
+#: About how many bytes an entry has besides its body.
+OVERHEAD = 160
+
+_COUNT = struct.Struct(">I")
+_RECORD = struct.Struct(">8sII")
+_HEADER = len(_MAGIC) + _COUNT.size
+
+#: Short names of a state's fields in the head of its entry, for all but the body.
+_FIELDS = (
+    ("i", "id"),
+    ("s", "state"),
+    ("p", "published"),
+    ("t", "content_type"),
+    ("e", "content_encoding"),
+    ("c", "compression"),
+    ("x", "expiration"),
+    ("k", "kind"),
+)
+#: Fields left out of the head when they have this value.
+_DEFAULTS = {"compression": None, "expiration": None, "kind": meta.STATE}
+
+
+def _digest(message_id: str) -> bytes:
+    return hashlib.blake2b(message_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def encode(states: Iterable[StateMessage]) -> bytes:
+    """Return a page that holds *states*, in that order."""
+    entries: List[Tuple[bytes, bytes]] = []
+    for state in states:
+        fields: Dict[str, Any] = {}
+        for short, name in _FIELDS:
+            value = getattr(state, name)
+            if name not in _DEFAULTS or value != _DEFAULTS[name]:
+                fields[short] = value
+        # ASCII only: a lone surrogate in an id stays what it is.
+        head = json.dumps(fields, separators=(",", ":")).encode("ascii")
+        entries.append((_digest(state.id), _COUNT.pack(len(head)) + head + state.body))
+    offset = _HEADER + _RECORD.size * len(entries)
+    index = []
+    for digest, entry in entries:
+        index.append(_RECORD.pack(digest, offset, len(entry)))
+        offset += len(entry)
+    return b"".join([_MAGIC, _COUNT.pack(len(entries)), *index, *(entry for _, entry in entries)])
+
+
+def find(page: bytes, message_ids: Iterable[str]) -> Iterator[StateMessage]:
+    """Yield the states in *page* that are about one of *message_ids*.
+
+    Raises:
+        ForeignMessage: when the page is damaged.
+    """
+    end = _index_end(page)
+    for message_id in message_ids:
+        digest = _digest(message_id)
+        at = page.find(digest, _HEADER, end)
+        while at != -1:
+            # What looks like the digest may be parts of two records.
+            if (at - _HEADER) % _RECORD.size == 0:
+                state = _entry(page, at)
+                if state.id == message_id:
+                    yield state
+            at = page.find(digest, at + 1, end)
+
+
+def decode(page: bytes) -> List[StateMessage]:
+    """Return all states in *page*.
+
+    Raises:
+        ForeignMessage: when the page is damaged.
+    """
+    return [_entry(page, at) for at in range(_HEADER, _index_end(page), _RECORD.size)]
+
+
+def _index_end(page: bytes) -> int:
+    if page[: len(_MAGIC)] != _MAGIC or len(page) < _HEADER:
+        raise errors.ForeignMessage(f"a page does not begin as one, but with {page[:16]!r}")
+    (count,) = _COUNT.unpack_from(page, len(_MAGIC))
+    end = _HEADER + _RECORD.size * count
+    if end > len(page):
+        raise errors.ForeignMessage(f"a page of {len(page)} bytes says that it has {count} entries")
+    return int(end)
+
+
+def _entry(page: bytes, at: int) -> StateMessage:
+    _, offset, length = _RECORD.unpack_from(page, at)
+    try:
+        if offset + length > len(page):
+            raise ValueError(f"an entry ends at {offset + length} of {len(page)} bytes")
+        (head_length,) = _COUNT.unpack_from(page, offset)
+        start = offset + _COUNT.size
+        fields = json.loads(page[start : start + head_length])
+        values = {name: fields[short] for short, name in _FIELDS if short in fields}
+        return meta.checked(
+            StateMessage(body=page[start + head_length : offset + length], **values)
+        )
+    except (ValueError, TypeError, KeyError, struct.error) as exc:
+        raise errors.ForeignMessage(f"an entry of a page is damaged: {exc!r}") from exc
+
+
+def select(
+    states: Iterable[StateMessage], now: int
+) -> Tuple[List[StateMessage], List[StateMessage]]:
+    """Divide *states* into those worth keeping in a page and those that may be dropped.
+
+    Of a task that has ended only the state that counts is kept, unless it has expired. Of a task
+    that goes on nothing is dropped: somebody may want its history.
+
+    Parameters:
+        states: of any number of tasks and groups; all that the shard has of each.
+        now: microseconds since 1970.
+
+    Returns:
+        The final states and groups to keep, and the states to drop. States of tasks that go on
+        are in neither.
+    """
+    by_id: Dict[Tuple[str, str], List[StateMessage]] = {}
+    for state in states:
+        by_id.setdefault((state.kind, state.id), []).append(state)
+    keep: List[StateMessage] = []
+    drop: List[StateMessage] = []
+    for (kind, _), found in by_id.items():
+        current = meta.fold(found)
+        if current is None or not (kind == meta.GROUP or meta.is_final(current.state)):
+            continue
+        for state in found:
+            if state is current and not state.expired(now):
+                keep.append(state)
+            else:
+                drop.append(state)
+    return keep, drop
+
+
+def expiration(states: Iterable[StateMessage], now: int) -> Optional[int]:
+    """Return the milliseconds after which a page of *states* may be dropped, ``None`` for never."""
+    latest = 0
+    for state in states:
+        if state.expiration is None:
+            return None
+        latest = max(latest, state.published + state.expiration * 1000)
+    # Not earlier than any of its entries: each is checked by itself when it is read.
+    return max(1, -(-(latest - now) // 1000))
