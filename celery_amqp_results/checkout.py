@@ -16,7 +16,7 @@ to itself by then, and nothing can be moved behind the second one.
 from __future__ import annotations
 
 import uuid
-from typing import Callable, Iterable
+from typing import Callable, Iterable, List
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -33,6 +33,9 @@ FENCE = "fence"
 #: limit a quorum queue stops at 2,000 deliveries, and the fence never comes.
 PREFETCH = 65535
 
+#: AMQP's code for what is not there.
+NOT_FOUND = 404
+
 #: A fence that its reader did not live to take is dropped after this many milliseconds.
 FENCE_EXPIRATION = 60_000
 
@@ -45,42 +48,45 @@ class Checkout:
 
     Parameters:
         link: an open connection, which the caller is alone with.
-        channel: an open channel on it, which the checkout closes.
         queue: name of the queue.
         on_message: called with each message that is no fence, while the link is drained.
 
     Raises:
-        amqp.AMQPError, OSError: when the connection is lost. Draining the link raises NotFound or
-            ConsumerCancelled when the queue is not there, or is deleted meanwhile.
+        amqp.AMQPError, OSError: when the connection is lost. Draining the link raises
+            ConsumerCancelled when the queue is deleted meanwhile, and the error of the broker when
+            it refuses the read.
     """
 
     def __init__(
         self,
         link: connections.Link,
-        channel: amqp.Channel,
         queue: str,
         on_message: Callable[[amqp.Message], None],
     ) -> None:
         self.link = link
-        self.channel = channel
         self.queue = queue
-        #: Whether the fence has come.
+        #: Whether the fence has come, or cannot come since there is no such queue.
         self.fenced = False
+        #: Whether there is no such queue.
+        self.missing = False
         #: How many messages have come, fences among them.
         self.seen = 0
         self._on_message = on_message
         self._fence = ""
-        self.set_fence()
-        # Neither answer is waited for: the next thing of interest is the first message.
-        channel.send_method(spec.Basic.Qos, "lBb", (0, PREFETCH, False))
-        channel.basic_consume(
-            queue,
-            consumer_tag="r",
-            no_ack=False,
-            nowait=True,
-            callback=self._receive,
-            on_cancel=self._cancelled,
-        )
+        self._fence_tags: List[int] = []
+        # No answer is waited for: the next thing of interest is the first message.
+        with link.corked():
+            self.channel = link.channel_nowait(self._on_close)
+            self.set_fence()
+            self.channel.send_method(spec.Basic.Qos, "lBb", (0, PREFETCH, False))
+            self.channel.basic_consume(
+                queue,
+                consumer_tag="r",
+                no_ack=False,
+                nowait=True,
+                callback=self._receive,
+                on_cancel=self._cancelled,
+            )
 
     def set_fence(self) -> None:
         """Publish a fence; :attr:`fenced` is false until it comes."""
@@ -97,6 +103,15 @@ class Checkout:
             routing_key=self.queue,
         )
 
+    def _on_close(self, code: int, text: str, class_id: int, method_id: int) -> None:
+        self.missing = code == NOT_FOUND and text.startswith("NOT_FOUND - no queue ")
+        self.fenced = True
+        if not self.missing:
+            # Of a queue whose node is down, for one, the broker says NOT_FOUND as well.
+            raise amqp_errors.error_for_code(
+                code, text, (class_id, method_id), amqp_errors.ChannelError
+            )
+
     def _cancelled(self, consumer_tag: str) -> None:
         # The queue was deleted, or its leader went away.
         raise amqp_errors.ConsumerCancelled(consumer_tag, spec.Basic.Cancel)
@@ -111,7 +126,7 @@ class Checkout:
             # Those of readers that died are in nobody's way any more; those of readers that wait
             # in line are not acknowledged, and put back.
             if properties.get("message_id") == self._fence:
-                self.channel.basic_ack(message.delivery_tag)
+                self._fence_tags.append(message.delivery_tag)
                 self.fenced = True
             return
         self._on_message(message)
@@ -131,10 +146,14 @@ class Checkout:
         Parameters:
             wait: whether to return only when that is done.
         """
-        # Channel.close() would log each message that is still on its way as a protocol error.
-        self.channel.send_method(
-            spec.Channel.Close,
-            "BsBB",
-            (0, "", 0, 0),
-            wait=spec.Channel.CloseOk if wait else None,
-        )
+        if self.missing:
+            return
+        with self.link.corked():
+            self.acknowledge(self._fence_tags)
+            # Channel.close() would log each message that is still on its way as a protocol error.
+            self.channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
+        while wait and self.channel.connection is not None:
+            if not self.link.drain(connections.IO_TIMEOUT):
+                raise amqp_errors.RecoverableConnectionError(
+                    f"the broker did not close a channel within {connections.IO_TIMEOUT:g} s"
+                )

@@ -9,15 +9,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import os
 import selectors
 import socket
 import threading
 import time
-from typing import Any, Callable, Deque, Iterator, Optional, Tuple, Type
+import weakref
+from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple, Type
 
 import amqp
 import kombu
 from amqp import exceptions as amqp_errors
+from amqp import spec
 
 from celery_amqp_results import errors, options
 
@@ -37,7 +40,10 @@ TRANSIENT: Tuple[Type[Exception], ...] = (
 CONNECT_TIMEOUT = 4.0
 
 #: How long a single read or write on an open connection may take, in seconds.
-IO_TIMEOUT = 30.0
+IO_TIMEOUT = 10.0
+
+#: How many bytes are asked of a socket at once.
+RECEIVE_SIZE = 64 * 1024
 
 #: An idle connection of a pool is closed after this many seconds.
 IDLE_SECONDS = 60.0
@@ -59,6 +65,35 @@ def time_left(deadline: Optional[float], at_most: float) -> float:
     if deadline is None:
         return at_most
     return max(0.0, min(at_most, deadline - time.monotonic()))
+
+
+class _Received:
+    """Reads from a socket in large pieces, for a py-amqp transport that reads in small ones.
+
+    py-amqp asks the socket three times for each frame, and gives up Python's global lock each
+    time: while another thread computes, each would take a turn of its 5 ms.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._receive = transport._quick_recv
+        self._data = b""
+        self._at = 0
+        transport._quick_recv = self
+
+    def __call__(self, size: int) -> bytes:
+        """Return some bytes, at most *size*; none at the end of the stream."""
+        if self._at >= len(self._data):
+            if size >= RECEIVE_SIZE:
+                return bytes(self._receive(size))
+            self._data = self._receive(RECEIVE_SIZE)
+            self._at = 0
+        piece = self._data[self._at : self._at + size]
+        self._at += len(piece)
+        return piece
+
+    def pending(self) -> bool:
+        """Return whether received bytes wait to be asked for."""
+        return self._at < len(self._data)
 
 
 class Link:
@@ -85,6 +120,11 @@ class Link:
         # Bounds every read and write that sets no shorter bound of its own, so that a broker that
         # stops answering is an error and not a hang.
         self.socket.settimeout(IO_TIMEOUT)
+        self._received = _Received(established.transport)
+        # gevent and eventlet replace DefaultSelector.
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.socket, selectors.EVENT_READ)
+        _links.add(self)
         self.amqp.on_blocked = self._on_blocked
         self.amqp.on_unblocked = self._on_unblocked
 
@@ -108,18 +148,25 @@ class Link:
     def drain(self, timeout: float) -> bool:
         """Handle what the broker sends until one message is complete, or nothing comes.
 
-        Returns ``False`` when nothing was complete within *timeout* seconds.
+        Returns ``False`` when nothing came within *timeout* seconds.
         """
-        try:
-            self.amqp.drain_events(timeout=max(timeout, 0.001))
-        except socket.timeout:
+        if not self.readable(timeout):
             return False
+        try:
+            # With a timeout, py-amqp would set and reset it on the socket for every frame.
+            self.amqp.drain_events()
+        except socket.timeout:
+            raise amqp_errors.RecoverableConnectionError(
+                f"the broker stopped in the middle of a message for {IO_TIMEOUT:g} s"
+            ) from None
         return True
 
     def buffered(self) -> bool:
         """Whether bytes were received that the socket's readiness does not show any more."""
-        pending = getattr(self.socket, "pending", None)
+        if self._received.pending():
+            return True
         # TLS decrypts whole records: more than was read may lie there.
+        pending = getattr(self.socket, "pending", None)
         return bool(pending is not None and pending())
 
     def idle_time(self) -> float:
@@ -128,14 +175,63 @@ class Link:
             return 0.0
         return self.heartbeat / 4 if self.heartbeat else IO_TIMEOUT
 
-    def readable(self) -> bool:
-        """Return whether the broker has sent something, or closed the connection."""
-        if self.buffered():
-            return True
-        # Looked up at each call: gevent and eventlet replace it.
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.socket, selectors.EVENT_READ)
-            return bool(selector.select(0.0))
+    def readable(self, timeout: float = 0.0) -> bool:
+        """Return whether the broker has sent something, or closed the connection.
+
+        Parameters:
+            timeout: seconds to wait for it.
+        """
+        return self.buffered() or bool(self._selector.select(timeout))
+
+    def channel(self) -> amqp.Channel:
+        """Open a channel."""
+        channel = self.amqp.channel()
+        # py-amqp would decode bodies to text, which we would encode again.
+        channel.auto_decode = False
+        return channel
+
+    def channel_nowait(self, on_close: Callable[[int, str, int, int], None]) -> amqp.Channel:
+        """Open a channel without waiting for the broker's answer.
+
+        Parameters:
+            on_close: called when the broker closes the channel, with its code and text for why
+                and the numbers of class and method; the connection goes on.
+        """
+        channel = self.amqp.Channel(self.amqp)
+        channel.auto_decode = False
+
+        def closed(code: int, text: str, class_id: int, method_id: int) -> None:
+            channel.send_method(spec.Channel.CloseOk)
+            channel.collect()
+            on_close(code, text, class_id, method_id)
+
+        # py-amqp would open the channel anew, and wait for that.
+        channel._callbacks[spec.Channel.Close] = closed
+        channel.send_method(spec.Channel.Open, "s", ("",))
+        return channel
+
+    @contextlib.contextmanager
+    def corked(self) -> Iterator[None]:
+        """Send everything that is written in a ``with`` block at once, at its end.
+
+        Nothing in the block may wait for an answer. Blocks may be nested; after an error in the
+        block nothing is sent.
+        """
+        transport = self.amqp.transport
+        write = transport._write
+        pieces: List[bytes] = []
+
+        def hold(piece: Any) -> None:
+            # py-amqp writes its next frame into the same buffer.
+            pieces.append(bytes(piece))
+
+        transport._write = hold
+        try:
+            yield
+        finally:
+            transport._write = write
+        if pieces:
+            transport.write(b"".join(pieces))
 
     def tick(self) -> None:
         """Send a heartbeat if one is due; raise if the broker's have stopped coming."""
@@ -154,7 +250,28 @@ class Link:
     def drop(self) -> None:
         """Close the socket without a word."""
         with contextlib.suppress(Exception):
+            self._selector.close()
+        with contextlib.suppress(Exception):
             self.amqp.collect()
+
+
+#: All connections of this process.
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # The sockets are the parent's. Closing them here says nothing to the broker, while leaving
+    # that to py-amqp's destructors may shut down the connection, and keeping them open would keep
+    # it alive at the broker after the parent has ended.
+    for link in list(_links):
+        with contextlib.suppress(Exception):
+            transport = link.amqp.transport
+            sock, transport.sock = transport.sock, None
+            sock.close()
+    _links.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Connector:

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 #: How many messages that nobody waits for may be unconfirmed on one connection.
 MAX_UNCONFIRMED = 500
 
+#: After so many messages that nobody waits for the confirms that have come are taken in.
+COLLECT_EVERY = 50
+
 #: Publishing has no heartbeats: a dead connection is noticed at the next message, which the
 #: kernel gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
 HEARTBEAT = 0.0
@@ -115,7 +118,7 @@ class Publisher:
             sent = {channel.publish(message): message for message in pending}
             if confirm or len(channel.unconfirmed) > MAX_UNCONFIRMED:
                 channel.wait(list(channel.unconfirmed))
-            else:
+            elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
                 channel.collect()
             if channel.nacked:
                 raise errors.NotConfirmed("the broker refused to take a message (nack)")

@@ -74,11 +74,9 @@ class _Read:
         self._retained = 0
         #: Pages to write anew without what is removed from them, by delivery tag.
         self._cut_pages: Dict[int, bytes] = {}
-        channel = link.amqp.channel()
-        store.declarations.ensure_shard(channel, shard)
+        # A queue that is not there is empty: a look-up declares nothing.
         self.checkout = Checkout(
             link,
-            channel,
             store.declarations.topology.shard_queue(shard).name,
             self._on_message,
         )
@@ -395,9 +393,10 @@ class Store:
         started = time.monotonic()
         pack_seconds = PACK_SECONDS
         while waiting or running:
-            while waiting and len(running) < PARALLEL:
-                shard = waiting.popleft()
-                running.append(_Read(self, link, shard, shards[shard], kind, remove))
+            with link.corked():
+                while waiting and len(running) < PARALLEL:
+                    shard = waiting.popleft()
+                    running.append(_Read(self, link, shard, shards[shard], kind, remove))
             now = time.monotonic()
             if now >= end:
                 raise self._late(link, running, now - started)

@@ -1,0 +1,123 @@
+"""The frames of ``basic.publish``, built in one go.
+
+py-amqp serialises any method with any properties, which takes 100 microseconds a message. A state
+has few properties, and always the same: so built by hand the same bytes take a tenth of that.
+This module does no I/O; its tests read what it makes with py-amqp.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, List, Mapping
+
+__all__ = ("publish_frames",)
+
+_FRAME = struct.Struct(">BHI")
+_END = b"\xce"
+_METHOD, _HEADER, _BODY = 1, 2, 3
+#: Class basic, method publish, and a reserved field.
+_PUBLISH = struct.pack(">HHH", 60, 40, 0)
+_CONTENT = struct.Struct(">HHQ")
+#: Bytes of a frame besides its payload.
+_OVERHEAD = 8
+_MANDATORY = 1
+
+#: Property to its flag and whether it is a short string; in the order of the protocol.
+_PROPERTIES = (
+    ("content_type", 1 << 15, "text"),
+    ("content_encoding", 1 << 14, "text"),
+    ("application_headers", 1 << 13, "table"),
+    ("delivery_mode", 1 << 12, "octet"),
+    ("priority", 1 << 11, "octet"),
+    ("correlation_id", 1 << 10, "text"),
+    ("reply_to", 1 << 9, "text"),
+    ("expiration", 1 << 8, "text"),
+    ("message_id", 1 << 7, "text"),
+    ("timestamp", 1 << 6, "time"),
+    ("type", 1 << 5, "text"),
+    ("user_id", 1 << 4, "text"),
+    ("app_id", 1 << 3, "text"),
+)
+
+
+def _short(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    # Longer than 255 bytes is a ValueError of bytes().
+    return bytes((len(raw),)) + raw
+
+
+def _table(table: Mapping[str, Any]) -> bytes:
+    parts: List[bytes] = []
+    for name, value in table.items():
+        if isinstance(value, str):
+            raw = value.encode("utf-8", "surrogatepass")
+            parts += (_short(name), b"S", struct.pack(">I", len(raw)), raw)
+        elif type(value) is int:
+            parts += (_short(name), b"l", struct.pack(">q", value))
+        else:
+            raise TypeError(f"header {name!r} is {value!r}; only text and whole numbers are used")
+    body = b"".join(parts)
+    return struct.pack(">I", len(body)) + body
+
+
+def _properties(properties: Mapping[str, Any]) -> bytes:
+    flags = 0
+    parts = [b""]
+    for name, flag, kind in _PROPERTIES:
+        value = properties.get(name)
+        if value is None:
+            continue
+        flags |= flag
+        if kind == "text":
+            parts.append(_short(value))
+        elif kind == "table":
+            parts.append(_table(value))
+        elif kind == "octet":
+            parts.append(bytes((value,)))
+        else:
+            parts.append(struct.pack(">Q", value))
+    parts[0] = struct.pack(">H", flags)
+    return b"".join(parts)
+
+
+def publish_frames(
+    channel: int,
+    exchange: str,
+    routing_key: str,
+    mandatory: bool,
+    properties: Mapping[str, Any],
+    body: bytes,
+    frame_max: int,
+) -> bytes:
+    """Return the bytes that publish a message.
+
+    Parameters:
+        channel: number of the channel.
+        exchange: name of the exchange; empty for the default exchange.
+        routing_key: up to 255 bytes.
+        mandatory: whether a message that no queue takes is to come back.
+        properties: AMQP properties by py-amqp's names; headers are text or whole numbers.
+        body: the body, of any length.
+        frame_max: the largest frame that the connection allows, in bytes.
+
+    Raises:
+        ValueError: when a text is too long for its place.
+        TypeError: when a header is neither text nor a whole number.
+    """
+    method = b"".join(
+        (_PUBLISH, _short(exchange), _short(routing_key), bytes((_MANDATORY if mandatory else 0,)))
+    )
+    header = _CONTENT.pack(60, 0, len(body)) + _properties(properties)
+    parts = [
+        _FRAME.pack(_METHOD, channel, len(method)),
+        method,
+        _END,
+        _FRAME.pack(_HEADER, channel, len(header)),
+        header,
+        _END,
+    ]
+    room = frame_max - _OVERHEAD
+    for start in range(0, len(body), room):
+        piece = body[start : start + room]
+        parts += (_FRAME.pack(_BODY, channel, len(piece)), piece, _END)
+    return b"".join(parts)
