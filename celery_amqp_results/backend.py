@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import operator
 import os
 import threading
 import time
@@ -16,8 +17,8 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     Optional,
-    Sequence,
     Tuple,
     Union,
 )
@@ -25,19 +26,22 @@ from typing import (
 import kombu
 from celery import states
 from celery.app.task import Context
-from celery.backends.base import Backend
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
 from kombu.utils.encoding import bytes_to_str
 
-from celery_amqp_results import connections, errors, options, topology
-from celery_amqp_results.layouts import Layout
+from celery_amqp_results import connections, errors, options, topology, transports
+from celery_amqp_results.celery4_api import Celery4API
+from celery_amqp_results.errors import BacklogLimitExceeded
+from celery_amqp_results.layouts import Layout, LayoutRegistry
 from celery_amqp_results.meta import GROUP, STATE, Codec, PublishClock, StateMessage, is_final
 from celery_amqp_results.pending import PendingResults
+from celery_amqp_results.per_task_layout import HEARTBEAT as PER_TASK_HEARTBEAT
+from celery_amqp_results.per_task_layout import PerTaskLayout, Wire
 from celery_amqp_results.shared_layout import SharedLayout
 
-__all__ = ("AMQPBackend",)
+__all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
 #: The state of a group that is kept by ``GroupResult.save``, in header and body.
 GROUP_STATE = "GROUP"
@@ -54,18 +58,21 @@ Meta = Dict[str, Any]
 _clock = PublishClock()
 
 
-class AMQPBackend(Backend):
+class AMQPBackend(Celery4API):
     """Keeps task results in RabbitMQ, and pushes them to those who wait.
 
     Parameters:
         app: the Celery app.
         connection: not used; the connection is made from the URL.
-        exchange: first part of all names; the setting ``result_exchange`` by default.
-        exchange_type: not used by the layout ``shared``, whose exchange is a topic exchange.
+        exchange: first part of all names, and in the layout ``per-task`` the exchange's name; the
+            setting ``result_exchange`` by default.
+        exchange_type: type of the exchange in the layout ``per-task``; the setting
+            ``result_exchange_type`` by default. Not used by the layout ``shared``.
         persistent: whether results survive a restart of the broker; the setting
             ``result_persistent`` by default, and otherwise true.
         serializer: kombu's name of a serializer; the setting ``result_serializer`` by default.
-        auto_delete: not used by the layout ``shared``.
+        auto_delete: whether a task's queue goes with its last consumer in the layout
+            ``per-task``. Not used by the layout ``shared``.
         url: the result backend URL; ``None`` or ``amqp://`` for the app's broker.
         **kwargs: for Celery's base class.
 
@@ -103,8 +110,17 @@ class AMQPBackend(Backend):
         auto_delete: bool = True,
         **kwargs: Any,
     ) -> None:
+        conf = app.conf
+        self._url = options.parse_url(kwargs.get("url"))
+        self.options = options.Options.read(
+            conf.result_backend_transport_options or {}, self._url.options
+        )
+        #: ``shared`` or ``per-task``.
+        self.layout_name = _choose_layout(app, self._url, self.options.layout)
+        # What Celery 4 writes has no place for either; Celery warns where they are set.
+        self.supports_result_compression = self.layout_name == "shared"
+        self.supports_failure_expires = self.layout_name == "shared"
         super().__init__(app, serializer=serializer, **kwargs)
-        conf = self.app.conf
         self._arguments = dict(
             kwargs,
             exchange=exchange,
@@ -116,14 +132,22 @@ class AMQPBackend(Backend):
         #: One instance serves all threads, whatever the setting says.
         self.thread_safe = True
         self.persistent = self.prepare_persistent(persistent)
-        self._url = options.parse_url(self.url)
-        self.options = options.Options.read(
-            conf.result_backend_transport_options or {}, self._url.options
-        )
         self._topology = topology.Topology(
             exchange or conf.result_exchange, self.options.shards, self.options.queue_type
         )
-        self._codec = Codec(self.serializer, self.accept, self.compression)
+        self.wire = Wire(
+            exchange or conf.result_exchange,
+            exchange_type or conf.result_exchange_type,
+            self.persistent,
+            auto_delete,
+            self.expires or None,
+            bool(conf.find_value_for_key("extended", "result")),
+        )
+        self._codec = Codec(
+            self.serializer,
+            self.accept,
+            self.compression if self.layout_name == "shared" else None,
+        )
         self._expiration = _milliseconds("result_expires", self.expires)
         failure_expires = conf.get("result_failure_expires")
         self._failure_expiration = (
@@ -131,6 +155,8 @@ class AMQPBackend(Backend):
             if failure_expires is None
             else _milliseconds("result_failure_expires", self.prepare_expires(failure_expires))
         )
+        self._layouts = _registry_of(app)
+        self._layout_key = repr((self._url, self.options, self.layout_name, self.wire))
         self._reset()
         _backends.add(self)
 
@@ -139,7 +165,6 @@ class AMQPBackend(Backend):
         self._lock = threading.Lock()
         self._resolving = threading.RLock()
         self._pid = os.getpid()
-        self._layout: Optional[Layout] = None
         self._pending: Optional[PendingResults] = None
 
     @property
@@ -148,12 +173,7 @@ class AMQPBackend(Backend):
         if self._pid != os.getpid():
             # Forked by something that does not run Python's hooks.
             self._reset()
-        if self._layout is None:
-            with self._lock:
-                if self._layout is None:
-                    self._layout = self._make_layout()
-                    weakref.finalize(self, self._layout.close, wait=False).atexit = False
-        return self._layout
+        return self._layouts.get(self._layout_key, self._make_layout)
 
     def _make_layout(self) -> Layout:
         policy = self.options.retry_policy
@@ -162,6 +182,10 @@ class AMQPBackend(Backend):
             policy,
             functools.partial(self._url.sanitized),
         )
+        if self.layout_name == "per-task":
+            return PerTaskLayout(
+                self._make_sessions(connector), connector, self.wire, self._codec, self.options
+            )
         return SharedLayout(
             connector,
             self._topology,
@@ -169,6 +193,14 @@ class AMQPBackend(Backend):
             topology.client_word(anon_nodename()),
             self.persistent,
         )
+
+    def _make_sessions(self, connector: connections.Connector) -> transports.Sessions:
+        make = functools.partial(_new_connection, weakref.ref(self.app), self._url, 0.0)
+        if transports.is_amqp(make()):
+            return transports.AMQPSessions(
+                connections.Pool(connector, PER_TASK_HEARTBEAT, "per-task")
+            )
+        return transports.KombuSessions(make, connector)
 
     # -- identity ----------------------------------------------------------------------------
 
@@ -191,7 +223,11 @@ class AMQPBackend(Backend):
 
     def on_task_call(self, producer: Any, task_id: str) -> Meta:
         """Note that a task is about to be sent. Does no I/O."""
-        self.layout.note_sent(bytes_to_str(task_id))
+        task_id = bytes_to_str(task_id)
+        current = self.app.current_worker_task
+        # A task that is retried or replaced stays the task of the one who sent it first.
+        if current is None or current.request.id != task_id:
+            self.layout.note_sent(task_id)
         return {}
 
     def _store_result(
@@ -215,7 +251,9 @@ class AMQPBackend(Backend):
         meta = self._get_result_meta(result, state, traceback, request)
         meta["task_id"] = task_id
         self.layout.publish(
-            self._encode_state(task_id, state, meta, STATE, self._expiration_of(state)),
+            self._encode_state(
+                task_id, state, self.layout.shape(meta), STATE, self._expiration_of(state)
+            ),
             _client_of(request),
             getattr(request, "group", None),
             is_final(state),
@@ -223,7 +261,12 @@ class AMQPBackend(Backend):
         return result
 
     def _encode_state(
-        self, message_id: str, state: str, meta: Meta, kind: str, expiration: Optional[int]
+        self,
+        message_id: str,
+        state: str,
+        meta: Mapping[str, Any],
+        kind: str,
+        expiration: Optional[int],
     ) -> StateMessage:
         content_type, content_encoding, compression, body = self._codec.encode(meta)
         return StateMessage(
@@ -469,10 +512,14 @@ class AMQPBackend(Backend):
         self,
         task_ids: Iterable[str],
         timeout: Optional[float] = None,
-        interval: Optional[float] = None,
         no_ack: bool = True,
         on_message: Optional[Callable[[Meta], Any]] = None,
         on_interval: Optional[Callable[[], Any]] = None,
+        now: Callable[[], float] = time.monotonic,
+        getfields: Callable[[Meta], Tuple[str, str]] = operator.itemgetter("status", "task_id"),
+        READY_STATES: Any = states.READY_STATES,
+        PROPAGATE_STATES: Any = states.PROPAGATE_STATES,
+        interval: Optional[float] = None,
         max_iterations: Optional[int] = None,
         **kwargs: Any,
     ) -> Iterator[Tuple[str, Meta]]:
@@ -482,7 +529,9 @@ class AMQPBackend(Backend):
             task_ids: the tasks.
             timeout: seconds for all of them; ``None`` for no end, 0 to poll once.
             interval: seconds between calls of *on_interval*, 0.5 by default.
-            no_ack: accepted for compatibility; reading never removes a result.
+            no_ack, now, getfields, PROPAGATE_STATES: accepted for compatibility; reading never
+                removes a result, and deadlines are monotonic.
+            READY_STATES: states in which a result in the cache will do.
             on_message: called with the meta of every state.
             on_interval: called now and then while waiting.
             max_iterations: yield what is ready within so many intervals, then end; 1 polls once.
@@ -495,7 +544,7 @@ class AMQPBackend(Backend):
         missing = []
         for task_id in ids:
             meta = self._cache.get(task_id)
-            if meta and meta["status"] in states.READY_STATES:
+            if meta and meta["status"] in READY_STATES:
                 yield task_id, meta
             else:
                 missing.append(task_id)
@@ -545,7 +594,9 @@ class AMQPBackend(Backend):
     def _save_group(self, group_id: str, result: Any) -> Any:
         meta = {"status": GROUP_STATE, "group_id": group_id, "result": result.as_tuple()}
         self.layout.save_group(
-            self._encode_state(group_id, GROUP_STATE, meta, GROUP, self._expiration)
+            self._encode_state(
+                group_id, GROUP_STATE, self.layout.shape(meta), GROUP, self._expiration
+            )
         )
         return result
 
@@ -565,13 +616,14 @@ class AMQPBackend(Backend):
     def close(self) -> None:
         """Close all connections and end all threads; whoever waits gets an error.
 
-        The backend can be used again, and then opens anew.
+        That includes equal backends of the same app, which share them. The backend can be used
+        again, and then opens anew.
         """
         with self._lock:
-            layout, self._layout = self._layout, None
             pending, self._pending = self._pending, None
         if pending is not None:
             pending.close()
+        layout = self._layouts.pop(self._layout_key)
         if layout is not None:
             layout.close()
 
@@ -586,6 +638,19 @@ def _new_connection(
     if url.scheme in ("amqps", "pyamqps") and not owner.conf.broker_use_ssl:
         tls["ssl"] = True
     return owner.connection_for_write(url.broker, heartbeat=heartbeat, **tls)
+
+
+def _choose_layout(app: Any, url: options.ResultURL, wanted: Optional[str]) -> str:
+    """Return the layout: the one that is *wanted*, or the one that the transport can do."""
+    connection = app.connection_for_write(url.broker)
+    if transports.is_amqp(connection):
+        return wanted or "shared"
+    if wanted == "shared":
+        raise errors.InvalidOption(
+            "the layout 'shared' needs RabbitMQ; the transport "
+            f"{transports.transport_name(connection)!r} can do 'per-task'"
+        )
+    return "per-task"
 
 
 def _client_of(request: Any) -> str:
@@ -637,21 +702,33 @@ def _meta_of(node: Any) -> Meta:
 
 
 _backends: weakref.WeakSet[AMQPBackend] = weakref.WeakSet()
+_registries: weakref.WeakKeyDictionary[Any, LayoutRegistry] = weakref.WeakKeyDictionary()
+_registries_lock = threading.Lock()
 
 
-def _each_backend() -> Sequence[AMQPBackend]:
-    return list(_backends)
+def _registry_of(app: Any) -> LayoutRegistry:
+    """Return the layouts of the backends of *app*; they are closed when the app is gone."""
+    with _registries_lock:
+        registry = _registries.get(app)
+        if registry is None:
+            registry = _registries[app] = LayoutRegistry()
+            weakref.finalize(app, registry.close, wait=False).atexit = False
+        return registry
 
 
 def _after_fork_in_child() -> None:
     # The parent's connections are let go of without a word: their sockets are the parent's.
-    for backend in _each_backend():
+    global _registries_lock
+    _registries_lock = threading.Lock()
+    for registry in list(_registries.values()):
+        registry.reset()
+    for backend in list(_backends):
         backend._reset()
 
 
 def _at_exit() -> None:
-    for backend in _each_backend():
-        backend.close()
+    for registry in list(_registries.values()):
+        registry.close()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

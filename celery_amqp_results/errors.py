@@ -13,6 +13,7 @@
      +-- ForeignMessage             a message in our queues that is not ours, or is damaged
     celery.exceptions.BackendError
      +-- ResultTooLarge             the broker refuses a message of this size
+     +-- BacklogLimitExceeded       too many states of one task in the layout per-task
 
 All of them survive pickling: task errors travel between processes.
 """
@@ -24,6 +25,7 @@ from kombu.exceptions import OperationalError
 
 __all__ = (
     "BackendUnavailable",
+    "BacklogLimitExceeded",
     "DeclarationRefused",
     "ForeignMessage",
     "InvalidOption",
@@ -65,3 +67,7 @@ class ForeignMessage(ValueError):
 
 class ResultTooLarge(BackendError):
     """Raised when the broker refuses a result because of its size."""
+
+
+class BacklogLimitExceeded(BackendError):
+    """Raised when a task has too much state history to fast-forward."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import re
 import selectors
 import socket
 import threading
@@ -47,6 +48,9 @@ __all__ = ("Inbox", "Waiter")
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+#: An id as Celery makes them. Others are somebody's own, and may have been used before.
+_NEW_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 #: Seconds between heartbeats: a connection that died without a word is noticed after twice that.
 HEARTBEAT = 15.0
@@ -172,6 +176,9 @@ class Inbox:
         #: What was pushed of tasks that are waited for but not covered yet: it came after the
         #: binding stood, so that :meth:`install` has to add it to what the store said.
         self._early: Dict[str, List[StateMessage]] = {}
+        #: Tasks that are waited for and were dropped from the table meanwhile: what somebody has
+        #: read of them before, and not installed yet, may be outdated.
+        self._outdated: Set[str] = set()
         self._sent: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._wakeup: Optional[socket.socket] = None
         #: States received, and messages that were none.
@@ -183,10 +190,17 @@ class Inbox:
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
         with self._changed:
+            again = task_id in self._sent
             self._sent[task_id] = None
             if len(self._sent) > MAX_SENT:
                 self._sent.popitem(last=False)
-            if self._epoch and task_id not in self._known:
+            # Of an id that is not plainly new the store may hold a state.
+            if (
+                self._epoch
+                and not again
+                and task_id not in self._known
+                and _NEW_ID.fullmatch(task_id)
+            ):
                 self._remember(task_id, None)
 
     def watch(self, ids: Iterable[str], waiter: Waiter) -> None:
@@ -231,6 +245,7 @@ class Inbox:
         if not waiters:
             del self._waiters[task_id]
             self._early.pop(task_id, None)
+            self._outdated.discard(task_id)
 
     def cover(self, ids: Collection[str], deadline: Optional[float]) -> int:
         """Return when the bindings stand that bring the states of *ids*.
@@ -271,12 +286,15 @@ class Inbox:
         """Take *states* as all that happened to these tasks before their bindings stood.
 
         Somebody has to watch them since before :meth:`cover`. Does nothing when the connection
-        *epoch*, that :meth:`cover` returned, is no more.
+        *epoch*, that :meth:`cover` returned, is no more, nor for a task whose end somebody else
+        has seen meanwhile.
         """
         with self._changed:
             if epoch != self._epoch:
                 return
             for task_id, found in states.items():
+                if task_id in self._outdated:
+                    continue
                 known = self._known.get(task_id)
                 pushed = self._early.pop(task_id, [])
                 self._remember(task_id, meta.fold([*found, *pushed, *([known] if known else [])]))
@@ -325,18 +343,20 @@ class Inbox:
     # -- the table of covered tasks, under the lock ------------------------------------------
 
     def _remember(self, task_id: str, state: Optional[StateMessage]) -> None:
-        self._uncover(task_id)
+        self._known_bytes -= _size(self._known.pop(task_id, None))
         self._known[task_id] = state
         self._known_bytes += _size(state)
         while len(self._known) > MAX_KNOWN or (
             self._known_bytes > MAX_KNOWN_BYTES and len(self._known) > 1
         ):
-            _, dropped = self._known.popitem(last=False)
-            self._known_bytes -= _size(dropped)
+            self._uncover(next(iter(self._known)))
 
     def _uncover(self, task_id: str) -> None:
         if task_id in self._known:
             self._known_bytes -= _size(self._known.pop(task_id))
+        if task_id in self._waiters:
+            self._early.pop(task_id, None)
+            self._outdated.add(task_id)
 
     # -- the reader thread -------------------------------------------------------------------
 
@@ -370,7 +390,7 @@ class Inbox:
                 ) or connections.is_refusal(exc)
                 self._lose(exc)
                 if session is not None:
-                    session.link.drop()
+                    session.drop()
                 if self._closing:
                     break
                 attempt += 1
@@ -393,7 +413,7 @@ class Inbox:
                     if not self._closing:
                         self._changed.wait(pause)
             else:
-                session.link.close()
+                session.close()
         self._lose(errors.BackendUnavailable("the result backend was closed"))
         with self._changed:
             self._thread = None
@@ -407,6 +427,7 @@ class Inbox:
             self._known.clear()
             self._known_bytes = 0
             self._early.clear()
+            self._outdated.clear()
             if self._wakeup is not None:
                 self._wakeup.close()
                 self._wakeup = None
@@ -465,7 +486,7 @@ class Inbox:
                 known = self._known[task_id]
                 if known is None or meta.supersedes(state, known):
                     self._remember(task_id, state)
-            elif task_id in self._waiters:
+            elif task_id in self._waiters and task_id not in self._outdated:
                 self._early.setdefault(task_id, []).append(state)
             for waiter in self._waiters.get(task_id, ()):
                 waiter.feed(state)
@@ -491,7 +512,7 @@ class _Session:
         inbox = self._inbox
         declarations = inbox._declarations
         topology = declarations.topology
-        self.channel = channel = self.link.amqp.channel()
+        self.channel = channel = self.link.channel()
         declarations.ensure_exchange(channel)
         # What falls out of the inbox because it is full is dead-lettered to this queue of length
         # one: its arrival says that states were missed.
@@ -525,6 +546,16 @@ class _Session:
         theirs.setblocking(False)
         inbox._opened(theirs, wanted)
 
+    def close(self) -> None:
+        """Close the connection as the protocol asks."""
+        self._wakeup.close()
+        self.link.close()
+
+    def drop(self) -> None:
+        """Close the connection without a word."""
+        self._wakeup.close()
+        self.link.drop()
+
     def _on_cancel(self, consumer_tag: str) -> None:
         raise amqp.exceptions.ConsumerCancelled("the inbox queue was deleted", (60, 30))
 
@@ -550,8 +581,12 @@ class _Session:
                         while self._wakeup.recv(4096):
                             pass
                     self._bind_wanted()
-                if sock in ready or self.link.buffered():
-                    self.link.drain(HEARTBEAT)
+                if sock in ready:
+                    self.link.drain(0.0)
+                # Received together with that: no system call, so that a thread that computes
+                # does not get in between.
+                while self.link.buffered() and not inbox._closing:
+                    self.link.drain(0.0)
                 now = time.monotonic()
                 if now >= next_tick:
                     self.link.tick()

@@ -6,12 +6,25 @@ as Celery 4 had. The backend turns Celery's calls into these few.
 
 from __future__ import annotations
 
-from typing import Collection, Dict, Iterable, List, Optional, Protocol
+import os
+import threading
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    Hashable,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Protocol,
+)
 
 from celery_amqp_results.meta import StateMessage
 from celery_amqp_results.waiting import Update
 
-__all__ = ("Following", "Layout")
+__all__ = ("Following", "Layout", "LayoutRegistry")
 
 
 class Following(Protocol):
@@ -48,6 +61,9 @@ class Following(Protocol):
 class Layout(Protocol):
     """Keeps results on a broker. Thread-safe; made anew after a fork."""
 
+    def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what of a meta is written."""
+
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
 
@@ -56,8 +72,14 @@ class Layout(Protocol):
     ) -> None:
         """Publish a state; of a *final* one, return only when the broker has it."""
 
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
-        """Return the present state of each of *ids*, or ``None`` where nothing is known."""
+    def poll(
+        self, ids: Collection[str], backlog_limit: Optional[int] = None
+    ) -> Dict[str, Optional[StateMessage]]:
+        """Return the present state of each of *ids*, or ``None`` where nothing is known.
+
+        Parameters:
+            backlog_limit: how many states of one task are fast-forwarded, where that is limited.
+        """
 
     def follower(self) -> Following:
         """Return a follower of no tasks yet."""
@@ -76,3 +98,50 @@ class Layout(Protocol):
 
     def close(self, wait: bool = True) -> None:
         """Close all connections and end all threads."""
+
+
+class LayoutRegistry:
+    """The layouts in use by the backends of one app, which share them where they are equal.
+
+    Celery makes a backend anew for each result object that is unpickled, and may make two when
+    two threads ask for one at the same time: they are not to have connections of their own each.
+
+    Thread-safe. In a forked child it is empty: what the parent has opened is let go of without a
+    word.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start afresh, as a new process that has opened nothing."""
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._layouts: Dict[Hashable, Layout] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Layout]) -> Layout:
+        """Return the layout for *key*, which *make* makes where there is none."""
+        if self._pid != os.getpid():
+            # Forked by something that does not run Python's hooks.
+            self.reset()
+        layout = self._layouts.get(key)
+        if layout is None:
+            with self._lock:
+                layout = self._layouts.get(key)
+                if layout is None:
+                    layout = self._layouts[key] = make()
+        return layout
+
+    def pop(self, key: Hashable) -> Optional[Layout]:
+        """Take out the layout for *key*, to be closed, or return ``None`` if there is none."""
+        with self._lock:
+            return self._layouts.pop(key, None)
+
+    def close(self, wait: bool = True) -> None:
+        """Close all layouts, unless they are another process's."""
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            layouts, self._layouts = list(self._layouts.values()), {}
+        for layout in layouts:
+            layout.close(wait)

@@ -31,6 +31,9 @@ __all__ = (
 #: Kinds of messages in a shard, in the property ``type``.
 STATE = "state"
 GROUP = "group"
+#: Kinds of messages in the queue of a chord: what its header task returned, and what is to be done.
+PART = "part"
+PLAN = "plan"
 
 #: Header with the time of publishing, in microseconds since 1970.
 PUBLISHED = "published"
@@ -66,8 +69,12 @@ class StateMessage:
     compression: Optional[str] = None
     #: Milliseconds after which the broker drops it, or ``None``.
     expiration: Optional[int] = None
-    #: :data:`STATE` or :data:`GROUP`.
+    #: :data:`STATE`, :data:`GROUP`, :data:`PART` or :data:`PLAN`.
     kind: str = STATE
+    #: The meta, where it had to be decoded to know the state: :meth:`Codec.decode` returns it.
+    decoded: Optional[Mapping[str, Any]] = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     def expired(self, now: int) -> bool:
         """Return whether the broker would have dropped it by *now*, in microseconds since 1970."""
@@ -106,8 +113,8 @@ class StateMessage:
             ForeignMessage: when it is not a message that :meth:`properties` could have described.
         """
         kind = properties.get("type")
-        if kind not in (STATE, GROUP):
-            raise errors.ForeignMessage(f"property 'type' is {kind!r}, not 'state' or 'group'")
+        if kind not in (STATE, GROUP, PART, PLAN):
+            raise errors.ForeignMessage(f"property 'type' is {kind!r}, not that of a state")
         headers = properties.get("application_headers")
         if not isinstance(headers, Mapping):
             raise errors.ForeignMessage(f"the headers are {headers!r}, not a table")
@@ -307,6 +314,8 @@ class Codec:
             kombu.exceptions.ContentDisallowed: when its content type is not accepted.
             ForeignMessage: when the body is damaged, or is no meta.
         """
+        if message.decoded is not None:
+            return dict(message.decoded)
         body = message.body
         try:
             if message.compression:

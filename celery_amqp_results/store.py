@@ -134,7 +134,8 @@ class _Read:
         A second fence is set where the first one may have been too early, see
         :mod:`~celery_amqp_results.checkout`.
         """
-        if self.checkout.fenced and self._fences == 1 and not self._complete():
+        checkout = self.checkout
+        if checkout.fenced and not checkout.missing and self._fences == 1 and not self._complete():
             self._fences = 2
             self.checkout.set_fence()
         return self.checkout.fenced

@@ -1,0 +1,359 @@
+"""Storing states and looking them up, by the process that stored them and by others."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any, Dict, List
+
+import pytest
+from celery import Celery, states
+from celery.result import AsyncResult
+
+from tests import elsewhere, others
+from tests.conftest import Apps
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 0, -1.5, "", "text with ünïcödé", [1, [2, [3]]], {"a": {"b": None}}, "x" * 100_000],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_result_reads_back_as_it_was_stored(app: Celery, value: Any) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, value, states.SUCCESS)
+    result = app.AsyncResult(task_id)
+    assert result.state == states.SUCCESS
+    assert result.result == value
+    assert result.successful()
+    assert result.get(timeout=10) == value
+
+
+def test_store_result_returns_what_it_was_given(app: Celery) -> None:
+    assert app.backend.store_result(new_id(), 5, states.SUCCESS) == 5
+
+
+def test_an_unknown_task_is_pending(app: Celery) -> None:
+    meta = app.backend.get_task_meta(new_id())
+    assert meta["status"] == states.PENDING
+    assert meta["result"] is None
+
+
+@pytest.mark.parametrize("state", ["STARTED", "RETRY", "PROGRESS", "RECEIVED", "MY-OWN.state #1"])
+def test_every_state_on_the_way_can_be_stored_and_read(app: Celery, state: str) -> None:
+    task_id = new_id()
+    value: Any = ValueError("again") if state == states.RETRY else {"step": 1}
+    app.backend.store_result(task_id, value, state)
+    result = app.AsyncResult(task_id)
+    assert result.state == state
+    assert not result.ready()
+    if state == states.RETRY:
+        assert isinstance(result.result, ValueError)
+    else:
+        assert result.result == {"step": 1}
+
+
+def test_a_failure_reads_back_as_its_exception_with_its_traceback(app: Celery) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, KeyError("gone"), states.FAILURE, traceback="Traceback ...")
+    result = app.AsyncResult(task_id)
+    assert result.failed()
+    assert isinstance(result.result, KeyError)
+    assert result.result.args == ("gone",)
+    assert result.traceback == "Traceback ..."
+    assert app.backend.get_traceback(task_id) == "Traceback ..."
+    with pytest.raises(KeyError, match="gone"):
+        result.get(timeout=10)
+
+
+def test_the_small_accessors_agree_with_the_meta(app: Celery) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, "value", states.SUCCESS)
+    backend = app.backend
+    assert backend.get_state(task_id) == backend.get_status(task_id) == states.SUCCESS
+    assert backend.get_result(task_id) == "value"
+    assert backend.get_traceback(task_id) is None
+    assert backend.get_children(task_id) is None
+    assert backend.get_task_meta(task_id)["task_id"] == task_id
+
+
+def test_revoked_can_be_stored_without_a_request(app: Celery) -> None:
+    task_id = new_id()
+    app.backend.mark_as_revoked(task_id, reason="no longer wanted")
+    assert app.AsyncResult(task_id).state == states.REVOKED
+
+
+def test_a_failure_can_be_stored_with_a_nearly_empty_request(app: Celery) -> None:
+    # The worker's main process does this for a task that it does not know.
+    from celery.utils.objects import Bunch
+
+    task_id = new_id()
+    request = Bunch(
+        name="unknown", chord=None, root_id=None, correlation_id=task_id, errbacks=None
+    )
+    app.backend.mark_as_failure(task_id, LookupError("unknown task"), request=request)
+    assert isinstance(app.AsyncResult(task_id).result, LookupError)
+
+
+@pytest.mark.parametrize("late", ["STARTED", "PROGRESS", "RETRY", "FAILURE", "REVOKED"])
+def test_nothing_takes_success_back(app: Celery, make_app: Apps, late: str) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    value = ValueError("late") if late in states.EXCEPTION_STATES else None
+    app.backend.store_result(task_id, value, late)
+    reader = make_app()
+    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    assert reader.AsyncResult(task_id).result == 1
+    assert app.AsyncResult(task_id).state == states.SUCCESS
+
+
+def test_a_failure_yields_to_a_success_but_not_to_a_late_start(app: Celery, make_app: Apps) -> None:
+    # Given a task whose worker was taken for lost, and which was run again.
+    task_id = new_id()
+    app.backend.store_result(task_id, ValueError("lost"), states.FAILURE)
+    app.backend.store_result(task_id, None, states.STARTED)
+    assert make_app().AsyncResult(task_id).state == states.FAILURE
+    app.backend.store_result(task_id, 2, states.SUCCESS)
+    assert make_app().AsyncResult(task_id).get(timeout=10) == 2
+
+
+def test_revokes_by_many_workers_amount_to_one(app: Celery, make_app: Apps) -> None:
+    task_id = new_id()
+    for worker in [app, make_app(), make_app()]:
+        worker.backend.mark_as_revoked(task_id, reason="revoked")
+    assert make_app().AsyncResult(task_id).state == states.REVOKED
+
+
+def test_an_aborted_task_stays_aborted_whatever_it_reports(app: Celery, make_app: Apps) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, None, "ABORTED")
+    app.backend.store_result(task_id, {"current": 1}, "PROGRESS")
+    assert make_app().AsyncResult(task_id).state == "ABORTED"
+    app.backend.store_result(task_id, "ended", states.SUCCESS)
+    assert make_app().AsyncResult(task_id).state == states.SUCCESS
+
+
+def test_looking_up_never_uses_a_result_up(app: Celery, make_app: Apps) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, 7, states.SUCCESS)
+    readers = [app, make_app(), make_app()]
+    for _ in range(30):
+        for reader in readers:
+            assert reader.AsyncResult(task_id).state == states.SUCCESS
+            assert reader.AsyncResult(task_id).get(timeout=10) == 7
+
+
+def test_several_processes_read_the_same_results_several_times_at_once(app: Celery) -> None:
+    ids = [new_id() for _ in range(20)]
+    for number, task_id in enumerate(ids):
+        app.backend.store_result(task_id, number, states.SUCCESS)
+    mine = others.metas(app, ids, 3)
+    for theirs in elsewhere.run_many(app, others.metas, [{"ids": ids, "times": 3}] * 4):
+        assert theirs == mine
+
+
+def test_a_result_outlives_the_process_that_stored_it(app: Celery) -> None:
+    task_id = new_id()
+    elsewhere.run(app, others.store, results=[(task_id, "kept", states.SUCCESS)])
+    assert app.AsyncResult(task_id).get(timeout=10) == "kept"
+
+
+def test_exists_tells_stored_from_unknown(app: Celery, make_app: Apps) -> None:
+    started, done, unknown = new_id(), new_id(), new_id()
+    app.backend.store_result(started, None, states.STARTED)
+    app.backend.store_result(done, None, states.SUCCESS)
+    for reader in (app, make_app()):
+        backend = reader.backend
+        for _ in range(3):
+            assert backend.task_result_exists(started)
+            assert backend.task_result_exists(done)
+            assert not backend.task_result_exists(unknown)
+    if hasattr(AsyncResult, "exists"):
+        assert app.AsyncResult(done).exists()
+        assert not app.AsyncResult(unknown).exists()
+
+
+def test_forget_deletes_for_everybody(app: Celery, make_app: Apps) -> None:
+    # Given two results that have been read by this process and by another.
+    gone, kept = new_id(), new_id()
+    reader = make_app()
+    for task_id in (gone, kept):
+        app.backend.store_result(task_id, None, states.STARTED)
+        app.backend.store_result(task_id, 1, states.SUCCESS)
+        assert reader.AsyncResult(task_id).get(timeout=10) == 1
+    # When one is forgotten.
+    app.AsyncResult(gone).forget()
+    # Then nobody finds it, however they ask, and the other is as it was.
+    for asker in (app, reader, make_app()):
+        assert asker.AsyncResult(gone).state == states.PENDING
+        assert asker.AsyncResult(gone).result is None
+        assert not asker.backend.task_result_exists(gone)
+        assert asker.AsyncResult(kept).result == 1
+    assert elsewhere.run(app, others.states, ids=[gone, kept]) == ["PENDING", "SUCCESS"]
+
+
+def test_another_process_may_forget(app: Celery) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    assert app.AsyncResult(task_id).state == states.SUCCESS
+    elsewhere.run(app, others.forget, ids=[task_id])
+    assert app.AsyncResult(task_id).state == states.PENDING
+
+
+def test_forgetting_what_is_unknown_or_forgotten_is_no_error(app: Celery) -> None:
+    task_id = new_id()
+    app.AsyncResult(task_id).forget()
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    app.AsyncResult(task_id).forget()
+    app.AsyncResult(task_id).forget()
+    assert app.AsyncResult(task_id).state == states.PENDING
+
+
+def test_a_forgotten_id_can_be_used_again(app: Celery) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, "first", states.SUCCESS)
+    app.AsyncResult(task_id).forget()
+    app.backend.store_result(task_id, "second", states.SUCCESS)
+    assert app.AsyncResult(task_id).get(timeout=10) == "second"
+
+
+def test_process_cleanup_and_cleanup_change_nothing(app: Celery) -> None:
+    # Celery calls process_cleanup after every task.
+    task_id = new_id()
+    for number in range(3):
+        app.backend.store_result(task_id, {"step": number}, "PROGRESS")
+        app.backend.process_cleanup()
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    app.backend.process_cleanup()
+    app.backend.cleanup()
+    assert app.AsyncResult(task_id).result == 1
+
+
+def test_a_poll_after_a_change_shows_the_change(app: Celery, make_app: Apps) -> None:
+    # Given a process that polls a task that it has not sent.
+    task_id, reader = new_id(), make_app()
+    for _ in range(3):
+        assert reader.AsyncResult(task_id).state == states.PENDING
+    seen: List[str] = []
+    done = threading.Event()
+
+    def poll() -> None:
+        while not done.is_set():
+            state = reader.AsyncResult(task_id).state
+            if not seen or seen[-1] != state:
+                seen.append(state)
+            if state == states.SUCCESS:
+                return
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    # When the task goes its way.
+    for state in (states.STARTED, "PROGRESS", states.SUCCESS):
+        app.backend.store_result(task_id, None, state)
+    thread.join(30)
+    done.set()
+    # Then the poller gets there, never a step back.
+    order = ["PENDING", "STARTED", "PROGRESS", "SUCCESS"]
+    assert seen[-1] == states.SUCCESS
+    assert [order.index(s) for s in seen] == sorted(order.index(s) for s in seen)
+
+
+def test_a_poll_that_meets_the_end_of_a_wait_does_not_keep_an_old_state(
+    app: Celery, make_app: Apps
+) -> None:
+    # Given a task that is running, a thread that waits for it, and threads that poll it at the
+    # same time, so that looking up and being pushed overlap in every way.
+    reader = make_app()
+    for _ in range(20):
+        task_id = new_id()
+        app.backend.store_result(task_id, None, states.STARTED)
+        values: List[Any] = []
+        polled: List[str] = []
+
+        def wait(task_id: str = task_id, values: List[Any] = values) -> None:
+            values.append(reader.AsyncResult(task_id).get(timeout=30))
+
+        def poll(task_id: str = task_id, polled: List[str] = polled) -> None:
+            while True:
+                polled.append(reader.AsyncResult(task_id).state)
+                if polled[-1] == states.SUCCESS or len(polled) > 50_000:
+                    return
+
+        threads = [threading.Thread(target=f) for f in (wait, poll, poll)]
+        for thread in threads:
+            thread.start()
+        app.backend.store_result(task_id, 1, states.SUCCESS)
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        # Then all have seen the end, and nobody is stuck with what was before.
+        assert values == [1]
+        assert polled[-1] == states.SUCCESS
+        assert reader.AsyncResult(task_id).state == states.SUCCESS
+
+
+class Paused:
+    """Lets a look-up go as far as having read the store, and holds it there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, app: Celery) -> None:
+        self.reached = threading.Event()
+        self.go_on = threading.Event()
+        store = app.backend.layout.store
+        read = store.read
+        self.armed = False
+
+        def paused(*args: Any, **kwargs: Any) -> Any:
+            found = read(*args, **kwargs)
+            if self.armed and threading.current_thread() is self.thread:
+                self.armed = False
+                self.reached.set()
+                assert self.go_on.wait(30)
+            return found
+
+        monkeypatch.setattr(store, "read", paused)
+
+    def run(self, function: Any) -> None:
+        self.armed = True
+        self.thread = threading.Thread(target=function)
+        self.thread.start()
+        assert self.reached.wait(30)
+
+    def finish(self) -> None:
+        self.go_on.set()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@pytest.mark.parametrize("reader_is", ["a wait", "a poll"])
+def test_a_slow_look_up_does_not_bring_back_a_state_that_others_saw_pass(
+    app: Celery, make_app: Apps, monkeypatch: pytest.MonkeyPatch, reader_is: str
+) -> None:
+    # Given a look-up that has read STARTED, and then is held up.
+    task_id, reader = new_id(), make_app()
+    app.backend.store_result(task_id, None, states.STARTED)
+    assert reader.AsyncResult(task_id).state == states.STARTED
+    paused = Paused(monkeypatch, reader)
+    paused.run(lambda: reader.AsyncResult(task_id).state)
+    # When the task ends, and somebody else in this process sees that meanwhile.
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    if reader_is == "a wait":
+        assert reader.AsyncResult(task_id).get(timeout=30) == 1
+    else:
+        assert reader.AsyncResult(task_id).state == states.SUCCESS
+        assert reader.AsyncResult(task_id).state == states.SUCCESS
+    paused.finish()
+    # Then what the slow one has read does not become the truth.
+    for _ in range(3):
+        assert reader.AsyncResult(task_id).state == states.SUCCESS
+
+
+def test_many_results_are_read_in_one_go(app: Celery, make_app: Apps) -> None:
+    ids = [new_id() for _ in range(500)]
+    for number, task_id in enumerate(ids):
+        app.backend.store_result(task_id, number, states.SUCCESS)
+    found: Dict[str, Any] = dict(make_app().backend.get_many(ids, timeout=30))
+    assert {i: found[i]["result"] for i in ids} == {i: n for n, i in enumerate(ids)}
