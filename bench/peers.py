@@ -101,9 +101,9 @@ def worker(
         PYTHONPATH=str(ROOT),
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "celery", "-A", "bench.worker_app", "worker", "--pool", pool,
+        [sys.executable, "-m", "celery", "--quiet", "-A", "bench.worker_app", "worker", "--pool", pool,
          "--concurrency", str(concurrency), "--loglevel", "ERROR", "--without-gossip",
-         "--without-mingle", "--quiet", "--hostname", f"{queue}@localhost"],
+         "--without-mingle", "--hostname", f"{queue}@localhost"],
         env=environment, cwd=ROOT,
     )  # fmt: skip
     app = make_app(peer, broker, redis, queue)

@@ -36,6 +36,7 @@ from celery_amqp_results.celery4_api import Celery4API
 from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.layouts import Layout, LayoutRegistry
 from celery_amqp_results.meta import GROUP, STATE, Codec, PublishClock, StateMessage, is_final
+from celery_amqp_results.native_chords import NativeChords
 from celery_amqp_results.pending import PendingResults
 from celery_amqp_results.per_task_layout import HEARTBEAT as PER_TASK_HEARTBEAT
 from celery_amqp_results.per_task_layout import PerTaskLayout, Wire
@@ -53,12 +54,17 @@ MAX_EXPIRES = 4_294_967
 DEFAULT_INTERVAL = 0.5
 SHORTEST_INTERVAL = 0.01
 
+#: How long the body of a chord is waited for until the chord is looked at, in seconds; doubled each
+#: time, up to the last.
+FIRST_CHORD_CHECK = 5.0
+LAST_CHORD_CHECK = 300.0
+
 Meta = Dict[str, Any]
 
 _clock = PublishClock()
 
 
-class AMQPBackend(Celery4API):
+class AMQPBackend(NativeChords, Celery4API):
     """Keeps task results in RabbitMQ, and pushes them to those who wait.
 
     Parameters:
@@ -155,8 +161,16 @@ class AMQPBackend(Celery4API):
             if failure_expires is None
             else _milliseconds("result_failure_expires", self.prepare_expires(failure_expires))
         )
+        chord_expires = conf.get("result_chord_expires")
+        self._chord_expiration = (
+            self._expiration
+            if chord_expires is None
+            else _milliseconds("result_chord_expires", self.prepare_expires(chord_expires))
+        )
         self._layouts = _registry_of(app)
-        self._layout_key = repr((self._url, self.options, self.layout_name, self.wire))
+        # The layout per-task has to decode what it reads, so that it knows what may be decoded.
+        accept = sorted(self.accept or ()) if self.layout_name == "per-task" else None
+        self._layout_key = repr((self._url, self.options, self.layout_name, self.wire, accept))
         self._reset()
         _backends.add(self)
 
@@ -166,6 +180,7 @@ class AMQPBackend(Celery4API):
         self._resolving = threading.RLock()
         self._pid = os.getpid()
         self._pending: Optional[PendingResults] = None
+        self._reset_chords()
 
     @property
     def layout(self) -> Layout:
@@ -250,14 +265,14 @@ class AMQPBackend(Celery4API):
         task_id = bytes_to_str(task_id)
         meta = self._get_result_meta(result, state, traceback, request)
         meta["task_id"] = task_id
-        self.layout.publish(
-            self._encode_state(
-                task_id, state, self.layout.shape(meta), STATE, self._expiration_of(state)
-            ),
-            _client_of(request),
-            getattr(request, "group", None),
-            is_final(state),
+        message = self._encode_state(
+            task_id, state, self.layout.shape(meta), STATE, self._expiration_of(state)
         )
+        client = _client_of(request)
+        if not is_final(state) or not self._publish_with_part(task_id, message, client):
+            self.layout.publish(
+                message, client, getattr(request, "group", None), is_final(state)
+            )
         return result
 
     def _encode_state(
@@ -318,7 +333,9 @@ class AMQPBackend(Celery4API):
         state = self.layout.poll((task_id,))[task_id]
         if state is None:
             return {"status": states.PENDING, "result": None}
-        return self._decode_state(state)
+        meta = self._decode_state(state)
+        self._settle_after_reading(meta)
+        return meta
 
     def task_result_exists(self, task_id: str) -> bool:
         """Return whether a state of the task is kept."""
@@ -379,6 +396,8 @@ class AMQPBackend(Celery4API):
         with self.layout.follower() as follower:
             follower.add(ids)
             next_interval = time.monotonic() + interval
+            pause = FIRST_CHORD_CHECK
+            next_check = time.monotonic() + pause
             while follower.pending:
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
@@ -389,6 +408,12 @@ class AMQPBackend(Celery4API):
                             on_message(self._decode_state(state))
                     if update.final is not None:
                         yield update.task_id, update.final
+                if time.monotonic() >= next_check and follower.pending:
+                    # A chord whose last worker died before it fired has nobody else.
+                    for task_id in list(follower.pending):
+                        self.settle_body(task_id)
+                    pause = min(2 * pause, LAST_CHORD_CHECK)
+                    next_check = time.monotonic() + pause
                 if time.monotonic() >= next_interval:
                     next_interval = time.monotonic() + interval
                     if on_interval is not None:
@@ -623,6 +648,7 @@ class AMQPBackend(Celery4API):
             pending, self._pending = self._pending, None
         if pending is not None:
             pending.close()
+        self._bodies.close()
         layout = self._layouts.pop(self._layout_key)
         if layout is not None:
             layout.close()
@@ -718,6 +744,7 @@ def _registry_of(app: Any) -> LayoutRegistry:
 
 def _after_fork_in_child() -> None:
     # The parent's connections are let go of without a word: their sockets are the parent's.
+    _clock.after_fork_in_child()
     global _registries_lock
     _registries_lock = threading.Lock()
     for registry in list(_registries.values()):

@@ -27,7 +27,7 @@ from celery import states
 from celery.backends.base import Backend
 from kombu.utils.encoding import bytes_to_str
 
-from celery_amqp_results import errors
+from celery_amqp_results import errors, producer
 from celery_amqp_results.per_task_layout import BACKLOG_LIMIT, NoCacheQueue, Wire
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ Meta = Dict[str, Any]
 class Celery4API(Backend):
     """The backend of Celery 4, where it is more than what Celery 5 calls."""
 
-    Exchange: ClassVar[Type[kombu.Exchange]] = kombu.Exchange
-    Producer: ClassVar[Type[kombu.Producer]] = kombu.Producer
+    Exchange: ClassVar[Type[producer.Exchange]] = producer.Exchange
+    Producer: ClassVar[Type[producer.Producer]] = producer.Producer
     Consumer: ClassVar[Type[kombu.Consumer]] = kombu.Consumer
     #: The queue that is declared each time that it is used.
     Queue: ClassVar[Type[NoCacheQueue]] = NoCacheQueue

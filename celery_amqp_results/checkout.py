@@ -16,7 +16,7 @@ to itself by then, and nothing can be moved behind the second one.
 from __future__ import annotations
 
 import uuid
-from typing import Callable, Iterable, List
+from typing import Callable, Iterable, List, Optional
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -50,6 +50,9 @@ class Checkout:
         link: an open connection, which the caller is alone with.
         queue: name of the queue.
         on_message: called with each message that is no fence, while the link is drained.
+        prefetch: how many messages it may hold; 0 for no limit.
+        look_again: asked when the first fence has come whether a second one is to be set, for
+            messages that somebody may have moved behind the first.
 
     Raises:
         amqp.AMQPError, OSError: when the connection is lost. Draining the link raises
@@ -62,6 +65,8 @@ class Checkout:
         link: connections.Link,
         queue: str,
         on_message: Callable[[amqp.Message], None],
+        prefetch: int = PREFETCH,
+        look_again: Optional[Callable[[], bool]] = None,
     ) -> None:
         self.link = link
         self.queue = queue
@@ -72,13 +77,15 @@ class Checkout:
         #: How many messages have come, fences among them.
         self.seen = 0
         self._on_message = on_message
+        self._look_again = look_again
         self._fence = ""
         self._fence_tags: List[int] = []
+        self._deleted = False
         # No answer is waited for: the next thing of interest is the first message.
         with link.corked():
             self.channel = link.channel_nowait(self._on_close)
             self.set_fence()
-            self.channel.send_method(spec.Basic.Qos, "lBb", (0, PREFETCH, False))
+            self.channel.send_method(spec.Basic.Qos, "lBb", (0, prefetch, False))
             self.channel.basic_consume(
                 queue,
                 consumer_tag="r",
@@ -114,6 +121,8 @@ class Checkout:
 
     def _cancelled(self, consumer_tag: str) -> None:
         # The queue was deleted, or its leader went away.
+        if self._deleted:
+            return
         raise amqp_errors.ConsumerCancelled(consumer_tag, spec.Basic.Cancel)
 
     def _receive(self, message: amqp.Message) -> None:
@@ -127,7 +136,12 @@ class Checkout:
             # in line are not acknowledged, and put back.
             if properties.get("message_id") == self._fence:
                 self._fence_tags.append(message.delivery_tag)
-                self.fenced = True
+                look_again, self._look_again = self._look_again, None
+                if look_again is not None and look_again():
+                    # At once: what comes next is to be seen.
+                    self.set_fence()
+                else:
+                    self.fenced = True
             return
         self._on_message(message)
 
@@ -139,6 +153,20 @@ class Checkout:
         """
         for tag in tags:
             self.channel.basic_ack(tag)
+
+    def delete(self, *others: str) -> None:
+        """Delete the queue with all that is in it, and let go of it.
+
+        That is not waited for. Whoever waits in line is told.
+
+        Parameters:
+            others: names of queues to delete as well; they need not exist.
+        """
+        self._deleted = True
+        with self.link.corked():
+            for queue in (self.queue, *others):
+                self.channel.queue_delete(queue, nowait=True)
+            self.channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
 
     def close(self, wait: bool) -> None:
         """Have the broker put everything back that was not acknowledged.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set
 
+import amqp
 import amqp.exceptions
 
 from celery_amqp_results import connections, errors, frames
 
-__all__ = ("ConfirmChannel", "Outgoing")
+__all__ = ("ConfirmChannel", "Outgoing", "QueueLength")
 
 #: How long the broker may take to confirm before the connection is taken for dead, in seconds.
 #: Not counted while the broker says that it blocks publishers.
@@ -31,6 +32,17 @@ class Outgoing:
     shard: Optional[int] = None
     #: What it is, for messages of errors.
     what: str = "a message"
+    #: Whether the publisher is to say so when no queue takes it; of a shard it always is.
+    mandatory: bool = False
+
+
+class QueueLength(NamedTuple):
+    """What the broker says of a queue."""
+
+    #: Messages that nobody holds.
+    messages: int
+    #: Readers; with a single active consumer, those that wait in line may not be counted.
+    consumers: int
 
 
 class ConfirmChannel:
@@ -51,7 +63,9 @@ class ConfirmChannel:
         #: By delivery tag, in the order of publishing.
         self.unconfirmed: Dict[int, Outgoing] = {}
         self.nacked: Set[int] = set()
-        self.returned: List[str] = []
+        #: What no queue took.
+        self.returned: List[Outgoing] = []
+        self._asking: Optional[amqp.Channel] = None
         self.channel.events["basic_ack"].add(self._on_ack)
         self.channel.events["basic_nack"].add(self._on_nack)
         self.channel.events["basic_return"].add(self._on_return)
@@ -66,7 +80,7 @@ class ConfirmChannel:
             self.channel.channel_id,
             message.exchange,
             message.routing_key,
-            message.shard is not None,
+            message.shard is not None or message.mandatory,
             message.properties,
             message.body,
             connection.frame_max,
@@ -98,7 +112,12 @@ class ConfirmChannel:
         return settled
 
     def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
-        self.returned.append(routing_key)
+        # It comes before its confirm. Of several with the same key any will do.
+        known = {id(message) for message in self.returned}
+        for outgoing in self.unconfirmed.values():
+            if outgoing.routing_key == routing_key and id(outgoing) not in known:
+                self.returned.append(outgoing)
+                return
 
     def wait(self, tags: Sequence[int]) -> None:
         """Wait until the broker has settled *tags*."""
@@ -111,6 +130,20 @@ class ConfirmChannel:
                 raise errors.NotConfirmed(
                     f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s"
                 )
+
+    def length(self, queue: str) -> Optional[QueueLength]:
+        """Return how long *queue* is now, or ``None`` where there is no such queue."""
+        if self._asking is None:
+            # The broker closes the channel when there is no such queue: not this one.
+            self._asking = self.link.channel()
+        try:
+            found = self._asking.queue_declare(queue, passive=True)
+        except amqp.exceptions.NotFound as exc:
+            # py-amqp has opened the channel again.
+            if not exc.reply_text.startswith("NOT_FOUND - no queue "):
+                raise
+            return None
+        return QueueLength(found.message_count, found.consumer_count)
 
     def collect(self) -> None:
         """Take in the confirms that have come so far, without waiting."""

@@ -153,8 +153,11 @@ class Link:
         if not self.readable(timeout):
             return False
         try:
-            # With a timeout, py-amqp would set and reset it on the socket for every frame.
-            self.amqp.drain_events()
+            # With a timeout, py-amqp would set and reset it on the socket for every frame. Its
+            # drain_events() would not return after a heartbeat, which completes nothing, before
+            # the next message comes.
+            while not self.amqp.blocking_read() and self.readable():
+                pass
         except socket.timeout:
             raise amqp_errors.RecoverableConnectionError(
                 f"the broker stopped in the middle of a message for {IO_TIMEOUT:g} s"

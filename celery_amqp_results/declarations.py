@@ -8,7 +8,7 @@ connection is lost, since the broker may have lost what was declared, too.
 from __future__ import annotations
 
 import threading
-from typing import Any, Set
+from typing import Any, Optional, Set
 
 from amqp import exceptions as amqp_errors
 
@@ -63,23 +63,38 @@ class Declarations:
             if generation == self._generation:
                 self._exchange = True
 
-    def ensure_shard(self, channel: Any, shard: int) -> None:
-        """Declare and bind the queue of *shard*, if this process has not.
+    def request_shard(self, channel: Any, shard: int) -> None:
+        """Ask for the queue of *shard* to be declared and bound, if this process has not.
 
-        Raises:
-            DeclarationRefused: when it exists with other properties.
+        The exchange must be there. No answer is waited for: where the broker refuses, it closes
+        the channel, and :meth:`refusal` says what that means.
         """
         if shard in self._shards:
             return
         generation = self._generation
-        self.ensure_exchange(channel)
         topology = self.topology
         spec = topology.shard_queue(shard)
-        declare_queue(channel, spec)
-        channel.queue_bind(spec.name, topology.exchange, topology.shard_binding(shard))
+        channel.queue_declare(
+            spec.name,
+            durable=spec.durable,
+            exclusive=spec.exclusive,
+            auto_delete=spec.auto_delete,
+            arguments=dict(spec.arguments),
+            nowait=True,
+        )
+        channel.queue_bind(spec.name, topology.exchange, topology.shard_binding(shard), nowait=True)
         with self._lock:
             if generation == self._generation:
                 self._shards.add(shard)
+
+    def refusal(self, exc: BaseException) -> Optional[errors.DeclarationRefused]:
+        """Return the error to raise for *exc*, or ``None`` if it is not about a declaration."""
+        # What a precondition failed of otherwise is the size of a message.
+        if not isinstance(exc, amqp_errors.PreconditionFailed) or "inequivalent arg" not in str(
+            exc
+        ):
+            return None
+        return _refused(exc)
 
     def forget(self) -> None:
         """Declare everything anew from now on."""
@@ -89,26 +104,28 @@ class Declarations:
             self._shards = set()
 
 
-def declare_queue(channel: Any, spec: QueueSpec) -> str:
-    """Declare the queue *spec* on *channel* and return its name.
+def declare_queue(channel: Any, spec: QueueSpec) -> None:
+    """Declare the queue *spec* on *channel*, and wait for the answer.
 
     Raises:
         DeclarationRefused: when it exists with other properties.
     """
     try:
-        return str(
-            channel.queue_declare(
-                spec.name,
-                durable=spec.durable,
-                exclusive=spec.exclusive,
-                auto_delete=spec.auto_delete,
-                arguments=dict(spec.arguments),
-            ).queue
+        channel.queue_declare(
+            spec.name,
+            durable=spec.durable,
+            exclusive=spec.exclusive,
+            auto_delete=spec.auto_delete,
+            arguments=dict(spec.arguments),
         )
     except amqp_errors.PreconditionFailed as exc:
-        raise errors.DeclarationRefused(
-            f"the broker has a queue {spec.name!r} that differs from the one wanted here: {exc}. "
-            "All processes that share results need the same option 'queue_type'; a queue of "
-            "another type has to be deleted before the option can be changed, or the app given a "
-            "'result_exchange' of its own."
-        ) from exc
+        raise _refused(exc) from exc
+
+
+def _refused(exc: BaseException) -> errors.DeclarationRefused:
+    return errors.DeclarationRefused(
+        f"the broker has a queue that differs from the one wanted here: {exc}. All processes that "
+        "share results need the same option 'queue_type'; a queue of another type has to be "
+        "deleted before the option can be changed, or the app given a 'result_exchange' of its "
+        "own."
+    )

@@ -203,6 +203,11 @@ class Inbox:
             ):
                 self._remember(task_id, None)
 
+    def note_stored(self, state: StateMessage) -> None:
+        """Note a state that this process has published: it is not to wait for its own push."""
+        with self._changed:
+            self._update(state)
+
     def watch(self, ids: Iterable[str], waiter: Waiter) -> None:
         """Hand the states of *ids* to *waiter* from now on.
 
@@ -351,6 +356,15 @@ class Inbox:
         ):
             self._uncover(next(iter(self._known)))
 
+    def _update(self, state: StateMessage) -> bool:
+        """Take in a new state; return whether its task is covered."""
+        if state.id not in self._known:
+            return False
+        known = self._known[state.id]
+        if known is None or meta.supersedes(state, known):
+            self._remember(state.id, state)
+        return True
+
     def _uncover(self, task_id: str) -> None:
         if task_id in self._known:
             self._known_bytes -= _size(self._known.pop(task_id))
@@ -440,6 +454,14 @@ class Inbox:
     def _give_up(self, exc: Exception, attempts: int) -> None:
         if isinstance(exc, (errors.BackendUnavailable, errors.DeclarationRefused)):
             failure: Exception = exc
+        elif connections.is_refusal(exc):
+            failure = errors.BackendUnavailable(
+                f"the broker at {self._connector.describe()} refuses to push results: {exc}. "
+                "Check the user's permissions on the exchange "
+                f"{self._declarations.topology.exchange!r} and on queues that the broker names "
+                "(amq.gen-*)."
+            )
+            failure.__cause__ = exc
         elif isinstance(exc, connections.TRANSIENT):
             failure = errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} cannot be reached for results to be "
@@ -482,11 +504,8 @@ class Inbox:
         with self._changed:
             self.received += 1
             task_id = state.id
-            if task_id in self._known:
-                known = self._known[task_id]
-                if known is None or meta.supersedes(state, known):
-                    self._remember(task_id, state)
-            elif task_id in self._waiters and task_id not in self._outdated:
+            covered = self._update(state)
+            if not covered and task_id in self._waiters and task_id not in self._outdated:
                 self._early.setdefault(task_id, []).append(state)
             for waiter in self._waiters.get(task_id, ()):
                 waiter.feed(state)

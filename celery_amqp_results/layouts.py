@@ -21,6 +21,7 @@ from typing import (
     Protocol,
 )
 
+from celery_amqp_results.chord import Chords
 from celery_amqp_results.meta import StateMessage
 from celery_amqp_results.waiting import Update
 
@@ -60,6 +61,9 @@ class Following(Protocol):
 
 class Layout(Protocol):
     """Keeps results on a broker. Thread-safe; made anew after a fork."""
+
+    #: Collects the parts of chords; ``None`` where a task has to poll for them.
+    chords: Optional[Chords]
 
     def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what of a meta is written."""

@@ -265,8 +265,12 @@ class PublishClock:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._last = 0
+        self.after_fork_in_child()
+
+    def after_fork_in_child(self) -> None:
+        """Let go of a lock that a thread of the parent may have held."""
+        self._lock = threading.Lock()
 
     def now(self) -> int:
         """Return the present time, at least one microsecond later than the last one returned."""

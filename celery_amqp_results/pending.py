@@ -2,6 +2,10 @@
 
 A thread follows the tasks whose results have callbacks, and calls these. It is not the thread
 that reads the inbox: a callback may take its time, or wait for another task.
+
+A result set makes itself a callback of all its members, by a barrier, as soon as there is one. By
+that nobody has asked for anything, and following them would mean a connection for every program
+that only sends: a result set is told of its members by whoever waits for it.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import logging
 import threading
 import time
 from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+
+from vine import barrier
 
 from celery_amqp_results import errors
 from celery_amqp_results.layouts import Following
@@ -22,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 #: The thread ends when it has had nothing to follow for so long, in seconds.
 LINGER = 5.0
+
+#: A result is announced just before it gets its callback. One that has none after so many seconds
+#: is not going to get any.
+GRACE = 1.0
 
 
 class PendingResults:
@@ -44,7 +54,8 @@ class PendingResults:
         self._results: Dict[str, List[Any]] = {}
         self._follower: Optional[Following] = None
         self._closing = False
-        self._added: Deque[str] = collections.deque()
+        #: Ids to follow, and when they were added.
+        self._added: Deque[Tuple[str, float]] = collections.deque()
         self._removed: Deque[Tuple[str, int]] = collections.deque()
 
     def add(self, result: Any) -> None:
@@ -55,9 +66,12 @@ class PendingResults:
             results = self._results.setdefault(result.id, [])
             if not any(known is result for known in results):
                 results.append(result)
-            self._added.append(result.id)
+            now = time.monotonic()
+            self._added.append((result.id, now))
             if self._follower is None:
                 self._follower = self._make_follower()
+                # Those that were left when a thread ended by an error.
+                self._added.extend((task_id, now) for task_id in self._results)
                 threading.Thread(
                     target=self._run,
                     args=(self._follower,),
@@ -84,10 +98,7 @@ class PendingResults:
         idle_since = time.monotonic()
         try:
             while not self._closing:
-                while self._added:
-                    task_id = self._added.popleft()
-                    if task_id in self._results:
-                        follower.add((task_id,))
+                self._take_in(follower)
                 while self._removed:
                     self._take_out(follower, *self._removed.popleft())
                 if follower.pending:
@@ -106,10 +117,31 @@ class PendingResults:
                 if self._follower is follower:
                     self._follower = None
 
+    def _take_in(self, follower: Following) -> None:
+        """Follow the tasks added whose results have callbacks, and drop the others."""
+        undecided = []
+        while self._added:
+            task_id, since = self._added.popleft()
+            with self._lock:
+                answers = {_has_callback(result) for result in self._results.get(task_id, ())}
+                if True not in answers:
+                    if None in answers and time.monotonic() - since < GRACE:
+                        undecided.append((task_id, since))
+                    else:
+                        self._results.pop(task_id, None)
+                    continue
+            follower.add((task_id,))
+        if undecided:
+            self._added.extend(undecided)
+            time.sleep(0.001)
+            follower.poke()
+
     def _step(self, follower: Following) -> None:
         try:
             updates = follower.step(None, LINGER)
         except errors.BackendUnavailable as exc:
+            if self._closing:
+                return
             # Who waits for results is told; callbacks can only wait for better times.
             logger.warning("callbacks of results have to wait: %s", exc)
             follower.pause(1.0)
@@ -133,3 +165,11 @@ class PendingResults:
                 return
             self._results.pop(task_id, None)
         follower.discard(task_id)
+
+
+def _has_callback(result: Any) -> Optional[bool]:
+    """Return whether a result has callbacks other than result sets; ``None`` where it has none."""
+    listeners = [listener for listener in result.on_ready.listeners if listener is not None]
+    if not listeners:
+        return None
+    return not all(isinstance(listener, barrier) for listener in listeners)

@@ -44,7 +44,13 @@ declares, since the two must agree on the queue. Where a queue exists that diffe
 
 On the transports other than AMQP everything depends on what these offer. ``memory://`` is exact:
 all its users are in the process. With others, such as ``filesystem://``, a process that is killed
-while it holds a message loses it, unless the transport restores it; and nothing expires.
+while it holds a message loses it, unless the transport restores it; and nothing expires. kombu
+writes its files in more than one step, and names those of one millisecond in no order: a reader in
+another process can meet half a message, and two states stored at once can change places.
+
+With ``result_serializer = "pickle"`` the bytes are those of kombu's pickle protocol, which was 2 in
+Celery 4 and is 4 now: Python 2 cannot read the latter (kombu reads ``PICKLE_PROTOCOL`` from the
+environment).
 """
 
 from __future__ import annotations
@@ -79,6 +85,7 @@ from kombu.exceptions import ContentDisallowed
 from kombu.transport.virtual.base import NotEquivalentError
 
 from celery_amqp_results import connections, errors, meta, options, transports
+from celery_amqp_results.chord import Chords
 from celery_amqp_results.layouts import Following
 from celery_amqp_results.meta import Codec, StateMessage
 from celery_amqp_results.per_task_following import PollingFollower, PushFollower
@@ -117,6 +124,12 @@ GROUP_FIELDS = ("status", "result", "group_id")
 
 #: The state in the meta of a saved group.
 GROUP_STATE = "GROUP"
+
+#: A final state that a quorum queue says was put back so often is published anew.
+MAX_RETURNS_FINAL = 1
+#: The same for a state that is not final. What is published anew goes to the end of the queue,
+#: where it could come behind a newer one that is not final either: so, seldom.
+MAX_RETURNS = 10
 
 #: Headers with which quorum queues count; a copy starts without.
 COUNT_HEADERS = ("x-delivery-count", "x-acquired-count")
@@ -258,8 +271,8 @@ class PerTaskLayout:
     go of this one untouched.
     """
 
-    #: Whether the backend may fire chords through queues of its own.
-    native_chords = False
+    #: Celery's task that polls ends chords: other transports cannot lock a queue.
+    chords: Optional[Chords] = None
 
     def __init__(
         self,
@@ -568,10 +581,13 @@ class PerTaskLayout:
             raise errors.ForeignMessage(f"a meta without task_id and status: {decoded!r:.200}")
         return dataclasses.replace(bare, id=task_id, state=status, decoded=decoded)
 
-    def put_back(self, session: transports.Session, queue_name: str, message: Any) -> None:
+    def put_back(
+        self, session: transports.Session, queue_name: str, message: kombu.Message, final: bool
+    ) -> None:
         """Put *message* back into its queue so that it can be read any number of times."""
-        count = message.headers.get(COUNT_HEADERS[0])
-        if not self.sessions.amqp or not isinstance(count, int) or count < 1:
+        if not self.sessions.amqp or returns_of(message) < (
+            MAX_RETURNS_FINAL if final else MAX_RETURNS
+        ):
             message.requeue()
             return
         # A quorum queue, which drops what is put back too often.
@@ -694,6 +710,12 @@ class PerTaskLayout:
         PollingFollower.wake_all()
 
 
+def returns_of(message: kombu.Message) -> int:
+    """Return how often a quorum queue says that *message* was put back."""
+    count = message.headers.get(COUNT_HEADERS[0])
+    return count if isinstance(count, int) else 0
+
+
 class _Reader:
     """One look into the queue of one task."""
 
@@ -721,9 +743,9 @@ class _Reader:
         message = self._queue.get(no_ack=False)
         if message is None:
             return None
-        if message.delivery_info.get("message_count") == 0:
+        if message.delivery_info.get("message_count") == 0 and not returns_of(message):
             # Alone in its queue: others need not wait until it is decoded.
-            layout.put_back(self._session, self._queue.name, message)
+            message.requeue()
             state = layout.state_of(message)
             if self._is_other(state):
                 self.others.append(message)
@@ -744,17 +766,20 @@ class _Reader:
                     if old is not None:
                         old.ack()
                     count += 1
-                    if count > self._limit:
-                        raise errors.BacklogLimitExceeded(
-                            f"more than {self._limit} states of {self._task_id} are to be "
-                            "fast-forwarded; asking again goes on with the rest"
-                        )
+                    # Where what is put back goes to the end, it has to be the last one.
+                    if count > self._limit and layout.sessions.amqp:
+                        break
                 message = self._queue.get(no_ack=False)
         finally:
             for kept in self.others:
                 kept.requeue()
-            if held is not None:
-                layout.put_back(self._session, self._queue.name, held)
+            if held is not None and current is not None:
+                layout.put_back(self._session, self._queue.name, held, meta.is_final(current.state))
+        if count > self._limit:
+            raise errors.BacklogLimitExceeded(
+                f"more than {self._limit} states of {self._task_id} are to be fast-forwarded; "
+                "asking again goes on with the rest"
+            )
         return current
 
     def _is_other(self, state: StateMessage) -> bool:

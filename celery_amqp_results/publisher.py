@@ -12,15 +12,16 @@ import collections
 import logging
 import threading
 import time
-from typing import Deque, Optional, Sequence, Tuple, Type
+from typing import Deque, Optional, Sequence, Set, Tuple, Type
 
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import connections, errors
-from celery_amqp_results.confirms import ConfirmChannel, Outgoing
-from celery_amqp_results.declarations import Declarations
+from celery_amqp_results.confirms import ConfirmChannel, Outgoing, QueueLength
+from celery_amqp_results.declarations import Declarations, declare_queue
+from celery_amqp_results.topology import QueueSpec
 
-__all__ = ("Outgoing", "Publisher")
+__all__ = ("Outgoing", "Publisher", "QueueLength")
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,13 @@ class Publisher:
         #: Messages that nobody waits for, of connections lost before their confirm came.
         self._orphans: Deque[Outgoing] = collections.deque(maxlen=MAX_UNCONFIRMED)
 
-    def publish(self, messages: Sequence[Outgoing], confirm: bool = True) -> None:
+    def publish(
+        self,
+        messages: Sequence[Outgoing],
+        confirm: bool = True,
+        declare: Sequence[QueueSpec] = (),
+        count: Optional[str] = None,
+    ) -> Optional[QueueLength]:
         """Publish *messages*, in order, and wait for their confirms together.
 
         Tried again as the retry policy says when the connection is lost; a message may then be
@@ -66,6 +73,12 @@ class Publisher:
         Parameters:
             messages: what to publish.
             confirm: whether to return only when the broker has all of them.
+            declare: queues to declare before.
+            count: name of a queue whose length is asked for after the confirms.
+
+        Returns:
+            The length of the queue *count*; ``None`` where there is no such queue, which is so
+            when a mandatory message to it came back.
 
         Raises:
             DeclarationRefused: when the exchange or a shard exists with other properties.
@@ -78,7 +91,10 @@ class Publisher:
             channel: Optional[ConfirmChannel] = None
             try:
                 channel = self._acquire()
-                self._publish(channel, messages, confirm)
+                for spec in declare:
+                    declare_queue(channel.channel, spec)
+                gone = self._publish(channel, messages, confirm)
+                length = None if count is None or count in gone else channel.length(count)
             except _FAILURES as exc:
                 if channel is not None:
                     self._drop(channel, messages)
@@ -101,34 +117,40 @@ class Publisher:
                 raise
             else:
                 self._release(channel)
-                return
+                return length
 
     def _publish(
         self, channel: ConfirmChannel, messages: Sequence[Outgoing], confirm: bool
-    ) -> None:
+    ) -> Set[str]:
+        """Publish, and return the routing keys of what no queue takes and none has to."""
+        gone: Set[str] = set()
         declarations = self._declarations
         while self._orphans:
             # Published under the channel's watch from now on.
             channel.publish(self._orphans.popleft())
         pending = list(messages)
         for _ in range(2):
-            for message in pending:
-                if message.shard is not None and not declarations.has_shard(message.shard):
-                    declarations.ensure_shard(channel.channel, message.shard)
-            sent = {channel.publish(message): message for message in pending}
+            declarations.ensure_exchange(channel.channel)
+            with channel.link.corked():
+                for message in pending:
+                    if message.shard is not None and not declarations.has_shard(message.shard):
+                        declarations.request_shard(channel.channel, message.shard)
+                for message in pending:
+                    channel.publish(message)
             if confirm or len(channel.unconfirmed) > MAX_UNCONFIRMED:
                 channel.wait(list(channel.unconfirmed))
             elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
                 channel.collect()
             if channel.nacked:
                 raise errors.NotConfirmed("the broker refused to take a message (nack)")
-            if not channel.returned:
-                return
-            # Somebody deleted a shard queue: declare it again, and send what came back.
-            returned, channel.returned = set(channel.returned), []
-            logger.warning("a shard queue is gone and is declared again: %s", sorted(returned))
+            returned, channel.returned = channel.returned, []
+            gone.update(message.routing_key for message in returned if message.shard is None)
+            # Those may have been published long before, and not been waited for.
+            pending = [message for message in returned if message.shard is not None]
+            if not pending:
+                return gone
+            logger.warning("a shard queue is gone and is declared again: %s", _what(pending))
             declarations.forget()
-            pending = [m for m in sent.values() if m.routing_key in returned]
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
 
     def _judge(self, exc: BaseException, messages: Sequence[Outgoing], attempt: int) -> float:
@@ -136,6 +158,9 @@ class Publisher:
         if isinstance(exc, errors.BackendUnavailable) and not isinstance(exc, errors.NotConfirmed):
             # Connecting has its own tries, by the same policy.
             raise exc
+        refusal = self._declarations.refusal(exc)
+        if refusal is not None:
+            raise refusal from exc
         if isinstance(exc, amqp_errors.PreconditionFailed) and "larger than" in str(exc):
             size = max(len(message.body) for message in messages)
             raise errors.ResultTooLarge(
@@ -205,7 +230,7 @@ class Publisher:
 
     def _close(self, channel: ConfirmChannel) -> None:
         try:
-            channel.wait(list(channel.unconfirmed))
+            self._publish(channel, (), True)
         except _FAILURES as exc:
             logger.warning(
                 "%d states were not confirmed when their connection was closed: %r",

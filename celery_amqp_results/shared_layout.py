@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Collection, Dict, Optional
+from typing import Any, Collection, Dict, Mapping, Optional
 
 from celery_amqp_results import connections, meta
+from celery_amqp_results.chord import HEARTBEAT as CHORD_HEARTBEAT
+from celery_amqp_results.chord import Chords
 from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.inbox import Inbox
 from celery_amqp_results.meta import StateMessage
@@ -51,6 +53,15 @@ class SharedLayout:
         )
         self.inbox = Inbox(connector, declarations, client)
         self._waiting = Waiting(self.inbox, self.store)
+        self._chord_pool = connections.Pool(connector, CHORD_HEARTBEAT, "chords")
+        #: Chords that are fired by their last part.
+        self.chords: Optional[Chords] = Chords(
+            self.publisher, self._chord_pool, topology, persistent, self._outgoing
+        )
+
+    def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return *result_meta*: all of it is written."""
+        return result_meta
 
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
@@ -68,6 +79,7 @@ class SharedLayout:
         self.publisher.publish(
             (self._outgoing(state, client, group_id),), final and self._options.confirm
         )
+        self.inbox.note_stored(state)
 
     def _outgoing(self, state: StateMessage, client: str, group_id: Optional[str]) -> Outgoing:
         topology = self._topology
@@ -80,8 +92,14 @@ class SharedLayout:
             f"the {state.state} of {state.id}",
         )
 
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
-        """Return the present state of each of *ids*, or ``None`` where nothing is known."""
+    def poll(
+        self, ids: Collection[str], backlog_limit: Optional[int] = None
+    ) -> Dict[str, Optional[StateMessage]]:
+        """Return the present state of each of *ids*, or ``None`` where nothing is known.
+
+        Parameters:
+            backlog_limit: not used; any number of states is read.
+        """
         return self._waiting.poll(ids)
 
     def follower(self) -> Follower:
@@ -115,3 +133,4 @@ class SharedLayout:
         self.inbox.close(wait)
         self.publisher.close()
         self._pool.close()
+        self._chord_pool.close()

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between heartbeats on connections for look-ups. Short, so that a frozen reader loses
 #: its shard before those in line behind it have waited for ``lookup_timeout``.
-HEARTBEAT = 5.0
+HEARTBEAT = 3.0
 
 #: How many shards one look-up reads at the same time.
 PARALLEL = 16
@@ -67,7 +67,6 @@ class _Read:
         self._remove = remove
         self._store = store
         self._link = link
-        self._fences = 1
         #: Loose messages and small pages that packing would replace, by delivery tag.
         self._loose: Dict[int, StateMessage] = {}
         self._small_pages: Dict[int, bytes] = {}
@@ -79,6 +78,7 @@ class _Read:
             link,
             store.declarations.topology.shard_queue(shard).name,
             self._on_message,
+            look_again=self._incomplete,
         )
 
     def _on_message(self, message: amqp.Message) -> None:
@@ -129,21 +129,14 @@ class _Read:
 
     @property
     def done(self) -> bool:
-        """Whether the whole shard was seen.
-
-        A second fence is set where the first one may have been too early, see
-        :mod:`~celery_amqp_results.checkout`.
-        """
-        checkout = self.checkout
-        if checkout.fenced and not checkout.missing and self._fences == 1 and not self._complete():
-            self._fences = 2
-            self.checkout.set_fence()
+        """Whether the whole shard was seen."""
         return self.checkout.fenced
 
-    def _complete(self) -> bool:
+    def _incomplete(self) -> bool:
+        """Return whether what is looked for may lie in a page behind the fence."""
         if self._remove or self._kind != meta.STATE:
-            return False
-        return all(
+            return True
+        return not all(
             any(state.state == states.SUCCESS for state in self.found.get(task_id, ()))
             for task_id in self.wanted
         )

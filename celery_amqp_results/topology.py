@@ -4,6 +4,8 @@
 
     topic exchange   <result_exchange>.states
     shard queues     <result_exchange>.shard.<n>           bound with  <n>.#
+    chord queues     <result_exchange>.chord.<group>       not bound; parts of one chord
+                     <result_exchange>.chord.<group>.size  not bound; of a generator as header
     inbox            named by the broker, exclusive        bound with  *.<client>.#, *.all.#, <n>.#
     routing key      <shard>.<client>.<group>.<task>.<STATE>
 
@@ -121,17 +123,46 @@ class Topology:
 
     def shard_queue(self, shard: int) -> QueueSpec:
         """Return the queue of shard number *shard*."""
+        return QueueSpec(
+            f"{self.prefix}.shard.{shard}", True, False, False, self._queue_arguments()
+        )
+
+    def chord_queue(self, group_id: str, expires: Optional[int] = None) -> QueueSpec:
+        """Return the queue for the parts of a chord.
+
+        Parameters:
+            group_id: id of the chord's header.
+            expires: milliseconds after which the broker deletes it when nobody has asked for its
+                length; ``None`` for never.
+        """
+        return self._expiring(f"{self.prefix}.chord.{encode_word(group_id)}", expires)
+
+    def chord_size_queue(self, group_id: str, expires: Optional[int] = None) -> QueueSpec:
+        """Return the queue for the size of a chord that was not known when it was sent.
+
+        Its parameters are those of :meth:`chord_queue`.
+        """
+        return self._expiring(f"{self.prefix}.chord.{encode_word(group_id)}.size", expires)
+
+    def _expiring(self, name: str, expires: Optional[int]) -> QueueSpec:
+        arguments = self._queue_arguments()
+        if expires is not None:
+            arguments["x-expires"] = expires
+        return QueueSpec(name, True, False, False, arguments)
+
+    def _queue_arguments(self) -> Dict[str, Any]:
         arguments: Dict[str, Any] = {
             "x-queue-type": self.queue_type,
             # Being the single active consumer is the lock of a checkout.
             "x-single-active-consumer": True,
         }
         if self.queue_type == "quorum":
-            # Every read returns messages: a limit on deliveries would drop results that are read
-            # often. -1 is no limit; brokers before 4.0 have none by default and ignore a
-            # negative one.
-            arguments["x-delivery-limit"] = -1
-        return QueueSpec(f"{self.prefix}.shard.{shard}", True, False, False, arguments)
+            # Every read returns messages, and a limit on deliveries drops what was returned too
+            # often. It is 20 by default since 4.0. There -1 is no limit, but before 4.0 a message
+            # has reached that limit when it is returned for the first time, and is gone. So it is
+            # a number that no message lives to see, which means the same everywhere.
+            arguments["x-delivery-limit"] = 2**31 - 1
+        return arguments
 
     def shard_binding(self, shard: int) -> str:
         """Return the binding key for every message of shard number *shard*."""
@@ -141,6 +172,10 @@ class Topology:
     def client_binding(client: str) -> str:
         """Return the binding key for every state of the tasks that *client* sent."""
         return f"*.{client}.#"
+
+    def task_binding(self, task_id: str) -> str:
+        """Return the binding key for every state of *task_id*."""
+        return f"{self.shard(task_id)}.*.*.{encode_word(task_id)}.*"
 
     def routing_key(
         self, task_id: str, state: str, client: str = ABSENT, group_id: Optional[str] = None

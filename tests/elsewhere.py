@@ -107,9 +107,7 @@ def run(app: Celery, function: Callable[..., Any], **kwargs: Any) -> Any:
         return process.answer()
 
 
-def run_many(
-    app: Celery, function: Callable[..., Any], kwargs: List[Dict[str, Any]]
-) -> List[Any]:
+def run_many(app: Celery, function: Callable[..., Any], kwargs: List[Dict[str, Any]]) -> List[Any]:
     """Run *function* in as many processes at once as there are *kwargs*."""
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(start(app, function, **each)) for each in kwargs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import uuid
 from typing import Any, Dict, List
 
 import pytest
@@ -11,16 +10,23 @@ from celery import Celery, states
 from celery.result import AsyncResult
 
 from tests import elsewhere, others
+from tests.broker.helpers import new_id, until_stored
 from tests.conftest import Apps
-
-
-def new_id() -> str:
-    return uuid.uuid4().hex
 
 
 @pytest.mark.parametrize(
     "value",
-    [None, True, 0, -1.5, "", "text with ünïcödé", [1, [2, [3]]], {"a": {"b": None}}, "x" * 100_000],
+    [
+        None,
+        True,
+        0,
+        -1.5,
+        "",
+        "text with ünïcödé",
+        [1, [2, [3]]],
+        {"a": {"b": None}},
+        "x" * 100_000,
+    ],
     ids=lambda value: repr(value)[:20],
 )
 def test_a_result_reads_back_as_it_was_stored(app: Celery, value: Any) -> None:
@@ -48,6 +54,7 @@ def test_every_state_on_the_way_can_be_stored_and_read(app: Celery, state: str) 
     task_id = new_id()
     value: Any = ValueError("again") if state == states.RETRY else {"step": 1}
     app.backend.store_result(task_id, value, state)
+    until_stored(app)
     result = app.AsyncResult(task_id)
     assert result.state == state
     assert not result.ready()
@@ -92,9 +99,7 @@ def test_a_failure_can_be_stored_with_a_nearly_empty_request(app: Celery) -> Non
     from celery.utils.objects import Bunch
 
     task_id = new_id()
-    request = Bunch(
-        name="unknown", chord=None, root_id=None, correlation_id=task_id, errbacks=None
-    )
+    request = Bunch(name="unknown", chord=None, root_id=None, correlation_id=task_id, errbacks=None)
     app.backend.mark_as_failure(task_id, LookupError("unknown task"), request=request)
     assert isinstance(app.AsyncResult(task_id).result, LookupError)
 
@@ -132,6 +137,7 @@ def test_an_aborted_task_stays_aborted_whatever_it_reports(app: Celery, make_app
     task_id = new_id()
     app.backend.store_result(task_id, None, "ABORTED")
     app.backend.store_result(task_id, {"current": 1}, "PROGRESS")
+    until_stored(app)
     assert make_app().AsyncResult(task_id).state == "ABORTED"
     app.backend.store_result(task_id, "ended", states.SUCCESS)
     assert make_app().AsyncResult(task_id).state == states.SUCCESS
@@ -166,6 +172,7 @@ def test_exists_tells_stored_from_unknown(app: Celery, make_app: Apps) -> None:
     started, done, unknown = new_id(), new_id(), new_id()
     app.backend.store_result(started, None, states.STARTED)
     app.backend.store_result(done, None, states.SUCCESS)
+    until_stored(app)
     for reader in (app, make_app()):
         backend = reader.backend
         for _ in range(3):
@@ -335,6 +342,7 @@ def test_a_slow_look_up_does_not_bring_back_a_state_that_others_saw_pass(
     # Given a look-up that has read STARTED, and then is held up.
     task_id, reader = new_id(), make_app()
     app.backend.store_result(task_id, None, states.STARTED)
+    until_stored(app)
     assert reader.AsyncResult(task_id).state == states.STARTED
     paused = Paused(monkeypatch, reader)
     paused.run(lambda: reader.AsyncResult(task_id).state)

@@ -6,53 +6,15 @@ import gc
 import pickle
 import threading
 import time
-import uuid
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
 from celery import Celery, states
 from celery.exceptions import TimeoutError
 
 from tests import elsewhere, others
+from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps
-
-#: A wait that is not over by then hangs.
-LONG = 30.0
-
-
-def new_id() -> str:
-    return str(uuid.uuid4())
-
-
-class Waiting:
-    """A thread that waits for a task."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.outcome: Any = None
-        self.error: BaseException | None = None
-        self._function = function
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.outcome = self._function()
-        except BaseException as exc:
-            self.error = exc
-
-    def result(self) -> Any:
-        """What the function has returned."""
-        self.thread.join(LONG)
-        assert not self.thread.is_alive(), "still waiting"
-        if self.error is not None:
-            raise self.error
-        return self.outcome
-
-
-def until_watched(app: Celery, task_id: str, eventually: Callable[..., Any], n: int = 1) -> None:
-    """Return when *n* wait for the task, and its states are pushed."""
-    inbox = app.backend.layout.inbox
-    eventually(lambda: inbox.covers(task_id) and len(inbox._waiters.get(task_id, ())) >= n)
 
 
 def test_a_result_that_is_there_is_got_at_once(app: Celery, make_app: Apps) -> None:
@@ -325,12 +287,13 @@ def test_a_result_that_somebody_else_got_can_be_got(app: Celery) -> None:
 
 def test_several_processes_wait_for_one_task_that_none_of_them_sent(app: Celery) -> None:
     task_id = new_id()
-    with elsewhere.start(app, others.wait_and_say, task_id=task_id) as one:
-        with elsewhere.start(app, others.wait_and_say, task_id=task_id) as two:
-            assert one.readline() == two.readline() == "waiting"
-            app.backend.store_result(task_id, None, states.STARTED)
-            app.backend.store_result(task_id, [1, 2], states.SUCCESS)
-            assert one.answer() == two.answer() == [1, 2]
+    waiter = elsewhere.start(app, others.wait_and_say, task_id=task_id)
+    another = elsewhere.start(app, others.wait_and_say, task_id=task_id)
+    with waiter as one, another as two:
+        assert one.readline() == two.readline() == "waiting"
+        app.backend.store_result(task_id, None, states.STARTED)
+        app.backend.store_result(task_id, [1, 2], states.SUCCESS)
+        assert one.answer() == two.answer() == [1, 2]
 
 
 def test_a_process_that_dies_while_it_waits_takes_nothing_with_it(app: Celery) -> None:
@@ -440,7 +403,7 @@ def test_a_task_that_is_sent_after_the_inbox_stands_is_polled_without_asking_the
 
 @pytest.mark.parametrize("task_id", ["daily-2026-11-22", None])
 def test_a_task_that_is_sent_again_still_has_the_result_it_had(
-    app: Celery, task_id: str | None
+    app: Celery, task_id: Optional[str]
 ) -> None:
     # Given an inbox that stands, and a task that has ended before it is sent with the same id.
     with pytest.raises(TimeoutError):

@@ -1,0 +1,79 @@
+# One command a chore; CI runs the same ones. `make help` lists them.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# What `make test PYTEST="..."` hands to pytest.
+PYTEST ?= tests
+
+BIN := $(VENV)/bin
+# What is not the package itself, but is checked with it.
+SCRIPTS := demo tools tests $(wildcard bench)
+
+.PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
+	bench soak clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | \
+		awk -F '\t' '{ printf "  make %-22s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.demo ## Show it at work, on a private RabbitMQ; BROKER=amqp://... to use yours
+	@$(BIN)/python -m demo $(if $(BROKER),--broker "$(BROKER)") $(DEMO)
+
+test: $(VENV)/.test ## Run the tests on a private RabbitMQ; PYTEST="tests/unit -k fold" to choose
+	$(BIN)/python -m pytest $(PYTEST)
+
+test-newest-rabbitmq: $(VENV)/.test ## Run the tests that need a broker on Debian forky's RabbitMQ
+	RABBITMQ_DISTRIBUTION=forky $(BIN)/python -m pytest \
+		$(if $(filter tests,$(PYTEST)),tests/broker tests/worker tests/faults,$(PYTEST))
+
+test-oldest: ## Run unit and broker tests with the oldest supported Celery, and Python 3.9 if it is here
+	@$(MAKE) --no-print-directory VENV=.venv-oldest PINS=tools/oldest.txt \
+		PYTHON="$$($(PYTHON) tools/pythons.py oldest)" .venv-oldest/.test
+	.venv-oldest/bin/python -m pytest $(if $(filter tests,$(PYTEST)),tests/unit tests/broker,$(PYTEST))
+
+test-newest-python: ## Run unit and broker tests on the newest Python that is here
+	@$(MAKE) --no-print-directory VENV=.venv-newest \
+		PYTHON="$$($(PYTHON) tools/pythons.py newest)" .venv-newest/.test
+	.venv-newest/bin/python -m pytest $(if $(filter tests,$(PYTEST)),tests/unit tests/broker,$(PYTEST))
+
+lint: $(VENV)/.lint ## Check style, and that the code is formatted
+	$(BIN)/ruff check celery_amqp_results $(SCRIPTS)
+	$(BIN)/ruff format --check celery_amqp_results $(SCRIPTS)
+
+format: $(VENV)/.lint ## Format the code
+	$(BIN)/ruff check --fix celery_amqp_results $(SCRIPTS)
+	$(BIN)/ruff format celery_amqp_results $(SCRIPTS)
+
+types: $(VENV)/.lint ## Check the types
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs ## Build the documentation into site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.test ## Run the benchmarks
+	@test -d bench && ls bench/*.py >/dev/null 2>&1 || { echo "bench/ is empty"; exit 2; }
+	$(BIN)/python -m bench $(if $(QUICK),--quick)
+
+soak: ## Not there yet
+	@echo "There is no soak test yet." >&2; exit 2
+
+clean: ## Delete what was made here: environments, caches, the built documentation
+	rm -rf .venv .venv-oldest .venv-newest site build dist .pytest_cache .mypy_cache .ruff_cache \
+		.hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- environments ------------------------------------------------------------------------------
+# A stamp file for each set of dependencies: made once, and again when pyproject.toml changes.
+
+$(VENV)/.made:
+	@$(PYTHON) tools/pythons.py check
+	@echo "making the virtual environment $(VENV) (once)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.%: pyproject.toml $(PINS) | $(VENV)/.made
+	@echo "installing what '$*' needs into $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(PINS),--requirement $(PINS)) --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,222 @@
+"""kombu's ``Producer`` and ``Exchange``, with what their page promises and kombu leaves out.
+
+``mandatory`` works in kombu already, although its page calls it "not supported": the broker
+returns a message that no queue takes, and ``on_return`` gets it. The differences are these:
+
+- ``immediate`` is an error before anything is sent. RabbitMQ would close the whole connection.
+- A producer's exchange is declared at instantiation, as the page says, and not before the first
+  message; and it may be given by name.
+- ``declare`` of :meth:`Producer.publish` may be any sequence, and neither that list nor the
+  headers of the caller are written to: kombu appends the exchange to the one, and marks the other
+  as compressed for ever.
+- :meth:`Exchange.publish` takes bytes, and messages that were received.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
+
+import kombu
+
+__all__ = ("Exchange", "Producer")
+
+#: Properties that are sent on with a message that was received. Not ``user_id``: the broker takes
+#: only the name of the user who publishes.
+_FORWARDED = (
+    "app_id",
+    "cluster_id",
+    "correlation_id",
+    "delivery_mode",
+    "expiration",
+    "message_id",
+    "reply_to",
+    "timestamp",
+    "type",
+)
+
+
+def _refuse_immediate(immediate: bool) -> None:
+    if immediate:
+        raise NotImplementedError(
+            "the option 'immediate' is not supported by RabbitMQ, which would close the "
+            "connection; nothing was sent. Use 'mandatory' with on_return to learn that no queue "
+            "takes a message, or expiration=0 to have it dropped unless a consumer is ready"
+        )
+
+
+class Exchange(kombu.Exchange):
+    """An exchange, as kombu's; see there for all parameters and attributes."""
+
+    def publish(
+        self,
+        message: Any,
+        routing_key: Optional[str] = None,
+        mandatory: bool = False,
+        immediate: bool = False,
+        exchange: Optional[str] = None,
+    ) -> Any:
+        """Publish a message.
+
+        Parameters:
+            message: what :meth:`~kombu.Exchange.Message` returned, a message that was received,
+                a string, which is sent as UTF-8, or bytes.
+            routing_key: routing key of the message.
+            mandatory: whether the broker is to return the message where no queue takes it. The
+                callbacks in ``channel.events["basic_return"]`` get it while events are drained;
+                without any the drain raises it as an error.
+            immediate: not supported by RabbitMQ.
+            exchange: name of another exchange to publish to.
+
+        Raises:
+            NotImplementedError: when *immediate* is set; nothing is sent.
+        """
+        _refuse_immediate(immediate)
+        if isinstance(message, bytes):
+            message = self.Message(message, content_encoding="binary")
+        elif isinstance(message, kombu.Message):
+            message = self._forwarded(message)
+        return super().publish(message, routing_key, mandatory, False, exchange)
+
+    def _forwarded(self, message: Any) -> Any:
+        """Return a message to send that is like one that was received."""
+        properties = {k: v for k, v in message.properties.items() if k in _FORWARDED}
+        headers = dict(message.headers)
+        if not message.errors:
+            # The body was decompressed as the message came in.
+            headers.pop("compression", None)
+        return self.channel.prepare_message(
+            message.body,
+            message.properties.get("priority"),
+            message.content_type,
+            message.content_encoding,
+            headers,
+            properties,
+        )
+
+
+class Producer(kombu.Producer):
+    """Sends messages, as kombu's; see there for the attributes.
+
+    Parameters:
+        channel: a connection or a channel; ``None`` for one that is given to :meth:`revive` later.
+        exchange: where messages go by default. One that is given by name is never declared, since
+            a name does not say of what type it is.
+        routing_key: key of messages that are given none.
+        serializer: kombu's name of a serializer; ``json`` by default.
+        auto_declare: whether *exchange* is declared at once, and again before a message that
+            follows on a new connection; true by default.
+        compression: kombu's name of a compression; none by default.
+        on_return: called with (exception, exchange, routing_key, message) for messages that are
+            ``mandatory`` and that no queue takes, while events are drained. It is registered with
+            the channel, and so it gets the messages of all producers on that channel.
+
+    Raises:
+        amqp.exceptions.PreconditionFailed: when the exchange exists with other properties.
+
+    Not thread-safe, as its channel is not.
+    """
+
+    def __init__(
+        self,
+        channel: Any,
+        exchange: Union[kombu.Exchange, str, None] = None,
+        routing_key: Optional[str] = None,
+        serializer: Optional[str] = None,
+        auto_declare: Optional[bool] = None,
+        compression: Optional[str] = None,
+        on_return: Optional[Callable[[Exception, str, str, Any], Any]] = None,
+    ) -> None:
+        if isinstance(exchange, str):
+            exchange = Exchange(exchange, no_declare=True)
+        super().__init__(
+            channel, exchange, routing_key, serializer, auto_declare, compression, on_return
+        )
+        if channel and self.auto_declare and self.exchange.name:
+            self.maybe_declare(self.exchange)
+
+    def maybe_declare(self, entity: Any, retry: bool = False, **retry_policy: Any) -> Any:
+        """Declare an exchange or a queue, unless that was done on this connection.
+
+        Parameters:
+            entity: what to declare; nothing is done for ``None``.
+            retry: whether to connect and try again when the connection is lost.
+            **retry_policy: parameters of ``kombu.Connection.ensure``.
+
+        Returns:
+            Whether it was declared.
+        """
+        if entity is None or entity.is_bound or not retry:
+            return super().maybe_declare(entity, retry, **retry_policy)
+        # kombu 5.3 cannot retry for what is not bound to a channel.
+        bound = entity(self.channel)
+        declared = super().maybe_declare(bound, retry, **retry_policy)
+        entity.name = bound.name  # The broker has made it up if there was none.
+        return declared
+
+    def publish(
+        self,
+        body: Any,
+        routing_key: Optional[str] = None,
+        delivery_mode: Union[int, str, None] = None,
+        mandatory: bool = False,
+        immediate: bool = False,
+        priority: int = 0,
+        content_type: Optional[str] = None,
+        content_encoding: Optional[str] = None,
+        serializer: Optional[str] = None,
+        headers: Optional[Mapping[str, Any]] = None,
+        compression: Optional[str] = None,
+        exchange: Union[kombu.Exchange, str, None] = None,
+        retry: bool = False,
+        retry_policy: Optional[Dict[str, Any]] = None,
+        declare: Optional[Sequence[Any]] = None,
+        expiration: Optional[float] = None,
+        **properties: Any,
+    ) -> Any:
+        """Publish a message.
+
+        Parameters:
+            body: content of the message.
+            routing_key: routing key; that of the producer by default.
+            delivery_mode: 1 or ``transient``, 2 or ``persistent``; that of the exchange by
+                default.
+            mandatory: whether the broker is to return the message where no queue takes it.
+                ``on_return`` is called with (exception, exchange, routing_key, message) while
+                events are drained; without one the drain raises the exception.
+            immediate: not supported by RabbitMQ.
+            priority: 0 to 9.
+            content_type: type of a *body* that is serialized already.
+            content_encoding: encoding of a *body* that is serialized already.
+            serializer: kombu's name of a serializer; that of the producer by default.
+            headers: headers of the message.
+            compression: kombu's name of a compression; that of the producer by default.
+            exchange: another exchange to publish to, which must be there.
+            retry: whether to connect and publish again when the connection is lost.
+            retry_policy: parameters of ``kombu.Connection.ensure``.
+            declare: what has to be declared before, unless it was on this connection.
+            expiration: seconds after which the broker drops the message; ``None`` for never.
+            **properties: more properties of the message, and ``timeout`` and ``confirm_timeout``
+                where kombu has them.
+
+        Raises:
+            NotImplementedError: when *immediate* is set; nothing is sent or declared.
+        """
+        _refuse_immediate(immediate)
+        return super().publish(
+            body,
+            routing_key=routing_key,
+            delivery_mode=delivery_mode,
+            mandatory=mandatory,
+            priority=priority,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            serializer=serializer,
+            headers=None if headers is None else dict(headers),
+            compression=compression,
+            exchange=exchange,
+            retry=retry,
+            retry_policy=retry_policy,
+            declare=None if declare is None else list(declare),
+            expiration=expiration,
+            **properties,
+        )

@@ -1,0 +1,27 @@
+"""``python -m demo``: what ``make demo`` runs."""
+
+from __future__ import annotations
+
+import sys
+
+from demo import interrupts
+
+#: What a shell reports of a program that ended by Ctrl-C.
+INTERRUPTED = 130
+
+
+def main() -> int:
+    """Run the demo and return its exit code."""
+    interrupts.install()
+    try:
+        # Imported only now: Ctrl-C during the imports is to end as cleanly as later.
+        from demo import acts
+
+        return acts.main()
+    except KeyboardInterrupt:
+        print("\nInterrupted. Everything that was started has ended.", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What several test modules use."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any, Callable, Optional
+
+from celery import Celery, states
+
+#: A wait that is not over by then hangs.
+LONG = 30.0
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+class Waiting:
+    """A thread that waits for a task."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.outcome: Any = None
+        self.error: Optional[BaseException] = None
+        self._function = function
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.outcome = self._function()
+        except BaseException as exc:
+            self.error = exc
+
+    def result(self) -> Any:
+        """What the function has returned."""
+        self.thread.join(LONG)
+        assert not self.thread.is_alive(), "still waiting"
+        if self.error is not None:
+            raise self.error
+        return self.outcome
+
+
+def until_watched(app: Celery, task_id: str, eventually: Callable[..., Any], n: int = 1) -> None:
+    """Return when *n* wait for the task, and its states are pushed."""
+    inbox = app.backend.layout.inbox
+    eventually(lambda: inbox.covers(task_id) and len(inbox._waiters.get(task_id, ())) >= n)
+
+
+def until_stored(app: Celery) -> None:
+    """Return when the broker has all that *app* has stored.
+
+    Storing a state that is not final does not wait for that. Storing one that is final does, and
+    what was published before it is confirmed before it.
+    """
+    app.backend.store_result(new_id(), None, states.SUCCESS)

@@ -1,0 +1,257 @@
+"""What is on the broker: a constant number of queues, and nothing that is not needed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Callable, Dict, List
+
+import amqp
+import pytest
+from celery import Celery, chord, group, states
+from celery.exceptions import ImproperlyConfigured
+from celery.result import GroupResult
+
+from tests import elsewhere, others
+from tests.broker.helpers import LONG, Waiting, new_id, until_stored, until_watched
+from tests.conftest import Apps
+from tools import rabbitmq
+
+
+def rows(node: rabbitmq.Node, app: Celery, what: str, *columns: str) -> List[List[str]]:
+    """Return those lines of ``rabbitmqctl list_...`` that have to do with *app*."""
+    output = node.ctl(f"list_{what}", "--no-table-headers", *columns)
+    prefix = str(app.conf.result_exchange)
+    return [line.split("\t") for line in output.splitlines() if prefix in line]
+
+
+def exchange_exists(connection: amqp.Connection, app: Celery) -> bool:
+    channel = connection.channel()
+    try:
+        channel.exchange_declare(f"{app.conf.result_exchange}.states", "topic", passive=True)
+    except amqp.exceptions.NotFound:
+        return False
+    return True
+
+
+def queue_exists(connection: amqp.Connection, name: str) -> bool:
+    channel = connection.channel()
+    try:
+        channel.queue_declare(name, passive=True)
+    except amqp.exceptions.NotFound:
+        return False
+    return True
+
+
+def test_the_number_of_queues_and_bindings_is_the_same_for_any_number_of_tasks(
+    app: Celery, make_app: Apps, node: rabbitmq.Node
+) -> None:
+    # Given one task for each of the shards, and an inbox that is bound to all of them.
+    worker = make_app()
+    shard = app.backend._topology.shard
+    first = [next(i for i in iter(new_id, None) if shard(i) == n) for n in range(8)]
+    for task_id in first:
+        worker.backend.store_result(task_id, 1, states.SUCCESS)
+    assert len(dict(app.backend.get_many(first, timeout=LONG))) == 8
+
+    def held() -> Dict[str, int]:
+        return {
+            "queues": node.queue_count(),
+            "bindings": len(rows(node, app, "bindings", "source_name", "routing_key")),
+            "exchanges": len(rows(node, app, "exchanges", "name")),
+        }
+
+    before = held()
+    # When 2,000 tasks go all their ways, and are waited for, polled and saved as groups.
+    ids = [new_id() for _ in range(2000)]
+    waiting = Waiting(lambda: dict(app.backend.get_many(ids, timeout=60)))
+    for task_id in ids:
+        worker.backend.store_result(task_id, None, states.STARTED)
+        worker.backend.store_result(task_id, 1, states.SUCCESS)
+    assert len(waiting.result()) == 2000
+    for task_id in ids[:50]:
+        assert app.AsyncResult(task_id).state == states.SUCCESS
+        assert app.AsyncResult(new_id()).state == states.PENDING
+        GroupResult(new_id(), [app.AsyncResult(task_id)], app=app).save()
+    # Then the broker holds as many queues and bindings as before.
+    assert held() == before
+    # Of each shard one queue, with one binding to the exchange and one of the inbox.
+    assert len(rows(node, app, "queues", "name")) == 8
+
+
+def test_a_queue_is_declared_only_for_a_shard_that_is_used(
+    app: Celery, raw: amqp.Connection
+) -> None:
+    app.backend.store_result(new_id(), 1, states.SUCCESS)
+    prefix = app.conf.result_exchange
+    assert sum(queue_exists(raw, f"{prefix}.shard.{n}") for n in range(8)) == 1
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_shard_queues_are_durable_and_have_a_single_active_consumer(
+    make_app: Apps, node: rabbitmq.Node, queue_type: str
+) -> None:
+    app = make_app(
+        result_backend_transport_options={"shards": 1, "queue_type": queue_type},
+        result_persistent=False,
+    )
+    task_id = new_id()
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    (row,) = rows(node, app, "queues", "name", "type", "durable", "auto_delete", "arguments")
+    assert row[1] in (queue_type, f"rabbit_{queue_type}_queue")
+    assert row[2:4] == ["true", "false"]
+    assert (
+        '"x-single-active-consumer",true' in row[4].replace(" ", "").replace("{<<", "")
+        or "x-single-active-consumer" in row[4]
+    )
+    # A quorum queue delivers a message as often as it is read.
+    for _ in range(30):
+        assert app.AsyncResult(task_id).state == states.SUCCESS
+
+
+def test_a_program_that_only_sends_opens_no_result_connection_and_declares_nothing(
+    app: Celery, raw: amqp.Connection
+) -> None:
+    answer = elsewhere.run(app, others.only_send, times=20)
+    if sys.platform.startswith("linux"):
+        assert answer["connections"] == 1
+    assert not [name for name in answer["threads"] if "celery-results" in name]
+    assert not exchange_exists(raw, app)
+
+
+def test_sending_groups_and_keeping_their_results_opens_no_result_connection(
+    app: Celery, raw: amqp.Connection, eventually: Callable[..., Any]
+) -> None:
+    task = app.signature("tests.nothing")
+    sent = [group([task.clone() for _ in range(5)]).apply_async() for _ in range(3)]
+    sent.append((task | group([task.clone(), task.clone()])).apply_async())
+    pending = app.backend._pending
+    eventually(lambda: pending is None or not pending._results)
+    assert app.backend.layout.inbox._thread is None
+    assert not exchange_exists(raw, app)
+    assert len(sent) == 4
+
+
+def test_looking_up_what_nobody_stored_declares_nothing(app: Celery, raw: amqp.Connection) -> None:
+    assert app.AsyncResult(new_id()).state == states.PENDING
+    assert not exchange_exists(raw, app)
+    prefix = app.conf.result_exchange
+    assert not any(queue_exists(raw, f"{prefix}.shard.{n}") for n in range(8))
+
+
+def test_the_inbox_is_gone_with_its_process(
+    app: Celery, node: rabbitmq.Node, eventually: Callable[..., Any]
+) -> None:
+    before = node.queue_count()
+    with elsewhere.start(app, others.wait_and_say, task_id=new_id()) as process:
+        assert process.readline() == "waiting"
+        assert node.queue_count() > before
+        process.kill()
+    eventually(lambda: node.queue_count() == before, 30)
+
+
+def test_another_number_of_shards_is_refused_with_a_clear_error(make_app: Apps) -> None:
+    task_id = new_id()
+    make_app(shards=8).backend.store_result(task_id, 1, states.SUCCESS)
+    app = make_app(shards=16)
+    for ask in (
+        lambda: app.backend.store_result(task_id, 2, states.SUCCESS),
+        lambda: app.backend.store_result(task_id, None, states.STARTED),
+        lambda: app.AsyncResult(new_id()).get(timeout=LONG),
+    ):
+        with pytest.raises(ImproperlyConfigured, match="'shards'") as caught:
+            ask()
+        assert "16" in str(caught.value)
+        assert "shards-8" in str(caught.value)
+    assert make_app(shards=8).AsyncResult(task_id).get(timeout=LONG) == 1
+
+
+def test_polling_with_another_number_of_shards_is_refused_instead_of_pending_for_ever(
+    make_app: Apps,
+) -> None:
+    writer, reader = make_app(shards=8), make_app(shards=16)
+    task_id = new_id()
+    while writer.backend._topology.shard(task_id) == reader.backend._topology.shard(task_id):
+        task_id = new_id()
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    with pytest.raises(ImproperlyConfigured, match="'shards'"):
+        # A task that is polled again and again is subscribed to, which needs the exchange.
+        for _ in range(3):
+            assert reader.AsyncResult(task_id).state == states.PENDING
+
+
+def test_another_queue_type_is_refused_with_a_clear_error(make_app: Apps) -> None:
+    classic = make_app(result_backend_transport_options={"shards": 1})
+    quorum = make_app(result_backend_transport_options={"shards": 1, "queue_type": "quorum"})
+    task_id = new_id()
+    classic.backend.store_result(task_id, 1, states.SUCCESS)
+    with pytest.raises(ImproperlyConfigured, match="'queue_type'"):
+        quorum.backend.store_result(new_id(), 1, states.SUCCESS)
+    assert classic.AsyncResult(task_id).get(timeout=LONG) == 1
+
+
+def delete_shard(connection: amqp.Connection, app: Celery, task_id: str) -> str:
+    name = str(app.backend._topology.shard_queue(app.backend._topology.shard(task_id)).name)
+    connection.channel().queue_delete(name)
+    return name
+
+
+def test_a_shard_queue_that_an_operator_deleted_is_declared_again_by_the_next_result(
+    app: Celery, make_app: Apps, raw: amqp.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    task_id, reader = new_id(), make_app()
+    app.backend.store_result(task_id, "lost", states.SUCCESS)
+    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    name = delete_shard(raw, app, task_id)
+    # What was in it is gone. Asking for it is no error.
+    assert reader.AsyncResult(task_id).state == states.PENDING
+    with caplog.at_level(logging.CRITICAL):
+        app.backend.store_result(task_id, "again", states.SUCCESS)
+    assert queue_exists(raw, name)
+    assert reader.AsyncResult(task_id).get(timeout=LONG) == "again"
+    assert make_app().AsyncResult(task_id).get(timeout=LONG) == "again"
+
+
+def test_a_shard_queue_that_was_deleted_under_a_state_on_the_way_is_declared_again(
+    app: Celery, make_app: Apps, raw: amqp.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, None, states.STARTED)
+    until_stored(app)
+    delete_shard(raw, app, task_id)
+    with caplog.at_level(logging.CRITICAL):
+        app.backend.store_result(task_id, {"current": 1}, "PROGRESS")
+        app.backend.store_result(task_id, 1, states.SUCCESS)
+    assert make_app().AsyncResult(task_id).get(timeout=LONG) == 1
+
+
+def test_a_shard_queue_that_was_deleted_while_somebody_waits_is_declared_again(
+    app: Celery, make_app: Apps, raw: amqp.Connection, eventually: Callable[..., Any]
+) -> None:
+    # Given somebody who waits, so that what is published reaches a queue in any case.
+    first, second, waiter = new_id(), new_id(), make_app()
+    while app.backend._topology.shard(first) != app.backend._topology.shard(second):
+        second = new_id()
+    app.backend.store_result(first, 1, states.SUCCESS)
+    waiting = Waiting(lambda: waiter.AsyncResult(second).get(timeout=LONG))
+    until_watched(waiter, second, eventually)
+    delete_shard(raw, app, first)
+    # When there is a result for the shard, and somebody looks at it.
+    app.backend.store_result(second, 2, states.SUCCESS)
+    assert waiting.result() == 2
+
+    # Then it is, or comes to be, kept for others as well.
+    def kept() -> bool:
+        third = new_id()
+        while app.backend._topology.shard(first) != app.backend._topology.shard(third):
+            third = new_id()
+        app.backend.store_result(third, 3, states.SUCCESS)
+        return bool(make_app().AsyncResult(third).state == states.SUCCESS)
+
+    eventually(kept)
+
+
+def test_a_chord_can_be_sent_without_a_result_connection_of_an_inbox(app: Celery) -> None:
+    task = app.signature("tests.nothing")
+    chord([task.clone(), task.clone()])(task.clone())
+    assert app.backend.layout.inbox._thread is None

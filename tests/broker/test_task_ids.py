@@ -1,0 +1,99 @@
+"""Custom task ids of any shape."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, Callable
+
+import pytest
+from celery import Celery, states
+from celery.result import GroupResult
+
+from tests import elsewhere, others
+from tests.broker.helpers import LONG, Waiting, new_id, until_watched
+from tests.conftest import Apps
+
+SHAPES = {
+    "a dot": ".",
+    "dots": "a.b..c.",
+    "hash": "#",
+    "star": "*.*",
+    "words of a binding": "0.#.*.-",
+    "dash": "-",
+    "space": " ",
+    "spaces and tabs": " a \t b ",
+    "newline": "a\nb",
+    "null": "a\0b",
+    "slashes": "a/b\\c?d=e&f",
+    "percent": "%41%",
+    "tilde": "~abc",
+    "quotes": "\"'`",
+    "unicode": "täsk-ид-任务-🐇",
+    "one letter": "x",
+    "72": "y" * 72,
+    "73": "y" * 73,
+    "255": "z" * 255,
+    "256": "z" * 256,
+    "1000": "w" * 1000,
+    "1000 of four bytes": "🐇" * 1000,
+    "lone surrogate": "a\ud800b",
+    "state": "SUCCESS",
+    "uuid": str(uuid.uuid4()),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_id_of_this_shape_works(app: Celery, make_app: Apps, shape: str) -> None:
+    # Given a neighbour that could be taken for it.
+    task_id, other = SHAPES[shape], SHAPES[shape] + "x"
+    app.backend.store_result(other, "other", states.SUCCESS)
+    reader = make_app()
+    assert reader.AsyncResult(task_id).state == states.PENDING
+    # When there is a result.
+    app.backend.store_result(task_id, "mine", states.SUCCESS)
+    # Then it is found, waited for, and forgotten.
+    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    meta = make_app().backend.get_task_meta(task_id)
+    assert meta["result"] == "mine"
+    assert meta["task_id"] == task_id
+    assert make_app().AsyncResult(task_id).get(timeout=LONG) == "mine"
+    reader.AsyncResult(task_id).forget()
+    assert make_app().AsyncResult(task_id).state == states.PENDING
+    assert reader.AsyncResult(other).get(timeout=LONG) == "other"
+
+
+def test_ids_of_all_shapes_are_pushed_side_by_side(
+    app: Celery, make_app: Apps, eventually: Callable[..., Any]
+) -> None:
+    ids, worker = list(SHAPES.values()), make_app()
+    group = GroupResult(new_id(), [app.AsyncResult(i) for i in ids], app=app)
+    waiting = Waiting(lambda: group.get(timeout=LONG))
+    for task_id in ids:
+        until_watched(app, task_id, eventually)
+    for task_id in ids:
+        worker.backend.store_result(task_id, task_id, states.SUCCESS)
+    assert waiting.result() == ids
+
+
+def test_a_group_may_have_an_id_of_any_shape(app: Celery, make_app: Apps) -> None:
+    members = [app.AsyncResult(new_id())]
+    for group_id in SHAPES.values():
+        GroupResult(group_id, members, app=app).save()
+    reader = make_app()
+    for group_id in SHAPES.values():
+        assert GroupResult.restore(group_id, app=reader)[0].id == members[0].id
+
+
+def test_another_process_finds_ids_of_all_shapes(app: Celery) -> None:
+    ids = list(SHAPES.values())
+    for task_id in ids:
+        app.backend.store_result(task_id, 1, states.SUCCESS)
+    assert elsewhere.run(app, others.states, ids=ids) == ["SUCCESS"] * len(ids)
+
+
+def test_ids_given_as_bytes_are_the_same_ids(app: Celery) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id.encode(), 1, states.SUCCESS)
+    assert app.backend.get_task_meta(task_id)["result"] == 1
+    assert app.backend.get_task_meta(task_id.encode())["result"] == 1
+    assert app.backend.wait_for(task_id.encode(), timeout=LONG) == 1

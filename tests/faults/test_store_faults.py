@@ -1,0 +1,254 @@
+"""The store while brokers are killed, readers freeze, and packing is cut short."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import uuid
+from typing import Any, Dict, List
+
+import pytest
+from celery import Celery, states
+
+from tests import elsewhere
+from tests.conftest import Apps, eventually
+from tests.faults import others
+from tools import rabbitmq
+
+#: More than a reader leaves loose.
+WORTH_PACKING = 60
+
+
+def new_ids(count: int) -> List[str]:
+    return [str(uuid.uuid4()) for _ in range(count)]
+
+
+def read_anew(app: Celery, ids: List[str]) -> Dict[str, Any]:
+    """Return what the store says of *ids*, asked as if for the first time."""
+    app.backend.close()
+    return {task_id: app.backend._get_task_meta_for(task_id) for task_id in ids}
+
+
+class Writer:
+    """Stores results until told to stop, and records those that were confirmed."""
+
+    def __init__(self, app: Celery) -> None:
+        self.confirmed: Dict[str, int] = {}
+        self.error: BaseException | None = None
+        self._app = app
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                task_id, value = str(uuid.uuid4()), len(self.confirmed)
+                self._app.backend.store_result(task_id, value, states.SUCCESS)
+                self.confirmed[task_id] = value
+        except BaseException as exc:
+            self.error = exc
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the writer hangs"
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_what_was_confirmed_survives_a_broker_that_is_killed_again_and_again(
+    make_app: Apps, node: rabbitmq.Node, queue_type: str
+) -> None:
+    conf = {"result_backend_transport_options": {"shards": 4, "queue_type": queue_type}}
+    if queue_type == "quorum":
+        # RabbitMQ writes down that a quorum queue exists some moments after it says so: of one
+        # that is killed before, and is its only replica, the queue comes back empty.
+        app = make_app(**conf)
+        for task_id in new_ids(40):
+            app.backend.store_result(task_id, None, states.SUCCESS)
+        node.restart()
+    writers = [Writer(make_app(**conf)) for _ in range(2)]
+
+    def more_are_confirmed(count: int) -> None:
+        wanted = sum(len(w.confirmed) for w in writers) + count
+        eventually(lambda: sum(len(w.confirmed) for w in writers) >= wanted, 60)
+
+    for _ in range(3):
+        # Given results that are being stored
+        more_are_confirmed(50)
+        # When the broker dies without a word, and is started again
+        node.kill()
+        node.start()
+    more_are_confirmed(10)
+    for writer in writers:
+        writer.stop()
+    # Then everything that was confirmed is there
+    reader = make_app(**conf)
+    expected = {i: v for writer in writers for i, v in writer.confirmed.items()}
+    found = reader.backend.layout.poll(list(expected))
+    lost = [i for i, state in found.items() if state is None or state.state != states.SUCCESS]
+    assert not lost, f"{len(lost)} of {len(expected)} are lost"
+
+
+def test_those_who_wait_notice_only_a_delay_when_the_broker_is_killed(
+    make_app: Apps, node: rabbitmq.Node
+) -> None:
+    app, worker = make_app(), make_app()
+    ids = new_ids(40)
+    got: Dict[str, Any] = {}
+    waiter = threading.Thread(
+        target=lambda: got.update(app.backend.get_many(ids, timeout=90)), daemon=True
+    )
+    waiter.start()
+    inbox = app.backend.layout.inbox
+    eventually(lambda: all(inbox.covers(i) for i in ids))
+    # Given results of which some came before, and some while the broker was coming back
+    for task_id in ids[:10]:
+        worker.backend.store_result(task_id, "before", states.SUCCESS)
+    node.kill()
+    node.start()
+    for task_id in ids[10:]:
+        worker.backend.store_result(task_id, "after", states.SUCCESS)
+    waiter.join(90)
+    assert len(got) == len(ids)
+    assert {meta["result"] for i, meta in got.items() if i in ids[:10]} == {"before"}
+
+
+def test_waiting_goes_on_after_a_clean_restart(make_app: Apps, node: rabbitmq.Node) -> None:
+    app, worker = make_app(), make_app()
+    task_id = new_ids(1)[0]
+    got: List[Any] = []
+    waiter = threading.Thread(
+        target=lambda: got.append(app.AsyncResult(task_id).get(timeout=90)), daemon=True
+    )
+    waiter.start()
+    eventually(lambda: app.backend.layout.inbox.covers(task_id))
+    node.restart()
+    worker.backend.store_result(task_id, 7, states.SUCCESS)
+    waiter.join(90)
+    assert got == [7]
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.parametrize("point", others.CRASH_POINTS)
+def test_nothing_is_lost_when_a_reader_dies_while_it_packs(
+    make_app: Apps, point: str, queue_type: str
+) -> None:
+    app = make_app(
+        result_backend_transport_options={"shards": 1, "queue_type": queue_type, "confirm": False}
+    )
+    # Given a shard that the next reader will pack
+    ids = new_ids(WORTH_PACKING)
+    for number, task_id in enumerate(ids):
+        app.backend.store_result(task_id, number, states.SUCCESS)
+    app.backend.close()
+    # When that reader dies at some point
+    with elsewhere.start(app, others.die_while_packing, task_id=ids[0], point=point) as process:
+        eventually(lambda: not os.path.exists(f"/proc/{process.pid}/fd") or _ended(process))
+    # Then all is there, each time it is asked for
+    for _ in range(2):
+        found = read_anew(app, ids)
+        assert [found[i]["result"] for i in ids] == list(range(len(ids)))
+    # And what was forgotten stays so, in whatever form it was kept
+    app.AsyncResult(ids[3]).forget()
+    assert read_anew(app, ids[3:4])[ids[3]]["status"] == states.PENDING
+
+
+def _ended(process: elsewhere.Process) -> bool:
+    return process._process.poll() is not None
+
+
+def test_a_frozen_reader_keeps_others_waiting_for_seconds_and_wakes_without_harm(
+    make_app: Apps,
+) -> None:
+    app = make_app(result_backend_transport_options={"shards": 1})
+    ids = new_ids(20)
+    for task_id in ids:
+        app.backend.store_result(task_id, "kept", states.SUCCESS)
+    with elsewhere.start(app, others.hold_shard, shard=0) as process:
+        assert process.readline() == "holding"
+        # When the process that has the shard checked out stands still
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            # Then a look-up is answered within its time, and truly
+            assert app.backend._get_task_meta_for(ids[0])["result"] == "kept"
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        process.write_line("go on")
+        # What it does on its lost connection fails, and changes nothing
+        with pytest.raises(AssertionError, match="Error"):
+            process.answer()
+    found = read_anew(app, ids)
+    assert {meta["result"] for meta in found.values()} == {"kept"}
+
+
+def test_many_readers_of_many_shards_at_once_all_get_everything(make_app: Apps) -> None:
+    app = make_app(result_backend_transport_options={"shards": 12})
+    ids = new_ids(400)
+    for number, task_id in enumerate(ids):
+        app.backend.store_result(task_id, number, states.SUCCESS)
+    outcomes: List[int] = []
+
+    def read() -> None:
+        for _ in range(5):
+            found = app.backend.layout.store.read(ids)
+            outcomes.append(sum(1 for states_of in found.values() if states_of))
+
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+        assert not thread.is_alive(), "readers wait for each other"
+    assert outcomes == [len(ids)] * 40
+
+
+def test_readers_never_miss_a_result_while_others_pack(make_app: Apps) -> None:
+    app = make_app(result_backend_transport_options={"shards": 2})
+    kept = {task_id: number for number, task_id in enumerate(new_ids(8))}
+    for task_id, number in kept.items():
+        app.backend.store_result(task_id, number, states.SUCCESS)
+    job = {"expected": kept, "seconds": 6}
+    with (
+        elsewhere.start(app, others.read_all_the_time, **job) as one,
+        elsewhere.start(app, others.read_all_the_time, **job) as two,
+    ):
+        assert (one.readline(), two.readline()) == ("reading", "reading")
+        # When so much is stored meanwhile that the readers pack again and again
+        writer = Writer(make_app(result_backend_transport_options={"shards": 2}))
+        wrong = [*one.answer(), *two.answer()]
+        writer.stop()
+    assert wrong == []
+    assert writer.confirmed
+
+
+def test_a_shard_queue_that_is_deleted_is_declared_again(make_app: Apps, raw: Any) -> None:
+    app = make_app(result_backend_transport_options={"shards": 1})
+    first, second = new_ids(2)
+    app.backend.store_result(first, 1, states.SUCCESS)
+    raw.channel().queue_delete(app.backend._topology.shard_queue(0).name)
+    app.backend.store_result(second, 2, states.SUCCESS)
+    assert app.backend._get_task_meta_for(second)["result"] == 2
+    assert app.backend._get_task_meta_for(first)["status"] == states.PENDING
+
+
+def test_an_inbox_that_is_deleted_is_replaced(make_app: Apps, raw: Any) -> None:
+    app, worker = make_app(), make_app()
+    task_id = new_ids(1)[0]
+    got: List[Any] = []
+    waiter = threading.Thread(
+        target=lambda: got.append(app.AsyncResult(task_id).get(timeout=60)), daemon=True
+    )
+    waiter.start()
+    inbox = app.backend.layout.inbox
+    eventually(lambda: inbox.covers(task_id))
+    # An operator cannot delete an exclusive queue by AMQP; deleting the exchange unbinds it.
+    raw.channel().exchange_delete(f"{make_app.prefix}.states")
+    worker.backend.store_result(task_id, 3, states.SUCCESS)
+    waiter.join(60)
+    assert got == [3]

@@ -1,0 +1,31 @@
+"""Tasks over ``filesystem://``: apart, as a process can have one worker at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from celery import chord, group
+from celery.contrib.testing.worker import start_worker
+
+from tests.unit.test_per_task_memory import LONG, Running, filesystem_app
+
+
+def test_tasks_run_over_files(tmp_path: Path) -> None:
+    app = filesystem_app(tmp_path)
+    running = Running(app)
+    # kombu does not write its files in one step, and a worker that reads half a task ends. So all
+    # is sent before the worker starts; what it sends itself it does not read meanwhile.
+    one = running.add.delay(1, 2)
+    failed = running.fail.delay("gone")
+    several = group(running.add.s(i, i) for i in range(4)).apply_async()
+    body = chord(running.add.s(i, i) for i in range(4))(running.total.s())
+    with start_worker(app, perform_ping_check=False, pool="solo", shutdown_timeout=LONG):
+        assert one.get(timeout=LONG) == 3
+        assert app.AsyncResult(one.id).get(timeout=LONG) == 3
+        with pytest.raises(KeyError, match="gone"):
+            failed.get(timeout=LONG)
+        assert several.get(timeout=LONG) == [0, 2, 4, 6]
+        assert body.get(timeout=LONG) == 12
+    app.backend.close()
+    app.close()

@@ -1,0 +1,431 @@
+"""Chords of every shape, on real workers."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, Iterator, List, Tuple
+
+import pytest
+from celery import Celery, chain, chord, group
+from celery.canvas import StampingVisitor
+from celery.exceptions import ChordError, TaskRevokedError
+
+from tests.conftest import Apps, eventually, raw_connection
+from tests.worker.chord_tasks import register
+from tests.worker.conftest import launch_worker
+
+TIMEOUT = 60
+
+World = Tuple[Celery, SimpleNamespace]
+
+
+@pytest.fixture(scope="module", params=["prefork", "threads"])
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    """An app and its tasks, with one worker for all tests of the module."""
+    node = request.getfixturevalue("_session_node")
+    apps = Apps(os.environ["AMQP_URL"] if node is None else node.url())
+    app = apps()
+    app.test_pool = request.param
+    worker = launch_worker(
+        app,
+        tmp_path_factory.mktemp("worker"),
+        module="tests.worker.chord_tasks",
+        pool=request.param,
+        concurrency=4,
+    )
+    app.set_current()
+    try:
+        yield app, register(app)
+    finally:
+        worker.stop()
+        apps.close()
+
+
+@pytest.fixture
+def t(world: World) -> SimpleNamespace:
+    return world[1]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "notes"
+
+
+def lines(path: Path) -> List[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_queue(world: World) -> Iterator[None]:
+    """Nothing of a chord is left behind by any test."""
+    groups: List[str] = []
+    backend = world[0].backend
+    declare = backend.layout.chords.declare
+
+    def noting(group_id: str, *args: Any) -> None:
+        groups.append(group_id)
+        declare(group_id, *args)
+
+    backend.layout.chords.declare = noting
+    yield
+    backend.layout.chords.declare = declare
+    topology = backend._topology
+    with raw_connection(world[0].conf.broker_url) as connection:
+        for group_id in groups:
+            for spec in (topology.chord_queue(group_id), topology.chord_size_queue(group_id)):
+                eventually(lambda name=spec.name: not exists(connection, name))
+
+
+def exists(connection: Any, queue: str) -> bool:
+    from amqp.exceptions import NotFound
+
+    channel = connection.channel()
+    try:
+        channel.queue_declare(queue, passive=True)
+    except NotFound:
+        return False
+    finally:
+        channel.close()
+    return True
+
+
+SHAPES: List[Tuple[str, Callable[[Any], Any], Any]] = [
+    ("one", lambda t: chord([t.add.s(1, 1)], t.same.s()), [2]),
+    ("none", lambda t: chord([], t.same.s()), []),
+    ("two", lambda t: chord([t.add.s(1, 1), t.add.s(2, 2)], t.same.s()), [2, 4]),
+    ("hundred", lambda t: chord([t.same.s(i) for i in range(100)], t.same.s()), list(range(100))),
+    ("generator", lambda t: chord((t.same.s(i) for i in range(100)), t.same.s()),
+     list(range(100))),
+    ("generator of one", lambda t: chord((t.same.s(i) for i in range(1)), t.same.s()), [0]),
+    ("generator of none", lambda t: chord((t.same.s(i) for i in range(0)), t.same.s()), []),
+    ("group of a generator", lambda t: group(t.same.s(i) for i in range(20)) | t.same.s(),
+     list(range(20))),
+    ("group | task", lambda t: group([t.add.s(1, 1), t.add.s(2, 2)]) | t.total.s(), 6),
+    ("group | task | task", lambda t: group([t.add.s(1, 1), t.add.s(2, 2)]) | t.total.s()
+     | t.add.s(4), 10),
+    ("task | group | task", lambda t: t.add.s(1, 1) | group([t.add.s(1), t.add.s(2)])
+     | t.total.s(), 7),
+    ("chain of chords", lambda t: chain(
+        group([t.add.s(1, 1), t.add.s(2, 2)]), t.total.s(), group([t.add.s(1), t.add.s(2)]),
+        t.total.s()), 15),
+    ("group | group", lambda t: group([t.add.s(1, 1), t.add.s(2, 2)])
+     | group([t.total.s(), t.same.s()]), [6, [2, 4]]),
+    ("chord in a group", lambda t: group([chord([t.add.s(1, 1)], t.total.s()), t.same.s(7)]),
+     [2, 7]),
+    ("chords in groups in chords", lambda t: chord(
+        # Celery turns round the order of a group in a header.
+        [group([chord([t.add.s(1, 1), t.add.s(2, 2)], t.total.s()), t.same.s(1)])],
+        t.total.s()), 7),
+    ("chord in a header", lambda t: chord(
+        [chord([t.add.s(1, 1), t.add.s(2, 2)], t.total.s()), t.same.s(3)], t.same.s()), [6, 3]),
+    ("chord in a header's chain", lambda t: chord(
+        [t.same.s(1) | group([t.add.s(1), t.add.s(2)]) | t.total.s(), t.same.s(3)], t.same.s()),
+     [5, 3]),
+    ("chord in a chord in a chord", lambda t: chord(
+        [chord([chord([t.same.s(1)], t.same.s()), t.same.s(2)], t.same.s()), t.same.s(3)],
+        t.same.s()), [[[1], 2], 3]),
+    ("body is a chord", lambda t: chord(
+        [t.add.s(1, 1), t.add.s(2, 2)], chord([t.total.s(), t.same.s()], t.same.s())),
+     [6, [2, 4]]),
+    ("body is a group", lambda t: chord(
+        [t.add.s(1, 1), t.add.s(2, 2)], group([t.total.s(), t.same.s()])), [6, [2, 4]]),
+    ("body is a chain", lambda t: chord(
+        [t.add.s(1, 1), t.add.s(2, 2)], t.total.s() | t.add.s(1)), 7),
+    ("body is a chain with a group", lambda t: chord(
+        [t.add.s(1, 1), t.add.s(2, 2)], t.total.s() | group([t.add.s(1), t.add.s(2)])
+        | t.total.s()), 15),
+    ("chain in a header", lambda t: chord(
+        [t.add.s(1, 1) | t.add.s(5), t.same.s(3)], t.same.s()), [7, 3]),
+    ("group at the end of a chain in a header", lambda t: chord(
+        [chain(t.same.s(42), group([t.same.s(), t.add.s(1)])), t.same.s(7)], t.same.s()),
+     [[42, 43], 7]),
+    ("immutable body", lambda t: chord([t.same.s(1)], t.same.si(9)), 9),
+    ("immutable header", lambda t: t.same.s(1) | chord([t.same.si(2), t.same.si(3)], t.same.s()),
+     [2, 3]),
+    ("header ignores results", lambda t: chord(
+        [t.ignored.s(1), t.add.s(1, 1), t.ignored.s(3)], t.same.s()), [1, 2, 3]),
+    ("nested header ignores results", lambda t: chord(
+        [chain(t.same.s(1), group([t.ignored.s(), t.ignored.s()])), t.ignored.s(3)], t.same.s()),
+     [[1, 1], 3]),
+    ("retries", lambda t: chord([t.retried.s(1, 3), t.same.s(2)], t.same.s()), [1, 2]),
+    ("autoretry", lambda t: chord([t.autoretried.s(1, 2), t.same.s(2)], t.same.s()), [1, 2]),
+    ("replaced by a task", lambda t: chord([t.replaced_by_task.s(1), t.same.s(2)], t.same.s()),
+     [101, 2]),
+    ("replaced by a chain", lambda t: chord([t.replaced_by_chain.s(1), t.same.s(2)], t.same.s()),
+     [12, 2]),
+    ("replaced by a group", lambda t: chord([t.replaced_by_group.s(1), t.same.s(2)], t.same.s()),
+     [[2, 3], 2]),
+    ("replaced by a chord", lambda t: chord([t.replaced_by_chord.s(1), t.same.s(2)], t.same.s()),
+     [5, 2]),
+    ("body replaced by a chord", lambda t: chord([t.same.s(1)], t.total.s()
+     | t.replaced_by_chord.s()), 5),
+    ("None as results", lambda t: chord([t.same.s(None), t.same.s(None)], t.same.s()),
+     [None, None]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), [pytest.param(make, want, id=name) for name, make, want in SHAPES]
+)
+def test_shape(t: SimpleNamespace, make: Callable[[Any], Any], expected: Any) -> None:
+    assert make(t).delay().get(timeout=TIMEOUT) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 60])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_body_runs_once(t: SimpleNamespace, log: Path, size: int, lazy: bool) -> None:
+    header: Any = (t.same.s(i) for i in range(size))
+    result = chord(header if lazy else list(header), t.record.s(str(log))).delay()
+    assert result.get(timeout=TIMEOUT) == list(range(size))
+    # A chord sent later runs later: a second run of the first body would be there by then.
+    assert chord([t.same.s(1)], t.same.s()).delay().get(timeout=TIMEOUT) == [1]
+    assert lines(log) == [result.id]
+
+
+def test_many_chords_at_once(t: SimpleNamespace, log: Path) -> None:
+    results = [
+        chord([t.same.s(i) for i in range(5)], t.record.s(str(log))).delay() for _ in range(30)
+    ]
+    for result in results:
+        assert result.get(timeout=TIMEOUT) == list(range(5))
+    assert sorted(lines(log)) == sorted(result.id for result in results)
+
+
+def test_a_generator_is_sent_while_it_runs(t: SimpleNamespace) -> None:
+    first: List[Any] = []
+
+    def header() -> Iterator[Any]:
+        task = t.same.s(1)
+        # Celery looks ahead by a few.
+        yield from (t.same.s(0) for _ in range(10))
+        sent = world_sent[0]
+        first.append(sent)
+        yield task
+
+    world_sent = [0]
+    app = t.same.app
+    send = app.amqp.send_task_message
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        world_sent[0] += 1
+        return send(*args, **kwargs)
+
+    app.amqp.send_task_message = counting
+    try:
+        result = chord(header(), t.same.s()).delay()
+    finally:
+        app.amqp.send_task_message = send
+    assert result.get(timeout=TIMEOUT) == [0] * 10 + [1]
+    assert first[0] > 0
+
+
+def test_a_slow_generator_whose_parts_are_all_back_before_its_size_is_known(
+    t: SimpleNamespace,
+) -> None:
+    early: List[Any] = []
+
+    def header() -> Iterator[Any]:
+        for number in range(6):
+            if number == 4:
+                eventually(lambda: all(r.state == "SUCCESS" for r in early[:1]))
+            signature = t.same.s(number)
+            early.append(signature.freeze())
+            yield signature
+
+    assert chord(header(), t.same.s()).delay().get(timeout=TIMEOUT) == list(range(6))
+
+
+@pytest.mark.parametrize("more", [1, 10])
+def test_tasks_added_to_a_running_chord(t: SimpleNamespace, more: int) -> None:
+    result = chord([t.adds.s(1, more), t.same.s(2)], t.same.s()).delay()
+    found = result.get(timeout=TIMEOUT)
+    # The added ones have the place of the task that added them.
+    assert sorted(found) == sorted([1, 2, *range(1000, 1000 + more)])
+    assert found[-1] == 2
+
+
+def test_added_tasks_that_add_tasks(t: SimpleNamespace, log: Path) -> None:
+    result = chord([t.adds_one_that_adds.s(8)], t.record.s(str(log))).delay()
+    assert sorted(result.get(timeout=TIMEOUT)) == list(range(9))
+    assert lines(log) == [result.id]
+
+
+def test_a_failed_part_fails_the_body(t: SimpleNamespace, log: Path) -> None:
+    header = [t.same.s(1), t.fail.s("no"), t.same.s(2)]
+    result = chord(header, t.record.s(str(log))).delay()
+    eventually(result.ready)
+    assert result.state == "FAILURE"
+    failed = result.parent[1]
+    assert isinstance(result.result, ChordError)
+    assert str(result.result) == f"Dependency {failed.id} raised KeyError('no')"
+    assert lines(log) == []
+
+
+def test_a_failure_is_reported_when_all_parts_are_in(t: SimpleNamespace, log: Path) -> None:
+    header = [t.fail.s(), t.slow.s(1, 0.7)]
+    result = chord(header, t.record.s(str(log))).delay()
+    eventually(result.parent[0].ready)
+    slow = result.parent[1]
+    eventually(result.ready)
+    assert slow.ready()
+    assert result.state == "FAILURE"
+
+
+def test_errbacks_of_the_body_run_once(t: SimpleNamespace, tmp_path: Path) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    body = t.same.s().on_error(t.on_error.s(str(new))).on_error(t.old_on_error.s(str(old)))
+    result = chord([t.fail.s(), t.fail.s(), t.same.s(1)], body).delay()
+    eventually(result.ready)
+    eventually(lambda: lines(new) and lines(old))
+    assert chord([t.same.s(1)], t.same.s()).delay().get(timeout=TIMEOUT) == [1]
+    assert lines(new) == [f"{result.id} ChordError"]
+    assert lines(old) == [result.id]
+
+
+def test_errbacks_of_the_header(t: SimpleNamespace, log: Path) -> None:
+    failing = t.fail.s().on_error(t.on_error.s(str(log)))
+    result = chord([failing, t.same.s(1)], t.same.s()).delay()
+    eventually(result.ready)
+    assert lines(log) == [f"{result.parent[0].id} KeyError"]
+
+
+def test_links(t: SimpleNamespace, tmp_path: Path) -> None:
+    header, body = tmp_path / "header", tmp_path / "body"
+    linked = t.same.s(1)
+    linked.link(t.linked.s(str(header)))
+    whole = chord([linked, t.same.s(2)], t.same.s())
+    whole.link(t.linked.s(str(body)))
+    assert whole.delay().get(timeout=TIMEOUT) == [1, 2]
+    eventually(lambda: lines(header) == ["1"] and lines(body) == ["[1, 2]"])
+
+
+def test_a_body_that_fails(t: SimpleNamespace, log: Path) -> None:
+    body = t.fail_with.s().on_error(t.on_error.s(str(log)))
+    result = chord([t.same.s(1)], body).delay()
+    with pytest.raises(KeyError, match="body"):
+        result.get(timeout=TIMEOUT)
+    eventually(lambda: lines(log) == [f"{result.id} KeyError"])
+
+
+def test_a_group_as_body_of_a_chord_that_fails(t: SimpleNamespace) -> None:
+    result = chord([t.fail.s("no"), t.same.s(1)], group([t.same.s(), t.total.s()])).delay()
+    eventually(result.ready)
+    assert [member.state for member in result] == ["FAILURE", "FAILURE"]
+
+
+def test_a_chain_goes_no_further_than_a_chord_that_fails(t: SimpleNamespace, log: Path) -> None:
+    whole = chord([t.fail.s(), t.same.s(1)], t.same.s()) | t.record.s(str(log))
+    result = whole.delay()
+    eventually(result.ready)
+    assert result.state == "FAILURE"
+    assert lines(log) == []
+
+
+@pytest.mark.parametrize("inner_body", ["task", "chain", "group", "chord"])
+def test_a_failure_reaches_the_chord_around(t: SimpleNamespace, inner_body: str) -> None:
+    bodies = {
+        "task": t.same.s(),
+        "chain": t.same.s() | t.same.s(),
+        "group": group([t.same.s(), t.same.s()]),
+        "chord": chord([t.same.s(), t.same.s()], t.same.s()),
+    }
+    inner = chord([t.fail.s("deep"), t.same.s(1)], bodies[inner_body])
+    result = chord([inner, t.same.s(2)], t.same.s()).delay()
+    eventually(lambda: result.state == "FAILURE")
+    assert "deep" in str(result.result)
+
+
+def test_a_chain_in_the_header_that_fails_at_its_start(t: SimpleNamespace) -> None:
+    result = chord([t.fail.s("first") | t.same.s() | t.same.s(), t.same.s(2)], t.same.s()).delay()
+    eventually(lambda: result.state == "FAILURE")
+    assert "first" in str(result.result)
+
+
+def test_revoked_header_task(world: World, t: SimpleNamespace) -> None:
+    app = world[0]
+    revoked = t.same.s(1)
+    task_id = str(uuid.uuid4())
+    revoked.set(task_id=task_id)
+    app.control.revoke(task_id)
+    eventually(lambda: [reply for reply in [app.control.inspect(timeout=2).revoked()] if reply
+                        and any(task_id in ids for ids in reply.values())])  # fmt: skip
+    result = chord([revoked, t.same.s(2)], t.same.s()).delay()
+    eventually(lambda: result.state == "FAILURE")
+    assert str(result.result) == f"Dependency {task_id} raised {TaskRevokedError('revoked')!r}"
+
+
+def test_a_header_task_whose_process_is_killed(world: World, t: SimpleNamespace) -> None:
+    if world[0].test_pool != "prefork":
+        pytest.skip("only the children of a prefork pool can be lost")
+    result = chord([t.killed.s(), t.same.s(2)], t.same.s()).delay()
+    eventually(lambda: result.state == "FAILURE")
+    assert "WorkerLostError" in str(result.result)
+
+
+def test_a_result_that_cannot_be_encoded(t: SimpleNamespace) -> None:
+    result = chord([t.unserializable.s(), t.same.s(2)], t.same.s()).delay()
+    eventually(lambda: result.state == "FAILURE")
+    assert "EncodeError" in str(result.result)
+
+
+def test_large_results(t: SimpleNamespace) -> None:
+    size = 300_000
+    result = chord([t.payload.s(size) for _ in range(8)], t.length.s()).delay()
+    assert result.get(timeout=TIMEOUT) == 8 * size
+
+
+def test_a_signature_used_twice_in_a_header(t: SimpleNamespace) -> None:
+    signature = t.same.s(5)
+    signature.freeze()
+    assert chord([signature, signature], t.same.s()).delay().get(timeout=TIMEOUT) == [5, 5]
+
+
+def test_the_same_chord_sent_twice(t: SimpleNamespace, log: Path) -> None:
+    whole = chord([t.same.s(1), t.same.s(2)], t.record.s(str(log)))
+    assert whole.delay().get(timeout=TIMEOUT) == [1, 2]
+    assert whole.delay().get(timeout=TIMEOUT) == [1, 2]
+    assert len(lines(log)) == 2
+
+
+def test_a_frozen_chord_sent_again(t: SimpleNamespace, log: Path) -> None:
+    whole = chord([t.same.s(1), t.same.s(2)], t.record.s(str(log)))
+    whole.freeze()
+    assert whole.delay().get(timeout=TIMEOUT) == [1, 2]
+    assert whole.delay().get(timeout=TIMEOUT) == [1, 2]
+    eventually(lambda: len(lines(log)) == 2)
+
+
+class Stamps(StampingVisitor):  # type: ignore[misc]
+    def on_signature(self, sig: Any, **headers: Any) -> Any:
+        return {"tenant": ["t1"]}
+
+
+def test_stamping(t: SimpleNamespace) -> None:
+    whole = chord([t.same.s(1), t.same.s(2)], t.stamps.s())
+    whole.stamp(visitor=Stamps())
+    assert whole.delay().get(timeout=TIMEOUT)["tenant"] == ["t1"]
+
+
+def test_a_process_that_did_not_send_the_chord_waits(world: World, t: SimpleNamespace) -> None:
+    result = chord([t.slow.s(1, 0.2), t.same.s(2)], t.same.s()).delay()
+    other = Celery(broker=world[0].conf.broker_url, backend="amqp://", set_as_current=False)
+    other.conf.update(
+        result_exchange=world[0].conf.result_exchange,
+        result_backend_transport_options=world[0].conf.result_backend_transport_options,
+    )
+    try:
+        assert other.AsyncResult(result.id).get(timeout=TIMEOUT) == [1, 2]
+    finally:
+        other.backend.close()
+        other.close()
+
+
+def test_a_thousand_parts(t: SimpleNamespace, log: Path) -> None:
+    result = chord((t.same.s(i) for i in range(1000)), t.record.s(str(log))).delay()
+    assert result.get(timeout=4 * TIMEOUT) == list(range(1000))
+    assert lines(log) == [result.id]

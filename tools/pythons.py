@@ -1,0 +1,86 @@
+"""Finds the Python interpreters of this machine, for the Makefile. Standard library only.
+
+python tools/pythons.py check     whether this interpreter can make a virtual environment
+python tools/pythons.py oldest    path of the oldest supported interpreter that is here
+python tools/pythons.py newest    path of the newest one
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+from typing import Dict, Iterator, Tuple
+
+#: The oldest version that the project supports.
+OLDEST = (3, 9)
+
+Version = Tuple[int, int]
+
+
+def check() -> int:
+    """Say what is missing for a virtual environment; return an exit code."""
+    if sys.version_info < OLDEST:
+        print(f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, {sys.version}", file=sys.stderr)
+        return 2
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        print(
+            "This Python cannot make virtual environments. On Debian and Ubuntu run:\n"
+            "    sudo apt-get install python3-venv",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+def _candidates() -> Iterator[str]:
+    yield sys.executable
+    for minor in range(OLDEST[1], 30):
+        found = shutil.which(f"python3.{minor}")
+        if found:
+            yield found
+    # pyenv's python3.x on the path works only for the versions that were selected.
+    root = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
+    yield from sorted(glob.glob(os.path.join(root, "versions", "*", "bin", "python3")))
+
+
+def supported() -> Dict[Version, str]:
+    """Return the supported interpreters that work and can make virtual environments."""
+    found: Dict[Version, str] = {}
+    for path in _candidates():
+        done = subprocess.run(
+            [path, "-c", "import ensurepip, ssl, venv, sys; print(*sys.version_info[:2])"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        match = re.fullmatch(rb"(\d+) (\d+)\s*", done.stdout)
+        if done.returncode == 0 and match:
+            version = (int(match.group(1)), int(match.group(2)))
+            if version >= OLDEST:
+                found.setdefault(version, path)
+    return found
+
+
+def main(what: str) -> int:
+    """Do what the command line says."""
+    if what == "check":
+        return check()
+    found = supported()
+    if not found:
+        return check() or 2
+    print(found[min(found) if what == "oldest" else max(found)])
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in (["check"], ["oldest"], ["newest"]):
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1]))
