@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import Dict, Iterator
+from typing import Any, Dict, Iterator, List
 
 from celery import Celery
 
@@ -73,6 +73,10 @@ def make_app(peer: str, broker: str, redis: str, queue: str) -> Celery:
     def noop() -> None:
         return None
 
+    @app.task(name="bench.count", shared=False)
+    def count(results: List[Any]) -> int:
+        return len(results)
+
     return app
 
 
@@ -101,8 +105,9 @@ def worker(
         PYTHONPATH=str(ROOT),
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "celery", "--quiet", "-A", "bench.worker_app", "worker", "--pool", pool,
-         "--concurrency", str(concurrency), "--loglevel", "ERROR", "--without-gossip",
+        [sys.executable, "-m", "celery", "--quiet", "-A", "bench.worker_app", "worker",
+         "--pool", pool, "--concurrency", str(concurrency), "--loglevel", "ERROR",
+         "--without-gossip",
          "--without-mingle", "--hostname", f"{queue}@localhost"],
         env=environment, cwd=ROOT,
     )  # fmt: skip
@@ -120,7 +125,7 @@ def worker(
         app.close()
 
 
-def _answers(app: Celery, process: "subprocess.Popen[bytes]") -> bool:
+def _answers(app: Celery, process: subprocess.Popen[bytes]) -> bool:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if app.control.ping(timeout=0.5):

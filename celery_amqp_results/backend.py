@@ -152,7 +152,8 @@ class AMQPBackend(NativeChords, Celery4API):
         self._codec = Codec(
             self.serializer,
             self.accept,
-            self.compression if self.layout_name == "shared" else None,
+            # Celery before 5.7 has no such setting.
+            getattr(self, "compression", None) if self.layout_name == "shared" else None,
         )
         self._expiration = _milliseconds("result_expires", self.expires)
         failure_expires = conf.get("result_failure_expires")

@@ -63,6 +63,8 @@ class ConfirmChannel:
         #: By delivery tag, in the order of publishing.
         self.unconfirmed: Dict[int, Outgoing] = {}
         self.nacked: Set[int] = set()
+        #: Shards that were declared here, with their generation, and are not confirmed yet.
+        self.requested: Dict[int, int] = {}
         #: What no queue took.
         self.returned: List[Outgoing] = []
         self._asking: Optional[amqp.Channel] = None

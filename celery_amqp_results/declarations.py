@@ -8,7 +8,7 @@ connection is lost, since the broker may have lost what was declared, too.
 from __future__ import annotations
 
 import threading
-from typing import Any, Optional, Set
+from typing import Any, Mapping, Optional, Set
 
 from amqp import exceptions as amqp_errors
 
@@ -27,7 +27,7 @@ class Declarations:
         self._exchange = False
         self._shards: Set[int] = set()
         #: Goes up with :meth:`forget`: what is declared meanwhile is not remembered.
-        self._generation = 0
+        self.generation = 0
 
     def has_shard(self, shard: int) -> bool:
         """Return whether the queue of *shard* was declared and bound by this process."""
@@ -41,7 +41,7 @@ class Declarations:
         """
         if self._exchange:
             return
-        generation = self._generation
+        generation = self.generation
         topology = self.topology
         try:
             channel.exchange_declare(
@@ -60,18 +60,21 @@ class Declarations:
                 "'result_exchange' of its own."
             ) from exc
         with self._lock:
-            if generation == self._generation:
+            if generation == self.generation:
                 self._exchange = True
 
-    def request_shard(self, channel: Any, shard: int) -> None:
-        """Ask for the queue of *shard* to be declared and bound, if this process has not.
+    def request_shard(self, channel: Any, shard: int) -> int:
+        """Ask for the queue of *shard* to be declared and bound.
 
         The exchange must be there. No answer is waited for: where the broker refuses, it closes
-        the channel, and :meth:`refusal` says what that means.
+        the channel, and :meth:`refusal` says what that means. Until something that was published
+        on the channel afterwards is confirmed, the queue may not be there: another connection is
+        not to count on it, since what it publishes would reach inboxes, and be kept by nobody.
+
+        Returns:
+            The generation, for :meth:`remember`.
         """
-        if shard in self._shards:
-            return
-        generation = self._generation
+        generation = self.generation
         topology = self.topology
         spec = topology.shard_queue(shard)
         channel.queue_declare(
@@ -83,9 +86,16 @@ class Declarations:
             nowait=True,
         )
         channel.queue_bind(spec.name, topology.exchange, topology.shard_binding(shard), nowait=True)
+        return generation
+
+    def remember(self, requested: Mapping[int, int]) -> None:
+        """Remember that shards are there.
+
+        Parameters:
+            requested: by their numbers, what :meth:`request_shard` returned.
+        """
         with self._lock:
-            if generation == self._generation:
-                self._shards.add(shard)
+            self._shards.update(s for s, g in requested.items() if g == self.generation)
 
     def refusal(self, exc: BaseException) -> Optional[errors.DeclarationRefused]:
         """Return the error to raise for *exc*, or ``None`` if it is not about a declaration."""
@@ -99,7 +109,7 @@ class Declarations:
     def forget(self) -> None:
         """Declare everything anew from now on."""
         with self._lock:
-            self._generation += 1
+            self.generation += 1
             self._exchange = False
             self._shards = set()
 

@@ -252,6 +252,16 @@ class Inbox:
             self._early.pop(task_id, None)
             self._outdated.discard(task_id)
 
+    def unbound(self, ids: Collection[str]) -> Set[str]:
+        """Return those of *ids* that somebody else has sent and whose shards are not bound."""
+        with self._changed:
+            topology = self._declarations.topology
+            return {
+                task_id
+                for task_id in ids
+                if task_id not in self._sent and topology.shard(task_id) not in self._bound
+            }
+
     def cover(self, ids: Collection[str], deadline: Optional[float]) -> int:
         """Return when the bindings stand that bring the states of *ids*.
 
@@ -551,8 +561,7 @@ class _Session:
             channel.queue_bind(self.queue, topology.exchange, topology.client_binding(client))
         with inbox._changed:
             wanted = set(inbox._wanted)
-        for shard in wanted:
-            channel.queue_bind(self.queue, topology.exchange, topology.shard_binding(shard))
+        self._bind(wanted)
         channel.basic_consume(
             self.queue, no_ack=True, callback=inbox._receive, on_cancel=self._on_cancel
         )
@@ -611,13 +620,22 @@ class _Session:
                     self.link.tick()
                     next_tick = now + HEARTBEAT / 4
 
+    def _bind(self, shards: Set[int]) -> None:
+        topology = self._inbox._declarations.topology
+        with self.link.corked():
+            for shard in shards:
+                self.channel.queue_bind(
+                    self.queue, topology.exchange, topology.shard_binding(shard), nowait=True
+                )
+        if shards:
+            # The answer to this says that all before was done.
+            self.channel.queue_declare(self.queue, passive=True)
+
     def _bind_wanted(self) -> None:
         inbox = self._inbox
-        topology = inbox._declarations.topology
         with inbox._changed:
             missing = inbox._wanted - inbox._bound
-        for shard in missing:
-            self.channel.queue_bind(self.queue, topology.exchange, topology.shard_binding(shard))
+        self._bind(missing)
         if missing:
             with inbox._changed:
                 inbox._bound |= missing

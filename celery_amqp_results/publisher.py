@@ -133,12 +133,19 @@ class Publisher:
             declarations.ensure_exchange(channel.channel)
             with channel.link.corked():
                 for message in pending:
-                    if message.shard is not None and not declarations.has_shard(message.shard):
-                        declarations.request_shard(channel.channel, message.shard)
+                    shard = message.shard
+                    if shard is not None and not (
+                        declarations.has_shard(shard)
+                        or channel.requested.get(shard) == declarations.generation
+                    ):
+                        requested = declarations.request_shard(channel.channel, shard)
+                        channel.requested[shard] = requested
                 for message in pending:
                     channel.publish(message)
             if confirm or len(channel.unconfirmed) > MAX_UNCONFIRMED:
                 channel.wait(list(channel.unconfirmed))
+                declarations.remember(channel.requested)
+                channel.requested.clear()
             elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
                 channel.collect()
             if channel.nacked:

@@ -66,6 +66,8 @@ class Follower:
         #: in the store may count more.
         self._unsettled: Set[str] = set()
         self._held: Dict[str, List[StateMessage]] = {}
+        #: Tasks of others that the store was asked about before their shards were bound.
+        self._peeked: Set[str] = set()
         self._pause = FIRST_RECHECK
         self._recheck_at = time.monotonic() + FIRST_RECHECK
 
@@ -143,31 +145,53 @@ class Follower:
         updates: Dict[str, List[StateMessage]],
     ) -> None:
         """Ask the store about what is unsettled."""
+        # A task of somebody else may well have ended: that can be known without a binding.
+        strange = self._inbox.unbound(self._unsettled) - self._peeked
+        if strange:
+            self._peeked |= strange
+            found = self._read(strange, deadline, updates)
+            if found is not None:
+                self._take_in(found, updates)
+            return
         try:
             epoch = self._inbox.cover(self._unsettled, until)
         except TimeoutError:
             return
-        try:
-            found = self._store.read(self._unsettled, deadline)
-        except errors.BackendUnavailable as exc:
-            if exc.__cause__ is not None and connections.is_refusal(exc.__cause__):
-                raise
-            if deadline is not None and time.monotonic() >= deadline:
-                return
-            logger.warning("waiting goes on although a look-up failed: %s", exc)
-            # What was pushed is better than nothing.
-            for task_id, states in self._held.items():
-                updates.setdefault(task_id, []).extend(states)
-            self._held.clear()
+        found = self._read(self._unsettled, deadline, updates)
+        if found is None:
             return
         self._inbox.install(found, epoch)
         # The connection may have been lost meanwhile: the waiter says so, and we ask again.
         self._unsettled.clear()
+        self._take_in(found, updates)
+        self._take_in(self._held, updates)
+        self._held.clear()
+
+    def _read(
+        self,
+        ids: Collection[str],
+        deadline: Optional[float],
+        updates: Dict[str, List[StateMessage]],
+    ) -> Optional[Dict[str, List[StateMessage]]]:
+        """Return what the store has of *ids*, or ``None`` where it could not be asked in time."""
+        try:
+            return self._store.read(ids, deadline)
+        except errors.BackendUnavailable as exc:
+            if exc.__cause__ is not None and connections.is_refusal(exc.__cause__):
+                raise
+            if deadline is None or time.monotonic() < deadline:
+                logger.warning("waiting goes on although a look-up failed: %s", exc)
+                # What was pushed is better than nothing.
+                self._take_in(self._held, updates)
+                self._held.clear()
+            return None
+
+    @staticmethod
+    def _take_in(
+        found: Dict[str, List[StateMessage]], updates: Dict[str, List[StateMessage]]
+    ) -> None:
         for task_id, states in found.items():
             updates.setdefault(task_id, []).extend(states)
-        for task_id, states in self._held.items():
-            updates.setdefault(task_id, []).extend(states)
-        self._held.clear()
 
     def _update(self, task_id: str, states: List[StateMessage]) -> Optional[Update]:
         if task_id not in self.pending:
@@ -194,6 +218,7 @@ class Follower:
         self._seen.pop(task_id, None)
         self._held.pop(task_id, None)
         self._unsettled.discard(task_id)
+        self._peeked.discard(task_id)
         self._inbox.unwatch((task_id,), self._waiter, consumed)
 
 

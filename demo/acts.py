@@ -540,7 +540,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         finally:
             # Cleaning up is not to be interrupted: it ends by itself.
             interrupts.ignore()
-            view.line("")
+    view.line("")
     for wrong in show.wrong:
         view.warn(f"NOT AS IT SHOULD BE: {wrong}")
     if not show.wrong:

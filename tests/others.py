@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from celery import Celery
 from celery.result import GroupResult
 
-from tests.elsewhere import hear, say
+from tests.elsewhere import say
 
 
 def metas(app: Celery, ids: List[str], times: int = 1) -> List[Dict[str, Any]]:
@@ -110,12 +110,9 @@ def only_send(app: Celery, times: int) -> Dict[str, Any]:
     }
 
 
-def send_then_wait(app: Celery, times: int) -> List[str]:
-    """Send tasks, say their ids, then wait until told to go on."""
-    sent = [app.send_task("tests.nothing", (n,)).id for n in range(times)]
-    say(" ".join(sent))
-    hear()
-    return sent
+def send_and_end(app: Celery, name: str) -> List[str]:
+    """Send a task and return its id."""
+    return [app.send_task(name, (1, 2)).id]
 
 
 def connections_to(port: int) -> int:

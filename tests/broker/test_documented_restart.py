@@ -47,9 +47,14 @@ def test_a_durable_exchange_is_there_after_a_restart(restarted: Restarted) -> No
     assert entities.has_exchange(durable)
 
 
-def test_a_transient_exchange_is_purged_by_a_restart(restarted: Restarted) -> None:
+def test_a_transient_exchange_is_purged_by_a_restart(
+    restarted: Restarted, node: rabbitmq.Node
+) -> None:
     entities, _, transient, _ = restarted
-    assert not entities.has_exchange(transient)
+    # Not where RabbitMQ keeps what is declared in Khepri, as from 4.3 on it always does: a
+    # transient exchange is there until it is deleted then.
+    kept = node.eval("rabbit_feature_flags:is_enabled(khepri_db).") == "true"
+    assert entities.has_exchange(transient) is kept
 
 
 def test_of_the_messages_the_persistent_ones_are_preserved(restarted: Restarted) -> None:

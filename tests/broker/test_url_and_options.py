@@ -71,7 +71,7 @@ def test_a_user_without_permissions_is_told_so(
         lambda: app.AsyncResult(new_id()).state,
         lambda: app.AsyncResult(new_id()).get(timeout=LONG),
     ):
-        with pytest.raises(OperationalError, match="(?i)permission") as caught:
+        with pytest.raises(OperationalError, match=r"(?i)permission") as caught:
             ask()
         assert PASSWORD not in shown(caught.value)
 

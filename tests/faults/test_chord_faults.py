@@ -36,6 +36,11 @@ class Fleet:
         self.workers: List[Worker] = []
         self.refill()
 
+    def replace_the_killed(self) -> None:
+        """Wait until a worker has died, and start another in its place."""
+        eventually(lambda: any(worker.process.poll() is not None for worker in self.workers))
+        self.refill()
+
     def refill(self) -> None:
         """Start as many workers as are missing."""
         self.workers = [worker for worker in self.workers if worker.process.poll() is None]
@@ -97,7 +102,7 @@ def test_the_worker_that_fires_is_killed(
         eventually((tmp_path / f"killed-{number}").exists)
         assert_over(app, result.parent.id, raw)
         # Whoever was given the task again is done with it when the next chord is.
-        workers.refill()
+        workers.replace_the_killed()
         assert chord([t.late.s(1)], t.same.s()).delay().get(timeout=TIMEOUT) == [1]
         ran = lines(tmp_path / f"ran-{number}")
         assert set(ran) == {result.id}
@@ -137,8 +142,7 @@ def test_the_worker_is_killed_and_nothing_is_delivered_again(
     for number in range(LOOPS):
         result = chord([t.same.s(i) for i in range(3)], mortal(t, tmp_path, point, number)).delay()
         eventually((tmp_path / f"killed-{number}").exists)
-        eventually(lambda: workers.workers[0].process.poll() is not None)
-        workers.refill()
+        workers.replace_the_killed()
         assert result.get(timeout=TIMEOUT) == list(range(3))
         assert_over(app, result.parent.id, raw)
         assert set(lines(tmp_path / f"ran-{number}")) == {result.id}
@@ -158,7 +162,7 @@ def test_a_header_task_that_is_delivered_again_counts_once(
         result = chord(header, t.record.s(str(log))).delay()
         eventually(lambda result=result: result.parent.completed_count() >= 1)
         workers.workers[0].kill()
-        workers.refill()
+        workers.replace_the_killed()
         assert result.get(timeout=TIMEOUT) == list(range(8))
         assert_over(app, result.parent.id, raw)
         assert lines(log) == [result.id]

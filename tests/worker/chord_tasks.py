@@ -27,7 +27,9 @@ def register(app: Celery) -> SimpleNamespace:
 
     def task(**options: Any) -> Any:
         def decorate(function: Any) -> Any:
-            return app.task(name=f"chords.{function.__name__}", **options)(function)
+            # Shared tasks would be made for every app of the process.
+            name = f"chords.{function.__name__}"
+            return app.task(name=name, shared=False, **options)(function)
 
         return decorate
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import time
 from typing import Any, List
 
-from celery import Celery
+from celery import Celery, group
 
 
 def app_from_environment() -> Celery:
@@ -21,6 +23,8 @@ def app_from_environment() -> Celery:
         broker_connection_retry_on_startup=True,
         worker_hijack_root_logger=True,
     )
+    # Settings of one test, as JSON.
+    app.conf.update(json.loads(os.environ.get("TEST_CONF", "{}")))
     return app
 
 
@@ -51,9 +55,9 @@ def progress(self: Any, steps: int) -> int:
 
 
 @app.task(bind=True, max_retries=3)
-def retried(self: Any, times: int) -> int:
+def retried(self: Any, times: int, countdown: float = 0) -> int:
     if self.request.retries < times:
-        raise self.retry(countdown=0, exc=ValueError(f"try {self.request.retries}"))
+        raise self.retry(countdown=countdown, exc=ValueError(f"try {self.request.retries}"))
     return int(self.request.retries)
 
 
@@ -85,3 +89,59 @@ def unserializable() -> Any:
 @app.task
 def payload(size: int) -> str:
     return "x" * size
+
+
+@app.task(time_limit=1)
+def too_long() -> None:
+    time.sleep(60)
+
+
+@app.task(soft_time_limit=1)
+def softly_too_long() -> None:
+    time.sleep(60)
+
+
+@app.task(acks_late=False)
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(bind=True)
+def replaced_by_group(self: Any, n: int) -> Any:
+    return self.replace(group([add.s(i, i) for i in range(n)]))
+
+
+@app.task(bind=True, track_started=True)
+def steps(self: Any, count: int) -> int:
+    for step in range(count):
+        self.update_state(state="PROGRESS", meta={"current": step})
+        time.sleep(0.002)
+    return count
+
+
+@app.task(bind=True, max_retries=1)
+def retried_then_waited_for(self: Any) -> str:
+    if not self.request.retries:
+        raise self.retry(countdown=0)
+    return "second try"
+
+
+@app.task
+def wait_for(task_id: str) -> Any:
+    return app.AsyncResult(task_id).get(timeout=30, disable_sync_subtasks=False)
+
+
+@app.task(bind=True)
+def state_of_itself(self: Any) -> str:
+    self.update_state(state="PROGRESS", meta={"current": 1})
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        state = app.AsyncResult(self.request.id).state
+        if state != "PENDING":
+            return str(state)
+    return "PENDING"
+
+
+@app.task(ignore_result=True)
+def ignored_failure() -> None:
+    raise KeyError("ignored")

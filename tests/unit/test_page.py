@@ -1,0 +1,89 @@
+"""Pages give back what was packed, find what is asked for, and drop only what does not count."""
+
+from __future__ import annotations
+
+from typing import Any, List
+
+import pytest
+from celery import states
+from hypothesis import given
+from hypothesis import strategies as st
+
+from celery_amqp_results import errors, meta, page
+from celery_amqp_results.meta import StateMessage
+
+# Few ids, so that several states share one.
+ids = st.sampled_from(["a", "b", "c.d#*", "ü \ud800", "x" * 1000]) | st.text(min_size=1)
+state_messages = st.builds(
+    StateMessage,
+    id=ids,
+    state=st.sampled_from([*states.ALL_STATES, "PROGRESS", "ABORTED"]),
+    published=st.integers(0, 2**62),
+    body=st.binary(max_size=80),
+    content_type=st.sampled_from(["application/json", "application/x-python-serialize"]),
+    content_encoding=st.sampled_from(["utf-8", "binary"]),
+    compression=st.none() | st.just("application/x-gzip"),
+    expiration=st.none() | st.integers(1, 2**31),
+    kind=st.sampled_from([meta.STATE, meta.GROUP]),
+)
+lists = st.lists(state_messages, max_size=12)
+
+
+@given(lists)
+def test_what_is_packed_comes_back(given_states: List[StateMessage]) -> None:
+    assert page.decode(page.encode(given_states)) == given_states
+
+
+@given(lists, ids)
+def test_finding_gives_all_states_of_an_id_and_no_others(
+    given_states: List[StateMessage], wanted: str
+) -> None:
+    found = list(page.find(page.encode(given_states), [wanted]))
+    assert found == [state for state in given_states if state.id == wanted]
+
+
+@given(st.binary(max_size=200) | lists.map(page.encode), st.data())
+def test_a_damaged_page_is_foreign_and_nothing_worse(octets: bytes, data: Any) -> None:
+    if octets:
+        at = data.draw(st.integers(0, len(octets) - 1))
+        octets = octets[:at] + data.draw(st.binary(max_size=3)) + octets[at + 1 :]
+    try:
+        for state in page.decode(octets):
+            assert isinstance(state, StateMessage)
+    except errors.ForeignMessage:
+        pass
+
+
+@given(lists, st.integers(0, 2**62))
+def test_selecting_changes_no_state_that_counts(given_states: List[StateMessage], now: int) -> None:
+    keep, drop = page.select(given_states, now)
+    rest = [s for s in given_states if not any(s is d for d in drop)]
+    for kind in (meta.STATE, meta.GROUP):
+        for task_id in {s.id for s in given_states}:
+            before = meta.fold(s for s in given_states if (s.kind, s.id) == (kind, task_id))
+            after = meta.fold(s for s in rest if (s.kind, s.id) == (kind, task_id))
+            if before is not None and not before.expired(now):
+                assert after == before
+    # What goes on is neither packed nor dropped: somebody may want its history.
+    for state in (*keep, *drop):
+        current = meta.fold(s for s in given_states if (s.kind, s.id) == (state.kind, state.id))
+        assert current is not None
+        assert state.kind == meta.GROUP or meta.is_final(current.state)
+
+
+@given(st.lists(state_messages, min_size=1, max_size=12), st.integers(0, 2**62))
+def test_a_page_does_not_expire_before_what_is_in_it(
+    given_states: List[StateMessage], now: int
+) -> None:
+    milliseconds = page.expiration(given_states, now)
+    if milliseconds is None:
+        assert any(state.expiration is None for state in given_states)
+    else:
+        assert all(state.expired(now + milliseconds * 1000) for state in given_states)
+
+
+def test_a_page_that_says_too_much_of_itself_is_foreign() -> None:
+    octets = bytearray(page.encode([]))
+    octets[8:12] = b"\xff\xff\xff\xff"
+    with pytest.raises(errors.ForeignMessage, match="4294967295 entries"):
+        page.decode(bytes(octets))

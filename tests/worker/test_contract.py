@@ -1,0 +1,327 @@
+"""The backend as real prefork workers use it, seen by the sender and by other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+
+import pytest
+from celery import Celery, chain, group, states
+from celery.exceptions import (
+    SoftTimeLimitExceeded,
+    TaskRevokedError,
+    TimeLimitExceeded,
+    TimeoutError,
+    WorkerLostError,
+)
+from celery.result import AsyncResult
+
+from celery_amqp_results import errors
+from tests import elsewhere, others
+from tests.conftest import Apps
+from tests.worker.conftest import Worker, launch_worker
+from tools import rabbitmq
+
+LONG = 60.0
+
+
+class Contract(NamedTuple):
+    """An app, and a worker for its tasks."""
+
+    app: Celery
+    worker: Worker
+    make_app: Apps
+
+    def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:
+        return self.app.send_task(f"tests.worker.tasks.{name}", args, **options)
+
+    def s(self, name: str, *args: Any) -> Any:
+        return self.app.signature(f"tests.worker.tasks.{name}", args=args)
+
+
+@pytest.fixture(scope="module")
+def contract(
+    _session_node: Optional[rabbitmq.Node], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Contract]:
+    """One worker of four processes, for all tests of the module."""
+    url = os.environ["AMQP_URL"] if _session_node is None else _session_node.url()
+    apps = Apps(url)
+    with contextlib.ExitStack() as stack:
+        stack.callback(apps.close)
+        app = apps()
+        worker = launch_worker(
+            app,
+            tmp_path_factory.mktemp("worker"),
+            concurrency=4,
+            env={"TEST_CONF": '{"result_extended": true}'},
+        )
+        stack.callback(worker.stop)
+        yield Contract(app, worker, apps)
+
+
+# -- what a task comes to ------------------------------------------------------------------------
+
+
+def test_a_task_returns_its_value_to_the_sender_and_to_others(contract: Contract) -> None:
+    result = contract.send("add", 2, 3)
+    assert result.get(timeout=LONG) == 5
+    assert elsewhere.run(contract.app, others.values, ids=[result.id], times=2) == [5, 5]
+    assert result.get(timeout=LONG) == 5
+
+
+def test_a_task_that_fails_raises_with_its_traceback(contract: Contract) -> None:
+    result = contract.send("fail", "gone")
+    with pytest.raises(KeyError, match="gone"):
+        result.get(timeout=LONG)
+    assert result.state == states.FAILURE
+    assert "tasks.py" in result.traceback
+    assert "tasks.py" in contract.app.AsyncResult(result.id).traceback
+
+
+def test_states_on_the_way_are_pushed_in_order(contract: Contract) -> None:
+    seen: List[Any] = []
+    result = contract.send("steps", 20)
+    value = result.get(timeout=LONG, on_message=lambda m: seen.append((m["status"], m["result"])))
+    assert value == 20
+    assert [state for state, _ in seen] == ["STARTED", *["PROGRESS"] * 20, "SUCCESS"]
+    assert [meta["current"] for state, meta in seen if state == "PROGRESS"] == list(range(20))
+    assert set(seen[0][1]) == {"pid", "hostname"}
+
+
+def test_a_task_that_is_retried_shows_each_retry_and_then_succeeds(contract: Contract) -> None:
+    # Celery sends the task again before it stores that it does: without a countdown the end may
+    # overtake the last retry.
+    seen: List[str] = []
+    result = contract.send("retried", 2, 0.3)
+    assert result.get(timeout=LONG, on_message=lambda m: seen.append(m["status"])) == 2
+    assert seen == ["RETRY", "RETRY", "SUCCESS"]
+
+
+def test_a_task_that_was_replaced_gives_the_result_of_its_replacement(contract: Contract) -> None:
+    result = contract.send("replaced", 4, 5)
+    assert result.get(timeout=LONG) == 9
+    assert elsewhere.run(contract.app, others.values, ids=[result.id]) == [9]
+
+
+def test_a_task_that_was_replaced_by_a_group_gives_the_group_s_results(contract: Contract) -> None:
+    assert contract.send("replaced_by_group", 4).get(timeout=LONG) == [0, 2, 4, 6]
+
+
+def test_a_task_that_ignores_its_result_stores_none(contract: Contract) -> None:
+    results = [contract.send(n, ignore_result=True) for n in ("ignored", "ignored_failure")]
+    # What is sent after it, to one worker, is done after it has begun at least.
+    assert contract.send("add", 1, 1).get(timeout=LONG) == 2
+    for result in results:
+        assert result.get(timeout=LONG) is None
+        assert contract.app.AsyncResult(result.id).state == states.PENDING
+        assert not contract.app.backend.task_result_exists(result.id)
+
+
+def test_a_result_that_cannot_be_serialized_is_a_failure_that_says_so(contract: Contract) -> None:
+    result = contract.send("unserializable")
+    with pytest.raises(Exception, match=r"(?i)serializ"):
+        result.get(timeout=LONG)
+    assert result.state == states.FAILURE
+
+
+def test_children_are_listed(contract: Contract) -> None:
+    result = contract.send("spawn_children", 3)
+    ids = result.get(timeout=LONG)
+    assert [child.id for child in result.children] == ids
+    assert [child.get(timeout=LONG) for child in result.children] == [0, 2, 4]
+    again = contract.app.AsyncResult(result.id)
+    assert [child.id for child in again.children] == ids
+
+
+def test_result_extended_tells_what_ran(contract: Contract) -> None:
+    result = contract.send("add", 1, 2)
+    result.get(timeout=LONG)
+    (meta,) = elsewhere.run(contract.app, others.metas, ids=[result.id])
+    assert (meta["name"], meta["args"], meta["kwargs"]) == ("tests.worker.tasks.add", [1, 2], {})
+    assert meta["worker"].startswith("w-")
+    assert meta["retries"] == 0
+    assert meta["queue"] == contract.app.conf.task_default_queue
+
+
+# -- chains and groups ---------------------------------------------------------------------------
+
+
+def test_a_chain_is_waited_for_by_its_sender_although_a_worker_sends_its_last_task(
+    contract: Contract,
+) -> None:
+    # Given an inbox that stands, so that nothing but a push tells of the end.
+    assert contract.send("add", 0, 0).get(timeout=LONG) == 0
+    result = chain(contract.s("add", 1, 1), contract.s("add", 2), contract.s("add", 3))()
+    assert result.get(timeout=LONG) == 7
+    assert result.parent.get(timeout=LONG) == 4
+    assert result.parent.parent.get(timeout=LONG) == 2
+
+
+def test_a_chain_whose_first_task_fails_raises_for_the_one_who_waits_for_the_last(
+    contract: Contract,
+) -> None:
+    result = chain(contract.s("fail", "first"), contract.s("add", 2), contract.s("add", 3))()
+    with pytest.raises(KeyError, match="first"):
+        result.get(timeout=LONG, interval=0.1)
+
+
+def test_a_group_of_a_thousand_is_joined_and_read_by_another_process(contract: Contract) -> None:
+    result = group(contract.s("add", n, n) for n in range(1000)).apply_async()
+    result.save()
+    expected = [2 * n for n in range(1000)]
+    assert result.get(timeout=LONG) == expected
+    ids, values = elsewhere.run(contract.app, others.restore_and_join, group_id=result.id)
+    assert ids == [node.id for node in result]
+    assert values == expected
+
+
+def test_a_group_with_a_member_that_fails_raises(contract: Contract) -> None:
+    result = group(contract.s("add", 1, 1), contract.s("fail", "member")).apply_async()
+    with pytest.raises(KeyError, match="member"):
+        result.get(timeout=LONG)
+    two, error = result.get(timeout=LONG, propagate=False)
+    assert two == 2
+    assert isinstance(error, KeyError)
+
+
+# -- what the worker's main process writes -------------------------------------------------------
+
+
+def test_a_task_past_its_time_limit_is_a_failure(contract: Contract) -> None:
+    with pytest.raises(TimeLimitExceeded):
+        contract.send("too_long").get(timeout=LONG)
+
+
+def test_a_task_past_its_soft_time_limit_is_a_failure(contract: Contract) -> None:
+    with pytest.raises(SoftTimeLimitExceeded):
+        contract.send("softly_too_long").get(timeout=LONG)
+
+
+def test_a_task_whose_process_was_killed_is_a_failure(contract: Contract) -> None:
+    result = contract.send("die")
+    with pytest.raises(WorkerLostError):
+        result.get(timeout=LONG)
+    assert elsewhere.run(contract.app, others.states, ids=[result.id]) == ["FAILURE"]
+
+
+def test_an_unknown_task_is_a_failure(contract: Contract) -> None:
+    result = contract.app.send_task("tests.worker.tasks.no_such_task")
+    with pytest.raises(Exception, match="no_such_task"):
+        result.get(timeout=LONG)
+    assert result.state == states.FAILURE
+
+
+def test_a_queued_task_that_is_revoked_is_revoked_for_all(contract: Contract) -> None:
+    result = contract.send("add", 1, 1, countdown=1)
+    contract.app.control.revoke(result.id)
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=LONG)
+    assert elsewhere.run(contract.app, others.states, ids=[result.id]) == ["REVOKED"]
+
+
+def test_a_running_task_that_is_terminated_is_revoked_for_all(
+    contract: Contract, eventually: Callable[..., Any]
+) -> None:
+    result = contract.send("started_for", 60)
+    eventually(lambda: result.state == states.STARTED)
+    contract.app.control.revoke(result.id, terminate=True, signal="KILL")
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=LONG)
+    assert elsewhere.run(contract.app, others.states, ids=[result.id]) == ["REVOKED"]
+
+
+# -- tasks that use the backend ------------------------------------------------------------------
+
+
+def test_a_task_reads_its_own_state(contract: Contract) -> None:
+    assert contract.send("state_of_itself").get(timeout=LONG) == "PROGRESS"
+
+
+def test_a_task_waits_for_tasks_of_another_sender(contract: Contract) -> None:
+    retried = contract.send("retried_then_waited_for")
+    waits = [contract.send("wait_for", retried.id) for _ in range(2)]
+    assert [w.get(timeout=LONG) for w in waits] == ["second try"] * 2
+
+
+# -- many processes ------------------------------------------------------------------------------
+
+
+def test_a_different_process_forgets(contract: Contract) -> None:
+    result = contract.send("add", 1, 1)
+    assert result.get(timeout=LONG) == 2
+    elsewhere.run(contract.app, others.forget, ids=[result.id])
+    assert contract.app.AsyncResult(result.id).state == states.PENDING
+    assert elsewhere.run(contract.app, others.states, ids=[result.id]) == ["PENDING"]
+
+
+def test_processes_that_sent_nothing_read_results_again_and_again_at_once(
+    contract: Contract,
+) -> None:
+    sent = [contract.send("add", n, 1) for n in range(20)]
+    ids = [result.id for result in sent]
+    expected = [n + 1 for n in range(20)] * 3
+    jobs = [{"ids": ids, "times": 3}] * 4
+    assert elsewhere.run_many(contract.app, others.values, jobs) == [expected] * 4
+    assert [result.get(timeout=LONG) for result in sent] == expected[:20]
+
+
+def test_sixteen_processes_that_poll_while_a_worker_writes_see_one_story(
+    contract: Contract,
+) -> None:
+    ids = [str(uuid.uuid4()) for _ in range(6)]
+    with contextlib.ExitStack() as stack:
+        # Given sixteen processes that poll tasks that nobody has sent yet.
+        pollers = [
+            stack.enter_context(elsewhere.start(contract.app, others.poll_until_final, ids=ids))
+            for _ in range(16)
+        ]
+        for poller in pollers:
+            assert poller.readline() == "polling"
+        # When the worker does them.
+        for task_id in ids:
+            contract.send("steps", 100, task_id=task_id)
+        answers: List[Dict[str, Any]] = [poller.answer() for poller in pollers]
+    # Then nobody has seen a state go backwards, nor PENDING after any other state.
+    order: List[Any] = ["PENDING", "STARTED", *(("PROGRESS", n) for n in range(100)), "SUCCESS"]
+    for answer in answers:
+        for task_id in ids:
+            seen = [order.index(state) for state in answer["seen"][task_id]]
+            assert seen == sorted(set(seen)), (task_id, answer["seen"][task_id])
+    # And all have seen the same end.
+    assert [answer["final"] for answer in answers] == [answers[0]["final"]] * 16
+    assert {meta["result"] for meta in answers[0]["final"].values()} == {100}
+
+
+def test_a_task_sent_and_never_waited_for_is_there_later(contract: Contract) -> None:
+    # A program that sends, and ends; another asks for the result.
+    (task_id,) = elsewhere.run(contract.app, others.send_and_end, name="tests.worker.tasks.add")
+    assert contract.app.AsyncResult(task_id).get(timeout=LONG) == 3
+
+
+def test_timeout_zero_while_the_task_runs(contract: Contract) -> None:
+    result = contract.send("started_for", 1)
+    with pytest.raises(TimeoutError):
+        result.get(timeout=0)
+    assert result.get(timeout=LONG) == "done"
+
+
+def test_the_worker_has_logged_no_error_of_the_backend(contract: Contract) -> None:
+    # After nearly all tests of the module: what they have made the worker log.
+    output = contract.worker.output()
+    assert [name for name in errors.__all__ if name in output] == []
+    assert " is lost" not in output
+
+
+def test_a_worker_that_is_stopped_has_stored_what_it_did(
+    start_worker: Callable[..., Worker], make_app: Apps
+) -> None:
+    app = make_app()
+    worker = start_worker(app)
+    results = [app.send_task("tests.worker.tasks.steps", (3,)) for _ in range(10)]
+    values = [result.get(timeout=LONG) for result in results]
+    worker.stop()
+    assert values == [3] * 10
+    assert elsewhere.run(app, others.values, ids=[r.id for r in results]) == values
+    assert "Traceback" not in worker.output()
