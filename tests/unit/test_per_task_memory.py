@@ -10,6 +10,7 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from celery import Celery, chord, group, states
+from celery.backends.base import Backend
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import GroupResult
@@ -347,6 +348,9 @@ def test_whoever_waits_while_the_backend_is_closed_gets_an_error(
     assert len(raised) == 1
 
 
+@pytest.mark.skipif(
+    not hasattr(Backend, "supports_failure_expires"), reason="Celery before 5.7 does not say so"
+)
 def test_what_celery_4_could_not_write_is_said_to_be_ignored() -> None:
     app = memory_app(result_failure_expires=60)
     with pytest.warns(UserWarning, match="result_failure_expires"):

@@ -1,0 +1,17 @@
+"""How many examples the property tests try."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "unit",
+    max_examples=100,
+    # A machine that is busy is no failure.
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+)
+settings.load_profile("unit")
