@@ -29,6 +29,7 @@ from celery.app.task import Context
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
+from kombu.compression import encoders, get_encoder
 from kombu.utils.encoding import bytes_to_str
 
 from celery_amqp_results import connections, errors, options, topology, transports
@@ -152,8 +153,7 @@ class AMQPBackend(NativeChords, Celery4API):
         self._codec = Codec(
             self.serializer,
             self.accept,
-            # Celery before 5.7 has no such setting.
-            getattr(self, "compression", None) if self.layout_name == "shared" else None,
+            _compression_of(self) if self.layout_name == "shared" else None,
         )
         self._expiration = _milliseconds("result_expires", self.expires)
         failure_expires = conf.get("result_failure_expires")
@@ -678,6 +678,26 @@ def _choose_layout(app: Any, url: options.ResultURL, wanted: Optional[str]) -> s
             f"{transports.transport_name(connection)!r} can do 'per-task'"
         )
     return "per-task"
+
+
+def _compression_of(backend: Any) -> Optional[str]:
+    """Return kombu's name of the compression of results, or ``None``.
+
+    Celery before 5.7 has the setting, and leaves it to the backends.
+    """
+    if hasattr(backend, "compression"):
+        known: Optional[str] = backend.compression
+        return known
+    name: Optional[str] = backend.app.conf.result_compression
+    if name:
+        try:
+            get_encoder(name)
+        except KeyError as exc:
+            raise ImproperlyConfigured(
+                f"result_compression is {name!r}, which kombu does not know; it knows "
+                f"{', '.join(sorted(encoders()))}"
+            ) from exc
+    return name or None
 
 
 def _client_of(request: Any) -> str:

@@ -84,7 +84,6 @@ class Checkout:
         # No answer is waited for: the next thing of interest is the first message.
         with link.corked():
             self.channel = link.channel_nowait(self._on_close)
-            self.set_fence()
             self.channel.send_method(spec.Basic.Qos, "lBb", (0, prefetch, False))
             self.channel.basic_consume(
                 queue,
@@ -94,6 +93,9 @@ class Checkout:
                 callback=self._receive,
                 on_cancel=self._cancelled,
             )
+            # Not before: a fence for a queue that is not there is lost, and if somebody declared
+            # the queue before we consume from it, it would be waited for in vain.
+            self.set_fence()
 
     def set_fence(self) -> None:
         """Publish a fence; :attr:`fenced` is false until it comes."""

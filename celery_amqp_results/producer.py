@@ -9,7 +9,8 @@ returns a message that no queue takes, and ``on_return`` gets it. The difference
 - ``declare`` of :meth:`Producer.publish` may be any sequence, and neither that list nor the
   headers of the caller are written to: kombu appends the exchange to the one, and marks the other
   as compressed for ever.
-- :meth:`Exchange.publish` takes bytes, and messages that were received.
+- :meth:`Exchange.publish` takes bytes, and messages that were received; with kombu before 5.7,
+  :meth:`Exchange.Message` takes a delivery mode.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
 
 import kombu
+from kombu.entity import maybe_delivery_mode
 
 __all__ = ("Exchange", "Producer")
 
@@ -46,6 +48,30 @@ def _refuse_immediate(immediate: bool) -> None:
 
 class Exchange(kombu.Exchange):
     """An exchange, as kombu's; see there for all parameters and attributes."""
+
+    def Message(
+        self,
+        body: Any,
+        delivery_mode: Union[int, str, None] = None,
+        properties: Optional[Mapping[str, Any]] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return a message for :meth:`publish`.
+
+        Parameters:
+            body: content; text is sent as UTF-8.
+            delivery_mode: 1 or ``transient``, 2 or ``persistent``; that of the exchange by
+                default.
+            properties: more properties of the message.
+            **kwargs: ``priority``, ``content_type``, ``content_encoding`` and ``headers``.
+        """
+        # kombu before 5.7 takes no notice of delivery_mode.
+        mode = maybe_delivery_mode(delivery_mode or self.delivery_mode)
+        if isinstance(body, str):
+            kwargs.setdefault("content_encoding", "utf-8")
+        return self.channel.prepare_message(
+            body, properties=dict(properties or {}, delivery_mode=mode), **kwargs
+        )
 
     def publish(
         self,
@@ -145,13 +171,13 @@ class Producer(kombu.Producer):
         Returns:
             Whether it was declared.
         """
-        if entity is None or entity.is_bound or not retry:
-            return super().maybe_declare(entity, retry, **retry_policy)
-        # kombu 5.3 cannot retry for what is not bound to a channel.
-        bound = entity(self.channel)
-        declared = super().maybe_declare(bound, retry, **retry_policy)
-        entity.name = bound.name  # The broker has made it up if there was none.
-        return declared
+        connection = self.connection if retry else None
+        declare = super().maybe_declare
+        if connection is None:
+            return declare(entity)
+        # kombu's own way to retry fails for some entities in kombu 5.3: it does not bind them, or
+        # declares them on the channel that was lost. Reviving the producer does for all.
+        return connection.ensure(self, lambda: declare(entity), **retry_policy)()
 
     def publish(
         self,

@@ -166,17 +166,19 @@ def test_a_child_waits_for_what_its_parent_stores(app: Celery, fork: Callable[..
 
 
 def test_a_child_forked_while_threads_are_busy_does_not_hang(
-    app: Celery, fork: Callable[..., Any]
+    app: Celery, fork: Callable[..., Any], eventually: Callable[..., Any]
 ) -> None:
     # Given threads that store, poll and wait all the time, so that any lock may be held. (Those
-    # that Celery holds while it starts are not ours.)
-    use(app, "before")
+    # that Celery and kombu hold while they start or open connections are not ours, so the
+    # connections are open before.)
     done = threading.Event()
     errors: List[BaseException] = []
+    rounds: List[int] = []
 
     def busy() -> None:
         try:
             while not done.is_set():
+                rounds.append(1)
                 task_id = new_id()
                 app.backend.store_result(task_id, 1, states.SUCCESS)
                 assert app.AsyncResult(task_id).state == states.SUCCESS
@@ -189,6 +191,7 @@ def test_a_child_forked_while_threads_are_busy_does_not_hang(
     for thread in threads:
         thread.start()
     try:
+        eventually(lambda: len(rounds) >= 60 or errors, LONG)
         for number in range(5):
             answer = fork(lambda n=number: use(app, f"child {n}"))
             assert answer()[1] == f"child {number}"
