@@ -36,7 +36,15 @@ from celery_amqp_results import connections, errors, options, topology, transpor
 from celery_amqp_results.celery4_api import Celery4API
 from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.layouts import Layout, LayoutRegistry
-from celery_amqp_results.meta import GROUP, STATE, Codec, PublishClock, StateMessage, is_final
+from celery_amqp_results.meta import (
+    ABORTED,
+    GROUP,
+    STATE,
+    Codec,
+    PublishClock,
+    StateMessage,
+    is_final,
+)
 from celery_amqp_results.native_chords import NativeChords
 from celery_amqp_results.pending import PendingResults
 from celery_amqp_results.per_task_layout import HEARTBEAT as PER_TASK_HEARTBEAT
@@ -196,7 +204,7 @@ class AMQPBackend(NativeChords, Celery4API):
         connector = connections.Connector(
             functools.partial(_new_connection, weakref.ref(self.app), self._url),
             policy,
-            functools.partial(self._url.sanitized),
+            functools.partial(_describe_broker, weakref.ref(self.app), self._url),
         )
         if self.layout_name == "per-task":
             return PerTaskLayout(
@@ -272,7 +280,11 @@ class AMQPBackend(NativeChords, Celery4API):
         client = _client_of(request)
         if not is_final(state) or not self._publish_with_part(task_id, message, client):
             self.layout.publish(
-                message, client, getattr(request, "group", None), is_final(state)
+                message,
+                client,
+                getattr(request, "group", None),
+                # ABORTED as well: who asked a task to stop relies on it.
+                is_final(state) or state == ABORTED,
             )
         return result
 
@@ -665,6 +677,17 @@ def _new_connection(
     if url.scheme in ("amqps", "pyamqps") and not owner.conf.broker_use_ssl:
         tls["ssl"] = True
     return owner.connection_for_write(url.broker, heartbeat=heartbeat, **tls)
+
+
+def _describe_broker(app: weakref.ref[Any], url: options.ResultURL) -> str:
+    """Return the broker's address without passwords, for messages."""
+    owner = app()
+    if url.broker is not None or owner is None:
+        return url.sanitized()
+    # The app's own broker: its address says more than "amqp://".
+    connection = owner.connection_for_write()
+    hosts = connection.alt or [connection.as_uri(include_password=True)]
+    return options.parse_url(";".join(map(str, hosts))).sanitized()
 
 
 def _choose_layout(app: Any, url: options.ResultURL, wanted: Optional[str]) -> str:

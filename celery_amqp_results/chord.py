@@ -154,15 +154,15 @@ class Chords:
         self._publisher.publish((), declare=queues)
 
     def publish_plan(
-        self, plan: StateMessage, size: int, announced: Optional[int], sized: bool
+        self, plan: StateMessage, size: int, announced: Optional[int], last: bool = True
     ) -> bool:
         """Publish the plan of a chord, and return whether it may be complete.
 
         Parameters:
             plan: what is to be done.
             size: how many parts there will be, not counting those that tasks add.
-            announced: the size that the tasks of the header were told.
-            sized: whether they were told any.
+            announced: the size that the tasks of the header were told; ``None`` for none.
+            last: whether all parts may be there already; ``False`` where one is yet to be sent.
 
         Raises:
             BackendUnavailable, ResultTooLarge: see
@@ -174,11 +174,14 @@ class Chords:
         messages = [
             Outgoing("", queue, properties, plan.body, None, f"the plan of chord {plan.id}", True)
         ]
-        if not sized:
+        if announced is None:
             name = self._topology.chord_size_queue(plan.id).name
             messages.append(self._control(SIZE, name, size))
         for _ in range((announced or 0) - size):
             messages.append(self._control(PAD, queue))
+        if not last:
+            self._publisher.publish(messages)
+            return False
         length = self._publisher.publish(messages, count=queue)
         if length is None:
             logger.error(

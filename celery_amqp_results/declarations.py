@@ -8,7 +8,8 @@ connection is lost, since the broker may have lost what was declared, too.
 from __future__ import annotations
 
 import threading
-from typing import Any, Mapping, Optional, Set
+import time
+from typing import Any, Dict, Mapping, Optional
 
 from amqp import exceptions as amqp_errors
 
@@ -16,6 +17,10 @@ from celery_amqp_results import errors
 from celery_amqp_results.topology import QueueSpec, Topology
 
 __all__ = ("Declarations", "declare_queue")
+
+#: A shard is declared again after so many seconds, at its next use. What reaches an inbox does not
+#: come back to its publisher, who so learns in no other way that somebody has deleted a shard.
+REASSERT_SECONDS = 60.0
 
 
 class Declarations:
@@ -25,13 +30,15 @@ class Declarations:
         self.topology = topology
         self._lock = threading.Lock()
         self._exchange = False
-        self._shards: Set[int] = set()
+        #: When each shard was declared, by ``time.monotonic``.
+        self._shards: Dict[int, float] = {}
         #: Goes up with :meth:`forget`: what is declared meanwhile is not remembered.
         self.generation = 0
 
     def has_shard(self, shard: int) -> bool:
-        """Return whether the queue of *shard* was declared and bound by this process."""
-        return shard in self._shards
+        """Return whether this process has declared and bound the queue of *shard* of late."""
+        declared = self._shards.get(shard)
+        return declared is not None and time.monotonic() - declared < REASSERT_SECONDS
 
     def ensure_exchange(self, channel: Any) -> None:
         """Declare the exchange, if this process has not.
@@ -62,6 +69,30 @@ class Declarations:
         with self._lock:
             if generation == self.generation:
                 self._exchange = True
+
+    def check_exchange(self, channel: Any) -> None:
+        """Find out, once, whether the exchange is as it should be, if it is there at all.
+
+        For those who only read, and declare nothing: it tells them that others count the shards
+        differently. A user who may not declare the exchange is not told, and reads on.
+
+        Raises:
+            DeclarationRefused: when it exists with other properties.
+        """
+        try:
+            channel.exchange_declare(self.topology.exchange, "topic", passive=True)
+            # A passive declaration compares nothing.
+            self.ensure_exchange(channel)
+        except amqp_errors.NotFound:
+            # Nobody has stored anything yet.
+            pass
+        except amqp_errors.AccessRefused:
+            self._exchange = True
+
+    @property
+    def exchange_checked(self) -> bool:
+        """Whether the exchange was declared or checked by this process."""
+        return self._exchange
 
     def request_shard(self, channel: Any, shard: int) -> int:
         """Ask for the queue of *shard* to be declared and bound.
@@ -95,7 +126,8 @@ class Declarations:
             requested: by their numbers, what :meth:`request_shard` returned.
         """
         with self._lock:
-            self._shards.update(s for s, g in requested.items() if g == self.generation)
+            now = time.monotonic()
+            self._shards.update((s, now) for s, g in requested.items() if g == self.generation)
 
     def refusal(self, exc: BaseException) -> Optional[errors.DeclarationRefused]:
         """Return the error to raise for *exc*, or ``None`` if it is not about a declaration."""
@@ -111,7 +143,7 @@ class Declarations:
         with self._lock:
             self.generation += 1
             self._exchange = False
-            self._shards = set()
+            self._shards = {}
 
 
 def declare_queue(channel: Any, spec: QueueSpec) -> None:

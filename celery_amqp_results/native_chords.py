@@ -61,6 +61,8 @@ class _Sent:
     size: Optional[int]
     #: The nesting of the results, where they are not a plain list.
     results: Optional[List[Any]]
+    #: Whether the task that is sent last is sure to return a part.
+    ends_with_task: bool
 
 
 class Returning:
@@ -141,7 +143,7 @@ class NativeChords(Backend):
         self.ensure_chords_allowed()
         group_id, results = header_result_args
         body.pop(SIZE_KEY, None)
-        sent = _Sent(body, None, None)
+        sent = _Sent(body, None, None, False)
         if not isinstance(results, _regen):
             size = sum(map(_count, results))
             if self.options.queue_type == "quorum" and size > MAX_QUORUM_PARTS:
@@ -152,7 +154,12 @@ class NativeChords(Backend):
                 )
             body[SIZE_KEY] = size
             nested = any(isinstance(result, ResultSet) for result in results)
-            sent = _Sent(body, size, [r.as_tuple() for r in results] if nested else None)
+            sent = _Sent(
+                body,
+                size,
+                [result.as_tuple() for result in results] if nested else None,
+                not nested and size > 0,
+            )
         chords.declare(group_id, self._chord_expiration, sent.size is not None)
         with self._lock:
             _remember(self._sent_chords, group_id, sent)
@@ -168,12 +175,13 @@ class NativeChords(Backend):
             super().set_chord_size(group_id, chord_size)
             return
         with self._lock:
-            sent = self._sent_chords.pop(group_id, None) or _Sent(None, None, None)
+            sent = self._sent_chords.pop(group_id, None) or _Sent(None, None, None, False)
             body_id = sent.body.options.get("task_id") if sent.body is not None else None
             if body_id:
                 _remember(self._body_groups, body_id, group_id)
         plan = self._encode_plan(group_id, sent)
-        if chords.publish_plan(plan, chord_size, sent.size, sent.size is not None):
+        last = not (sent.ends_with_task and chord_size == sent.size)
+        if chords.publish_plan(plan, chord_size, sent.size, last):
             self._settle(group_id, sent.body)
 
     def _encode_plan(self, group_id: str, sent: _Sent) -> StateMessage:

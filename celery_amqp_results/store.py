@@ -382,6 +382,10 @@ class Store:
         remove: bool,
         take: Callable[[_Read], None],
     ) -> None:
+        if not self.declarations.exchange_checked:
+            channel = link.channel()
+            self.declarations.check_exchange(channel)
+            channel.close()
         running: List[_Read] = []
         waiting = collections.deque(todo)
         started = time.monotonic()

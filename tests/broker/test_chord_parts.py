@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 
 import amqp
 import pytest
-from amqp.exceptions import MessageNacked, NotFound
+from amqp.exceptions import AMQPError, MessageNacked, NotFound
 from celery import Celery, states
 from celery.app.task import Context
 from celery.exceptions import ChordError, ImproperlyConfigured
@@ -17,7 +17,7 @@ from celery.result import AsyncResult
 from celery_amqp_results import errors
 from celery_amqp_results.chord import Chords, Gathered
 from celery_amqp_results.meta import PART, PLAN, StateMessage
-from tests.conftest import Apps, eventually
+from tests.conftest import Apps, eventually, raw_connection
 
 
 @pytest.fixture(params=["classic", "quorum"])
@@ -72,7 +72,7 @@ class Fired:
 def test_the_last_part_fires(chords: Chords, app: Celery, group_id: str, raw: Any) -> None:
     fired = Fired()
     chords.declare(group_id, None, True)
-    assert not chords.publish_plan(message(group_id, PLAN), 3, 3, True)
+    assert not chords.publish_plan(message(group_id, PLAN), 3, 3)
     assert not chords.publish_part(group_id, message("c"), 2, 3)
     assert not chords.publish_part(group_id, message("a"), 0, 3)
     assert chords.reads == 0
@@ -88,7 +88,7 @@ def test_the_sender_fires_when_the_size_is_known_last(chords: Chords, group_id: 
     chords.declare(group_id, None, False)
     for name in "ab":
         assert not chords.publish_part(group_id, message(name), None, None)
-    assert chords.publish_plan(message(group_id, PLAN), 2, None, False)
+    assert chords.publish_plan(message(group_id, PLAN), 2, None)
     assert chords.settle(group_id, fired)
     assert fired.ids == ["a", "b"]
 
@@ -97,7 +97,7 @@ def test_a_worker_learns_the_size_of_a_generator_once(chords: Chords, group_id: 
     fired = Fired()
     chords.declare(group_id, None, False)
     assert not chords.publish_part(group_id, message("a"), 0, None)
-    assert not chords.publish_plan(message(group_id, PLAN), 3, None, False)
+    assert not chords.publish_plan(message(group_id, PLAN), 3, None)
     assert not chords.publish_part(group_id, message("b"), 1, None)
     assert chords._sizes[group_id] == 3
     assert chords.publish_part(group_id, message("c"), 2, None)
@@ -109,7 +109,7 @@ def test_a_worker_learns_the_size_of_a_generator_once(chords: Chords, group_id: 
 def test_a_part_that_is_published_again_counts_once(chords: Chords, group_id: str) -> None:
     fired = Fired()
     chords.declare(group_id, None, True)
-    chords.publish_plan(message(group_id, PLAN), 2, 2, True)
+    chords.publish_plan(message(group_id, PLAN), 2, 2)
     chords.publish_part(group_id, message("a", value=1), 0, 2)
     # As long as the complete set: it has to be looked at, and is not enough.
     assert chords.publish_part(group_id, message("a", value=2), 0, 2)
@@ -125,7 +125,7 @@ def test_a_part_that_is_published_again_counts_once(chords: Chords, group_id: st
 def test_a_task_that_is_there_twice_counts_twice(chords: Chords, group_id: str) -> None:
     fired = Fired()
     chords.declare(group_id, None, True)
-    chords.publish_plan(message(group_id, PLAN), 2, 2, True)
+    chords.publish_plan(message(group_id, PLAN), 2, 2)
     chords.publish_part(group_id, message("a"), 0, 2)
     assert chords.publish_part(group_id, message("a"), 1, 2)
     assert chords.settle(group_id, fired)
@@ -135,7 +135,7 @@ def test_a_task_that_is_there_twice_counts_twice(chords: Chords, group_id: str) 
 def test_parts_without_an_index_come_last(chords: Chords, group_id: str) -> None:
     fired = Fired()
     chords.declare(group_id, None, True)
-    chords.publish_plan(message(group_id, PLAN), 4, 4, True)
+    chords.publish_plan(message(group_id, PLAN), 4, 4)
     for name, index in (("x", None), ("b", 1), ("y", None), ("a", 0)):
         chords.publish_part(group_id, message(name), index, 4)
     assert chords.settle(group_id, fired)
@@ -145,7 +145,7 @@ def test_parts_without_an_index_come_last(chords: Chords, group_id: str) -> None
 def test_added_parts_are_waited_for(chords: Chords, group_id: str) -> None:
     fired = Fired()
     chords.declare(group_id, None, True)
-    chords.publish_plan(message(group_id, PLAN), 1, 1, True)
+    chords.publish_plan(message(group_id, PLAN), 1, 1)
     chords.publish_more(group_id)
     chords.publish_more(group_id)
     for name in "ab":
@@ -159,7 +159,7 @@ def test_added_parts_are_waited_for(chords: Chords, group_id: str) -> None:
 def test_fewer_tasks_than_were_announced(chords: Chords, group_id: str) -> None:
     fired = Fired()
     chords.declare(group_id, None, True)
-    assert not chords.publish_plan(message(group_id, PLAN), 2, 5, True)
+    assert not chords.publish_plan(message(group_id, PLAN), 2, 5)
     assert not chords.publish_part(group_id, message("a"), 0, 5)
     assert chords.publish_part(group_id, message("b"), 1, 5)
     assert chords.settle(group_id, fired)
@@ -171,7 +171,7 @@ def test_a_part_of_a_chord_that_is_over_is_dropped(
 ) -> None:
     fired = Fired()
     chords.declare(group_id, None, True)
-    chords.publish_plan(message(group_id, PLAN), 1, 1, True)
+    chords.publish_plan(message(group_id, PLAN), 1, 1)
     assert chords.publish_part(group_id, message("a"), 0, 1)
     assert chords.settle(group_id, fired)
     eventually(lambda: not queue_exists(raw, app, group_id))
@@ -188,7 +188,7 @@ def test_everything_is_put_back_when_firing_fails(chords: Chords, group_id: str)
         raise LookupError("not now")
 
     chords.declare(group_id, None, True)
-    chords.publish_plan(message(group_id, PLAN), 1, 1, True)
+    chords.publish_plan(message(group_id, PLAN), 1, 1)
     chords.publish_part(group_id, message("a"), 0, 1)
     with pytest.raises(LookupError):
         chords.settle(group_id, refuse)
@@ -202,7 +202,7 @@ def test_one_of_many_that_complete_it_at_once_fires(make_app: Apps, group_id: st
         identity = f"{group_id}-{uuid.uuid4().hex}"
         apps = [make_app() for _ in range(4)]
         apps[0].backend.layout.chords.declare(identity, None, True)
-        apps[0].backend.layout.chords.publish_plan(message(identity, PLAN), size, size, True)
+        apps[0].backend.layout.chords.publish_plan(message(identity, PLAN), size, size)
         barrier = threading.Barrier(size)
         fired = Fired()
         failures: List[BaseException] = []
@@ -240,7 +240,7 @@ def test_the_next_in_line_takes_over_from_a_reader_that_is_gone(
     first, second = make_app(), make_app()
     chords = first.backend.layout.chords
     chords.declare(group_id, None, True)
-    chords.publish_plan(message(group_id, PLAN), 1, 1, True)
+    chords.publish_plan(message(group_id, PLAN), 1, 1)
     chords.publish_part(group_id, message("a"), 0, 1)
     fired = Fired()
     holding = threading.Event()
@@ -279,7 +279,7 @@ def test_a_foreign_message_is_ignored(
     queue = app.backend._topology.chord_queue(group_id).name
     for properties in ({}, {"type": "part"}, {"type": "plan"}, {"type": "fence"}):
         channel.basic_publish(amqp.Message(b"junk", **properties), routing_key=queue)
-    chords.publish_plan(message(group_id, PLAN), 1, 1, True)
+    chords.publish_plan(message(group_id, PLAN), 1, 1)
     chords.publish_part(group_id, message("a"), 0, 1)
     assert chords.settle(group_id, fired)
     assert fired.ids == ["a"]
@@ -332,25 +332,24 @@ def test_an_expiry_that_the_broker_cannot_take(make_app: Apps) -> None:
         app.backend  # noqa: B018
 
 
-def takes_messages(raw: Any, queue: str) -> bool:
+def takes_messages(url: str, queue: str) -> bool:
     """Return whether there is a queue, without using it, which would keep it alive."""
     returned = []
-    channel = raw.channel()
-    channel.events["basic_return"].add(lambda *args: returned.append(args))
     try:
-        channel.basic_publish_confirm(amqp.Message(b""), routing_key=queue, mandatory=True)
-    except MessageNacked:
-        # It is being deleted.
+        # A connection of its own: RabbitMQ may close it over a quorum queue that is being deleted.
+        with raw_connection(url) as connection:
+            channel = connection.channel()
+            channel.events["basic_return"].add(lambda *args: returned.append(args))
+            channel.basic_publish_confirm(amqp.Message(b""), routing_key=queue, mandatory=True)
+    except (AMQPError, MessageNacked):
         return True
-    finally:
-        channel.close()
     return not returned
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.parametrize("lazy", [False, True])
 def test_an_abandoned_chord_goes_away(
-    make_app: Apps, group_id: str, raw: Any, queue_type: str, lazy: bool
+    make_app: Apps, group_id: str, raw: Any, amqp_url: str, queue_type: str, lazy: bool
 ) -> None:
     app = make_app(
         result_chord_expires=1,
@@ -362,8 +361,8 @@ def test_an_abandoned_chord_goes_away(
     if lazy:
         app.backend.layout.chords.declare(group_id, 1000, False)
     assert queue_exists(raw, app, group_id)
-    eventually(lambda: not takes_messages(raw, topology.chord_queue(group_id).name))
-    eventually(lambda: not takes_messages(raw, topology.chord_size_queue(group_id).name))
+    eventually(lambda: not takes_messages(amqp_url, topology.chord_queue(group_id).name))
+    eventually(lambda: not takes_messages(amqp_url, topology.chord_size_queue(group_id).name))
     # The part that comes too late does no harm, and its state is stored.
     app.backend.mark_as_done("b", 2, request("b", group_id, 1, dict(body)))
     assert app.AsyncResult("b").get(timeout=20) == 2
