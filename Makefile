@@ -3,14 +3,15 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # What `make test PYTEST="..."` hands to pytest.
-PYTEST ?= tests
+# The tests of tools/ are left out: they take minutes, and concern those who change tools/.
+PYTEST ?= tests --ignore=tests/tools
 
 BIN := $(VENV)/bin
 # What is not the package itself, but is checked with it.
 SCRIPTS := demo tools tests $(wildcard bench)
 
 .PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
-	bench soak clean
+	test-tools bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -26,6 +27,9 @@ test: $(VENV)/.test ## Run the tests on a private RabbitMQ; PYTEST="tests/unit -
 test-newest-rabbitmq: $(VENV)/.test ## Run the tests that need a broker on Debian forky's RabbitMQ
 	RABBITMQ_DISTRIBUTION=forky $(BIN)/python -m pytest \
 		$(if $(filter tests,$(PYTEST)),tests/broker tests/worker tests/faults,$(PYTEST))
+
+test-tools: $(VENV)/.test ## Run the tests of what runs the private RabbitMQ nodes
+	$(BIN)/python -m pytest tests/tools
 
 test-oldest: ## Run unit and broker tests with the oldest supported Celery, and Python 3.9 if it is here
 	@$(MAKE) --no-print-directory VENV=.venv-oldest PINS=tools/oldest.txt \
@@ -51,12 +55,8 @@ types: $(VENV)/.lint ## Check the types
 docs: $(VENV)/.docs ## Build the documentation into site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(VENV)/.test ## Run the benchmarks
-	@test -d bench && ls bench/*.py >/dev/null 2>&1 || { echo "bench/ is empty"; exit 2; }
+bench: $(VENV)/.bench ## Measure beside rpc:// and redis://; QUICK=1 for less; needs redis-server
 	$(BIN)/python -m bench $(if $(QUICK),--quick)
-
-soak: ## Not there yet
-	@echo "There is no soak test yet." >&2; exit 2
 
 clean: ## Delete what was made here: environments, caches, the built documentation
 	rm -rf .venv .venv-oldest .venv-newest site build dist .pytest_cache .mypy_cache .ruff_cache \
