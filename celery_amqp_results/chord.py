@@ -136,8 +136,12 @@ class Chords:
         self.reads = 0
         self.fired = 0
 
-    def declare(self, group_id: str, expires: Optional[int], sized: bool) -> None:
+    def declare(self, group_id: str, expires: Optional[int], sized: bool) -> bool:
         """Declare the queue of a chord that is about to be sent.
+
+        Returns ``False`` when somebody reads the queue already: the chord was sent before, and is
+        being fired. The queue is then about to be deleted, and has to be settled and declared
+        anew.
 
         Parameters:
             group_id: id of the header.
@@ -151,7 +155,7 @@ class Chords:
         queues = [self._topology.chord_queue(group_id, expires)]
         if not sized:
             queues.append(self._topology.chord_size_queue(group_id, expires))
-        self._publisher.publish((), declare=queues)
+        return not self._publisher.declare(queues)
 
     def publish_plan(
         self, plan: StateMessage, size: int, announced: Optional[int], last: bool = True

@@ -146,14 +146,14 @@ class Declarations:
             self._shards = {}
 
 
-def declare_queue(channel: Any, spec: QueueSpec) -> None:
-    """Declare the queue *spec* on *channel*, and wait for the answer.
+def declare_queue(channel: Any, spec: QueueSpec) -> int:
+    """Declare the queue *spec* on *channel*, and return how many read it already.
 
     Raises:
         DeclarationRefused: when it exists with other properties.
     """
     try:
-        channel.queue_declare(
+        declared = channel.queue_declare(
             spec.name,
             durable=spec.durable,
             exclusive=spec.exclusive,
@@ -162,6 +162,7 @@ def declare_queue(channel: Any, spec: QueueSpec) -> None:
         )
     except amqp_errors.PreconditionFailed as exc:
         raise _refused(exc) from exc
+    return int(declared.consumer_count)
 
 
 def _refused(exc: BaseException) -> errors.DeclarationRefused:

@@ -205,7 +205,7 @@ def _expiration(properties: Mapping[str, Any]) -> Optional[int]:
         return None
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise errors.ForeignMessage(
             f"property 'expiration' is {value!r}, not milliseconds"
         ) from None

@@ -160,7 +160,8 @@ class NativeChords(Backend):
                 [result.as_tuple() for result in results] if nested else None,
                 not nested and size > 0,
             )
-        chords.declare(group_id, self._chord_expiration, sent.size is not None)
+        while not chords.declare(group_id, self._chord_expiration, sent.size is not None):
+            self._settle(group_id, body)
         with self._lock:
             _remember(self._sent_chords, group_id, sent)
 

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from celery_amqp_results import errors
 
@@ -170,16 +170,18 @@ def _retry_policy(value: Any) -> RetryPolicy:
     seconds = _seconds(0, 3600)
     policy: Dict[str, Any] = {}
     for name, item in value.items():
-        if name == "max_retries":
-            # kombu takes None, and its own documentation also a negative number, as "for ever".
-            policy[name] = None if item is None else retries(item)
-        elif name in ("interval_start", "interval_step", "interval_max"):
-            policy[name] = seconds(item)
-        else:
-            raise ValueError(
-                f"unknown entry {name!r}; known are interval_max, interval_start, interval_step "
-                "and max_retries"
-            )
+        try:
+            if name == "max_retries":
+                # None is kombu's word for "for ever".
+                policy[name] = None if item is None else retries(item)
+            elif name in ("interval_start", "interval_step", "interval_max"):
+                policy[name] = seconds(item)
+            else:
+                raise ValueError(
+                    "known entries are interval_max, interval_start, interval_step and max_retries"
+                )
+        except ValueError as exc:
+            raise ValueError(f"entry {name!r}: {exc}") from None
     return RetryPolicy(**policy)
 
 
@@ -217,7 +219,9 @@ class ResultURL:
     def _text(self, show: Callable[[str], str]) -> str:
         text = ";".join(show(url) for url in (self.broker or f"{self.scheme}://").split(";"))
         if self.options:
-            text += ("&" if "?" in text else "?") + urlencode(self.options)
+            # They go to the last of several URLs, whatever the query of another is.
+            last = text.rpartition(";")[2]
+            text += ("&" if "?" in last else "?") + urlencode(self.options)
         return text
 
 
@@ -227,7 +231,8 @@ def parse_url(url: Optional[str]) -> ResultURL:
     The query may hold our options and what kombu reads from it (``login_method``, ``ssl_*``).
 
     Raises:
-        InvalidOption: when two of several URLs give different values for one option.
+        InvalidOption: when two of several URLs give different values for one option, or when one
+            is no URL, which is what a password with a ``/`` or ``?`` of its own makes of it.
     """
     brokers = []
     options: Dict[str, str] = {}
@@ -239,6 +244,8 @@ def parse_url(url: Optional[str]) -> ResultURL:
         if number == 0:
             scheme = part_scheme
         location, _, query = rest.partition("?")
+        if part_scheme.partition("+")[0] in AMQP_SCHEMES:
+            _check_location(location)
         kept: list[Tuple[str, str]] = []
         for name, value in parse_qsl(query, keep_blank_values=True):
             if name in _KOMBU_QUERY or name.startswith("ssl_"):
@@ -251,6 +258,19 @@ def parse_url(url: Optional[str]) -> ResultURL:
         if location.strip("/") or kept:
             brokers.append(f"{part_scheme}://{location}" + ("?" + urlencode(kept) if kept else ""))
     return ResultURL(scheme, ";".join(brokers) or None, options)
+
+
+def _check_location(location: str) -> None:
+    try:
+        urlsplit(f"//{location}").port  # noqa: B018
+    except ValueError:
+        # kombu would refuse it later. Until then half a password would pass for a port, for an
+        # option or for another host, and be shown; so nothing of it is repeated here.
+        raise errors.InvalidOption(
+            "the result backend URL is not valid: what should be a host and the number of a port "
+            "is not. Are characters such as '/', '?', '#' and ';' in the user name and the "
+            "password written as '%2F', '%3F', '%23' and '%3B'?"
+        ) from None
 
 
 #: Names in a URL's query that kombu's Connection takes as parameters of its own.

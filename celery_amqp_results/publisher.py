@@ -12,7 +12,7 @@ import collections
 import logging
 import threading
 import time
-from typing import Deque, Optional, Sequence, Set, Tuple, Type
+from typing import Callable, Deque, Optional, Sequence, Set, Tuple, Type, TypeVar
 
 from amqp import exceptions as amqp_errors
 
@@ -34,6 +34,8 @@ COLLECT_EVERY = 50
 #: Publishing has no heartbeats: a dead connection is noticed at the next message, which the
 #: kernel gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
 HEARTBEAT = 0.0
+
+_T = TypeVar("_T")
 
 _FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *connections.TRANSIENT)
 
@@ -62,7 +64,6 @@ class Publisher:
         self,
         messages: Sequence[Outgoing],
         confirm: bool = True,
-        declare: Sequence[QueueSpec] = (),
         count: Optional[str] = None,
     ) -> Optional[QueueLength]:
         """Publish *messages*, in order, and wait for their confirms together.
@@ -73,7 +74,6 @@ class Publisher:
         Parameters:
             messages: what to publish.
             confirm: whether to return only when the broker has all of them.
-            declare: queues to declare before.
             count: name of a queue whose length is asked for after the confirms.
 
         Returns:
@@ -86,15 +86,32 @@ class Publisher:
             BackendUnavailable: when the broker could not be reached or refuses us; nothing is
                 known of the messages then.
         """
+
+        def work(channel: ConfirmChannel) -> Optional[QueueLength]:
+            gone = self._publish(channel, messages, confirm)
+            return None if count is None or count in gone else channel.length(count)
+
+        return self._run(work, messages)
+
+    def declare(self, queues: Sequence[QueueSpec]) -> int:
+        """Declare *queues*, and return how many read them already.
+
+        Raises:
+            DeclarationRefused: when one of them exists with other properties.
+            BackendUnavailable: when the broker could not be reached or refuses us.
+        """
+        return self._run(
+            lambda channel: sum(declare_queue(channel.channel, queue) for queue in queues), ()
+        )
+
+    def _run(self, work: Callable[[ConfirmChannel], _T], messages: Sequence[Outgoing]) -> _T:
+        """Do *work* for *messages*, again as the policy says when the connection is lost."""
         attempt = 0
         while True:
             channel: Optional[ConfirmChannel] = None
             try:
                 channel = self._acquire()
-                for spec in declare:
-                    declare_queue(channel.channel, spec)
-                gone = self._publish(channel, messages, confirm)
-                length = None if count is None or count in gone else channel.length(count)
+                done = work(channel)
             except _FAILURES as exc:
                 if channel is not None:
                     self._drop(channel, messages)
@@ -117,7 +134,7 @@ class Publisher:
                 raise
             else:
                 self._release(channel)
-                return length
+                return done
 
     def _publish(
         self, channel: ConfirmChannel, messages: Sequence[Outgoing], confirm: bool
@@ -169,7 +186,7 @@ class Publisher:
         if refusal is not None:
             raise refusal from exc
         if isinstance(exc, amqp_errors.PreconditionFailed) and "larger than" in str(exc):
-            size = max(len(message.body) for message in messages)
+            size = max((len(message.body) for message in messages), default=0)
             raise errors.ResultTooLarge(
                 f"{_what(messages)} has {size} bytes and the broker refuses it: {exc}. Return "
                 "less, set result_compression, or raise max_message_size in rabbitmq.conf."
@@ -248,6 +265,8 @@ class Publisher:
 
 
 def _what(messages: Sequence[Outgoing]) -> str:
+    if not messages:
+        return "a request about queues"
     return ", ".join(message.what for message in messages[:3]) + (
         f" and {len(messages) - 3} more" if len(messages) > 3 else ""
     )

@@ -270,6 +270,41 @@ def test_the_next_in_line_takes_over_from_a_reader_that_is_gone(
     assert fired.chords[0].attempted
 
 
+def test_a_chord_sent_again_while_it_is_being_fired(
+    make_app: Apps, group_id: str, raw: Any
+) -> None:
+    """Its queue, declared again, must not go with the first one."""
+    first, second = make_app(), make_app()
+    body = send(first, group_id, ["a"])
+    sending, go = threading.Event(), threading.Event()
+
+    def send_slowly(signature: Any, results: Any) -> None:
+        sending.set()
+        assert go.wait(30)
+
+    first.backend._bodies.send = send_slowly
+    firing = threading.Thread(
+        target=first.backend.mark_as_done, args=("a", 1, request("a", group_id, 0, dict(body)))
+    )
+    firing.start()
+    assert sending.wait(30)
+    again = threading.Thread(target=send, args=(second, group_id, ["a"]))
+    again.start()
+    again.join(0.5)
+    assert again.is_alive()
+    go.set()
+    again.join(30)
+    firing.join(30)
+    assert not again.is_alive()
+    assert not firing.is_alive()
+    assert queue_exists(raw, second, group_id)
+    fired = Fired()
+    chords = second.backend.layout.chords
+    assert chords.publish_part(group_id, message("a"), 0, 1)
+    assert chords.settle(group_id, fired)
+    assert fired.ids == ["a"]
+
+
 def test_a_foreign_message_is_ignored(
     chords: Chords, app: Celery, group_id: str, raw: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

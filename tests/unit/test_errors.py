@@ -4,24 +4,74 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any, Tuple, Type
 
 import pytest
-from celery.exceptions import ImproperlyConfigured
+from celery.exceptions import BackendError, ImproperlyConfigured
+from celery.utils.serialization import get_pickleable_exception
+from hypothesis import given
+from hypothesis import strategies as st
 from kombu.exceptions import OperationalError
 
 from celery_amqp_results import errors
 
-
-@pytest.mark.parametrize("name", errors.__all__)
-def test_every_error_survives_pickling(name: str) -> None:
-    error = getattr(errors, name)("what was wrong, and what to do")
-    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
-        assert type(again) is type(error)
-        assert str(again) == str(error)
+every = pytest.mark.parametrize("kind", [getattr(errors, name) for name in errors.__all__])
 
 
-def test_errors_are_caught_as_what_callers_know() -> None:
-    assert issubclass(errors.InvalidOption, ImproperlyConfigured)
-    assert issubclass(errors.DeclarationRefused, ImproperlyConfigured)
-    assert issubclass(errors.LookupTimeout, OperationalError)
-    assert issubclass(errors.NotConfirmed, errors.BackendUnavailable)
+@every
+@given(arguments=st.lists(st.text(st.characters()) | st.integers(), max_size=3).map(tuple))
+def test_every_error_survives_pickling_and_copying(
+    kind: Type[Exception], arguments: Tuple[Any, ...]
+) -> None:
+    error = kind(*arguments)
+    error.hint = "an attribute of its own"  # type: ignore[attr-defined]
+    copies = [
+        pickle.loads(pickle.dumps(error, protocol))
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    ]
+    for again in (*copies, copy.copy(error), copy.deepcopy(error)):
+        assert again is not error
+        assert type(again) is kind
+        assert again.args == arguments
+        assert (str(again), repr(again)) == (str(error), repr(error))
+        assert again.hint == "an attribute of its own"
+
+
+@every
+def test_celery_sends_every_error_as_what_it_is(kind: Type[Exception]) -> None:
+    error = kind("what was wrong, and what to do")
+    assert get_pickleable_exception(error) is error
+
+
+def test_all_errors_of_the_module_are_listed() -> None:
+    found = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert found == set(errors.__all__)
+
+
+@every
+def test_every_error_says_when_it_is_raised(kind: Type[Exception]) -> None:
+    assert (kind.__doc__ or "").startswith("Raised when ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        (errors.InvalidOption, ImproperlyConfigured),
+        (errors.DeclarationRefused, ImproperlyConfigured),
+        (errors.BackendUnavailable, OperationalError),
+        (errors.LookupTimeout, errors.BackendUnavailable),
+        (errors.NotConfirmed, errors.BackendUnavailable),
+        (errors.ForeignMessage, ValueError),
+        (errors.ResultTooLarge, BackendError),
+        (errors.BacklogLimitExceeded, BackendError),
+    ],
+)
+def test_errors_are_caught_as_what_callers_know(
+    kind: Type[Exception], base: Type[Exception]
+) -> None:
+    with pytest.raises(base):
+        raise kind("what was wrong, and what to do")

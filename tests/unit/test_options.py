@@ -3,87 +3,206 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Dict, List, Tuple
+from urllib.parse import parse_qsl, quote, urlencode
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from celery_amqp_results import errors
-from celery_amqp_results.options import Options, RetryPolicy, parse_url
+from celery_amqp_results.options import Options, ResultURL, RetryPolicy, parse_url
 
-valid = st.fixed_dictionaries(
+SETTING = "result_backend_transport_options"
+URL = "the result backend URL"
+NAMES = {field.name for field in dataclasses.fields(Options)}
+
+#: Options whose values a URL can hold.
+simple = {
+    "layout": st.sampled_from(["shared", "per-task"]),
+    "shards": st.integers(1, 4096),
+    "queue_type": st.sampled_from(["classic", "quorum"]),
+    "confirm": st.booleans(),
+    "lookup_timeout": st.floats(0.1, 3600),
+    "page_size": st.integers(1024, 8 * 1024 * 1024),
+}
+seconds = st.floats(0, 3600) | st.integers(0, 3600)
+policies = st.fixed_dictionaries(
     {},
     optional={
-        "layout": st.sampled_from(["shared", "per-task"]),
-        "shards": st.integers(1, 4096),
-        "queue_type": st.sampled_from(["classic", "quorum"]),
-        "confirm": st.booleans(),
-        "lookup_timeout": st.floats(0.1, 3600),
-        "page_size": st.integers(1024, 8 * 1024 * 1024),
+        "max_retries": st.none() | st.integers(0, 10**6),
+        "interval_start": seconds,
+        "interval_step": seconds,
+        "interval_max": seconds,
     },
 )
+valid_simple = st.fixed_dictionaries({}, optional=simple)
+valid = st.fixed_dictionaries({}, optional={**simple, "retry_policy": policies})
+
+# Values of types that no option has. Their repr() is their own: no two look the same.
+odd = (
+    st.none()
+    | st.binary(max_size=3)
+    | st.lists(st.integers(), max_size=2)
+    | st.tuples(st.text(max_size=2))
+    | st.complex_numbers()
+)
+not_whole = odd | st.booleans() | st.floats() | st.sampled_from(["", "-1", "1.5", "0x10", "many"])
+not_seconds = st.none() | st.booleans() | st.just([]) | st.sampled_from(["", "soon", "nan", "inf"])
+
+
+def whole_outside(low: int, high: int) -> st.SearchStrategy[Any]:
+    outside = st.integers(max_value=low - 1) | st.integers(min_value=high + 1)
+    return outside | outside.map(str) | not_whole
+
+
+def seconds_outside(low: float, high: float) -> st.SearchStrategy[Any]:
+    outside = st.floats(max_value=low, exclude_max=True) | st.floats(
+        min_value=high, exclude_min=True
+    )
+    return outside | outside.map(str) | st.just(float("nan")) | not_seconds
+
+
+#: Of each option, what is not allowed, and what the error has to say is.
+invalid: Dict[str, Tuple[st.SearchStrategy[Any], str]] = {
+    "layout": (odd | st.text().filter(lambda t: t not in ("shared", "per-task")), "'per-task'"),
+    "shards": (whole_outside(1, 4096), "whole numbers from 1 to 4096"),
+    "queue_type": (odd | st.text().filter(lambda t: t not in ("classic", "quorum")), "'quorum'"),
+    "confirm": (odd | st.integers() | st.sampled_from(["", "perhaps", "2"]), "true and false"),
+    "lookup_timeout": (seconds_outside(0.1, 3600), "seconds from 0.1 to 3600"),
+    "page_size": (whole_outside(1024, 8 * 1024 * 1024), "whole numbers from 1024 to 8388608"),
+    "retry_policy": (
+        odd | st.integers() | st.text(),
+        "a dict",
+    ),
+}
+bad_options = st.sampled_from(sorted(invalid)).flatmap(
+    lambda name: st.tuples(st.just(name), invalid[name][0])
+)
+bad_entries = st.sampled_from(["max_retries", "interval_start", "interval_step", "interval_max"])
 
 
 @given(valid)
-def test_what_is_allowed_is_taken(settings: dict[str, Any]) -> None:
+def test_what_is_allowed_is_taken(settings: Dict[str, Any]) -> None:
     options = Options.read(settings)
     for field in dataclasses.fields(Options):
-        assert getattr(options, field.name) == settings.get(field.name, field.default)
+        wanted = settings.get(field.name, field.default)
+        if isinstance(wanted, dict):
+            wanted = RetryPolicy(**wanted)
+        assert getattr(options, field.name) == wanted
 
 
 @given(valid)
-def test_a_url_says_the_same_in_words(settings: dict[str, Any]) -> None:
-    query = {name: str(value).lower() for name, value in settings.items()}
-    assert Options.read({}, query) == Options.read(settings)
+def test_options_that_were_read_are_allowed_again(settings: Dict[str, Any]) -> None:
+    options = Options.read(settings)
+    again = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
+    # Not given is not a value of its own.
+    if again["layout"] is None:
+        del again["layout"]
+    assert Options.read(again) == options
 
 
-def test_the_url_wins_over_the_settings() -> None:
-    assert Options.read({"shards": 3}, {"shards": "5"}).shards == 5
+@given(valid_simple)
+def test_a_url_says_the_same_in_words(settings: Dict[str, Any]) -> None:
+    url = "amqp://?" + urlencode({name: str(value).lower() for name, value in settings.items()})
+    assert Options.read({}, parse_url(url).options) == Options.read(settings)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [
-        ("shards", 0, "from 1 to 4096"),
-        ("shards", "many", "from 1 to 4096"),
-        ("shards", True, "from 1 to 4096"),
-        ("shards", 2.5, "from 1 to 4096"),
-        ("queue_type", "stream", "'classic' and 'quorum'"),
-        ("layout", "other", "'shared' and 'per-task'"),
-        ("confirm", "perhaps", "true and false"),
-        ("confirm", 1, "true and false"),
-        ("lookup_timeout", 0, "from 0.1 to 3600"),
-        ("lookup_timeout", float("nan"), "from 0.1 to 3600"),
-        ("lookup_timeout", None, "from 0.1 to 3600"),
-        ("page_size", 10, "from 1024"),
-        ("retry_policy", 5, "a dict"),
-        ("retry_policy", {"max_retries": -1}, "whole numbers"),
-        ("retry_policy", {"tries": 1}, "'tries'"),
-    ],
+    ("word", "value"),
+    [("1", True), ("Yes", True), ("on", True), ("0", False), ("NO", False), ("off", False)],
 )
-def test_what_is_not_allowed_is_refused_by_name(name: str, value: Any, allowed: str) -> None:
+def test_truth_has_several_words(word: str, value: bool) -> None:
+    assert Options.read({"confirm": word}).confirm is value
+
+
+def test_every_option_has_a_parser_and_a_default() -> None:
+    assert set(simple) | {"retry_policy"} == set(invalid) == NAMES
+    assert Options.read() == Options.read({}, {}) == Options.read(None, None) == Options()
+
+
+@given(valid_simple, valid_simple)
+def test_the_url_wins_over_the_settings(settings: Dict[str, Any], query: Dict[str, Any]) -> None:
+    words = {name: str(value).lower() for name, value in query.items()}
+    assert Options.read(settings, words) == Options.read({**settings, **query})
+
+
+@given(bad_options)
+def test_what_is_not_allowed_is_refused_by_name(bad: Tuple[str, Any]) -> None:
+    name, value = bad
     with pytest.raises(errors.InvalidOption) as caught:
         Options.read({name: value})
     text = str(caught.value)
     assert repr(name) in text
     assert repr(value) in text
+    assert SETTING in text
+    assert invalid[name][1] in text
+    # What a user reads is this error alone.
+    assert caught.value.__suppress_context__
+
+
+# Nothing of these letters is a number, a name or a truth.
+@given(st.sampled_from(sorted(invalid)), st.text("xyz.-", max_size=5))
+def test_what_is_not_allowed_in_a_url_is_refused_as_being_there(name: str, value: str) -> None:
+    with pytest.raises(errors.InvalidOption) as caught:
+        Options.read({}, {name: value})
+    text = str(caught.value)
+    assert repr(name) in text
+    assert repr(value) in text
+    assert URL in text
+    assert SETTING not in text
+    assert invalid[name][1] in text
+
+
+@given(valid, bad_options)
+def test_one_bad_option_among_good_ones_is_refused(
+    settings: Dict[str, Any], bad: Tuple[str, Any]
+) -> None:
+    with pytest.raises(errors.InvalidOption, match=bad[0]):
+        Options.read({**settings, bad[0]: bad[1]})
+
+
+@given(policies, bad_entries, st.data())
+def test_a_bad_entry_of_a_retry_policy_is_refused_by_name(
+    policy: Dict[str, Any], name: str, data: Any
+) -> None:
+    wrong, allowed = (
+        (whole_outside(0, 10**6).filter(lambda v: v is not None), "whole numbers from 0")
+        if name == "max_retries"
+        else (seconds_outside(0, 3600), "seconds from 0 to 3600")
+    )
+    policy = {**policy, name: data.draw(wrong)}
+    with pytest.raises(errors.InvalidOption) as caught:
+        Options.read({"retry_policy": policy})
+    text = str(caught.value)
+    assert "'retry_policy'" in text
+    assert repr(policy) in text
+    assert f"entry {name!r}" in text
     assert allowed in text
 
 
-@given(st.text(min_size=1), st.text())
-def test_an_unknown_option_is_refused_with_those_known(name: str, value: str) -> None:
-    if name in {field.name for field in dataclasses.fields(Options)}:
-        return
+def test_an_unknown_entry_of_a_retry_policy_is_refused_with_those_known() -> None:
+    with pytest.raises(errors.InvalidOption, match=r"entry 'tries'.*max_retries"):
+        Options.read({"retry_policy": {"tries": 1}})
+
+
+@given(st.text(st.characters(), min_size=1) | st.integers(), st.text(st.characters()))
+def test_an_unknown_option_is_refused_with_those_known(name: Any, value: str) -> None:
+    assume(name not in NAMES)
     with pytest.raises(errors.InvalidOption) as caught:
-        Options.read({}, {name: value})
-    assert repr(name) in str(caught.value)
-    assert "lookup_timeout" in str(caught.value)
+        Options.read({name: value})
+    text = str(caught.value)
+    assert repr(name) in text
+    assert repr(value) in text
+    assert SETTING in text
+    assert all(known in text for known in NAMES)
 
 
-def test_settings_that_are_no_dict_are_refused() -> None:
-    with pytest.raises(errors.InvalidOption, match="must be a dict"):
-        Options.read(["shards"])  # type: ignore[arg-type]
+@pytest.mark.parametrize("settings", [["shards"], "shards", 5, True, {"shards"}])
+def test_settings_that_are_no_dict_are_refused(settings: Any) -> None:
+    with pytest.raises(errors.InvalidOption, match="must be a dict") as caught:
+        Options.read(settings)
+    assert repr(settings) in str(caught.value)
 
 
 def test_a_retry_policy_ends_or_does_not() -> None:
@@ -92,39 +211,178 @@ def test_a_retry_policy_ends_or_does_not() -> None:
     ).retry_policy
     assert [policy.pause(attempt) for attempt in (1, 2, 3)] == [0.0, 0.5, None]
     assert RetryPolicy(max_retries=None).pause(10**6) == 1.0
+    assert RetryPolicy(max_retries=0).pause(1) is None
 
 
-@pytest.mark.parametrize("url", [None, "amqp://", "amqp:///", "pyamqp://", "amqps://"])
+@given(policies)
+def test_pauses_grow_up_to_the_longest(given_policy: Dict[str, Any]) -> None:
+    policy = Options.read({"retry_policy": given_policy}).retry_policy
+    pauses = [policy.pause(attempt) for attempt in range(1, 6)]
+    made = [pause for pause in pauses if pause is not None]
+    # Once it is given up it stays given up.
+    assert pauses == made + [None] * (5 - len(made))
+    assert made == sorted(made)
+    assert all(0 <= pause <= policy.interval_max for pause in made)
+
+
+# -- the URL -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url", [None, "", "amqp://", "amqp:///", "amqp:////", "pyamqp://", "amqps://"]
+)
 def test_a_url_without_a_server_means_the_broker_of_the_app(url: str | None) -> None:
     assert parse_url(url).broker is None
+    assert parse_url(url).options == {}
+
+
+def test_the_scheme_is_that_of_the_first_url() -> None:
+    assert parse_url("amqps://").scheme == "amqps"
+    assert parse_url("amqps://a//;b//").broker == "amqps://a//;amqps://b//"
+    assert parse_url("amqp://a//; amqps://b//").broker == "amqp://a//;amqps://b//"
 
 
 def test_options_are_taken_out_of_a_url_and_the_rest_is_left() -> None:
-    url = parse_url("amqp://u:p@h:1/v?shards=4&ssl_ca_certs=x&confirm=false")
-    assert url.broker == "amqp://u:p@h:1/v?ssl_ca_certs=x"
+    url = parse_url("amqp://u:p@h:1/v?shards=4&ssl_ca_certs=x&confirm=false&login_method=PLAIN")
+    assert url.broker == "amqp://u:p@h:1/v?ssl_ca_certs=x&login_method=PLAIN"
     assert url.options == {"shards": "4", "confirm": "false"}
 
 
-def test_several_hosts_are_kept_and_may_not_contradict_each_other() -> None:
-    url = parse_url("amqp://a//;amqp://b//?shards=4")
-    assert url.broker == "amqp://a//;amqp://b//"
-    assert url.options == {"shards": "4"}
-    with pytest.raises(errors.InvalidOption, match="shards"):
-        parse_url("amqp://a//?shards=4;amqp://b//?shards=5")
+def test_an_option_without_a_value_is_not_overlooked() -> None:
+    url = parse_url("amqp://?shards=")
+    with pytest.raises(errors.InvalidOption, match="invalid value '' for option 'shards'"):
+        Options.read({}, url.options)
+
+
+hosts = st.sampled_from(["rabbit", "10.0.0.1:5673", "[::1]:5671", "[fe80::1]", "a.b-c.example"])
+vhosts = st.sampled_from(["", "/", "//", "/vhost", "/%2Fvhost"])
+users = st.sampled_from(["", "user", "us%40er"])
+kombu_queries = st.fixed_dictionaries(
+    {},
+    optional={
+        "login_method": st.sampled_from(["PLAIN", "EXTERNAL"]),
+        "ssl_ca_certs": st.sampled_from(["/etc/ca.pem", "a b;c&d=e?f"]),
+    },
+)
+option_queries = st.dictionaries(
+    st.sampled_from(sorted(NAMES)), st.text("abc12 ;&=?/#%+é", min_size=1), max_size=3
+)
+
+
+@dataclasses.dataclass
+class Server:
+    """One part of a URL, in pieces."""
+
+    user: str
+    host: str
+    vhost: str
+    query: Dict[str, str]
+
+    def url(self, password: str, query: Dict[str, str]) -> str:
+        secret = f"{self.user}:{quote(password, safe='')}@"
+        every = {**self.query, **query}
+        return f"amqp://{secret}{self.host}{self.vhost}" + (f"?{urlencode(every)}" if every else "")
+
+
+servers = st.lists(st.builds(Server, users, hosts, vhosts, kombu_queries), min_size=1, max_size=3)
+passwords = st.text(min_size=1, max_size=20)
+
+
+def written(parts: List[Server], at: int, password: str, options: Dict[str, str]) -> ResultURL:
+    """Return the URL of *parts* with the options in number *at* of them, taken apart."""
+    at %= len(parts)
+    return parse_url(
+        ";".join(
+            part.url(password, options if number == at else {}) for number, part in enumerate(parts)
+        )
+    )
+
+
+@given(servers, st.integers(0, 2), passwords, option_queries)
+@example(
+    [Server("u", "a", "/", {"login_method": "PLAIN"}), Server("u", "b", "/", {})],
+    1,
+    "p",
+    {"shards": "4"},
+)
+def test_a_url_comes_back_whole(
+    parts: List[Server], at: int, password: str, options: Dict[str, str]
+) -> None:
+    url = written(parts, at, password, options)
+    assert url.options == options
+    assert url.broker is not None
+    for part, broker in zip(parts, url.broker.split(";")):
+        # Without our options each is what was written, for kombu to read.
+        location, _, query = broker.partition("?")
+        assert location == part.url(password, {}).partition("?")[0]
+        assert dict(parse_qsl(query)) == part.query
+    assert len(url.broker.split(";")) == len(parts)
+    assert parse_url(url.complete()) == url
+
+
+@given(servers, st.integers(0, 2), passwords, passwords, option_queries)
+def test_what_is_shown_does_not_depend_on_the_password(
+    parts: List[Server], at: int, one: str, other: str, options: Dict[str, str]
+) -> None:
+    shown = written(parts, at, one, options).sanitized()
+    assert shown == written(parts, at, other, options).sanitized()
+    # And it is a URL that says all the rest.
+    again = parse_url(shown)
+    assert again.options == options
+    assert again.broker is not None
+    assert [part.partition("@")[2] for part in again.broker.split(";")] == [
+        part.url("", {}).partition("@")[2].partition("?")[0]
+        + (f"?{urlencode(part.query)}" if part.query else "")
+        for part in parts
+    ]
 
 
 # No digits and nothing that the rest of the URL has.
-secrets = st.text(alphabet="QXZ%@:!", min_size=6, max_size=20)
+secrets = st.text(alphabet="QXZ%@:!$&+,= ", min_size=6, max_size=20)
 
 
-@given(secrets, st.booleans(), st.integers(1, 3))
-def test_no_password_is_shown(secret: str, options: bool, hosts: int) -> None:
-    from urllib.parse import quote
+@given(secrets, st.booleans())
+def test_no_password_is_shown(secret: str, escaped: bool) -> None:
+    # Some write their passwords as they are. kombu takes that, where it can be understood.
+    password = quote(secret, safe="") if escaped else secret
+    shown = parse_url(f"amqp://user:{password}@host:5672/vhost?shards=4").sanitized()
+    assert shown == "amqp://user:**@host:5672/vhost?shards=4"
 
-    part = f"amqp://user:{quote(secret, safe='')}@host:5672/vhost"
-    url = ";".join([part] * hosts) + ("?shards=4" if options else "")
-    shown = parse_url(url).sanitized()
-    assert quote(secret, safe="") not in shown
-    assert secret not in shown
-    assert shown.count("user:**@host:5672/vhost") == hosts
-    assert parse_url(url).complete() == url
+
+@given(st.text("QXZ", min_size=3), st.text("QXZ", min_size=3), st.sampled_from("/?#;"))
+def test_a_url_that_its_password_breaks_is_refused_without_showing_it(
+    one: str, other: str, breaking: str
+) -> None:
+    with pytest.raises(errors.InvalidOption, match="'%2F'") as caught:
+        parse_url(f"amqp://user:{one}{breaking}{other}@host//?shards=4")
+    assert caught.value.__suppress_context__
+    assert one not in str(caught.value)
+    assert other not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["amqp://h:99999//", "amqps://h:port", "pyamqp://[::1/"])
+def test_a_host_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(errors.InvalidOption, match="not valid"):
+        parse_url(url)
+
+
+def test_what_kombu_calls_hosts_elsewhere_is_left_to_it() -> None:
+    # The broker's address is shown in messages, whatever the transport.
+    assert parse_url("mongodb://u:p@a:1,b:2/db").sanitized() == "mongodb://u:**@a:1,b:2/db"
+    assert parse_url("filesystem:///tmp/x").broker == "filesystem:///tmp/x"
+
+
+@given(servers, option_queries, st.data())
+def test_an_option_may_be_given_in_each_part_of_a_url_if_it_is_the_same(
+    parts: List[Server], options: Dict[str, str], data: Any
+) -> None:
+    assume(options)
+    every = ";".join(part.url("p", options) for part in parts)
+    assert parse_url(every).options == options
+    name = data.draw(st.sampled_from(sorted(options)))
+    with pytest.raises(errors.InvalidOption) as caught:
+        parse_url(every + ";" + parts[0].url("p", {name: options[name] + "x"}))
+    text = str(caught.value)
+    assert repr(name) in text
+    assert repr(options[name]) in text
+    assert repr(options[name] + "x") in text

@@ -2,82 +2,239 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import re
+from urllib.parse import unquote_to_bytes
+
+import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from celery_amqp_results.topology import (
     ABSENT,
     BROADCAST,
     MAX_WORD,
+    QueueSpec,
     Topology,
     client_word,
     encode_word,
 )
 
-# Any text that Python can hold, lone surrogates among it, and what is near the limits.
-texts = st.text(min_size=1, max_size=1000) | st.text(
-    alphabet="ab-_~.*#% ü\ud800", min_size=1, max_size=80
-)
+#: Any text that Python can hold, lone surrogates among it.
+any_text = st.text(st.characters(), min_size=1, max_size=1000)
+#: What has a meaning in keys and words, of lengths around the limits.
+tricky = st.text("ab-_~.*#% ü\ud800\udc00", min_size=1, max_size=80)
+exact = st.integers(1, 1000).map(lambda n: "x" * n)
+#: Words that were made of other texts: an id may look like anything.
+made = (any_text | tricky | exact).map(encode_word)
+texts = any_text | tricky | exact | made | st.sampled_from(["-", "--", "%2D", "~", "%", "all", "0"])
 topology = Topology("celeryresults", 256, "classic")
 
 
 @given(texts, texts)
+@example("-", "%2D")
+@example("\ud800\udc00", "\U00010000")
+@example("x" * 73, encode_word("x" * 73))
+@example("a.b", "a%2Eb")
+@example("é", "e\u0301")
 def test_different_texts_give_different_words(one: str, other: str) -> None:
     assert (encode_word(one) == encode_word(other)) == (one == other)
+
+
+@given(texts, st.data())
+def test_a_change_of_one_character_changes_the_word(text: str, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(text) - 1))
+    other = text[:at] + data.draw(st.text(st.characters(), max_size=2)) + text[at + 1 :]
+    assert (encode_word(text) == encode_word(other)) == (text == other)
+
+
+@given(texts)
+def test_a_word_can_be_read_back_or_is_a_digest(text: str) -> None:
+    # Hence no two texts have one word: what is no digest says what it stands for.
+    word = encode_word(text)
+    if word.startswith("~"):
+        assert re.fullmatch("~[0-9a-f]{48}", word)
+        escaped = sum(1 if re.match("[A-Za-z0-9_-]", c) else 3 for c in _bytes(text))
+        assert escaped > MAX_WORD
+    else:
+        assert unquote_to_bytes(word).decode("utf-8", "surrogatepass") == text
+
+
+def _bytes(text: str) -> list[str]:
+    return [chr(byte) for byte in text.encode("utf-8", "surrogatepass")]
 
 
 @given(texts)
 def test_a_word_is_one_word_of_a_routing_key(text: str) -> None:
     word = encode_word(text)
     assert 0 < len(word) <= MAX_WORD
-    assert word.isascii()
-    assert not set(word) & set(".*#")
-    assert word not in (ABSENT, BROADCAST) or word == text
+    assert re.fullmatch(r"[A-Za-z0-9_%~-]+", word)
+    # What stands for nothing stands for nothing else.
+    assert word != ABSENT
 
 
-@given(texts, texts, st.none() | texts, st.none() | texts)
+@given(texts)
+def test_a_text_of_letters_and_digits_stands_for_itself(text: str) -> None:
+    if text != ABSENT and re.fullmatch(f"[A-Za-z0-9_-]{{1,{MAX_WORD}}}", text):
+        assert encode_word(text) == text
+    else:
+        assert encode_word(text) != text
+
+
+def test_nothing_is_absent() -> None:
+    assert encode_word("") == encode_word(None) == ABSENT
+    assert client_word("") == client_word(None) == ABSENT
+
+
+@given(texts, texts)
+def test_the_word_of_a_client_is_a_digest_and_no_other_word(one: str, other: str) -> None:
+    assert re.fullmatch("[0-9a-f]{16}", client_word(one))
+    assert client_word(one) not in (ABSENT, BROADCAST)
+    assert (client_word(one) == client_word(other)) == (one == other)
+
+
+@given(
+    texts,
+    texts,
+    st.none() | texts,
+    st.just(BROADCAST) | st.builds(client_word, st.none() | texts),
+    st.integers(1, 4096),
+)
 def test_a_routing_key_has_five_words_and_fits(
-    task_id: str, state: str, group_id: str | None, origin: str | None
+    task_id: str, state: str, group_id: str | None, client: str, shards: int
 ) -> None:
-    key = topology.routing_key(task_id, state, client_word(origin), group_id)
-    assert len(key.encode()) <= 255
+    here = Topology("celeryresults", shards, "classic")
+    key = here.routing_key(task_id, state, client, group_id)
+    assert len(key.encode("ascii")) <= 255
     words = key.split(".")
-    assert len(words) == 5
-    assert words[0] == str(topology.shard(task_id))
-    assert (words[2] == ABSENT) == (group_id is None)
+    assert words == [
+        str(here.shard(task_id)),
+        client,
+        encode_word(group_id),
+        encode_word(task_id),
+        encode_word(state),
+    ]
+
+
+def matches(binding: str, key: str) -> bool:
+    """Return whether the broker brings *key* to a queue bound with *binding*."""
+    pattern = re.escape(binding).replace(r"\*", r"[^.]*").replace(r"\.\#", r"(\.[^.]*)*")
+    return re.fullmatch(pattern, key) is not None
+
+
+@given(texts, texts, texts, texts, texts)
+def test_bindings_bring_what_they_are_for_and_nothing_else(
+    task_id: str, other: str, state: str, origin: str, group_id: str
+) -> None:
+    client = client_word(origin)
+    key = topology.routing_key(task_id, state, client, group_id)
+    assert matches(topology.shard_binding(topology.shard(task_id)), key)
+    assert not matches(topology.shard_binding((topology.shard(task_id) + 1) % 256), key)
+    assert matches(topology.client_binding(client), key)
+    assert not matches(topology.client_binding(BROADCAST), key)
+    assert matches(topology.task_binding(task_id), key)
+    assert matches(topology.task_binding(other), key) == (other == task_id)
+    # Whoever did not say who sent it reaches every inbox.
+    assert matches(
+        topology.client_binding(BROADCAST), topology.routing_key(task_id, state, BROADCAST)
+    )
 
 
 @given(texts, st.integers(1, 4096))
 def test_every_id_has_a_shard(task_id: str, shards: int) -> None:
-    assert 0 <= Topology("x", shards, "classic").shard(task_id) < shards
+    one = Topology("x", shards, "classic").shard(task_id)
+    assert 0 <= one < shards
+    # It depends on nothing but the id and how many there are.
+    assert Topology("y", shards, "quorum").shard(task_id) == one
 
 
-def test_the_words_are_what_they_always_were() -> None:
-    assert encode_word("a.b *#") == "a%2Eb%20%2A%23"
-    assert encode_word("-") == "%2D"
-    assert encode_word("~") == "%7E"
-    assert encode_word("") == encode_word(None) == ABSENT
-    assert encode_word("é" * 100) == "~fb2eb4ad31c16f4585203b6c17f6808e82585f069d967c08"
-    assert [topology.shard(i) for i in ("a", "b", "ü", "\ud800")] == [67, 249, 213, 40]
+def test_ids_are_spread_over_all_shards() -> None:
+    assert {topology.shard(f"task-{number}") for number in range(4096)} == set(range(256))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a", "a"),
+        ("0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e90", "0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e90"),
+        ("a.b *#", "a%2Eb%20%2A%23"),
+        ("-", "%2D"),
+        ("--", "--"),
+        ("~", "%7E"),
+        ("%2D", "%252D"),
+        ("all", "all"),
+        ("ü", "%C3%BC"),
+        ("\ud800", "%ED%A0%80"),
+        ("x" * 72, "x" * 72),
+        ("x" * 73, "~3addf38bd8785dc47ff2f5ad10f420fc02e05782f78a924f"),
+        ("." * 24, "%2E" * 24),
+        ("." * 25, "~6c41a584f89383acb4b8f0b2d438011fe45c02364c7b176e"),
+        ("é" * 100, "~fb2eb4ad31c16f4585203b6c17f6808e82585f069d967c08"),
+    ],
+)
+def test_words_are_what_they_always_were(text: str, word: str) -> None:
+    assert encode_word(text) == word
+
+
+@pytest.mark.parametrize(
+    ("task_id", "shard_of_256", "shard_of_7"),
+    [
+        ("a", 67, 4),
+        ("b", 249, 4),
+        ("ü", 213, 4),
+        ("\ud800", 40, 1),
+        ("0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e90", 230, 1),
+        ("x" * 1000, 230, 5),
+    ],
+)
+def test_shards_are_what_they_always_were(task_id: str, shard_of_256: int, shard_of_7: int) -> None:
+    assert topology.shard(task_id) == shard_of_256
+    assert Topology("x", 7, "classic").shard(task_id) == shard_of_7
+    assert Topology("x", 1, "classic").shard(task_id) == 0
+
+
+def test_routing_keys_and_bindings_are_what_they_always_were() -> None:
+    task_id = "0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e90"
+    assert client_word("gen1@host") == "06ba4474b85f26a1"
     assert (
-        topology.routing_key(
-            "0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e90", "SUCCESS", client_word("gen1@host"), "g"
-        )
-        == "230.06ba4474b85f26a1.g.0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e90.SUCCESS"
+        topology.routing_key(task_id, "SUCCESS", client_word("gen1@host"), "g")
+        == f"230.06ba4474b85f26a1.g.{task_id}.SUCCESS"
+    )
+    assert topology.routing_key(task_id, "STARTED") == f"230.-.-.{task_id}.STARTED"
+    assert topology.shard_binding(230) == "230.#"
+    assert topology.client_binding("06ba4474b85f26a1") == "*.06ba4474b85f26a1.#"
+    assert topology.client_binding(BROADCAST) == "*.all.#"
+    assert topology.task_binding(task_id) == f"230.*.*.{task_id}.*"
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_queues_are_declared_as_the_documentation_says(queue_type: str) -> None:
+    here = Topology("celeryresults", 256, queue_type)
+    arguments = {"x-queue-type": queue_type, "x-single-active-consumer": True}
+    if queue_type == "quorum":
+        arguments["x-delivery-limit"] = 2**31 - 1
+
+    def durable(name: str, **more: int) -> QueueSpec:
+        return QueueSpec(name, True, False, False, {**arguments, **more})
+
+    assert here.shard_queue(7) == durable("celeryresults.shard.7")
+    assert here.chord_queue("g.1") == durable("celeryresults.chord.g%2E1")
+    assert here.chord_queue("g", 60_000) == durable("celeryresults.chord.g", **{"x-expires": 60000})
+    assert here.chord_size_queue("g", 5) == durable(
+        "celeryresults.chord.g.size", **{"x-expires": 5}
     )
 
 
-def test_queues_are_declared_as_the_documentation_says() -> None:
-    classic = topology.shard_queue(7)
-    assert (classic.name, classic.durable, classic.exclusive, classic.auto_delete) == (
-        "celeryresults.shard.7",
-        True,
-        False,
-        False,
-    )
-    assert classic.arguments == {"x-queue-type": "classic", "x-single-active-consumer": True}
-    quorum = Topology("celeryresults", 256, "quorum").shard_queue(7)
-    assert quorum.arguments["x-queue-type"] == "quorum"
-    assert quorum.arguments["x-delivery-limit"] == 2**31 - 1
+@given(texts, texts)
+def test_no_two_chords_share_a_queue(one: str, other: str) -> None:
+    names = [
+        make(group_id).name
+        for group_id in {one, other}
+        for make in (topology.chord_queue, topology.chord_size_queue)
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_the_exchange_tells_how_many_shards_there_are() -> None:
+    assert topology.exchange == "celeryresults.states"
     # Others count the shards differently: the broker tells, by this name.
     assert topology.exchange_arguments == {"alternate-exchange": "celeryresults.shards-256"}

@@ -1,0 +1,131 @@
+"""What of connections can be told without one."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, List, Type
+
+import pytest
+from amqp import exceptions as amqp_errors
+from hypothesis import given
+from hypothesis import strategies as st
+
+from celery_amqp_results import connections, errors
+from celery_amqp_results.connections import TRANSIENT, is_refusal, time_left
+
+#: What a broker says no with, as py-amqp names the codes of the protocol.
+REFUSALS = {403: "access refused", 406: "precondition failed", 530: "not allowed"}
+
+
+@pytest.mark.parametrize("code", sorted(amqp_errors.ERROR_MAP))
+def test_a_refusal_is_what_trying_again_does_not_change(code: int) -> None:
+    error = amqp_errors.error_for_code(code, "text", (10, 11), amqp_errors.ConnectionError)
+    assert error.code == code
+    assert is_refusal(error) == (code in REFUSALS)
+    # Whoever opens a connection catches these, and then asks which it is.
+    assert isinstance(error, TRANSIENT)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        OSError,
+        ConnectionResetError,
+        ConnectionRefusedError,
+        TimeoutError,
+        EOFError,
+        ValueError,
+        KeyboardInterrupt,
+        amqp_errors.RecoverableConnectionError,
+        amqp_errors.MessageNacked,
+        errors.BackendUnavailable,
+        errors.LookupTimeout,
+    ],
+)
+def test_nothing_else_is_a_refusal(kind: Type[BaseException]) -> None:
+    assert not is_refusal(kind("text"))
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, AttributeError, RuntimeError, KeyError])
+def test_a_mistake_in_a_program_is_no_lost_connection(kind: Type[Exception]) -> None:
+    assert not issubclass(kind, TRANSIENT)
+
+
+times = st.floats(0, 1e6)
+
+
+@given(times, st.none() | times, times)
+def test_the_time_left_is_bounded_on_both_sides(
+    now: float, deadline: float | None, at_most: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connections, "time", types.SimpleNamespace(monotonic=lambda: now))
+        left = time_left(deadline, at_most)
+    assert 0 <= left <= at_most
+    if deadline is None:
+        assert left == at_most
+    elif deadline <= now:
+        assert left == 0
+    else:
+        assert left == min(at_most, deadline - now)
+
+
+def test_time_goes_by() -> None:
+    deadline = connections.time.monotonic() + 3600
+    first = time_left(deadline, 7200)
+    assert 0 < time_left(deadline, 7200) <= first <= 3600
+    assert time_left(deadline, 10) == 10
+
+
+class Transport:
+    """Hands out a stream in the pieces in which the network is said to have brought it."""
+
+    def __init__(self, pieces: List[bytes]) -> None:
+        self._pieces = pieces
+        self._quick_recv: Any = self._receive
+        self.asked: List[int] = []
+
+    def _receive(self, size: int) -> bytes:
+        self.asked.append(size)
+        if not self._pieces:
+            return b""
+        piece, self._pieces[0] = self._pieces[0][:size], self._pieces[0][size:]
+        if not self._pieces[0]:
+            del self._pieces[0]
+        return piece
+
+
+@given(
+    st.lists(st.binary(min_size=1, max_size=40), max_size=8),
+    st.lists(st.integers(1, 30) | st.integers(4, 6).map(lambda n: n * 16 * 1024), max_size=60),
+)
+def test_reading_in_large_pieces_changes_nothing_of_what_is_read(
+    pieces: List[bytes], sizes: List[int]
+) -> None:
+    stream = b"".join(pieces)
+    transport = Transport(pieces)
+    received = connections._Received(transport)
+    # py-amqp asks its transport, not us.
+    assert transport._quick_recv is received
+    read = b""
+    for size in sizes:
+        waiting = received.pending()
+        before = len(transport.asked)
+        piece = transport._quick_recv(size)
+        assert type(piece) is bytes
+        assert len(piece) <= size
+        # An empty answer is the end of the stream, so it must be nothing else.
+        assert piece or read == stream
+        # What is there is handed out without waiting for more.
+        assert not waiting or len(transport.asked) == before
+        read += piece
+        assert stream.startswith(read)
+    assert all(size >= connections.RECEIVE_SIZE for size in transport.asked)
+
+
+def test_the_socket_is_asked_once_for_many_small_pieces() -> None:
+    transport = Transport([b"0123456789"])
+    received = connections._Received(transport)
+    assert [received(4), received(4), received(4)] == [b"0123", b"4567", b"89"]
+    assert not received.pending()
+    assert len(transport.asked) == 1
