@@ -9,6 +9,7 @@ at once, or a late STARTED change nothing. This module does no I/O.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import threading
 import time
 from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
@@ -338,7 +339,8 @@ class Codec:
                 f"the {message.state} of {message.id!r} cannot be decoded: {exc!r}"
             ) from exc
         if not isinstance(meta, dict) or "status" not in meta or "result" not in meta:
+            # Of a pickle, repr() may be anybody's; and it is as long as the value.
             raise errors.ForeignMessage(
-                f"the {message.state} of {message.id!r} decodes to no meta: {meta!r:.200}"
+                f"the {message.state} of {message.id!r} decodes to no meta: {reprlib.repr(meta)}"
             )
         return meta

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import dataclasses
+import datetime
+import decimal
+import functools
 import itertools
+import pickle
+import struct
 import threading
-from typing import Any, Dict, List
+import uuid
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import pytest
 from amqp.basic_message import Message
 from celery import states
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from kombu.exceptions import ContentDisallowed
+from kombu import compression as kombu_compression
+from kombu.exceptions import ContentDisallowed, EncodeError, SerializerNotInstalled
 
-from celery_amqp_results import errors, meta
+from celery_amqp_results import errors, frames, meta
 from celery_amqp_results.meta import Codec, PublishClock, StateMessage
 
-ids = st.text(min_size=1, max_size=1000) | st.text(alphabet="a.*#\ud800é", min_size=1)
-names = st.sampled_from([*sorted(states.ALL_STATES), "PROGRESS", "ABORTED"])
+#: Any text that Python can hold, lone surrogates among it.
+any_text = st.text(st.characters(), min_size=1, max_size=1000)
+ids = any_text | st.text("a.*#\ud800\udc00é", min_size=1, max_size=300)
+names = st.sampled_from([*sorted(states.ALL_STATES), "PROGRESS", meta.ABORTED])
 state_messages = st.builds(
     StateMessage,
     id=ids,
-    state=names | st.text(min_size=1, max_size=300),
-    published=st.integers(0, 2**62),
+    state=names | any_text,
+    published=st.integers(0, 2**63 - 1),
     body=st.binary(max_size=100),
-    content_type=st.just("application/json"),
+    content_type=st.sampled_from(["application/json", "application/x-python-serialize", "x/ü"]),
     content_encoding=st.sampled_from(["utf-8", "binary"]),
-    compression=st.none() | st.just("application/x-gzip"),
-    expiration=st.none() | st.integers(1, 2**32 - 1),
-    kind=st.sampled_from([meta.STATE, meta.GROUP]),
+    compression=st.none() | st.sampled_from(["application/x-gzip", "application/x-lzma"]),
+    expiration=st.none() | st.integers(0, 2**32 - 1),
+    kind=st.sampled_from([meta.STATE, meta.GROUP, meta.PART, meta.PLAN]),
 )
 
 
@@ -37,122 +48,587 @@ def at(state: str, published: int) -> StateMessage:
     return StateMessage("t", state, published, b"", "application/json", "utf-8")
 
 
+# -- which state counts ------------------------------------------------------------------------
+
 #: States of one task, each published at a time of its own.
 histories = st.lists(
     st.tuples(names, st.integers(0, 1000)), min_size=1, max_size=8, unique_by=lambda pair: pair[1]
 ).map(lambda pairs: [at(*pair) for pair in pairs])
 
 
-@given(histories, st.randoms())
+def what_counts(history: Iterable[StateMessage]) -> Optional[StateMessage]:
+    """The rule in other words: by groups, the first that is not empty."""
+    history = list(history)
+    by_time = sorted(history, key=lambda state: state.published)
+    for group in (
+        [state for state in by_time if state.state == states.SUCCESS][:1],
+        [state for state in by_time if state.state in (states.FAILURE, states.REVOKED)],
+        [state for state in by_time if state.state == "ABORTED"],
+        by_time,
+    ):
+        if group:
+            return group[-1]
+    return None
+
+
+@given(histories)
+def test_the_state_that_counts_is_the_one_of_the_rule(history: List[StateMessage]) -> None:
+    assert meta.fold(history) == what_counts(history)
+
+
+@given(histories, st.randoms(use_true_random=False))
 def test_the_order_of_arrival_does_not_matter(history: List[StateMessage], random: Any) -> None:
     shuffled = history[:]
     random.shuffle(shuffled)
     assert meta.fold(shuffled) == meta.fold(history)
 
 
-@given(histories, histories)
-def test_folding_in_parts_gives_the_same(
-    one: List[StateMessage], other: List[StateMessage]
+@given(histories, st.data())
+def test_folding_in_parts_gives_the_same(history: List[StateMessage], data: st.DataObject) -> None:
+    parts: List[List[StateMessage]] = [[], [], []]
+    for state in history:
+        parts[data.draw(st.integers(0, 2))].append(state)
+    folded = [state for state in map(meta.fold, parts) if state is not None]
+    assert meta.fold(folded) == meta.fold(history)
+
+    # One at a time, as a waiter sees them.
+    def step(known: Optional[StateMessage], state: StateMessage) -> Optional[StateMessage]:
+        return meta.fold([known, state] if known is not None else [state])
+
+    assert functools.reduce(step, history, None) == meta.fold(history)
+
+
+@given(histories, st.data())
+def test_a_state_that_is_there_twice_changes_nothing(
+    history: List[StateMessage], data: st.DataObject
 ) -> None:
-    seen = {state.published for state in one}
-    other = [state for state in other if state.published not in seen]
-    parts = [part for part in (meta.fold(one), meta.fold(other)) if part is not None]
-    assert meta.fold(parts) == meta.fold([*one, *other])
+    again = data.draw(st.lists(st.sampled_from(history), max_size=8))
+    assert meta.fold([*history, *again]) == meta.fold(history)
+    assert meta.fold([*again, *history]) == meta.fold(history)
 
 
 @given(histories)
-def test_a_state_that_is_there_twice_changes_nothing(history: List[StateMessage]) -> None:
-    assert meta.fold([*history, *history]) == meta.fold(history)
+def test_what_has_yielded_once_never_comes_back(history: List[StateMessage]) -> None:
+    seen: List[StateMessage] = []
+    for end in range(1, len(history) + 1):
+        current = meta.fold(history[:end])
+        assert current is not None
+        if seen and current != seen[-1]:
+            assert current not in seen
+        seen.append(current)
 
 
-@given(histories, st.tuples(names, st.integers(1001, 2000)))
-def test_success_yields_to_nothing_and_an_end_only_to_an_end(
-    history: List[StateMessage], late: Any
+@given(
+    st.lists(
+        st.builds(at, names, st.integers(0, 9)),
+        min_size=3,
+        max_size=3,
+        unique_by=lambda state: state.published,
+    )
+)
+def test_of_two_states_one_counts_more_and_of_three_there_is_no_circle(
+    three: List[StateMessage],
 ) -> None:
-    before = meta.fold(history)
-    after = meta.fold([*history, at(*late)])
-    assert before is not None
-    assert after is not None
+    for one, two, other in itertools.permutations(three):
+        assert meta.supersedes(one, two) != meta.supersedes(two, one)
+        if meta.supersedes(one, two) and meta.supersedes(two, other):
+            assert meta.supersedes(one, other)
+
+
+# The times are of any order: what is late by the clock may come first, and the reverse.
+@given(st.tuples(names, st.integers(0, 9)), st.tuples(names, st.integers(0, 9)))
+def test_one_state_yields_to_another_only_as_it_may(
+    old: Tuple[str, int], new: Tuple[str, int]
+) -> None:
+    before, arriving = at(*old), at(*new)
+    after = meta.fold([before, arriving])
+    assert after in (before, arriving)
+    if after == before:
+        return
+    later = arriving.published >= before.published
     if before.state == states.SUCCESS:
-        assert after == before
+        assert arriving.state == states.SUCCESS
+        assert not later
     elif meta.is_final(before.state):
-        assert meta.is_final(after.state)
-    elif before.state == "ABORTED":
-        assert after.state == "ABORTED" or meta.is_final(after.state)
+        assert arriving.state == states.SUCCESS or (meta.is_final(arriving.state) and later)
+    elif before.state == meta.ABORTED:
+        assert meta.is_final(arriving.state) or (arriving.state == meta.ABORTED and later)
     else:
-        assert after == at(*late)
+        assert meta.is_final(arriving.state) or arriving.state == meta.ABORTED or later
+
+
+@pytest.mark.parametrize(
+    ("history", "index"),
+    [
+        ([("STARTED", 1), ("SUCCESS", 2)], 1),
+        ([("SUCCESS", 2), ("STARTED", 1)], 0),
+        # A duplicate run that begins after the first has ended.
+        ([("SUCCESS", 2), ("STARTED", 3)], 0),
+        ([("SUCCESS", 2), ("SUCCESS", 3)], 0),
+        ([("SUCCESS", 2), ("FAILURE", 3)], 0),
+        ([("SUCCESS", 2), ("REVOKED", 3)], 0),
+        ([("FAILURE", 2), ("SUCCESS", 3)], 1),
+        ([("FAILURE", 3), ("SUCCESS", 2)], 1),
+        ([("FAILURE", 2), ("RETRY", 3)], 0),
+        ([("FAILURE", 2), ("FAILURE", 3)], 1),
+        # Twenty workers write that it was revoked.
+        ([("REVOKED", 2), ("REVOKED", 3), ("REVOKED", 1)], 1),
+        ([("RETRY", 2), ("STARTED", 3)], 1),
+        ([("PROGRESS", 3), ("STARTED", 2)], 0),
+        ([("ABORTED", 1), ("STARTED", 2), ("PROGRESS", 3)], 0),
+        ([("PROGRESS", 3), ("ABORTED", 1)], 1),
+        ([("ABORTED", 1), ("REVOKED", 2)], 1),
+        ([("REVOKED", 2), ("ABORTED", 3)], 0),
+    ],
+)
+def test_which_state_counts(history: List[Tuple[str, int]], index: int) -> None:
+    assert meta.fold(itertools.starmap(at, history)) == at(*history[index])
 
 
 def test_nothing_folds_to_nothing() -> None:
     assert meta.fold([]) is None
 
 
-@given(state_messages, st.booleans())
-def test_a_state_survives_the_way_over_the_broker(state: StateMessage, persistent: bool) -> None:
-    # As py-amqp writes and reads it.
-    sent = Message(state.body, **state.properties(persistent))
-    octets = sent._serialize_properties()
+@given(names | any_text)
+def test_three_states_end_a_task(name: str) -> None:
+    assert meta.is_final(name) == (name in ("SUCCESS", "FAILURE", "REVOKED"))
+
+
+def test_of_two_states_of_one_microsecond_the_later_in_the_order_counts() -> None:
+    assert meta.fold([at("STARTED", 1), at("PROGRESS", 1)]) == at("PROGRESS", 1)
+    # But the result that was there first stays.
+    first, second = (dataclasses.replace(at("SUCCESS", 1), body=body) for body in (b"1", b"2"))
+    assert meta.fold([first, second]) == first
+
+
+@given(st.integers(0, 2**62), st.integers(0, 2**32), st.integers(-(10**6), 10**6))
+def test_a_state_expires_when_its_milliseconds_are_over(
+    published: int, milliseconds: int, late: int
+) -> None:
+    state = dataclasses.replace(at("SUCCESS", published), expiration=milliseconds)
+    assert state.expired(published + milliseconds * 1000 + late) == (late >= 0)
+    assert not at("SUCCESS", published).expired(2**80)
+
+
+# -- the way over the broker -------------------------------------------------------------------
+
+
+def py_amqp_writes(properties: Dict[str, Any], body: bytes) -> bytes:
+    message = Message(body, **properties)
+    return struct.pack(">HHQ", 60, 0, len(body)) + message._serialize_properties()
+
+
+def we_write(properties: Dict[str, Any], body: bytes) -> bytes:
+    octets = frames.publish_frames(1, "x", "key", False, properties, body, 131072)
+    (method_size,) = struct.unpack_from(">I", octets, 3)
+    start = 7 + method_size + 1
+    (size,) = struct.unpack_from(">I", octets, start + 3)
+    return octets[start + 7 : start + 7 + size]
+
+
+@pytest.mark.parametrize("write", [py_amqp_writes, we_write])
+@given(state=state_messages, persistent=st.booleans())
+@example(state=StateMessage("\ud800\udc00", "S", 0, b"", "t", "e"), persistent=True)
+@example(state=StateMessage("é" * 127, "S", 0, b"", "t", "e"), persistent=True)
+@example(state=StateMessage("é" * 128, "S", 0, b"", "t", "e"), persistent=True)
+@example(state=StateMessage("x" * 255, "S", 0, b"", "t", "e", expiration=0), persistent=True)
+@example(state=StateMessage("x" * 256, "S", 0, b"", "t", "e"), persistent=False)
+def test_a_state_survives_the_way_over_the_broker(
+    write: Callable[[Dict[str, Any], bytes], bytes], state: StateMessage, persistent: bool
+) -> None:
+    header = write(state.properties(persistent), state.body)
     received = Message()
-    received._load_properties(60, octets, 0)
+    received.inbound_header(header)
+    assert received.body_size == len(state.body)
     assert received.properties["delivery_mode"] == (2 if persistent else 1)
-    assert StateMessage.from_properties(received.properties, state.body) == state
+    again = StateMessage.from_properties(received.properties, state.body)
+    assert again == state
+    # A look-up asks for the id of a message before anything else of it.
+    assert meta.message_id(received.properties) == state.id
+    assert meta.checked(again) is again if state.kind in (meta.STATE, meta.GROUP) else True
+    # Whoever republishes it changes nothing.
+    assert again.properties(persistent) == state.properties(persistent)
 
 
-garbage = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.binary(max_size=5),
-    lambda inner: st.dictionaries(
-        st.sampled_from(["state", "published", "compression", "id"]), inner, max_size=4
-    ),
-    max_leaves=6,
+@given(state_messages, st.sampled_from([bytes, bytearray, memoryview]))
+def test_a_body_may_come_in_any_kind_of_bytes(state: StateMessage, kind: Any) -> None:
+    again = StateMessage.from_properties(state.properties(True), kind(state.body))
+    assert again == state
+    assert type(again.body) is bytes
+
+
+@given(any_text)
+def test_a_body_that_was_decoded_on_the_way_is_encoded_again(body: str) -> None:
+    state = StateMessage.from_properties(at("SUCCESS", 1).properties(True), body)
+    assert state.body == body.encode("utf-8", "surrogatepass")
+
+
+@given(ids)
+def test_the_id_is_a_property_where_it_fits(task_id: str) -> None:
+    properties = dataclasses.replace(at("SUCCESS", 1), id=task_id).properties(True)
+    try:
+        fits = len(task_id.encode("utf-8")) <= 255
+    except UnicodeEncodeError:
+        fits = False
+    assert ("correlation_id" in properties) == fits
+    assert ("id" in properties["application_headers"]) == (not fits)
+
+
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(), max_size=5)
+    | st.binary(max_size=5)
+    | st.sampled_from(
+        ["state", "group", "part", "plan", "SUCCESS", "7f", "1", "-1", "9" * 5000, "NaN", "٣"]
+    )
+    | st.just(decimal.Decimal("1.5"))
+    | st.just(datetime.datetime(2026, 1, 1))
 )
+garbage = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["state", "published", "compression", "id", "other"]), inner, max_size=5
+        )
+    ),
+    max_leaves=8,
+)
+NAMES = ["type", "correlation_id", "content_type", "content_encoding", "expiration"]
+
+
+def state_or_foreign(properties: Dict[str, Any], body: Any) -> None:
+    with contextlib.suppress(errors.ForeignMessage):
+        state = StateMessage.from_properties(properties, body)
+        # Whatever is taken for a state is fit for use as one.
+        assert isinstance(state.id, str)
+        assert isinstance(state.state, str)
+        assert type(state.published) is int
+        assert state.published >= 0
+        assert type(state.body) is bytes
+        assert state.expiration is None or type(state.expiration) is int
+        assert state.kind in (meta.STATE, meta.GROUP, meta.PART, meta.PLAN)
+        assert meta.fold([state, at("STARTED", 1)]) is not None
+        state.expired(0)
+        state.properties(True)
+    with contextlib.suppress(errors.ForeignMessage):
+        assert isinstance(meta.message_id(properties), str)
+
+
+bodies = st.binary(max_size=5) | st.text(st.characters(), max_size=5)
 
 
 @given(
-    st.dictionaries(
-        st.sampled_from(
-            ["type", "correlation_id", "application_headers", "content_type", "content_encoding",
-             "expiration"]
-        ),
-        garbage | st.sampled_from(["state", "group", "application/json"]),
-    ),
-    st.binary(max_size=5) | st.text(max_size=5),
-)  # fmt: skip
-def test_a_foreign_message_is_refused_and_nothing_worse(
+    st.dictionaries(st.sampled_from([*NAMES, "application_headers", "priority"]), garbage), bodies
+)
+@example({"type": "state", "expiration": float("inf")}, b"")
+def test_garbage_is_refused_as_foreign_and_nothing_worse(
     properties: Dict[str, Any], body: Any
 ) -> None:
-    with contextlib.suppress(errors.ForeignMessage):
-        assert isinstance(StateMessage.from_properties(properties, body), StateMessage)
+    state_or_foreign(properties, body)
 
 
-@pytest.mark.parametrize("serializer", ["json", "pickle"])
-@pytest.mark.parametrize("compression", [None, "gzip", "bzip2"])
-def test_a_meta_comes_back(serializer: str, compression: str | None) -> None:
-    wanted = {"status": "SUCCESS", "result": {"a": [1, "é", None]}, "task_id": "t"}
-    content_type, encoding, compressed, body = Codec(serializer, None, compression).encode(wanted)
-    message = StateMessage("t", "SUCCESS", 1, body, content_type, encoding, compressed)
+@given(state_messages, st.sampled_from([*NAMES, "application_headers"]), garbage, bodies)
+@example(at("SUCCESS", 1), "expiration", float("inf"), b"")
+@example(at("SUCCESS", 1), "expiration", float("nan"), b"")
+@example(at("SUCCESS", 1), "expiration", [], b"")
+def test_a_state_with_a_damaged_property_is_refused_or_a_state(
+    state: StateMessage, name: str, wrong: Any, body: Any
+) -> None:
+    properties = {**state.properties(True), name: wrong}
+    state_or_foreign(properties, body)
+    del properties[name]
+    state_or_foreign(properties, body)
+
+
+@given(state_messages, st.sampled_from(["state", "published", "compression", "id"]), garbage)
+def test_a_state_with_a_damaged_header_is_refused_or_a_state(
+    state: StateMessage, name: str, wrong: Any
+) -> None:
+    properties = state.properties(True)
+    properties["application_headers"][name] = wrong
+    state_or_foreign(properties, b"")
+    del properties["application_headers"][name]
+    state_or_foreign(properties, b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("type", "page", "'page'"),
+        ("type", None, "'type'"),
+        ("application_headers", None, "headers"),
+        ("content_type", "", "'content_type'"),
+        ("content_encoding", None, "'content_encoding'"),
+        ("expiration", "soon", "'soon'"),
+        ("correlation_id", None, "'correlation_id'"),
+    ],
+)
+def test_what_is_foreign_is_said(name: str, wrong: Any, message: str) -> None:
+    properties = {**at("SUCCESS", 1).properties(True), name: wrong}
+    with pytest.raises(errors.ForeignMessage, match=message):
+        StateMessage.from_properties(properties, b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("state", None),
+        ("state", ""),
+        ("state", b"SUCCESS"),
+        ("published", None),
+        ("published", -1),
+        ("published", True),
+        ("published", "1"),
+        ("published", 1.5),
+        ("compression", b"x"),
+        ("compression", 1),
+    ],
+)
+def test_headers_that_are_not_ours_are_foreign(name: str, wrong: Any) -> None:
+    properties = at("SUCCESS", 1).properties(True)
+    properties["application_headers"][name] = wrong
+    with pytest.raises(errors.ForeignMessage, match=name):
+        StateMessage.from_properties(properties, b"")
+
+
+@given(
+    state_messages.filter(lambda state: state.kind in (meta.STATE, meta.GROUP)),
+    st.sampled_from(
+        ["id", "state", "published", "content_type", "content_encoding", "compression",
+         "expiration", "kind"]
+    ),
+    garbage,
+)  # fmt: skip
+def test_the_fields_of_what_came_out_of_a_page_are_checked(
+    state: StateMessage, name: str, wrong: Any
+) -> None:
+    damaged = dataclasses.replace(state, **{name: wrong})
+    right = isinstance(wrong, str)
+    if name in ("published", "expiration"):
+        right = type(wrong) is int
+    if name in ("compression", "expiration"):
+        right = right or wrong is None
+    if name == "kind":
+        right = wrong in ("state", "group")
+    if right:
+        assert meta.checked(damaged) is damaged
+    else:
+        with pytest.raises(errors.ForeignMessage):
+            meta.checked(damaged)
+
+
+# -- the body ----------------------------------------------------------------------------------
+
+
+def installed(serializer: str) -> bool:
+    """Whether kombu can write with *serializer*: it knows some whose library is missing."""
+    try:
+        Codec(serializer, None).encode({"status": 1, "result": 2})
+    except (EncodeError, SerializerNotInstalled):
+        return False
+    return True
+
+
+def needs_library(serializer: str) -> Any:
+    return pytest.param(
+        serializer,
+        marks=pytest.mark.skipif(not installed(serializer), reason="its library is not installed"),
+    )
+
+
+PLAIN = ["json", needs_library("yaml"), needs_library("msgpack")]
+serializers = pytest.mark.parametrize("serializer", ["pickle", *PLAIN])
+#: Each once: kombu has a word and a content type for each.
+COMPRESSIONS = sorted(set(kombu_compression.encoders()))
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def message_of(encoded: Tuple[str, str, Optional[str], bytes]) -> StateMessage:
+    content_type, encoding, compression, body = encoded
+    return StateMessage("t", "SUCCESS", 1, body, content_type, encoding, compression)
+
+
+def test_compressions_are_known() -> None:
+    assert {"application/x-gzip", "application/x-bz2"} <= set(COMPRESSIONS)
+
+
+@serializers
+@pytest.mark.parametrize("compression", [None, "gzip", *COMPRESSIONS])
+@given(result=values)
+def test_a_meta_comes_back(serializer: str, compression: str | None, result: Any) -> None:
+    wanted = {"status": "SUCCESS", "result": result, "task_id": "é", "children": []}
+    message = message_of(Codec(serializer, None, compression).encode(wanted))
+    assert type(message.body) is bytes
+    assert (message.compression is None) == (compression is None)
     # Whoever reads need not be set to the same.
-    assert Codec("json", [content_type]).decode(message) == wanted
+    assert Codec("json", [message.content_type]).decode(message) == wanted
+    # And the body is the same after the way over the broker.
+    again = StateMessage.from_properties(message.properties(True), message.body)
+    assert Codec("json", [message.content_type], "gzip").decode(again) == wanted
 
 
-@given(st.binary(max_size=60), st.none() | st.sampled_from(["application/x-gzip", "x"]))
-def test_a_damaged_body_is_foreign_and_nothing_worse(body: bytes, compression: str | None) -> None:
-    message = StateMessage("t", "SUCCESS", 1, body, "application/json", "utf-8", compression)
-    with contextlib.suppress(errors.ForeignMessage):
-        assert "status" in Codec("json", ["application/json"]).decode(message)
+@pytest.mark.parametrize(
+    "result",
+    [
+        uuid.UUID("0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e90"),
+        datetime.datetime(2026, 11, 23, 1, 2, 3, 4, datetime.timezone.utc),
+        decimal.Decimal("1.10"),
+        "\ud800",
+    ],
+)
+@pytest.mark.parametrize("serializer", ["json", "pickle"])
+def test_what_celery_can_send_comes_back_as_what_it_was(serializer: str, result: Any) -> None:
+    message = message_of(Codec(serializer, None).encode({"status": 1, "result": result}))
+    assert Codec("json", [message.content_type]).decode(message)["result"] == result
 
 
-def test_what_is_not_accepted_is_not_decoded() -> None:
-    content_type, encoding, _, body = Codec("pickle", None).encode({"status": 1, "result": 2})
-    message = StateMessage("t", "SUCCESS", 1, body, content_type, encoding)
+def test_what_cannot_be_encoded_is_an_error_of_kombu() -> None:
+    with pytest.raises(EncodeError):
+        Codec("json", None).encode({"status": 1, "result": object()})
+
+
+def test_a_meta_that_was_decoded_before_is_not_decoded_again() -> None:
+    known = {"status": "SUCCESS", "result": 1}
+    message = dataclasses.replace(at("SUCCESS", 1), body=b"damaged", decoded=known)
+    decoded = Codec("json", []).decode(message)
+    assert decoded == known
+    # It is the reader's own.
+    decoded["result"] = 2
+    assert known["result"] == 1
+
+
+content_types = st.sampled_from(
+    ["application/json", "application/x-yaml", "application/x-msgpack", "application/data",
+     "application/text", "text/plain", "json", "nonsense", "\ud800"]
+)  # fmt: skip
+encodings = st.sampled_from(
+    ["utf-8", "binary", "us-ascii", "utf-16", "idna", "hex", "zlib", "rot13", "nonsense", "\0"]
+)
+compressions = st.none() | st.sampled_from([*COMPRESSIONS, "gzip", "nonsense", ""])
+accepted = st.none() | st.lists(content_types, max_size=3)
+deep = st.integers(1, 3000)
+damaged_bodies = (
+    st.binary(max_size=60)
+    | st.text().map(lambda text: text.encode())
+    | values.map(lambda value: Codec("json", None).encode({"result": value})[3])
+    # Deeper than Python can go.
+    | deep.map(lambda depth: b"[" * depth + b"]" * depth)
+    | deep.map(lambda depth: b'{"a":' * depth + b"1" + b"}" * depth)
+    | deep.map(lambda depth: b"\x91" * depth + b"\xc0")
+    | deep.map(lambda depth: b"\x81\xa1a" * depth + b"\xc0")
+)
+
+
+def decoded_or_refused(codec: Codec, message: StateMessage) -> None:
+    with contextlib.suppress(errors.ForeignMessage, ContentDisallowed):
+        found = codec.decode(message)
+        assert isinstance(found, dict)
+        assert {"status", "result"} <= set(found)
+
+
+@given(damaged_bodies, content_types, encodings, compressions, accepted)
+@example(b"\x91" * 1000 + b"\xc0", "application/x-msgpack", "binary", None, None)
+def test_garbage_in_a_body_is_foreign_or_not_accepted_and_nothing_worse(
+    body: bytes,
+    content_type: str,
+    encoding: str,
+    compression: str | None,
+    accept: Optional[List[str]],
+) -> None:
+    message = StateMessage("t\ud800", "SUCCESS", 1, body, content_type, encoding, compression)
+    decoded_or_refused(Codec("json", accept), message)
+
+
+@serializers
+@pytest.mark.parametrize("compression", [None, *COMPRESSIONS])
+@given(result=values, data=st.data())
+def test_a_body_that_was_cut_is_foreign_and_nothing_worse(
+    serializer: str, compression: str | None, result: Any, data: st.DataObject
+) -> None:
+    wanted = {"status": "SUCCESS", "result": result, "task_id": "é"}
+    message = message_of(Codec(serializer, None, compression).encode(wanted))
+    end = data.draw(st.integers(0, len(message.body) - 1))
+    cut = dataclasses.replace(message, body=message.body[:end])
+    decoded_or_refused(Codec(serializer, [message.content_type]), cut)
+
+
+# A pickle is a program: what a wrong byte makes it do is nobody's promise.
+@pytest.mark.parametrize("serializer", PLAIN)
+@given(result=values, data=st.data())
+def test_a_body_with_a_wrong_byte_is_a_meta_or_foreign_and_nothing_worse(
+    serializer: str, result: Any, data: st.DataObject
+) -> None:
+    wanted = {"status": "SUCCESS", "result": result, "task_id": "é"}
+    message = message_of(Codec(serializer, None).encode(wanted))
+    wrong = data.draw(st.integers(0, len(message.body) - 1))
+    octets = bytearray(message.body)
+    octets[wrong] = data.draw(st.integers(0, 255))
+    changed = dataclasses.replace(message, body=bytes(octets))
+    decoded_or_refused(Codec(serializer, [message.content_type]), changed)
+
+
+class Unprintable(list):  # type: ignore[type-arg]
+    def __repr__(self) -> str:
+        raise RuntimeError("a result of somebody's own class")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [],
+        "text",
+        {},
+        {"status": "SUCCESS"},
+        {"result": 1},
+        Unprintable(),
+        functools.reduce(lambda inner, _: [inner], range(300), []),
+    ],
+    ids=["none", "list", "text", "empty", "no-result", "no-status", "unprintable", "deep"],
+)
+def test_what_is_no_meta_is_foreign(value: Any) -> None:
+    body = pickle.dumps(value)
+    message = StateMessage("t", "SUCCESS", 1, body, "application/x-python-serialize", "binary")
+    with pytest.raises(errors.ForeignMessage, match="no meta"):
+        Codec("json", ["application/x-python-serialize"]).decode(message)
+
+
+@given(accept=st.lists(st.sampled_from(["application/json", "json", "text/x"]), max_size=2))
+def test_what_is_not_accepted_is_not_decoded(accept: List[str]) -> None:
+    message = message_of(Codec("pickle", None).encode({"status": 1, "result": Trap()}))
     with pytest.raises(ContentDisallowed):
-        Codec("json", ["application/json"]).decode(message)
+        Codec("json", accept).decode(message)
+
+
+class Trap:
+    """Fails the test when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("it was decoded",))
+
+
+# -- the clock ---------------------------------------------------------------------------------
 
 
 def test_no_two_states_of_a_process_are_published_at_once() -> None:
     clock = PublishClock()
     times: List[List[int]] = [[] for _ in range(4)]
+    start = threading.Barrier(len(times))
 
     def read(into: List[int]) -> None:
+        start.wait()
         into.extend(clock.now() for _ in range(2000))
 
     threads = [threading.Thread(target=read, args=(into,)) for into in times]
@@ -162,13 +638,33 @@ def test_no_two_states_of_a_process_are_published_at_once() -> None:
         thread.join()
     assert all(one == sorted(one) for one in times)
     every = list(itertools.chain.from_iterable(times))
-    assert len(set(every)) == len(every)
+    assert len(set(every)) == len(every) == 8000
 
 
-def test_a_clock_that_is_set_back_does_not_set_states_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_published_after_another_thread_has_is_later() -> None:
+    clock = PublishClock()
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        # Each is asked for when the one before has come, by whichever thread is free.
+        times = [threads.submit(clock.now).result() for _ in range(500)]
+    assert all(one < other for one, other in zip(times, times[1:]))
+
+
+@given(st.lists(st.integers(0, 2**62), min_size=1, max_size=10))
+def test_a_clock_that_is_set_back_does_not_set_states_back(ticks: List[int]) -> None:
+    clock = PublishClock()
+    given_times = []
+    with pytest.MonkeyPatch.context() as patch:
+        for tick in ticks:
+            patch.setattr(meta.time, "time_ns", lambda tick=tick: tick)
+            given_times.append(clock.now())
+    assert all(one < other for one, other in zip(given_times, given_times[1:]))
+    assert all(one >= tick // 1000 for one, tick in zip(given_times, ticks))
+
+
+def test_a_child_does_not_wait_for_a_lock_of_its_parent() -> None:
     clock = PublishClock()
     before = clock.now()
-    monkeypatch.setattr(meta.time, "time_ns", lambda: 0)
-    assert clock.now() == before + 1
+    with clock._lock:
+        # As in the child of a process of which another thread was just asking for the time.
+        clock.after_fork_in_child()
+        assert clock.now() > before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import uuid
 from pathlib import Path
@@ -67,6 +68,14 @@ def without_broker_state() -> Iterator[None]:
 
 def app_on(transport: str, folder: Path) -> Celery:
     return memory_app() if transport == "memory" else filesystem_app(folder)
+
+
+@pytest.fixture(autouse=True)
+def _log_level_as_before() -> Iterator[None]:
+    """Undo what a worker in this process does to the root logger, for the sake of later tests."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(params=["memory", "filesystem"])
