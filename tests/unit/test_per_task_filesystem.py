@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def test_tasks_run_over_files(tmp_path: Path) -> None:
     failed = running.fail.delay("gone")
     several = group(running.add.s(i, i) for i in range(4)).apply_async()
     body = chord(running.add.s(i, i) for i in range(4))(running.total.s())
+    level = logging.getLogger().level
     with start_worker(app, perform_ping_check=False, pool="solo", shutdown_timeout=LONG):
         assert one.get(timeout=LONG) == 3
         assert app.AsyncResult(one.id).get(timeout=LONG) == 3
@@ -27,5 +29,7 @@ def test_tasks_run_over_files(tmp_path: Path) -> None:
             failed.get(timeout=LONG)
         assert several.get(timeout=LONG) == [0, 2, 4, 6]
         assert body.get(timeout=LONG) == 12
+    # Which the worker has changed: tests that follow look at warnings.
+    logging.getLogger().setLevel(level)
     app.backend.close()
     app.close()

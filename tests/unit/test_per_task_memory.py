@@ -70,14 +70,6 @@ def app_on(transport: str, folder: Path) -> Celery:
     return memory_app() if transport == "memory" else filesystem_app(folder)
 
 
-@pytest.fixture(autouse=True)
-def _log_level_as_before() -> Iterator[None]:
-    """Undo what a worker in this process does to the root logger, for the sake of later tests."""
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
-
-
 @pytest.fixture(params=["memory", "filesystem"])
 def app(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Celery]:
     """An app whose broker is in this process."""
@@ -124,8 +116,11 @@ def running() -> Iterator[Running]:
     """A worker in a thread: for all tests, as it takes seconds to end."""
     app = memory_app()
     running = Running(app)
+    level = logging.getLogger().level
     with start_worker(app, perform_ping_check=False, pool="solo", shutdown_timeout=LONG):
         yield running
+    # Which the worker has changed: tests that follow look at warnings.
+    logging.getLogger().setLevel(level)
     app.backend.close()
     app.close()
 
