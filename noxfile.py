@@ -28,10 +28,11 @@ nox.options.default_venv_backend = "venv"
 
 PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
 
-#: For each version of Celery, the first and the last Python that it is tested on. Celery 5.7 does
-#: not install on Python 3.9.
+#: For each version of Celery, the first and the last Python that it is tested on. Celery 5.3 uses
+#: what Python 3.12 warns of, and in the tests a warning is an error. Celery 5.7 does not install on
+#: Python 3.9.
 CELERIES = {
-    "5.3": ("3.9", "3.13"),
+    "5.3": ("3.9", "3.11"),
     "5.4": ("3.9", "3.13"),
     "5.5": ("3.9", "3.13"),
     "5.6": ("3.9", "3.13"),
@@ -40,7 +41,7 @@ CELERIES = {
 
 #: Pairs that run in CI: the newest and the oldest of each.
 NEWEST = {("3.13", "5.7"), ("3.9", "5.6")}
-OLDEST = {("3.9", "5.3"), ("3.13", "5.3")}
+OLDEST = {("3.9", "5.3"), ("3.11", "5.3")}
 
 # The Pythons of pyenv are on no path, and its stand-ins work for the selected ones alone.
 os.environ["PATH"] = os.pathsep.join(
