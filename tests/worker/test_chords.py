@@ -22,7 +22,11 @@ TIMEOUT = 60
 World = Tuple[Celery, SimpleNamespace]
 
 
-@pytest.fixture(scope="module", params=["prefork", "threads", "gevent"])
+#: Pools of workers. CI tries all; that alone takes minutes.
+POOLS = ["prefork", "threads", "gevent"] if os.environ.get("CI") else ["prefork"]
+
+
+@pytest.fixture(scope="module", params=POOLS)
 def world(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:

@@ -1,0 +1,634 @@
+"""Following tasks: each state is handed out once, and the end of a task is never missed.
+
+The inbox knows what the tests push, and the store is a dict.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import logging
+import threading
+import time
+from typing import Any, Deque, Dict, Iterator, List, Optional, Set, Tuple
+
+import pytest
+from amqp import exceptions as amqp_errors
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from celery_amqp_results import errors, meta
+from celery_amqp_results import inbox as inbox_module
+from celery_amqp_results import waiting as waiting_module
+from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.waiting import Follower, Update
+from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
+
+#: Long enough for a machine that is busy; what has to come has come before.
+LONG = 20.0
+
+
+@pytest.fixture
+def inbox() -> Table:
+    """An inbox that has a connection, with no shard bound."""
+    table = Table()
+    table.open()
+    return table
+
+
+@pytest.fixture
+def store() -> Kept:
+    return Kept()
+
+
+@pytest.fixture
+def follower(inbox: Table, store: Kept) -> Iterator[Follower]:
+    with Follower(inbox, store) as made:  # type: ignore[arg-type]
+        yield made
+
+
+def sent(table: Table) -> str:
+    """Return the id of a task that this process has just sent."""
+    task_id = new_id()
+    table.note_sent(task_id)
+    return task_id
+
+
+def step(follower: Follower) -> List[Update]:
+    """Have *follower* do what it can without waiting."""
+    return follower.step(None, 0.0)
+
+
+def settle(follower: Follower) -> List[Update]:
+    """Have *follower* do all that there is to do without anything new."""
+    updates: List[Update] = []
+    for _ in range(4):
+        updates += step(follower)
+    return updates
+
+
+# -- what is handed out ------------------------------------------------------------------------
+
+
+def test_of_a_covered_task_nobody_is_asked(inbox: Table, store: Kept, follower: Follower) -> None:
+    task_id = sent(inbox)
+    follower.add([task_id])
+    assert settle(follower) == []
+    started, done = state(task_id, "STARTED"), state(task_id, "SUCCESS")
+    push(inbox, started)
+    assert step(follower) == [Update(task_id, [started], None)]
+    push(inbox, done)
+    assert step(follower) == [Update(task_id, [done], done)]
+    assert store.asked == []
+    # It has ended, and is followed no more.
+    assert follower.pending == {}
+    assert not inbox.covers(task_id)
+
+
+def test_what_came_together_is_one_update_in_the_order_of_publishing(
+    inbox: Table, follower: Follower
+) -> None:
+    one, other = sent(inbox), sent(inbox)
+    follower.add([one, other])
+    late, early = state(one, "PROGRESS", 7), state(one, "STARTED", 6)
+    done = state(other, "FAILURE", 8)
+    push(inbox, late, done, early)
+    assert step(follower) == [
+        Update(one, [early, late], None),
+        Update(other, [done], done),
+    ]
+
+
+def test_a_state_that_comes_twice_is_handed_out_once(inbox: Table, follower: Follower) -> None:
+    task_id = sent(inbox)
+    follower.add([task_id])
+    started = state(task_id, "STARTED")
+    push(inbox, started, started)
+    assert step(follower) == [Update(task_id, [started], None)]
+    push(inbox, started)
+    assert step(follower) == []
+
+
+def test_a_state_that_is_known_already_is_handed_out(inbox: Table, follower: Follower) -> None:
+    task_id = sent(inbox)
+    done = state(task_id, "SUCCESS")
+    push(inbox, done)
+    follower.add([task_id])
+    assert step(follower) == [Update(task_id, [done], done)]
+
+
+def test_a_state_that_does_not_count_is_handed_out_and_counts_not(
+    inbox: Table, follower: Follower
+) -> None:
+    task_id = sent(inbox)
+    follower.add([task_id])
+    aborted, late = state(task_id, "ABORTED", 5), state(task_id, "PROGRESS", 6)
+    push(inbox, aborted)
+    step(follower)
+    push(inbox, late)
+    assert step(follower) == [Update(task_id, [late], None)]
+    assert follower.pending == {task_id: aborted}
+
+
+def test_what_comes_after_the_end_is_not_handed_out(inbox: Table, follower: Follower) -> None:
+    task_id, other = sent(inbox), sent(inbox)
+    follower.add([task_id, other])
+    done = state(task_id, "FAILURE")
+    push(inbox, done)
+    assert step(follower) == [Update(task_id, [done], done)]
+    push(inbox, state(task_id, "SUCCESS"))
+    assert settle(follower) == []
+    assert follower.pending == {other: None}
+
+
+def test_what_comes_with_the_end_is_handed_out_with_it(inbox: Table, follower: Follower) -> None:
+    task_id = sent(inbox)
+    follower.add([task_id])
+    first, second = state(task_id, "REVOKED"), state(task_id, "SUCCESS")
+    push(inbox, first, second)
+    assert step(follower) == [Update(task_id, [first, second], second)]
+
+
+def test_a_task_that_is_added_twice_is_followed_once(inbox: Table, follower: Follower) -> None:
+    task_id = sent(inbox)
+    follower.add([task_id, task_id])
+    follower.add(iter([task_id]))
+    done = state(task_id)
+    push(inbox, done)
+    assert step(follower) == [Update(task_id, [done], done)]
+    assert inbox._waiters == {}
+
+
+def test_a_task_that_is_followed_no_more_is_not_heard_of(inbox: Table, follower: Follower) -> None:
+    task_id = sent(inbox)
+    follower.add([task_id])
+    follower.discard(task_id)
+    follower.discard(task_id)
+    push(inbox, state(task_id))
+    assert settle(follower) == []
+    assert inbox._waiters == {}
+    # Its result is there for whoever asks next.
+    assert inbox.covers(task_id)
+
+
+def test_closing_leaves_nothing_behind(inbox: Table, store: Kept) -> None:
+    with Follower(inbox, store) as follower:  # type: ignore[arg-type]
+        follower.add([sent(inbox), new_id()])
+        assert len(inbox._waiters) == 2
+    assert inbox._waiters == {}
+    assert follower.pending == {}
+
+
+# -- what the store is asked -------------------------------------------------------------------
+
+
+def test_a_result_of_somebody_elses_task_is_found_without_a_binding(
+    inbox: Table, store: Kept, follower: Follower
+) -> None:
+    task_id = new_id()
+    started, done = state(task_id, "STARTED"), state(task_id, "SUCCESS")
+    store.add(done, started)
+    follower.add([task_id])
+    assert step(follower) == [Update(task_id, [started, done], done)]
+    assert store.asked == [[task_id]]
+    assert inbox.unbound([task_id]) == {task_id}
+
+
+def test_a_task_of_somebody_else_is_looked_up_again_after_it_is_covered(
+    inbox: Table, store: Kept, follower: Follower
+) -> None:
+    task_id = new_id()
+    follower.add([task_id])
+    assert step(follower) == []
+    assert inbox.unbound([task_id]) == {task_id}
+    # Published between the look-up and the binding: nobody pushes it.
+    started = state(task_id, "STARTED")
+    store.add(started)
+    assert step(follower) == [Update(task_id, [started], None)]
+    assert inbox.covers(task_id)
+    assert store.asked == [[task_id]] * 2
+    # From now on nobody is asked.
+    assert settle(follower) == []
+    assert store.asked == [[task_id]] * 2
+
+
+def test_an_own_task_that_is_not_covered_is_looked_up_once(
+    inbox: Table, store: Kept, follower: Follower
+) -> None:
+    task_id = "an id of my own"
+    inbox.note_sent(task_id)
+    store.add(started := state(task_id, "STARTED"))
+    follower.add([task_id])
+    assert settle(follower) == [Update(task_id, [started], None)]
+    assert store.asked == [[task_id]]
+    assert inbox.covers(task_id)
+
+
+def test_a_push_waits_for_an_older_state_in_the_store_that_counts_more(
+    inbox: Table, store: Kept, follower: Follower
+) -> None:
+    task_id = "an id of my own"
+    inbox.note_sent(task_id)
+    done, late = state(task_id, "SUCCESS", 5), state(task_id, "FAILURE", 6)
+    store.add(done)
+    follower.add([task_id])
+    # A second run of the task fails.
+    push(inbox, late)
+    (update,) = step(follower)
+    assert update == Update(task_id, [done, late], done)
+
+
+def test_after_a_lost_connection_the_store_is_asked_for_what_was_missed(
+    inbox: Table, store: Kept, follower: Follower
+) -> None:
+    mine, other = sent(inbox), new_id()
+    follower.add([mine, other])
+    started = state(mine, "STARTED")
+    store.add(started)
+    push(inbox, started)
+    assert settle(follower) == [Update(mine, [started], None)]
+    inbox.lose()
+    missed = [state(mine, "SUCCESS"), state(other, "FAILURE")]
+    store.add(*missed)
+    found = {update.task_id: update for update in settle(follower)}
+    # What was handed out before is not handed out again.
+    assert found == {each.id: Update(each.id, [each], each) for each in missed}
+
+
+def test_while_there_is_no_connection_waiting_goes_on(
+    inbox: Table, store: Kept, follower: Follower
+) -> None:
+    task_id = sent(inbox)
+    follower.add([task_id])
+    inbox.reachable = False
+    inbox.lose()
+    done = state(task_id)
+    store.add(done)
+    assert settle(follower) == []
+    inbox.reachable = True
+    assert settle(follower) == [Update(task_id, [done], done)]
+
+
+def test_a_connection_that_is_lost_while_the_store_answers_is_no_cover(
+    inbox: Table, store: Kept, follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = "an id of my own"
+    inbox.note_sent(task_id)
+    follower.add([task_id])
+    read = store.read
+
+    def lose_and_read(ids: Any, deadline: Optional[float] = None) -> Any:
+        found = read(ids, deadline)
+        monkeypatch.setattr(store, "read", read)
+        inbox.lose()
+        store.add(state(task_id))
+        return found
+
+    monkeypatch.setattr(store, "read", lose_and_read)
+    assert step(follower) == []
+    assert not inbox.covers(task_id)
+    (update,) = settle(follower)
+    assert update.final is not None
+
+
+def test_a_push_that_went_astray_is_found_in_the_store(
+    inbox: Table, store: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 0.0)
+    task_id = sent(inbox)
+    with Follower(inbox, store) as follower:  # type: ignore[arg-type]
+        follower.add([task_id])
+        done = state(task_id)
+        store.add(done)
+        assert step(follower) == [Update(task_id, [done], done)]
+
+
+def test_the_store_is_asked_ever_more_seldom(
+    inbox: Table, store: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(waiting_module.time, "monotonic", lambda: now)
+    task_id = sent(inbox)
+    asked_at = []
+    with Follower(inbox, store) as follower:  # type: ignore[arg-type]
+        follower.add([task_id])
+        while now < 2000.0:
+            before = len(store.asked)
+            step(follower)
+            if len(store.asked) > before:
+                asked_at.append(now - 1000.0)
+            now += 5.0
+    pauses = [second - first for first, second in zip([0.0, *asked_at], asked_at)]
+    assert pauses == [15, 30, 60, 120, 240, 300]
+
+
+# -- when the store cannot be asked ------------------------------------------------------------
+
+
+def test_a_look_up_that_fails_is_tried_again(
+    inbox: Table, store: Kept, follower: Follower, caplog: pytest.LogCaptureFixture
+) -> None:
+    task_id = new_id()
+    follower.add([task_id])
+    store.failure = timed_out()
+    with caplog.at_level(logging.WARNING, waiting_module.__name__):
+        assert settle(follower) == []
+    assert "no answer" in caplog.text
+    store.failure = None
+    store.add(done := state(task_id))
+    assert settle(follower) == [Update(task_id, [done], done)]
+
+
+def test_while_look_ups_fail_pushes_are_handed_out(
+    inbox: Table, store: Kept, follower: Follower
+) -> None:
+    task_id = "an id of my own"
+    inbox.note_sent(task_id)
+    follower.add([task_id])
+    store.failure = timed_out()
+    assert settle(follower) == []
+    done = state(task_id)
+    push(inbox, done)
+    assert settle(follower) == [Update(task_id, [done], done)]
+
+
+def test_a_look_up_that_ends_with_the_wait_is_not_complained_of(
+    store: Kept, follower: Follower, caplog: pytest.LogCaptureFixture
+) -> None:
+    follower.add([new_id()])
+    store.failure = timed_out()
+    with caplog.at_level(logging.DEBUG, waiting_module.__name__):
+        assert follower.step(time.monotonic(), 5.0) == []
+    assert caplog.records == []
+
+
+def refused() -> errors.BackendUnavailable:
+    failure = errors.BackendUnavailable("the broker refuses")
+    failure.__cause__ = amqp_errors.AccessRefused("no")
+    return failure
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [refused(), errors.DeclarationRefused("differs"), errors.InvalidOption("wrong")],
+    ids=["refused", "differs", "wrong"],
+)
+def test_what_trying_again_does_not_change_is_raised(
+    store: Kept, follower: Follower, failure: Exception
+) -> None:
+    follower.add([new_id()])
+    store.failure = failure
+    with pytest.raises(type(failure)) as caught:
+        step(follower)
+    assert caught.value is failure
+
+
+def test_the_end_of_the_inbox_is_raised_to_who_waits(inbox: Table, follower: Follower) -> None:
+    follower.add([sent(inbox)])
+    inbox._give_up(refused(), attempts=3)
+    with pytest.raises(errors.BackendUnavailable, match="refuses"):
+        step(follower)
+
+
+# -- time --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("deadline", "pause"), [(0.0, 3600.0), (None, 0.0), (-5.0, 3600.0)])
+def test_a_step_does_not_wait_past_its_end(
+    inbox: Table, follower: Follower, deadline: Optional[float], pause: float
+) -> None:
+    follower.add([sent(inbox)])
+    end = None if deadline is None else time.monotonic() + deadline
+    # That it returns is the test.
+    assert follower.step(end, pause) == []
+
+
+def test_what_is_there_is_handed_out_although_time_is_over(
+    inbox: Table, store: Kept, follower: Follower
+) -> None:
+    mine, other = sent(inbox), new_id()
+    push(inbox, state(mine))
+    store.add(state(other))
+    follower.add([mine, other])
+    updates = follower.step(time.monotonic() - 1, 5.0)
+    assert {update.task_id for update in updates} == {mine, other}
+
+
+@pytest.mark.parametrize("what", ["a state", "a poke", "a loss"])
+def test_who_waits_is_woken_by_another_thread(inbox: Table, follower: Follower, what: str) -> None:
+    task_id = sent(inbox)
+    follower.add([task_id])
+    settle(follower)
+    about_to_wait = threading.Event()
+
+    def act() -> None:
+        about_to_wait.wait(LONG)
+        if what == "a state":
+            push(inbox, state(task_id))
+        elif what == "a poke":
+            follower.poke()
+        else:
+            inbox.lose()
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    started = time.monotonic()
+    about_to_wait.set()
+    updates = follower.step(None, 100 * LONG)
+    # Far less than it would have waited.
+    assert time.monotonic() - started < 50 * LONG
+    thread.join(LONG)
+    assert bool(updates) == (what == "a state")
+
+
+def test_whoever_lends_a_wake_is_called(inbox: Table, store: Kept) -> None:
+    calls: List[None] = []
+    task_id = sent(inbox)
+    with Follower(inbox, store, lambda: calls.append(None)) as follower:  # type: ignore[arg-type]
+        follower.add([task_id])
+        assert calls == []
+        push(inbox, state(task_id))
+        assert len(calls) == 1
+        follower.add([new_id()])
+        assert len(calls) == 2
+
+
+# -- any order of events -----------------------------------------------------------------------
+
+IDS = [*(f"0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e{n}" for n in range(90, 94)), "own"]
+ids = st.sampled_from(IDS)
+names = st.sampled_from(["STARTED", "PROGRESS", "ABORTED", "RETRY", "FAILURE", "SUCCESS"])
+
+
+class Followed:
+    """A follower, and what it has handed out."""
+
+    def __init__(self, follower: Follower) -> None:
+        self.follower = follower
+        self.states: Dict[str, List[StateMessage]] = collections.defaultdict(list)
+        self.ended: Set[str] = set()
+
+    def step(self) -> None:
+        for task_id, new, final in step(self.follower):
+            assert task_id not in self.ended
+            assert new == sorted(new, key=lambda each: each.published)
+            handed_out = self.states[task_id]
+            assert not any(each in handed_out for each in new)
+            handed_out += new
+            current = meta.fold(handed_out)
+            assert current is not None
+            assert final == (current if meta.is_final(current.state) else None)
+            if final is not None:
+                self.ended.add(task_id)
+
+    def forget(self, task_id: str) -> None:
+        self.states.pop(task_id, None)
+        self.ended.discard(task_id)
+
+
+class Events(RuleBasedStateMachine):
+    """Tasks that go on and end, followers that come and go, and connections that are lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(inbox_module, "MAX_KNOWN", 3)
+        # That what counts is found without it is the test.
+        self.patch.setattr(waiting_module, "FIRST_RECHECK", 1e6)
+        self.patch.setattr(waiting_module.logger, "disabled", True)
+        self.table = Table(shards=2)
+        self.store = Kept()
+        self.times = itertools.count(100)
+        self.ours: Set[str] = set()
+        self.under_way: Deque[StateMessage] = collections.deque()
+        self.all: List[Followed] = []
+
+    def teardown(self) -> None:
+        try:
+            self.everything_is_known_in_the_end()
+        finally:
+            self.patch.undo()
+
+    @initialize(opened=st.booleans())
+    def begin(self, opened: bool) -> None:
+        if opened:
+            self.table.open()
+
+    @rule(task_id=ids)
+    def send(self, task_id: str) -> None:
+        if task_id in self.ours or not self.store.states.get(task_id):
+            self.ours.add(task_id)
+            self.table.note_sent(task_id)
+
+    @rule(task_id=ids, name=names, late=st.integers(0, 60), here=st.booleans())
+    def publish(self, task_id: str, name: str, late: int, here: bool) -> None:
+        new = state(task_id, name, next(self.times) * 60 - late * 60 + late)
+        known = self.store.states.get(task_id, [])
+        if any(each.published == new.published for each in known):
+            return
+        self.store.add(new)
+        if self.table.brings(task_id, task_id in self.ours):
+            self.under_way.append(new)
+        if here:
+            self.table.note_stored(new)
+
+    @precondition(lambda self: self.under_way)
+    @rule(count=st.integers(1, 4))
+    def bring(self, count: int) -> None:
+        for _ in range(min(count, len(self.under_way))):
+            push(self.table, self.under_way.popleft())
+
+    @rule(wanted=st.sets(ids, min_size=1))
+    def follow(self, wanted: Set[str]) -> None:
+        if len(self.all) < 3:
+            followed = Followed(Follower(self.table, self.store))  # type: ignore[arg-type]
+            followed.follower.add(sorted(wanted))
+            self.all.append(followed)
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data(), task_id=ids)
+    def follow_one_more(self, data: st.DataObject, task_id: str) -> None:
+        followed = data.draw(st.sampled_from(self.all))
+        if task_id not in followed.follower.pending:
+            followed.forget(task_id)
+            followed.follower.add([task_id])
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data(), task_id=ids)
+    def follow_one_less(self, data: st.DataObject, task_id: str) -> None:
+        followed = data.draw(st.sampled_from(self.all))
+        if task_id in followed.follower.pending:
+            followed.follower.discard(task_id)
+            followed.forget(task_id)
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.all)).step()
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        followed = data.draw(st.sampled_from(self.all))
+        self.all.remove(followed)
+        followed.follower.close()
+
+    @rule()
+    def lose(self) -> None:
+        self.under_way.clear()
+        self.table.lose()
+
+    @rule(reachable=st.booleans())
+    def cut_or_mend(self, reachable: bool) -> None:
+        self.table.reachable = reachable
+
+    @rule(answers=st.booleans())
+    def have_look_ups_fail_or_not(self, answers: bool) -> None:
+        self.store.failure = None if answers else timed_out()
+
+    @invariant()
+    def who_has_the_end_follows_no_more(self) -> None:
+        for followed in self.all:
+            assert not followed.ended & followed.follower.pending.keys()
+
+    @invariant()
+    def nothing_is_kept_for_those_who_left(self) -> None:
+        wanted = {task_id for each in self.all for task_id in each.follower.pending}
+        assert set(self.table._waiters) == wanted
+        assert set(self.table._early) <= wanted
+        assert self.table._outdated <= wanted
+
+    def everything_is_known_in_the_end(self) -> None:
+        self.store.failure = None
+        self.table.reachable = True
+        while self.under_way:
+            push(self.table, self.under_way.popleft())
+        for followed in self.all:
+            for _ in range(5):
+                followed.step()
+            for task_id, known in followed.follower.pending.items():
+                # Nothing was missed, and nothing was made up.
+                assert known == self.store.current(task_id)
+                assert known is None or not meta.is_final(known.state)
+                assert key(followed.states[task_id]) == key(self.store.states.get(task_id, []))
+            for task_id in followed.ended:
+                assert set(key(followed.states[task_id])) <= set(key(self.store.states[task_id]))
+        for followed in self.all:
+            followed.follower.close()
+        assert self.table._waiters == {}
+
+
+def key(found: List[StateMessage]) -> List[Tuple[int, str]]:
+    return sorted((each.published, each.state) for each in found)
+
+
+def test_no_end_is_missed_after_any_events() -> None:
+    run_state_machine_as_test(Events, settings=settings(stateful_step_count=40))
