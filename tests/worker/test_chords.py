@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import uuid
 from pathlib import Path
@@ -24,6 +25,9 @@ World = Tuple[Celery, SimpleNamespace]
 
 #: Pools of workers. CI tries all; that alone takes minutes.
 POOLS = ["prefork", "threads", "gevent"] if os.environ.get("CI") else ["prefork"]
+if importlib.util.find_spec("gevent") is None:
+    # It has no wheels for the oldest Python.
+    POOLS = [pool for pool in POOLS if pool != "gevent"]
 
 
 @pytest.fixture(scope="module", params=POOLS)
