@@ -208,7 +208,7 @@ class Follower:
         known = self.pending[task_id]
         current = meta.fold([known, *new] if known is not None else new)
         self.pending[task_id] = current
-        final = current if current is not None and meta.is_final(current.state) else None
+        final = current if _ended(current) else None
         if final is not None:
             self._finish(task_id, consumed=True)
         return Update(task_id, new, final)
@@ -224,6 +224,10 @@ class Follower:
 
 def _published(state: StateMessage) -> int:
     return state.published
+
+
+def _ended(state: Optional[StateMessage]) -> bool:
+    return state is not None and meta.is_final(state.state)
 
 
 class Waiting:
@@ -271,7 +275,9 @@ class Waiting:
                 epoch = self._cover(again)
             found = self._store.read(unknown)
             if epoch:
-                self._inbox.install({task_id: found[task_id] for task_id in again}, epoch)
+                # An end is handed out now, and not kept to be handed out once more.
+                going_on = {i: found[i] for i in again if not _ended(meta.fold(found[i]))}
+                self._inbox.install(going_on, epoch)
         finally:
             if again:
                 self._inbox.unwatch(again, waiter)
@@ -279,7 +285,7 @@ class Waiting:
             for task_id in unknown:
                 state = states[task_id] = meta.fold(found[task_id])
                 self._polled.pop(task_id, None)
-                if state is None or not meta.is_final(state.state):
+                if not _ended(state):
                     self._polled[task_id] = None
             while len(self._polled) > MAX_POLLED:
                 self._polled.popitem(last=False)

@@ -12,13 +12,14 @@ import itertools
 import pickle
 import struct
 import threading
+import types
 import uuid
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import pytest
 from amqp.basic_message import Message
 from celery import states
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kombu import compression as kombu_compression
 from kombu.exceptions import ContentDisallowed, EncodeError, SerializerNotInstalled
@@ -215,7 +216,8 @@ def test_a_state_expires_when_its_milliseconds_are_over(
 
 def py_amqp_writes(properties: Dict[str, Any], body: bytes) -> bytes:
     message = Message(body, **properties)
-    return struct.pack(">HHQ", 60, 0, len(body)) + message._serialize_properties()
+    octets: bytes = message._serialize_properties()
+    return struct.pack(">HHQ", 60, 0, len(body)) + octets
 
 
 def we_write(properties: Dict[str, Any], body: bytes) -> bytes:
@@ -264,6 +266,9 @@ def test_a_body_that_was_decoded_on_the_way_is_encoded_again(body: str) -> None:
 
 
 @given(ids)
+@example("x" * 255)
+@example("x" * 256)
+@example("é" * 128)
 def test_the_id_is_a_property_where_it_fits(task_id: str) -> None:
     properties = dataclasses.replace(at("SUCCESS", 1), id=task_id).properties(True)
     try:
@@ -455,6 +460,10 @@ values = st.recursive(
 )
 
 
+#: For tests that try every serializer with every compression.
+few = settings(max_examples=25)
+
+
 def message_of(encoded: Tuple[str, str, Optional[str], bytes]) -> StateMessage:
     content_type, encoding, compression, body = encoded
     return StateMessage("t", "SUCCESS", 1, body, content_type, encoding, compression)
@@ -466,6 +475,7 @@ def test_compressions_are_known() -> None:
 
 @serializers
 @pytest.mark.parametrize("compression", [None, "gzip", *COMPRESSIONS])
+@few
 @given(result=values)
 def test_a_meta_comes_back(serializer: str, compression: str | None, result: Any) -> None:
     wanted = {"status": "SUCCESS", "result": result, "task_id": "é", "children": []}
@@ -553,6 +563,7 @@ def test_garbage_in_a_body_is_foreign_or_not_accepted_and_nothing_worse(
 
 @serializers
 @pytest.mark.parametrize("compression", [None, *COMPRESSIONS])
+@few
 @given(result=values, data=st.data())
 def test_a_body_that_was_cut_is_foreign_and_nothing_worse(
     serializer: str, compression: str | None, result: Any, data: st.DataObject
@@ -584,6 +595,13 @@ class Unprintable(list):  # type: ignore[type-arg]
         raise RuntimeError("a result of somebody's own class")
 
 
+def deep_list(depth: int) -> List[Any]:
+    value: List[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -594,7 +612,7 @@ class Unprintable(list):  # type: ignore[type-arg]
         {"status": "SUCCESS"},
         {"result": 1},
         Unprintable(),
-        functools.reduce(lambda inner, _: [inner], range(300), []),
+        deep_list(300),
     ],
     ids=["none", "list", "text", "empty", "no-result", "no-status", "unprintable", "deep"],
 )
@@ -641,6 +659,24 @@ def test_no_two_states_of_a_process_are_published_at_once() -> None:
     assert len(set(every)) == len(every) == 8000
 
 
+def test_two_threads_that_ask_at_once_get_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = PublishClock()
+    times: List[int] = []
+    other = threading.Thread(target=lambda: times.append(clock.now()))
+
+    def time_ns() -> int:
+        if other.ident is None:
+            # The other asks now. It has to wait for the first, which must not wait for it.
+            other.start()
+            other.join(0.2)
+        return 0
+
+    monkeypatch.setattr(meta, "time", types.SimpleNamespace(time_ns=time_ns))
+    times.append(clock.now())
+    other.join()
+    assert sorted(times) == [1, 2]
+
+
 def test_what_is_published_after_another_thread_has_is_later() -> None:
     clock = PublishClock()
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
@@ -655,7 +691,7 @@ def test_a_clock_that_is_set_back_does_not_set_states_back(ticks: List[int]) -> 
     given_times = []
     with pytest.MonkeyPatch.context() as patch:
         for tick in ticks:
-            patch.setattr(meta.time, "time_ns", lambda tick=tick: tick)
+            patch.setattr(meta, "time", types.SimpleNamespace(time_ns=lambda tick=tick: tick))
             given_times.append(clock.now())
     assert all(one < other for one, other in zip(given_times, given_times[1:]))
     assert all(one >= tick // 1000 for one, tick in zip(given_times, ticks))

@@ -48,7 +48,9 @@ odd = (
     | st.complex_numbers()
 )
 not_whole = odd | st.booleans() | st.floats() | st.sampled_from(["", "-1", "1.5", "0x10", "many"])
-not_seconds = st.none() | st.booleans() | st.just([]) | st.sampled_from(["", "soon", "nan", "inf"])
+not_seconds: st.SearchStrategy[Any] = (
+    st.none() | st.booleans() | st.just([]) | st.sampled_from(["", "soon", "nan", "inf"])
+)
 
 
 def whole_outside(low: int, high: int) -> st.SearchStrategy[Any]:
