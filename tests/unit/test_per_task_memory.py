@@ -21,7 +21,7 @@ from kombu.transport import memory
 from celery_amqp_results import errors
 
 #: A wait that is not over by then hangs.
-LONG = 30.0
+LONG = 60.0
 
 
 def new_id() -> str:
