@@ -47,6 +47,19 @@ def wait_and_say(app: Celery, task_id: str, timeout: float = 60) -> Any:
     return result.get(timeout=timeout)
 
 
+def states_until_ready(app: Celery, task_id: str, timeout: float = 60) -> List[Tuple[str, Any]]:
+    """Wait for a task and return its states as they were pushed; say "waiting" at the second."""
+    seen: List[Tuple[str, Any]] = []
+
+    def on_message(meta: Dict[str, Any]) -> None:
+        seen.append((meta["status"], meta["result"]))
+        if len(seen) == 2:
+            say("waiting")
+
+    app.AsyncResult(task_id).get(timeout=timeout, on_message=on_message)
+    return seen
+
+
 def poll_until_final(app: Celery, ids: List[str], timeout: float = 90) -> Dict[str, Any]:
     """Poll *ids* by fresh result objects until all are final.
 
