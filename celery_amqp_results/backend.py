@@ -31,6 +31,7 @@ from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
 from kombu.compression import encoders, get_encoder
 from kombu.utils.encoding import bytes_to_str
+from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import connections, errors, options, topology, transports
 from celery_amqp_results.celery4_api import Celery4API
@@ -62,6 +63,9 @@ MAX_EXPIRES = 4_294_967
 #: How often ``on_interval`` is called where no interval is given, in seconds.
 DEFAULT_INTERVAL = 0.5
 SHORTEST_INTERVAL = 0.01
+
+#: So many tasks are remembered as failed.
+MAX_FAILED = 1000
 
 #: How long the body of a chord is waited for until the chord is looked at, in seconds; doubled each
 #: time, up to the last.
@@ -189,6 +193,7 @@ class AMQPBackend(NativeChords, Celery4API):
         self._resolving = threading.RLock()
         self._pid = os.getpid()
         self._pending: Optional[PendingResults] = None
+        self._failed = LRUCache(limit=MAX_FAILED)
         self._reset_chords()
 
     @property
@@ -330,7 +335,17 @@ class AMQPBackend(NativeChords, Celery4API):
 
     def _decode_state(self, state: StateMessage) -> Meta:
         meta: Meta = self.meta_from_decoded(self._codec.decode(state))
+        if meta["status"] in states.PROPAGATE_STATES:
+            self._failed[state.id] = None
         return meta
+
+    def is_cached(self, task_id: str) -> bool:
+        """Return whether this process knows how a task has ended.
+
+        Celery's task that polls for chords finds so which task of a header has failed. Failures
+        are not in the cache itself, as a task that is delivered again may still succeed.
+        """
+        return task_id in self._cache or task_id in self._failed
 
     def _get_task_meta_for(self, task_id: str) -> Meta:
         """Return the meta of a task; of one that nothing is known of, a pending one.
@@ -356,6 +371,7 @@ class AMQPBackend(NativeChords, Celery4API):
         return self.layout.poll((task_id,))[task_id] is not None
 
     def _forget(self, task_id: str) -> None:
+        self._failed.pop(task_id, None)
         self.layout.forget((bytes_to_str(task_id),))
 
     def cleanup(self) -> None:

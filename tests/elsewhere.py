@@ -73,7 +73,7 @@ class Process:
         self._process.stdin.write(text.encode() + b"\n")
         self._process.stdin.flush()
 
-    def answer(self, timeout: float = 90.0) -> Any:
+    def answer(self, timeout: float = 120.0) -> Any:
         """Wait for the function and return what it returns; fail if it has raised."""
         self._answered = True
         try:

@@ -18,7 +18,7 @@ from celery.result import AsyncResult
 from celery_amqp_results import errors
 from celery_amqp_results.chord import Chords, Gathered
 from celery_amqp_results.meta import PART, PLAN, StateMessage
-from tests.conftest import Apps, eventually, raw_connection
+from tests.conftest import PATIENCE, Apps, eventually, raw_connection
 
 
 @pytest.fixture(params=["classic", "quorum"])
@@ -267,7 +267,7 @@ def test_one_of_many_that_complete_it_at_once_fires(make_app: Apps, group_id: st
         ) -> None:
             chords = apps[number % 4].backend.layout.chords
             try:
-                barrier.wait(30)
+                barrier.wait(PATIENCE)
                 if chords.publish_part(identity, message(f"{number:02}"), number, size):
                     chords.settle(identity, fired)
             except BaseException as exc:
@@ -277,7 +277,7 @@ def test_one_of_many_that_complete_it_at_once_fires(make_app: Apps, group_id: st
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
         assert not failures
         assert fired.ids == [f"{number:02}" for number in range(size)]
@@ -297,7 +297,7 @@ def test_the_next_in_line_takes_over_from_a_reader_that_is_gone(
 
     def die(gathered: Gathered) -> None:
         holding.set()
-        go.wait(30)
+        go.wait(PATIENCE)
         # What a killed process leaves of its connection.
         raise ConnectionResetError("killed")
 
@@ -308,12 +308,12 @@ def test_the_next_in_line_takes_over_from_a_reader_that_is_gone(
     other = second.backend.layout.chords
     reader = threading.Thread(target=first_in_line)
     reader.start()
-    assert holding.wait(30)
+    assert holding.wait(PATIENCE)
     waiting = threading.Thread(target=other.settle, args=(group_id, fired))
     waiting.start()
     go.set()
-    reader.join(30)
-    waiting.join(30)
+    reader.join(PATIENCE)
+    waiting.join(PATIENCE)
     assert not waiting.is_alive()
     assert fired.ids == ["a"]
     assert fired.chords[0].attempted
@@ -329,21 +329,21 @@ def test_a_chord_sent_again_while_it_is_being_fired(
 
     def send_slowly(signature: Any, results: Any) -> None:
         sending.set()
-        assert go.wait(30)
+        assert go.wait(PATIENCE)
 
     first.backend._bodies.send = send_slowly
     firing = threading.Thread(
         target=first.backend.mark_as_done, args=("a", 1, request("a", group_id, 0, dict(body)))
     )
     firing.start()
-    assert sending.wait(30)
+    assert sending.wait(PATIENCE)
     again = threading.Thread(target=send, args=(second, group_id, ["a"]))
     again.start()
     again.join(0.5)
     assert again.is_alive()
     go.set()
-    again.join(30)
-    firing.join(30)
+    again.join(PATIENCE)
+    firing.join(PATIENCE)
     assert not again.is_alive()
     assert not firing.is_alive()
     assert queue_exists(raw, second, group_id)
@@ -449,7 +449,7 @@ def test_an_abandoned_chord_goes_away(
     eventually(lambda: not takes_messages(amqp_url, topology.chord_size_queue(group_id).name))
     # The part that comes too late does no harm, and its state is stored.
     app.backend.mark_as_done("b", 2, request("b", group_id, 1, dict(body)))
-    assert app.AsyncResult("b").get(timeout=20) == 2
+    assert app.AsyncResult("b").get(timeout=PATIENCE) == 2
 
 
 def test_state_and_part_wait_for_one_confirm(app: Celery, group_id: str) -> None:
@@ -465,7 +465,7 @@ def test_state_and_part_wait_for_one_confirm(app: Celery, group_id: str) -> None
     publisher.publish = noting
     app.backend.mark_as_done("a", 1, request("a", group_id, 0, dict(body)))
     assert calls == [2]
-    assert app.AsyncResult("a").get(timeout=20) == 1
+    assert app.AsyncResult("a").get(timeout=PATIENCE) == 1
 
 
 def test_a_body_that_cannot_be_published_fails_the_chord(app: Celery, group_id: str) -> None:

@@ -34,7 +34,7 @@ from celery_amqp_results.waiting import Follower, Update
 from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
 
 #: Long enough for a machine that is busy; what has to come has come before.
-LONG = 20.0
+LONG = 60.0
 
 
 @pytest.fixture
