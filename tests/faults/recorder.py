@@ -170,11 +170,9 @@ class Store:
     began: float
     ended: Optional[float] = None
     error: Optional[str] = None
-
-    @property
-    def promised(self) -> bool:
-        """Whether it returned, and of a final state."""
-        return self.ended is not None and self.error is None and self.content.state in FINAL
+    #: Since when everybody has to find it, or ``None``. A state on the way is only promised when
+    #: a final one that the same process stored after it is.
+    kept: Optional[float] = None
 
 
 @dataclasses.dataclass
@@ -218,12 +216,12 @@ class Record:
     crashes: List[float] = dataclasses.field(default_factory=list)
 
     def promised(self, since: float = 0.0, until: float = float("inf")) -> List[str]:
-        """Return the tasks that have an end which has to be found, stored between two times."""
+        """Return the tasks that have to be found and were stored between two times."""
         return [
             task_id
             for task_id, stores in self.stores.items()
             if task_id not in self.forgotten
-            and any(s.promised and since <= s.began <= until for s in stores)
+            and any(s.kept is not None and since <= s.began <= until for s in stores)
         ]
 
 
@@ -233,6 +231,7 @@ def load(folder: Path) -> Record:
     for path in sorted(folder.glob("*.journal")):
         process = path.name[: -len(".journal")]
         open_stores: Dict[Tuple[str, int], Store] = {}
+        on_the_way: List[Store] = []
         waits: Dict[int, Wait] = {}
         for line in path.read_bytes().split(b"\n")[:-1]:
             what, *event = json.loads(line)
@@ -245,6 +244,12 @@ def load(folder: Path) -> Record:
                 task_id, state, version, digest, ended, error = event
                 store = open_stores.pop((task_id, version))
                 store.ended, store.error = ended, error
+                if error is None:
+                    on_the_way.append(store)
+                    if state in FINAL:
+                        for earlier in on_the_way:
+                            earlier.kept = ended
+                        on_the_way.clear()
             elif what == "read":
                 kind, task_id, state, version, digest, began, ended = event
                 read = Read(process, kind, _Content(state, version, digest), began, ended)
@@ -290,6 +295,9 @@ class Limits(NamedTuple):
     expires: Optional[float] = None
 
 
+LIMITS = Limits()
+
+
 class Violation(NamedTuple):
     """A promise that was broken."""
 
@@ -305,7 +313,7 @@ class Verdict:
     """What a record comes to."""
 
     violations: List[Violation]
-    #: Tasks with an end that had to be found.
+    #: Tasks that had to be found.
     at_stake: int
     #: Calls of ``store_result`` that raised.
     refused: int
@@ -397,7 +405,7 @@ class _ReadFloor:
 
 def check(
     record: Record,
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
     since: float = 0.0,
     until: float = float("inf"),
     now: Optional[float] = None,
@@ -424,7 +432,7 @@ def check(
         born = min(store.began for store in stores)
         if since <= born <= until:
             chosen.add(task_id)
-            at_stake += any(store.promised for store in stores)
+            at_stake += any(store.kept is not None for store in stores)
             refused += sum(store.error is not None for store in stores)
             longest_store = max(
                 [longest_store, *(s.ended - s.began for s in stores if s.ended is not None)]
@@ -445,7 +453,11 @@ def check(
         raised += wait.error is not None
         violations.extend(_check_wait(wait, record, limits, now))
         for task_id, given in wait.got.items():
-            ends = [s.ended for s in record.stores.get(task_id, ()) if s.promised and s.ended]
+            ends = [
+                store.kept
+                for store in record.stores.get(task_id, ())
+                if store.kept is not None and store.content.state in FINAL
+            ]
             if ends:
                 longest_wait = max(longest_wait, given[0][1] - max(min(ends), wait.began))
     for process, began, ended, allowed, error in record.unread:
@@ -481,11 +493,7 @@ def _check_task(
     task_id: str, stores: List[Store], reads: List[Read], record: Record, limits: Limits
 ) -> Iterator[Violation]:
     written = {store.content: store.began for store in reversed(stores)}
-    promised = {
-        store.content: store.ended
-        for store in reversed(stores)
-        if store.promised and store.ended is not None
-    }
+    promised = {store.content: store.kept for store in reversed(stores) if store.kept is not None}
     first = min(store.began for store in stores)
     by_stores = _Floor((at, content, "stored before") for content, at in promised.items())
     by_others = _ReadFloor(
@@ -558,15 +566,15 @@ def _check_wait(wait: Wait, record: Record, limits: Limits, now: float) -> Itera
             continue
         for store in record.stores.get(task_id, ()):
             if (
-                store.promised
-                and store.ended is not None
-                and max(store.ended, wait.began) + limits.lag < wait.ended
+                store.kept is not None
+                and store.content.state in FINAL
+                and max(store.kept, wait.began) + limits.lag < wait.ended
             ):
                 yield Violation(
                     "missed",
                     task_id,
                     wait.began,
-                    f"{what} raised {wait.error} {wait.ended - store.ended:.1f} s after it was "
+                    f"{what} raised {wait.error} {wait.ended - store.kept:.1f} s after it was "
                     "stored",
                 )
                 break
