@@ -14,6 +14,8 @@
     celery.exceptions.BackendError
      +-- ResultTooLarge             the broker refuses a message of this size
      +-- BacklogLimitExceeded       too many states of one task in the layout per-task
+    NotImplementedError
+     +-- Unsupported                this layout or transport cannot do that
 
 All of them survive pickling: task errors travel between processes.
 """
@@ -32,6 +34,7 @@ __all__ = (
     "LookupTimeout",
     "NotConfirmed",
     "ResultTooLarge",
+    "Unsupported",
 )
 
 
@@ -71,3 +74,7 @@ class ResultTooLarge(BackendError):
 
 class BacklogLimitExceeded(BackendError):
     """Raised when a task has too much state history to fast-forward."""
+
+
+class Unsupported(NotImplementedError):
+    """Raised when the layout or the transport in use cannot do what was asked."""
