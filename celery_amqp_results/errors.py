@@ -14,6 +14,8 @@
     celery.exceptions.BackendError
      +-- ResultTooLarge             the broker refuses a message of this size
      +-- BacklogLimitExceeded       too many states of one task in the layout per-task
+    celery.exceptions.TimeoutError and asyncio.TimeoutError
+     +-- WaitTimeout                a task did not end in time; raised by celery_amqp_results.aio
     NotImplementedError
      +-- Unsupported                this layout or transport cannot do that
 
@@ -22,7 +24,9 @@ All of them survive pickling: task errors travel between processes.
 
 from __future__ import annotations
 
-from celery.exceptions import BackendError, ImproperlyConfigured
+import asyncio
+
+from celery.exceptions import BackendError, ImproperlyConfigured, TimeoutError
 from kombu.exceptions import OperationalError
 
 __all__ = (
@@ -35,6 +39,7 @@ __all__ = (
     "NotConfirmed",
     "ResultTooLarge",
     "Unsupported",
+    "WaitTimeout",
 )
 
 
@@ -78,3 +83,17 @@ class BacklogLimitExceeded(BackendError):
 
 class Unsupported(NotImplementedError):
     """Raised when the layout or the transport in use cannot do what was asked."""
+
+
+class WaitTimeout(TimeoutError, asyncio.TimeoutError):
+    """Raised when a task that a coroutine waits for has not ended within the timeout.
+
+    It is what ``AsyncResult.get`` raises, and what asyncio raises, in one.
+    """
+
+    def __new__(cls, *args: object) -> WaitTimeout:
+        # asyncio's is an OSError since Python 3.11, which takes two arguments for number and text.
+        return super().__new__(cls)
+
+    def __init__(self, *args: object) -> None:
+        self.args = args

@@ -45,7 +45,17 @@ from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.meta import StateMessage
 from celery_amqp_results.waiting import Update
 
-__all__ = ("Newest", "Tap", "Target", "read_states", "read_target", "watch_everything", "watch_ids")
+__all__ = (
+    "Newest",
+    "Tap",
+    "Target",
+    "decode_or_none",
+    "nodes",
+    "read_states",
+    "read_target",
+    "watch_everything",
+    "watch_ids",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +98,7 @@ def read_target(target: Any) -> Target:
     """
     ids: Dict[str, None] = {}
     ended: Dict[str, Meta] = {}
-    for node in _nodes(target):
+    for node in nodes(target):
         if isinstance(node, str):
             ids[node] = None
         elif node.ignored:
@@ -100,17 +110,21 @@ def read_target(target: Any) -> Target:
     return Target([i for i in ids if i not in ended], list(ended.values()))
 
 
-def _nodes(target: Any) -> Iterator[Any]:
-    """Return the ids and result objects in *target*."""
+def nodes(target: Any) -> Iterator[Any]:
+    """Return the ids and result objects in *target*, which :func:`read_target` describes.
+
+    Raises:
+        TypeError: when it is no such thing.
+    """
     if isinstance(target, (str, bytes)):
         yield bytes_to_str(target)
     elif isinstance(target, (AsyncResult, EagerResult)):
         yield target
     elif isinstance(target, ResultSet):
-        yield from _nodes(target.results)
+        yield from nodes(target.results)
     elif isinstance(target, Iterable):
         for node in target:
-            yield from _nodes(node)
+            yield from nodes(node)
     else:
         raise TypeError(
             f"{target!r} cannot be watched: give a task id, a result object, a group, or a list "
