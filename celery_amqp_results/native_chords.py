@@ -380,6 +380,10 @@ class NativeChords(Backend):
             logger.exception("chord %s was not fired, though it may be complete", group_id)
             raise
 
+    def is_sent_body(self, task_id: str) -> bool:
+        """Return whether a task is the body of a chord that this process sent. Does no I/O."""
+        return task_id in self._body_groups
+
     def settle_body(self, body_id: str) -> None:
         """Look whether a chord that this process sent is complete and was left by its last worker.
 
