@@ -689,12 +689,12 @@ class PerTaskLayout:
                 self._exchange_declared = False
                 attempt += 1
                 pause = self._settings.retry_policy.pause(attempt)
-                late = deadline is not None and time.monotonic() + (pause or 0.0) >= deadline
-                if pause is None or late or connections.is_refusal(exc):
+                over = connections.is_over(deadline)
+                if pause is None or over or connections.is_refusal(exc):
                     raise errors.BackendUnavailable(
                         f"{failure}, after {attempt} tries at {self.connector.describe()}: {exc!r}"
                     ) from exc
-                time.sleep(pause)
+                time.sleep(connections.time_left(deadline, pause))
 
     def close(self, wait: bool = True) -> None:
         """Close all connections; whoever waits gets an error."""

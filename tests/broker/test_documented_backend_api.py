@@ -174,8 +174,12 @@ def test_consume_waits_and_leaves_the_result(app: Celery, task_ids: List[str]) -
 
 def test_consume_calls_on_interval(app: Celery, task_ids: List[str]) -> None:
     called: List[int] = []
-    with pytest.raises(TimeoutError):
-        app.backend.consume(task_ids[0], timeout=1.3, on_interval=lambda: called.append(1))
+    # A broker that is busy may take longer than that to connect.
+    for timeout in (1.3, LONG / 2):
+        with pytest.raises(TimeoutError):
+            app.backend.consume(task_ids[0], timeout, on_interval=lambda: called.append(1))
+        if called:
+            break
     assert called
 
 
