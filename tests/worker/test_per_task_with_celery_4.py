@@ -51,7 +51,8 @@ steps = app.send_task("tests.worker.tasks.steps", (20,))
 seen = set()
 while not steps.ready():
     seen.add(steps.state)
-told["steps"] = [steps.get(timeout=60), sorted(seen - {"PENDING", "STARTED", "PROGRESS", "SUCCESS"})]
+others = seen - {"PENDING", "STARTED", "PROGRESS", "SUCCESS"}
+told["steps"] = [steps.get(timeout=60), sorted(others)]
 print(json.dumps(told))
 """
 
