@@ -41,6 +41,17 @@ def pytest_report_header() -> str:
     return f"rabbitmq: {where or os.environ.get('RABBITMQ_DISTRIBUTION', 'system')}"
 
 
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """Keep the tests of a file together where several processes run tests.
+
+    Each process has a node of its own, and each file may have a worker for all its tests. Tests
+    with a ``world`` are kept together by its parameter.
+    """
+    for item in items:
+        world = getattr(item, "callspec", None) and item.callspec.params.get("world", "")
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {world or ''}"))
+
+
 def eventually(condition: Callable[[], _T], timeout: float = PATIENCE) -> _T:
     """Return what *condition* returns once that is true; fail after *timeout* seconds."""
     deadline = time.monotonic() + timeout

@@ -526,7 +526,8 @@ class Followed:
         self.due: Dict[str, List[StateMessage]] = collections.defaultdict(list)
 
     def step(self) -> None:
-        for task_id, new, final in step(self.follower):
+        for update in step(self.follower):
+            task_id, new, final = update.task_id, update.states, update.final
             assert task_id not in self.ended
             assert new == sorted(new, key=lambda each: each.published)
             handed_out = self.states[task_id]
