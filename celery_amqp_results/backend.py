@@ -457,7 +457,15 @@ class AMQPBackend(NativeChords, Celery4API):
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
                     raise _timed_out(timeout, len(follower.pending), len(ids))
-                yield from follower.step(deadline, max(0.0, next_interval - now))
+                try:
+                    updates = follower.step(deadline, max(0.0, next_interval - now))
+                except errors.BackendUnavailable as exc:
+                    refused = exc.__cause__ is not None and connections.is_refusal(exc.__cause__)
+                    if refused or not connections.is_over(deadline):
+                        raise
+                    # Reaching the broker has taken all the time there was.
+                    raise _timed_out(timeout, len(follower.pending), len(ids)) from exc
+                yield from updates
                 if time.monotonic() >= next_check and follower.pending:
                     # A chord whose last worker died before it fired has nobody else.
                     for task_id in list(follower.pending):

@@ -24,7 +24,7 @@ from amqp import spec
 
 from celery_amqp_results import errors, options
 
-__all__ = ("TRANSIENT", "Connector", "Link", "Pool", "is_refusal", "time_left")
+__all__ = ("TRANSIENT", "Connector", "Link", "Pool", "is_over", "is_refusal", "time_left")
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,11 @@ def time_left(deadline: Optional[float], at_most: float) -> float:
     if deadline is None:
         return at_most
     return max(0.0, min(at_most, deadline - time.monotonic()))
+
+
+def is_over(deadline: Optional[float]) -> bool:
+    """Return whether *deadline* (``time.monotonic``) is over; ``None`` never is."""
+    return deadline is not None and time.monotonic() >= deadline
 
 
 class _Received:
@@ -325,7 +330,7 @@ class Connector:
                         "Check user, password, virtual host and permissions in the result backend "
                         "URL."
                     ) from exc
-                if attempt + 1 == hosts or (deadline is not None and time.monotonic() >= deadline):
+                if attempt + 1 == hosts or is_over(deadline):
                     raise
                 connection.maybe_switch_next()
                 continue
@@ -337,7 +342,8 @@ class Connector:
 
         Parameters:
             heartbeat: seconds between heartbeats; 0 for none.
-            deadline: time (``time.monotonic``) after which to give up.
+            deadline: time (``time.monotonic``) after which to give up; not before, unless the
+                retry policy says so.
 
         Raises:
             BackendUnavailable: when the broker could not be reached, or refuses us.
@@ -351,14 +357,13 @@ class Connector:
             except TRANSIENT as exc:
                 attempt += 1
                 pause = self.policy.pause(attempt)
-                now = time.monotonic()
-                if pause is None or (deadline is not None and now + pause >= deadline):
+                if pause is None or is_over(deadline):
                     raise errors.BackendUnavailable(
                         f"the broker at {self.describe()} cannot be reached after {attempt} "
                         f"tries: {exc!r}. Is RabbitMQ running there, and is the result backend "
                         "URL right?"
                     ) from exc
-                time.sleep(pause)
+                time.sleep(time_left(deadline, pause))
 
 
 class Pool:
