@@ -8,7 +8,7 @@ PYTEST ?= tests --ignore=tests/tools
 
 BIN := $(VENV)/bin
 # What is not the package itself, but is checked with it.
-SCRIPTS := demo tools tests $(wildcard bench)
+SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
 	test-tools bench clean
