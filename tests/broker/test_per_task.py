@@ -640,8 +640,9 @@ def test_states_are_pushed_to_all_who_wait_and_stay(
         thread.join(LONG)
     assert values == [7] * 4
     assert seen == [[states.STARTED, states.SUCCESS]] * 4
-    # Nothing was taken out of the task's own queue. What was read is put back a moment later.
-    eventually(lambda: broker.count(task_id) == 2)
+    # The result was not taken out of the task's own queue. What was read is put back a moment
+    # later; a look that came after the end has dropped the state before it.
+    eventually(lambda: broker.count(task_id) in (1, 2))
     assert app.AsyncResult(task_id).get(timeout=LONG) == 7
 
 
