@@ -557,6 +557,10 @@ class PerTaskLayout:
             return (amqp_errors.NotFound,)
         return (amqp_errors.ChannelError,)
 
+    def received_again(self, state: StateMessage) -> StateMessage:
+        """Return *state* as if it was received now: what was read meanwhile is older."""
+        return dataclasses.replace(state, published=next(self._received))
+
     def state_of(self, message: kombu.Message) -> StateMessage:
         """Return the state that *message* holds, decoded.
 
