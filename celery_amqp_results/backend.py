@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import operator
 import os
 import threading
@@ -52,6 +53,8 @@ from celery_amqp_results.per_task_layout import PerTaskLayout, Wire
 from celery_amqp_results.shared_layout import SharedLayout
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
+
+logger = logging.getLogger(__name__)
 
 #: The state of a group that is kept by ``GroupResult.save``, in header and body.
 GROUP_STATE = "GROUP"
@@ -278,9 +281,10 @@ class AMQPBackend(NativeChords, Celery4API):
             task_id, state, self.layout.shape(meta), STATE, self._expiration_of(state)
         )
         client = _client_of(request)
-        if not is_final(state) or not self._publish_with_part(task_id, message, client):
+        stored = self.layout.detach(message)
+        if not is_final(state) or not self._publish_with_part(task_id, message, stored, client):
             self.layout.publish(
-                message,
+                stored,
                 client,
                 getattr(request, "group", None),
                 # ABORTED as well: who asked a task to stop relies on it.
@@ -329,8 +333,33 @@ class AMQPBackend(NativeChords, Celery4API):
     # -- reading -----------------------------------------------------------------------------
 
     def _decode_state(self, state: StateMessage) -> Meta:
-        meta: Meta = self.meta_from_decoded(self._codec.decode(state))
+        meta: Meta = self.meta_from_decoded(self._codec.decode(self._complete(state)))
         return meta
+
+    def _complete(self, state: StateMessage) -> StateMessage:
+        """Return *state* with its body, which may be kept elsewhere.
+
+        Raises:
+            ResultExpired: when the body is gone.
+            LookupTimeout, BackendUnavailable: when it could not be read.
+        """
+        if state.body_queue is None:
+            return state
+        complete = self.layout.fetch(state)
+        if complete is None:
+            raise errors.ResultExpired(
+                f"the {state.state} of {state.id!r} is gone from the queue {state.body_queue!r}: "
+                "it has expired or was forgotten, or somebody deleted the queue"
+            )
+        return complete
+
+    def _decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
+        """Return the meta of *state*, or ``None`` where its body is gone."""
+        try:
+            return self._decode_state(state)
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+            return None
 
     def _get_task_meta_for(self, task_id: str) -> Meta:
         """Return the meta of a task; of one that nothing is known of, a pending one.
@@ -344,9 +373,9 @@ class AMQPBackend(NativeChords, Celery4API):
         """
         task_id = bytes_to_str(task_id)
         state = self.layout.poll((task_id,))[task_id]
-        if state is None:
+        meta = None if state is None else self._decode_if_kept(state)
+        if meta is None:
             return {"status": states.PENDING, "result": None}
-        meta = self._decode_state(state)
         self._settle_after_reading(meta)
         return meta
 
@@ -396,7 +425,7 @@ class AMQPBackend(NativeChords, Celery4API):
             missing = 0
             for task_id, state in self.layout.poll(ids).items():
                 if state is not None and on_message is not None:
-                    on_message(self._decode_state(state))
+                    self._call(on_message, state)
                 if state is None or not is_final(state.state):
                     missing += 1
                 else:
@@ -418,7 +447,7 @@ class AMQPBackend(NativeChords, Celery4API):
                 for update in follower.step(deadline, max(0.0, next_interval - now)):
                     if on_message is not None:
                         for state in update.states:
-                            on_message(self._decode_state(state))
+                            self._call(on_message, state)
                     if update.final is not None:
                         yield update.task_id, update.final
                 if time.monotonic() >= next_check and follower.pending:
@@ -431,6 +460,11 @@ class AMQPBackend(NativeChords, Celery4API):
                     next_interval = time.monotonic() + interval
                     if on_interval is not None:
                         on_interval()
+
+    def _call(self, on_message: Callable[[Meta], Any], state: StateMessage) -> None:
+        meta = self._decode_if_kept(state)
+        if meta is not None:
+            on_message(meta)
 
     def wait_for(
         self,
@@ -642,7 +676,11 @@ class AMQPBackend(NativeChords, Celery4API):
         group = self.layout.read_group(group_id)
         if group is None:
             return None
-        meta = self._codec.decode(group)
+        try:
+            meta = self._codec.decode(self._complete(group))
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+            return None
         meta["result"] = result_from_tuple(meta["result"], self.app)
         return meta
 

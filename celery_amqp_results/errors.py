@@ -13,6 +13,7 @@
      +-- ForeignMessage             a message in our queues that is not ours, or is damaged
     celery.exceptions.BackendError
      +-- ResultTooLarge             the broker refuses a message of this size
+     +-- ResultExpired              of a large result only the pointer is left
      +-- BacklogLimitExceeded       too many states of one task in the layout per-task
 
 All of them survive pickling: task errors travel between processes.
@@ -31,6 +32,7 @@ __all__ = (
     "InvalidOption",
     "LookupTimeout",
     "NotConfirmed",
+    "ResultExpired",
     "ResultTooLarge",
 )
 
@@ -67,6 +69,13 @@ class ForeignMessage(ValueError):
 
 class ResultTooLarge(BackendError):
     """Raised when the broker refuses a result because of its size."""
+
+
+class ResultExpired(BackendError):
+    """Raised when a large result ends while it is being read: it expired, or was forgotten.
+
+    What asks for the state of a task says PENDING then, as of any other that has expired.
+    """
 
 
 class BacklogLimitExceeded(BackendError):

@@ -49,9 +49,10 @@ _FIELDS = (
     ("c", "compression"),
     ("x", "expiration"),
     ("k", "kind"),
+    ("q", "body_queue"),
 )
 #: Fields left out of the head when they have this value.
-_DEFAULTS = {"compression": None, "expiration": None, "kind": meta.STATE}
+_DEFAULTS = {"compression": None, "expiration": None, "kind": meta.STATE, "body_queue": None}
 
 
 def _digest(message_id: str) -> bytes:

@@ -93,6 +93,35 @@ class Publisher:
 
         return self._run(work, messages)
 
+    def publish_apart(self, queue: QueueSpec, message: Outgoing) -> None:
+        """Declare *queue*, publish *message* to it, and return when the broker has it.
+
+        Raises:
+            ResultTooLarge: when the broker refuses a message of this size.
+            DeclarationRefused: when the queue exists with other properties.
+            BackendUnavailable: when the broker could not be reached or refuses us.
+        """
+
+        def work(channel: ConfirmChannel) -> None:
+            declare_queue(channel.channel, queue)
+            if self._publish(channel, (message,), True):
+                raise errors.NotConfirmed(f"the queue {queue.name!r} was deleted meanwhile")
+
+        self._run(work, (message,))
+
+    def delete(self, queues: Sequence[str]) -> None:
+        """Delete *queues* with all that is in them; they need not exist.
+
+        Raises:
+            BackendUnavailable: when the broker could not be reached or refuses us.
+        """
+
+        def work(channel: ConfirmChannel) -> None:
+            for queue in queues:
+                channel.channel.queue_delete(queue)
+
+        self._run(work, ())
+
     def declare(self, queues: Sequence[QueueSpec]) -> int:
         """Declare *queues*, and return how many read them already.
 
