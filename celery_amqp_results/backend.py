@@ -20,6 +20,7 @@ from typing import (
     List,
     Mapping,
     Optional,
+    Set,
     Tuple,
     Union,
 )
@@ -33,7 +34,7 @@ from celery.utils.nodenames import anon_nodename
 from kombu.compression import encoders, get_encoder
 from kombu.utils.encoding import bytes_to_str
 
-from celery_amqp_results import connections, errors, options, topology, transports
+from celery_amqp_results import connections, errors, expiry, options, topology, transports
 from celery_amqp_results.celery4_api import Celery4API
 from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.layouts import Layout, LayoutRegistry
@@ -59,8 +60,8 @@ logger = logging.getLogger(__name__)
 #: The state of a group that is kept by ``GroupResult.save``, in header and body.
 GROUP_STATE = "GROUP"
 
-#: The longest expiration that RabbitMQ takes, in seconds.
-MAX_EXPIRES = 4_294_967
+#: A mistake of the user's is logged once; so many are remembered.
+MAX_COMPLAINTS = 100
 
 #: How often ``on_interval`` is called where no interval is given, in seconds.
 DEFAULT_INTERVAL = 0.5
@@ -74,6 +75,8 @@ LAST_CHORD_CHECK = 300.0
 Meta = Dict[str, Any]
 
 _clock = PublishClock()
+
+_NOT_GIVEN: Any = object()
 
 
 class AMQPBackend(NativeChords, Celery4API):
@@ -192,6 +195,7 @@ class AMQPBackend(NativeChords, Celery4API):
         self._resolving = threading.RLock()
         self._pid = os.getpid()
         self._pending: Optional[PendingResults] = None
+        self._complaints: Set[str] = set()
         self._reset_chords()
 
     @property
@@ -275,10 +279,35 @@ class AMQPBackend(NativeChords, Celery4API):
             DeclarationRefused: when something on the broker exists with other properties.
         """
         task_id = bytes_to_str(task_id)
+        try:
+            self._store(task_id, result, state, traceback, request)
+        except errors.ResultTooLarge as exc:
+            # Of a SUCCESS, Celery stores a FAILURE with this error. Of a failure that is too large
+            # itself something has to be known as well: whoever waits must not wait for ever.
+            if not is_final(state) or state == states.SUCCESS:
+                raise
+            logger.error("task %s ended with %s, which is stored without details", task_id, exc)
+            self._store(task_id, exc, state, None, request, brief=True)
+        return result
+
+    def _store(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: Any,
+        request: Any,
+        brief: bool = False,
+    ) -> None:
+        """Publish a state; a *brief* one without the arguments of the task, which may be long."""
+        if brief:
+            result = self.encode_result(result, state)
         meta = self._get_result_meta(result, state, traceback, request)
         meta["task_id"] = task_id
+        if brief:
+            meta.update({name: None for name in ("args", "kwargs") if name in meta})
         message = self._encode_state(
-            task_id, state, self.layout.shape(meta), STATE, self._expiration_of(state)
+            task_id, state, self.layout.shape(meta), STATE, self._expiration_of(state, request)
         )
         client = _client_of(request)
         stored = self.layout.detach(message)
@@ -290,7 +319,6 @@ class AMQPBackend(NativeChords, Celery4API):
                 # ABORTED as well: who asked a task to stop relies on it.
                 is_final(state) or state == ABORTED,
             )
-        return result
 
     def _encode_state(
         self,
@@ -313,7 +341,13 @@ class AMQPBackend(NativeChords, Celery4API):
             kind,
         )
 
-    def _expiration_of(self, state: str) -> Optional[int]:
+    def _expiration_of(self, state: str, request: Any = None) -> Optional[int]:
+        """Return the milliseconds after which a state expires, ``None`` for never."""
+        for where, seconds in _own_expiries(self.app, request):
+            try:
+                return expiry.milliseconds(seconds)
+            except ValueError as exc:
+                self._complain(f"{where} is of no use, and result_expires applies: {exc}")
         if state == states.FAILURE:
             return self._failure_expiration
         if state in states.READY_STATES or self._failure_expiration is None:
@@ -322,6 +356,12 @@ class AMQPBackend(NativeChords, Celery4API):
         if self._expiration is None:
             return self._failure_expiration
         return min(self._expiration, self._failure_expiration)
+
+    def _complain(self, text: str) -> None:
+        """Log a mistake of the user's once."""
+        if text not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
+            self._complaints.add(text)
+            logger.warning("%s", text)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether trying again may help: the broker is away, not unwilling."""
@@ -776,14 +816,27 @@ def _client_of(request: Any) -> str:
 
 def _milliseconds(name: str, seconds: Optional[float]) -> Optional[int]:
     """Return an expiration in milliseconds, ``None`` for never."""
-    if not seconds:
-        return None
-    if not 0 < seconds <= MAX_EXPIRES:
-        raise ImproperlyConfigured(
-            f"{name} is {seconds!r} seconds; RabbitMQ takes up to {MAX_EXPIRES} (49 days). Use 0 "
-            "or None to keep results until they are forgotten."
-        )
-    return max(1, int(seconds * 1000))
+    try:
+        return expiry.milliseconds(seconds)
+    except ValueError as exc:
+        raise ImproperlyConfigured(f"{name}: {exc}") from None
+
+
+def _own_expiries(app: Any, request: Any) -> Iterator[Tuple[str, Any]]:
+    """Yield what a task says of its own expiry, and where; what counts more comes first."""
+    if request is None:
+        return
+    # A header of the message becomes an attribute; of a task that is called eagerly it does not.
+    own = getattr(request, expiry.NAME, _NOT_GIVEN)
+    if own is _NOT_GIVEN:
+        own = (getattr(request, "headers", None) or {}).get(expiry.NAME, _NOT_GIVEN)
+    if own is not _NOT_GIVEN:
+        yield f"the header {expiry.NAME!r} of a task", own
+    name = getattr(request, "task", None)
+    task = app.tasks.get(name) if isinstance(name, str) else None
+    own = getattr(task, expiry.NAME, _NOT_GIVEN)
+    if own is not _NOT_GIVEN:
+        yield f"the attribute {expiry.NAME!r} of the task {name}", own
 
 
 def _timed_out(timeout: Optional[float], missing: int, total: int) -> TimeoutError:

@@ -12,7 +12,7 @@
     ValueError
      +-- ForeignMessage             a message in our queues that is not ours, or is damaged
     celery.exceptions.BackendError
-     +-- ResultTooLarge             the broker refuses a message of this size
+     +-- ResultTooLarge             the broker refuses a message of this size; an EncodeError too
      +-- ResultExpired              of a large result only the pointer is left
      +-- BacklogLimitExceeded       too many states of one task in the layout per-task
 
@@ -21,8 +21,10 @@ All of them survive pickling: task errors travel between processes.
 
 from __future__ import annotations
 
+from typing import Optional
+
 from celery.exceptions import BackendError, ImproperlyConfigured
-from kombu.exceptions import OperationalError
+from kombu.exceptions import EncodeError, OperationalError
 
 __all__ = (
     "BackendUnavailable",
@@ -67,8 +69,15 @@ class ForeignMessage(ValueError):
     """Raised when a message is not one of ours, or is damaged."""
 
 
-class ResultTooLarge(BackendError):
-    """Raised when the broker refuses a result because of its size."""
+class ResultTooLarge(BackendError, EncodeError):
+    """Raised when the broker refuses a result because of its size.
+
+    To Celery that is a result that cannot be encoded: the task fails with this error.
+    """
+
+    #: Bytes of the encoded result, and how many the broker takes, where that is known.
+    size: Optional[int] = None
+    limit: Optional[int] = None
 
 
 class ResultExpired(BackendError):

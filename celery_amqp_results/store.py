@@ -105,7 +105,9 @@ class _Read:
                     self._removed_pointers.append(tag)
                     self._body_queues.add(state.body_queue)
                 return
-            self.found.setdefault(state.id, []).append(state)
+            # The broker drops what has expired when it is first in the queue, and not before.
+            if not state.expired(time.time_ns() // 1000):
+                self.found.setdefault(state.id, []).append(state)
         if self._retain(len(state.body)):
             self._loose[tag] = state
 
