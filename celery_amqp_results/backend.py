@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import logging
 import operator
 import os
 import threading
@@ -21,6 +22,7 @@ from typing import (
     List,
     Mapping,
     Optional,
+    Set,
     Tuple,
     Union,
 )
@@ -35,7 +37,15 @@ from kombu.compression import encoders, get_encoder
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.functional import LRUCache
 
-from celery_amqp_results import connections, errors, options, topology, transports, watching
+from celery_amqp_results import (
+    connections,
+    errors,
+    expiry,
+    options,
+    topology,
+    transports,
+    watching,
+)
 from celery_amqp_results.celery4_api import Celery4API
 from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.layouts import Layout, LayoutRegistry
@@ -57,11 +67,13 @@ from celery_amqp_results.waiting import Update
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
+logger = logging.getLogger(__name__)
+
 #: The state of a group that is kept by ``GroupResult.save``, in header and body.
 GROUP_STATE = "GROUP"
 
-#: The longest expiration that RabbitMQ takes, in seconds.
-MAX_EXPIRES = 4_294_967
+#: A mistake of the user's is logged once; so many are remembered.
+MAX_COMPLAINTS = 100
 
 #: How often ``on_interval`` is called where no interval is given, in seconds.
 DEFAULT_INTERVAL = 0.5
@@ -81,6 +93,8 @@ LAST_CHORD_CHECK = 300.0
 Meta = Dict[str, Any]
 
 _clock = PublishClock()
+
+_NOT_GIVEN: Any = object()
 
 
 class AMQPBackend(NativeChords, Celery4API):
@@ -200,6 +214,7 @@ class AMQPBackend(NativeChords, Celery4API):
         self._pid = os.getpid()
         self._pending: Optional[PendingResults] = None
         self._failed = LRUCache(limit=MAX_FAILED)
+        self._complaints: Set[str] = set()
         self._reset_chords()
 
     @property
@@ -283,21 +298,46 @@ class AMQPBackend(NativeChords, Celery4API):
             DeclarationRefused: when something on the broker exists with other properties.
         """
         task_id = bytes_to_str(task_id)
+        try:
+            self._store(task_id, result, state, traceback, request)
+        except errors.ResultTooLarge as exc:
+            # Of a SUCCESS, Celery stores a FAILURE with this error. Of a failure that is too large
+            # itself something has to be known as well: whoever waits must not wait for ever.
+            if not is_final(state) or state == states.SUCCESS:
+                raise
+            logger.error("task %s ended with %s, which is stored without details", task_id, exc)
+            self._store(task_id, exc, state, None, request, brief=True)
+        return result
+
+    def _store(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: Any,
+        request: Any,
+        brief: bool = False,
+    ) -> None:
+        """Publish a state; a *brief* one without the arguments of the task, which may be long."""
+        if brief:
+            result = self.encode_result(result, state)
         meta = self._get_result_meta(result, state, traceback, request)
         meta["task_id"] = task_id
+        if brief:
+            meta.update({name: None for name in ("args", "kwargs") if name in meta})
         message = self._encode_state(
-            task_id, state, self.layout.shape(meta), STATE, self._expiration_of(state)
+            task_id, state, self.layout.shape(meta), STATE, self._expiration_of(state, request)
         )
         client = _client_of(request)
-        if not is_final(state) or not self._publish_with_part(task_id, message, client):
+        stored = self.layout.detach(message)
+        if not is_final(state) or not self._publish_with_part(task_id, message, stored, client):
             self.layout.publish(
-                message,
+                stored,
                 client,
                 getattr(request, "group", None),
                 # ABORTED as well: who asked a task to stop relies on it.
                 is_final(state) or state == ABORTED,
             )
-        return result
 
     def _encode_state(
         self,
@@ -320,7 +360,13 @@ class AMQPBackend(NativeChords, Celery4API):
             kind,
         )
 
-    def _expiration_of(self, state: str) -> Optional[int]:
+    def _expiration_of(self, state: str, request: Any = None) -> Optional[int]:
+        """Return the milliseconds after which a state expires, ``None`` for never."""
+        for where, seconds in _own_expiries(self.app, request):
+            try:
+                return expiry.milliseconds(seconds)
+            except ValueError as exc:
+                self._complain(f"{where} is of no use, and result_expires applies: {exc}")
         if state == states.FAILURE:
             return self._failure_expiration
         if state in states.READY_STATES or self._failure_expiration is None:
@@ -329,6 +375,12 @@ class AMQPBackend(NativeChords, Celery4API):
         if self._expiration is None:
             return self._failure_expiration
         return min(self._expiration, self._failure_expiration)
+
+    def _complain(self, text: str) -> None:
+        """Log a mistake of the user's once."""
+        if text not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
+            self._complaints.add(text)
+            logger.warning("%s", text)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether trying again may help: the broker is away, not unwilling."""
@@ -340,7 +392,7 @@ class AMQPBackend(NativeChords, Celery4API):
     # -- reading -----------------------------------------------------------------------------
 
     def _decode_state(self, state: StateMessage) -> Meta:
-        meta: Meta = self.meta_from_decoded(self._codec.decode(state))
+        meta: Meta = self.meta_from_decoded(self._codec.decode(self._complete(state)))
         if meta["status"] in states.PROPAGATE_STATES:
             self._failed[state.id] = None
         return meta
@@ -352,6 +404,31 @@ class AMQPBackend(NativeChords, Celery4API):
         are not in the cache itself, as a task that is delivered again may still succeed.
         """
         return task_id in self._cache or task_id in self._failed
+
+    def _complete(self, state: StateMessage) -> StateMessage:
+        """Return *state* with its body, which may be kept elsewhere.
+
+        Raises:
+            ResultExpired: when the body is gone.
+            LookupTimeout, BackendUnavailable: when it could not be read.
+        """
+        if state.body_queue is None:
+            return state
+        complete = self.layout.fetch(state)
+        if complete is None:
+            raise errors.ResultExpired(
+                f"the {state.state} of {state.id!r} is gone from the queue {state.body_queue!r}: "
+                "it has expired or was forgotten, or somebody deleted the queue"
+            )
+        return complete
+
+    def _decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
+        """Return the meta of *state*, or ``None`` where its body is gone."""
+        try:
+            return self._decode_state(state)
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+            return None
 
     def _get_task_meta_for(self, task_id: str) -> Meta:
         """Return the meta of a task; of one that nothing is known of, a pending one.
@@ -365,9 +442,9 @@ class AMQPBackend(NativeChords, Celery4API):
         """
         task_id = bytes_to_str(task_id)
         state = self.layout.poll((task_id,))[task_id]
-        if state is None:
+        meta = None if state is None else self._decode_if_kept(state)
+        if meta is None:
             return {"status": states.PENDING, "result": None}
-        meta = self._decode_state(state)
         self._settle_after_reading(meta)
         return meta
 
@@ -417,7 +494,7 @@ class AMQPBackend(NativeChords, Celery4API):
             for update in updates:
                 if on_message is not None:
                     for state in update.states:
-                        on_message(self._decode_state(state))
+                        self._call(on_message, state)
                 if update.final is not None:
                     yield update.task_id, update.final
 
@@ -531,6 +608,11 @@ class AMQPBackend(NativeChords, Celery4API):
             self._decode_state,
             wanted,
         )
+
+    def _call(self, on_message: Callable[[Meta], Any], state: StateMessage) -> None:
+        meta = self._decode_if_kept(state)
+        if meta is not None:
+            on_message(meta)
 
     def wait_for(
         self,
@@ -742,7 +824,11 @@ class AMQPBackend(NativeChords, Celery4API):
         group = self.layout.read_group(group_id)
         if group is None:
             return None
-        meta = self._codec.decode(group)
+        try:
+            meta = self._codec.decode(self._complete(group))
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+            return None
         meta["result"] = result_from_tuple(meta["result"], self.app)
         return meta
 
@@ -838,14 +924,27 @@ def _client_of(request: Any) -> str:
 
 def _milliseconds(name: str, seconds: Optional[float]) -> Optional[int]:
     """Return an expiration in milliseconds, ``None`` for never."""
-    if not seconds:
-        return None
-    if not 0 < seconds <= MAX_EXPIRES:
-        raise ImproperlyConfigured(
-            f"{name} is {seconds!r} seconds; RabbitMQ takes up to {MAX_EXPIRES} (49 days). Use 0 "
-            "or None to keep results until they are forgotten."
-        )
-    return max(1, int(seconds * 1000))
+    try:
+        return expiry.milliseconds(seconds)
+    except ValueError as exc:
+        raise ImproperlyConfigured(f"{name}: {exc}") from None
+
+
+def _own_expiries(app: Any, request: Any) -> Iterator[Tuple[str, Any]]:
+    """Yield what a task says of its own expiry, and where; what counts more comes first."""
+    if request is None:
+        return
+    # A header of the message becomes an attribute; of a task that is called eagerly it does not.
+    own = getattr(request, expiry.NAME, _NOT_GIVEN)
+    if own is _NOT_GIVEN:
+        own = (getattr(request, "headers", None) or {}).get(expiry.NAME, _NOT_GIVEN)
+    if own is not _NOT_GIVEN:
+        yield f"the header {expiry.NAME!r} of a task", own
+    name = getattr(request, "task", None)
+    task = app.tasks.get(name) if isinstance(name, str) else None
+    own = getattr(task, expiry.NAME, _NOT_GIVEN)
+    if own is not _NOT_GIVEN:
+        yield f"the attribute {expiry.NAME!r} of the task {name}", own
 
 
 def _timed_out(timeout: Optional[float], missing: int, total: int) -> TimeoutError:

@@ -44,6 +44,8 @@ STATE_HEADER = "state"
 ID_HEADER = "id"
 #: Header with the content type of kombu's compression; the name is kombu's.
 COMPRESSION_HEADER = "compression"
+#: Header with the name of the queue that has the body, of a state that is a pointer.
+BODY_QUEUE_HEADER = "body-queue"
 
 #: The state of ``celery.contrib.abortable``, which imports too much for one word.
 ABORTED = "ABORTED"
@@ -72,6 +74,8 @@ class StateMessage:
     expiration: Optional[int] = None
     #: :data:`STATE`, :data:`GROUP`, :data:`PART` or :data:`PLAN`.
     kind: str = STATE
+    #: The queue that has the body, where that is too large for a shard; :attr:`body` is empty then.
+    body_queue: Optional[str] = None
     #: The meta, where it had to be decoded to know the state: :meth:`Codec.decode` returns it.
     decoded: Optional[Mapping[str, Any]] = dataclasses.field(
         default=None, compare=False, repr=False
@@ -98,6 +102,8 @@ class StateMessage:
             headers[ID_HEADER] = raw_id.hex()
         if self.compression:
             headers[COMPRESSION_HEADER] = self.compression
+        if self.body_queue:
+            headers[BODY_QUEUE_HEADER] = self.body_queue
         if self.expiration is not None:
             properties["expiration"] = str(self.expiration)
         return properties
@@ -132,6 +138,11 @@ class StateMessage:
             raise errors.ForeignMessage(
                 f"header {COMPRESSION_HEADER!r} is {compression!r}, not a content type"
             )
+        body_queue = headers.get(BODY_QUEUE_HEADER)
+        if body_queue is not None and not isinstance(body_queue, str):
+            raise errors.ForeignMessage(
+                f"header {BODY_QUEUE_HEADER!r} is {body_queue!r}, not the name of a queue"
+            )
         return cls(
             id=message_id(properties),
             state=state,
@@ -142,6 +153,7 @@ class StateMessage:
             compression=compression,
             expiration=_expiration(properties),
             kind=kind,
+            body_queue=body_queue,
         )
 
 
@@ -160,6 +172,7 @@ def checked(state: StateMessage) -> StateMessage:
         and (state.compression is None or isinstance(state.compression, str))
         and (state.expiration is None or type(state.expiration) is int)
         and state.kind in (STATE, GROUP)
+        and (state.body_queue is None or isinstance(state.body_queue, str))
     ):
         raise errors.ForeignMessage(f"a field is not of its type: {state!r:.300}")
     return state

@@ -76,6 +76,8 @@ class Options:
     lookup_timeout: float = 10.0
     #: Bytes of results that are packed into one message, at most.
     page_size: int = 256 * 1024
+    #: Bytes of an encoded result up to which it is kept in a shard; a larger one has its own queue.
+    inline_limit: int = 128 * 1024
     #: How connecting and publishing are retried.
     retry_policy: RetryPolicy = RetryPolicy()
 
@@ -192,6 +194,7 @@ _PARSERS: Dict[str, Callable[[Any], Any]] = {
     "confirm": _boolean,
     "lookup_timeout": _seconds(0.1, 3600),
     "page_size": _integer(1024, 8 * 1024 * 1024),
+    "inline_limit": _integer(1024, 8 * 1024 * 1024),
     "retry_policy": _retry_policy,
 }
 

@@ -49,9 +49,10 @@ _FIELDS = (
     ("c", "compression"),
     ("x", "expiration"),
     ("k", "kind"),
+    ("q", "body_queue"),
 )
 #: Fields left out of the head when they have this value.
-_DEFAULTS = {"compression": None, "expiration": None, "kind": meta.STATE}
+_DEFAULTS = {"compression": None, "expiration": None, "kind": meta.STATE, "body_queue": None}
 
 
 def _digest(message_id: str) -> bytes:
@@ -138,7 +139,7 @@ def select(
     """Divide *states* into those worth keeping in a page and those that may be dropped.
 
     Of a task that has ended only the state that counts is kept, unless it has expired. Of a task
-    that goes on nothing is dropped: somebody may want its history.
+    that goes on only what has expired is dropped: somebody may want its history.
 
     Parameters:
         states: of any number of tasks and groups; all that the shard has of each.
@@ -146,7 +147,7 @@ def select(
 
     Returns:
         The final states and groups to keep, and the states to drop. States of tasks that go on
-        are in neither.
+        are in neither, unless they have expired.
     """
     by_id: Dict[Tuple[str, str], List[StateMessage]] = {}
     for state in states:
@@ -156,6 +157,7 @@ def select(
     for (kind, _), found in by_id.items():
         current = meta.fold(found)
         if current is None or not (kind == meta.GROUP or meta.is_final(current.state)):
+            drop.extend(state for state in found if state.expired(now))
             continue
         for state in found:
             if state is current and not state.expired(now):

@@ -314,6 +314,14 @@ class PerTaskLayout:
     def note_sent(self, task_id: str) -> None:
         """Do nothing: the queue is declared by the one who has a state to put there."""
 
+    def detach(self, state: StateMessage) -> StateMessage:
+        """Return *state*: every task has a queue of its own anyway."""
+        return state
+
+    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+        """Return *pointer*, which is none."""
+        return pointer
+
     def publish(
         self, state: StateMessage, client: str, group_id: Optional[str], final: bool
     ) -> None:

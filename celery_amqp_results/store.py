@@ -77,6 +77,9 @@ class _Read:
         self._retained = 0
         #: Pages to write anew without what is removed from them, by delivery tag.
         self._cut_pages: Dict[int, bytes] = {}
+        #: Pointers to remove, and the queues to delete before.
+        self._removed_pointers: List[int] = []
+        self._body_queues: Set[str] = set()
         # A queue that is not there is empty: a look-up declares nothing.
         self.checkout = Checkout(
             link,
@@ -99,10 +102,16 @@ class _Read:
     def _on_state(self, tag: int, state: StateMessage) -> None:
         if state.id in self.wanted and state.kind == self._kind:
             if self._remove:
-                self.checkout.acknowledge((tag,))
                 self.removed += 1
+                if state.body_queue is None:
+                    self.checkout.acknowledge((tag,))
+                else:
+                    self._removed_pointers.append(tag)
+                    self._body_queues.add(state.body_queue)
                 return
-            self.found.setdefault(state.id, []).append(state)
+            # The broker drops what has expired when it is first in the queue, and not before.
+            if not state.expired(time.time_ns() // 1000):
+                self.found.setdefault(state.id, []).append(state)
         if self._retain(len(state.body)):
             self._loose[tag] = state
 
@@ -116,6 +125,7 @@ class _Read:
         if self._remove:
             if hits:
                 self.removed += len(hits)
+                self._body_queues.update(queue for s in hits if (queue := s.body_queue))
                 self._cut_pages[tag] = body
             return
         for state in hits:
@@ -151,12 +161,22 @@ class _Read:
         Parameters:
             pack_until: time (``time.monotonic``) after which packing is left to the next reader.
         """
-        if self._cut_pages:
+        if self._remove:
+            self._delete_bodies()
             self._cut()
-        elif not self._remove and len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
+        elif len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
             self._pack(pack_until)
         # Only a removal has to be done when the caller goes on.
         self.checkout.close(wait=self._remove)
+
+    def _delete_bodies(self) -> None:
+        """Delete the queues of large results, and only then what points to them."""
+        if self._body_queues:
+            channel = self._link.channel()
+            for queue in self._body_queues:
+                channel.queue_delete(queue)
+            channel.close()
+        self.checkout.acknowledge(self._removed_pointers)
 
     def _cut(self) -> None:
         cut = dict(self._cut_pages)
@@ -228,8 +248,38 @@ class _Read:
         ]
         if done:
             self._wait_for_pages()
+        self._drop_bodies(drop, sources, done)
         self.checkout.acknowledge(done)
         store.packed += len(settled)
+
+    def _drop_bodies(
+        self,
+        drop: List[StateMessage],
+        sources: Dict[int, List[StateMessage]],
+        done: List[int],
+    ) -> None:
+        """Delete queues that only dropped pointers lead to and that would not expire."""
+        dropped = {id(state) for state in drop}
+        settled = set(done)
+        gone: Set[str] = set()
+        # The same pointer may be there twice.
+        kept: Set[str] = set()
+        for tag, states_of in sources.items():
+            for state in states_of:
+                if state.body_queue is not None and state.expiration is None:
+                    superseded = tag in settled and id(state) in dropped
+                    (gone if superseded else kept).add(state.body_queue)
+        gone -= kept
+        if not gone:
+            return
+        channel = self._link.channel()
+        try:
+            for queue in gone:
+                channel.queue_delete(queue)
+        except amqp.exceptions.AccessRefused as exc:
+            # Who only reads may do without the permission.
+            logger.info("superseded large results were not deleted: %s", exc)
+        channel.close()
 
     def _publish_page(self, content: List[StateMessage]) -> None:
         """Publish a page to the shard, and wait until the broker has it."""
