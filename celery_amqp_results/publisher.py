@@ -115,6 +115,7 @@ class Publisher:
             except _FAILURES as exc:
                 if channel is not None:
                     self._drop(channel, messages)
+                    self._connector.leave(channel.link)
                 attempt += 1
                 pause = self._judge(exc, messages, attempt)
                 logger.warning(
@@ -219,6 +220,7 @@ class Publisher:
             return ConfirmChannel(link)
         except BaseException:
             link.drop()
+            self._connector.leave(link)
             raise
 
     def _release(self, channel: ConfirmChannel) -> None:

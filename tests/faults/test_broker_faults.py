@@ -129,6 +129,33 @@ def test_a_connection_that_turns_into_a_black_hole_delays_results_and_loses_none
         app.backend.close()
 
 
+def test_who_failed_on_one_host_goes_on_on_another_and_stays_there(
+    make_app: Apps, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confirms, "CONFIRM_TIMEOUT", 2.0)
+    # Given a node that was cut off from its cluster: connections stand, and nothing happens
+    with Proxy(node.amqp_port) as one, Proxy(node.amqp_port) as two:
+        app = make_app(
+            ";".join(proxy.url(node.url()) for proxy in (one, two)),
+            result_backend_transport_options={"lookup_timeout": 3},
+        )
+        first, second = new_ids(2)
+        app.backend.store_result(first, 1, states.SUCCESS)
+        assert app.backend._get_task_meta_for(first)["result"] == 1
+        assert (one.accepted, two.accepted) == (2, 0)
+        one.swallow()
+        # When it is noticed by who stores, and by who looks up
+        app.backend.store_result(second, 2, states.SUCCESS)
+        with pytest.raises(errors.LookupTimeout):
+            app.backend._get_task_meta_for(second)
+        # Then they go on through the other, without asking the first again
+        assert app.backend._get_task_meta_for(second)["result"] == 2
+        assert app.AsyncResult(second).get(timeout=LONG) == 2
+        assert one.accepted == 2
+        assert two.accepted >= 2
+        app.backend.close()
+
+
 @contextlib.contextmanager
 def limited(node: rabbitmq.Node, **limits: int) -> Iterator[None]:
     """Give the default virtual host limits for the duration of a ``with`` block."""
