@@ -121,14 +121,35 @@ class ConfirmChannel:
                 self.returned.append(outgoing)
                 return
 
-    def wait(self, tags: Sequence[int]) -> None:
-        """Wait until the broker has settled *tags*."""
-        patience = time.monotonic() + CONFIRM_TIMEOUT
+    def wait(self, tags: Sequence[int], deadline: Optional[float] = None) -> None:
+        """Wait until the broker has settled *tags*.
+
+        Parameters:
+            tags: delivery tags.
+            deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
+                publishers; ``None`` for when the connection is taken for dead.
+
+        Raises:
+            NotConfirmed: when it has not done so in time.
+        """
+        started = time.monotonic()
+        patience = started + CONFIRM_TIMEOUT
         while any(tag in self.unconfirmed for tag in tags):
-            self.link.drain(1.0)
+            self.link.drain(connections.time_left(deadline, 1.0))
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                why = ""
+                if self.link.blocked:
+                    why = (
+                        f": the broker blocks publishers ({self.link.blocked}: a memory or disk "
+                        "alarm)"
+                    )
+                raise errors.NotConfirmed(
+                    f"no confirm from the broker within {now - started:.1f} s{why}"
+                )
             if self.link.blocked:
-                patience = time.monotonic() + CONFIRM_TIMEOUT
-            elif time.monotonic() > patience:
+                patience = now + CONFIRM_TIMEOUT
+            elif now > patience:
                 raise errors.NotConfirmed(
                     f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s"
                 )

@@ -120,6 +120,8 @@ class Link:
         #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
         self.blocked: Optional[str] = None
         self.idle_since = 0.0
+        #: Which of the connector's hosts it leads to, see :meth:`Connector.leave`.
+        self.host = 0
         #: A channel for publishing that its users keep open between uses.
         self.publishing: Any = None
         # Bounds every read and write that sets no shorter bound of its own, so that a broker that
@@ -303,9 +305,19 @@ class Connector:
         self._make = make
         self.policy = policy
         self.describe = describe
+        #: Number of the host that is tried first, counted over all rounds through the hosts.
+        self._host = 0
+
+    def leave(self, link: Link) -> None:
+        """Try other hosts first from now on: *link* has failed.
+
+        A node that is cut off from its cluster takes connections, and does nothing on them.
+        """
+        if link.host == self._host:
+            self._host += 1
 
     def open_once(self, heartbeat: float, deadline: Optional[float] = None) -> Link:
-        """Open a connection, trying each host of the URL once.
+        """Open a connection, trying each host of the URL once, first the one that answered last.
 
         Parameters:
             heartbeat: seconds between heartbeats; 0 for none.
@@ -317,6 +329,9 @@ class Connector:
         """
         connection = self._make(heartbeat)
         hosts = max(1, len(connection.alt or ()))
+        first = self._host
+        for _ in range(first % hosts):
+            connection.maybe_switch_next()
         for attempt in range(hosts):
             timeout = connection.connect_timeout or CONNECT_TIMEOUT
             connection.connect_timeout = max(0.1, time_left(deadline, timeout))
@@ -334,6 +349,7 @@ class Connector:
                     raise
                 connection.maybe_switch_next()
                 continue
+            self._host = link.host = first + attempt
             return link
         raise AssertionError("unreachable")  # pragma: no cover
 
@@ -408,8 +424,10 @@ class Pool:
         link = self._take() or self._connector.open(self._heartbeat, deadline)
         try:
             yield link
-        except BaseException:
+        except BaseException as exc:
             link.drop()
+            if isinstance(exc, TRANSIENT):
+                self._connector.leave(link)
             raise
         self._put(link)
 

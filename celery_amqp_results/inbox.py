@@ -415,6 +415,7 @@ class Inbox:
                 self._lose(exc)
                 if session is not None:
                     session.drop()
+                    self._connector.leave(session.link)
                 if self._closing:
                     break
                 attempt += 1
@@ -535,6 +536,7 @@ class _Session:
             self._set_up()
         except BaseException:
             self.link.drop()
+            inbox._connector.leave(self.link)
             raise
 
     def _set_up(self) -> None:

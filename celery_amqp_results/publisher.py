@@ -202,6 +202,7 @@ class Publisher:
                 if channel is not None:
                     _discard_oversize(channel, messages, exc)
                     self._drop(channel, messages)
+                    self._connector.leave(channel.link)
                 attempt += 1
                 pause = self._judge(exc, messages, attempt)
                 logger.warning(
@@ -313,6 +314,7 @@ class Publisher:
             return ConfirmChannel(link)
         except BaseException:
             link.drop()
+            self._connector.leave(link)
             raise
 
     def _release(self, channel: ConfirmChannel) -> None:

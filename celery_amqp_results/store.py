@@ -75,6 +75,8 @@ class _Read:
         self._loose: Dict[int, StateMessage] = {}
         self._small_pages: Dict[int, bytes] = {}
         self._retained = 0
+        #: When the look-up has to be over.
+        self._end = 0.0
         #: Pages to write anew without what is removed from them, by delivery tag.
         self._cut_pages: Dict[int, bytes] = {}
         #: Pointers to remove, and the queues to delete before.
@@ -155,12 +157,17 @@ class _Read:
             for task_id in self.wanted
         )
 
-    def finish(self, pack_until: float) -> None:
+    def finish(self, pack_until: float, end: float) -> None:
         """Write what has to be written, and let go of the shard.
 
         Parameters:
             pack_until: time (``time.monotonic``) after which packing is left to the next reader.
+            end: time after which the broker is not waited for any more.
+
+        Raises:
+            NotConfirmed: when the broker has not taken a page by then.
         """
+        self._end = end
         if self._remove:
             self._delete_bodies()
             self._cut()
@@ -201,9 +208,9 @@ class _Read:
         known of a task: it has to see that we held the queue meanwhile.
         """
         self.checkout.set_fence()
-        until = time.monotonic() + PAGE_SECONDS
+        until = min(time.monotonic() + PAGE_SECONDS, self._end)
         while not self.checkout.fenced and time.monotonic() < until:
-            self._link.drain(PAGE_SECONDS)
+            self._link.drain(connections.time_left(until, PAGE_SECONDS))
 
     def _pack(self, until: float) -> None:
         """Replace loose results, and small pages, by full pages.
@@ -295,7 +302,7 @@ class _Read:
         tag = channel.publish(
             Outgoing("", self.checkout.queue, properties, page.encode(content), self.shard)
         )
-        channel.wait((tag,))
+        channel.wait((tag,), self._end)
         if channel.nacked or channel.returned:
             raise errors.NotConfirmed(f"the broker did not take a page for {self.checkout.queue!r}")
 
@@ -425,6 +432,10 @@ class Store:
             except connections.TRANSIENT as exc:
                 # Shards read completely are done; the others are read again.
                 self.declarations.forget()
+                if not todo:
+                    # All are: what is lost is the chance to pack, which the next reader has, too.
+                    logger.warning("a shard was read and could not be packed: %r", exc)
+                    return
                 if isinstance(exc, errors.BackendUnavailable):
                     raise
                 if connections.is_refusal(exc):
@@ -477,11 +488,15 @@ class Store:
                 continue
             for read in finished:
                 running.remove(read)
+                if not remove:
+                    todo.remove(read.shard)
+                    take(read)
                 started_packing = time.monotonic()
-                read.finish(started_packing + pack_seconds)
+                read.finish(started_packing + pack_seconds, end)
                 pack_seconds -= time.monotonic() - started_packing
-                todo.remove(read.shard)
-                take(read)
+                if remove:
+                    todo.remove(read.shard)
+                    take(read)
 
     def confirm_channel(self, link: connections.Link) -> ConfirmChannel:
         """Return the channel for publishing on a connection for look-ups."""
