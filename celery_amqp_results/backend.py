@@ -26,7 +26,7 @@ from typing import (
 import kombu
 from celery import states
 from celery.app.task import Context
-from celery.exceptions import ImproperlyConfigured, TimeoutError
+from celery.exceptions import ImproperlyConfigured, SecurityError, TimeoutError
 from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
 from kombu.compression import encoders, get_encoder
@@ -162,6 +162,7 @@ class AMQPBackend(NativeChords, Celery4API):
             self.serializer,
             self.accept,
             _compression_of(self) if self.layout_name == "shared" else None,
+            self.options.max_decompressed_size,
         )
         self._expiration = _milliseconds("result_expires", self.expires)
         failure_expires = conf.get("result_failure_expires")
@@ -177,8 +178,8 @@ class AMQPBackend(NativeChords, Celery4API):
             else _milliseconds("result_chord_expires", self.prepare_expires(chord_expires))
         )
         self._layouts = _registry_of(app)
-        # The layout per-task has to decode what it reads, so that it knows what may be decoded.
-        accept = sorted(self.accept or ()) if self.layout_name == "per-task" else None
+        # Layouts have to decode what they read, so that they know what may be decoded.
+        accept = sorted(self.accept or ())
         self._layout_key = repr((self._url, self.options, self.layout_name, self.wire, accept))
         self._reset()
         _backends.add(self)
@@ -216,6 +217,7 @@ class AMQPBackend(NativeChords, Celery4API):
             self.options,
             topology.client_word(anon_nodename()),
             self.persistent,
+            self._codec,
         )
 
     def _make_sessions(self, connector: connections.Connector) -> transports.Sessions:
@@ -329,8 +331,17 @@ class AMQPBackend(NativeChords, Celery4API):
     # -- reading -----------------------------------------------------------------------------
 
     def _decode_state(self, state: StateMessage) -> Meta:
-        meta: Meta = self.meta_from_decoded(self._codec.decode(state))
-        return meta
+        meta = self._codec.decode(state)
+        try:
+            decoded: Meta = self.meta_from_decoded(meta)
+        except SecurityError:
+            # Celery's own: the exception is something else that could be called.
+            raise
+        except Exception as exc:
+            raise errors.ForeignMessage(
+                f"the {state.state} of {state.id!r} has no exception as its result: {exc!r:.300}"
+            ) from exc
+        return decoded
 
     def _get_task_meta_for(self, task_id: str) -> Meta:
         """Return the meta of a task; of one that nothing is known of, a pending one.
@@ -643,7 +654,12 @@ class AMQPBackend(NativeChords, Celery4API):
         if group is None:
             return None
         meta = self._codec.decode(group)
-        meta["result"] = result_from_tuple(meta["result"], self.app)
+        try:
+            meta["result"] = result_from_tuple(meta["result"], self.app)
+        except Exception as exc:
+            raise errors.ForeignMessage(
+                f"the group {group_id!r} has no members as its result: {exc!r:.300}"
+            ) from exc
         return meta
 
     def _delete_group(self, group_id: str) -> None:

@@ -9,7 +9,7 @@ from celery_amqp_results.chord import HEARTBEAT as CHORD_HEARTBEAT
 from celery_amqp_results.chord import Chords
 from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.inbox import Inbox
-from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.meta import Codec, StateMessage
 from celery_amqp_results.options import Options
 from celery_amqp_results.publisher import Outgoing, Publisher
 from celery_amqp_results.store import HEARTBEAT as STORE_HEARTBEAT
@@ -29,6 +29,7 @@ class SharedLayout:
         options: the backend's options.
         client: the word of this process in routing keys.
         persistent: whether messages survive a restart of the broker.
+        codec: decodes metas.
 
     Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and let
     go of this one untouched: closing it would speak on the parent's connections.
@@ -41,6 +42,7 @@ class SharedLayout:
         options: Options,
         client: str,
         persistent: bool,
+        codec: Codec,
     ) -> None:
         self._topology = topology
         self._options = options
@@ -49,7 +51,12 @@ class SharedLayout:
         self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups")
         self.publisher = Publisher(connector, declarations)
         self.store = Store(
-            self._pool, declarations, options.lookup_timeout, options.page_size, persistent
+            self._pool,
+            declarations,
+            options.lookup_timeout,
+            options.page_size,
+            persistent,
+            codec.decode,
         )
         self.inbox = Inbox(connector, declarations, client)
         self._waiting = Waiting(self.inbox, self.store)
