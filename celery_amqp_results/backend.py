@@ -30,7 +30,7 @@ from typing import (
 import kombu
 from celery import states
 from celery.app.task import Context
-from celery.exceptions import ImproperlyConfigured, TimeoutError
+from celery.exceptions import ImproperlyConfigured, SecurityError, TimeoutError
 from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
 from kombu.compression import encoders, get_encoder
@@ -186,6 +186,7 @@ class AMQPBackend(NativeChords, Celery4API):
             self.serializer,
             self.accept,
             _compression_of(self) if self.layout_name == "shared" else None,
+            self.options.max_decompressed_size,
         )
         self._expiration = _milliseconds("result_expires", self.expires)
         failure_expires = conf.get("result_failure_expires")
@@ -201,8 +202,8 @@ class AMQPBackend(NativeChords, Celery4API):
             else _milliseconds("result_chord_expires", self.prepare_expires(chord_expires))
         )
         self._layouts = _registry_of(app)
-        # The layout per-task has to decode what it reads, so that it knows what may be decoded.
-        accept = sorted(self.accept or ()) if self.layout_name == "per-task" else None
+        # Layouts have to decode what they read, so that they know what may be decoded.
+        accept = sorted(self.accept or ())
         self._layout_key = repr((self._url, self.options, self.layout_name, self.wire, accept))
         self._reset()
         _backends.add(self)
@@ -242,6 +243,7 @@ class AMQPBackend(NativeChords, Celery4API):
             self.options,
             topology.client_word(anon_nodename()),
             self.persistent,
+            self._codec,
         )
 
     def _make_sessions(self, connector: connections.Connector) -> transports.Sessions:
@@ -392,10 +394,19 @@ class AMQPBackend(NativeChords, Celery4API):
     # -- reading -----------------------------------------------------------------------------
 
     def _decode_state(self, state: StateMessage) -> Meta:
-        meta: Meta = self.meta_from_decoded(self._codec.decode(self._complete(state)))
-        if meta["status"] in states.PROPAGATE_STATES:
+        meta = self._codec.decode(self._complete(state))
+        try:
+            decoded: Meta = self.meta_from_decoded(meta)
+        except SecurityError:
+            # Celery's own: the exception is something else that could be called.
+            raise
+        except Exception as exc:
+            raise errors.ForeignMessage(
+                f"the {state.state} of {state.id!r} has no exception as its result: {exc!r:.300}"
+            ) from exc
+        if decoded["status"] in states.PROPAGATE_STATES:
             self._failed[state.id] = None
-        return meta
+        return decoded
 
     def is_cached(self, task_id: str) -> bool:
         """Return whether this process knows how a task has ended.
@@ -829,7 +840,12 @@ class AMQPBackend(NativeChords, Celery4API):
         except errors.ResultExpired as exc:
             logger.warning("taken for expired: %s", exc)
             return None
-        meta["result"] = result_from_tuple(meta["result"], self.app)
+        try:
+            meta["result"] = result_from_tuple(meta["result"], self.app)
+        except Exception as exc:
+            raise errors.ForeignMessage(
+                f"the group {group_id!r} has no members as its result: {exc!r:.300}"
+            ) from exc
         return meta
 
     def _delete_group(self, group_id: str) -> None:

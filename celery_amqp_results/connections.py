@@ -22,7 +22,7 @@ import kombu
 from amqp import exceptions as amqp_errors
 from amqp import spec
 
-from celery_amqp_results import errors, options
+from celery_amqp_results import errors, frames, options
 
 __all__ = ("TRANSIENT", "Connector", "Link", "Pool", "is_over", "is_refusal", "time_left")
 
@@ -128,6 +128,7 @@ class Link:
         # stops answering is an error and not a hang.
         self.socket.settimeout(IO_TIMEOUT)
         self._received = _Received(established.transport)
+        established.on_inbound_frame = frames.tolerant(established.on_inbound_frame)
         # gevent and eventlet replace DefaultSelector.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)

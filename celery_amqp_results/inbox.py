@@ -504,7 +504,10 @@ class Inbox:
 
     def _receive(self, message: amqp.Message) -> None:
         try:
-            state = StateMessage.from_properties(message.properties, message.body)
+            state = meta.dated(
+                StateMessage.from_properties(message.properties, message.body),
+                time.time_ns() // 1000,
+            )
         except errors.ForeignMessage as exc:
             self.rejected += 1
             level = logging.WARNING if self.rejected == 1 else logging.DEBUG

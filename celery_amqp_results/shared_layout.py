@@ -11,7 +11,7 @@ from celery_amqp_results.chord import Chords
 from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.inbox import Inbox
 from celery_amqp_results.large import LargeBodies
-from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.meta import Codec, StateMessage
 from celery_amqp_results.options import Options
 from celery_amqp_results.publisher import Outgoing, Publisher
 from celery_amqp_results.store import HEARTBEAT as STORE_HEARTBEAT
@@ -32,6 +32,7 @@ class SharedLayout:
         options: the backend's options.
         client: the word of this process in routing keys.
         persistent: whether messages survive a restart of the broker.
+        codec: decodes metas.
 
     Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and let
     go of this one untouched: closing it would speak on the parent's connections.
@@ -44,6 +45,7 @@ class SharedLayout:
         options: Options,
         client: str,
         persistent: bool,
+        codec: Codec,
     ) -> None:
         self._connector = connector
         self._topology = topology
@@ -53,7 +55,12 @@ class SharedLayout:
         self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups")
         self.publisher = Publisher(connector, declarations)
         self.store = Store(
-            self._pool, declarations, options.lookup_timeout, options.page_size, persistent
+            self._pool,
+            declarations,
+            options.lookup_timeout,
+            options.page_size,
+            persistent,
+            codec.decode,
         )
         self._large = LargeBodies(
             self.publisher,

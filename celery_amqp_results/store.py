@@ -16,6 +16,7 @@ from typing import Any, Callable, Collection, Deque, Dict, Iterable, List, Optio
 
 import amqp
 from celery import states
+from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import connections, errors, meta, page
 from celery_amqp_results.checkout import Checkout
@@ -99,9 +100,21 @@ class _Read:
             else:
                 self._on_state(tag, StateMessage.from_properties(properties, message.body))
         except errors.ForeignMessage as exc:
-            self._store.reject(self.checkout.queue, str(exc))
+            self._reject(exc)
+            if properties.get("type") is None:
+                # Whatever it is, no version of ours has written it, and without an expiration it
+                # would be in every reader's way for ever. What has a type is left: another
+                # version may know it.
+                self.checkout.acknowledge((tag,))
+
+    def _reject(self, why: Exception) -> None:
+        self._store.reject(self.checkout.queue, str(why))
 
     def _on_state(self, tag: int, state: StateMessage) -> None:
+        shard = self._store.declarations.topology.shard(state.id)
+        if shard != self.shard:
+            raise errors.ForeignMessage(f"{state.id!r:.100} belongs to shard {shard}")
+        state = meta.dated(state, time.time_ns() // 1000)
         if state.id in self.wanted and state.kind == self._kind:
             if self._remove:
                 self.removed += 1
@@ -114,14 +127,15 @@ class _Read:
             # The broker drops what has expired when it is first in the queue, and not before.
             if not state.expired(time.time_ns() // 1000):
                 self.found.setdefault(state.id, []).append(state)
-        if self._retain(len(state.body)):
+        # In a page nobody could tell when what has no date expires; as it is, the broker can.
+        if state.published != meta.UNKNOWN_TIME and self._retain(len(state.body)):
             self._loose[tag] = state
 
     def _on_page(self, tag: int, body: bytes) -> None:
         now = time.time_ns() // 1000
         hits = [
             state
-            for state in page.find(body, self.wanted)
+            for state in page.find(body, self.wanted, self._reject)
             if state.kind == self._kind and not state.expired(now)
         ]
         if self._remove:
@@ -131,7 +145,7 @@ class _Read:
                 self._cut_pages[tag] = body
             return
         for state in hits:
-            self.found.setdefault(state.id, []).append(state)
+            self.found.setdefault(state.id, []).append(meta.dated(state, now))
         if self._retain(len(body)):
             self._small_pages[tag] = body
 
@@ -191,7 +205,7 @@ class _Read:
         for body in cut.values():
             kept = [
                 state
-                for state in page.decode(body)
+                for state in page.decode(body, self._reject)
                 if not (state.id in self.wanted and state.kind == self._kind)
             ]
             if kept:
@@ -227,8 +241,8 @@ class _Read:
             try:
                 sources[tag] = page.decode(body)
             except errors.ForeignMessage as exc:
-                store.reject(self.checkout.queue, str(exc))
-        keep, drop = page.select(itertools.chain.from_iterable(sources.values()), now)
+                self._reject(exc)
+        keep, drop = page.select(self._credible(itertools.chain(*sources.values())), now)
         if len(keep) + len(drop) < PACK_AT:
             # Almost all are states of tasks that go on.
             return
@@ -288,6 +302,22 @@ class _Read:
             logger.info("superseded large results were not deleted: %s", exc)
         channel.close()
 
+    def _credible(self, states_of: Iterable[StateMessage]) -> List[StateMessage]:
+        """Return *states_of* without ends that cannot be decoded and would displace others."""
+        known = list(states_of)
+        ends: Dict[str, List[StateMessage]] = {}
+        for state in known:
+            if state.kind == meta.STATE and meta.is_final(state.state):
+                ends.setdefault(state.id, []).append(state)
+        damaged: Set[int] = set()
+        for several in ends.values():
+            if len(several) > 1:
+                damaged.update(map(id, several))
+                damaged.difference_update(
+                    map(id, self._store.readable(self.checkout.queue, several))
+                )
+        return [state for state in known if id(state) not in damaged]
+
     def _publish_page(self, content: List[StateMessage]) -> None:
         """Publish a page to the shard, and wait until the broker has it."""
         expires = page.expiration(content, time.time_ns() // 1000)
@@ -316,6 +346,7 @@ class Store:
         lookup_timeout: seconds within which a look-up has to be answered.
         page_size: bytes of results that are packed into one page, at most.
         persistent: whether pages survive a restart of the broker.
+        check: raises an error for a state that cannot be decoded, which then hides no other.
 
     Thread-safe. After a fork the child must make a new store.
     """
@@ -327,7 +358,9 @@ class Store:
         lookup_timeout: float,
         page_size: int,
         persistent: bool,
+        check: Optional[Callable[[StateMessage], Any]] = None,
     ) -> None:
+        self._check = check
         self._pool = pool
         self.declarations = declarations
         self.lookup_timeout = lookup_timeout
@@ -369,7 +402,10 @@ class Store:
         found: Dict[str, List[StateMessage]] = {}
 
         def take(read: _Read) -> None:
-            part = {task_id: read.found.get(task_id, []) for task_id in read.wanted}
+            part = {
+                task_id: self.readable(read.checkout.queue, read.found.get(task_id, []))
+                for task_id in read.wanted
+            }
             found.update(part)
             if on_shard is not None:
                 on_shard(part)
@@ -392,6 +428,21 @@ class Store:
 
         self._run(self._by_shard(ids), deadline, kind, True, take)
         return removed
+
+    def readable(self, queue: str, found: List[StateMessage]) -> List[StateMessage]:
+        """Return *found* without what counts more than the others but cannot be decoded."""
+        while self._check is not None and len(found) > 1:
+            current = meta.fold(found)
+            # Of a state whose body is kept elsewhere there is nothing here to decode.
+            if current is None or getattr(current, "body_queue", None) is not None:
+                break
+            try:
+                self._check(current)
+                break
+            except (ContentDisallowed, errors.ForeignMessage) as exc:
+                self.reject(queue, str(exc))
+                found = [state for state in found if state is not current]
+        return found
 
     def reject(self, where: str, why: str) -> None:
         """Count a message that is not ours; log it unless the same was logged before."""
