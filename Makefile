@@ -6,7 +6,11 @@ VENV   ?= .venv
 # The tests of tools/ are left out: they take minutes, and concern those who change tools/.
 PYTEST ?= tests --ignore=tests/tools
 
+# So many processes run tests, each with a RabbitMQ of its own; 0 to run them in one, with pdb.
+PROCESSES ?= 2
+
 BIN := $(VENV)/bin
+RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
 # What is not the package itself, but is checked with it.
 SCRIPTS := demo tools tests $(wildcard bench)
 
@@ -22,10 +26,10 @@ demo: $(VENV)/.demo ## Show it at work, on a private RabbitMQ; BROKER=amqp://...
 	@$(BIN)/python -m demo $(if $(BROKER),--broker "$(BROKER)") $(DEMO)
 
 test: $(VENV)/.test ## Run the tests on a private RabbitMQ; PYTEST="tests/unit -k fold" to choose
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python $(RUN_TESTS) $(PYTEST)
 
 test-newest-rabbitmq: $(VENV)/.test ## Run the tests that need a broker on Debian forky's RabbitMQ
-	RABBITMQ_DISTRIBUTION=forky $(BIN)/python -m pytest \
+	RABBITMQ_DISTRIBUTION=forky $(BIN)/python $(RUN_TESTS) \
 		$(if $(filter tests,$(PYTEST)),tests/broker tests/worker tests/faults,$(PYTEST))
 
 test-tools: $(VENV)/.test ## Run the tests of what runs the private RabbitMQ nodes
@@ -34,12 +38,12 @@ test-tools: $(VENV)/.test ## Run the tests of what runs the private RabbitMQ nod
 test-oldest: ## Run unit and broker tests with the oldest supported Celery, and Python 3.9 if it is here
 	@$(MAKE) --no-print-directory VENV=.venv-oldest PINS=tools/oldest.txt \
 		PYTHON="$$($(PYTHON) tools/pythons.py oldest)" .venv-oldest/.test
-	.venv-oldest/bin/python -m pytest $(if $(filter tests,$(PYTEST)),tests/unit tests/broker,$(PYTEST))
+	.venv-oldest/bin/python $(RUN_TESTS) $(if $(filter tests,$(PYTEST)),tests/unit tests/broker,$(PYTEST))
 
 test-newest-python: ## Run unit and broker tests on the newest Python that is here
 	@$(MAKE) --no-print-directory VENV=.venv-newest \
 		PYTHON="$$($(PYTHON) tools/pythons.py newest)" .venv-newest/.test
-	.venv-newest/bin/python -m pytest $(if $(filter tests,$(PYTEST)),tests/unit tests/broker,$(PYTEST))
+	.venv-newest/bin/python $(RUN_TESTS) $(if $(filter tests,$(PYTEST)),tests/unit tests/broker,$(PYTEST))
 
 lint: $(VENV)/.lint ## Check style, and that the code is formatted
 	$(BIN)/ruff check celery_amqp_results $(SCRIPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import operator
 import os
@@ -14,6 +15,7 @@ from typing import (
     Callable,
     ClassVar,
     Dict,
+    Generator,
     Iterable,
     Iterator,
     List,
@@ -31,8 +33,9 @@ from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
 from kombu.compression import encoders, get_encoder
 from kombu.utils.encoding import bytes_to_str
+from kombu.utils.functional import LRUCache
 
-from celery_amqp_results import connections, errors, options, topology, transports
+from celery_amqp_results import connections, errors, options, topology, transports, watching
 from celery_amqp_results.celery4_api import Celery4API
 from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.layouts import Layout, LayoutRegistry
@@ -50,6 +53,7 @@ from celery_amqp_results.pending import PendingResults
 from celery_amqp_results.per_task_layout import HEARTBEAT as PER_TASK_HEARTBEAT
 from celery_amqp_results.per_task_layout import PerTaskLayout, Wire
 from celery_amqp_results.shared_layout import SharedLayout
+from celery_amqp_results.waiting import Update
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
@@ -62,6 +66,12 @@ MAX_EXPIRES = 4_294_967
 #: How often ``on_interval`` is called where no interval is given, in seconds.
 DEFAULT_INTERVAL = 0.5
 SHORTEST_INTERVAL = 0.01
+
+#: So many tasks are remembered as failed.
+MAX_FAILED = 1000
+
+#: The longest that a watcher waits at once while nothing happens, in seconds.
+WATCH_INTERVAL = 5.0
 
 #: How long the body of a chord is waited for until the chord is looked at, in seconds; doubled each
 #: time, up to the last.
@@ -189,6 +199,7 @@ class AMQPBackend(NativeChords, Celery4API):
         self._resolving = threading.RLock()
         self._pid = os.getpid()
         self._pending: Optional[PendingResults] = None
+        self._failed = LRUCache(limit=MAX_FAILED)
         self._reset_chords()
 
     @property
@@ -330,7 +341,17 @@ class AMQPBackend(NativeChords, Celery4API):
 
     def _decode_state(self, state: StateMessage) -> Meta:
         meta: Meta = self.meta_from_decoded(self._codec.decode(state))
+        if meta["status"] in states.PROPAGATE_STATES:
+            self._failed[state.id] = None
         return meta
+
+    def is_cached(self, task_id: str) -> bool:
+        """Return whether this process knows how a task has ended.
+
+        Celery's task that polls for chords finds so which task of a header has failed. Failures
+        are not in the cache itself, as a task that is delivered again may still succeed.
+        """
+        return task_id in self._cache or task_id in self._failed
 
     def _get_task_meta_for(self, task_id: str) -> Meta:
         """Return the meta of a task; of one that nothing is known of, a pending one.
@@ -356,6 +377,7 @@ class AMQPBackend(NativeChords, Celery4API):
         return self.layout.poll((task_id,))[task_id] is not None
 
     def _forget(self, task_id: str) -> None:
+        self._failed.pop(task_id, None)
         self.layout.forget((bytes_to_str(task_id),))
 
     def cleanup(self) -> None:
@@ -391,22 +413,42 @@ class AMQPBackend(NativeChords, Celery4API):
         Raises:
             celery.exceptions.TimeoutError: when *timeout* is over.
         """
+        with contextlib.closing(self._updates(ids, timeout, interval, on_interval)) as updates:
+            for update in updates:
+                if on_message is not None:
+                    for state in update.states:
+                        on_message(self._decode_state(state))
+                if update.final is not None:
+                    yield update.task_id, update.final
+
+    def _updates(
+        self,
+        ids: Iterable[str],
+        timeout: Optional[float] = None,
+        interval: Optional[float] = None,
+        on_interval: Optional[Callable[[], Any]] = None,
+    ) -> Generator[Update, None, None]:
+        """Follow tasks until they end; yield what is new. The parameters are those of _follow.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* is over.
+        """
         ids = list(dict.fromkeys(ids))
         if timeout is not None and timeout <= 0:
             missing = 0
             for task_id, state in self.layout.poll(ids).items():
-                if state is not None and on_message is not None:
-                    on_message(self._decode_state(state))
-                if state is None or not is_final(state.state):
+                final = state if state is not None and is_final(state.state) else None
+                if final is None:
                     missing += 1
-                else:
-                    yield task_id, state
+                if state is not None:
+                    yield Update(task_id, [state], final)
             if missing:
                 raise _timed_out(timeout, missing, len(ids))
             return
         deadline = None if timeout is None else time.monotonic() + timeout
         interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
-        with self.layout.follower() as follower:
+        follower, pid = self.layout.follower(), os.getpid()
+        try:
             follower.add(ids)
             next_interval = time.monotonic() + interval
             pause = FIRST_CHORD_CHECK
@@ -415,12 +457,7 @@ class AMQPBackend(NativeChords, Celery4API):
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
                     raise _timed_out(timeout, len(follower.pending), len(ids))
-                for update in follower.step(deadline, max(0.0, next_interval - now)):
-                    if on_message is not None:
-                        for state in update.states:
-                            on_message(self._decode_state(state))
-                    if update.final is not None:
-                        yield update.task_id, update.final
+                yield from follower.step(deadline, max(0.0, next_interval - now))
                 if time.monotonic() >= next_check and follower.pending:
                     # A chord whose last worker died before it fired has nobody else.
                     for task_id in list(follower.pending):
@@ -431,6 +468,61 @@ class AMQPBackend(NativeChords, Celery4API):
                     next_interval = time.monotonic() + interval
                     if on_interval is not None:
                         on_interval()
+        finally:
+            # A generator may be carried into a forked child, where what it follows by is not its
+            # own and has locks that nobody releases any more.
+            if os.getpid() == pid:
+                follower.close()
+
+    def watch(
+        self,
+        target: Any = None,
+        *,
+        states: Union[str, Iterable[str], None] = None,
+        timeout: Optional[float] = None,
+    ) -> Generator[Meta, None, None]:
+        """Watch tasks: yield the meta of every state as it happens.
+
+        A meta is what :meth:`get_task_meta` returns, and has the ``task_id``. Of each task the
+        state that counts now comes first, then those that come to count, each once; an older state
+        never comes after a newer. It ends when all the tasks have ended.
+
+        Parameters:
+            target: a task id, a result object, a group or another result set, a list of these, or
+                ``None`` for every state of every task from now on, which does not end. What is
+                published while the connection is lost is then missed, and a warning is logged.
+                Given tasks are looked up again after that, so that only states on the way to the
+                present one are missed.
+            states: names of the states to yield, or one name; ``None`` for all.
+            timeout: seconds in total; ``None`` for no end, 0 for the present states alone.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* is over and a given task has not ended.
+                A watch of everything just ends.
+            Unsupported: when everything is to be watched in the layout ``per-task``.
+            BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or
+                when the backend was closed.
+            LookupTimeout: when *timeout* is 0 and the store could not be read in time.
+            kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot
+                be decoded. A watch of everything leaves it out and logs a warning.
+            TypeError, ValueError: when *target* or *states* are none, at once.
+            RuntimeError: when the watch was begun before a fork and goes on in the child.
+
+        The generator is for one thread at a time; nothing is opened before it is asked for the
+        first meta. Closing it, or dropping it, takes back all that it has bound. After an error it
+        has ended; watching again is safe.
+        """
+        wanted = watching.read_states(states)
+        if target is None:
+            tap = self.layout.tap(wanted)
+            return watching.watch_everything(tap, self._decode_state, timeout)
+        found = watching.read_target(target)
+        return watching.watch_ids(
+            self._updates(found.ids, timeout, WATCH_INTERVAL),
+            found.ended,
+            self._decode_state,
+            wanted,
+        )
 
     def wait_for(
         self,

@@ -9,8 +9,10 @@ and never finds a queue that only looks empty.
 The fence is a message that the reader publishes to the queue. What was confirmed before lies in
 front of it. One thing may lie behind a fence although it was there before: what a reader further
 up the line took out and published again in another form, while the fence was waiting. So a reader
-that has not found what it looks for sets a second fence when the first one comes: it has the queue
-to itself by then, and nothing can be moved behind the second one.
+that has not found what it looks for, or whose fence somebody else was given before, sets a second
+fence when the first one comes: it has the queue to itself by then, and nothing can be moved behind
+the second one. Who moves messages waits until a fence that it publishes behind them has come back:
+by then it was given all the fences that lie in front of what it moved.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Checkout:
         on_message: called with each message that is no fence, while the link is drained.
         prefetch: how many messages it may hold; 0 for no limit.
         look_again: asked when the first fence has come whether a second one is to be set, for
-            messages that somebody may have moved behind the first.
+            messages that somebody may have moved behind the first. Where it is given, that is
+            done without asking if another reader was given the fence before.
 
     Raises:
         amqp.AMQPError, OSError: when the connection is lost. Draining the link raises
@@ -139,7 +142,9 @@ class Checkout:
             if properties.get("message_id") == self._fence:
                 self._fence_tags.append(message.delivery_tag)
                 look_again, self._look_again = self._look_again, None
-                if look_again is not None and look_again():
+                # Delivered before: then another reader had the queue while the fence lay in it.
+                waited = bool(message.delivery_info.get("redelivered"))
+                if look_again is not None and (waited or look_again()):
                     # At once: what comes next is to be seen.
                     self.set_fence()
                 else:

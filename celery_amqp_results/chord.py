@@ -9,7 +9,8 @@ In the queue of a chord there are
     what a task of the header returned; the state, and the group index in a header
 ``plan``
     how many parts there will be, in a header, and what is to be done with them; from the sender,
-    who knows both just before the last task of the header is sent
+    who knows both when it declares the queue, or, where the header is a generator or has groups
+    in it, just before the last task of the header is sent
 ``more``
     a running task has added a task to the header
 ``pad``
@@ -51,10 +52,10 @@ from amqp import exceptions as amqp_errors
 from celery_amqp_results import connections, errors, meta
 from celery_amqp_results.checkout import PREFETCH, Checkout
 from celery_amqp_results.meta import StateMessage
-from celery_amqp_results.publisher import Outgoing, Publisher, QueueLength
+from celery_amqp_results.publisher import Outgoing, Publisher, QueueLength, Receipt
 from celery_amqp_results.topology import Topology
 
-__all__ = ("MAX_QUORUM_PARTS", "Chords", "Gathered", "Part")
+__all__ = ("MAX_QUORUM_PARTS", "Chords", "Gathered", "Part", "Receipt")
 
 logger = logging.getLogger(__name__)
 
@@ -136,65 +137,89 @@ class Chords:
         self.reads = 0
         self.fired = 0
 
-    def declare(self, group_id: str, expires: Optional[int], sized: bool) -> bool:
+    def declare(
+        self,
+        group_id: str,
+        expires: Optional[int],
+        plan: Optional[StateMessage] = None,
+        size: Optional[int] = None,
+    ) -> Optional[Receipt]:
         """Declare the queue of a chord that is about to be sent.
 
-        Returns ``False`` when somebody reads the queue already: the chord was sent before, and is
+        Returns ``None`` when somebody reads the queue already: the chord was sent before, and is
         being fired. The queue is then about to be deleted, and has to be settled and declared
         anew.
 
         Parameters:
             group_id: id of the header.
             expires: milliseconds after which an abandoned queue is deleted; ``None`` for never.
-            sized: whether the tasks of the header will know its size.
+            plan: what is to be done, where it is sure now; it is published, and is on its way
+                while the tasks are sent. To be confirmed with :meth:`confirm_plan` before the
+                last one is. ``None`` where it is to be published with :meth:`publish_plan`.
+            size: how many parts there will be, as the tasks of the header are told; ``None``
+                where they cannot be.
 
         Raises:
             DeclarationRefused: when it exists with other properties.
             BackendUnavailable: when the broker cannot be reached or refuses us.
         """
         queues = [self._topology.chord_queue(group_id, expires)]
-        if not sized:
+        if size is None:
             queues.append(self._topology.chord_size_queue(group_id, expires))
-        return not self._publisher.declare(queues)
+        messages = [] if plan is None or size is None else [self._plan(plan, size)]
+        return self._publisher.declare(queues, messages)
 
-    def publish_plan(
-        self, plan: StateMessage, size: int, announced: Optional[int], last: bool = True
-    ) -> bool:
+    def confirm_plan(self, group_id: str, receipt: Receipt) -> None:
+        """Wait until the broker has the plan that :meth:`declare` published.
+
+        Parameters:
+            group_id: id of the header.
+            receipt: what :meth:`declare` returned.
+
+        Raises:
+            BackendUnavailable, ResultTooLarge: see
+                :meth:`~celery_amqp_results.publisher.Publisher.publish`.
+        """
+        if not self._publisher.confirmed(receipt):
+            self._complain(group_id)
+
+    def publish_plan(self, plan: StateMessage, size: int, announced: Optional[int]) -> bool:
         """Publish the plan of a chord, and return whether it may be complete.
 
         Parameters:
             plan: what is to be done.
             size: how many parts there will be, not counting those that tasks add.
             announced: the size that the tasks of the header were told; ``None`` for none.
-            last: whether all parts may be there already; ``False`` where one is yet to be sent.
 
         Raises:
             BackendUnavailable, ResultTooLarge: see
                 :meth:`~celery_amqp_results.publisher.Publisher.publish`.
         """
         queue = self._queue(plan.id)
-        properties = plan.properties(self._persistent)
-        properties["application_headers"][SIZE_HEADER] = size
-        messages = [
-            Outgoing("", queue, properties, plan.body, None, f"the plan of chord {plan.id}", True)
-        ]
+        messages = [self._plan(plan, size)]
         if announced is None:
             name = self._topology.chord_size_queue(plan.id).name
             messages.append(self._control(SIZE, name, size))
         for _ in range((announced or 0) - size):
             messages.append(self._control(PAD, queue))
-        if not last:
-            self._publisher.publish(messages)
-            return False
         length = self._publisher.publish(messages, count=queue)
         if length is None:
-            logger.error(
-                "chord %s: its queue %s is gone before its tasks were sent; its body will not run",
-                plan.id,
-                queue,
-            )
+            self._complain(plan.id)
             return False
         return self._enough(length, max(size, announced or 0))
+
+    def _plan(self, plan: StateMessage, size: int) -> Outgoing:
+        properties = plan.properties(self._persistent)
+        properties["application_headers"][SIZE_HEADER] = size
+        what = f"the plan of chord {plan.id}"
+        return Outgoing("", self._queue(plan.id), properties, plan.body, None, what, True)
+
+    def _complain(self, group_id: str) -> None:
+        logger.error(
+            "chord %s: its queue %s is gone before its tasks were sent; its body will not run",
+            group_id,
+            self._queue(group_id),
+        )
 
     def publish_more(self, group_id: str) -> None:
         """Say that there will be one part more.

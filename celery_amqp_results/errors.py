@@ -14,13 +14,19 @@
     celery.exceptions.BackendError
      +-- ResultTooLarge             the broker refuses a message of this size
      +-- BacklogLimitExceeded       too many states of one task in the layout per-task
+    celery.exceptions.TimeoutError and asyncio.TimeoutError
+     +-- WaitTimeout                a task did not end in time; raised by celery_amqp_results.aio
+    NotImplementedError
+     +-- Unsupported                this layout or transport cannot do that
 
 All of them survive pickling: task errors travel between processes.
 """
 
 from __future__ import annotations
 
-from celery.exceptions import BackendError, ImproperlyConfigured
+import asyncio
+
+from celery.exceptions import BackendError, ImproperlyConfigured, TimeoutError
 from kombu.exceptions import OperationalError
 
 __all__ = (
@@ -32,6 +38,8 @@ __all__ = (
     "LookupTimeout",
     "NotConfirmed",
     "ResultTooLarge",
+    "Unsupported",
+    "WaitTimeout",
 )
 
 
@@ -71,3 +79,21 @@ class ResultTooLarge(BackendError):
 
 class BacklogLimitExceeded(BackendError):
     """Raised when a task has too much state history to fast-forward."""
+
+
+class Unsupported(NotImplementedError):
+    """Raised when the layout or the transport in use cannot do what was asked."""
+
+
+class WaitTimeout(TimeoutError, asyncio.TimeoutError):
+    """Raised when a task that a coroutine waits for has not ended within the timeout.
+
+    It is what ``AsyncResult.get`` raises, and what asyncio raises, in one.
+    """
+
+    def __new__(cls, *args: object) -> WaitTimeout:
+        # asyncio's is an OSError since Python 3.11, which takes two arguments for number and text.
+        return super().__new__(cls)
+
+    def __init__(self, *args: object) -> None:
+        self.args = args

@@ -24,6 +24,7 @@ from typing import (
 from celery_amqp_results.chord import Chords
 from celery_amqp_results.meta import StateMessage
 from celery_amqp_results.waiting import Update
+from celery_amqp_results.watching import Tap
 
 __all__ = ("Following", "Layout", "LayoutRegistry")
 
@@ -87,6 +88,16 @@ class Layout(Protocol):
 
     def follower(self) -> Following:
         """Return a follower of no tasks yet."""
+
+    def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
+        """Return a tap of everything that is published.
+
+        Parameters:
+            wanted: names of the states to get, ``None`` for all.
+
+        Raises:
+            Unsupported: where there is no such thing.
+        """
 
     def forget(self, ids: Collection[str]) -> None:
         """Delete everything about *ids*."""

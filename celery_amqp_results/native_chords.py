@@ -28,7 +28,7 @@ from celery.utils.functional import _regen
 from kombu.exceptions import EncodeError
 
 from celery_amqp_results import errors, transports
-from celery_amqp_results.chord import MAX_QUORUM_PARTS, Gathered, Part
+from celery_amqp_results.chord import MAX_QUORUM_PARTS, Gathered, Part, Receipt
 from celery_amqp_results.meta import PART, PLAN, StateMessage
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class _Sent:
     size: Optional[int]
     #: The nesting of the results, where they are not a plain list.
     results: Optional[List[Any]]
-    #: Whether the task that is sent last is sure to return a part.
-    ends_with_task: bool
+    #: The plan, where it was published with the declaration.
+    receipt: Optional[Receipt] = None
 
 
 class Returning:
@@ -143,7 +143,8 @@ class NativeChords(Backend):
         self.ensure_chords_allowed()
         group_id, results = header_result_args
         body.pop(SIZE_KEY, None)
-        sent = _Sent(body, None, None, False)
+        sent = _Sent(body, None, None)
+        plan = None
         if not isinstance(results, _regen):
             size = sum(map(_count, results))
             if self.options.queue_type == "quorum" and size > MAX_QUORUM_PARTS:
@@ -158,10 +159,16 @@ class NativeChords(Backend):
                 body,
                 size,
                 [result.as_tuple() for result in results] if nested else None,
-                not nested and size > 0,
             )
-        while not chords.declare(group_id, self._chord_expiration, sent.size is not None):
+            if not nested:
+                # How many parts a group in the header returns is Celery's to say, later.
+                plan = self._encode_plan(group_id, sent)
+        while True:
+            receipt = chords.declare(group_id, self._chord_expiration, plan, sent.size)
+            if receipt is not None:
+                break
             self._settle(group_id, body)
+        sent = dataclasses.replace(sent, receipt=receipt)
         with self._lock:
             _remember(self._sent_chords, group_id, sent)
 
@@ -176,13 +183,16 @@ class NativeChords(Backend):
             super().set_chord_size(group_id, chord_size)
             return
         with self._lock:
-            sent = self._sent_chords.pop(group_id, None) or _Sent(None, None, None, False)
+            sent = self._sent_chords.pop(group_id, None) or _Sent(None, None, None)
             body_id = sent.body.options.get("task_id") if sent.body is not None else None
             if body_id:
                 _remember(self._body_groups, body_id, group_id)
+        if sent.receipt is not None and sent.receipt.messages and chord_size == sent.size:
+            # It cannot be complete: a task is yet to be sent.
+            chords.confirm_plan(group_id, sent.receipt)
+            return
         plan = self._encode_plan(group_id, sent)
-        last = not (sent.ends_with_task and chord_size == sent.size)
-        if chords.publish_plan(plan, chord_size, sent.size, last):
+        if chords.publish_plan(plan, chord_size, sent.size):
             self._settle(group_id, sent.body)
 
     def _encode_plan(self, group_id: str, sent: _Sent) -> StateMessage:
@@ -369,6 +379,10 @@ class NativeChords(Backend):
         except errors.BackendUnavailable:
             logger.exception("chord %s was not fired, though it may be complete", group_id)
             raise
+
+    def is_sent_body(self, task_id: str) -> bool:
+        """Return whether a task is the body of a chord that this process sent. Does no I/O."""
+        return task_id in self._body_groups
 
     def settle_body(self, body_id: str) -> None:
         """Look whether a chord that this process sent is complete and was left by its last worker.

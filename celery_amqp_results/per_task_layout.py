@@ -89,6 +89,7 @@ from celery_amqp_results.chord import Chords
 from celery_amqp_results.layouts import Following
 from celery_amqp_results.meta import Codec, StateMessage
 from celery_amqp_results.per_task_following import PollingFollower, PushFollower
+from celery_amqp_results.watching import Tap
 
 __all__ = ("BACKLOG_LIMIT", "NoCacheQueue", "PerTaskLayout", "Wire")
 
@@ -619,6 +620,17 @@ class PerTaskLayout:
         with self._guard:
             self._followers.add(follower)
         return follower
+
+    def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
+        """Raise: here a state is published by the key of its task, and to no other.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise errors.Unsupported(
+            "the layout 'per-task' has no place where the states of all tasks come by; watch given "
+            "tasks, or use the layout 'shared' on RabbitMQ"
+        )
 
     def closed_follower(self, follower: PushFollower) -> None:
         """Note that *follower* was closed."""

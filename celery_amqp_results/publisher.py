@@ -12,7 +12,7 @@ import collections
 import logging
 import threading
 import time
-from typing import Callable, Deque, Optional, Sequence, Set, Tuple, Type, TypeVar
+from typing import Callable, Deque, NamedTuple, Optional, Sequence, Set, Tuple, Type, TypeVar
 
 from amqp import exceptions as amqp_errors
 
@@ -21,7 +21,7 @@ from celery_amqp_results.confirms import ConfirmChannel, Outgoing, QueueLength
 from celery_amqp_results.declarations import Declarations, declare_queue
 from celery_amqp_results.topology import QueueSpec
 
-__all__ = ("Outgoing", "Publisher", "QueueLength")
+__all__ = ("Outgoing", "Publisher", "QueueLength", "Receipt")
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,13 @@ HEARTBEAT = 0.0
 _T = TypeVar("_T")
 
 _FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *connections.TRANSIENT)
+
+
+class Receipt(NamedTuple):
+    """Messages on their way, whose confirms somebody is going to ask for."""
+
+    channel: ConfirmChannel
+    messages: Tuple[Outgoing, ...]
 
 
 class Publisher:
@@ -93,24 +100,70 @@ class Publisher:
 
         return self._run(work, messages)
 
-    def declare(self, queues: Sequence[QueueSpec]) -> int:
-        """Declare *queues*, and return how many read them already.
+    def declare(
+        self, queues: Sequence[QueueSpec], messages: Sequence[Outgoing] = ()
+    ) -> Optional[Receipt]:
+        """Declare *queues*, and publish *messages*, unless somebody reads one of the queues.
+
+        Parameters:
+            queues: what to declare.
+            messages: what to publish; that the broker has them is to be asked for with
+                :meth:`confirmed`.
+
+        Returns:
+            ``None`` when somebody reads one of the queues already; nothing is published then.
 
         Raises:
             DeclarationRefused: when one of them exists with other properties.
             BackendUnavailable: when the broker could not be reached or refuses us.
         """
-        return self._run(
-            lambda channel: sum(declare_queue(channel.channel, queue) for queue in queues), ()
-        )
 
-    def _run(self, work: Callable[[ConfirmChannel], _T], messages: Sequence[Outgoing]) -> _T:
-        """Do *work* for *messages*, again as the policy says when the connection is lost."""
+        def work(channel: ConfirmChannel) -> Optional[Receipt]:
+            if sum(declare_queue(channel.channel, queue) for queue in queues):
+                return None
+            if messages:
+                self._publish(channel, messages, False)
+            return Receipt(channel, tuple(messages))
+
+        return self._run(work, messages)
+
+    def confirmed(self, receipt: Receipt) -> bool:
+        """Wait until the broker has what was published; return ``False`` if no queue took it.
+
+        Raises:
+            ResultTooLarge, BackendUnavailable: see :meth:`publish`.
+        """
+        channel, messages = receipt
+        with self._lock:
+            mine = channel in self._idle
+            if mine:
+                self._idle.remove(channel)
+        gone: Set[str] = set()
+
+        def work(other: ConfirmChannel) -> None:
+            # Where another thread has the connection now, or it is lost, it is published again.
+            gone.update(self._publish(other, () if other is channel else messages, True))
+
+        self._run(work, messages, channel if mine else None)
+        return gone.isdisjoint(message.routing_key for message in messages)
+
+    def _run(
+        self,
+        work: Callable[[ConfirmChannel], _T],
+        messages: Sequence[Outgoing],
+        channel: Optional[ConfirmChannel] = None,
+    ) -> _T:
+        """Do *work* for *messages*, again as the policy says when the connection is lost.
+
+        Parameters:
+            work: what to do.
+            messages: those that *work* publishes, every time that it is done.
+            channel: what the first try uses, and nobody else does; ``None`` for any.
+        """
         attempt = 0
         while True:
-            channel: Optional[ConfirmChannel] = None
             try:
-                channel = self._acquire()
+                channel = channel or self._acquire()
                 done = work(channel)
             except _FAILURES as exc:
                 if channel is not None:
@@ -126,6 +179,7 @@ class Publisher:
                     exc,
                 )
                 time.sleep(pause)
+                channel = None
             except BaseException:
                 # Interrupted (a time limit, Ctrl-C), or a declaration was refused: half a frame
                 # may be on the wire.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Collection, Dict, Mapping, Optional
 
 from celery_amqp_results import connections, meta
@@ -16,6 +17,7 @@ from celery_amqp_results.store import HEARTBEAT as STORE_HEARTBEAT
 from celery_amqp_results.store import Store
 from celery_amqp_results.topology import ABSENT, Topology
 from celery_amqp_results.waiting import Follower, Waiting
+from celery_amqp_results.watching import Tap
 
 __all__ = ("SharedLayout",)
 
@@ -42,10 +44,11 @@ class SharedLayout:
         client: str,
         persistent: bool,
     ) -> None:
+        self._connector = connector
         self._topology = topology
         self._options = options
         self._persistent = persistent
-        declarations = Declarations(topology)
+        self._declarations = declarations = Declarations(topology)
         self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups")
         self.publisher = Publisher(connector, declarations)
         self.store = Store(
@@ -53,6 +56,7 @@ class SharedLayout:
         )
         self.inbox = Inbox(connector, declarations, client)
         self._waiting = Waiting(self.inbox, self.store)
+        self._taps: weakref.WeakSet[Tap] = weakref.WeakSet()
         self._chord_pool = connections.Pool(connector, CHORD_HEARTBEAT, "chords")
         #: Chords that are fired by their last part.
         self.chords: Optional[Chords] = Chords(
@@ -106,6 +110,16 @@ class SharedLayout:
         """Return a follower of no tasks yet."""
         return self._waiting.follower()
 
+    def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
+        """Return a tap of everything that is published.
+
+        Parameters:
+            wanted: names of the states to get, ``None`` for all.
+        """
+        tap = Tap(self._connector, self._declarations, wanted)
+        self._taps.add(tap)
+        return tap
+
     def forget(self, ids: Collection[str]) -> None:
         """Delete everything about *ids*."""
         self.store.remove(ids)
@@ -130,6 +144,8 @@ class SharedLayout:
         Parameters:
             wait: whether to return only when all is done.
         """
+        for tap in list(self._taps):
+            tap.shut()
         self.inbox.close(wait)
         self.publisher.close()
         self._pool.close()

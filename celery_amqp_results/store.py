@@ -40,6 +40,10 @@ PACK_AT = 32
 #: Packing is left to the next reader after so many seconds of one look-up: others wait in line.
 PACK_SECONDS = 0.03
 
+#: A reader waits so long for the pages that it has published to come back. They do not if it
+#: holds all the messages that it may; going on is harmless unless a task has two results.
+PAGE_SECONDS = 1.0
+
 #: A reader keeps so many bytes of messages in memory for packing, at most.
 MAX_RETAINED = 2 * 1024 * 1024
 
@@ -155,7 +159,9 @@ class _Read:
         self.checkout.close(wait=self._remove)
 
     def _cut(self) -> None:
-        for tag, body in self._cut_pages.items():
+        cut = dict(self._cut_pages)
+        published = False
+        for body in cut.values():
             kept = [
                 state
                 for state in page.decode(body)
@@ -163,7 +169,21 @@ class _Read:
             ]
             if kept:
                 self._publish_page(kept)
-            self.checkout.acknowledge((tag,))
+                published = True
+        if published:
+            self._wait_for_pages()
+        self.checkout.acknowledge(cut)
+
+    def _wait_for_pages(self) -> None:
+        """Wait until the pages that were published have come back.
+
+        Who is in line has a fence in front of them, and may have been given the rest of what is
+        known of a task: it has to see that we held the queue meanwhile.
+        """
+        self.checkout.set_fence()
+        until = time.monotonic() + PAGE_SECONDS
+        while not self.checkout.fenced and time.monotonic() < until:
+            self._link.drain(PAGE_SECONDS)
 
     def _pack(self, until: float) -> None:
         """Replace loose results, and small pages, by full pages.
@@ -206,6 +226,8 @@ class _Read:
             for tag, states_of in sources.items()
             if all(id(state) in settled for state in states_of)
         ]
+        if done:
+            self._wait_for_pages()
         self.checkout.acknowledge(done)
         store.packed += len(settled)
 

@@ -177,6 +177,11 @@ class Topology:
         """Return the binding key for every state of *task_id*."""
         return f"{self.shard(task_id)}.*.*.{encode_word(task_id)}.*"
 
+    @staticmethod
+    def state_binding(state: str) -> str:
+        """Return the binding key for *state* of every task."""
+        return f"*.*.*.*.{encode_word(state)}"
+
     def routing_key(
         self, task_id: str, state: str, client: str = ABSENT, group_id: Optional[str] = None
     ) -> str:

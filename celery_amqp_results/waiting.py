@@ -10,10 +10,11 @@ the truth.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import threading
 import time
-from typing import Callable, Collection, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+from typing import Callable, Collection, Dict, Iterable, List, Optional, Set, Tuple
 
 from celery_amqp_results import connections, errors, meta
 from celery_amqp_results.inbox import Inbox, Waiter
@@ -34,7 +35,8 @@ LAST_RECHECK = 300.0
 MAX_POLLED = 10_000
 
 
-class Update(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Update:
     """What is new of a task."""
 
     task_id: str
@@ -42,6 +44,8 @@ class Update(NamedTuple):
     states: List[StateMessage]
     #: The state that ends the task, or ``None`` while it goes on.
     final: Optional[StateMessage]
+    #: Whether some of the states were read from the store, so that they may be long past.
+    history: bool = dataclasses.field(default=False, compare=False)
 
 
 class Follower:
@@ -68,6 +72,8 @@ class Follower:
         self._held: Dict[str, List[StateMessage]] = {}
         #: Tasks of others that the store was asked about before their shards were bound.
         self._peeked: Set[str] = set()
+        #: Tasks of which the store had something in this step.
+        self._found: Set[str] = set()
         self._pause = FIRST_RECHECK
         self._recheck_at = time.monotonic() + FIRST_RECHECK
 
@@ -123,6 +129,7 @@ class Follower:
             self._recheck_at = now + self._pause
         self._unsettled |= self._waiter.take_uncovered() & self.pending.keys()
         updates: Dict[str, List[StateMessage]] = {}
+        self._found.clear()
         if self._unsettled:
             self._settle(until, deadline, updates)
         if not updates:
@@ -175,7 +182,7 @@ class Follower:
     ) -> Optional[Dict[str, List[StateMessage]]]:
         """Return what the store has of *ids*, or ``None`` where it could not be asked in time."""
         try:
-            return self._store.read(ids, deadline)
+            found = self._store.read(ids, deadline)
         except errors.BackendUnavailable as exc:
             if exc.__cause__ is not None and connections.is_refusal(exc.__cause__):
                 raise
@@ -185,6 +192,8 @@ class Follower:
                 self._take_in(self._held, updates)
                 self._held.clear()
             return None
+        self._found.update(task_id for task_id, states in found.items() if states)
+        return found
 
     @staticmethod
     def _take_in(
@@ -211,7 +220,7 @@ class Follower:
         final = current if _ended(current) else None
         if final is not None:
             self._finish(task_id, consumed=True)
-        return Update(task_id, new, final)
+        return Update(task_id, new, final, task_id in self._found)
 
     def _finish(self, task_id: str, consumed: bool) -> None:
         del self.pending[task_id]

@@ -13,9 +13,10 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
 
 import amqp
+import kombu
 import pytest
 from celery import Celery
 
@@ -25,13 +26,33 @@ from tools import rabbitmq
 
 _T = TypeVar("_T")
 
+#: Seconds that anything may take which is to succeed: an operation of a broker that is busy, on a
+#: machine that is busy. What takes longer hangs.
+PATIENCE = 60.0
+
+#: Settings of apps for such brokers and machines. By default a connection has to be open within 4
+#: seconds, and a look-up to be answered within 10.
+PATIENT: Dict[str, Any] = {"broker_connection_timeout": PATIENCE}
+PATIENT_OPTIONS: Dict[str, Any] = {"lookup_timeout": PATIENCE}
+
 
 def pytest_report_header() -> str:
     where = os.environ.get("AMQP_URL") and "AMQP_URL"
     return f"rabbitmq: {where or os.environ.get('RABBITMQ_DISTRIBUTION', 'system')}"
 
 
-def eventually(condition: Callable[[], _T], timeout: float = 20.0) -> _T:
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """Keep the tests of a file together where several processes run tests.
+
+    Each process has a node of its own, and each file may have a worker for all its tests. Tests
+    with a ``world`` are kept together by its parameter.
+    """
+    for item in items:
+        world = getattr(item, "callspec", None) and item.callspec.params.get("world", "")
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {world or ''}"))
+
+
+def eventually(condition: Callable[[], _T], timeout: float = PATIENCE) -> _T:
     """Return what *condition* returns once that is true; fail after *timeout* seconds."""
     deadline = time.monotonic() + timeout
     while True:
@@ -80,12 +101,15 @@ def amqp_url(_session_node: Optional[rabbitmq.Node]) -> str:
     return os.environ["AMQP_URL"] if _session_node is None else _session_node.url()
 
 
+def connect(url: str, **options: Any) -> kombu.Connection:
+    """Return a kombu connection to *url* that is given :data:`PATIENCE` to be opened."""
+    return kombu.Connection(url, **{"connect_timeout": PATIENCE, **options})
+
+
 @contextlib.contextmanager
 def raw_connection(url: str) -> Iterator[amqp.Connection]:
     """A plain py-amqp connection to *url*: what the tests look at the broker with."""
-    import kombu
-
-    connection = kombu.Connection(url)
+    connection = connect(url)
     try:
         yield connection.connection
     finally:
@@ -123,8 +147,14 @@ class Apps:
             task_default_queue=f"{self.prefix}-tasks",
             result_backend_transport_options={"shards": shards},
             broker_connection_retry_on_startup=True,
+            **PATIENT,
         )
         app.conf.update(conf)
+        if "lookup_timeout" not in backend:
+            app.conf.result_backend_transport_options = {
+                **PATIENT_OPTIONS,
+                **app.conf.result_backend_transport_options,
+            }
         self.made.append(app)
         return app
 

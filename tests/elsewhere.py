@@ -62,6 +62,15 @@ class Process:
         """Its process id."""
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, and waits for :meth:`answer`."""
+        return self._process.poll() is not None
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        self._process.send_signal(number)
+
     def readline(self) -> str:
         """Return the next line that the function writes with :func:`say`."""
         assert self._process.stdout is not None
@@ -73,7 +82,7 @@ class Process:
         self._process.stdin.write(text.encode() + b"\n")
         self._process.stdin.flush()
 
-    def answer(self, timeout: float = 90.0) -> Any:
+    def answer(self, timeout: float = 120.0) -> Any:
         """Wait for the function and return what it returns; fail if it has raised."""
         self._answered = True
         try:

@@ -22,7 +22,7 @@ def states(app: Celery, ids: List[str]) -> List[str]:
     return [app.AsyncResult(i).state for i in ids]
 
 
-def values(app: Celery, ids: List[str], times: int = 1, timeout: float = 30) -> List[Any]:
+def values(app: Celery, ids: List[str], times: int = 1, timeout: float = 60) -> List[Any]:
     """Wait for each of *ids* so many times; return the values of all."""
     return [app.AsyncResult(i).get(timeout=timeout) for _ in range(times) for i in ids]
 
@@ -39,7 +39,7 @@ def forget(app: Celery, ids: List[str]) -> None:
         app.AsyncResult(task_id).forget()
 
 
-def wait_and_say(app: Celery, task_id: str, timeout: float = 30) -> Any:
+def wait_and_say(app: Celery, task_id: str, timeout: float = 60) -> Any:
     """Say "waiting" once the inbox stands, then wait for the task."""
     result = app.AsyncResult(task_id)
     assert (result.state, result.state) == ("PENDING", "PENDING")
@@ -47,7 +47,20 @@ def wait_and_say(app: Celery, task_id: str, timeout: float = 30) -> Any:
     return result.get(timeout=timeout)
 
 
-def poll_until_final(app: Celery, ids: List[str], timeout: float = 60) -> Dict[str, Any]:
+def states_until_ready(app: Celery, task_id: str, timeout: float = 60) -> List[Tuple[str, Any]]:
+    """Wait for a task and return its states as they were pushed; say "waiting" at the second."""
+    seen: List[Tuple[str, Any]] = []
+
+    def on_message(meta: Dict[str, Any]) -> None:
+        seen.append((meta["status"], meta["result"]))
+        if len(seen) == 2:
+            say("waiting")
+
+    app.AsyncResult(task_id).get(timeout=timeout, on_message=on_message)
+    return seen
+
+
+def poll_until_final(app: Celery, ids: List[str], timeout: float = 90) -> Dict[str, Any]:
     """Poll *ids* by fresh result objects until all are final.
 
     Returns for each id the states in the order seen, repetitions left out, and the final meta.
@@ -79,7 +92,7 @@ def restore_and_join(app: Celery, group_id: str) -> Tuple[List[str], Any]:
     """Restore a group that was saved elsewhere; return its members' ids and values."""
     group = GroupResult.restore(group_id, app=app)
     assert group is not None
-    return [node.id for node in group], group.get(timeout=30)
+    return [node.id for node in group], group.get(timeout=60)
 
 
 def restored(app: Celery, group_id: str) -> Optional[List[str]]:
@@ -97,7 +110,7 @@ def get_pickled(app: Celery, pickled: bytes) -> Any:
     """Unpickle a result object and wait for it."""
     import pickle
 
-    return pickle.loads(pickled).get(timeout=30)
+    return pickle.loads(pickled).get(timeout=60)
 
 
 def only_send(app: Celery, times: int) -> Dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import AMQPBackend
-from tests.conftest import raw_connection
+from tests.conftest import PATIENCE, connect, raw_connection
 
 
 class Entities:
@@ -29,7 +29,7 @@ class Entities:
 
     def connection(self, **options: Any) -> kombu.Connection:
         """Return a new connection, which is released after the test."""
-        connection = kombu.Connection(self.url, **options)
+        connection = connect(self.url, **options)
         self.connections.append(connection)
         return connection
 
@@ -72,7 +72,7 @@ class Entities:
                 return False
             return True
 
-    def until_ready(self, queue: kombu.Queue, count: int, timeout: float = 20.0) -> None:
+    def until_ready(self, queue: kombu.Queue, count: int, timeout: float = PATIENCE) -> None:
         """Return when so many messages wait in a queue; fail after *timeout* seconds."""
         deadline = time.monotonic() + timeout
         while True:
@@ -106,7 +106,7 @@ def entities(amqp_url: str) -> Iterator[Entities]:
 
 
 def drain(
-    connection: kombu.Connection, condition: Callable[[], Any], timeout: float = 20.0
+    connection: kombu.Connection, condition: Callable[[], Any], timeout: float = PATIENCE
 ) -> None:
     """Drain events until *condition* is true; fail after *timeout* seconds."""
     deadline = time.monotonic() + timeout

@@ -8,8 +8,10 @@ from typing import Any, Callable, Optional
 
 from celery import Celery, states
 
+from tests.conftest import PATIENCE
+
 #: A wait that is not over by then hangs.
-LONG = 30.0
+LONG = PATIENCE
 
 
 def new_id() -> str:

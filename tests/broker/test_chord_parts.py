@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import uuid
 from typing import Any, Dict, List, Optional
@@ -17,7 +18,7 @@ from celery.result import AsyncResult
 from celery_amqp_results import errors
 from celery_amqp_results.chord import Chords, Gathered
 from celery_amqp_results.meta import PART, PLAN, StateMessage
-from tests.conftest import Apps, eventually, raw_connection
+from tests.conftest import PATIENCE, Apps, eventually, raw_connection
 
 
 @pytest.fixture(params=["classic", "quorum"])
@@ -71,7 +72,7 @@ class Fired:
 
 def test_the_last_part_fires(chords: Chords, app: Celery, group_id: str, raw: Any) -> None:
     fired = Fired()
-    chords.declare(group_id, None, True)
+    chords.declare(group_id, None, size=3)
     assert not chords.publish_plan(message(group_id, PLAN), 3, 3)
     assert not chords.publish_part(group_id, message("c"), 2, 3)
     assert not chords.publish_part(group_id, message("a"), 0, 3)
@@ -83,9 +84,57 @@ def test_the_last_part_fires(chords: Chords, app: Celery, group_id: str, raw: An
     eventually(lambda: not queue_exists(raw, app, group_id))
 
 
+def test_a_plan_is_on_its_way_while_the_tasks_are_sent(chords: Chords, group_id: str) -> None:
+    fired = Fired()
+    receipt = chords.declare(group_id, None, message(group_id, PLAN), 2)
+    assert receipt is not None
+    assert not chords.publish_part(group_id, message("a"), 0, 2)
+    chords.confirm_plan(group_id, receipt)
+    # There is nothing left to be waited for.
+    chords.confirm_plan(group_id, receipt)
+    assert chords.publish_part(group_id, message("b"), 1, 2)
+    assert chords.settle(group_id, fired)
+    assert fired.ids == ["a", "b"]
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["lost", "taken"])
+def test_a_plan_whose_connection_is_lost_or_taken_is_published_again(
+    chords: Chords, group_id: str, taken: bool
+) -> None:
+    fired = Fired()
+    receipt = chords.declare(group_id, None, message(group_id, PLAN), 2)
+    assert receipt is not None
+    if taken:
+        chords._publisher._idle.remove(receipt.channel)
+    else:
+        receipt.channel.link.amqp.transport.sock.shutdown(socket.SHUT_RDWR)
+    chords.confirm_plan(group_id, receipt)
+    for index, name in enumerate("ab"):
+        chords.publish_part(group_id, message(name), index, 2)
+    assert chords.settle(group_id, fired)
+    assert fired.ids == ["a", "b"]
+    if taken:
+        receipt.channel.link.drop()
+
+
+def test_a_plan_that_no_queue_takes_is_complained_of(
+    chords: Chords, app: Celery, group_id: str, raw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    receipt = chords.declare(group_id, None, message(group_id, PLAN), 2)
+    assert receipt is not None
+    channel = raw.channel()
+    channel.queue_delete(app.backend._topology.chord_queue(group_id).name)
+    channel.close()
+    # It is published again, since another thread has the connection, and there is no queue.
+    chords._publisher._idle.remove(receipt.channel)
+    chords.confirm_plan(group_id, receipt)
+    assert "its body will not run" in caplog.text
+    receipt.channel.link.drop()
+
+
 def test_the_sender_fires_when_the_size_is_known_last(chords: Chords, group_id: str) -> None:
     fired = Fired()
-    chords.declare(group_id, None, False)
+    chords.declare(group_id, None)
     for name in "ab":
         assert not chords.publish_part(group_id, message(name), None, None)
     assert chords.publish_plan(message(group_id, PLAN), 2, None)
@@ -95,7 +144,7 @@ def test_the_sender_fires_when_the_size_is_known_last(chords: Chords, group_id: 
 
 def test_a_worker_learns_the_size_of_a_generator_once(chords: Chords, group_id: str) -> None:
     fired = Fired()
-    chords.declare(group_id, None, False)
+    chords.declare(group_id, None)
     assert not chords.publish_part(group_id, message("a"), 0, None)
     assert not chords.publish_plan(message(group_id, PLAN), 3, None)
     assert not chords.publish_part(group_id, message("b"), 1, None)
@@ -108,7 +157,7 @@ def test_a_worker_learns_the_size_of_a_generator_once(chords: Chords, group_id: 
 
 def test_a_part_that_is_published_again_counts_once(chords: Chords, group_id: str) -> None:
     fired = Fired()
-    chords.declare(group_id, None, True)
+    chords.declare(group_id, None, size=2)
     chords.publish_plan(message(group_id, PLAN), 2, 2)
     chords.publish_part(group_id, message("a", value=1), 0, 2)
     # As long as the complete set: it has to be looked at, and is not enough.
@@ -124,7 +173,7 @@ def test_a_part_that_is_published_again_counts_once(chords: Chords, group_id: st
 
 def test_a_task_that_is_there_twice_counts_twice(chords: Chords, group_id: str) -> None:
     fired = Fired()
-    chords.declare(group_id, None, True)
+    chords.declare(group_id, None, size=2)
     chords.publish_plan(message(group_id, PLAN), 2, 2)
     chords.publish_part(group_id, message("a"), 0, 2)
     assert chords.publish_part(group_id, message("a"), 1, 2)
@@ -134,7 +183,7 @@ def test_a_task_that_is_there_twice_counts_twice(chords: Chords, group_id: str) 
 
 def test_parts_without_an_index_come_last(chords: Chords, group_id: str) -> None:
     fired = Fired()
-    chords.declare(group_id, None, True)
+    chords.declare(group_id, None, size=2)
     chords.publish_plan(message(group_id, PLAN), 4, 4)
     for name, index in (("x", None), ("b", 1), ("y", None), ("a", 0)):
         chords.publish_part(group_id, message(name), index, 4)
@@ -144,7 +193,7 @@ def test_parts_without_an_index_come_last(chords: Chords, group_id: str) -> None
 
 def test_added_parts_are_waited_for(chords: Chords, group_id: str) -> None:
     fired = Fired()
-    chords.declare(group_id, None, True)
+    chords.declare(group_id, None, size=2)
     chords.publish_plan(message(group_id, PLAN), 1, 1)
     chords.publish_more(group_id)
     chords.publish_more(group_id)
@@ -158,7 +207,7 @@ def test_added_parts_are_waited_for(chords: Chords, group_id: str) -> None:
 
 def test_fewer_tasks_than_were_announced(chords: Chords, group_id: str) -> None:
     fired = Fired()
-    chords.declare(group_id, None, True)
+    chords.declare(group_id, None, size=2)
     assert not chords.publish_plan(message(group_id, PLAN), 2, 5)
     assert not chords.publish_part(group_id, message("a"), 0, 5)
     assert chords.publish_part(group_id, message("b"), 1, 5)
@@ -170,7 +219,7 @@ def test_a_part_of_a_chord_that_is_over_is_dropped(
     chords: Chords, app: Celery, group_id: str, raw: Any
 ) -> None:
     fired = Fired()
-    chords.declare(group_id, None, True)
+    chords.declare(group_id, None, size=2)
     chords.publish_plan(message(group_id, PLAN), 1, 1)
     assert chords.publish_part(group_id, message("a"), 0, 1)
     assert chords.settle(group_id, fired)
@@ -187,7 +236,7 @@ def test_everything_is_put_back_when_firing_fails(chords: Chords, group_id: str)
     def refuse(gathered: Gathered) -> None:
         raise LookupError("not now")
 
-    chords.declare(group_id, None, True)
+    chords.declare(group_id, None, size=2)
     chords.publish_plan(message(group_id, PLAN), 1, 1)
     chords.publish_part(group_id, message("a"), 0, 1)
     with pytest.raises(LookupError):
@@ -201,7 +250,7 @@ def test_one_of_many_that_complete_it_at_once_fires(make_app: Apps, group_id: st
     for size in (2, 4, 16) * 4:
         identity = f"{group_id}-{uuid.uuid4().hex}"
         apps = [make_app() for _ in range(4)]
-        apps[0].backend.layout.chords.declare(identity, None, True)
+        apps[0].backend.layout.chords.declare(identity, None, size=1)
         apps[0].backend.layout.chords.publish_plan(message(identity, PLAN), size, size)
         barrier = threading.Barrier(size)
         fired = Fired()
@@ -218,7 +267,7 @@ def test_one_of_many_that_complete_it_at_once_fires(make_app: Apps, group_id: st
         ) -> None:
             chords = apps[number % 4].backend.layout.chords
             try:
-                barrier.wait(30)
+                barrier.wait(PATIENCE)
                 if chords.publish_part(identity, message(f"{number:02}"), number, size):
                     chords.settle(identity, fired)
             except BaseException as exc:
@@ -228,7 +277,7 @@ def test_one_of_many_that_complete_it_at_once_fires(make_app: Apps, group_id: st
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
         assert not failures
         assert fired.ids == [f"{number:02}" for number in range(size)]
@@ -239,7 +288,7 @@ def test_the_next_in_line_takes_over_from_a_reader_that_is_gone(
 ) -> None:
     first, second = make_app(), make_app()
     chords = first.backend.layout.chords
-    chords.declare(group_id, None, True)
+    chords.declare(group_id, None, size=2)
     chords.publish_plan(message(group_id, PLAN), 1, 1)
     chords.publish_part(group_id, message("a"), 0, 1)
     fired = Fired()
@@ -248,7 +297,7 @@ def test_the_next_in_line_takes_over_from_a_reader_that_is_gone(
 
     def die(gathered: Gathered) -> None:
         holding.set()
-        go.wait(30)
+        go.wait(PATIENCE)
         # What a killed process leaves of its connection.
         raise ConnectionResetError("killed")
 
@@ -259,12 +308,12 @@ def test_the_next_in_line_takes_over_from_a_reader_that_is_gone(
     other = second.backend.layout.chords
     reader = threading.Thread(target=first_in_line)
     reader.start()
-    assert holding.wait(30)
+    assert holding.wait(PATIENCE)
     waiting = threading.Thread(target=other.settle, args=(group_id, fired))
     waiting.start()
     go.set()
-    reader.join(30)
-    waiting.join(30)
+    reader.join(PATIENCE)
+    waiting.join(PATIENCE)
     assert not waiting.is_alive()
     assert fired.ids == ["a"]
     assert fired.chords[0].attempted
@@ -280,21 +329,21 @@ def test_a_chord_sent_again_while_it_is_being_fired(
 
     def send_slowly(signature: Any, results: Any) -> None:
         sending.set()
-        assert go.wait(30)
+        assert go.wait(PATIENCE)
 
     first.backend._bodies.send = send_slowly
     firing = threading.Thread(
         target=first.backend.mark_as_done, args=("a", 1, request("a", group_id, 0, dict(body)))
     )
     firing.start()
-    assert sending.wait(30)
+    assert sending.wait(PATIENCE)
     again = threading.Thread(target=send, args=(second, group_id, ["a"]))
     again.start()
     again.join(0.5)
     assert again.is_alive()
     go.set()
-    again.join(30)
-    firing.join(30)
+    again.join(PATIENCE)
+    firing.join(PATIENCE)
     assert not again.is_alive()
     assert not firing.is_alive()
     assert queue_exists(raw, second, group_id)
@@ -309,7 +358,7 @@ def test_a_foreign_message_is_ignored(
     chords: Chords, app: Celery, group_id: str, raw: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     fired = Fired()
-    chords.declare(group_id, None, True)
+    chords.declare(group_id, None, size=2)
     channel = raw.channel()
     queue = app.backend._topology.chord_queue(group_id).name
     for properties in ({}, {"type": "part"}, {"type": "plan"}, {"type": "fence"}):
@@ -394,13 +443,13 @@ def test_an_abandoned_chord_goes_away(
     body = send(app, group_id, ["a", "b"])
     app.backend.mark_as_done("a", 1, request("a", group_id, 0, dict(body)))
     if lazy:
-        app.backend.layout.chords.declare(group_id, 1000, False)
+        app.backend.layout.chords.declare(group_id, 1000)
     assert queue_exists(raw, app, group_id)
     eventually(lambda: not takes_messages(amqp_url, topology.chord_queue(group_id).name))
     eventually(lambda: not takes_messages(amqp_url, topology.chord_size_queue(group_id).name))
     # The part that comes too late does no harm, and its state is stored.
     app.backend.mark_as_done("b", 2, request("b", group_id, 1, dict(body)))
-    assert app.AsyncResult("b").get(timeout=20) == 2
+    assert app.AsyncResult("b").get(timeout=PATIENCE) == 2
 
 
 def test_state_and_part_wait_for_one_confirm(app: Celery, group_id: str) -> None:
@@ -416,7 +465,7 @@ def test_state_and_part_wait_for_one_confirm(app: Celery, group_id: str) -> None
     publisher.publish = noting
     app.backend.mark_as_done("a", 1, request("a", group_id, 0, dict(body)))
     assert calls == [2]
-    assert app.AsyncResult("a").get(timeout=20) == 1
+    assert app.AsyncResult("a").get(timeout=PATIENCE) == 1
 
 
 def test_a_body_that_cannot_be_published_fails_the_chord(app: Celery, group_id: str) -> None:

@@ -68,7 +68,7 @@ def test_the_number_of_queues_and_bindings_is_the_same_for_any_number_of_tasks(
     before = held()
     # When 1,000 tasks go all their ways, and are waited for, polled and saved as groups.
     ids = [new_id() for _ in range(1000)]
-    waiting = Waiting(lambda: dict(app.backend.get_many(ids, timeout=60)))
+    waiting = Waiting(lambda: dict(app.backend.get_many(ids, timeout=LONG)))
     for task_id in ids:
         worker.backend.store_result(task_id, None, states.STARTED)
         worker.backend.store_result(task_id, 1, states.SUCCESS)
@@ -253,7 +253,7 @@ def test_a_shard_queue_that_was_deleted_while_somebody_waits_is_declared_again(
         app.backend.store_result(third, 3, states.SUCCESS)
         return bool(make_app().AsyncResult(third).state == states.SUCCESS)
 
-    eventually(kept, 3)
+    eventually(kept)
 
 
 def test_a_chord_can_be_sent_without_a_result_connection_of_an_inbox(app: Celery) -> None:

@@ -19,10 +19,10 @@ from celery.exceptions import TimeoutError
 from celery.result import GroupResult
 
 from celery_amqp_results import AMQPBackend
-from tests.conftest import Apps, raw_connection
+from tests.conftest import PATIENCE, Apps, connect, raw_connection
 
 #: A wait that is not over by then hangs.
-LONG = 30.0
+LONG = PATIENCE
 
 #: Parameters as documented, with their defaults.
 DOCUMENTED: Dict[str, Dict[str, Any]] = {
@@ -231,7 +231,7 @@ def test_a_queue_of_ones_own_bound_by_rkey_gets_the_states(
     app: Celery, task_ids: List[str], make_app: Apps
 ) -> None:
     backend = app.backend
-    with kombu.Connection(make_app.url) as connection:
+    with connect(make_app.url) as connection:
         queue = backend.Queue(
             "", backend.exchange, backend.rkey(task_ids[0]), exclusive=True, durable=False
         )
@@ -255,14 +255,14 @@ def test_on_reply_declare_is_what_keeps_the_result(
     # A program that declares it and publishes itself, or declares it again: both agree.
     app.backend.store_result(task_ids[0], 1, states.SUCCESS)
     (queue,) = app.backend.on_reply_declare(task_ids[0])
-    with kombu.Connection(make_app.url) as connection:
+    with connect(make_app.url) as connection:
         bound = queue(connection.default_channel)
         bound.declare()
         assert bound.queue_declare(passive=True).message_count == 1
 
 
 def test_revive_takes_a_channel(app: Celery, make_app: Apps) -> None:
-    with kombu.Connection(make_app.url) as connection:
+    with connect(make_app.url) as connection:
         assert app.backend.revive(connection.default_channel) is None
 
 

@@ -9,7 +9,7 @@ from typing import Dict
 
 from celery.result import AsyncResult, GroupResult
 
-from tests.conftest import Apps
+from tests.conftest import PATIENCE, Apps
 from tools import rabbitmq
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "operations.md"
@@ -46,7 +46,7 @@ def test_a_user_with_the_documented_permissions_stores_waits_and_looks_up(
         # When one process stores, and another waits, looks up, keeps a group and forgets
         writer.backend.store_result(task_id, 42, "SUCCESS")
         assert reader.AsyncResult(task_id).state == "SUCCESS"
-        assert reader.AsyncResult(task_id).get(timeout=20) == 42
+        assert reader.AsyncResult(task_id).get(timeout=PATIENCE) == 42
         result = GroupResult(group_id, [AsyncResult(task_id, app=writer)], app=writer)
         result.save(backend=writer.backend)
         restored = GroupResult.restore(group_id, backend=reader.backend, app=reader)

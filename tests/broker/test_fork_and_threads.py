@@ -148,7 +148,7 @@ def test_a_wait_goes_on_while_children_come_and_go(
     app: Celery, make_app: Apps, fork: Callable[..., Any], eventually: Callable[..., Any]
 ) -> None:
     task_id = new_id()
-    waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=60))
+    waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG))
     until_watched(app, task_id, eventually)
     for number in range(3):
         answer = fork(lambda n=number: use(app, f"child {n}"))
@@ -228,7 +228,7 @@ def test_threads_store_and_read_through_one_backend(app: Celery) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(LONG)
     assert found == [True] * 320
 
 

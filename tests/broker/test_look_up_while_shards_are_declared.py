@@ -17,7 +17,7 @@ def test_a_look_up_is_answered_although_its_shard_comes_into_being_meanwhile(
     # reader consumes, it would wait for that fence until lookup_timeout: once in about 15 rounds.
     for _ in range(ROUNDS):
         name = f"{make_app.prefix}-{uuid.uuid4().hex[:8]}"
-        options = {"shards": 4, "lookup_timeout": 5}
+        options = {"shards": 4, "lookup_timeout": 30}
         writer, reader = (
             make_app(result_exchange=name, result_backend_transport_options=options)
             for _ in range(2)

@@ -28,11 +28,11 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.per_task_layout import AGAIN_SETTLE_SECONDS
 from tests import elsewhere, others
-from tests.conftest import Apps, raw_connection
+from tests.conftest import PATIENCE, PATIENT, Apps, raw_connection
 from tools import rabbitmq
 
 #: A wait that is not over by then hangs.
-LONG = 30.0
+LONG = PATIENCE
 
 CELERY4 = """
 import json, sys, warnings
@@ -52,7 +52,7 @@ if job["do"] == "store":
 elif job["do"] == "state":
     out = app.backend.get_task_meta(task_id)["status"]
 elif job["do"] == "get":
-    out = app.AsyncResult(task_id).get(timeout=20)
+    out = app.AsyncResult(task_id).get(timeout=60)
 print(json.dumps(out))
 """
 
@@ -106,13 +106,13 @@ class Broker:
         python = os.environ.get("CELERY4_PYTHON")
         if not python:
             pytest.skip("CELERY4_PYTHON names no Python with Celery 4.4")
-        conf = {"result_exchange": self.exchange, **conf}
+        conf = {"result_exchange": self.exchange, **PATIENT, **conf}
         done = subprocess.run(
             [python, "-c", CELERY4],
             input=json.dumps({"do": do, "id": task_id, "conf": conf, "url": self.url, **job}),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=3 * PATIENCE,
             check=False,
         )
         assert done.returncode == 0, done.stderr

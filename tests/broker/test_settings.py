@@ -452,7 +452,7 @@ class Door:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join(5)
+            thread.join(LONG)
         for sock in self._sockets:
             sock.close()
 

@@ -10,7 +10,7 @@ from celery import Celery, states
 from celery.result import AsyncResult
 
 from tests import elsewhere, others
-from tests.broker.helpers import new_id, until_stored
+from tests.broker.helpers import LONG, new_id, until_stored
 from tests.conftest import Apps
 
 
@@ -36,7 +36,7 @@ def test_a_result_reads_back_as_it_was_stored(app: Celery, value: Any) -> None:
     assert result.state == states.SUCCESS
     assert result.result == value
     assert result.successful()
-    assert result.get(timeout=10) == value
+    assert result.get(timeout=LONG) == value
 
 
 def test_store_result_returns_what_it_was_given(app: Celery) -> None:
@@ -74,7 +74,7 @@ def test_a_failure_reads_back_as_its_exception_with_its_traceback(app: Celery) -
     assert result.traceback == "Traceback ..."
     assert app.backend.get_traceback(task_id) == "Traceback ..."
     with pytest.raises(KeyError, match="gone"):
-        result.get(timeout=10)
+        result.get(timeout=LONG)
 
 
 def test_the_small_accessors_agree_with_the_meta(app: Celery) -> None:
@@ -123,7 +123,7 @@ def test_a_failure_yields_to_a_success_but_not_to_a_late_start(app: Celery, make
     app.backend.store_result(task_id, None, states.STARTED)
     assert make_app().AsyncResult(task_id).state == states.FAILURE
     app.backend.store_result(task_id, 2, states.SUCCESS)
-    assert make_app().AsyncResult(task_id).get(timeout=10) == 2
+    assert make_app().AsyncResult(task_id).get(timeout=LONG) == 2
 
 
 def test_revokes_by_many_workers_amount_to_one(app: Celery, make_app: Apps) -> None:
@@ -150,7 +150,7 @@ def test_looking_up_never_uses_a_result_up(app: Celery, make_app: Apps) -> None:
     for _ in range(30):
         for reader in readers:
             assert reader.AsyncResult(task_id).state == states.SUCCESS
-            assert reader.AsyncResult(task_id).get(timeout=10) == 7
+            assert reader.AsyncResult(task_id).get(timeout=LONG) == 7
 
 
 def test_several_processes_read_the_same_results_several_times_at_once(app: Celery) -> None:
@@ -165,7 +165,7 @@ def test_several_processes_read_the_same_results_several_times_at_once(app: Cele
 def test_a_result_outlives_the_process_that_stored_it(app: Celery) -> None:
     task_id = new_id()
     elsewhere.run(app, others.store, results=[(task_id, "kept", states.SUCCESS)])
-    assert app.AsyncResult(task_id).get(timeout=10) == "kept"
+    assert app.AsyncResult(task_id).get(timeout=LONG) == "kept"
 
 
 def test_exists_tells_stored_from_unknown(app: Celery, make_app: Apps) -> None:
@@ -191,7 +191,7 @@ def test_forget_deletes_for_everybody(app: Celery, make_app: Apps) -> None:
     for task_id in (gone, kept):
         app.backend.store_result(task_id, None, states.STARTED)
         app.backend.store_result(task_id, 1, states.SUCCESS)
-        assert reader.AsyncResult(task_id).get(timeout=10) == 1
+        assert reader.AsyncResult(task_id).get(timeout=LONG) == 1
     # When one is forgotten.
     app.AsyncResult(gone).forget()
     # Then nobody finds it, however they ask, and the other is as it was.
@@ -225,7 +225,7 @@ def test_a_forgotten_id_can_be_used_again(app: Celery) -> None:
     app.backend.store_result(task_id, "first", states.SUCCESS)
     app.AsyncResult(task_id).forget()
     app.backend.store_result(task_id, "second", states.SUCCESS)
-    assert app.AsyncResult(task_id).get(timeout=10) == "second"
+    assert app.AsyncResult(task_id).get(timeout=LONG) == "second"
 
 
 def test_process_cleanup_and_cleanup_change_nothing(app: Celery) -> None:
@@ -261,7 +261,7 @@ def test_a_poll_after_a_change_shows_the_change(app: Celery, make_app: Apps) -> 
     # When the task goes its way.
     for state in (states.STARTED, "PROGRESS", states.SUCCESS):
         app.backend.store_result(task_id, None, state)
-    thread.join(30)
+    thread.join(LONG)
     done.set()
     # Then the poller gets there, never a step back.
     order = ["PENDING", "STARTED", "PROGRESS", "SUCCESS"]
@@ -282,7 +282,7 @@ def test_a_poll_that_meets_the_end_of_a_wait_does_not_keep_an_old_state(
         polled: List[str] = []
 
         def wait(task_id: str = task_id, values: List[Any] = values) -> None:
-            values.append(reader.AsyncResult(task_id).get(timeout=30))
+            values.append(reader.AsyncResult(task_id).get(timeout=LONG))
 
         def poll(task_id: str = task_id, polled: List[str] = polled) -> None:
             while True:
@@ -295,7 +295,7 @@ def test_a_poll_that_meets_the_end_of_a_wait_does_not_keep_an_old_state(
             thread.start()
         app.backend.store_result(task_id, 1, states.SUCCESS)
         for thread in threads:
-            thread.join(30)
+            thread.join(LONG)
             assert not thread.is_alive()
         # Then all have seen the end, and nobody is stuck with what was before.
         assert values == [1]
@@ -318,7 +318,7 @@ class Paused:
             if self.armed and threading.current_thread() is self.thread:
                 self.armed = False
                 self.reached.set()
-                assert self.go_on.wait(30)
+                assert self.go_on.wait(LONG)
             return found
 
         monkeypatch.setattr(store, "read", paused)
@@ -327,11 +327,11 @@ class Paused:
         self.armed = True
         self.thread = threading.Thread(target=function)
         self.thread.start()
-        assert self.reached.wait(30)
+        assert self.reached.wait(LONG)
 
     def finish(self) -> None:
         self.go_on.set()
-        self.thread.join(30)
+        self.thread.join(LONG)
         assert not self.thread.is_alive()
 
 
@@ -349,7 +349,7 @@ def test_a_slow_look_up_does_not_bring_back_a_state_that_others_saw_pass(
     # When the task ends, and somebody else in this process sees that meanwhile.
     app.backend.store_result(task_id, 1, states.SUCCESS)
     if reader_is == "a wait":
-        assert reader.AsyncResult(task_id).get(timeout=30) == 1
+        assert reader.AsyncResult(task_id).get(timeout=LONG) == 1
     else:
         assert reader.AsyncResult(task_id).state == states.SUCCESS
         assert reader.AsyncResult(task_id).state == states.SUCCESS
@@ -363,5 +363,5 @@ def test_many_results_are_read_in_one_go(app: Celery, make_app: Apps) -> None:
     ids = [new_id() for _ in range(500)]
     for number, task_id in enumerate(ids):
         app.backend.store_result(task_id, number, states.SUCCESS)
-    found: Dict[str, Any] = dict(make_app().backend.get_many(ids, timeout=30))
+    found: Dict[str, Any] = dict(make_app().backend.get_many(ids, timeout=LONG))
     assert {i: found[i]["result"] for i in ids} == {i: n for n, i in enumerate(ids)}

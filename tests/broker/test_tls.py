@@ -14,7 +14,7 @@ from celery import Celery, states
 
 from celery_amqp_results import errors
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
-from tests.conftest import eventually
+from tests.conftest import PATIENT, PATIENT_OPTIONS, eventually
 from tools import rabbitmq
 
 
@@ -69,7 +69,9 @@ def make_app(broker: str, backend: str, **conf: Any) -> Celery:
         result_backend_transport_options={
             "shards": 4,
             "retry_policy": {"max_retries": 1, "interval_step": 0.1},
+            **PATIENT_OPTIONS,
         },
+        **PATIENT,
         **conf,
     )
     return app

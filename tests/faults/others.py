@@ -20,7 +20,7 @@ def hold_shard(app: Celery, shard: int) -> int:
     queue = app.backend._topology.shard_queue(shard).name
     with layout.store._pool.link() as link:
         checkout = Checkout(link, queue, lambda message: None)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not checkout.fenced and time.monotonic() < deadline:
             link.drain(1.0)
         say("holding")

@@ -12,6 +12,8 @@ from typing import Any, Dict, List
 import pytest
 from celery import Celery, states
 
+from celery_amqp_results import store as store_module
+from celery_amqp_results.checkout import FENCE
 from tests import elsewhere
 from tests.conftest import Apps, eventually
 from tests.faults import others
@@ -225,6 +227,58 @@ def test_readers_never_miss_a_result_while_others_pack(make_app: Apps) -> None:
         writer.stop()
     assert wrong == []
     assert writer.confirmed
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.parametrize("how", ["packed", "cut"])
+def test_the_first_success_counts_although_it_is_moved_behind_a_reader_in_line(
+    make_app: Apps, monkeypatch: pytest.MonkeyPatch, queue_type: str, how: str
+) -> None:
+    conf = {"result_backend_transport_options": {"shards": 1, "queue_type": queue_type}}
+    app, writer, second = make_app(**conf), make_app(**conf), make_app(**conf)
+    monkeypatch.setattr(store_module, "PACK_SECONDS", 10.0)
+    # Given the result of a task, in a page or worth being packed into one
+    wanted, forgotten, *others_ids = new_ids(WORTH_PACKING)
+    for task_id in (wanted, forgotten, *others_ids):
+        writer.backend.store_result(task_id, "first", states.SUCCESS)
+    if how == "cut":
+        read_anew(app, others_ids[:1])
+    finish = store_module._Read.finish
+    got: List[Any] = []
+    in_line = threading.Thread(
+        target=lambda: got.append(second.backend._get_task_meta_for(wanted)["result"])
+    )
+
+    def finish_late(self: Any, pack_until: float) -> None:
+        monkeypatch.setattr(store_module._Read, "finish", finish)
+        fences: List[str] = []
+        receive = self.checkout.channel.callbacks["r"]
+
+        def spy(message: Any) -> None:
+            if message.properties.get("type") == FENCE:
+                fences.append(message.properties["message_id"])
+            receive(message)
+
+        self.checkout.channel.callbacks["r"] = spy
+        # When, while a reader has the shard, the task is stored again, and another gets in line
+        writer.backend.store_result(wanted, "second", states.SUCCESS)
+        in_line.start()
+        deadline = time.monotonic() + 20
+        while not fences and time.monotonic() < deadline:
+            self._link.drain(1.0)
+        assert fences
+        finish(self, pack_until)
+
+    monkeypatch.setattr(store_module._Read, "finish", finish_late)
+    # And the first moves the first result behind the second one
+    if how == "cut":
+        app.AsyncResult(forgotten).forget()
+    else:
+        assert app.AsyncResult(wanted).state == states.SUCCESS
+    in_line.join(30)
+    # Then both know which one counts
+    assert got == ["first"]
+    assert read_anew(app, [wanted])[wanted]["result"] == "first"
 
 
 def test_a_shard_queue_that_is_deleted_is_declared_again(make_app: Apps, raw: Any) -> None:

@@ -34,7 +34,7 @@ from celery_amqp_results.waiting import Follower, Update
 from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
 
 #: Long enough for a machine that is busy; what has to come has come before.
-LONG = 20.0
+LONG = 60.0
 
 
 @pytest.fixture
@@ -526,7 +526,8 @@ class Followed:
         self.due: Dict[str, List[StateMessage]] = collections.defaultdict(list)
 
     def step(self) -> None:
-        for task_id, new, final in step(self.follower):
+        for update in step(self.follower):
+            task_id, new, final = update.task_id, update.states, update.final
             assert task_id not in self.ended
             assert new == sorted(new, key=lambda each: each.published)
             handed_out = self.states[task_id]

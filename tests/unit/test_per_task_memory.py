@@ -13,7 +13,7 @@ import pytest
 from celery import Celery, chord, group, states
 from celery.backends.base import Backend
 from celery.contrib.testing.worker import start_worker
-from celery.exceptions import ImproperlyConfigured, TimeoutError
+from celery.exceptions import ChordError, ImproperlyConfigured, TimeoutError
 from celery.result import GroupResult
 from kombu.exceptions import ContentDisallowed
 from kombu.transport import memory
@@ -21,7 +21,7 @@ from kombu.transport import memory
 from celery_amqp_results import errors
 
 #: A wait that is not over by then hangs.
-LONG = 30.0
+LONG = 60.0
 
 
 def new_id() -> str:
@@ -234,6 +234,15 @@ def test_ids_that_differ_in_dashes_only_are_told_apart(app: Celery) -> None:
 def test_chords_run(running: Running) -> None:
     result = chord(running.add.s(i, i) for i in range(4))(running.total.s())
     assert result.get(timeout=LONG) == 12
+
+
+def test_a_chord_whose_part_fails_says_which(running: Running) -> None:
+    result = chord([running.add.s(1, 1), running.fail.s("no")])(running.total.s())
+    # Without the header, whose failure would be raised first.
+    body = running.app.AsyncResult(result.id)
+    with pytest.raises(ChordError, match=result.parent[1].id) as raised:
+        body.get(timeout=LONG)
+    assert "KeyError('no')" in str(raised.value)
 
 
 def test_a_state_on_the_way_is_seen_and_the_last_one_counts(memory_only: Celery) -> None:

@@ -39,14 +39,14 @@ class Worker:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(20)
+                self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.kill()
 
     def kill(self) -> None:
         """Kill the worker and its children with SIGKILL."""
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def launch_worker(
@@ -96,7 +96,7 @@ def launch_worker(
             pytest.fail(f"the worker has ended:\n{worker.output()}")
         return " ready." in worker.output()
 
-    eventually(ready, 60)
+    eventually(ready, 120)
     return worker
 
 

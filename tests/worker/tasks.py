@@ -19,8 +19,13 @@ def app_from_environment() -> Celery:
         result_backend=os.environ.get("TEST_RESULT_BACKEND", "amqp://"),
         result_exchange=os.environ.get("TEST_RESULT_EXCHANGE", "celeryresults"),
         task_default_queue=os.environ.get("TEST_TASK_QUEUE", "celery"),
-        result_backend_transport_options={"shards": int(os.environ.get("TEST_SHARDS", "8"))},
+        result_backend_transport_options={
+            "shards": int(os.environ.get("TEST_SHARDS", "8")),
+            "lookup_timeout": 60,
+        },
         broker_connection_retry_on_startup=True,
+        # The machine may be busy.
+        broker_connection_timeout=60,
         worker_hijack_root_logger=True,
     )
     # Settings of one test, as JSON.
@@ -128,13 +133,13 @@ def retried_then_waited_for(self: Any) -> str:
 
 @app.task
 def wait_for(task_id: str) -> Any:
-    return app.AsyncResult(task_id).get(timeout=30, disable_sync_subtasks=False)
+    return app.AsyncResult(task_id).get(timeout=60, disable_sync_subtasks=False)
 
 
 @app.task(bind=True)
 def state_of_itself(self: Any) -> str:
     self.update_state(state="PROGRESS", meta={"current": 1})
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         state = app.AsyncResult(self.request.id).state
         if state != "PENDING":

@@ -1,0 +1,592 @@
+"""Waiting for tasks in coroutines: values, errors, timeouts, cancellation, and many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from typing import Any, Awaitable, Callable, Dict, Iterator, List, Set, TypeVar
+
+import celery.exceptions
+import pytest
+from celery import Celery, states
+from celery._state import _set_task_join_will_block
+from celery.result import EagerResult, GroupResult, ResultSet
+from kombu.exceptions import ContentDisallowed
+
+from celery_amqp_results import aio, bridge, errors
+from tests.broker.helpers import LONG, new_id
+from tests.conftest import Apps
+from tools import rabbitmq
+
+_T = TypeVar("_T")
+
+
+def run(scenario: Callable[[], Awaitable[_T]]) -> _T:
+    """Run a coroutine function on an event loop of its own, and fail if it hangs."""
+
+    async def bounded() -> _T:
+        return await asyncio.wait_for(scenario(), 4 * LONG)
+
+    return asyncio.run(bounded())
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Return when *condition* is true; fail after a while."""
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline, condition
+        await asyncio.sleep(0.01)
+
+
+async def until_covered(app: Celery, *ids: str) -> None:
+    """Return when the states of *ids* are pushed."""
+    inbox = app.backend.layout.inbox
+    await until(lambda: all(inbox.covers(task_id) for task_id in ids))
+
+
+def store(app: Celery, task_id: str, result: Any, state: str = states.SUCCESS) -> None:
+    app.backend.store_result(task_id, result, state)
+
+
+@pytest.fixture
+def worker(make_app: Apps) -> Celery:
+    """An app that has the part of the worker."""
+    return make_app()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    yield
+    for bridges in list(bridge._bridges.values()):
+        for each in bridges.values():
+            assert not each._subscribers
+            assert not each._taps
+
+
+# -- one task --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["shared", "per-task"])
+def test_a_result_is_awaited_whether_it_is_there_or_comes_later(
+    make_app: Apps, layout: str
+) -> None:
+    options = {"layout": layout, **({"shards": 8} if layout == "shared" else {})}
+    worker, app = (make_app(result_backend_transport_options=options) for _ in range(2))
+    there, later, by_id = new_id(), new_id(), new_id()
+    store(worker, there, 1)
+
+    async def scenario() -> List[Any]:
+        first = await aio.get(app.AsyncResult(there), timeout=LONG)
+        waiting = asyncio.gather(
+            aio.get(app.AsyncResult(later), timeout=LONG), aio.get(by_id, app=app, timeout=LONG)
+        )
+        await asyncio.sleep(0.1)
+        for task_id in (later, by_id):
+            await asyncio.to_thread(store, worker, task_id, 2)
+        return [first, *(await waiting)]
+
+    assert run(scenario) == [1, 2, 2]
+
+
+def test_a_failure_is_raised_or_returned(app: Celery, worker: Celery) -> None:
+    failed, revoked = new_id(), new_id()
+    store(worker, failed, KeyError("k"), states.FAILURE)
+    worker.backend.mark_as_revoked(revoked, "terminated")
+
+    async def scenario() -> None:
+        for target in (failed, app.AsyncResult(failed)):
+            with pytest.raises(KeyError, match="k"):
+                await aio.get(target, app=app)
+            returned = await aio.get(target, propagate=False, app=app)
+            assert isinstance(returned, KeyError)
+            with pytest.raises(KeyError):
+                await aio.get(target, timeout=0, app=app)
+        with pytest.raises(celery.exceptions.TaskRevokedError):
+            await aio.get(revoked, app=app)
+
+    run(scenario)
+
+
+def test_the_result_object_has_its_state_and_calls_back(app: Celery, worker: Celery) -> None:
+    async def scenario() -> None:
+        result = app.AsyncResult(new_id())
+        called: List[Any] = []
+        result.on_ready.then(called.append)
+        store(worker, result.id, 1)
+        assert await aio.get(result, timeout=LONG) == 1
+        assert called == [result]
+        # From now on nobody is asked.
+        worker.backend.forget(result.id)
+        assert await aio.get(result, timeout=0) == 1
+        assert (result.state, await aio.state(result)) == ("SUCCESS", "SUCCESS")
+
+    run(scenario)
+
+
+def test_what_is_not_waited_for(app: Celery) -> None:
+    async def scenario() -> None:
+        ignored = app.AsyncResult(new_id())
+        ignored.ignored = True
+        assert await aio.get(ignored) is None
+        assert await aio.get(EagerResult("e", 1, states.SUCCESS)) == 1
+        with pytest.raises(KeyError):
+            await aio.get(EagerResult("e", KeyError(), states.FAILURE))
+        assert await aio.get(ResultSet([], app=app)) == []
+        assert await aio.gather() == []
+        assert [each async for each in aio.as_completed([])] == []
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 0.2])
+def test_a_timeout_is_celerys_and_asyncios(app: Celery, worker: Celery, timeout: float) -> None:
+    async def scenario() -> None:
+        task_id = new_id()
+        for kind in (asyncio.TimeoutError, celery.exceptions.TimeoutError):
+            begun = time.monotonic()
+            with pytest.raises(kind, match=f"not ready after {timeout:g} seconds"):
+                await aio.get(task_id, timeout=timeout, app=app)
+            assert max(0, timeout) <= time.monotonic() - begun
+        # It leaves the task as it is.
+        store(worker, task_id, 5)
+        assert await aio.get(task_id, timeout=LONG, app=app) == 5
+
+    run(scenario)
+
+
+def test_cancellation_the_ways_of_asyncio(app: Celery, worker: Celery) -> None:
+    async def scenario() -> None:
+        task_id = new_id()
+        inbox = app.backend.layout.inbox
+        waiting = asyncio.ensure_future(aio.get(task_id, app=app))
+        await until_covered(app, task_id)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await until(lambda: task_id not in inbox._waiters)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(aio.get(task_id, app=app), 0.1)
+        if sys.version_info >= (3, 11):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await aio.get(task_id, app=app)
+        # Of two who wait one goes, and the other stays.
+        goes, stays = (asyncio.ensure_future(aio.get(task_id, app=app)) for _ in range(2))
+        await until_covered(app, task_id)
+        goes.cancel()
+        store(worker, task_id, 1)
+        assert await stays == 1
+        await until(lambda: task_id not in inbox._waiters)
+
+    run(scenario)
+
+
+def test_what_cannot_be_waited_for_is_refused(app: Celery) -> None:
+    async def scenario() -> None:
+        with pytest.raises(TypeError, match="17 cannot be waited for"):
+            await aio.get(17, app=app)
+        with pytest.raises(TypeError, match="gather"):
+            await aio.get([new_id()], app=app)
+        other = Celery("other", broker="memory://", backend="cache+memory://", set_as_current=False)
+        with pytest.raises(TypeError, match="app="):
+            await aio.get(new_id(), app=other)
+        with pytest.raises(TypeError, match="several"):
+            await aio.gather(
+                app.AsyncResult(new_id()),
+                Celery("third", broker="memory://", backend="amqp://").AsyncResult(new_id()),
+            )
+        with pytest.raises(TypeError, match="a group"):
+            await aio.state(ResultSet([], app=app))
+
+    run(scenario)
+
+
+def test_within_a_task_waiting_is_refused_unless_it_is_meant(app: Celery) -> None:
+    task_id = new_id()
+    store(app, task_id, 1)
+
+    async def scenario() -> None:
+        with pytest.raises(RuntimeError, match="Never call result"):
+            await aio.get(task_id, app=app)
+        with pytest.raises(RuntimeError, match="Never call result"):
+            await aio.gather(task_id, app=app)
+        assert await aio.get(task_id, app=app, disable_sync_subtasks=False) == 1
+
+    _set_task_join_will_block(True)
+    try:
+        run(scenario)
+    finally:
+        _set_task_join_will_block(False)
+
+
+def test_a_chain_that_was_cut_short_raises_what_cut_it(app: Celery, worker: Celery) -> None:
+    async def scenario() -> None:
+        first = app.AsyncResult(new_id())
+        group = GroupResult(new_id(), [app.AsyncResult(new_id())], parent=first, app=app)
+        last = app.AsyncResult(new_id(), parent=group)
+        waiting = asyncio.ensure_future(aio.get(last, timeout=LONG))
+        await until_covered(app, last.id, first.id, group.results[0].id)
+        store(worker, first.id, 1)
+        store(worker, group.results[0].id, ValueError("cut"), states.FAILURE)
+        with pytest.raises(ValueError, match="cut"):
+            await waiting
+        # At once where it is known already, and not at all where it is not wanted.
+        with pytest.raises(ValueError, match="cut"):
+            await aio.get(last, timeout=LONG)
+        with pytest.raises(errors.WaitTimeout, match="the task is not ready"):
+            await aio.get(last, timeout=0, follow_parents=False)
+
+    run(scenario)
+
+
+# -- several ---------------------------------------------------------------------------------------
+
+
+def test_groups_are_awaited_as_lists_in_order(app: Celery, worker: Celery) -> None:
+    async def scenario() -> None:
+        results = [app.AsyncResult(new_id()) for _ in range(4)]
+        inner = GroupResult(new_id(), results[1:3], app=app)
+        group = GroupResult(new_id(), [results[0], inner, results[3]], app=app)
+        waiting = asyncio.ensure_future(aio.get(group, timeout=LONG))
+        both = asyncio.ensure_future(aio.gather(group, results[0].id, timeout=LONG, app=app))
+        await until_covered(app, *(result.id for result in results))
+        for number in (3, 1, 0, 2):
+            store(worker, results[number].id, number)
+        assert await waiting == [0, [1, 2], 3]
+        assert await both == [[0, [1, 2], 3], 0]
+        assert group.ready()
+
+    run(scenario)
+
+
+def test_the_first_failure_of_a_group_ends_the_wait(app: Celery, worker: Celery) -> None:
+    async def scenario() -> None:
+        ids = [new_id() for _ in range(3)]
+        group = GroupResult(new_id(), [app.AsyncResult(i) for i in ids], app=app)
+        store(worker, ids[1], KeyError("first"), states.FAILURE)
+        with pytest.raises(KeyError, match="first"):
+            await aio.get(group, timeout=LONG)
+        with pytest.raises(KeyError, match="first"):
+            await aio.gather(*ids, timeout=LONG, app=app)
+        with pytest.raises(errors.WaitTimeout, match="2 of 3 tasks"):
+            await aio.gather(*ids, timeout=0.1, return_exceptions=True, app=app)
+        store(worker, ids[0], 0)
+        store(worker, ids[2], 2)
+        values = await aio.gather(*ids, timeout=LONG, return_exceptions=True, app=app)
+        assert (values[0], repr(values[1]), values[2]) == (0, "KeyError('first')", 2)
+
+    run(scenario)
+
+
+def test_as_completed_gives_each_as_it_ends(app: Celery, worker: Celery) -> None:
+    async def scenario() -> None:
+        ids = [new_id() for _ in range(4)]
+        results = [app.AsyncResult(i) for i in ids]
+        group = GroupResult(new_id(), [*results[:2], ResultSet(results[2:])], app=app)
+        store(worker, ids[2], 2)
+        found = []
+        async for task_id, value in aio.as_completed(group, timeout=LONG):
+            found.append((ids.index(task_id), value))
+            left = [n for n in (3, 0, 1) if n not in [number for number, _ in found]]
+            if left:
+                store(worker, ids[left[0]], left[0])
+        assert found == [(2, 2), (3, 3), (0, 0), (1, 1)]
+        # What is known is not asked for again.
+        again = [task_id async for task_id, _ in aio.as_completed(group, timeout=0)]
+        assert sorted(again) == sorted(ids)
+
+    run(scenario)
+
+
+def test_as_completed_goes_on_after_a_failure_if_it_is_asked(app: Celery, worker: Celery) -> None:
+    async def scenario() -> None:
+        bad, good, missing = new_id(), new_id(), new_id()
+        store(worker, bad, KeyError("bad"), states.FAILURE)
+        completed = aio.as_completed([bad, good], timeout=LONG, app=app)
+        with pytest.raises(KeyError, match="bad"):
+            await completed.__anext__()
+        store(worker, good, 1)
+        assert [each async for each in completed] == [(good, 1)]
+        found = {
+            task_id: repr(value)
+            async for task_id, value in aio.as_completed(
+                [bad, good], propagate=False, timeout=LONG, app=app
+            )
+        }
+        assert found == {bad: "KeyError('bad')", good: "1"}
+        with pytest.raises(errors.WaitTimeout, match="1 of 2 tasks"):
+            async for _ in aio.as_completed([good, missing], timeout=0.1, app=app):
+                pass
+
+    run(scenario)
+
+
+# -- asking once -----------------------------------------------------------------------------------
+
+
+def test_states_and_metas_are_asked_for_together(app: Celery, worker: Celery) -> None:
+    ids = [new_id() for _ in range(300)]
+    for task_id in ids[:3]:
+        store(worker, task_id, {"current": 1}, "PROGRESS")
+    store(worker, ids[3], 3)
+    store(worker, ids[4], "x" * 200_000)
+    reads: List[int] = []
+    real = app.backend.layout.store.read
+
+    def counted(asked: Any, *args: Any, **kwargs: Any) -> Any:
+        reads.append(len(asked))
+        return real(asked, *args, **kwargs)
+
+    app.backend.layout.store.read = counted
+
+    async def scenario() -> None:
+        found = await asyncio.gather(*(aio.state(task_id, app=app) for task_id in ids))
+        assert found[:5] == ["PROGRESS"] * 3 + ["SUCCESS"] * 2
+        assert set(found[5:]) == {"PENDING"}
+        assert await aio.get_meta(ids[3], app=app) == app.backend.get_task_meta(ids[3])
+        assert (await aio.get_meta(app.AsyncResult(ids[4])))["result"] == "x" * 200_000
+        assert await aio.get_meta(ids[9], app=app) == {
+            "task_id": ids[9],
+            "status": "PENDING",
+            "result": None,
+        }
+
+    run(scenario)
+    assert reads[0] == len(ids)
+
+
+def test_forgetting(app: Celery, worker: Celery) -> None:
+    async def scenario() -> None:
+        first = app.AsyncResult(new_id())
+        last = app.AsyncResult(new_id(), parent=first)
+        group = GroupResult(new_id(), [app.AsyncResult(new_id()), last], app=app)
+        ids = [first.id, last.id, group.results[0].id]
+        for task_id in ids:
+            store(worker, task_id, 1)
+        assert await aio.get(group, timeout=LONG) == [1, 1]
+        await aio.forget(group)
+        assert [await aio.state(task_id, app=app) for task_id in ids] == ["PENDING"] * 3
+        assert last.state == "PENDING"
+        by_id = new_id()
+        store(worker, by_id, 1)
+        await aio.forget(by_id, app=app)
+        await aio.forget(EagerResult("e", 1, states.SUCCESS))
+        assert await aio.state(by_id, app=app) == "PENDING"
+
+    run(scenario)
+
+
+# -- many, loops, processes ------------------------------------------------------------------------
+
+
+def test_ten_thousand_coroutines_wait_on_one_thread(app: Celery, make_app: Apps) -> None:
+    # Given four coroutines for each of so many tasks. (Storing takes most of the test's time.)
+    worker = make_app(result_backend_transport_options={"shards": 8, "confirm": False})
+    ids = [new_id() for _ in range(2_500)]
+
+    async def scenario() -> None:
+        before = threading.active_count()
+        for task_id in ids:
+            app.backend.on_task_call(None, task_id)
+        waiting = [
+            asyncio.ensure_future(aio.get(task_id, timeout=4 * LONG, app=app))
+            for task_id in ids
+            for _ in range(4)
+        ]
+        await until_covered(app, *ids)
+        # The follower, the inbox, and connections that are kept alive.
+        assert threading.active_count() <= before + 4
+
+        def store_all() -> None:
+            for number, task_id in enumerate(ids):
+                store(worker, task_id, number)
+
+        storing = asyncio.get_running_loop().run_in_executor(None, store_all)
+        found = await asyncio.gather(*waiting)
+        assert found == [number for number in range(len(ids)) for _ in range(4)]
+        await storing
+
+    run(scenario)
+
+
+def test_nothing_that_blocks_runs_on_the_loop(app: Celery, worker: Celery) -> None:
+    layout = app.backend.layout
+    threads: Dict[str, Set[int]] = {}
+
+    def spy(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            threads.setdefault(name, set()).add(threading.get_ident())
+            return real(*args, **kwargs)
+
+        setattr(owner, name, called)
+
+    spy(layout.store, "read")
+    spy(layout.store, "remove")
+    spy(layout.inbox, "cover")
+    spy(layout._connector, "open_once")
+    others = new_id(), new_id()
+    store(worker, others[0], 1)
+
+    async def scenario() -> None:
+        assert await aio.get(others[0], app=app, timeout=LONG) == 1
+        assert await aio.state(others[0], app=app) == "SUCCESS"
+        with pytest.raises(errors.WaitTimeout):
+            await aio.get(others[1], app=app, timeout=0.5)
+        await aio.forget(others[0], app=app)
+        async for _ in aio.watch(timeout=0.5, app=app):
+            pass
+
+    run(scenario)
+    assert set(threads) == {"read", "remove", "cover", "open_once"}
+    assert threading.get_ident() not in set().union(*threads.values())
+
+
+def test_several_loops_wait_at_once_and_one_after_the_other(app: Celery, worker: Celery) -> None:
+    ids = [new_id() for _ in range(4)]
+    found: Dict[int, Any] = {}
+
+    def wait(number: int) -> None:
+        # All wait for the same tasks.
+        found[number] = run(lambda: aio.gather(*ids, timeout=LONG, app=app))
+
+    threads = [threading.Thread(target=wait, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for number, task_id in enumerate(ids):
+        store(worker, task_id, number)
+    for thread in threads:
+        thread.join(4 * LONG)
+    wait(3)
+    assert found == {number: [0, 1, 2, 3] for number in range(4)}
+
+
+def test_a_loop_that_is_closed_leaves_no_thread(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(bridge, "LINGER", 0.2)
+    loop = asyncio.new_event_loop()
+    waiting = loop.create_task(aio.get(new_id(), app=app))
+    watch = aio.watch(app=app)
+    watching = loop.create_task(watch.__anext__())
+    loop.run_until_complete(asyncio.sleep(0.3))
+    names = {thread.name for thread in threading.enumerate()}
+    assert {"celery-results-aio-follow", "celery-results-aio-tap"} <= names
+    # When it is closed while coroutines wait. (It warns of these when they are dropped.)
+    for task in (waiting, watching):
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.close()
+    names = {"celery-results-aio-follow", "celery-results-aio-tap"}
+    eventually(lambda: not names & {thread.name for thread in threading.enumerate()})
+    bridge._bridges.pop(loop)
+
+
+def test_closing_the_backend_fails_those_who_wait_and_later_ones_start_afresh(
+    app: Celery, worker: Celery
+) -> None:
+    async def scenario() -> None:
+        task_id = new_id()
+        waiting = [asyncio.ensure_future(aio.get(task_id, app=app)) for _ in range(2)]
+        watching = asyncio.ensure_future(aio.watch(task_id, app=app).__anext__())
+        everything = asyncio.ensure_future(aio.watch(app=app).__anext__())
+        await until_covered(app, task_id)
+        await until(lambda: any(t._link for t in list(app.backend.layout._taps)))
+        await asyncio.get_running_loop().run_in_executor(None, app.backend.close)
+        for each in (*waiting, watching, everything):
+            with pytest.raises(errors.BackendUnavailable, match="closed"):
+                await each
+        store(worker, task_id, 1)
+        assert await aio.get(task_id, app=app, timeout=LONG) == 1
+
+    run(scenario)
+
+
+def test_a_broker_that_cannot_be_reached_is_an_error_and_not_a_hang(make_app: Apps) -> None:
+    app = make_app(
+        "amqp://guest:guest@127.0.0.1:1//",
+        result_backend_transport_options={"retry_policy": {"max_retries": 1}},
+    )
+
+    async def scenario() -> None:
+        with pytest.raises(errors.BackendUnavailable, match="cannot be reached"):
+            await aio.get(new_id(), app=app)
+        with pytest.raises(errors.BackendUnavailable, match="cannot be reached"):
+            await aio.state(new_id(), app=app)
+        with pytest.raises(errors.BackendUnavailable, match="cannot be reached"):
+            await aio.watch(app=app).__anext__()
+
+    run(scenario)
+
+
+def test_who_waits_notices_nothing_of_lost_connections(
+    app: Celery, worker: Celery, node: rabbitmq.Node
+) -> None:
+    async def scenario() -> None:
+        ids = [new_id() for _ in range(3)]
+        waiting = asyncio.ensure_future(aio.gather(*ids, timeout=4 * LONG, app=app))
+        await until_covered(app, *ids)
+        await asyncio.get_running_loop().run_in_executor(None, lose, node)
+        store(worker, ids[0], 0)
+        store(worker, ids[1], 1)
+        await until(lambda: app.backend.layout.inbox._epoch >= 2)
+        store(worker, ids[2], 2)
+        assert await waiting == [0, 1, 2]
+
+    run(scenario)
+
+
+def lose(node: rabbitmq.Node) -> None:
+    """Have the broker close all connections."""
+    node.ctl("close_all_connections", "test")
+
+
+def test_a_forked_child_waits_on_a_loop_of_its_own(app: Celery, worker: Celery) -> None:
+    before, after = new_id(), new_id()
+
+    async def scenario() -> None:
+        waiting = asyncio.ensure_future(aio.get(after, app=app, timeout=4 * LONG))
+        await until_covered(app, after)
+        store(worker, before, 1)
+        assert await aio.get(before, app=app, timeout=LONG) == 1
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                # The parent's loop is not running here.
+                status = 0 if asyncio.run(aio.get(before, app=app, timeout=LONG)) == 1 else 2
+            finally:
+                os._exit(status)
+        _, status = await asyncio.get_running_loop().run_in_executor(None, os.waitpid, pid, 0)
+        assert os.WEXITSTATUS(status) == 0
+        store(worker, after, 2)
+        assert await waiting == 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("layout", ["shared", "per-task"])
+def test_one_result_that_cannot_be_decoded_fails_nobody_else(make_app: Apps, layout: str) -> None:
+    options = {"layout": layout, **({"shards": 8} if layout == "shared" else {})}
+    app = make_app(result_backend_transport_options=options)
+    pickled = make_app(
+        result_backend_transport_options=options,
+        result_serializer="pickle",
+        accept_content=["pickle"],
+    )
+    bad, good = new_id(), new_id()
+
+    async def scenario() -> None:
+        waiting = asyncio.ensure_future(aio.get(good, app=app, timeout=LONG))
+        failing = asyncio.ensure_future(aio.get(bad, app=app, timeout=LONG))
+        await asyncio.sleep(0.1)
+        store(pickled, bad, 1)
+        with pytest.raises(ContentDisallowed):
+            await failing
+        store(app, good, 2)
+        assert await waiting == 2
+
+    run(scenario)

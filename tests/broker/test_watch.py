@@ -1,0 +1,371 @@
+"""Watching: states as they happen, of given tasks and of everything."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import pytest
+from celery import Celery, states
+from celery.exceptions import TimeoutError
+from celery.result import EagerResult, GroupResult, ResultSet
+
+from celery_amqp_results import errors
+from tests.broker.helpers import LONG, Waiting, new_id, until_stored, until_watched
+from tests.conftest import Apps, raw_connection
+from tools import rabbitmq
+
+both_layouts = pytest.mark.parametrize("layout", ["shared", "per-task"])
+
+
+def options(layout: str) -> Dict[str, Any]:
+    return {"layout": layout, **({"shards": 8} if layout == "shared" else {})}
+
+
+def seen(metas: Iterator[Dict[str, Any]]) -> List[Tuple[str, Any]]:
+    return [(meta["status"], meta["result"]) for meta in metas]
+
+
+def report(app: Celery, task_id: str, steps: int) -> None:
+    """Have a task report *steps*, and end."""
+    store = app.backend.store_result
+    store(task_id, None, states.STARTED)
+    for step in range(steps):
+        store(task_id, {"current": step}, "PROGRESS")
+    store(task_id, steps, states.SUCCESS)
+
+
+def until_tapped(app: Celery, eventually: Callable[..., Any], count: int = 1) -> None:
+    """Return when *count* watch everything, and are bound."""
+    taps = app.backend.layout._taps
+    eventually(lambda: sum(tap._link is not None for tap in list(taps)) >= count)
+
+
+# -- given tasks ---------------------------------------------------------------------------------
+
+
+@both_layouts
+def test_a_task_that_has_ended_gives_its_end_alone(make_app: Apps, layout: str) -> None:
+    worker, app = (make_app(result_backend_transport_options=options(layout)) for _ in range(2))
+    task_id = new_id()
+    report(worker, task_id, 3)
+    (meta,) = app.backend.watch(task_id)
+    assert meta == app.backend.get_task_meta(task_id)
+    assert (meta["task_id"], meta["status"], meta["result"]) == (task_id, "SUCCESS", 3)
+
+
+@both_layouts
+def test_the_present_state_comes_first_then_each_as_it_happens(make_app: Apps, layout: str) -> None:
+    # Given a task that has reported twice.
+    worker, app = (make_app(result_backend_transport_options=options(layout)) for _ in range(2))
+    task_id = new_id()
+    worker.backend.store_result(task_id, None, states.STARTED)
+    worker.backend.store_result(task_id, {"current": 1}, "PROGRESS")
+    until_stored(worker)
+    # When it is watched, and goes on.
+    watch = app.backend.watch(task_id, timeout=LONG)
+    assert next(watch)["result"] == {"current": 1}
+    found = []
+    for step in range(2, 5):
+        worker.backend.store_result(task_id, {"current": step}, "PROGRESS")
+        found.append(next(watch)["result"]["current"])
+    worker.backend.store_result(task_id, KeyError("k"), states.FAILURE, traceback="tb")
+    # Then all that is new comes, and it ends with the task.
+    assert found == [2, 3, 4]
+    (end,) = watch
+    assert (end["status"], end["traceback"]) == ("FAILURE", "tb")
+    assert isinstance(end["result"], KeyError)
+
+
+@both_layouts
+def test_no_state_is_missed_or_repeated_by_who_watches_from_the_beginning(
+    make_app: Apps, layout: str
+) -> None:
+    worker, app = (make_app(result_backend_transport_options=options(layout)) for _ in range(2))
+    task_id, begun = new_id(), threading.Event()
+    watch = app.backend.watch(task_id, timeout=LONG)
+
+    def watching() -> List[Tuple[str, Any]]:
+        first = next(watch)
+        begun.set()
+        return seen(itertools.chain([first], watch))
+
+    waiting = Waiting(watching)
+    # Given that the watcher has seen the first state, it sees every later one.
+    worker.backend.store_result(task_id, None, states.STARTED)
+    assert begun.wait(LONG)
+    if layout == "shared":
+        until_watched(app, task_id, lambda condition: condition())
+    for step in range(100):
+        worker.backend.store_result(task_id, {"current": step}, "PROGRESS")
+    worker.backend.store_result(task_id, 100, states.SUCCESS)
+    found = waiting.result()
+    assert found[0] == ("STARTED", None)
+    assert found[-1] == ("SUCCESS", 100)
+    steps = [result["current"] for state, result in found[1:-1]]
+    assert steps == sorted(set(steps))
+
+
+def test_who_is_bound_before_the_first_state_sees_every_one(
+    app: Celery, make_app: Apps, eventually: Callable[..., Any]
+) -> None:
+    worker, task_id = make_app(), new_id()
+    waiting = Waiting(lambda: seen(app.backend.watch(task_id, timeout=LONG)))
+    until_watched(app, task_id, eventually)
+    report(worker, task_id, 100)
+    steps = [("PROGRESS", {"current": step}) for step in range(100)]
+    assert waiting.result() == [("STARTED", None), *steps, ("SUCCESS", 100)]
+
+
+def test_states_that_do_not_count_are_not_seen(
+    app: Celery, make_app: Apps, eventually: Callable[..., Any]
+) -> None:
+    # Given two tasks that are watched, so that the watch goes on when one has ended.
+    worker, task_id, other = make_app(), new_id(), new_id()
+    waiting = Waiting(lambda: seen(app.backend.watch([task_id, other], timeout=LONG)))
+    until_watched(app, task_id, eventually)
+    until_watched(app, other, eventually)
+    store = worker.backend.store_result
+    # When one is asked to abort, reports all the same, ends, and then starts again.
+    store(task_id, None, "ABORTED")
+    store(task_id, {"current": 1}, "PROGRESS")
+    store(task_id, "end", states.SUCCESS)
+    store(task_id, None, states.STARTED)
+    store(task_id, None, states.REVOKED)
+    store(other, "other", states.SUCCESS)
+    assert waiting.result() == [("ABORTED", None), ("SUCCESS", "end"), ("SUCCESS", "other")]
+
+
+def test_groups_and_lists_are_watched_as_their_tasks(app: Celery, make_app: Apps) -> None:
+    ids = [new_id() for _ in range(5)]
+    results = [app.AsyncResult(task_id) for task_id in ids]
+    inner = GroupResult(new_id(), results[1:3], app=app)
+    target = [ids[0], GroupResult(new_id(), [inner, results[3]], app=app), ResultSet(results[3:])]
+    for number, task_id in enumerate(ids):
+        make_app().backend.store_result(task_id, number, states.SUCCESS)
+    found = list(app.backend.watch(target, timeout=LONG))
+    assert sorted(meta["result"] for meta in found) == [0, 1, 2, 3, 4]
+
+
+def test_what_has_ended_or_is_ignored_is_not_asked_for(app: Celery) -> None:
+    # Given a result that was got, one of a task that ran here, and one that is ignored.
+    got, ignored = app.AsyncResult(new_id()), app.AsyncResult(new_id())
+    app.backend.store_result(got.id, 1, states.SUCCESS)
+    assert got.get(timeout=LONG) == 1
+    got.backend.forget(got.id)
+    ignored.ignored = True
+    eager = EagerResult(new_id(), 2, states.SUCCESS)
+    found = list(app.backend.watch([got, ignored, eager], timeout=LONG))
+    assert [(meta["task_id"], meta["result"]) for meta in found] == [(got.id, 1), (eager.id, 2)]
+    assert list(app.backend.watch([], timeout=LONG)) == []
+
+
+def test_only_the_states_that_are_wanted_are_seen(app: Celery, make_app: Apps) -> None:
+    task_id = new_id()
+    report(make_app(), task_id, 2)
+    assert seen(app.backend.watch(task_id, states="FAILURE", timeout=LONG)) == []
+    assert seen(app.backend.watch(task_id, states=["SUCCESS"], timeout=LONG)) == [("SUCCESS", 2)]
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 0.3])
+@both_layouts
+def test_a_watch_ends_at_its_timeout(make_app: Apps, timeout: float, layout: str) -> None:
+    app = make_app(result_backend_transport_options=options(layout))
+    done, running = new_id(), new_id()
+    app.backend.store_result(done, 1, states.SUCCESS)
+    app.backend.store_result(running, None, states.STARTED)
+    until_stored(app)
+    found: List[str] = []
+    begun = time.monotonic()
+    watch = app.backend.watch([done, running], timeout=timeout)
+    with pytest.raises(TimeoutError, match="1 of 2 tasks"):
+        found.extend(meta["status"] for meta in watch)
+    assert max(0, timeout) <= time.monotonic() - begun < LONG
+    assert sorted(found) == ["STARTED", "SUCCESS"]
+
+
+def test_what_cannot_be_watched_is_refused_at_once(app: Celery) -> None:
+    with pytest.raises(TypeError, match="17 cannot be watched"):
+        app.backend.watch(["an id", 17])
+    with pytest.raises(ValueError, match="states is empty"):
+        app.backend.watch("an id", states=[])
+    with pytest.raises(TypeError, match="17"):
+        app.backend.watch("an id", states=[17])
+
+
+def test_closing_leaves_nothing_that_waits(app: Celery) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, None, states.STARTED)
+    until_stored(app)
+    watch = app.backend.watch(task_id)
+    assert next(watch)["status"] == "STARTED"
+    inbox = app.backend.layout.inbox
+    assert task_id in inbox._waiters
+    watch.close()
+    assert task_id not in inbox._waiters
+    # The same when it is just dropped.
+    watch = app.backend.watch(task_id)
+    next(watch)
+    del watch
+    assert task_id not in inbox._waiters
+
+
+def test_nothing_is_opened_before_the_first_state_is_asked_for(app: Celery) -> None:
+    app.backend.watch(new_id())
+    app.backend.watch()
+    assert app.backend.layout.inbox._thread is None
+
+
+def test_closing_the_backend_ends_a_watch(app: Celery, eventually: Callable[..., Any]) -> None:
+    task_id = new_id()
+    given = Waiting(lambda: list(app.backend.watch(task_id)))
+    everything = Waiting(lambda: list(app.backend.watch()))
+    until_watched(app, task_id, eventually)
+    until_tapped(app, eventually)
+    app.backend.close()
+    for waiting in (given, everything):
+        with pytest.raises(errors.BackendUnavailable, match="closed"):
+            waiting.result()
+
+
+def test_a_watch_goes_on_after_the_broker_was_away(
+    app: Celery, make_app: Apps, node: rabbitmq.Node, eventually: Callable[..., Any]
+) -> None:
+    # Given two watchers, one of a task and one of everything.
+    worker, task_id = make_app(), new_id()
+    worker.backend.store_result(task_id, None, states.STARTED)
+    until_stored(worker)
+    given: List[Tuple[str, Any]] = []
+    watching = Waiting(lambda: given.extend(seen(app.backend.watch(task_id, timeout=4 * LONG))))
+    everything: List[Any] = []
+
+    def watch_everything() -> None:
+        for meta in app.backend.watch():
+            everything.append(meta["result"])
+            if meta["result"] == "after":
+                return
+
+    tapping = Waiting(watch_everything)
+    until_watched(app, task_id, eventually)
+    until_tapped(app, eventually)
+    # When the broker loses all connections, and the task ends meanwhile.
+    node.ctl("close_all_connections", "test")
+    worker.backend.store_result(task_id, "end", states.SUCCESS)
+    # Then the task's watcher has it from the store, and the other goes on with what is new.
+    watching.thread.join(LONG)
+    assert given[-1] == ("SUCCESS", "end")
+    eventually(lambda: _tell(worker, "after") and not tapping.thread.is_alive(), LONG)
+    tapping.result()
+    assert everything[-1] == "after"
+
+
+def _tell(app: Celery, result: Any) -> bool:
+    app.backend.store_result(new_id(), result, states.SUCCESS)
+    return True
+
+
+# -- everything ----------------------------------------------------------------------------------
+
+
+def test_everything_is_every_state_of_every_task_from_now_on(
+    app: Celery, make_app: Apps, eventually: Callable[..., Any]
+) -> None:
+    # Given a watcher of everything, and one of failures.
+    worker, before = make_app(), new_id()
+    report(worker, before, 1)
+    ids = [new_id() for _ in range(3)]
+    watch = app.backend.watch()
+    waiting = Waiting(lambda: list(itertools.islice(watch, 3 * 5 + 2)))
+    failures = app.backend.watch(states=["FAILURE"])
+    failing = Waiting(lambda: next(failures))
+    until_tapped(app, eventually, 2)
+    # When tasks report, one of them twice to the same effect, and one fails.
+    for task_id in ids:
+        report(worker, task_id, 3)
+        worker.backend.store_result(task_id, None, states.STARTED)
+    worker.backend.save_group("a group", GroupResult("a group", [], app=worker))
+    failed = new_id()
+    worker.backend.store_result(failed, ValueError("bad"), states.FAILURE)
+    worker.backend.store_result("end", None, states.SUCCESS)
+    # Then each has seen what it wanted, each state once, and of tasks alone.
+    found = waiting.result()
+    for task_id in ids:
+        assert [m["status"] for m in found if m["task_id"] == task_id] == [
+            "STARTED",
+            *["PROGRESS"] * 3,
+            "SUCCESS",
+        ]
+    assert [meta["task_id"] for meta in found[-2:]] == [failed, "end"]
+    meta = failing.result()
+    assert (meta["task_id"], repr(meta["result"])) == (failed, "ValueError('bad')")
+    watch.close()
+    failures.close()
+
+
+def test_a_watch_of_everything_ends_quietly_at_its_timeout_and_leaves_nothing(
+    app: Celery, node: rabbitmq.Node, eventually: Callable[..., Any]
+) -> None:
+    assert list(app.backend.watch(timeout=0)) == []
+    begun = time.monotonic()
+    assert list(app.backend.watch(timeout=0.3)) == []
+    assert 0.3 <= time.monotonic() - begun < LONG
+    bindings = f"{app.conf.result_exchange}.states"
+    eventually(lambda: bindings not in node.ctl("-q", "list_bindings", "source_name"))
+
+
+def test_what_cannot_be_decoded_is_left_out_of_everything(
+    app: Celery,
+    make_app: Apps,
+    amqp_url: str,
+    eventually: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    waiting = Waiting(lambda: next(app.backend.watch()))
+    until_tapped(app, eventually)
+    # When somebody writes what this app may not read, and something that is no state.
+    pickled = make_app(result_serializer="pickle", accept_content=["pickle"])
+    pickled.backend.store_result("pickled", 1, states.SUCCESS)
+    with raw_connection(amqp_url) as connection:
+        import amqp
+
+        exchange = f"{app.conf.result_exchange}.states"
+        channel = connection.channel()
+        channel.basic_publish_confirm(amqp.Message("rubbish"), exchange, "0.-.-.-.SUCCESS")
+    app.backend.store_result("plain", 2, states.SUCCESS)
+    # Then a watcher is told of that by the log.
+    assert waiting.result()["task_id"] == "plain"
+    assert "left out the SUCCESS of pickled" in caplog.text
+    assert "foreign or damaged" in caplog.text
+    # Who watches that very task has to know.
+    from kombu.exceptions import ContentDisallowed
+
+    with pytest.raises(ContentDisallowed):
+        list(app.backend.watch("pickled", timeout=LONG))
+
+
+def test_everything_cannot_be_watched_in_the_layout_per_task(make_app: Apps) -> None:
+    app = make_app(result_backend_transport_options={"layout": "per-task"})
+    with pytest.raises(errors.Unsupported, match="per-task"):
+        app.backend.watch()
+
+
+def test_a_watch_that_is_carried_over_a_fork_says_so(app: Celery) -> None:
+    task_id = new_id()
+    app.backend.store_result(task_id, None, states.STARTED)
+    until_stored(app)
+    watch = app.backend.watch(task_id)
+    next(watch)
+    pid = os.fork()
+    if not pid:
+        try:
+            next(watch)
+        except RuntimeError as exc:
+            os._exit(0 if "before a fork" in str(exc) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    # The parent goes on as if nothing had happened.
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    assert [meta["result"] for meta in watch] == [1]

@@ -1,0 +1,200 @@
+"""A load for faults to hit: processes that store, and others that wait, join, poll and look up.
+
+with Load(app) as load:
+    since = load.now()
+    break_something()
+    load.until_flowing()
+    verdict = load.verdict(since)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+from celery import Celery
+
+from tests import elsewhere
+from tests.faults import players, recorder
+from tests.faults.recorder import Journal, Limits, Verdict
+
+__all__ = ("Load",)
+
+
+class Load:
+    """Two processes that store results, and four that read them in their ways.
+
+    Parameters:
+        storing: the app of those that store.
+        reading: the app of those that read; *storing* by default.
+        timeout: seconds that each wait may take.
+        pause: seconds between two tasks of a storing process.
+        forks: whether a waiting process is forked now and then.
+    """
+
+    def __init__(
+        self,
+        storing: Celery,
+        reading: Optional[Celery] = None,
+        *,
+        timeout: float = 60.0,
+        pause: float = 0.002,
+        forks: bool = True,
+    ) -> None:
+        self.storing = storing
+        self.reading = reading or storing
+        self.run = uuid.uuid4().hex[:8]
+        self.folder = Path(tempfile.mkdtemp(prefix="load-"))
+        self.journal = Journal(self.folder, "harness")
+        self._timeout = timeout
+        self._pause = pause
+        self._forks = forks
+        self._lives = [0, 0]
+        self._common: Dict[str, Any] = {"run": self.run, "folder": str(self.folder)}
+        #: By role.
+        self.processes: Dict[str, elsewhere.Process] = {}
+
+    def __enter__(self) -> Load:
+        try:
+            for slot in (0, 1):
+                self._start_storing(slot)
+            for function, options in (
+                (players.wait, {"timeout": self._timeout, "forks": self._forks}),
+                (players.join, {"timeout": self._timeout}),
+                (players.poll, {}),
+                (players.look_up, {}),
+            ):
+                self.processes[function.__name__] = elsewhere.Process(
+                    self.reading, function, {**self._common, **options}
+                )
+            self.until_flowing()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, *exc_info: object) -> None:
+        try:
+            if kind is None:
+                self.stop()
+        finally:
+            self.kill()
+
+    def _start_storing(self, slot: int) -> None:
+        self.processes[f"store{slot}"] = elsewhere.Process(
+            self.storing,
+            players.store,
+            {**self._common, "slot": slot, "life": self._lives[slot], "pause": self._pause},
+        )
+
+    @staticmethod
+    def now() -> float:
+        """Return the time of the journals."""
+        return time.monotonic()
+
+    def position(self, slot: int) -> int:
+        """Return how many tasks were stored in a slot."""
+        return players.read_number(self.folder / f"position-{slot}")
+
+    def progress(self) -> Dict[str, int]:
+        """Return how often each process has come to an end of something."""
+        roles = ("store0", "store1", "wait", "join", "poll", "look")
+        return {role: players.read_number(self.folder / f"progress-{role}") for role in roles}
+
+    def until_stored(self, count: int, timeout: float = 120.0) -> None:
+        """Return when each of those that store has stored *count* more results."""
+        before = [self.position(slot) for slot in (0, 1)]
+        self._until(
+            lambda: all(self.position(slot) >= before[slot] + count for slot in (0, 1)),
+            timeout,
+            lambda: f"{count} more results were not stored",
+        )
+
+    def until_flowing(self, timeout: float = 180.0) -> None:
+        """Return when each process has come to a new end of something."""
+        before = self.progress()
+
+        def stuck() -> List[str]:
+            now = self.progress()
+            # What began before the fault was over may end once; the next one is new.
+            return [role for role, count in before.items() if now[role] < count + 2]
+
+        self._until(lambda: not stuck(), timeout, lambda: f"nothing goes on in {stuck()}")
+
+    def _until(
+        self, condition: Callable[[], bool], timeout: float, what: Callable[[], str]
+    ) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            self.check_processes()
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{what()} within {timeout:g} s; logs are in {self.keep()}")
+            time.sleep(0.05)
+
+    def check_processes(self) -> None:
+        """Raise if one of the processes has ended by itself."""
+        for role, process in list(self.processes.items()):
+            if process.ended:
+                del self.processes[role]
+                process.answer()
+                raise AssertionError(f"{role} has ended")
+
+    def keep(self) -> Path:
+        """Keep the journals and logs, and return where they are."""
+        kept = self.folder.with_name(f"kept-{self.folder.name}")
+        shutil.copytree(self.folder, kept, dirs_exist_ok=True)
+        return kept
+
+    # -- what can be done to the processes -----------------------------------------------------
+
+    def kill_storing(self, slot: int) -> None:
+        """Kill a storing process with SIGKILL, and start another in its place."""
+        self.processes.pop(f"store{slot}").kill()
+        self._lives[slot] += 1
+        self._start_storing(slot)
+
+    @contextlib.contextmanager
+    def frozen(self, role: str) -> Any:
+        """Freeze a process with SIGSTOP for the duration of a ``with`` block."""
+        process = self.processes[role]
+        process.signal(signal.SIGSTOP)
+        try:
+            yield process
+        finally:
+            process.signal(signal.SIGCONT)
+
+    # -- the verdict ---------------------------------------------------------------------------
+
+    def verdict(
+        self, since: float = 0.0, limits: Limits = recorder.LIMITS, patience: float = 60.0
+    ) -> Verdict:
+        """Have all that was stored since read back by a fresh process, and judge everything."""
+        record = recorder.load(self.folder)
+        ids = record.promised(since)
+        elsewhere.run(self.reading, players.read_back, **self._common, ids=ids, patience=patience)
+        until = time.monotonic()
+        return recorder.check(recorder.load(self.folder), limits, since, until)
+
+    def stop(self) -> None:
+        """End all processes in order: first those that wait, so that all they wait for comes."""
+        (self.folder / players.STOP_WAITING).touch()
+        storing = [role for role in self.processes if role.startswith("store")]
+        for role in [*(role for role in self.processes if role not in storing), *storing]:
+            if role in storing:
+                (self.folder / players.STOP_STORING).touch()
+            self.processes.pop(role).answer(2 * self._timeout + 60)
+
+    def kill(self) -> None:
+        """End all processes by force and remove the journals."""
+        while self.processes:
+            _, process = self.processes.popitem()
+            with contextlib.suppress(ProcessLookupError):
+                process.signal(signal.SIGCONT)
+            process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)

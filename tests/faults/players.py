@@ -1,0 +1,379 @@
+"""What the processes of a load do, see :mod:`tests.faults.load`. Imports no test machinery.
+
+The ids of tasks follow from a name and a number, and so do their states, so that who waits need
+not be told by who stores: it reads from a small file how far that one is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import struct
+import threading
+import time
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+from celery import Celery, states
+from celery.app.task import Context
+from celery.exceptions import TimeoutError
+from celery.result import ResultSet
+
+from tests.faults.recorder import Journal, value
+
+_NAMESPACE = uuid.UUID("6f1b4b0e-43a0-4f5e-9f0b-0d8f6f1d5a77")
+_POSITION = struct.Struct("<q")
+
+#: Files whose being there ends the waiting, and the storing processes.
+STOP_WAITING = "stop-waiting"
+STOP_STORING = "stop-storing"
+
+#: By the last digit of a task's number to the base 16, the states that are stored; else SUCCESS.
+_STATES: Dict[int, Tuple[str, ...]] = {
+    1: ("STARTED", "PROGRESS", "SUCCESS"),
+    2: ("FAILURE",),
+    3: ("FAILURE", "SUCCESS"),
+    # It never ends.
+    5: ("PROGRESS", "PROGRESS"),
+    # Other runs of the same task come too late.
+    6: ("SUCCESS", "FAILURE", "STARTED", "SUCCESS"),
+    9: ("STARTED", "PROGRESS", "SUCCESS"),
+    11: ("REVOKED",),
+}
+
+
+def task_id(run: str, slot: int, number: int) -> str:
+    """Return the id of task *number* of the storing process in *slot*."""
+    return str(uuid.uuid5(_NAMESPACE, f"{run}/{slot}/{number}"))
+
+
+def ends(number: int) -> bool:
+    """Return whether the task has an end."""
+    return number % 16 != 5
+
+
+def is_forgotten(number: int) -> bool:
+    """Return whether the task is forgotten some time."""
+    return number % 32 == 7
+
+
+class Player:
+    """One of the processes of a load."""
+
+    def __init__(self, role: str, run: str, folder: str) -> None:
+        self.run = run
+        self.folder = Path(folder)
+        self.role = role
+        self.journal = Journal(self.folder, role)
+        self.random = random.Random(f"{run} {role} {os.getpid()}")
+        logging.basicConfig(
+            filename=self.folder / f"{self.journal.process}.log",
+            format="%(asctime)s %(threadName)s %(name)s %(levelname)s %(message)s",
+            level=logging.INFO,
+            force=True,
+        )
+        self._progress = 0
+        self._lock = threading.Lock()
+
+    def stopped(self, name: str = STOP_WAITING) -> bool:
+        """Return whether it is told to end."""
+        return (self.folder / name).exists()
+
+    def made_progress(self) -> None:
+        """Say that something came to its end."""
+        with self._lock:
+            self._progress += 1
+            write_number(self.folder / f"progress-{self.role}", self._progress)
+
+    def position(self, slot: int) -> int:
+        """Return the number of the task that is being stored in *slot*."""
+        return read_number(self.folder / f"position-{slot}")
+
+    def tasks(self, before: int, after: int, end: bool = True) -> List[str]:
+        """Return the ids of tasks around what is being stored in some slot."""
+        slot = self.random.randrange(2)
+        here = self.position(slot)
+        return [
+            task_id(self.run, slot, number)
+            for number in range(max(0, here - before), here + after)
+            if (ends(number) or not end) and not is_forgotten(number)
+        ]
+
+    def threads(self, *works: Callable[[], None]) -> None:
+        """Do all *works* again and again until told to end; raise what one of them raises."""
+        failures: List[BaseException] = []
+
+        def run(work: Callable[[], None]) -> None:
+            try:
+                while not self.stopped() and not failures:
+                    work()
+            except BaseException as exc:
+                logging.exception("a player has failed")
+                failures.append(exc)
+
+        running = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    @contextlib.contextmanager
+    def waiting(self, ids: List[str], timeout: float) -> Iterator[int]:
+        """Note a wait, and how it ends. Errors go no further, but for those of the tests."""
+        number = self.journal.began_to_wait(ids, timeout)
+        try:
+            yield number
+        except Exception as exc:
+            self.journal.waited(number, repr(exc))
+            if isinstance(exc, (AssertionError, TypeError, KeyError, AttributeError)):
+                raise
+            if not isinstance(exc, TimeoutError):
+                # The broker is away: as any program would, do not ask it all the time.
+                time.sleep(0.2)
+        else:
+            self.journal.waited(number)
+            self.made_progress()
+
+    @contextlib.contextmanager
+    def reading(self, timeout: float) -> Iterator[float]:
+        """Note a read that raises; its errors go no further."""
+        began = time.monotonic()
+        try:
+            yield began
+        except Exception as exc:
+            self.journal.failed_to_read(began, timeout, repr(exc))
+            if isinstance(exc, (AssertionError, TypeError, KeyError, AttributeError)):
+                raise
+            time.sleep(0.2)
+        else:
+            self.made_progress()
+
+
+def write_number(path: Path, number: int) -> None:
+    """Write a number that others read meanwhile."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(file, _POSITION.pack(number), 0)
+    finally:
+        os.close(file)
+
+
+def read_number(path: Path) -> int:
+    """Return what :func:`write_number` has written; 0 for nothing yet."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return 0
+    number: int = _POSITION.unpack(raw)[0] if len(raw) == _POSITION.size else 0
+    return number
+
+
+def store(app: Celery, run: str, folder: str, slot: int, life: int, pause: float) -> None:
+    """Store results of one task after the other.
+
+    Parameters:
+        slot: which of the storing processes it is.
+        life: how many processes were in this slot before; they were killed.
+        pause: seconds between two tasks.
+    """
+    player = Player(f"store{slot}", run, folder)
+    path = player.folder / f"position-{slot}"
+    # The task that was being stored when its process was killed is run again.
+    number = read_number(path)
+    while not player.stopped(STOP_STORING):
+        write_number(path, number)
+        this = task_id(run, slot, number)
+        # Half of them are of senders that nobody here is, so that they come with the shard.
+        request = (
+            Context(
+                id=this, correlation_id=this, reply_to="", hostname="storer", children=[],
+                origin="gen1@elsewhere", delivery_info={},
+            )
+            if number % 2
+            else None
+        )  # fmt: skip
+        for step, state in enumerate(_STATES.get(number % 16, ("SUCCESS",))):
+            version = 100 * life + step
+            result: Any = value(this, version, 20_000 if number % 64 == 10 else 60)
+            if state in states.EXCEPTION_STATES:
+                result = ValueError(result)
+            with player.journal.storing(this, state, result):
+                app.backend.store_result(this, result, state, request=request)
+        number += 1
+        player.made_progress()
+        time.sleep(pause)
+
+
+def wait(app: Celery, run: str, folder: str, timeout: float, forks: bool = True) -> None:
+    """Wait for single tasks in several threads; fork now and then, and wait in the child, too."""
+    player = Player("wait", run, folder)
+
+    def get(player: Player, before: int, after: int) -> None:
+        ids = player.tasks(before, after)
+        if not ids:
+            time.sleep(0.01)
+            return
+        this = player.random.choice(ids)
+        result = app.AsyncResult(this)
+        with player.waiting([this], timeout) as number:
+            result.get(timeout=timeout, propagate=False, on_message=_hear(player, number))
+            player.journal.got(number, this, result.state, result.result)
+
+    def fork() -> None:
+        # In step with the others, who are within a wait most of the time.
+        get(player, 0, 40)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            code = 1
+            try:
+                own = Player("forked", run, folder)
+                for _ in range(2):
+                    get(own, 10, 5)
+                code = 0
+            finally:
+                os._exit(code)
+        deadline = time.monotonic() + 3 * timeout
+        ended, code = os.waitpid(child, os.WNOHANG)
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.05)
+            ended, code = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        assert ended, "a forked process hangs"
+        assert code == 0, f"a forked process has failed: {code}"
+        time.sleep(0.5)
+
+    works = [lambda: get(player, 0, 40), lambda: get(player, 20, 20), lambda: get(player, 0, 5)]
+    player.threads(*works, *([fork] if forks else []))
+
+
+def join(app: Celery, run: str, folder: str, timeout: float) -> None:
+    """Wait for many tasks at once, half of which have ended before."""
+    player = Player("join", run, folder)
+
+    def get() -> None:
+        ids = player.tasks(100, 100)
+        results = {i: app.AsyncResult(i) for i in ids}
+        if not ids:
+            return
+        with player.waiting(ids, timeout) as number:
+            ResultSet(list(results.values()), app=app).get(
+                timeout=timeout,
+                propagate=False,
+                on_message=_hear(player, number),
+                callback=lambda i, _: player.journal.got(
+                    number, i, results[i].state, results[i].result
+                ),
+            )
+
+    def iterate() -> None:
+        ids = player.tasks(100, 100)
+        if not ids:
+            return
+        with player.waiting(ids, timeout) as number:
+            together = ResultSet([app.AsyncResult(i) for i in ids], app=app)
+            for this, meta in together.iter_native(timeout=timeout):
+                player.journal.got(number, this, meta["status"], meta["result"])
+
+    player.threads(get, iterate)
+
+
+def poll(app: Celery, run: str, folder: str) -> None:
+    """Ask for the states of tasks again and again, until they have ended."""
+    player = Player("poll", run, folder)
+    budget = app.backend.options.lookup_timeout
+
+    def watch() -> None:
+        ids = player.tasks(5, 15, end=False)
+        deadline = time.monotonic() + 3
+        while ids and time.monotonic() < deadline:
+            for this in list(ids):
+                with player.reading(budget) as began:
+                    meta = app.backend.get_task_meta(this, cache=False)
+                    player.journal.read("poll", began, this, meta["status"], meta["result"])
+                    if meta["status"] in states.READY_STATES:
+                        ids.remove(this)
+            time.sleep(0.02)
+
+    player.threads(watch)
+
+
+def look_up(app: Celery, run: str, folder: str) -> None:
+    """Look up tasks that were never asked for here, in batches, and forget some."""
+    player = Player("look", run, folder)
+    asked: Dict[str, None] = {}
+    lock = threading.Lock()
+
+    def read() -> None:
+        ids = player.tasks(player.random.choice((10, 100, 1000)), 0, end=False)
+        with lock:
+            # What was pending when it was asked for is covered the second time.
+            ids = [i for i in player.random.sample(ids, min(60, len(ids))) if i not in asked]
+            asked.update(dict.fromkeys(ids))
+        if ids:
+            read_batch(app, player, ids)
+        time.sleep(0.01)
+
+    done: Dict[int, int] = {}
+
+    def forget() -> None:
+        for slot in (0, 1):
+            until = player.position(slot) - 64
+            for number in range(done.get(slot, max(0, until)), until):
+                if not is_forgotten(number):
+                    continue
+                this = task_id(run, slot, number)
+                player.journal.began_to_forget(this)
+                with player.reading(app.backend.options.lookup_timeout):
+                    app.AsyncResult(this).forget()
+            done[slot] = max(until, 0)
+        time.sleep(0.1)
+
+    player.threads(read, read, forget)
+
+
+def read_batch(app: Celery, player: Player, ids: List[str]) -> Optional[int]:
+    """Look up many tasks at once; return how many had a state, ``None`` after an error."""
+    found: Dict[str, Dict[str, Any]] = {}
+    with player.reading(app.backend.options.lookup_timeout) as began:
+        with contextlib.suppress(TimeoutError):
+            # It raises when some have not ended.
+            for _ in app.backend.get_many(
+                ids, timeout=0, on_message=lambda meta: found.update({meta["task_id"]: meta})
+            ):
+                pass
+        for this in ids:
+            meta = found.get(this, {"status": states.PENDING, "result": None})
+            player.journal.read("look-up", began, this, meta["status"], meta["result"])
+        return len(found)
+    return None
+
+
+def read_back(app: Celery, run: str, folder: str, ids: List[str], patience: float) -> int:
+    """Look up *ids* in a process that has seen nothing; return how many had a state."""
+    player = Player("back", run, folder)
+    deadline = time.monotonic() + patience
+    total = 0
+    for start in range(0, len(ids), 400):
+        while True:
+            count = read_batch(app, player, ids[start : start + 400])
+            if count is not None:
+                total += count
+                break
+            assert time.monotonic() < deadline, "what was stored cannot be looked up"
+    return total
+
+
+def _hear(player: Player, number: int) -> Callable[[Dict[str, Any]], None]:
+    return lambda meta: player.journal.heard(
+        number, meta["task_id"], meta["status"], meta["result"]
+    )

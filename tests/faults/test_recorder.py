@@ -1,0 +1,347 @@
+"""The checker finds what it is there to find: each test plants one broken promise."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any, Callable, List, Optional
+
+import pytest
+
+from tests.faults import recorder
+from tests.faults.recorder import Journal, Limits, Verdict, check, load, value
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    # Not in the module time itself, by which everybody goes.
+    monkeypatch.setattr(recorder, "time", types.SimpleNamespace(monotonic=clock))
+    return clock
+
+
+@pytest.fixture
+def judge(tmp_path: Path, clock: Clock) -> Callable[..., Verdict]:
+    return lambda **limits: check(load(tmp_path), Limits(**limits))
+
+
+@pytest.fixture
+def storer(tmp_path: Path, clock: Clock) -> Journal:
+    return Journal(tmp_path, "storer")
+
+
+@pytest.fixture
+def reader(tmp_path: Path, clock: Clock) -> Journal:
+    return Journal(tmp_path, "reader")
+
+
+@pytest.fixture
+def other(tmp_path: Path, clock: Clock) -> Journal:
+    return Journal(tmp_path, "other")
+
+
+def store(journal: Journal, state: str, version: int, task_id: str = "t") -> Any:
+    result: Any = value(task_id, version)
+    if state == "FAILURE":
+        result = ValueError(result)
+    with journal.storing(task_id, state, result):
+        pass
+    return result
+
+
+def look_up(journal: Journal, state: str, result: Any, kind: str = "look-up") -> None:
+    journal.read(kind, recorder.time.monotonic(), "t", state, result)
+
+
+def kinds(verdict: Verdict) -> List[str]:
+    return [violation.kind for violation in verdict.violations]
+
+
+def test_a_life_without_faults_breaks_nothing(
+    storer: Journal, reader: Journal, other: Journal, judge: Callable[..., Verdict]
+) -> None:
+    number = reader.began_to_wait(["t"], 10)
+    look_up(other, "PENDING", None)
+    for state, version in (("STARTED", 0), ("PROGRESS", 1), ("FAILURE", 2), ("SUCCESS", 3)):
+        result = store(storer, state, version)
+        look_up(other, state, result)
+        reader.heard(number, "t", state, result)
+    # Another try that comes too late.
+    store(storer, "FAILURE", 4)
+    look_up(other, "SUCCESS", value("t", 3))
+    reader.got(number, "t", "SUCCESS", value("t", 3))
+    reader.waited(number)
+    verdict = judge()
+    assert verdict.violations == [], verdict.text()
+    assert (verdict.at_stake, verdict.refused) == (1, 0)
+
+
+@pytest.mark.parametrize("state", ["SUCCESS", "FAILURE"])
+def test_it_finds_a_result_that_is_lost(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict], state: str
+) -> None:
+    store(storer, state, 0)
+    look_up(reader, "PENDING", None)
+    assert kinds(judge()) == ["lost"]
+
+
+def test_a_result_whose_store_raised_or_never_returned_is_not_promised(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    with storer.storing("t", "SUCCESS", value("t", 0)):
+        raise OSError("the broker is away")
+    look_up(reader, "PENDING", None)
+    # It may be there all the same.
+    look_up(reader, "SUCCESS", value("t", 0))
+    storer.began_to_store("t", "SUCCESS", value("t", 1))
+    verdict = judge()
+    assert verdict.violations == []
+    assert (verdict.at_stake, verdict.refused) == (0, 1)
+
+
+def test_a_read_that_began_before_the_store_returned_may_find_either(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    began = recorder.time.monotonic()
+    store(storer, "SUCCESS", 0)
+    reader.read("look-up", began, "t", "PENDING", None)
+    assert kinds(judge()) == []
+
+
+def test_a_state_on_the_way_is_promised_when_a_final_one_after_it_is(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    store(storer, "PROGRESS", 0)
+    look_up(reader, "PENDING", None)
+    assert kinds(judge()) == []
+    store(storer, "SUCCESS", 0, "another")
+    look_up(reader, "PENDING", None)
+    assert kinds(judge()) == ["older"]
+
+
+@pytest.mark.parametrize("kind", ["look-up", "poll"])
+def test_it_finds_a_process_that_reads_something_older_than_it_has_read(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict], kind: str
+) -> None:
+    older, newer = store(storer, "PROGRESS", 0), store(storer, "PROGRESS", 1)
+    look_up(reader, "PROGRESS", newer, kind)
+    look_up(reader, "PROGRESS", older, kind)
+    assert kinds(judge()) == ["older"]
+
+
+def test_it_finds_a_look_up_that_is_older_than_that_of_another_process(
+    storer: Journal, reader: Journal, other: Journal, judge: Callable[..., Verdict]
+) -> None:
+    older, newer = store(storer, "PROGRESS", 0), store(storer, "PROGRESS", 1)
+    look_up(reader, "PROGRESS", newer)
+    look_up(other, "PROGRESS", older)
+    assert kinds(judge()) == ["older"]
+
+
+def test_what_was_pushed_may_lag_so_long_and_no_longer(
+    storer: Journal, reader: Journal, clock: Clock, judge: Callable[..., Verdict]
+) -> None:
+    store(storer, "SUCCESS", 0)
+    clock.now += 5
+    look_up(reader, "PENDING", None, "poll")
+    assert kinds(judge(lag=6)) == []
+    assert kinds(judge(lag=4)) == ["lost"]
+
+
+def test_it_finds_a_success_that_is_replaced(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    store(storer, "SUCCESS", 0)
+    failure = store(storer, "FAILURE", 1)
+    look_up(reader, "FAILURE", failure)
+    assert kinds(judge()) == ["replaced"]
+
+
+def test_it_finds_a_success_whose_value_changes(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    first, second = store(storer, "SUCCESS", 0), store(storer, "SUCCESS", 1)
+    look_up(reader, "SUCCESS", first)
+    look_up(reader, "SUCCESS", second)
+    assert kinds(judge()) == ["replaced"]
+
+
+@pytest.mark.parametrize("result", [value("t", 1), {**value("t", 0), "text": "x"}, None])
+def test_it_finds_what_was_never_stored(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict], result: Any
+) -> None:
+    store(storer, "SUCCESS", 0)
+    look_up(reader, "SUCCESS", result)
+    assert kinds(judge()) == ["wrong"]
+
+
+def test_it_finds_a_result_of_a_task_that_nobody_stored(
+    reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    look_up(reader, "SUCCESS", value("t", 0))
+    assert kinds(judge()) == ["wrong"]
+
+
+@pytest.mark.parametrize("error", [None, "TimeoutError()"])
+def test_it_finds_a_wait_that_overruns_its_deadline(
+    reader: Journal, clock: Clock, judge: Callable[..., Verdict], error: Optional[str]
+) -> None:
+    number = reader.began_to_wait(["t"], 10)
+    reader.got(number, "t", "PENDING", None)
+    clock.now += 14
+    reader.waited(number, error)
+    assert kinds(judge(grace=5)) == []
+    assert kinds(judge(grace=3)) == ["late"]
+
+
+def test_it_finds_a_wait_that_never_ends(
+    reader: Journal, clock: Clock, judge: Callable[..., Verdict]
+) -> None:
+    reader.began_to_wait(["t"], 10)
+    clock.now += 9
+    assert kinds(judge(grace=5)) == []
+    clock.now += 9
+    assert kinds(judge(grace=5)) == ["late"]
+
+
+def test_it_finds_a_look_up_that_raises_too_late(
+    reader: Journal, clock: Clock, judge: Callable[..., Verdict]
+) -> None:
+    began = recorder.time.monotonic()
+    clock.now += 30
+    reader.failed_to_read(began, 10, "LookupTimeout()")
+    assert kinds(judge(grace=15)) == ["late"]
+    assert kinds(judge(grace=25)) == []
+
+
+def test_it_finds_a_wait_that_is_given_a_result_twice(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    number = reader.began_to_wait(["t"], 10)
+    result = store(storer, "SUCCESS", 0)
+    reader.got(number, "t", "SUCCESS", result)
+    reader.got(number, "t", "SUCCESS", result)
+    reader.waited(number)
+    assert kinds(judge()) == ["twice"]
+
+
+def test_it_finds_a_wait_that_hears_a_state_twice(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    number = reader.began_to_wait(["t"], 10)
+    result = store(storer, "PROGRESS", 0)
+    reader.heard(number, "t", "PROGRESS", result)
+    reader.heard(number, "t", "PROGRESS", result)
+    assert kinds(judge()) == ["twice"]
+
+
+def test_two_waits_may_be_given_the_same_result(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    result = store(storer, "SUCCESS", 0)
+    for _ in range(2):
+        number = reader.began_to_wait(["t"], 10)
+        reader.got(number, "t", "SUCCESS", result)
+        reader.waited(number)
+    assert kinds(judge()) == []
+
+
+def test_it_finds_a_wait_that_ends_without_a_result_that_had_long_been_stored(
+    storer: Journal, reader: Journal, clock: Clock, judge: Callable[..., Verdict]
+) -> None:
+    number = reader.began_to_wait(["t"], 60)
+    store(storer, "SUCCESS", 0)
+    clock.now += 60
+    reader.waited(number, "TimeoutError()")
+    assert kinds(judge(lag=45)) == ["missed"]
+    assert kinds(judge(lag=65)) == []
+
+
+def test_it_finds_a_wait_that_returns_without_its_result(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    store(storer, "SUCCESS", 0)
+    reader.waited(reader.began_to_wait(["t"], 60))
+    assert kinds(judge()) == ["missed"]
+
+
+def test_what_is_forgotten_or_expired_is_not_missed(
+    storer: Journal, reader: Journal, clock: Clock, judge: Callable[..., Verdict]
+) -> None:
+    store(storer, "SUCCESS", 0)
+    look_up(reader, "SUCCESS", value("t", 0))
+    clock.now += 10
+    look_up(reader, "PENDING", None)
+    assert kinds(judge()) == ["lost"]
+    assert kinds(judge(expires=5)) == []
+    assert kinds(judge(expires=15)) == ["lost"]
+
+
+def test_what_is_forgotten_is_not_lost(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    store(storer, "SUCCESS", 0)
+    storer.began_to_forget("t")
+    look_up(reader, "PENDING", None)
+    assert kinds(judge()) == []
+
+
+def test_what_a_killed_broker_had_not_confirmed_may_be_read_before_and_not_afterwards(
+    storer: Journal, reader: Journal, other: Journal, judge: Callable[..., Verdict]
+) -> None:
+    storer.began_to_store("t", "SUCCESS", value("t", 0))
+    look_up(reader, "SUCCESS", value("t", 0))
+    storer.crashed()
+    look_up(reader, "PENDING", None)
+    look_up(other, "PENDING", None)
+    assert kinds(judge()) == []
+    # When it is there again, that counts again.
+    look_up(reader, "SUCCESS", value("t", 0))
+    look_up(reader, "PENDING", None)
+    assert kinds(judge()) == ["lost"]
+
+
+def test_what_a_killed_broker_had_confirmed_has_to_be_there_afterwards(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    store(storer, "SUCCESS", 0)
+    look_up(reader, "SUCCESS", value("t", 0))
+    for _ in range(2):
+        storer.crashed()
+    look_up(reader, "PENDING", None, "poll")
+    assert kinds(judge()) == ["lost"]
+
+
+def test_what_a_killed_process_wrote_is_read_up_to_its_last_line(
+    tmp_path: Path, storer: Journal, reader: Journal, judge: Callable[..., Verdict]
+) -> None:
+    store(storer, "SUCCESS", 0)
+    with next(tmp_path.glob("storer*")).open("ab") as journal:
+        journal.write(b'["store", "u", "SUCC')
+    look_up(reader, "PENDING", None)
+    assert kinds(judge()) == ["lost"]
+
+
+def test_only_what_began_in_the_time_asked_for_counts(
+    tmp_path: Path, storer: Journal, reader: Journal, clock: Clock
+) -> None:
+    store(storer, "SUCCESS", 0)
+    look_up(reader, "PENDING", None)
+    between = clock.now
+    clock.now += 1
+    store(storer, "SUCCESS", 0, "u")
+    record = load(tmp_path)
+    assert kinds(check(record, until=between)) == ["lost"]
+    assert kinds(check(record, since=between)) == []
+    assert record.promised(since=between) == ["u"]

@@ -1,0 +1,338 @@
+"""The layout ``per-task`` as real prefork workers use it over RabbitMQ.
+
+What is written and read is the matter of ``tests/broker/test_per_task.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+
+import pytest
+from celery import Celery, chain, chord, group, states
+from celery.exceptions import ChordError, TaskRevokedError, WorkerLostError
+from celery.result import AsyncResult, GroupResult
+
+from celery_amqp_results import errors
+from tests import elsewhere, others
+from tests.broker.helpers import Waiting
+from tests.conftest import PATIENCE, PATIENT_OPTIONS, Apps, raw_connection
+from tests.worker.chord_tasks import register
+from tests.worker.conftest import Worker, launch_worker
+from tools import rabbitmq
+
+OPTIONS = {"layout": "per-task", **PATIENT_OPTIONS}
+
+#: Tasks of chords are polled for, so that their queues are left behind. Not for a day.
+EXPIRES = 600
+
+STEPS = 20
+
+
+class World(NamedTuple):
+    """An app with the layout ``per-task``, and a worker for its tasks."""
+
+    app: Celery
+    worker: Worker
+    #: The tasks of chords.
+    t: SimpleNamespace
+
+    def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:
+        return self.app.send_task(f"tests.worker.tasks.{name}", args, **options)
+
+    def s(self, name: str, *args: Any) -> Any:
+        return self.app.signature(f"tests.worker.tasks.{name}", args=args)
+
+
+@pytest.fixture(scope="module")
+def world(
+    _session_node: Optional[rabbitmq.Node], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    """One worker of four processes, for all tests of the module."""
+    apps = Apps(os.environ["AMQP_URL"] if _session_node is None else _session_node.url())
+    conf = {
+        "result_backend_transport_options": OPTIONS,
+        "result_expires": EXPIRES,
+        # How often Celery's task looks whether the header of a chord is done, in seconds.
+        "result_chord_retry_interval": 0.2,
+    }
+    with contextlib.ExitStack() as stack:
+        stack.callback(apps.close)
+        app = apps(**conf)
+        worker = launch_worker(
+            app,
+            tmp_path_factory.mktemp("worker"),
+            module="tests.worker.per_task_tasks",
+            concurrency=4,
+            env={"TEST_CONF": json.dumps(conf)},
+        )
+        stack.callback(worker.stop)
+        app.set_current()
+        yield World(app, worker, register(app))
+
+
+def lines(path: Path) -> List[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def queue_exists(world: World, name: str) -> bool:
+    from amqp.exceptions import NotFound
+
+    with raw_connection(world.app.conf.broker_url) as connection:
+        try:
+            connection.channel().queue_declare(name, passive=True)
+        except NotFound:
+            return False
+    return True
+
+
+# -- results of tasks ----------------------------------------------------------------------------
+
+
+def test_a_value_is_there_for_the_sender_and_for_others_again_and_again(world: World) -> None:
+    result = world.send("add", 2, 3)
+    assert result.get(timeout=PATIENCE) == 5
+    assert elsewhere.run(world.app, others.values, ids=[result.id], times=3) == [5, 5, 5]
+    assert elsewhere.run(world.app, others.states, ids=[result.id] * 3) == [states.SUCCESS] * 3
+    assert world.app.AsyncResult(result.id).get(timeout=PATIENCE) == 5
+    # The worker has written it into a queue of its own.
+    assert queue_exists(world, result.id.replace("-", ""))
+
+
+def test_a_failure_is_there_for_the_sender_and_for_others(world: World) -> None:
+    result = world.send("fail", "gone")
+    with pytest.raises(KeyError, match="gone"):
+        result.get(timeout=PATIENCE)
+    assert "tasks.py" in result.traceback
+    (meta,) = elsewhere.run(world.app, others.metas, ids=[result.id])
+    assert meta["status"] == states.FAILURE
+    assert isinstance(meta["result"], KeyError)
+    assert "tasks.py" in meta["traceback"]
+
+
+def test_several_processes_wait_for_one_task_and_all_get_it(world: World) -> None:
+    task_id = "waited-for-by-four"
+    with contextlib.ExitStack() as stack:
+        waiters = [
+            stack.enter_context(elsewhere.start(world.app, others.wait_and_say, task_id=task_id))
+            for _ in range(3)
+        ]
+        for waiter in waiters:
+            assert waiter.readline() == "waiting"
+        result = world.send("add", 1, 2, task_id=task_id)
+        assert result.get(timeout=PATIENCE) == 3
+        assert [waiter.answer() for waiter in waiters] == [3] * 3
+
+
+def test_states_on_the_way_are_pushed_in_order_to_sender_and_another(
+    world: World, eventually: Callable[..., Any]
+) -> None:
+    task_id = "steps-seen-by-two"
+    backend = world.app.backend
+    knocks = itertools.count()
+    seen: List[Any] = []
+
+    def wait() -> Any:
+        return world.app.AsyncResult(task_id).get(
+            timeout=PATIENCE, on_message=lambda m: seen.append((m["status"], m["result"]))
+        )
+
+    with elsewhere.start(world.app, others.states_until_ready, task_id=task_id) as other:
+        waiting, heard = Waiting(wait), Waiting(other.readline)
+
+        def both_wait() -> bool:
+            # The first one may be found by looking; the second is found, or comes, when the
+            # binding stands by which everything else comes.
+            backend.store_result(task_id, next(knocks), "KNOCK")
+            return len(seen) >= 2 and not heard.thread.is_alive()
+
+        eventually(both_wait)
+        assert heard.result() == "waiting"
+        world.send("steps", STEPS, task_id=task_id)
+        assert waiting.result() == STEPS
+        seen_elsewhere = other.answer()
+    for found in (seen, seen_elsewhere):
+        story = [(name, what) for name, what in found if name != "KNOCK"]
+        assert [name for name, _ in story] == ["STARTED", *["PROGRESS"] * STEPS, "SUCCESS"]
+        assert [meta["current"] for name, meta in story if name == "PROGRESS"] == list(range(STEPS))
+        assert set(story[0][1]) == {"pid", "hostname"}
+
+
+def test_processes_that_poll_while_a_worker_writes_see_one_story(world: World) -> None:
+    ids = [f"polled-{number}" for number in range(3)]
+    with contextlib.ExitStack() as stack:
+        pollers = [
+            stack.enter_context(elsewhere.start(world.app, others.poll_until_final, ids=ids))
+            for _ in range(3)
+        ]
+        for poller in pollers:
+            assert poller.readline() == "polling"
+        for task_id in ids:
+            world.send("steps", STEPS, task_id=task_id)
+        answers = [poller.answer() for poller in pollers]
+    # Nobody has seen a state go backwards, nor PENDING after any other state.
+    order: List[Any] = ["PENDING", "STARTED", *(("PROGRESS", n) for n in range(STEPS)), "SUCCESS"]
+    for answer in answers:
+        for task_id in ids:
+            story = [order.index(state) for state in answer["seen"][task_id]]
+            assert story == sorted(set(story)), answer["seen"][task_id]
+            assert answer["final"][task_id]["result"] == STEPS
+
+
+def test_what_the_main_process_of_the_worker_writes(world: World) -> None:
+    killed = world.send("die")
+    with pytest.raises(WorkerLostError):
+        killed.get(timeout=PATIENCE)
+    revoked = world.send("add", 1, 1, countdown=1)
+    world.app.control.revoke(revoked.id)
+    with pytest.raises(TaskRevokedError):
+        revoked.get(timeout=PATIENCE)
+    ids = [killed.id, revoked.id]
+    assert elsewhere.run(world.app, others.states, ids=ids) == [states.FAILURE, states.REVOKED]
+
+
+def test_a_retried_and_a_replaced_task(world: World) -> None:
+    seen: List[str] = []
+    # With a countdown: the end may overtake the last retry otherwise.
+    retried = world.send("retried", 2, 0.3)
+    assert retried.get(timeout=PATIENCE, on_message=lambda m: seen.append(m["status"])) == 2
+    assert seen == ["RETRY", "RETRY", "SUCCESS"]
+    assert world.send("replaced", 4, 5).get(timeout=PATIENCE) == 9
+
+
+def test_a_task_waits_for_tasks_of_another_sender(world: World) -> None:
+    waited_for = world.send("started_for", 0.3)
+    waits = [world.send("wait_for", waited_for.id) for _ in range(2)]
+    assert [wait.get(timeout=PATIENCE) for wait in waits] == ["done"] * 2
+
+
+def test_another_process_forgets(world: World) -> None:
+    result = world.send("add", 1, 1)
+    assert result.get(timeout=PATIENCE) == 2
+    elsewhere.run(world.app, others.forget, ids=[result.id])
+    assert world.app.AsyncResult(result.id).state == states.PENDING
+    assert not queue_exists(world, result.id.replace("-", ""))
+
+
+# -- groups and chains ---------------------------------------------------------------------------
+
+
+def test_a_group_is_joined_by_the_sender_and_by_another_process(world: World) -> None:
+    result = group(world.s("add", n, n) for n in range(50)).apply_async()
+    result.save()
+    expected = [2 * n for n in range(50)]
+    assert result.get(timeout=PATIENCE) == expected
+    ids, values = elsewhere.run(world.app, others.restore_and_join, group_id=result.id)
+    assert ids == [node.id for node in result]
+    assert values == expected
+    assert result.completed_count() == 50
+    result.delete()
+    assert GroupResult.restore(result.id, app=world.app) is None
+
+
+def test_a_group_with_a_member_that_fails(world: World) -> None:
+    result = group(world.s("add", 1, 1), world.s("fail", "member")).apply_async()
+    with pytest.raises(KeyError, match="member"):
+        result.get(timeout=PATIENCE)
+    two, error = result.get(timeout=PATIENCE, propagate=False)
+    assert (two, type(error)) == (2, KeyError)
+
+
+def test_a_chain_is_waited_for_although_a_worker_sends_its_last_task(world: World) -> None:
+    result = chain(world.s("add", 1, 1), world.s("add", 2), world.s("add", 3))()
+    assert result.get(timeout=PATIENCE) == 7
+    assert result.parent.get(timeout=PATIENCE) == 4
+    failing = chain(world.s("fail", "first"), world.s("add", 2))()
+    with pytest.raises(KeyError, match="first"):
+        failing.get(timeout=PATIENCE, interval=0.1)
+
+
+# -- chords: Celery's task that polls ------------------------------------------------------------
+
+SHAPES = [
+    ("one", lambda t: chord([t.add.s(1, 1)], t.same.s()), [2]),
+    ("none", lambda t: chord([], t.same.s()), []),
+    ("fifty", lambda t: chord([t.same.s(i) for i in range(50)], t.same.s()), list(range(50))),
+    ("generator", lambda t: chord((t.same.s(i) for i in range(9)), t.same.s()), list(range(9))),
+    ("task | group | task", lambda t: t.add.s(1, 1) | group([t.add.s(1), t.add.s(2)])
+     | t.total.s(), 7),
+    ("chain of chords", lambda t: chain(
+        group([t.add.s(1, 1), t.add.s(2, 2)]), t.total.s(), group([t.add.s(1), t.add.s(2)]),
+        t.total.s()), 15),
+    ("chord in a header", lambda t: chord(
+        [chord([t.add.s(1, 1), t.add.s(2, 2)], t.total.s()), t.same.s(3)], t.same.s()), [6, 3]),
+    ("chord in a group", lambda t: group([chord([t.add.s(1, 1)], t.total.s()), t.same.s(7)]),
+     [2, 7]),
+    ("body is a chord", lambda t: chord(
+        [t.add.s(1, 1), t.add.s(2, 2)], chord([t.total.s(), t.same.s()], t.same.s())),
+     [6, [2, 4]]),
+    ("body is a group", lambda t: chord(
+        [t.add.s(1, 1), t.add.s(2, 2)], group([t.total.s(), t.same.s()])), [6, [2, 4]]),
+    ("retries", lambda t: chord([t.retried.s(1, 2), t.same.s(2)], t.same.s()), [1, 2]),
+    ("replaced by a chord", lambda t: chord([t.replaced_by_chord.s(1), t.same.s(2)], t.same.s()),
+     [5, 2]),
+]  # fmt: skip
+
+
+def test_chords_of_many_shapes(world: World) -> None:
+    # All at once: each takes a second or more, in which its header is waited for.
+    sent = [(name, make(world.t).delay(), expected) for name, make, expected in SHAPES]
+    for name, result, expected in sent:
+        assert result.get(timeout=PATIENCE) == expected, name
+
+
+def test_a_chord_is_waited_for_by_another_process_and_its_body_runs_once(
+    world: World, tmp_path: Path
+) -> None:
+    log = tmp_path / "notes"
+    t = world.t
+    header = [t.slow.s(number, 0.1) for number in range(4)]
+    result = chord(header, t.record.s(str(log))).delay()
+    assert elsewhere.run(world.app, others.values, ids=[result.id]) == [[0, 1, 2, 3]]
+    assert result.get(timeout=PATIENCE) == [0, 1, 2, 3]
+    # A chord sent later runs later: a second run of the first body would be there by then.
+    assert chord([t.same.s(1)], t.same.s()).delay().get(timeout=PATIENCE) == [1]
+    assert lines(log) == [result.id]
+
+
+def test_a_part_that_fails_fails_the_chord(
+    world: World, tmp_path: Path, eventually: Callable[..., Any]
+) -> None:
+    t = world.t
+    ran, told = tmp_path / "ran", tmp_path / "told"
+    body = t.record.s(str(ran)).on_error(t.on_error.s(str(told)))
+    result = chord([t.same.s(1), t.fail.s("no"), t.same.s(2)], body).delay()
+    eventually(result.ready)
+    assert result.state == states.FAILURE
+    assert isinstance(result.result, ChordError)
+    assert str(result.result) == f"Dependency {result.parent[1].id} raised KeyError('no')"
+    (meta,) = elsewhere.run(world.app, others.metas, ids=[result.id])
+    assert meta["status"] == states.FAILURE
+    assert isinstance(meta["result"], ChordError)
+    eventually(lambda: lines(told) == [f"{result.id} ChordError"])
+    assert lines(ran) == []
+
+
+def test_a_body_that_fails_and_a_header_task_whose_process_is_killed(
+    world: World, eventually: Callable[..., Any]
+) -> None:
+    t = world.t
+    failing = chord([t.same.s(1)], t.fail_with.s()).delay()
+    killed = chord([t.killed.s(), t.same.s(2)], t.same.s()).delay()
+    with pytest.raises(KeyError, match="body"):
+        failing.get(timeout=PATIENCE)
+    eventually(killed.ready)
+    assert killed.state == states.FAILURE
+    assert "WorkerLostError" in str(killed.result)
+
+
+def test_the_worker_has_logged_no_error_of_the_backend(world: World) -> None:
+    # After all tests of the module: what they have made the worker log.
+    output = world.worker.output()
+    assert [name for name in errors.__all__ if f"{name}(" in output] == []
+    assert "cannot be" not in output
