@@ -44,8 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the RabbitMQ: system (default), or a Debian suite such as forky")
     add("--peers", default=",".join(n.replace(",", ";") for n in peers.PEERS), metavar="NAMES",
         help="separated by commas, with ';' for a comma in a name; default: %(default)s")
-    add("--kept", type=int, default=100_000, metavar="N",
-        help="results kept for look-ups, at most; 1000000 takes long; default: %(default)s")
+    add("--kept", default="", metavar="N,N",
+        help="how many results are kept for look-ups; default: 1000,10000 with --quick, and "
+             "100000 without; 1000000 takes half an hour")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--markdown", type=Path, metavar="FILE", help="write a table there")
     add("--plots", type=Path, metavar="FOLDER", help="write SVG files there; needs matplotlib")
@@ -81,6 +82,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
     wanted = [name.strip().replace(";", ",") for name in options.peers.split(",")]
+    kept = [int(number) for number in options.kept.split(",") if number]
     rows: List[Row] = []
     with contextlib.ExitStack() as stack:
         node = stack.enter_context(services.private_rabbitmq(options.distribution))
@@ -93,7 +95,7 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
                 reporter.line(f"{name} is left out: pip install -e '.[bench]' installs it")
         about = _about(node, options.quick)
         reporter.line(", ".join(f"{name} {value}" for name, value in about.items()))
-        place = Place(node, redis, options.quick, options.kept, here)
+        place = Place(node, redis, options.quick, kept, here)
         stack.callback(place.close)
         started = time.monotonic()
         for name in options.measures or measures.ALL:

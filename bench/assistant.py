@@ -6,6 +6,7 @@ Commands:
 - ``send``: take note of *count* tasks as sent, and answer with their ids and who sent them
 - ``join``: say that it begins, then wait for the results of all tasks sent last
 - ``look_up``: *ids* one after the other, or, with *at_once*, together
+- ``pack``: all shards that keep *ids*
 - ``memory``: of this process
 """
 
@@ -24,6 +25,7 @@ from celery.result import AsyncResult, ResultSet
 from celery.utils.nodenames import anon_nodename
 
 from bench import peers, processes
+from celery_amqp_results import store
 
 TIMEOUT = 600
 
@@ -97,6 +99,24 @@ class Server:
                 taken.append((time.perf_counter() - started) * 1e3)
                 found += meta["status"] == "SUCCESS"
         return {"milliseconds": taken, "found": found}
+
+    def pack(self, ids: List[str]) -> Dict[str, Any]:
+        """Look up an id of each shard until all are packed; that counts for no other measure.
+
+        A look-up packs for some milliseconds and leaves the rest to the next one. Here each packs
+        all that it reads, so that it takes as many look-ups as there are shards, and not many times
+        more: what is there in the end is the same.
+        """
+        layout = self._app.backend.layout
+        one_each = {self._app.backend._topology.shard(task_id): task_id for task_id in ids}
+        limit, store.PACK_SECONDS = store.PACK_SECONDS, 60.0
+        started = time.perf_counter()
+        try:
+            for task_id in one_each.values():
+                layout.poll((task_id,))
+        finally:
+            store.PACK_SECONDS = limit
+        return {"seconds": time.perf_counter() - started, "packed": layout.store.packed}
 
     def memory(self) -> Dict[str, Any]:
         """Return the memory of this process in bytes."""

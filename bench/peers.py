@@ -188,7 +188,7 @@ class Worker:
              "--without-gossip", "--without-mingle", "--hostname", self.hostname],
             env=dict(_environment(), BENCH_PEER=name, BENCH_BROKER=broker, BENCH_REDIS=redis,
                      BENCH_QUEUE=queue),
-            cwd=ROOT,
+            cwd=ROOT, stdout=subprocess.DEVNULL,
         )  # fmt: skip
 
     def wait(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import gc
 import uuid
 from typing import Any, Callable, DefaultDict, Dict, Iterator, List, Mapping, Optional, Sequence
 
@@ -23,14 +24,14 @@ class Place:
         node: the private RabbitMQ.
         redis: address of the private Redis.
         quick: whether sizes and rounds are to be small.
-        largest: how many results are kept for look-ups at most.
+        kept: how many results are kept for look-ups; empty for what the measure takes by itself.
         peers: names of the peers to be measured, of those that are there.
     """
 
     node: rabbitmq.Node
     redis: str
     quick: bool
-    largest: int
+    kept: Sequence[int]
     peers: Sequence[str]
     _workers: Dict[str, peers.Worker] = dataclasses.field(default_factory=dict)
 
@@ -98,3 +99,5 @@ class Place:
         for worker in self._workers.values():
             worker.stop()
         self._workers.clear()
+        # Results in cycles tell their backends that they go: now, while these are there.
+        gc.collect()

@@ -25,6 +25,10 @@ SIZE = 300 - 144
 LARGEST_OF_OTHERS = 10_000
 LARGEST_PER_TASK = 1_000
 
+#: How many results are kept, where nothing else is said.
+QUICK = (1000, 10_000)
+FULL = (1000, 10_000, 100_000)
+
 #: How many ids are looked up at once.
 BATCH = 1000
 
@@ -37,10 +41,8 @@ IDLE = 3.0
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield milliseconds of look-ups, and what the results kept cost the broker."""
-    sizes = (1000, 10_000) if place.quick else (1000, 10_000, 100_000, 1_000_000)
-    for kept in sizes:
-        if kept <= place.largest:
-            yield from _with_kept(place, kept)
+    for kept in place.kept or (QUICK if place.quick else FULL):
+        yield from _with_kept(place, kept)
 
 
 def _with_kept(place: Place, kept: int) -> Iterator[Row]:
@@ -116,23 +118,10 @@ def _packing(place: Place, reader: Assistant, ids: List[str]) -> Iterator[Row]:
     figures = {OURS: [percentile(first, 50)]}
     title = f"first look-up in a shard, nothing packed, {kept:,} kept"
     yield Row("lookup.loose", title, "ms", LESS, figures, kept, absolute=True)
-    # Each look-up packs for a limited time.
-    before = float("inf")
-    for _ in range(400):
-        sample = random.sample(ids, BATCH) if kept > BATCH else ids
-        now = reader.ask("look_up", ids=sample, at_once=True)["milliseconds"][0]
-        if now > 0.9 * before and _packed(place, kept):
-            break
-        before = now
-
-
-def _packed(place: Place, kept: int) -> bool:
-    # Far fewer messages than results; of those few that were stored last some stay loose.
-    total = place.node.eval(
-        "lists:sum([proplists:get_value(messages, I, 0) || I <- "
-        'rabbit_amqqueue:info_all(<<"/">>, [messages])])'
-    )
-    return kept < 20_000 or int(total) < max(20_000, kept // 10)
+    packed = reader.ask("pack", ids=ids)
+    title = f"packing all shards, each result, {kept:,} kept"
+    figures = {OURS: [packed["seconds"] / kept * 1e6]}
+    yield Row("lookup.packing", title, "µs", LESS, figures, kept, absolute=True)
 
 
 def _looking_up(place: Place, readers: Dict[str, Assistant], ids: List[str]) -> Iterator[Row]:
