@@ -12,6 +12,7 @@ import logging
 import os
 import selectors
 import socket
+import struct
 import threading
 import time
 import weakref
@@ -44,6 +45,13 @@ IO_TIMEOUT = 10.0
 
 #: How many bytes are asked of a socket at once.
 RECEIVE_SIZE = 64 * 1024
+
+#: The frame of a ``basic.ack``: type, channel, size, class, method, delivery tag, multiple, end.
+_ACK = struct.Struct(">BHIHHQBB")
+_START_OF_ACK = struct.Struct(">BHIHH")
+_METHOD_FRAME = 1
+#: Bytes of class, method, tag and multiple.
+_SIZE_OF_ACK = 13
 
 #: An idle connection of a pool is closed after this many seconds.
 IDLE_SECONDS = 60.0
@@ -99,6 +107,20 @@ class _Received:
     def pending(self) -> bool:
         """Return whether received bytes wait to be asked for."""
         return self._at < len(self._data)
+
+    def fill(self) -> None:
+        """Ask the socket for more, unless received bytes wait to be asked for."""
+        if not self.pending():
+            self._data = self._receive(RECEIVE_SIZE)
+            self._at = 0
+
+    def take(self, start: bytes, size: int) -> bytes:
+        """Return the next *size* bytes if they were received and begin with *start*, or none."""
+        at = self._at
+        if not self._data.startswith(start, at) or len(self._data) - at < size:
+            return b""
+        self._at += size
+        return self._data[at : at + size]
 
 
 class Link:
@@ -171,6 +193,27 @@ class Link:
                 f"the broker stopped in the middle of a message for {IO_TIMEOUT:g} s"
             ) from None
         return True
+
+    def acks(self, channel: int) -> Iterator[Tuple[int, bool]]:
+        """Yield the confirms (delivery tag, and whether of all before) that have come.
+
+        They end before the first frame that is something else, or not complete: that is left to
+        :meth:`drain`. py-amqp would take ten times as long over each. Reads the socket, which has
+        to be readable.
+
+        Parameters:
+            channel: number of the channel that they are for.
+        """
+        self._received.fill()
+        start = _START_OF_ACK.pack(_METHOD_FRAME, channel, _SIZE_OF_ACK, *spec.Basic.Ack)
+        while True:
+            frame = self._received.take(start, _ACK.size)
+            if not frame:
+                return
+            # What py-amqp's heartbeats go by.
+            self.amqp.bytes_recv += 1
+            *_, tag, multiple, _ = _ACK.unpack(frame)
+            yield tag, bool(multiple)
 
     def buffered(self) -> bool:
         """Whether bytes were received that the socket's readiness does not show any more."""

@@ -9,6 +9,7 @@ the fold of states makes harmless.
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 import re
 import threading
@@ -237,23 +238,32 @@ class Publisher:
         pending = list(messages)
         for _ in range(2):
             declarations.ensure_exchange(channel.channel)
-            with channel.link.corked():
-                for message in pending:
-                    shard = message.shard
-                    if shard is not None and not (
-                        declarations.has_shard(shard)
-                        or channel.requested.get(shard) == declarations.generation
-                    ):
-                        requested = declarations.request_shard(channel.channel, shard)
-                        channel.requested[shard] = requested
-                for message in pending:
-                    channel.publish(message)
-            if confirm or len(channel.unconfirmed) > MAX_UNCONFIRMED:
+            missing = [
+                message.shard
+                for message in pending
+                if message.shard is not None
+                and not declarations.has_shard(message.shard)
+                and not channel.has_requested(message.shard, declarations.generation)
+            ]
+            if len(pending) == 1 and not missing:
+                channel.publish(pending[0])
+            else:
+                with channel.link.corked():
+                    for shard in dict.fromkeys(missing):
+                        channel.note_request(
+                            shard, declarations.request_shard(channel.channel, shard)
+                        )
+                    for message in pending:
+                        channel.publish(message)
+            if confirm:
                 channel.wait(list(channel.unconfirmed))
-                declarations.remember(channel.requested)
-                channel.requested.clear()
+            elif len(channel.unconfirmed) > MAX_UNCONFIRMED:
+                # Not for all of them: the broker is not to run dry meanwhile.
+                channel.wait(list(itertools.islice(channel.unconfirmed, MAX_UNCONFIRMED // 2)))
             elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
                 channel.collect()
+            if channel.requested:
+                declarations.remember(channel.confirmed_requests())
             if channel.nacked:
                 raise errors.NotConfirmed("the broker refused to take a message (nack)")
             returned, channel.returned = channel.returned, []
