@@ -101,9 +101,7 @@ class StateMessage:
 
     def expired(self, now: int) -> bool:
         """Return whether the broker would have dropped it by *now*, in microseconds since 1970."""
-        if self.expiration is None or self.published == UNKNOWN_TIME:
-            return False
-        return now >= self.published + self.expiration * 1000
+        return self.expiration is not None and now >= self.published + self.expiration * 1000
 
     def properties(self, persistent: bool) -> Dict[str, Any]:
         """Return the AMQP properties it is published with, by py-amqp's names for them."""

@@ -114,7 +114,9 @@ class _Read:
         shard = self._store.declarations.topology.shard(state.id)
         if shard != self.shard:
             raise errors.ForeignMessage(f"{state.id!r:.100} belongs to shard {shard}")
-        state = meta.dated(state, time.time_ns() // 1000)
+        now = time.time_ns() // 1000
+        state = meta.dated(state, now)
+        undated = state.published == meta.UNKNOWN_TIME
         if state.id in self.wanted and state.kind == self._kind:
             if self._remove:
                 self.removed += 1
@@ -125,10 +127,10 @@ class _Read:
                     self._body_queues.add(state.body_queue)
                 return
             # The broker drops what has expired when it is first in the queue, and not before.
-            if not state.expired(time.time_ns() // 1000):
+            if undated or not state.expired(now):
                 self.found.setdefault(state.id, []).append(state)
         # In a page nobody could tell when what has no date expires; as it is, the broker can.
-        if state.published != meta.UNKNOWN_TIME and self._retain(len(state.body)):
+        if not undated and self._retain(len(state.body)):
             self._loose[tag] = state
 
     def _on_page(self, tag: int, body: bytes) -> None:
