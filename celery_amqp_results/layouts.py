@@ -19,6 +19,7 @@ from typing import (
     Mapping,
     Optional,
     Protocol,
+    Sequence,
 )
 
 from celery_amqp_results.chord import Chords
@@ -75,6 +76,18 @@ class Layout(Protocol):
         self, state: StateMessage, client: str, group_id: Optional[str], final: bool
     ) -> None:
         """Publish a state; of a *final* one, return only when the broker has it."""
+
+    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+        """Publish a mark on a connection that sends tasks. Waits for nothing."""
+
+    def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
+        """Publish marks."""
+
+    def last_mark(self, task_id: str) -> Optional[StateMessage]:
+        """Return the last mark of a task, or ``None``."""
+
+    def kept(self, task_id: str) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, whatever was pushed of it."""
 
     def detach(self, state: StateMessage) -> StateMessage:
         """Return *state*, or a pointer to its body where that is large and kept elsewhere now."""

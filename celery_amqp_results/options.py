@@ -78,6 +78,8 @@ class Options:
     page_size: int = 256 * 1024
     #: Bytes of an encoded result up to which it is kept in a shard; a larger one has its own queue.
     inline_limit: int = 128 * 1024
+    #: Whether it is noted that a task was sent, has ended, or was forgotten.
+    track_sent: bool = False
     #: How connecting and publishing are retried.
     retry_policy: RetryPolicy = RetryPolicy()
 
@@ -194,6 +196,7 @@ _PARSERS: Dict[str, Callable[[Any], Any]] = {
     "confirm": _boolean,
     "lookup_timeout": _seconds(0.1, 3600),
     "page_size": _integer(1024, 8 * 1024 * 1024),
+    "track_sent": _boolean,
     "inline_limit": _integer(1024, 8 * 1024 * 1024),
     "retry_policy": _retry_policy,
 }

@@ -73,6 +73,7 @@ from typing import (
     List,
     Mapping,
     Optional,
+    Sequence,
     Set,
     Tuple,
     Type,
@@ -309,6 +310,20 @@ class PerTaskLayout:
 
     def note_sent(self, task_id: str) -> None:
         """Do nothing: the queue is declared by the one who has a state to put there."""
+
+    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+        """Do nothing: a task's queue has no place for marks."""
+
+    def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
+        """Do nothing, as :meth:`mark_sent`."""
+
+    def last_mark(self, task_id: str) -> Optional[StateMessage]:
+        """Return ``None``."""
+        return None
+
+    def kept(self, task_id: str) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, whatever was pushed of it."""
+        return self.poll((task_id,))[task_id]
 
     def detach(self, state: StateMessage) -> StateMessage:
         """Return *state*: every task has a queue of its own anyway."""
