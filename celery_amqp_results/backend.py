@@ -55,6 +55,7 @@ from celery_amqp_results.meta import (
     StateMessage,
     is_final,
 )
+from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.native_chords import NativeChords
 from celery_amqp_results.pending import PendingResults
 from celery_amqp_results.per_task_layout import HEARTBEAT as PER_TASK_HEARTBEAT
@@ -195,7 +196,9 @@ class AMQPBackend(NativeChords, Celery4API):
         self._layouts = _registry_of(app)
         # The layout per-task has to decode what it reads, so that it knows what may be decoded.
         accept = sorted(self.accept or ()) if self.layout_name == "per-task" else None
-        self._layout_key = repr((self._url, self.options, self.layout_name, self.wire, accept))
+        self._layout_key = repr(
+            (self._url.complete(), self.options, self.layout_name, self.wire, accept)
+        )
         self._reset()
         _backends.add(self)
 
@@ -256,6 +259,13 @@ class AMQPBackend(NativeChords, Celery4API):
     def __reduce__(self, args: Tuple[Any, ...] = (), kwargs: Optional[Meta] = None) -> Any:
         """Pickle as the arguments it was made with; the app is the one of the reading process."""
         return super().__reduce__(args, dict(self._arguments, url=self.url, **(kwargs or {})))
+
+    def metrics(self) -> Metrics:
+        """Return what this process has done so far, for all equal backends of the app.
+
+        Costs some microseconds, and no I/O. Closing the backend does not reset the counts.
+        """
+        return self._layouts.metrics(self._layout_key)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.as_uri(include_password=False)}>"

@@ -6,6 +6,7 @@ as Celery 4 had. The backend turns Celery's calls into these few.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from typing import (
@@ -24,6 +25,7 @@ from typing import (
 
 from celery_amqp_results.chord import Chords
 from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.waiting import Update
 
 __all__ = ("Following", "Layout", "LayoutRegistry")
@@ -65,6 +67,9 @@ class Layout(Protocol):
 
     #: Collects the parts of chords; ``None`` where a task has to poll for them.
     chords: Optional[Chords]
+
+    def metrics(self) -> Metrics:
+        """Return what was done so far."""
 
     def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what of a meta is written."""
@@ -141,6 +146,8 @@ class LayoutRegistry:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._layouts: Dict[Hashable, Layout] = {}
+        #: What layouts that were closed have done.
+        self._past: Dict[Hashable, Metrics] = {}
 
     def get(self, key: Hashable, make: Callable[[], Layout]) -> Layout:
         """Return the layout for *key*, which *make* makes where there is none."""
@@ -158,7 +165,20 @@ class LayoutRegistry:
     def pop(self, key: Hashable) -> Optional[Layout]:
         """Take out the layout for *key*, to be closed, or return ``None`` if there is none."""
         with self._lock:
-            return self._layouts.pop(key, None)
+            layout = self._layouts.pop(key, None)
+            if layout is not None:
+                done = dataclasses.replace(layout.metrics(), waiting=0)
+                self._past[key] = Metrics.total((self._past.get(key, Metrics()), done))
+        return layout
+
+    def metrics(self, key: Hashable) -> Metrics:
+        """Return what the layouts for *key* have done in this process."""
+        if self._pid != os.getpid():
+            self.reset()
+        with self._lock:
+            past = self._past.get(key, Metrics())
+            layout = self._layouts.get(key)
+            return past if layout is None else Metrics.total((past, layout.metrics()))
 
     def close(self, wait: bool = True) -> None:
         """Close all layouts, unless they are another process's."""

@@ -214,6 +214,9 @@ class ResultURL:
     broker: Optional[str]
     options: Mapping[str, str]
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.sanitized()}>"
+
     def sanitized(self) -> str:
         """Return the URL with every password masked, and our options kept."""
         return self._text(_mask_password)

@@ -11,6 +11,7 @@ from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.inbox import Inbox
 from celery_amqp_results.large import LargeBodies
 from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
 from celery_amqp_results.publisher import Outgoing, Publisher
 from celery_amqp_results.store import HEARTBEAT as STORE_HEARTBEAT
@@ -67,6 +68,26 @@ class SharedLayout:
         #: Chords that are fired by their last part.
         self.chords: Optional[Chords] = Chords(
             self.publisher, self._chord_pool, topology, persistent, self._outgoing
+        )
+
+    def metrics(self) -> Metrics:
+        """Return what was done so far. Does no I/O."""
+        publisher, store, inbox = self.publisher, self.store, self.inbox
+        return Metrics(
+            stored=publisher.stored,
+            confirmed=publisher.confirmed,
+            published_bytes=publisher.published_bytes,
+            large=publisher.large,
+            retried=publisher.retried,
+            refused=publisher.refused,
+            failed=publisher.failed,
+            pushed=inbox.received,
+            looked_up=store.looked_up,
+            shards_read=store.shards_read,
+            messages_read=store.messages_read,
+            packed=store.packed,
+            rejected=store.rejected + inbox.rejected,
+            waiting=inbox.waited_for,
         )
 
     def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
