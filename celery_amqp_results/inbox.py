@@ -185,6 +185,11 @@ class Inbox:
         self.received = 0
         self.rejected = 0
 
+    @property
+    def waited_for(self) -> int:
+        """How many tasks somebody waits for."""
+        return len(self._waiters)
+
     # -- what the process does -------------------------------------------------------------
 
     def note_sent(self, task_id: str) -> None:

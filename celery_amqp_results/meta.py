@@ -37,6 +37,8 @@ __all__ = (
 #: Kinds of messages in a shard, in the property ``type``.
 STATE = "state"
 GROUP = "group"
+#: What became of a task, see :mod:`~celery_amqp_results.tracking`.
+MARK = "mark"
 #: Kinds of messages in the queue of a chord: what its header task returned, and what is to be done.
 PART = "part"
 PLAN = "plan"
@@ -90,7 +92,7 @@ class StateMessage:
     compression: Optional[str] = None
     #: Milliseconds after which the broker drops it, or ``None``.
     expiration: Optional[int] = None
-    #: :data:`STATE`, :data:`GROUP`, :data:`PART` or :data:`PLAN`.
+    #: :data:`STATE`, :data:`GROUP`, :data:`MARK`, :data:`PART` or :data:`PLAN`.
     kind: str = STATE
     #: The queue that has the body, where that is too large for a shard; :attr:`body` is empty then.
     body_queue: Optional[str] = None
@@ -138,7 +140,7 @@ class StateMessage:
             ForeignMessage: when it is not a message that :meth:`properties` could have described.
         """
         kind = properties.get("type")
-        if kind not in (STATE, GROUP, PART, PLAN):
+        if kind not in (STATE, GROUP, MARK, PART, PLAN):
             raise errors.ForeignMessage(f"property 'type' is {kind!r}, not that of a state")
         headers = properties.get("application_headers")
         if not isinstance(headers, Mapping):
@@ -190,7 +192,7 @@ def checked(state: StateMessage) -> StateMessage:
         and isinstance(state.content_encoding, str)
         and (state.compression is None or isinstance(state.compression, str))
         and (state.expiration is None or type(state.expiration) is int)
-        and state.kind in (STATE, GROUP)
+        and state.kind in (STATE, GROUP, MARK)
         and (state.body_queue is None or isinstance(state.body_queue, str))
     ):
         raise errors.ForeignMessage(f"a field is not of its type: {_short(state)}")

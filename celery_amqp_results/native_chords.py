@@ -479,7 +479,8 @@ class NativeChords(Backend):
 
     def _has_run(self, signature: Any) -> bool:
         body_id = signature.options.get("task_id")
-        return bool(body_id) and self.task_result_exists(body_id)
+        # Not that it was sent: that is noted before it is true.
+        return bool(body_id) and self.layout.poll((body_id,))[body_id] is not None
 
     def _results(self, parts: List[Part], nesting: Optional[List[Any]], group_id: str) -> List[Any]:
         """Return what the parts returned, in the order and nesting of the header.

@@ -201,7 +201,7 @@ def select(
     drop: List[StateMessage] = []
     for (kind, _), found in by_id.items():
         current = meta.fold(found)
-        if current is None or not (kind == meta.GROUP or meta.is_final(current.state)):
+        if current is None or not (kind != meta.STATE or meta.is_final(current.state)):
             drop.extend(state for state in found if state.expired(now))
             continue
         for state in found:

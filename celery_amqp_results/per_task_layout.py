@@ -73,6 +73,7 @@ from typing import (
     List,
     Mapping,
     Optional,
+    Sequence,
     Set,
     Tuple,
     Type,
@@ -88,6 +89,7 @@ from celery_amqp_results import connections, errors, meta, options, transports
 from celery_amqp_results.chord import Chords
 from celery_amqp_results.layouts import Following
 from celery_amqp_results.meta import Codec, StateMessage
+from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task_following import PollingFollower, PushFollower
 from celery_amqp_results.watching import Tap
 
@@ -306,6 +308,8 @@ class PerTaskLayout:
         self.rejected = 0
         self._guard = threading.Lock()
         self._followers: Set[PushFollower] = set()
+        self._stored = 0
+        self._published_bytes = 0
         #: Queues that exist but were found to be empty, for as long as we looked.
         self._empty: collections.OrderedDict[str, None] = collections.OrderedDict()
 
@@ -317,6 +321,20 @@ class PerTaskLayout:
 
     def note_sent(self, task_id: str) -> None:
         """Do nothing: the queue is declared by the one who has a state to put there."""
+
+    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+        """Do nothing: a task's queue has no place for marks."""
+
+    def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
+        """Do nothing, as :meth:`mark_sent`."""
+
+    def last_mark(self, task_id: str) -> Optional[StateMessage]:
+        """Return ``None``."""
+        return None
+
+    def kept(self, task_id: str) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, whatever was pushed of it."""
+        return self.poll((task_id,))[task_id]
 
     def detach(self, state: StateMessage) -> StateMessage:
         """Return *state*: every task has a queue of its own anyway."""
@@ -340,6 +358,19 @@ class PerTaskLayout:
             ResultTooLarge: when the broker refuses a message of this size.
         """
         self._put(state)
+        with self._guard:
+            self._stored += 1
+            self._published_bytes += len(state.body)
+
+    def metrics(self) -> Metrics:
+        """Return what was done so far. Does no I/O; less is counted than in the layout shared."""
+        with self._guard:
+            return Metrics(
+                stored=self._stored,
+                confirmed=self._stored,
+                published_bytes=self._published_bytes,
+                waiting=len({task_id for f in self._followers for task_id in list(f.pending)}),
+            )
 
     def save_group(self, group: StateMessage) -> None:
         """Keep a group, in a queue that is named after it as a task's is."""

@@ -69,6 +69,14 @@ class Publisher:
         self._lock = threading.Lock()
         self._idle: Deque[ConfirmChannel] = collections.deque()
         self._closed = False
+        #: What was published so far, see :class:`~celery_amqp_results.metrics.Metrics`.
+        self.stored = 0
+        self.confirmed = 0
+        self.published_bytes = 0
+        self.large = 0
+        self.retried = 0
+        self.refused = 0
+        self.failed = 0
         #: Messages that nobody waits for, of connections lost before their confirm came.
         self._orphans: Deque[Outgoing] = collections.deque(maxlen=MAX_UNCONFIRMED)
 
@@ -103,7 +111,7 @@ class Publisher:
             gone = self._publish(channel, messages, confirm)
             return None if count is None or count in gone else channel.length(count)
 
-        return self._run(work, messages)
+        return self._run(work, messages, confirm)
 
     def publish_apart(self, queue: QueueSpec, message: Outgoing) -> None:
         """Declare *queue*, publish *message* to it, and return when the broker has it.
@@ -120,6 +128,8 @@ class Publisher:
                 raise errors.NotConfirmed(f"the queue {queue.name!r} was deleted meanwhile")
 
         self._run(work, (message,))
+        with self._lock:
+            self.large += 1
 
     def delete(self, queues: Sequence[str]) -> None:
         """Delete *queues* with all that is in them; they need not exist.
@@ -178,13 +188,14 @@ class Publisher:
             # Where another thread has the connection now, or it is lost, it is published again.
             gone.update(self._publish(other, () if other is channel else messages, True))
 
-        self._run(work, messages, channel if mine else None)
+        self._run(work, messages, True, channel if mine else None)
         return gone.isdisjoint(message.routing_key for message in messages)
 
     def _run(
         self,
         work: Callable[[ConfirmChannel], _T],
         messages: Sequence[Outgoing],
+        confirm: bool = False,
         channel: Optional[ConfirmChannel] = None,
     ) -> _T:
         """Do *work* for *messages*, again as the policy says when the connection is lost.
@@ -192,6 +203,7 @@ class Publisher:
         Parameters:
             work: what to do.
             messages: those that *work* publishes, every time that it is done.
+            confirm: whether they are confirmed when it is done.
             channel: what the first try uses, and nobody else does; ``None`` for any.
         """
         attempt = 0
@@ -205,7 +217,16 @@ class Publisher:
                     self._drop(channel, messages)
                     self._connector.leave(channel.link)
                 attempt += 1
-                pause = self._judge(exc, messages, attempt)
+                try:
+                    pause = self._judge(exc, messages, attempt)
+                except errors.NotConfirmed:
+                    self._count_failure(refused=False)
+                    raise
+                except Exception as final:
+                    self._count_failure(connections.is_refusal(final.__cause__ or final))
+                    raise
+                with self._lock:
+                    self.retried += 1
                 logger.warning(
                     "%s was not published, trying again in %.1f s [%d/%s]: %r",
                     _what(messages),
@@ -223,8 +244,15 @@ class Publisher:
                     self._drop(channel, messages)
                 raise
             else:
-                self._release(channel)
+                self._release(channel, messages, confirm)
                 return done
+
+    def _count_failure(self, refused: bool) -> None:
+        with self._lock:
+            if refused:
+                self.refused += 1
+            else:
+                self.failed += 1
 
     def _publish(
         self, channel: ConfirmChannel, messages: Sequence[Outgoing], confirm: bool
@@ -327,10 +355,18 @@ class Publisher:
             self._connector.leave(link)
             raise
 
-    def _release(self, channel: ConfirmChannel) -> None:
+    def _release(
+        self, channel: ConfirmChannel, published: Sequence[Outgoing], confirmed: bool
+    ) -> None:
         channel.link.idle_since = time.monotonic()
         surplus: Optional[ConfirmChannel] = None
         with self._lock:
+            for message in published:
+                self.published_bytes += len(message.body)
+                # Others are parts of chords, marks, and bodies of large results.
+                if message.shard is not None and message.exchange:
+                    self.stored += 1
+                    self.confirmed += confirmed
             if self._closed:
                 surplus = channel
             else:

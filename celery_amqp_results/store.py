@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import itertools
 import logging
+import threading
 import time
 from typing import Any, Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
 
@@ -273,7 +274,7 @@ class _Read:
             self._wait_for_pages()
         self._drop_bodies(drop, sources, done)
         self.checkout.acknowledge(done)
-        store.packed += len(settled)
+        store.count(packed=len(settled))
 
     def _drop_bodies(
         self,
@@ -372,7 +373,19 @@ class Store:
         self.packed = 0
         #: Messages in the shards that are not ours or are damaged, as often as they were met.
         self.rejected = 0
+        #: Ids that were looked up, shards and messages in them that were read.
+        self.looked_up = 0
+        self.shards_read = 0
+        self.messages_read = 0
+        # Guards the counts, which several threads change.
+        self._counting = threading.Lock()
         self._complaints: Set[str] = set()
+
+    def count(self, **more: int) -> None:
+        """Add to the counts that are attributes of these names."""
+        with self._counting:
+            for name, value in more.items():
+                setattr(self, name, getattr(self, name) + value)
 
     def read(
         self,
@@ -448,7 +461,7 @@ class Store:
 
     def reject(self, where: str, why: str) -> None:
         """Count a message that is not ours; log it unless the same was logged before."""
-        self.rejected += 1
+        self.count(rejected=1)
         complaint = f"{where}: {why}"
         if complaint not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
             self._complaints.add(complaint)
@@ -550,6 +563,11 @@ class Store:
                 if remove:
                     todo.remove(read.shard)
                     take(read)
+                self.count(
+                    looked_up=0 if remove else len(read.wanted),
+                    shards_read=1,
+                    messages_read=read.checkout.seen,
+                )
 
     def confirm_channel(self, link: connections.Link) -> ConfirmChannel:
         """Return the channel for publishing on a connection for look-ups."""

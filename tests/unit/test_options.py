@@ -27,6 +27,7 @@ simple = {
     "page_size": st.integers(1024, 8 * 1024 * 1024),
     "inline_limit": st.integers(1024, 8 * 1024 * 1024),
     "max_decompressed_size": st.integers(1024, 999_999_999),
+    "track_sent": st.booleans(),
 }
 seconds = st.floats(0, 3600) | st.integers(0, 3600)
 policies = st.fixed_dictionaries(
@@ -80,6 +81,7 @@ invalid: Dict[str, Tuple[st.SearchStrategy[Any], str]] = {
         whole_outside(1024, 999_999_999),
         "whole numbers from 1024 to 999999999",
     ),
+    "track_sent": (odd | st.integers() | st.sampled_from(["", "perhaps", "2"]), "true and false"),
     "retry_policy": (
         odd | st.integers() | st.text(),
         "a dict",
