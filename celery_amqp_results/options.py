@@ -76,6 +76,8 @@ class Options:
     lookup_timeout: float = 10.0
     #: Bytes of results that are packed into one message, at most.
     page_size: int = 256 * 1024
+    #: Whether the exchange and the shard queues are declared; else somebody else has to do it.
+    declare: bool = True
     #: How connecting and publishing are retried.
     retry_policy: RetryPolicy = RetryPolicy()
 
@@ -192,6 +194,7 @@ _PARSERS: Dict[str, Callable[[Any], Any]] = {
     "confirm": _boolean,
     "lookup_timeout": _seconds(0.1, 3600),
     "page_size": _integer(1024, 8 * 1024 * 1024),
+    "declare": _boolean,
     "retry_policy": _retry_policy,
 }
 

@@ -174,6 +174,10 @@ class Publisher:
             pending = [message for message in returned if message.shard is not None]
             if not pending:
                 return gone
+            if not declarations.declare:
+                shards = sorted({m.shard for m in pending if m.shard is not None})
+                names = ", ".join(declarations.topology.shard_queue(n).name for n in shards)
+                raise declarations.missing(f"queue {names}, bound to the exchange,")
             logger.warning("a shard queue is gone and is declared again: %s", _what(pending))
             declarations.forget()
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")

@@ -45,7 +45,7 @@ class SharedLayout:
         self._topology = topology
         self._options = options
         self._persistent = persistent
-        declarations = Declarations(topology)
+        declarations = Declarations(topology, options.declare)
         self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups")
         self.publisher = Publisher(connector, declarations)
         self.store = Store(

@@ -23,6 +23,7 @@ simple = {
     "shards": st.integers(1, 4096),
     "queue_type": st.sampled_from(["classic", "quorum"]),
     "confirm": st.booleans(),
+    "declare": st.booleans(),
     "lookup_timeout": st.floats(0.1, 3600),
     "page_size": st.integers(1024, 8 * 1024 * 1024),
 }
@@ -71,6 +72,7 @@ invalid: Dict[str, Tuple[st.SearchStrategy[Any], str]] = {
     "shards": (whole_outside(1, 4096), "whole numbers from 1 to 4096"),
     "queue_type": (odd | st.text().filter(lambda t: t not in ("classic", "quorum")), "'quorum'"),
     "confirm": (odd | st.integers() | st.sampled_from(["", "perhaps", "2"]), "true and false"),
+    "declare": (odd | st.integers() | st.sampled_from(["", "perhaps", "2"]), "true and false"),
     "lookup_timeout": (seconds_outside(0.1, 3600), "seconds from 0.1 to 3600"),
     "page_size": (whole_outside(1024, 8 * 1024 * 1024), "whole numbers from 1024 to 8388608"),
     "retry_policy": (
