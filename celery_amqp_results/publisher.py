@@ -9,6 +9,7 @@ the fold of states makes harmless.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import threading
 import time
@@ -167,7 +168,7 @@ class Publisher:
             elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
                 channel.collect()
             if channel.nacked:
-                raise errors.NotConfirmed("the broker refused to take a message (nack)")
+                self._publish_to_shards(channel)
             returned, channel.returned = channel.returned, []
             gone.update(message.routing_key for message in returned if message.shard is None)
             # Those may have been published long before, and not been waited for.
@@ -181,6 +182,27 @@ class Publisher:
             logger.warning("a shard queue is gone and is declared again: %s", _what(pending))
             declarations.forget()
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
+
+    def _publish_to_shards(self, channel: ConfirmChannel) -> None:
+        """Publish what was refused once more, to the queues that keep it and to no others.
+
+        A message is refused when one of the queues that it is routed to does not take it. That
+        may be anybody's: one that is full, or the inbox of a process whose node is cut off.
+        """
+        refused, channel.nacked = channel.nacked, {}
+        topology = self._declarations.topology
+        for message in refused.values():
+            if message.shard is None or not message.exchange:
+                raise errors.NotConfirmed("the broker refused to take a message (nack)")
+            queue = topology.shard_queue(message.shard).name
+            channel.publish(dataclasses.replace(message, exchange="", routing_key=queue))
+        channel.wait(list(channel.unconfirmed))
+        if channel.nacked:
+            raise errors.NotConfirmed("the broker refused to take a message (nack)")
+        logger.info(
+            "a queue refuses states; they were stored in their shards: %s",
+            _what(list(refused.values())),
+        )
 
     def _judge(self, exc: BaseException, messages: Sequence[Outgoing], attempt: int) -> float:
         """Return the pause before the next try, or raise where there is to be none."""
