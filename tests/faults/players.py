@@ -341,6 +341,26 @@ def look_up(app: Celery, run: str, folder: str) -> None:
     player.threads(read, read, forget)
 
 
+def send(app: Celery, run: str, folder: str, timeout: float) -> None:
+    """Send tasks to a worker and wait for them together."""
+    player = Player("send", run, folder)
+
+    def work() -> None:
+        ids = [str(uuid.uuid4()) for _ in range(10)]
+        with player.waiting(ids, timeout) as number:
+            results = {i: app.send_task("faults.compute", task_id=i) for i in ids}
+            ResultSet(list(results.values()), app=app).get(
+                timeout=timeout,
+                propagate=False,
+                callback=lambda i, _: player.journal.got(
+                    number, i, results[i].state, results[i].result
+                ),
+            )
+        time.sleep(0.02)
+
+    player.threads(work)
+
+
 def read_batch(app: Celery, player: Player, ids: List[str]) -> Optional[int]:
     """Look up many tasks at once; return how many had a state, ``None`` after an error."""
     found: Dict[str, Dict[str, Any]] = {}
