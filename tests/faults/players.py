@@ -76,12 +76,13 @@ class Player:
             level=logging.INFO,
             force=True,
         )
+        self._parent = os.getppid()
         self._progress = 0
         self._lock = threading.Lock()
 
     def stopped(self, name: str = STOP_WAITING) -> bool:
-        """Return whether it is told to end."""
-        return (self.folder / name).exists()
+        """Return whether it is told to end, or nobody is there any more to do that."""
+        return (self.folder / name).exists() or os.getppid() != self._parent
 
     def made_progress(self) -> None:
         """Say that something came to its end."""
