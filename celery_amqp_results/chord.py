@@ -181,7 +181,7 @@ class Chords:
             BackendUnavailable, ResultTooLarge: see
                 :meth:`~celery_amqp_results.publisher.Publisher.publish`.
         """
-        if not self._publisher.confirmed(receipt):
+        if not self._publisher.wait_for(receipt):
             self._complain(group_id)
 
     def publish_plan(self, plan: StateMessage, size: int, announced: Optional[int]) -> bool:

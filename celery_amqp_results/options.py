@@ -82,6 +82,8 @@ class Options:
     max_decompressed_size: int = 128 * 1024 * 1024
     #: Whether it is noted that a task was sent, has ended, or was forgotten.
     track_sent: bool = False
+    #: Whether the exchange and the shard queues are declared; else somebody else has to do it.
+    declare: bool = True
     #: How connecting and publishing are retried.
     retry_policy: RetryPolicy = RetryPolicy()
 
@@ -201,6 +203,7 @@ _PARSERS: Dict[str, Callable[[Any], Any]] = {
     "track_sent": _boolean,
     "inline_limit": _integer(1024, 8 * 1024 * 1024),
     "max_decompressed_size": _integer(1024, 999_999_999),
+    "declare": _boolean,
     "retry_policy": _retry_policy,
 }
 

@@ -9,6 +9,7 @@ the fold of states makes harmless.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import logging
 import re
@@ -152,7 +153,7 @@ class Publisher:
         Parameters:
             queues: what to declare.
             messages: what to publish; that the broker has them is to be asked for with
-                :meth:`confirmed`.
+                :meth:`wait_for`.
 
         Returns:
             ``None`` when somebody reads one of the queues already; nothing is published then.
@@ -171,7 +172,7 @@ class Publisher:
 
         return self._run(work, messages)
 
-    def confirmed(self, receipt: Receipt) -> bool:
+    def wait_for(self, receipt: Receipt) -> bool:
         """Wait until the broker has what was published; return ``False`` if no queue took it.
 
         Raises:
@@ -293,16 +294,41 @@ class Publisher:
             if channel.requested:
                 declarations.remember(channel.confirmed_requests())
             if channel.nacked:
-                raise errors.NotConfirmed("the broker refused to take a message (nack)")
+                self._publish_to_shards(channel)
             returned, channel.returned = channel.returned, []
             gone.update(message.routing_key for message in returned if message.shard is None)
             # Those may have been published long before, and not been waited for.
             pending = [message for message in returned if message.shard is not None]
             if not pending:
                 return gone
+            if not declarations.declare:
+                shards = sorted({m.shard for m in pending if m.shard is not None})
+                names = ", ".join(declarations.topology.shard_queue(n).name for n in shards)
+                raise declarations.missing(f"queue {names}, bound to the exchange,")
             logger.warning("a shard queue is gone and is declared again: %s", _what(pending))
             declarations.forget()
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
+
+    def _publish_to_shards(self, channel: ConfirmChannel) -> None:
+        """Publish what was refused once more, to the queues that keep it and to no others.
+
+        A message is refused when one of the queues that it is routed to does not take it. That
+        may be anybody's: one that is full, or the inbox of a process whose node is cut off.
+        """
+        refused, channel.nacked = channel.nacked, {}
+        topology = self._declarations.topology
+        for message in refused.values():
+            if message.shard is None or not message.exchange:
+                raise errors.NotConfirmed("the broker refused to take a message (nack)")
+            queue = topology.shard_queue(message.shard).name
+            channel.publish(dataclasses.replace(message, exchange="", routing_key=queue))
+        channel.wait(list(channel.unconfirmed))
+        if channel.nacked:
+            raise errors.NotConfirmed("the broker refused to take a message (nack)")
+        logger.info(
+            "a queue refuses states; they were stored in their shards: %s",
+            _what(list(refused.values())),
+        )
 
     def _judge(self, exc: BaseException, messages: Sequence[Outgoing], attempt: int) -> float:
         """Return the pause before the next try, or raise where there is to be none."""

@@ -52,7 +52,7 @@ class SharedLayout:
         self._topology = topology
         self._options = options
         self._persistent = persistent
-        self._declarations = declarations = Declarations(topology)
+        self._declarations = declarations = Declarations(topology, options.declare)
         self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups")
         self.publisher = Publisher(connector, declarations)
         self.store = Store(

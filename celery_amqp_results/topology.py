@@ -180,6 +180,48 @@ class Topology:
         """Return the binding key for every message of shard number *shard*."""
         return f"{shard}.#"
 
+    def definitions(self, vhost: str) -> Dict[str, Any]:
+        """Return what is declared once, in the format of RabbitMQ's definitions.
+
+        Parameters:
+            vhost: name of the virtual host.
+        """
+        queues = [self.shard_queue(number) for number in range(self.shards)]
+        return {
+            "exchanges": [
+                {
+                    "name": self.exchange,
+                    "vhost": vhost,
+                    "type": "topic",
+                    "durable": True,
+                    "auto_delete": False,
+                    "internal": False,
+                    "arguments": self.exchange_arguments,
+                }
+            ],
+            "queues": [
+                {
+                    "name": queue.name,
+                    "vhost": vhost,
+                    "durable": queue.durable,
+                    "auto_delete": queue.auto_delete,
+                    "arguments": dict(queue.arguments),
+                }
+                for queue in queues
+            ],
+            "bindings": [
+                {
+                    "source": self.exchange,
+                    "vhost": vhost,
+                    "destination": queue.name,
+                    "destination_type": "queue",
+                    "routing_key": self.shard_binding(number),
+                    "arguments": {},
+                }
+                for number, queue in enumerate(queues)
+            ],
+        }
+
     @staticmethod
     def client_binding(client: str) -> str:
         """Return the binding key for every state of the tasks that *client* sent."""

@@ -302,6 +302,22 @@ def _kill_storing(place: Place) -> None:
         place.load.kill_storing(slot)
 
 
+@_fault(SINGLE, "children of a worker killed with -9")
+def _kill_children(place: Place) -> None:
+    killed = 0
+    deadline = time.monotonic() + 30
+    while killed < 4 and time.monotonic() < deadline:
+        killed += place.load.kill_children()
+        place.hold(0.3)
+    assert killed, "the worker has no children"
+
+
+@_fault(SINGLE, "worker killed with -9")
+def _kill_worker(place: Place) -> None:
+    place.load.kill_worker()
+    place.load.start_worker()
+
+
 @_fault(SINGLE, "reader frozen with SIGSTOP")
 def _freeze_reader(place: Place) -> None:
     role = place.random.choice(["look_up", "poll", "join", "wait"])
@@ -448,5 +464,6 @@ def _clean_up(nodes: List[rabbitmq.Node], prefix: str, shards: int) -> None:
     channel = connection.channel()
     for number in range(shards):
         channel.queue_delete(f"{prefix}.shard.{number}")
+    channel.queue_delete(f"{prefix}-tasks")
     channel.exchange_delete(f"{prefix}.states")
     connection.close()

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import random
+import signal
 import sys
 import time
 import traceback
@@ -107,7 +108,8 @@ def soak(kind: str, options: argparse.Namespace, minutes: float, rows: Dict[str,
             queue_type = "quorum" if kind == "cluster" else chance.choice(["classic", "quorum"])
             seed = chance.getrandbits(32)
             print(f"-- {kind}, {queue_type} queues, seed of the load {seed}", flush=True)
-            with faults.place(nodes, queue_type=queue_type, seed=seed) as place:
+            worker = kind == "single"
+            with faults.place(nodes, queue_type=queue_type, seed=seed, worker=worker) as place:
                 for _ in range(options.rounds):
                     if time.monotonic() >= end:
                         break
@@ -170,6 +172,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("faults", nargs="*", help="parts of the names of faults; all by default")
     options = parser.parse_args(arguments)
+    # Ended in order, so that nothing is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.seed is None:
         options.seed = random.randrange(2**32)
     rabbitmq.ensure_installed(options.distribution)
@@ -179,14 +183,17 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     bad = 0
     places = ["single", "cluster"] if options.place == "both" else [options.place]
     shares = {"single": 0.65, "cluster": 0.35} if len(places) == 2 else {places[0]: 1.0}
-    for kind in places:
-        try:
-            bad += soak(kind, options, shares[kind] * options.minutes, rows)
-        except Exception:
-            traceback.print_exc()
-            bad += 1
-    print()
-    print(table(rows))
+    try:
+        for kind in places:
+            try:
+                bad += soak(kind, options, shares[kind] * options.minutes, rows)
+            except Exception:
+                traceback.print_exc()
+                bad += 1
+    finally:
+        # What was found until Ctrl-C counts, too.
+        print()
+        print(table(rows))
     if bad:
         print(f"\n{bad} rounds went wrong; --seed {options.seed} chooses the same faults again")
     return 1 if bad else 0

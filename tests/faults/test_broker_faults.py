@@ -204,6 +204,27 @@ def test_a_policy_that_refuses_messages_is_an_error_for_who_stores(
         node.ctl("clear_policy", make_app.prefix)
 
 
+def test_a_queue_of_somebody_else_that_refuses_messages_keeps_nothing_from_being_stored(
+    make_app: Apps, raw: Any
+) -> None:
+    app = make_app(result_backend_transport_options={"retry_policy": {"max_retries": 0}})
+    ids = new_ids(20)
+    app.backend.store_result(ids[0], 0, states.SUCCESS)
+    # Given a queue that is bound to all states, and full
+    channel = raw.channel()
+    full = channel.queue_declare(
+        "", exclusive=True, arguments={"x-max-length": 1, "x-overflow": "reject-publish"}
+    ).queue
+    channel.queue_bind(full, f"{make_app.prefix}.states", "#")
+    for number, task_id in enumerate(ids):
+        # When states are stored, which that queue does not take
+        app.backend.store_result(task_id, number, states.STARTED)
+        app.backend.store_result(task_id, number, states.SUCCESS)
+    # Then they are kept
+    found = read_anew(app, ids)
+    assert [found[i]["result"] for i in ids] == list(range(len(ids)))
+
+
 def test_results_are_not_dropped_however_often_they_are_read(
     make_app: Apps, node: rabbitmq.Node
 ) -> None:

@@ -22,6 +22,8 @@ NAMES = [
     "exchange deleted",
     "inboxes deleted",
     "storing process killed with -9",
+    "children of a worker killed with -9",
+    "worker killed with -9",
 ]
 
 
@@ -31,7 +33,7 @@ def place(_session_node: rabbitmq.Node) -> Iterator[faults.Place]:
     if _session_node is None:
         pytest.skip("the broker of AMQP_URL is not ours to control")
     with faults.place(
-        [_session_node], timeout=30, seed=int.from_bytes(os.urandom(4), "big")
+        [_session_node], timeout=30, worker=True, seed=int.from_bytes(os.urandom(4), "big")
     ) as place:
         yield place
 
