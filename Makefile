@@ -12,7 +12,7 @@ PROCESSES ?= 2
 BIN := $(VENV)/bin
 RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
 # What is not the package itself, but is checked with it.
-SCRIPTS := demo tools tests $(wildcard bench)
+SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
 	test-tools bench clean

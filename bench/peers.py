@@ -1,77 +1,118 @@
-"""The result backends that are measured beside each other, and workers for them."""
+"""The result backends that are measured beside each other, workers for them, and assistants."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
+import json
+import mmap
 import os
-import shutil
-import socket
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 from celery import Celery
+from celery.app.task import Context
+
+from bench import processes
+
+__all__ = (
+    "PEERS",
+    "Assistant",
+    "Peer",
+    "Ticks",
+    "Worker",
+    "available",
+    "context",
+    "make_app",
+    "ticking",
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-#: Name of a peer to the URL of its result backend; {redis} is the address of a private Redis.
-BACKENDS: Dict[str, str] = {
-    "amqp": "amqp://",
-    "rpc": "rpc://",
-    "redis": "redis://{redis}/0",
-    "none": "disabled://",
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A result backend."""
+
+    name: str
+    #: URL of the result backend; ``{redis}`` is the address of a private Redis.
+    backend: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    #: Whether it declares a queue for each task: it is then measured with fewer of them.
+    queue_per_task: bool = False
+    #: Whether any process can read a result.
+    anybody_reads: bool = True
+    #: Whether ``task_ignore_result`` is set.
+    ignored: bool = False
+    #: Module that has to be there.
+    module: Optional[str] = None
+
+
+#: In the order of tables.
+PEERS: Dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("amqp", "amqp://"),
+        Peer("amqp, confirm=False", "amqp://", {"confirm": False}),
+        Peer("amqp, per-task", "amqp://", {"layout": "per-task"}, queue_per_task=True),
+        Peer("rpc", "rpc://", anybody_reads=False),
+        Peer("redis", "redis://{redis}/0", module="redis"),
+        Peer(
+            "celery-amqp-backend",
+            "celery_amqp_backend.AMQPBackend://",
+            queue_per_task=True,
+            module="celery_amqp_backend",
+        ),
+        Peer("ignored", "disabled://", anybody_reads=False, ignored=True),
+    )
 }
 
 
-@contextlib.contextmanager
-def private_redis() -> Iterator[str]:
-    """Run a Redis server of our own, without persistence, and yield its address."""
-    program = shutil.which("redis-server")
-    if not program:
-        raise SystemExit("redis-server is not installed; run: sudo apt-get install redis-server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder],
-            stdout=subprocess.DEVNULL,
-        )
-        try:
-            deadline = time.monotonic() + 20
-            while True:
-                with contextlib.suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                if time.monotonic() > deadline:
-                    raise SystemExit("redis-server does not answer")
-                time.sleep(0.05)
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(20)
+def available(name: str) -> bool:
+    """Return whether what the peer *name* needs is installed."""
+    module = PEERS[name].module
+    return module is None or importlib.util.find_spec(module) is not None
 
 
-def make_app(peer: str, broker: str, redis: str, queue: str) -> Celery:
-    """Return an app with the result backend of *peer*."""
+def make_app(name: str, broker: str, redis: str, queue: str, **conf: Any) -> Celery:
+    """Return an app with the result backend of the peer *name*.
+
+    Parameters:
+        name: of :data:`PEERS`.
+        broker: URL of the broker.
+        redis: address of Redis.
+        queue: name of the queue of tasks; names for the results are made from it.
+        **conf: further settings.
+    """
+    peer = PEERS[name]
     app = Celery("bench", broker=broker, set_as_current=False)
     app.conf.update(
-        result_backend=BACKENDS[peer].format(redis=redis),
-        result_exchange=f"bench-{queue}",
+        result_backend=peer.backend.format(redis=redis),
+        result_backend_transport_options=dict(peer.options),
+        result_exchange=f"results-{queue}",
+        result_exchange_type="direct",
         task_default_queue=queue,
-        task_ignore_result=peer == "none",
+        task_ignore_result=peer.ignored,
         broker_connection_retry_on_startup=True,
         worker_prefetch_multiplier=16,
     )
+    app.conf.update(conf)
 
     @app.task(name="bench.noop", shared=False)
     def noop() -> None:
         return None
+
+    @app.task(name="bench.tick", shared=False)
+    def tick(path: str) -> None:
+        _ticks(path).add()
 
     @app.task(name="bench.count", shared=False)
     def count(results: List[Any]) -> int:
@@ -80,54 +121,199 @@ def make_app(peer: str, broker: str, redis: str, queue: str) -> Celery:
     return app
 
 
+def context(task_id: str, reply_to: str = "", origin: str = "gen1@bench") -> Context:
+    """Return the request of a task as a worker has it when it stores the result."""
+    return Context(
+        id=task_id, correlation_id=task_id, reply_to=reply_to, hostname="bench",
+        origin=origin, children=[], delivery_info={},
+    )  # fmt: skip
+
+
+class Ticks:
+    """Counts in a file that several processes map, each in a place of its own."""
+
+    SLOTS = 4096
+    SLOT = struct.Struct("=Q")
+
+    def __init__(self, path: str) -> None:
+        with open(path, "r+b") as file:
+            file.truncate(self.SLOTS * self.SLOT.size)
+            self._map = mmap.mmap(file.fileno(), 0)
+        self.path = path
+        # Of two processes with the same place one would not be counted: they start at about the
+        # same time, so that their numbers differ by less.
+        self._at = os.getpid() % self.SLOTS * self.SLOT.size
+
+    def add(self) -> None:
+        """Count one more."""
+        (count,) = self.SLOT.unpack_from(self._map, self._at)
+        self.SLOT.pack_into(self._map, self._at, count + 1)
+
+    def total(self) -> int:
+        """Return what all have counted."""
+        return sum(count for (count,) in self.SLOT.iter_unpack(self._map))
+
+
+_opened: Dict[str, Ticks] = {}
+
+
+def _ticks(path: str) -> Ticks:
+    if path not in _opened:
+        # Made in the process that counts: the pool has forked by then.
+        _opened[path] = Ticks(path)
+    return _opened[path]
+
+
+class Worker:
+    """A worker process for a peer, and the app of the sending side.
+
+    Parameters:
+        name: of :data:`PEERS`.
+        broker: URL of the broker.
+        redis: address of Redis.
+        concurrency: how many processes work.
+
+    Starting is not waited for: :meth:`wait` does.
+    """
+
+    def __init__(self, name: str, broker: str, redis: str, concurrency: int = 2) -> None:
+        self.name = name
+        queue = f"bench-{uuid.uuid4().hex[:8]}"
+        self.hostname = f"{queue}@localhost"
+        self.queue = queue
+        self.app = make_app(name, broker, redis, queue)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "celery", "--quiet", "-A", "bench.worker_app", "worker",
+             "--pool", "prefork", "--concurrency", str(concurrency), "--loglevel", "ERROR",
+             "--without-gossip", "--without-mingle", "--hostname", self.hostname],
+            env=dict(_environment(), BENCH_PEER=name, BENCH_BROKER=broker, BENCH_REDIS=redis,
+                     BENCH_QUEUE=queue),
+            cwd=ROOT, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        """Wait until it works.
+
+        Raises:
+            RuntimeError: when it does not.
+        """
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if self.app.control.ping([self.hostname], timeout=0.5):
+                return
+        raise RuntimeError(f"the worker for {self.name} does not start")
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that it and its processes have used so far."""
+        return processes.cpu_seconds(*processes.family(self._process.pid))
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(30)
+        close(self.app)
+
+
+class Assistant:
+    """A process that stores results, or waits for them, as it is told.
+
+    Parameters:
+        name: of :data:`PEERS`.
+        broker: URL of the broker.
+        redis: address of Redis.
+        queue: what names for the results are made from.
+    """
+
+    def __init__(self, name: str, broker: str, redis: str, queue: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.assistant"],
+            env=dict(_environment(), BENCH_PEER=name, BENCH_BROKER=broker, BENCH_REDIS=redis,
+                     BENCH_QUEUE=queue),
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def tell(self, command: str, **arguments: Any) -> None:
+        """Give it a command."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Dict[str, Any]:
+        """Return its next answer.
+
+        Raises:
+            RuntimeError: when it has ended instead.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("an assistant of the benchmarks has failed, see above")
+        answered: Dict[str, Any] = json.loads(line)
+        return answered
+
+    def ask(self, command: str, **arguments: Any) -> Dict[str, Any]:
+        """Give it a command and return the answer."""
+        self.tell(command, **arguments)
+        return self.answer()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Freeze it for the duration of a ``with`` block."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(30)
+
+
+@contextlib.contextmanager
+def ticking() -> Iterator[Ticks]:
+    """Yield a counter in a file that goes away."""
+    with tempfile.NamedTemporaryFile(prefix="bench-") as file:
+        yield Ticks(file.name)
+
+
+def close(app: Celery) -> None:
+    """Close an app and what its result backend has opened."""
+    shut = getattr(app.backend, "close", None)
+    if shut is not None:
+        shut()
+    app.close()
+
+
+def _environment() -> Dict[str, str]:
+    return dict(
+        os.environ,
+        PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        # In a container one is root, about which each worker would complain at length.
+        PYTHONWARNINGS="ignore::RuntimeWarning",
+    )
+
+
 def app_from_environment() -> Celery:
-    """Return the app that a worker process serves."""
+    """Return the app that a process serves that was started here."""
     return make_app(
         os.environ["BENCH_PEER"],
         os.environ["BENCH_BROKER"],
         os.environ["BENCH_REDIS"],
         os.environ["BENCH_QUEUE"],
     )
-
-
-@contextlib.contextmanager
-def worker(
-    peer: str, broker: str, redis: str, pool: str = "prefork", concurrency: int = 2
-) -> Iterator[Celery]:
-    """Run a worker process for *peer* and yield the app of the sending side."""
-    queue = f"bench-{peer}-{uuid.uuid4().hex[:8]}"
-    environment = dict(
-        os.environ,
-        BENCH_PEER=peer,
-        BENCH_BROKER=broker,
-        BENCH_REDIS=redis,
-        BENCH_QUEUE=queue,
-        PYTHONPATH=str(ROOT),
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "celery", "--quiet", "-A", "bench.worker_app", "worker",
-         "--pool", pool, "--concurrency", str(concurrency), "--loglevel", "ERROR",
-         "--without-gossip",
-         "--without-mingle", "--hostname", f"{queue}@localhost"],
-        env=environment, cwd=ROOT,
-    )  # fmt: skip
-    app = make_app(peer, broker, redis, queue)
-    try:
-        if not _answers(app, process):
-            raise SystemExit(f"the worker for {peer} does not start")
-        yield app
-    finally:
-        process.terminate()
-        process.wait(30)
-        close = getattr(app.backend, "close", None)
-        if close is not None:
-            close()
-        app.close()
-
-
-def _answers(app: Celery, process: subprocess.Popen[bytes]) -> bool:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if app.control.ping(timeout=0.5):
-            return True
-    return False

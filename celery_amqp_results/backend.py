@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import datetime
 import functools
+import logging
 import operator
 import os
 import threading
@@ -21,21 +23,31 @@ from typing import (
     List,
     Mapping,
     Optional,
+    Set,
     Tuple,
     Union,
 )
 
+import celery
 import kombu
 from celery import states
 from celery.app.task import Context
-from celery.exceptions import ImproperlyConfigured, TimeoutError
+from celery.exceptions import ImproperlyConfigured, SecurityError, TimeoutError
 from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
 from kombu.compression import encoders, get_encoder
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.functional import LRUCache
 
-from celery_amqp_results import connections, errors, options, topology, transports, watching
+from celery_amqp_results import (
+    connections,
+    errors,
+    expiry,
+    options,
+    topology,
+    transports,
+    watching,
+)
 from celery_amqp_results.celery4_api import Celery4API
 from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.layouts import Layout, LayoutRegistry
@@ -57,11 +69,16 @@ from celery_amqp_results.waiting import Update
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
+logger = logging.getLogger(__name__)
+
 #: The state of a group that is kept by ``GroupResult.save``, in header and body.
 GROUP_STATE = "GROUP"
 
-#: The longest expiration that RabbitMQ takes, in seconds.
-MAX_EXPIRES = 4_294_967
+#: A mistake of the user's is logged once; so many are remembered.
+MAX_COMPLAINTS = 100
+
+#: Celery before 5.5 writes when a task has ended in UTC.
+DATES_IN_ZONE_OF_APP = celery.VERSION >= (5, 5)
 
 #: How often ``on_interval`` is called where no interval is given, in seconds.
 DEFAULT_INTERVAL = 0.5
@@ -81,6 +98,8 @@ LAST_CHORD_CHECK = 300.0
 Meta = Dict[str, Any]
 
 _clock = PublishClock()
+
+_NOT_GIVEN: Any = object()
 
 
 class AMQPBackend(NativeChords, Celery4API):
@@ -160,18 +179,20 @@ class AMQPBackend(NativeChords, Celery4API):
         self._topology = topology.Topology(
             exchange or conf.result_exchange, self.options.shards, self.options.queue_type
         )
+        self._extended = bool(conf.find_value_for_key("extended", "result"))
         self.wire = Wire(
             exchange or conf.result_exchange,
             exchange_type or conf.result_exchange_type,
             self.persistent,
             auto_delete,
             self.expires or None,
-            bool(conf.find_value_for_key("extended", "result")),
+            self._extended,
         )
         self._codec = Codec(
             self.serializer,
             self.accept,
             _compression_of(self) if self.layout_name == "shared" else None,
+            self.options.max_decompressed_size,
         )
         self._expiration = _milliseconds("result_expires", self.expires)
         failure_expires = conf.get("result_failure_expires")
@@ -187,8 +208,8 @@ class AMQPBackend(NativeChords, Celery4API):
             else _milliseconds("result_chord_expires", self.prepare_expires(chord_expires))
         )
         self._layouts = _registry_of(app)
-        # The layout per-task has to decode what it reads, so that it knows what may be decoded.
-        accept = sorted(self.accept or ()) if self.layout_name == "per-task" else None
+        # Layouts have to decode what they read, so that they know what may be decoded.
+        accept = sorted(self.accept or ())
         self._layout_key = repr((self._url, self.options, self.layout_name, self.wire, accept))
         self._reset()
         _backends.add(self)
@@ -200,6 +221,7 @@ class AMQPBackend(NativeChords, Celery4API):
         self._pid = os.getpid()
         self._pending: Optional[PendingResults] = None
         self._failed = LRUCache(limit=MAX_FAILED)
+        self._complaints: Set[str] = set()
         self._reset_chords()
 
     @property
@@ -227,6 +249,7 @@ class AMQPBackend(NativeChords, Celery4API):
             self.options,
             topology.client_word(anon_nodename()),
             self.persistent,
+            self._codec,
         )
 
     def _make_sessions(self, connector: connections.Connector) -> transports.Sessions:
@@ -283,21 +306,83 @@ class AMQPBackend(NativeChords, Celery4API):
             DeclarationRefused: when something on the broker exists with other properties.
         """
         task_id = bytes_to_str(task_id)
+        try:
+            self._store(task_id, result, state, traceback, request)
+        except errors.ResultTooLarge as exc:
+            # Of a SUCCESS, Celery stores a FAILURE with this error. Of a failure that is too large
+            # itself something has to be known as well: whoever waits must not wait for ever.
+            if not is_final(state) or state == states.SUCCESS:
+                raise
+            logger.error("task %s ended with %s, which is stored without details", task_id, exc)
+            self._store(task_id, exc, state, None, request, brief=True)
+        return result
+
+    def _store(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: Any,
+        request: Any,
+        brief: bool = False,
+    ) -> None:
+        """Publish a state; a *brief* one without the arguments of the task, which may be long."""
+        layout = self.layout
+        if brief:
+            result = self.encode_result(result, state)
         meta = self._get_result_meta(result, state, traceback, request)
         meta["task_id"] = task_id
+        if brief:
+            meta.update({name: None for name in ("args", "kwargs") if name in meta})
         message = self._encode_state(
-            task_id, state, self.layout.shape(meta), STATE, self._expiration_of(state)
+            task_id, state, layout.shape(meta), STATE, self._expiration_of(state, request)
         )
         client = _client_of(request)
-        if not is_final(state) or not self._publish_with_part(task_id, message, client):
-            self.layout.publish(
-                message,
+        stored = layout.detach(message)
+        if not is_final(state) or not self._publish_with_part(task_id, message, stored, client):
+            layout.publish(
+                stored,
                 client,
                 getattr(request, "group", None),
                 # ABORTED as well: who asked a task to stop relies on it.
                 is_final(state) or state == ABORTED,
             )
-        return result
+
+    def _get_result_meta(
+        self,
+        result: Any,
+        state: str,
+        traceback: Any,
+        request: Any,
+        format_date: bool = True,
+        encode: bool = False,
+    ) -> Meta:
+        """Return the meta of a state: what Celery's base class returns, in a third of the time.
+
+        The base class looks ``result_extended`` up for every state, and goes from one time zone to
+        the other by way of a third.
+        """
+        if self._extended or not format_date or not DATES_IN_ZONE_OF_APP:
+            complete: Meta = super()._get_result_meta(
+                result, state, traceback, request, format_date, encode
+            )
+            return complete
+        done = datetime.datetime.now(self.app.timezone).isoformat() if is_final(state) else None
+        meta: Meta = {
+            "status": state,
+            "result": result,
+            "traceback": traceback,
+            "children": self.current_task_children(request),
+            "date_done": done,
+        }
+        if request:
+            group_id = getattr(request, "group", None)
+            if group_id:
+                meta["group_id"] = group_id
+            parent_id = getattr(request, "parent_id", None)
+            if parent_id:
+                meta["parent_id"] = parent_id
+        return meta
 
     def _encode_state(
         self,
@@ -320,7 +405,13 @@ class AMQPBackend(NativeChords, Celery4API):
             kind,
         )
 
-    def _expiration_of(self, state: str) -> Optional[int]:
+    def _expiration_of(self, state: str, request: Any = None) -> Optional[int]:
+        """Return the milliseconds after which a state expires, ``None`` for never."""
+        for where, seconds in _own_expiries(self.app, request):
+            try:
+                return expiry.milliseconds(seconds)
+            except ValueError as exc:
+                self._complain(f"{where} is of no use, and result_expires applies: {exc}")
         if state == states.FAILURE:
             return self._failure_expiration
         if state in states.READY_STATES or self._failure_expiration is None:
@@ -329,6 +420,12 @@ class AMQPBackend(NativeChords, Celery4API):
         if self._expiration is None:
             return self._failure_expiration
         return min(self._expiration, self._failure_expiration)
+
+    def _complain(self, text: str) -> None:
+        """Log a mistake of the user's once."""
+        if text not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
+            self._complaints.add(text)
+            logger.warning("%s", text)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether trying again may help: the broker is away, not unwilling."""
@@ -340,10 +437,19 @@ class AMQPBackend(NativeChords, Celery4API):
     # -- reading -----------------------------------------------------------------------------
 
     def _decode_state(self, state: StateMessage) -> Meta:
-        meta: Meta = self.meta_from_decoded(self._codec.decode(state))
-        if meta["status"] in states.PROPAGATE_STATES:
+        meta = self._codec.decode(self._complete(state))
+        try:
+            decoded: Meta = self.meta_from_decoded(meta)
+        except SecurityError:
+            # Celery's own: the exception is something else that could be called.
+            raise
+        except Exception as exc:
+            raise errors.ForeignMessage(
+                f"the {state.state} of {state.id!r} has no exception as its result: {exc!r:.300}"
+            ) from exc
+        if decoded["status"] in states.PROPAGATE_STATES:
             self._failed[state.id] = None
-        return meta
+        return decoded
 
     def is_cached(self, task_id: str) -> bool:
         """Return whether this process knows how a task has ended.
@@ -352,6 +458,31 @@ class AMQPBackend(NativeChords, Celery4API):
         are not in the cache itself, as a task that is delivered again may still succeed.
         """
         return task_id in self._cache or task_id in self._failed
+
+    def _complete(self, state: StateMessage) -> StateMessage:
+        """Return *state* with its body, which may be kept elsewhere.
+
+        Raises:
+            ResultExpired: when the body is gone.
+            LookupTimeout, BackendUnavailable: when it could not be read.
+        """
+        if state.body_queue is None:
+            return state
+        complete = self.layout.fetch(state)
+        if complete is None:
+            raise errors.ResultExpired(
+                f"the {state.state} of {state.id!r} is gone from the queue {state.body_queue!r}: "
+                "it has expired or was forgotten, or somebody deleted the queue"
+            )
+        return complete
+
+    def _decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
+        """Return the meta of *state*, or ``None`` where its body is gone."""
+        try:
+            return self._decode_state(state)
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+            return None
 
     def _get_task_meta_for(self, task_id: str) -> Meta:
         """Return the meta of a task; of one that nothing is known of, a pending one.
@@ -365,9 +496,9 @@ class AMQPBackend(NativeChords, Celery4API):
         """
         task_id = bytes_to_str(task_id)
         state = self.layout.poll((task_id,))[task_id]
-        if state is None:
+        meta = None if state is None else self._decode_if_kept(state)
+        if meta is None:
             return {"status": states.PENDING, "result": None}
-        meta = self._decode_state(state)
         self._settle_after_reading(meta)
         return meta
 
@@ -417,7 +548,7 @@ class AMQPBackend(NativeChords, Celery4API):
             for update in updates:
                 if on_message is not None:
                     for state in update.states:
-                        on_message(self._decode_state(state))
+                        self._call(on_message, state)
                 if update.final is not None:
                     yield update.task_id, update.final
 
@@ -531,6 +662,11 @@ class AMQPBackend(NativeChords, Celery4API):
             self._decode_state,
             wanted,
         )
+
+    def _call(self, on_message: Callable[[Meta], Any], state: StateMessage) -> None:
+        meta = self._decode_if_kept(state)
+        if meta is not None:
+            on_message(meta)
 
     def wait_for(
         self,
@@ -742,8 +878,17 @@ class AMQPBackend(NativeChords, Celery4API):
         group = self.layout.read_group(group_id)
         if group is None:
             return None
-        meta = self._codec.decode(group)
-        meta["result"] = result_from_tuple(meta["result"], self.app)
+        try:
+            meta = self._codec.decode(self._complete(group))
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+            return None
+        try:
+            meta["result"] = result_from_tuple(meta["result"], self.app)
+        except Exception as exc:
+            raise errors.ForeignMessage(
+                f"the group {group_id!r} has no members as its result: {exc!r:.300}"
+            ) from exc
         return meta
 
     def _delete_group(self, group_id: str) -> None:
@@ -838,14 +983,27 @@ def _client_of(request: Any) -> str:
 
 def _milliseconds(name: str, seconds: Optional[float]) -> Optional[int]:
     """Return an expiration in milliseconds, ``None`` for never."""
-    if not seconds:
-        return None
-    if not 0 < seconds <= MAX_EXPIRES:
-        raise ImproperlyConfigured(
-            f"{name} is {seconds!r} seconds; RabbitMQ takes up to {MAX_EXPIRES} (49 days). Use 0 "
-            "or None to keep results until they are forgotten."
-        )
-    return max(1, int(seconds * 1000))
+    try:
+        return expiry.milliseconds(seconds)
+    except ValueError as exc:
+        raise ImproperlyConfigured(f"{name}: {exc}") from None
+
+
+def _own_expiries(app: Any, request: Any) -> Iterator[Tuple[str, Any]]:
+    """Yield what a task says of its own expiry, and where; what counts more comes first."""
+    if request is None:
+        return
+    # A header of the message becomes an attribute; of a task that is called eagerly it does not.
+    own = getattr(request, expiry.NAME, _NOT_GIVEN)
+    if own is _NOT_GIVEN:
+        own = (getattr(request, "headers", None) or {}).get(expiry.NAME, _NOT_GIVEN)
+    if own is not _NOT_GIVEN:
+        yield f"the header {expiry.NAME!r} of a task", own
+    name = getattr(request, "task", None)
+    task = app.tasks.get(name) if isinstance(name, str) else None
+    own = getattr(task, expiry.NAME, _NOT_GIVEN)
+    if own is not _NOT_GIVEN:
+        yield f"the attribute {expiry.NAME!r} of the task {name}", own
 
 
 def _timed_out(timeout: Optional[float], missing: int, total: int) -> TimeoutError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import amqp
 import amqp.exceptions
@@ -63,8 +63,9 @@ class ConfirmChannel:
         #: By delivery tag, in the order of publishing.
         self.unconfirmed: Dict[int, Outgoing] = {}
         self.nacked: Set[int] = set()
-        #: Shards that were declared here, with their generation, and are not confirmed yet.
-        self.requested: Dict[int, int] = {}
+        #: Shards that were declared here and are not confirmed yet, with their generation and the
+        #: tag of the message that followed.
+        self.requested: Dict[int, Tuple[int, int]] = {}
         #: What no queue took.
         self.returned: List[Outgoing] = []
         self._asking: Optional[amqp.Channel] = None
@@ -121,14 +122,41 @@ class ConfirmChannel:
                 self.returned.append(outgoing)
                 return
 
-    def wait(self, tags: Sequence[int]) -> None:
-        """Wait until the broker has settled *tags*."""
-        patience = time.monotonic() + CONFIRM_TIMEOUT
-        while any(tag in self.unconfirmed for tag in tags):
-            self.link.drain(1.0)
+    def wait(self, tags: Sequence[int], deadline: Optional[float] = None) -> None:
+        """Wait until the broker has settled *tags*.
+
+        Parameters:
+            tags: delivery tags.
+            deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
+                publishers; ``None`` for when the connection is taken for dead.
+
+        Raises:
+            NotConfirmed: when it has not done so in time.
+        """
+        started = time.monotonic()
+        patience = started + CONFIRM_TIMEOUT
+        # The oldest last: each is looked for until it is settled, and not again.
+        waiting = list(reversed(tags))
+        while True:
+            while waiting and waiting[-1] not in self.unconfirmed:
+                waiting.pop()
+            if not waiting:
+                return
+            self._take_in(connections.time_left(deadline, 1.0))
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                why = ""
+                if self.link.blocked:
+                    why = (
+                        f": the broker blocks publishers ({self.link.blocked}: a memory or disk "
+                        "alarm)"
+                    )
+                raise errors.NotConfirmed(
+                    f"no confirm from the broker within {now - started:.1f} s{why}"
+                )
             if self.link.blocked:
-                patience = time.monotonic() + CONFIRM_TIMEOUT
-            elif time.monotonic() > patience:
+                patience = now + CONFIRM_TIMEOUT
+            elif now > patience:
                 raise errors.NotConfirmed(
                     f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s"
                 )
@@ -149,5 +177,39 @@ class ConfirmChannel:
 
     def collect(self) -> None:
         """Take in the confirms that have come so far, without waiting."""
-        while self.link.readable():
-            self.link.drain(0.001)
+        while self._take_in(0.0):
+            pass
+
+    def _take_in(self, timeout: float) -> bool:
+        """Handle what the broker sends; return ``False`` when nothing came in *timeout* seconds."""
+        if not self.link.readable(timeout):
+            return False
+        confirmed = False
+        for tag, multiple in self.link.acks(self.channel.channel_id):
+            self._settle(tag, multiple)
+            confirmed = True
+        return confirmed or self.link.drain(0.0)
+
+    def confirmed_requests(self) -> Dict[int, int]:
+        """Return what of :attr:`requested` is done, and remove it from there."""
+        done = {
+            shard: generation
+            for shard, (generation, tag) in self.requested.items()
+            if tag <= self._tag and tag not in self.unconfirmed
+        }
+        for shard in done:
+            del self.requested[shard]
+        return done
+
+    def has_requested(self, shard: int, generation: int) -> bool:
+        """Return whether *shard* was declared here, in *generation*, and is not confirmed yet."""
+        return self.requested.get(shard, (None, 0))[0] == generation
+
+    def note_request(self, shard: int, generation: int) -> None:
+        """Note that *shard* was declared here: the next message that is confirmed says it is there.
+
+        Parameters:
+            shard: its number.
+            generation: what :meth:`Declarations.request_shard` returned.
+        """
+        self.requested[shard] = (generation, self._tag + 1)

@@ -12,6 +12,7 @@ import logging
 import os
 import selectors
 import socket
+import struct
 import threading
 import time
 import weakref
@@ -22,7 +23,7 @@ import kombu
 from amqp import exceptions as amqp_errors
 from amqp import spec
 
-from celery_amqp_results import errors, options
+from celery_amqp_results import errors, frames, options
 
 __all__ = ("TRANSIENT", "Connector", "Link", "Pool", "is_over", "is_refusal", "time_left")
 
@@ -44,6 +45,13 @@ IO_TIMEOUT = 10.0
 
 #: How many bytes are asked of a socket at once.
 RECEIVE_SIZE = 64 * 1024
+
+#: The frame of a ``basic.ack``: type, channel, size, class, method, delivery tag, multiple, end.
+_ACK = struct.Struct(">BHIHHQBB")
+_START_OF_ACK = struct.Struct(">BHIHH")
+_METHOD_FRAME = 1
+#: Bytes of class, method, tag and multiple.
+_SIZE_OF_ACK = 13
 
 #: An idle connection of a pool is closed after this many seconds.
 IDLE_SECONDS = 60.0
@@ -100,6 +108,20 @@ class _Received:
         """Return whether received bytes wait to be asked for."""
         return self._at < len(self._data)
 
+    def fill(self) -> None:
+        """Ask the socket for more, unless received bytes wait to be asked for."""
+        if not self.pending():
+            self._data = self._receive(RECEIVE_SIZE)
+            self._at = 0
+
+    def take(self, start: bytes, size: int) -> bytes:
+        """Return the next *size* bytes if they were received and begin with *start*, or none."""
+        at = self._at
+        if not self._data.startswith(start, at) or len(self._data) - at < size:
+            return b""
+        self._at += size
+        return self._data[at : at + size]
+
 
 class Link:
     """One open AMQP connection. Not thread-safe: whoever holds it is alone with it.
@@ -120,12 +142,15 @@ class Link:
         #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
         self.blocked: Optional[str] = None
         self.idle_since = 0.0
+        #: Which of the connector's hosts it leads to, see :meth:`Connector.leave`.
+        self.host = 0
         #: A channel for publishing that its users keep open between uses.
         self.publishing: Any = None
         # Bounds every read and write that sets no shorter bound of its own, so that a broker that
         # stops answering is an error and not a hang.
         self.socket.settimeout(IO_TIMEOUT)
         self._received = _Received(established.transport)
+        established.on_inbound_frame = frames.tolerant(established.on_inbound_frame)
         # gevent and eventlet replace DefaultSelector.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
@@ -168,6 +193,27 @@ class Link:
                 f"the broker stopped in the middle of a message for {IO_TIMEOUT:g} s"
             ) from None
         return True
+
+    def acks(self, channel: int) -> Iterator[Tuple[int, bool]]:
+        """Yield the confirms (delivery tag, and whether of all before) that have come.
+
+        They end before the first frame that is something else, or not complete: that is left to
+        :meth:`drain`. py-amqp would take ten times as long over each. Reads the socket, which has
+        to be readable.
+
+        Parameters:
+            channel: number of the channel that they are for.
+        """
+        self._received.fill()
+        start = _START_OF_ACK.pack(_METHOD_FRAME, channel, _SIZE_OF_ACK, *spec.Basic.Ack)
+        while True:
+            frame = self._received.take(start, _ACK.size)
+            if not frame:
+                return
+            # What py-amqp's heartbeats go by.
+            self.amqp.bytes_recv += 1
+            *_, tag, multiple, _ = _ACK.unpack(frame)
+            yield tag, bool(multiple)
 
     def buffered(self) -> bool:
         """Whether bytes were received that the socket's readiness does not show any more."""
@@ -303,9 +349,19 @@ class Connector:
         self._make = make
         self.policy = policy
         self.describe = describe
+        #: Number of the host that is tried first, counted over all rounds through the hosts.
+        self._host = 0
+
+    def leave(self, link: Link) -> None:
+        """Try other hosts first from now on: *link* has failed.
+
+        A node that is cut off from its cluster takes connections, and does nothing on them.
+        """
+        if link.host == self._host:
+            self._host += 1
 
     def open_once(self, heartbeat: float, deadline: Optional[float] = None) -> Link:
-        """Open a connection, trying each host of the URL once.
+        """Open a connection, trying each host of the URL once, first the one that answered last.
 
         Parameters:
             heartbeat: seconds between heartbeats; 0 for none.
@@ -317,6 +373,9 @@ class Connector:
         """
         connection = self._make(heartbeat)
         hosts = max(1, len(connection.alt or ()))
+        first = self._host
+        for _ in range(first % hosts):
+            connection.maybe_switch_next()
         for attempt in range(hosts):
             timeout = connection.connect_timeout or CONNECT_TIMEOUT
             connection.connect_timeout = max(0.1, time_left(deadline, timeout))
@@ -334,6 +393,7 @@ class Connector:
                     raise
                 connection.maybe_switch_next()
                 continue
+            self._host = link.host = first + attempt
             return link
         raise AssertionError("unreachable")  # pragma: no cover
 
@@ -408,8 +468,10 @@ class Pool:
         link = self._take() or self._connector.open(self._heartbeat, deadline)
         try:
             yield link
-        except BaseException:
+        except BaseException as exc:
             link.drop()
+            if isinstance(exc, TRANSIENT):
+                self._connector.leave(link)
             raise
         self._put(link)
 

@@ -1,4 +1,4 @@
-"""The frames of ``basic.publish``, built in one go.
+"""The frames of ``basic.publish``, built in one go; and what py-amqp cannot read, made readable.
 
 py-amqp serialises any method with any properties, which takes 100 microseconds a message. A state
 has few properties, and always the same: so built by hand the same bytes take a tenth of that.
@@ -7,10 +7,19 @@ This module does no I/O; its tests read what it makes with py-amqp.
 
 from __future__ import annotations
 
+import functools
+import logging
 import struct
-from typing import Any, List, Mapping
+from typing import Any, Callable, List, Mapping, Tuple
 
-__all__ = ("publish_frames",)
+from amqp.exceptions import UnexpectedFrame
+
+__all__ = ("UNREADABLE", "publish_frames", "tolerant")
+
+logger = logging.getLogger(__name__)
+
+#: How the property ``type`` begins of a message whose properties py-amqp cannot read.
+UNREADABLE = "unreadable properties: "
 
 _FRAME = struct.Struct(">BHI")
 _END = b"\xce"
@@ -20,23 +29,26 @@ _PUBLISH = struct.pack(">HHH", 60, 40, 0)
 _CONTENT = struct.Struct(">HHQ")
 #: Bytes of a frame besides its payload.
 _OVERHEAD = 8
-_MANDATORY = 1
+_MANDATORY = b"\1"
+_FLAGS, _UNSIGNED = struct.Struct(">H"), struct.Struct(">I")
+_SIGNED, _TIME = struct.Struct(">q"), struct.Struct(">Q")
 
-#: Property to its flag and whether it is a short string; in the order of the protocol.
+#: Property to its flag and how it is written, in the order of the protocol. A name is a short
+#: string like any text, but one of few, which are remembered as written.
 _PROPERTIES = (
-    ("content_type", 1 << 15, "text"),
-    ("content_encoding", 1 << 14, "text"),
+    ("content_type", 1 << 15, "name"),
+    ("content_encoding", 1 << 14, "name"),
     ("application_headers", 1 << 13, "table"),
     ("delivery_mode", 1 << 12, "octet"),
     ("priority", 1 << 11, "octet"),
     ("correlation_id", 1 << 10, "text"),
     ("reply_to", 1 << 9, "text"),
-    ("expiration", 1 << 8, "text"),
+    ("expiration", 1 << 8, "name"),
     ("message_id", 1 << 7, "text"),
     ("timestamp", 1 << 6, "time"),
-    ("type", 1 << 5, "text"),
-    ("user_id", 1 << 4, "text"),
-    ("app_id", 1 << 3, "text"),
+    ("type", 1 << 5, "name"),
+    ("user_id", 1 << 4, "name"),
+    ("app_id", 1 << 3, "name"),
 )
 
 
@@ -46,18 +58,22 @@ def _short(text: str) -> bytes:
     return bytes((len(raw),)) + raw
 
 
+#: The same for text of which there are few.
+_name = functools.lru_cache(maxsize=256)(_short)
+
+
 def _table(table: Mapping[str, Any]) -> bytes:
     parts: List[bytes] = []
     for name, value in table.items():
         if isinstance(value, str):
             raw = value.encode("utf-8", "surrogatepass")
-            parts += (_short(name), b"S", struct.pack(">I", len(raw)), raw)
+            parts += (_name(name), b"S", _UNSIGNED.pack(len(raw)), raw)
         elif type(value) is int:
-            parts += (_short(name), b"l", struct.pack(">q", value))
+            parts += (_name(name), b"l", _SIGNED.pack(value))
         else:
             raise TypeError(f"header {name!r} is {value!r}; only text and whole numbers are used")
     body = b"".join(parts)
-    return struct.pack(">I", len(body)) + body
+    return _UNSIGNED.pack(len(body)) + body
 
 
 def _properties(properties: Mapping[str, Any]) -> bytes:
@@ -68,15 +84,17 @@ def _properties(properties: Mapping[str, Any]) -> bytes:
         if value is None:
             continue
         flags |= flag
-        if kind == "text":
+        if kind == "name":
+            parts.append(_name(value))
+        elif kind == "text":
             parts.append(_short(value))
         elif kind == "table":
             parts.append(_table(value))
         elif kind == "octet":
             parts.append(bytes((value,)))
         else:
-            parts.append(struct.pack(">Q", value))
-    parts[0] = struct.pack(">H", flags)
+            parts.append(_TIME.pack(value))
+    parts[0] = _FLAGS.pack(flags)
     return b"".join(parts)
 
 
@@ -105,7 +123,7 @@ def publish_frames(
         TypeError: when a header is neither text nor a whole number.
     """
     method = b"".join(
-        (_PUBLISH, _short(exchange), _short(routing_key), bytes((_MANDATORY if mandatory else 0,)))
+        (_PUBLISH, _name(exchange), _short(routing_key), _MANDATORY if mandatory else b"\0")
     )
     header = _CONTENT.pack(60, 0, len(body)) + _properties(properties)
     parts = [
@@ -121,3 +139,39 @@ def publish_frames(
         piece = body[start : start + room]
         parts += (_FRAME.pack(_BODY, channel, len(piece)), piece, _END)
     return b"".join(parts)
+
+
+Frame = Tuple[int, int, Any]
+
+
+def tolerant(on_frame: Callable[[Frame], bool]) -> Callable[[Frame], bool]:
+    """Return *on_frame*, py-amqp's handler of frames, made to outlive messages of other programs.
+
+    RabbitMQ passes on what a publisher says in bytes that are no UTF-8, in times that are no
+    dates, and in tables in tables in tables. py-amqp raises at that, in the middle of reading a
+    connection: one such message in a queue would end every reader of it.
+
+    A message whose properties cannot be read has only a ``type``, which begins with
+    :data:`UNREADABLE`. One whose routing key cannot be read is not seen at all.
+    """
+
+    def handle(frame: Frame) -> bool:
+        kind, channel, payload = frame
+        try:
+            return on_frame(frame)
+        except Exception as exc:
+            if kind == _HEADER:
+                # Class, weight and size of the body, and then one property.
+                kept = bytes(payload[: _CONTENT.size])
+                why = f"{UNREADABLE}{exc!r:.100}".encode("ascii", "backslashreplace").decode()
+                try:
+                    return on_frame((kind, channel, kept + _properties({"type": why[:255]})))
+                except UnexpectedFrame:
+                    # The header was not at fault: the message has no body, and was handled.
+                    pass
+            if kind not in (_HEADER, _BODY) or not isinstance(exc, UnicodeDecodeError):
+                raise
+            logger.warning("passed over a message with an unreadable routing key: %r", exc)
+            return True
+
+    return handle

@@ -415,6 +415,7 @@ class Inbox:
                 self._lose(exc)
                 if session is not None:
                     session.drop()
+                    self._connector.leave(session.link)
                 if self._closing:
                     break
                 attempt += 1
@@ -503,7 +504,10 @@ class Inbox:
 
     def _receive(self, message: amqp.Message) -> None:
         try:
-            state = StateMessage.from_properties(message.properties, message.body)
+            state = meta.dated(
+                StateMessage.from_properties(message.properties, message.body),
+                time.time_ns() // 1000,
+            )
         except errors.ForeignMessage as exc:
             self.rejected += 1
             level = logging.WARNING if self.rejected == 1 else logging.DEBUG
@@ -535,6 +539,7 @@ class _Session:
             self._set_up()
         except BaseException:
             self.link.drop()
+            inbox._connector.leave(self.link)
             raise
 
     def _set_up(self) -> None:

@@ -77,6 +77,12 @@ class Layout(Protocol):
     ) -> None:
         """Publish a state; of a *final* one, return only when the broker has it."""
 
+    def detach(self, state: StateMessage) -> StateMessage:
+        """Return *state*, or a pointer to its body where that is large and kept elsewhere now."""
+
+    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+        """Return the state that a pointer stands for, or ``None`` where the body is gone."""
+
     def poll(
         self, ids: Collection[str], backlog_limit: Optional[int] = None
     ) -> Dict[str, Optional[StateMessage]]:

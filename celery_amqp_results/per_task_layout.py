@@ -112,6 +112,8 @@ BACKLOG_LIMIT = 1000
 SETTLE_SECONDS = 2.0
 #: The same where the queue was found to be empty before.
 AGAIN_SETTLE_SECONDS = 0.05
+#: So many warnings are remembered, and given only once.
+MAX_TOLD = 100
 #: So many queues are remembered as empty.
 MAX_EMPTY = 10_000
 #: The same on a transport that does not tell whether a queue exists: there every look at a task
@@ -300,6 +302,8 @@ class PerTaskLayout:
         self._exchange_declared = False
         self._transient_queues = not wire.persistent
         self._told: Set[str] = set()
+        #: Messages that are damaged or not ours, as often as they were met.
+        self.rejected = 0
         self._guard = threading.Lock()
         self._followers: Set[PushFollower] = set()
         #: Queues that exist but were found to be empty, for as long as we looked.
@@ -313,6 +317,14 @@ class PerTaskLayout:
 
     def note_sent(self, task_id: str) -> None:
         """Do nothing: the queue is declared by the one who has a state to put there."""
+
+    def detach(self, state: StateMessage) -> StateMessage:
+        """Return *state*: every task has a queue of its own anyway."""
+        return state
+
+    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+        """Return *pointer*, which is none."""
+        return pointer
 
     def publish(
         self, state: StateMessage, client: str, group_id: Optional[str], final: bool
@@ -450,6 +462,13 @@ class PerTaskLayout:
             )
         self._exchange_declared = True
 
+    def note_damage(self, queue: str, why: Exception) -> None:
+        """Count a message that is damaged or not ours; log it unless the same was logged."""
+        self.rejected += 1
+        text = f"ignored a foreign or damaged message in {queue}: {why}"
+        if len(self._told) < MAX_TOLD:
+            self._tell_once(text, "%s", text)
+
     def _tell_once(self, about: str, message: str, *arguments: Any) -> None:
         if about not in self._told:
             self._told.add(about)
@@ -557,6 +576,10 @@ class PerTaskLayout:
             return (amqp_errors.NotFound,)
         return (amqp_errors.ChannelError,)
 
+    def received_again(self, state: StateMessage) -> StateMessage:
+        """Return *state* as if it was received now: what was read meanwhile is older."""
+        return dataclasses.replace(state, published=next(self._received))
+
     def state_of(self, message: kombu.Message) -> StateMessage:
         """Return the state that *message* holds, decoded.
 
@@ -566,7 +589,8 @@ class PerTaskLayout:
         """
         body = message.body
         bare = StateMessage(
-            str(message.properties.get("correlation_id") or ""),
+            # Not known before it is decoded.
+            "",
             "message",
             next(self._received),
             body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body or b""),
@@ -761,23 +785,36 @@ class _Reader:
         if message.delivery_info.get("message_count") == 0 and not returns_of(message):
             # Alone in its queue: others need not wait until it is decoded.
             message.requeue()
-            state = layout.state_of(message)
+            try:
+                state = layout.state_of(message)
+            except (ContentDisallowed, errors.ForeignMessage) as exc:
+                layout.note_damage(self._queue.name, exc)
+                raise
             if self._is_other(state):
                 self.others.append(message)
                 return None
             return state
         held: Optional[kombu.Message] = None
         current: Optional[StateMessage] = None
+        damage: Optional[Exception] = None
         count = 0
         try:
             while message is not None:
                 self.others.append(message)
-                state = layout.state_of(message)
-                if not self._is_other(state):
+                found: Optional[StateMessage] = None
+                try:
+                    found = layout.state_of(message)
+                except (ContentDisallowed, errors.ForeignMessage) as exc:
+                    # It stays where it is, and must not hide a good one behind it.
+                    layout.note_damage(self._queue.name, exc)
+                    damage = exc
+                    if len(self.others) > self._limit:
+                        break
+                if found is not None and not self._is_other(found):
                     self.others.pop()
                     old: Optional[kombu.Message] = message
-                    if current is None or meta.supersedes(state, current):
-                        old, held, current = held, message, state
+                    if current is None or meta.supersedes(found, current):
+                        old, held, current = held, message, found
                     if old is not None:
                         old.ack()
                     count += 1
@@ -795,6 +832,8 @@ class _Reader:
                 f"more than {self._limit} states of {self._task_id} are to be fast-forwarded; "
                 "asking again goes on with the rest"
             )
+        if current is None and damage is not None:
+            raise damage
         return current
 
     def _is_other(self, state: StateMessage) -> bool:

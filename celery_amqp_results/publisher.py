@@ -9,7 +9,9 @@ the fold of states makes harmless.
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
+import re
 import threading
 import time
 from typing import Callable, Deque, NamedTuple, Optional, Sequence, Set, Tuple, Type, TypeVar
@@ -34,6 +36,9 @@ COLLECT_EVERY = 50
 #: Publishing has no heartbeats: a dead connection is noticed at the next message, which the
 #: kernel gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
 HEARTBEAT = 0.0
+
+#: What the broker says of a message that is too large: it closes the channel.
+_MAX_SIZE = re.compile(r"larger than .*?max size (\d+)")
 
 _T = TypeVar("_T")
 
@@ -99,6 +104,35 @@ class Publisher:
             return None if count is None or count in gone else channel.length(count)
 
         return self._run(work, messages)
+
+    def publish_apart(self, queue: QueueSpec, message: Outgoing) -> None:
+        """Declare *queue*, publish *message* to it, and return when the broker has it.
+
+        Raises:
+            ResultTooLarge: when the broker refuses a message of this size.
+            DeclarationRefused: when the queue exists with other properties.
+            BackendUnavailable: when the broker could not be reached or refuses us.
+        """
+
+        def work(channel: ConfirmChannel) -> None:
+            declare_queue(channel.channel, queue)
+            if self._publish(channel, (message,), True):
+                raise errors.NotConfirmed(f"the queue {queue.name!r} was deleted meanwhile")
+
+        self._run(work, (message,))
+
+    def delete(self, queues: Sequence[str]) -> None:
+        """Delete *queues* with all that is in them; they need not exist.
+
+        Raises:
+            BackendUnavailable: when the broker could not be reached or refuses us.
+        """
+
+        def work(channel: ConfirmChannel) -> None:
+            for queue in queues:
+                channel.channel.queue_delete(queue)
+
+        self._run(work, ())
 
     def declare(
         self, queues: Sequence[QueueSpec], messages: Sequence[Outgoing] = ()
@@ -167,7 +201,9 @@ class Publisher:
                 done = work(channel)
             except _FAILURES as exc:
                 if channel is not None:
+                    _discard_oversize(channel, messages, exc)
                     self._drop(channel, messages)
+                    self._connector.leave(channel.link)
                 attempt += 1
                 pause = self._judge(exc, messages, attempt)
                 logger.warning(
@@ -202,23 +238,32 @@ class Publisher:
         pending = list(messages)
         for _ in range(2):
             declarations.ensure_exchange(channel.channel)
-            with channel.link.corked():
-                for message in pending:
-                    shard = message.shard
-                    if shard is not None and not (
-                        declarations.has_shard(shard)
-                        or channel.requested.get(shard) == declarations.generation
-                    ):
-                        requested = declarations.request_shard(channel.channel, shard)
-                        channel.requested[shard] = requested
-                for message in pending:
-                    channel.publish(message)
-            if confirm or len(channel.unconfirmed) > MAX_UNCONFIRMED:
+            missing = [
+                message.shard
+                for message in pending
+                if message.shard is not None
+                and not declarations.has_shard(message.shard)
+                and not channel.has_requested(message.shard, declarations.generation)
+            ]
+            if len(pending) == 1 and not missing:
+                channel.publish(pending[0])
+            else:
+                with channel.link.corked():
+                    for shard in dict.fromkeys(missing):
+                        channel.note_request(
+                            shard, declarations.request_shard(channel.channel, shard)
+                        )
+                    for message in pending:
+                        channel.publish(message)
+            if confirm:
                 channel.wait(list(channel.unconfirmed))
-                declarations.remember(channel.requested)
-                channel.requested.clear()
+            elif len(channel.unconfirmed) > MAX_UNCONFIRMED:
+                # Not for all of them: the broker is not to run dry meanwhile.
+                channel.wait(list(itertools.islice(channel.unconfirmed, MAX_UNCONFIRMED // 2)))
             elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
                 channel.collect()
+            if channel.requested:
+                declarations.remember(channel.confirmed_requests())
             if channel.nacked:
                 raise errors.NotConfirmed("the broker refused to take a message (nack)")
             returned, channel.returned = channel.returned, []
@@ -239,13 +284,19 @@ class Publisher:
         refusal = self._declarations.refusal(exc)
         if refusal is not None:
             raise refusal from exc
-        if isinstance(exc, amqp_errors.PreconditionFailed) and "larger than" in str(exc):
-            size = max((len(message.body) for message in messages), default=0)
-            raise errors.ResultTooLarge(
-                f"{_what(messages)} has {size} bytes and the broker refuses it: {exc}. Return "
-                "less, set result_compression, or raise max_message_size in rabbitmq.conf."
-            ) from exc
-        if connections.is_refusal(exc):
+        limit = _size_limit(exc)
+        if limit is not None:
+            largest = max(messages, key=lambda message: len(message.body), default=None)
+            if largest is not None and len(largest.body) > limit:
+                too_large = errors.ResultTooLarge(
+                    f"{largest.what} has {len(largest.body)} bytes when encoded, and the broker at "
+                    f"{self._connector.describe()} takes messages of up to {limit} bytes "
+                    "(max_message_size in its rabbitmq.conf). Return less, set "
+                    "result_compression, or raise that limit."
+                )
+                too_large.size, too_large.limit = len(largest.body), limit
+                raise too_large from exc
+        elif connections.is_refusal(exc):
             raise errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} refuses {_what(messages)}: {exc}. "
                 "Check the user's permissions on the exchange and the queues "
@@ -273,6 +324,7 @@ class Publisher:
             return ConfirmChannel(link)
         except BaseException:
             link.drop()
+            self._connector.leave(link)
             raise
 
     def _release(self, channel: ConfirmChannel) -> None:
@@ -316,6 +368,33 @@ class Publisher:
                 exc,
             )
         channel.link.close()
+
+
+def _size_limit(exc: BaseException) -> Optional[int]:
+    """Return the largest size that the broker takes, if *exc* says that a message is larger."""
+    if not isinstance(exc, amqp_errors.PreconditionFailed):
+        return None
+    found = _MAX_SIZE.search(str(exc))
+    return int(found.group(1)) if found else None
+
+
+def _discard_oversize(
+    channel: ConfirmChannel, current: Sequence[Outgoing], exc: BaseException
+) -> None:
+    """Forget what the broker will never take, and that nobody waits for."""
+    limit = _size_limit(exc)
+    if limit is None:
+        return
+    mine = {id(message) for message in current}
+    for tag, message in list(channel.unconfirmed.items()):
+        if len(message.body) > limit and id(message) not in mine:
+            del channel.unconfirmed[tag]
+            logger.error(
+                "%s is lost: it has %d bytes, and the broker takes up to %d",
+                message.what,
+                len(message.body),
+                limit,
+            )
 
 
 def _what(messages: Sequence[Outgoing]) -> str:

@@ -10,7 +10,8 @@ from celery_amqp_results.chord import HEARTBEAT as CHORD_HEARTBEAT
 from celery_amqp_results.chord import Chords
 from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.inbox import Inbox
-from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.large import LargeBodies
+from celery_amqp_results.meta import Codec, StateMessage
 from celery_amqp_results.options import Options
 from celery_amqp_results.publisher import Outgoing, Publisher
 from celery_amqp_results.store import HEARTBEAT as STORE_HEARTBEAT
@@ -31,6 +32,7 @@ class SharedLayout:
         options: the backend's options.
         client: the word of this process in routing keys.
         persistent: whether messages survive a restart of the broker.
+        codec: decodes metas.
 
     Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and let
     go of this one untouched: closing it would speak on the parent's connections.
@@ -43,6 +45,7 @@ class SharedLayout:
         options: Options,
         client: str,
         persistent: bool,
+        codec: Codec,
     ) -> None:
         self._connector = connector
         self._topology = topology
@@ -52,7 +55,20 @@ class SharedLayout:
         self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups")
         self.publisher = Publisher(connector, declarations)
         self.store = Store(
-            self._pool, declarations, options.lookup_timeout, options.page_size, persistent
+            self._pool,
+            declarations,
+            options.lookup_timeout,
+            options.page_size,
+            persistent,
+            codec.decode,
+        )
+        self._large = LargeBodies(
+            self.publisher,
+            self._pool,
+            topology,
+            persistent,
+            options.inline_limit,
+            options.lookup_timeout,
         )
         self.inbox = Inbox(connector, declarations, client)
         self._waiting = Waiting(self.inbox, self.store)
@@ -70,6 +86,19 @@ class SharedLayout:
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
         self.inbox.note_sent(task_id)
+
+    def detach(self, state: StateMessage) -> StateMessage:
+        """Return *state*, or a pointer to its body where that is over ``inline_limit``.
+
+        Raises:
+            BackendUnavailable, ResultTooLarge: see
+                :meth:`~celery_amqp_results.large.LargeBodies.detach`.
+        """
+        return self._large.detach(state)
+
+    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+        """Return the state that a pointer stands for, or ``None`` where the body is gone."""
+        return self._large.fetch(pointer)
 
     def publish(
         self, state: StateMessage, client: str, group_id: Optional[str], final: bool
@@ -128,7 +157,7 @@ class SharedLayout:
 
     def save_group(self, group: StateMessage) -> None:
         """Keep a group: in the shard of its id, and in no inbox."""
-        self.publisher.publish((self._outgoing(group, ABSENT, group.id),))
+        self.publisher.publish((self._outgoing(self.detach(group), ABSENT, group.id),))
 
     def read_group(self, group_id: str) -> Optional[StateMessage]:
         """Return the group as it was kept last, or ``None``."""

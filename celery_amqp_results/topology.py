@@ -6,6 +6,7 @@
     shard queues     <result_exchange>.shard.<n>           bound with  <n>.#
     chord queues     <result_exchange>.chord.<group>       not bound; parts of one chord
                      <result_exchange>.chord.<group>.size  not bound; of a generator as header
+    large results    <result_exchange>.large.<task>.<mark> not bound; the body of one result
     inbox            named by the broker, exclusive        bound with  *.<client>.#, *.all.#, <n>.#
     routing key      <shard>.<client>.<group>.<task>.<STATE>
 
@@ -143,6 +144,17 @@ class Topology:
         Its parameters are those of :meth:`chord_queue`.
         """
         return self._expiring(f"{self.prefix}.chord.{encode_word(group_id)}.size", expires)
+
+    def large_queue(self, task_id: str, mark: str, expires: Optional[int] = None) -> QueueSpec:
+        """Return the queue for the body of a large result.
+
+        Parameters:
+            task_id: id of the task or group.
+            mark: what tells it from the other queues of the task; random.
+            expires: milliseconds after which the broker deletes it when nobody has read it;
+                ``None`` for never.
+        """
+        return self._expiring(f"{self.prefix}.large.{encode_word(task_id)}.{mark}", expires)
 
     def _expiring(self, name: str, expires: Optional[int]) -> QueueSpec:
         arguments = self._queue_arguments()

@@ -250,7 +250,7 @@ def ensure_installed(name: str = "system") -> None:
     try:
         Distribution.system()
     except NotAvailable:
-        _apt_install("rabbitmq-server")
+        apt_install("rabbitmq-server")
         Distribution.system()
 
 
@@ -299,10 +299,11 @@ install() {
 # The lists of packages may be missing (as in most images of containers) or too old.
 apt-cache show "$1" > /dev/null 2>&1 || apt-get update
 install "$1" || { apt-get update && install "$1"; } || exit 1
-if [ "$1" = rabbitmq-server ] && command -v systemctl > /dev/null; then
-    # Otherwise the next boot of the machine would start a broker that nobody asked for.
-    systemctl disable rabbitmq-server.service > /dev/null 2>&1
-fi
+case "$1" in
+*-server)
+    # Otherwise the next boot of the machine would start a server that nobody asked for.
+    ! command -v systemctl > /dev/null || systemctl disable "$1.service" > /dev/null 2>&1
+esac
 exit 0
 """
 
@@ -344,7 +345,7 @@ def _run(
     )
 
 
-def _apt_install(package: str) -> None:
+def apt_install(package: str) -> None:
     """Install a Debian package, without its service.
 
     Raises:
@@ -476,7 +477,7 @@ def _debootstrap(suite: str, root: Path) -> None:
             f"python3 {shlex.quote(str(script))} install --distribution {suite}"
         )
     if not shutil.which("debootstrap", path=f"{os.environ.get('PATH', '')}:{_PATH}"):
-        _apt_install("debootstrap")
+        apt_install("debootstrap")
     given = os.environ.get("DEBIAN_MIRROR")
     mirrors = [given] if given else debian_mirrors(_apt_sources())
     if not mirrors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
@@ -49,6 +50,27 @@ def test_a_group_of_a_thousand_is_joined(app: Celery, make_app: Apps) -> None:
     waiting = Waiting(lambda: group.get(timeout=LONG))
     succeed(make_app(), group)
     assert waiting.result() == list(range(1000))
+
+
+def test_ten_thousand_of_another_sender_are_joined_with_little_memory(
+    make_app: Apps, app: Celery
+) -> None:
+    writer = make_app(result_backend_transport_options={"confirm": False})
+    group = make_group(app, 10_000)
+    for number, node in enumerate(group):
+        writer.backend.store_result(node.id, [number, "x" * 1000], states.SUCCESS)
+    writer.backend.close()
+    joined: Dict[str, int] = {}
+    tracemalloc.start()
+    try:
+        group.get(timeout=LONG, callback=lambda task_id, value: joined.update({task_id: value[0]}))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [joined[node.id] for node in group] == list(range(10_000))
+    # The results are 10 MB. Celery keeps them in the group; here they are no more than once.
+    assert most < 60_000_000
+    assert app.backend.layout.inbox._waiters == {}
 
 
 @pytest.mark.parametrize("kind", [ResultSet, GroupResult])

@@ -25,6 +25,8 @@ simple = {
     "confirm": st.booleans(),
     "lookup_timeout": st.floats(0.1, 3600),
     "page_size": st.integers(1024, 8 * 1024 * 1024),
+    "inline_limit": st.integers(1024, 8 * 1024 * 1024),
+    "max_decompressed_size": st.integers(1024, 999_999_999),
 }
 seconds = st.floats(0, 3600) | st.integers(0, 3600)
 policies = st.fixed_dictionaries(
@@ -73,6 +75,11 @@ invalid: Dict[str, Tuple[st.SearchStrategy[Any], str]] = {
     "confirm": (odd | st.integers() | st.sampled_from(["", "perhaps", "2"]), "true and false"),
     "lookup_timeout": (seconds_outside(0.1, 3600), "seconds from 0.1 to 3600"),
     "page_size": (whole_outside(1024, 8 * 1024 * 1024), "whole numbers from 1024 to 8388608"),
+    "inline_limit": (whole_outside(1024, 8 * 1024 * 1024), "whole numbers from 1024 to 8388608"),
+    "max_decompressed_size": (
+        whole_outside(1024, 999_999_999),
+        "whole numbers from 1024 to 999999999",
+    ),
     "retry_policy": (
         odd | st.integers() | st.text(),
         "a dict",

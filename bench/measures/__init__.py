@@ -1,0 +1,25 @@
+"""What is measured: a module for each measure.
+
+Each module has a function ``measure(place)`` that yields rows. :data:`ALL` names them in the order
+in which they are run.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, Iterator
+
+from bench.figures import Row
+from bench.measures import chord, collect, end_to_end, memory, round_trip, store, stranger
+from bench.place import Place
+
+__all__ = ("ALL",)
+
+ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
+    "store": store.measure,
+    "collect": collect.measure,
+    "roundtrip": round_trip.measure,
+    "endtoend": end_to_end.measure,
+    "chord": chord.measure,
+    "lookup": stranger.measure,
+    "memory": memory.measure,
+}

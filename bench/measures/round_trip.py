@@ -1,0 +1,59 @@
+"""Round trip: one task after the other, from ``delay()`` to ``get()``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Callable, Dict, Iterator, List, Mapping
+
+from celery import group
+
+from bench import peers
+from bench.figures import LESS, Row, percentile
+from bench.place import Place
+
+#: Shards are declared when they are first used, which takes milliseconds once in a broker's life:
+#: so many tasks are run before anything is measured.
+FIRST = 1500
+
+
+def measure(place: Place) -> Iterator[Row]:
+    """Yield the median and the 99th percentile of milliseconds."""
+    count = 100 if place.quick else 300
+    workers = place.workers("amqp", "amqp, per-task", "rpc", "redis", "celery-amqp-backend")
+    warm(place)
+    found = place.alternate(
+        {
+            name: _one_by_one(worker.app, count // 4 if peers.PEERS[name].queue_per_task else count)
+            for name, worker in workers.items()
+        }
+    )
+    title = "delay() to get(), one task after the other"
+    yield Row("roundtrip", f"{title}, median", "ms", LESS, found["median"])
+    yield Row("roundtrip.p99", f"{title}, 99th percentile", "ms", LESS, found["p99"])
+    yield Row(
+        "roundtrip.cpu", "processor time of the client, each round trip", "µs", LESS, found["cpu"]
+    )
+
+
+def warm(place: Place) -> None:
+    """Have every shard declared by the processes of the worker."""
+    if "amqp" in place.peers:
+        app = place.workers("amqp")["amqp"].app
+        group(app.signature("bench.noop") for _ in range(FIRST)).apply_async().get(timeout=300)
+
+
+def _one_by_one(app: Any, count: int) -> Callable[[], Mapping[str, float]]:
+    def work() -> Dict[str, float]:
+        taken: List[float] = []
+        cpu = time.process_time()
+        for _ in range(count):
+            started = time.perf_counter()
+            app.tasks["bench.noop"].delay().get(timeout=60)
+            taken.append((time.perf_counter() - started) * 1e3)
+        return {
+            "median": percentile(taken, 50),
+            "p99": percentile(taken, 99),
+            "cpu": (time.process_time() - cpu) / count * 1e6,
+        }
+
+    return work

@@ -1,0 +1,134 @@
+"""Storing: ``store_result`` in one process, nobody waiting."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any, Callable, Dict, Iterator, Mapping
+
+import amqp
+import kombu
+
+from bench import peers
+from bench.figures import LESS, MORE, Row
+from bench.place import Place
+
+#: Where a queue is declared for each task, so many times fewer are stored.
+FEWER = 20
+
+
+def measure(place: Place) -> Iterator[Row]:
+    """Yield results per second, and the processor time of each."""
+    count = 1000 if place.quick else 4000
+    queue = f"bench-{uuid.uuid4().hex[:8]}"
+    apps = {
+        name: place.app(name, queue if name == "rpc" else None)
+        for name in place.chosen(*(name for name in peers.PEERS if name != "ignored"))
+    }
+    measures: Dict[str, Callable[[], Mapping[str, float]]] = {
+        name: _storing(app, count // FEWER if peers.PEERS[name].queue_per_task else count, queue)
+        for name, app in apps.items()
+    }
+    connection = kombu.Connection(place.node.url()).connection
+    try:
+        bare = _Bare(connection, place, queue)
+        measures["bare py-amqp, confirmed"] = bare.publishing(True, count)
+        measures["bare py-amqp"] = bare.publishing(False, count)
+        found = place.alternate(measures)
+    finally:
+        connection.close()
+        for app in apps.values():
+            peers.close(app)
+    yield Row("store", "results stored in one process", "/s", MORE, found["per second"])
+    yield Row(
+        "store.cpu", "processor time of the client, each result stored", "µs", LESS, found["cpu"]
+    )
+
+
+def timed(count: int, work: Callable[[], Any]) -> Dict[str, float]:
+    """Return how many of *count* are done in a second, and the processor time of each in µs."""
+    cpu, started = time.process_time(), time.perf_counter()
+    work()
+    return {
+        "per second": count / (time.perf_counter() - started),
+        "cpu": (time.process_time() - cpu) / count * 1e6,
+    }
+
+
+def _storing(app: Any, count: int, reply_to: str) -> Callable[[], Mapping[str, float]]:
+    backend = app.backend
+
+    def measured() -> Mapping[str, float]:
+        # A worker has these at hand: they are not what is measured.
+        requests = [peers.context(str(uuid.uuid4()), reply_to) for _ in range(count)]
+
+        def work() -> None:
+            for request in requests:
+                backend.store_result(request.id, 42, "SUCCESS", request=request)
+
+        return timed(count, work)
+
+    return measured
+
+
+class _Bare:
+    """py-amqp by itself, with the same exchange, queues, properties and body."""
+
+    BODY = (
+        b'{"status": "SUCCESS", "result": 42, "traceback": null, "children": [], "date_done": '
+        b'"2026-01-01T00:00:00.000000+00:00", "task_id": "00000000-0000-4000-8000-000000000000"}'
+    )
+
+    def __init__(self, connection: Any, place: Place, queue: str) -> None:
+        self._app = place.app("amqp")
+        # What stores a result in each shard has declared them all.
+        self._topology = self._app.backend._topology
+        _fill(self._app, self._topology.shards)
+        peers.close(self._app)
+        self._channel = connection.channel()
+        self._channel.queue_declare(queue, durable=True, auto_delete=False)
+        self._confirming = connection.channel()
+        self._confirming.confirm_select()
+
+    def publishing(self, confirmed: bool, count: int) -> Callable[[], Mapping[str, float]]:
+        """Return what measures publishing."""
+        publish = (
+            self._confirming.basic_publish_confirm if confirmed else self._channel._basic_publish
+        )
+        topology = self._topology
+
+        def measured() -> Mapping[str, float]:
+            ids = [str(uuid.uuid4()) for _ in range(count)]
+
+            def work() -> None:
+                for task_id in ids:
+                    message = amqp.Message(
+                        self.BODY,
+                        type="state",
+                        content_type="application/json",
+                        content_encoding="utf-8",
+                        delivery_mode=2,
+                        application_headers={"published": 1, "state": "SUCCESS"},
+                        correlation_id=task_id,
+                        expiration="86400000",
+                    )
+                    publish(
+                        message,
+                        exchange=topology.exchange,
+                        routing_key=topology.routing_key(task_id, "SUCCESS"),
+                        mandatory=True,
+                    )
+
+            return timed(count, work)
+
+        return measured
+
+
+def _fill(app: Any, shards: int) -> None:
+    missing = set(range(shards))
+    topology = app.backend._topology
+    while missing:
+        task_id = str(uuid.uuid4())
+        if topology.shard(task_id) in missing:
+            missing.discard(topology.shard(task_id))
+            app.backend.store_result(task_id, 42, "SUCCESS", request=peers.context(task_id))

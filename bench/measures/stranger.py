@@ -1,0 +1,215 @@
+"""Look-ups by a process that did not send the tasks, while more and more results are kept.
+
+The same results serve to measure what they cost the broker: memory, and processor time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+import uuid
+from typing import Any, Callable, Dict, Iterator, List, Mapping
+
+import kombu
+
+from bench import peers, processes
+from bench.figures import LESS, OURS, Row, percentile
+from bench.peers import Assistant
+from bench.place import Place
+
+#: Bytes of the text in each result, so that a body has 300.
+SIZE = 300 - 144
+
+#: Other peers are measured up to so many results kept: nothing changes there.
+LARGEST_OF_OTHERS = 10_000
+LARGEST_PER_TASK = 1_000
+
+#: How many results are kept, where nothing else is said.
+QUICK = (1000, 10_000)
+FULL = (1000, 10_000, 100_000)
+
+#: How many ids are looked up at once.
+BATCH = 1000
+
+#: How many processes store the results.
+STORERS = 2
+
+#: Seconds for which the broker is watched with nothing to do.
+IDLE = 3.0
+
+
+def measure(place: Place) -> Iterator[Row]:
+    """Yield milliseconds of look-ups, and what the results kept cost the broker."""
+    for kept in place.kept or (QUICK if place.quick else FULL):
+        yield from _with_kept(place, kept)
+
+
+def _with_kept(place: Place, kept: int) -> Iterator[Row]:
+    names = place.chosen("amqp", "amqp, per-task", "redis")
+    if kept > LARGEST_OF_OTHERS or place.quick:
+        names = [name for name in names if not peers.PEERS[name].queue_per_task]
+    if kept > LARGEST_PER_TASK:
+        names = [name for name in names if not peers.PEERS[name].queue_per_task]
+    if kept > LARGEST_OF_OTHERS:
+        names = [name for name in names if name == OURS]
+    ids = [str(uuid.uuid4()) for _ in range(kept)]
+    queues = {name: f"bench-{uuid.uuid4().hex[:8]}" for name in names}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            if name != OURS:
+                _store(place, name, queues[name], ids)
+        yield from _our_costs(place, queues[OURS], ids)
+        readers: Dict[str, Assistant] = {
+            name: stack.enter_context(place.assistant(name, queues[name])) for name in names
+        }
+        yield from _packing(place, readers[OURS], ids)
+        yield from _looking_up(place, readers, ids)
+        _delete(place, queues[OURS])
+
+
+def _our_costs(place: Place, queue: str, ids: List[str]) -> Iterator[Row]:
+    """Store *ids*, and yield what that costs the broker."""
+    node, kept = place.node, len(ids)
+    app = place.app(OURS, queue)
+    topology = app.backend._topology
+    before = _memory(node)
+    # What is fixed: the exchange, and all shards.
+    one_each = {topology.shard(task_id): task_id for task_id in ids}
+    for task_id in one_each.values():
+        app.backend.store_result(task_id, "x" * SIZE, "SUCCESS", request=peers.context(task_id))
+    peers.close(app)
+    fixed = _memory(node)
+    first = set(one_each.values())
+    rest = [task_id for task_id in ids if task_id not in first]
+    cpu = processes.cpu_seconds(node.pid)
+    _store(place, "amqp, confirm=False", queue, rest)
+    cpu = processes.cpu_seconds(node.pid) - cpu
+    after = _memory(node)
+
+    def row(key: str, title: str, unit: str, value: float) -> Row:
+        return Row(key, f"{title}, {kept:,} kept", unit, LESS, {OURS: [value]}, kept, absolute=True)
+
+    yield row(
+        "memory.fixed", f"memory of RabbitMQ for {len(one_each)} shards", "MB",
+        (fixed - before) / 1e6,
+    )  # fmt: skip
+    yield row(
+        "memory.kept", "memory of RabbitMQ, each result of 300 bytes", "bytes",
+        (after - fixed) / len(rest),
+    )  # fmt: skip
+    yield row(
+        "broker.store", "processor time of RabbitMQ, each result stored", "µs",
+        cpu / len(rest) * 1e6,
+    )  # fmt: skip
+    cpu = processes.cpu_seconds(node.pid)
+    time.sleep(IDLE)
+    cpu = processes.cpu_seconds(node.pid) - cpu
+    yield row(
+        "broker.idle", "processor time of RabbitMQ with nothing to do", "% of a core",
+        cpu / IDLE * 100,
+    )  # fmt: skip
+
+
+def _packing(place: Place, reader: Assistant, ids: List[str]) -> Iterator[Row]:
+    """Have the shards packed, and yield what the first look-ups take."""
+    kept = len(ids)
+    first = reader.ask("look_up", ids=random.sample(ids, 20))["milliseconds"]
+    figures = {OURS: [percentile(first, 50)]}
+    title = f"first look-up in a shard, nothing packed, {kept:,} kept"
+    yield Row("lookup.loose", title, "ms", LESS, figures, kept, absolute=True)
+    packed = reader.ask("pack", ids=ids)
+    title = f"packing all shards, each result, {kept:,} kept"
+    figures = {OURS: [packed["seconds"] / kept * 1e6]}
+    yield Row("lookup.packing", title, "µs", LESS, figures, kept, absolute=True)
+
+
+def _looking_up(place: Place, readers: Dict[str, Assistant], ids: List[str]) -> Iterator[Row]:
+    count, kept, node = (100 if place.quick else 300), len(ids), place.node
+
+    def one_by_one(reader: Assistant, known: bool) -> Callable[[], Mapping[str, float]]:
+        def work() -> Dict[str, float]:
+            chosen = random.sample(ids, count) if known else _unknown(count)
+            cpu = processes.cpu_seconds(node.pid)
+            answer = reader.ask("look_up", ids=chosen)
+            cpu = processes.cpu_seconds(node.pid) - cpu
+            _check(answer["found"], count if known else 0)
+            taken = answer["milliseconds"]
+            return {
+                "median": percentile(taken, 50),
+                "p99": percentile(taken, 99),
+                "broker": cpu / count * 1e6,
+            }
+
+        return work
+
+    def together(reader: Assistant) -> Callable[[], Mapping[str, float]]:
+        def work() -> Dict[str, float]:
+            chosen = random.sample(ids, BATCH)
+            answer = reader.ask("look_up", ids=chosen, at_once=True)
+            _check(answer["found"], BATCH)
+            return {"ms": answer["milliseconds"][0]}
+
+        return work
+
+    end = f"{kept:,} kept"
+    for key, known in (("found", True), ("unknown", False)):
+        found = place.alternate({n: one_by_one(r, known) for n, r in readers.items()})
+        title = f"look-up by a stranger, {'found' if known else 'of an unknown id'}"
+        yield Row(f"lookup.{key}", f"{title}, median, {end}", "ms", LESS, found["median"], kept)
+        title = f"{title}, 99th percentile, {end}"
+        yield Row(f"lookup.{key}.p99", title, "ms", LESS, found["p99"], kept)
+        if known:
+            figures = {name: found["broker"][name] for name in found["broker"] if name != "redis"}
+            title = f"processor time of RabbitMQ, each look-up, {end}"
+            yield Row("broker.lookup", title, "µs", LESS, figures, kept, absolute=True)
+    batches = {
+        name: together(reader)
+        for name, reader in readers.items()
+        if not peers.PEERS[name].queue_per_task
+    }
+    found = place.alternate(batches)
+    yield Row("lookup.batch", f"look-up of {BATCH:,} ids at once, {end}", "ms", LESS, found["ms"],
+              kept)  # fmt: skip
+
+
+def _unknown(count: int) -> List[str]:
+    return [str(uuid.uuid4()) for _ in range(count)]
+
+
+def _check(found: int, wanted: int) -> None:
+    if found != wanted:
+        raise RuntimeError(f"{found} results were found, not {wanted}")
+
+
+def _store(place: Place, name: str, queue: str, ids: List[str]) -> None:
+    """Store results with several processes, and return when the broker is done with them."""
+    storers = STORERS if len(ids) >= 10_000 else 1
+    with contextlib.ExitStack() as stack:
+        assistants = [stack.enter_context(place.assistant(name, queue)) for _ in range(storers)]
+        for number, assistant in enumerate(assistants):
+            assistant.tell("store", ids=ids[number::storers], size=SIZE)
+        for assistant in assistants:
+            assistant.answer()
+
+
+def _memory(node: Any) -> int:
+    """Return what Erlang has in use after a garbage collection of all its processes."""
+    return int(
+        node.eval(
+            "[garbage_collect(P) || P <- processes()], timer:sleep(1000),"
+            "[garbage_collect(P) || P <- processes()], erlang:memory(total)",
+            timeout=120,
+        )
+    )
+
+
+def _delete(place: Place, queue: str) -> None:
+    """Delete our shards: the next measure is not to find them."""
+    app = place.app(OURS, queue)
+    topology = app.backend._topology
+    with kombu.Connection(place.node.url()) as connection:
+        channel = connection.channel()
+        for shard in range(topology.shards):
+            channel.queue_delete(topology.shard_queue(shard).name)
+    peers.close(app)

@@ -1,0 +1,103 @@
+"""Where measures run: the servers, the workers, how large and how often."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import gc
+import uuid
+from typing import Any, Callable, DefaultDict, Dict, Iterator, List, Mapping, Optional, Sequence
+
+from bench import peers
+from bench.figures import Figures
+from tools import rabbitmq
+
+__all__ = ("Place",)
+
+
+@dataclasses.dataclass
+class Place:
+    """Where measures run.
+
+    Parameters:
+        node: the private RabbitMQ.
+        redis: address of the private Redis.
+        quick: whether sizes and rounds are to be small.
+        kept: how many results are kept for look-ups; empty for what the measure takes by itself.
+        peers: names of the peers to be measured, of those that are there.
+    """
+
+    node: rabbitmq.Node
+    redis: str
+    quick: bool
+    kept: Sequence[int]
+    peers: Sequence[str]
+    _workers: Dict[str, peers.Worker] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds of each peer are measured."""
+        return 3 if self.quick else 5
+
+    def chosen(self, *names: str) -> List[str]:
+        """Return those of *names* that are to be measured."""
+        return [name for name in names if name in self.peers]
+
+    def workers(self, *names: str) -> Dict[str, peers.Worker]:
+        """Return a worker for each of *names* that are to be measured; they live until the end."""
+        names_here = self.chosen(*names)
+        new = [name for name in names_here if name not in self._workers]
+        for name in new:
+            self._workers[name] = peers.Worker(name, self.node.url(), self.redis)
+        for name in new:
+            self._workers[name].wait()
+        return {name: self._workers[name] for name in names_here}
+
+    def app(self, name: str, queue: Optional[str] = None, **conf: Any) -> Any:
+        """Return an app of the peer *name*; names on the broker are its own, or made of *queue*."""
+        queue = queue or f"bench-{uuid.uuid4().hex[:8]}"
+        return peers.make_app(name, self.node.url(), self.redis, queue, **conf)
+
+    @contextlib.contextmanager
+    def assistant(self, name: str, queue: str) -> Iterator[peers.Assistant]:
+        """Run an assistant of the peer *name* for the duration of a ``with`` block."""
+        assistant = peers.Assistant(name, self.node.url(), self.redis, queue)
+        try:
+            yield assistant
+        finally:
+            assistant.stop()
+
+    def alternate(
+        self,
+        measures: Mapping[str, Callable[[], Mapping[str, float]]],
+        rounds: Optional[int] = None,
+        warm_up: bool = True,
+    ) -> Dict[str, Figures]:
+        """Measure each peer in turn, as often as there are rounds.
+
+        Parameters:
+            measures: by peer, what returns one or more figures by their names.
+            rounds: how many; the place's by default.
+            warm_up: whether there is a round before that does not count.
+
+        Returns:
+            By the names of the figures, those of each peer.
+        """
+        if warm_up:
+            for measure in measures.values():
+                measure()
+        found: DefaultDict[str, Figures] = collections.defaultdict(dict)
+        for _ in range(rounds or self.rounds):
+            for peer, measure in measures.items():
+                for name, value in measure().items():
+                    found[name].setdefault(peer, []).append(value)
+        return dict(found)
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers.values():
+            worker.stop()
+        self._workers.clear()
+        # Results in cycles tell their backends that they go: now, while these are there.
+        gc.collect()

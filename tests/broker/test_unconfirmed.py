@@ -1,0 +1,67 @@
+"""Results that are stored without waiting for their confirms, many at a time."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import amqp
+import pytest
+
+from celery_amqp_results import publisher
+from tests.conftest import Apps
+
+
+@pytest.fixture
+def few_unconfirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher, "MAX_UNCONFIRMED", 20)
+    monkeypatch.setattr(publisher, "COLLECT_EVERY", 7)
+
+
+@pytest.mark.usefixtures("few_unconfirmed")
+def test_all_are_kept_and_few_are_unconfirmed(make_app: Apps) -> None:
+    # Given a backend that does not wait for each confirm
+    options = {"confirm": False, "shards": 8}
+    app = make_app(result_backend_transport_options=options)
+    ids = [str(uuid.uuid4()) for _ in range(300)]
+    channels = app.backend.layout.publisher._idle
+    # When it stores more than may be unconfirmed
+    for number, task_id in enumerate(ids):
+        app.backend.store_result(task_id, number, "SUCCESS")
+        # Then no more are ever unconfirmed
+        assert len(channels[0].unconfirmed) <= 20
+    # And it knows of all shards that they are there, long before it waits for all confirms
+    declarations = app.backend.layout.publisher._declarations
+    assert all(declarations.has_shard(shard) for shard in range(8))
+    assert not channels[0].requested
+    # And everything is there
+    app.backend.close()
+    reader = make_app(result_backend_transport_options={"shards": 8})
+    found = reader.backend.layout.poll(ids)
+    decoded = [reader.backend._decode_state(found[task_id])["result"] for task_id in ids]
+    assert decoded == list(range(300))
+
+
+@pytest.mark.usefixtures("few_unconfirmed")
+def test_what_comes_back_among_the_confirms_is_published_again(
+    make_app: Apps, raw: amqp.Connection, caplog: Any
+) -> None:
+    # Given shards that the backend has declared, and that somebody has deleted since
+    app = make_app(result_backend_transport_options={"confirm": False, "shards": 8})
+    first = [str(uuid.uuid4()) for _ in range(100)]
+    for task_id in first:
+        app.backend.store_result(task_id, 1, "SUCCESS")
+    app.backend.layout.publisher.publish(())
+    topology = app.backend._topology
+    channel = raw.channel()
+    for shard in range(8):
+        channel.queue_delete(topology.shard_queue(shard).name)
+    # When more is stored, so that confirms and returned messages come in turn
+    second = [str(uuid.uuid4()) for _ in range(100)]
+    for task_id in second:
+        app.backend.store_result(task_id, 2, "SUCCESS")
+    app.backend.close()
+    # Then all of that is kept
+    reader = make_app(result_backend_transport_options={"shards": 8})
+    assert None not in reader.backend.layout.poll(second).values()
+    assert "a shard queue is gone" in caplog.text
