@@ -271,7 +271,8 @@ def test_the_first_failure_of_a_group_ends_the_wait(app: Celery, worker: Celery)
             await aio.get(group, timeout=LONG)
         with pytest.raises(KeyError, match="first"):
             await aio.gather(*ids, timeout=LONG, app=app)
-        with pytest.raises(errors.WaitTimeout, match="2 of 3 tasks"):
+        # A broker that is busy may not have said in time that one has ended.
+        with pytest.raises(errors.WaitTimeout, match=r"[23] of 3 tasks"):
             await aio.gather(*ids, timeout=0.1, return_exceptions=True, app=app)
         store(worker, ids[0], 0)
         store(worker, ids[2], 2)
@@ -317,7 +318,8 @@ def test_as_completed_goes_on_after_a_failure_if_it_is_asked(app: Celery, worker
             )
         }
         assert found == {bad: "KeyError('bad')", good: "1"}
-        with pytest.raises(errors.WaitTimeout, match="1 of 2 tasks"):
+        # A broker that is busy may not have said in time that one has ended.
+        with pytest.raises(errors.WaitTimeout, match=r"[12] of 2 tasks"):
             async for _ in aio.as_completed([good, missing], timeout=0.1, app=app):
                 pass
 

@@ -89,7 +89,7 @@ def test_a_group_that_is_not_ready_ends_at_its_timeout(app: Celery, timeout: flo
     app.backend.store_result(group[0].id, 1, states.SUCCESS)
     begun = time.monotonic()
     # A broker that is busy may not have said in time that one is ready.
-    with pytest.raises(TimeoutError, match="[23] of 3" if timeout else "2 of 3"):
+    with pytest.raises(TimeoutError, match=r"[23] of 3" if timeout else "2 of 3"):
         group.get(timeout=timeout)
     assert timeout <= time.monotonic() - begun < LONG
 
