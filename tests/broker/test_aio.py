@@ -397,8 +397,8 @@ def test_ten_thousand_coroutines_wait_on_one_thread(app: Celery, make_app: Apps)
             for _ in range(4)
         ]
         await until_covered(app, *ids)
-        # The follower, the inbox, and connections that are kept alive.
-        assert threading.active_count() <= before + 4
+        # The follower, the inbox, connections that are kept alive, and those for look-ups.
+        assert threading.active_count() <= before + 4 + bridge.MAX_THREADS
 
         def store_all() -> None:
             for number, task_id in enumerate(ids):
@@ -444,6 +444,38 @@ def test_nothing_that_blocks_runs_on_the_loop(app: Celery, worker: Celery) -> No
     run(scenario)
     assert set(threads) == {"read", "remove", "cover", "open_once"}
     assert threading.get_ident() not in set().union(*threads.values())
+
+
+def test_a_look_up_that_takes_long_holds_up_nobody_else(
+    make_app: Apps, worker: Celery, raw: Any
+) -> None:
+    # Given a shard that somebody holds, and the task of somebody else in it.
+    options = {"shards": 8, "lookup_timeout": 8 * LONG}
+    app = make_app(result_backend_transport_options=options)
+    held, mine = new_id(), new_id()
+    store(worker, held, 1)
+    topology = app.backend.layout.inbox._declarations.topology
+    channel = raw.channel()
+    channel.basic_qos(0, 1, False)
+    shard = topology.shard_queue(topology.shard(held)).name
+    channel.basic_consume(shard, callback=lambda message: None)
+    while topology.shard(mine) == topology.shard(held):
+        mine = new_id()
+    app.backend.on_task_call(None, mine)
+
+    async def scenario() -> None:
+        waiting = asyncio.ensure_future(aio.get(held, timeout=8 * LONG, app=app))
+        # Then who waits for another task has it as soon as it is there.
+        other = asyncio.ensure_future(aio.get(mine, timeout=8 * LONG, app=app))
+        await until_covered(app, mine)
+        store(worker, mine, 2)
+        assert await other == 2
+        assert not waiting.done()
+        # And that one when the shard is free.
+        raw.close()
+        assert await waiting == 1
+
+    run(scenario)
 
 
 def test_several_loops_wait_at_once_and_one_after_the_other(app: Celery, worker: Celery) -> None:
