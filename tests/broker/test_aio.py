@@ -501,19 +501,23 @@ def test_a_loop_that_is_closed_leaves_no_thread(
     app: Celery, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr(bridge, "LINGER", 0.2)
+    before = set(threading.enumerate())
+    names = {"celery-results-aio-follow", "celery-results-aio-tap"}
+
+    def running() -> Set[str]:
+        return names & {each.name for each in threading.enumerate() if each not in before}
+
     loop = asyncio.new_event_loop()
     waiting = loop.create_task(aio.get(new_id(), app=app))
     watch = aio.watch(app=app)
     watching = loop.create_task(watch.__anext__())
-    loop.run_until_complete(asyncio.sleep(0.3))
-    names = {thread.name for thread in threading.enumerate()}
-    assert {"celery-results-aio-follow", "celery-results-aio-tap"} <= names
+    loop.run_until_complete(asyncio.sleep(0.1))
+    assert running() == names
     # When it is closed while coroutines wait. (It warns of these when they are dropped.)
     for task in (waiting, watching):
         task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
-    names = {"celery-results-aio-follow", "celery-results-aio-tap"}
-    eventually(lambda: not names & {thread.name for thread in threading.enumerate()})
+    eventually(lambda: not running())
     bridge._bridges.pop(loop)
 
 

@@ -194,4 +194,6 @@ class BackgroundEvents(Events):
 
 
 def test_no_end_is_missed_after_any_events() -> None:
-    run_state_machine_as_test(BackgroundEvents, settings=settings(stateful_step_count=40))
+    run_state_machine_as_test(
+        BackgroundEvents, settings=settings(max_examples=60, stateful_step_count=40)
+    )
