@@ -110,8 +110,12 @@ class Layout(Protocol):
             backlog_limit: how many states of one task are fast-forwarded, where that is limited.
         """
 
-    def follower(self) -> Following:
-        """Return a follower of no tasks yet."""
+    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
+        """Return a follower of no tasks yet.
+
+        Parameters:
+            submit: calls a function with arguments on another thread, where tasks may be looked up.
+        """
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
         """Return a tap of everything that is published.

@@ -670,8 +670,12 @@ class PerTaskLayout:
         # Where no queue took the copy, the queue is gone, and so is the original.
         message.ack()
 
-    def follower(self) -> Following:
-        """Return a follower of no tasks yet."""
+    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
+        """Return a follower of no tasks yet.
+
+        Parameters:
+            submit: not used; queues are read by the thread that follows.
+        """
         if not self.sessions.amqp:
             return PollingFollower(self)
         follower = PushFollower(self)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Collection, Dict, Mapping, Optional, Sequence
+from typing import Any, Callable, Collection, Dict, Mapping, Optional, Sequence
 
 from celery_amqp_results import connections, meta, tracking
+from celery_amqp_results.background import BackgroundFollower
 from celery_amqp_results.chord import HEARTBEAT as CHORD_HEARTBEAT
 from celery_amqp_results.chord import Chords
 from celery_amqp_results.declarations import Declarations
@@ -190,9 +191,16 @@ class SharedLayout:
         """
         return self._waiting.poll(ids)
 
-    def follower(self) -> Follower:
-        """Return a follower of no tasks yet."""
-        return self._waiting.follower()
+    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Follower:
+        """Return a follower of no tasks yet.
+
+        Parameters:
+            submit: calls a function with arguments on another thread. With it tasks are looked up
+                there, and a follower of many never stands still.
+        """
+        if submit is None:
+            return self._waiting.follower()
+        return BackgroundFollower(self.inbox, self.store, submit)
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
         """Return a tap of everything that is published.
