@@ -15,7 +15,7 @@ RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
 SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
-	test-tools soak bench clean
+	test-tools soak bench bench-check clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -64,8 +64,11 @@ types: $(VENV)/.lint ## Check the types
 docs: $(VENV)/.docs ## Build the documentation into site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(VENV)/.bench ## Measure beside rpc:// and redis://; QUICK=1 for less; needs redis-server
-	$(BIN)/python -m bench $(if $(QUICK),--quick)
+bench: $(VENV)/.bench ## Measure beside other backends; QUICK=1 for less, BENCH="..." for options
+	$(BIN)/python -m bench $(if $(QUICK),--quick) $(BENCH)
+
+bench-check: $(VENV)/.bench ## Measure little, and fail if a ratio is worse than recorded
+	$(BIN)/python -m bench --quick --compare $(BENCH)
 
 clean: ## Delete what was made here: environments, caches, the built documentation
 	rm -rf .venv .venv-oldest .venv-newest site build dist .pytest_cache .mypy_cache .ruff_cache \

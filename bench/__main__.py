@@ -53,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--compare", action="store_true",
         help="compare ratios with the recorded run of its kind; fail if one became worse")
     add("--record", action="store_true", help="make this the recorded run of its kind")
-    add("--from", dest="source", type=Path, metavar="FILE",
-        help="measure nothing, take the figures of this JSON file")
+    add("--from", dest="source", type=Path, nargs="+", metavar="FILE",
+        help="measure nothing, take the figures of these JSON files")
     # fmt: on
     return parser
 
@@ -68,7 +68,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         parser.error(f"no measure is called {unknown[0]!r}; there are {', '.join(measures.ALL)}")
     reporter = Reporter()
     if options.source:
-        run = Run.read(options.source)
+        run = merged([Run.read(path) for path in options.source])
         for row in run.rows:
             reporter.row(row)
     else:
@@ -103,6 +103,9 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
             for row in measures.ALL[name](place):
                 rows.append(row)
                 reporter.row(row)
+                if options.json:
+                    # One that is interrupted leaves what it has.
+                    options.json.write_text(Run(about, rows).to_json(), encoding="utf-8")
             reporter.line(f"-- {name}: {time.monotonic() - begun:.0f} s, load {_load()}")
         about["seconds"] = round(time.monotonic() - started)
         about["load"] = f"{about['load']}; at the end {_load()}"
@@ -129,6 +132,15 @@ def _about(node: rabbitmq.Node, quick: bool) -> Dict[str, Any]:
 def _load() -> str:
     # Of the last minute; one process that computes all the time is 1.
     return f"{os.getloadavg()[0]:.1f}"
+
+
+def merged(runs: Sequence[Run]) -> Run:
+    """Return one run with all rows of several, of the same row the first; about the first."""
+    rows: Dict[str, Row] = {}
+    for run in runs:
+        for row in run.rows:
+            rows.setdefault(row.name, row)
+    return Run(runs[0].about, list(rows.values()))
 
 
 def recorded_path(run: Run) -> Path:

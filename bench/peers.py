@@ -301,12 +301,7 @@ def close(app: Celery) -> None:
 
 
 def _environment() -> Dict[str, str]:
-    return dict(
-        os.environ,
-        PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        # In a container one is root, about which each worker would complain at length.
-        PYTHONWARNINGS="ignore::RuntimeWarning",
-    )
+    return dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
 
 def app_from_environment() -> Celery:
