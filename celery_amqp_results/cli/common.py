@@ -1,0 +1,183 @@
+"""What all commands share: the backend, exit codes, and errors told as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import logging
+import sys
+from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, TypeVar
+
+import amqp
+import click
+from celery.exceptions import CeleryError, ImproperlyConfigured, TimeoutError
+from kombu.exceptions import KombuError, OperationalError
+
+from celery_amqp_results import errors
+from celery_amqp_results.cli.output import Output, clean
+from celery_amqp_results.options import RetryPolicy
+
+__all__ = ("Exit", "Failed", "Session", "command", "management_options", "shared_only")
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+#: Who sits before a terminal is told soon that the broker is away.
+RETRY_POLICY = RetryPolicy(max_retries=2, interval_start=0.2, interval_step=0.5)
+
+
+class Exit(enum.IntEnum):
+    """Exit codes. The last ones are those of ``sysexits.h`` that Celery uses as well."""
+
+    OK = 0
+    #: A task failed, or something was found to be wrong.
+    FAILED = 1
+    USAGE = 2
+    #: A task has not ended, or nothing is known of it.
+    NOT_READY = 3
+    UNAVAILABLE = 69
+    CONFIGURATION = 78
+    INTERRUPTED = 130
+
+
+class Failed(click.ClickException):
+    """Ends a command with a message and an exit code."""
+
+    def __init__(self, message: str, code: Exit) -> None:
+        super().__init__(clean(message))
+        self.exit_code = int(code)  # type: ignore[misc]
+
+
+@dataclasses.dataclass
+class Session:
+    """What a command works with."""
+
+    app: Any
+    backend: Any
+    output: Output
+
+    def end(self, code: Exit) -> NoReturn:
+        """End the command with an exit code."""
+        click.get_current_context().exit(int(code))
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Tell the errors that are not ours in one line, each with its exit code."""
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except KeyboardInterrupt:
+        click.echo(err=True)
+        click.get_current_context().exit(int(Exit.INTERRUPTED))
+    except BrokenPipeError:
+        # Who read what we print has seen enough.
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        click.get_current_context().exit(int(Exit.OK))
+    except (errors.DeclarationRefused, ImproperlyConfigured) as exc:
+        raise Failed(str(exc), Exit.CONFIGURATION) from exc
+    except errors.Unsupported as exc:
+        raise Failed(str(exc), Exit.CONFIGURATION) from exc
+    except TimeoutError as exc:
+        raise Failed(str(exc), Exit.NOT_READY) from exc
+    except (OperationalError, amqp.AMQPError, OSError) as exc:
+        raise Failed(str(exc) or repr(exc), Exit.UNAVAILABLE) from exc
+    except (CeleryError, KombuError, errors.ForeignMessage) as exc:
+        raise Failed(f"{type(exc).__name__}: {exc}", Exit.FAILED) from exc
+
+
+def _open(app: Any) -> Any:
+    """Return a backend of the command's own, like that of *app*.
+
+    Raises:
+        Failed: when the app's backend is another one.
+    """
+    from celery_amqp_results.backend import AMQPBackend
+
+    try:
+        theirs = app.backend
+    except ImportError as exc:
+        raise Failed(f"the app's result backend cannot be loaded: {exc}", Exit.CONFIGURATION) from (
+            exc
+        )
+    except KeyError as exc:
+        raise Failed(f"unknown result backend: {exc}", Exit.CONFIGURATION) from exc
+    if not isinstance(theirs, AMQPBackend):
+        kind = type(theirs)
+        raise Failed(
+            f"the app {app.main or 'default'!r} keeps its results in {kind.__module__}."
+            f"{kind.__qualname__}, not in celery-amqp-results. Name your app with -A, as in "
+            "`celery -A proj results ...`, and set result_backend = 'amqp://' in it.",
+            Exit.CONFIGURATION,
+        )
+    # Its connections are closed with the command, and it gives up sooner.
+    _, (cls, arguments, keywords) = theirs.__reduce__()
+    backend = cls(*arguments, app=app, **keywords)
+    backend.options = dataclasses.replace(backend.options, retry_policy=RETRY_POLICY)
+    backend._layout_key += " of the command line"
+    return backend
+
+
+def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a function a command with the option ``--json`` that is given a :class:`Session`."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        @functools.wraps(function)
+        def run(json_lines: bool, *args: Any, **kwargs: Any) -> Any:
+            context = click.get_current_context()
+            # In a test of click's a context has no object; Celery's always has.
+            app = getattr(context.obj, "app", context.obj)
+            # With -q only errors are logged: what is printed is for people, or for programs.
+            logging.getLogger("celery_amqp_results").addHandler(logging.NullHandler())
+            with told():
+                backend = _open(app)
+                try:
+                    output = Output(json_lines)
+                    if getattr(context.obj, "no_color", False):
+                        output.console = None
+                    return function(Session(app, backend, output), *args, **kwargs)
+                finally:
+                    backend.close()
+
+        option = click.option(
+            "--json", "json_lines", is_flag=True, help="Print JSON, for programs."
+        )
+        made: click.Command = click.command(**attributes)(option(run))
+        return made
+
+    return decorate
+
+
+def management_options(function: _F) -> _F:
+    """Add the options of commands that can ask RabbitMQ's management API."""
+    function = click.option(
+        "--management",
+        "management_url",
+        metavar="URL",
+        envvar="RABBITMQ_MANAGEMENT_URL",
+        help="RabbitMQ's management API, such as http://user:password@host:15672; by default it "
+        "is looked for on the broker's host, with the broker's user.",
+    )(function)
+    return click.option("--no-management", is_flag=True, help="Ask nothing of the management API.")(
+        function
+    )
+
+
+def shared_only(session: Session, what: str) -> None:
+    """Fail where the layout is not ``shared``."""
+    if session.backend.layout_name != "shared":
+        raise Failed(
+            f"{what} works on the layout 'shared'; this app's is {session.backend.layout_name!r}",
+            Exit.CONFIGURATION,
+        )
+
+
+def check_ids(ids: Sequence[str], group: Optional[str] = None) -> None:
+    """Fail where neither ids nor a group were given, or an empty id."""
+    if not ids and group is None:
+        raise click.UsageError("give the id of a task, or several")
+    if any(not task_id.strip() for task_id in ids):
+        raise click.UsageError("an id is empty")

@@ -1,0 +1,206 @@
+"""Looking at what is on the broker: the lengths of the shards, and what is in some of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, Dict, Iterable, List, Optional, Set
+
+import amqp
+from amqp import exceptions as amqp_errors
+
+from celery_amqp_results import connections, errors, page
+from celery_amqp_results.checkout import Checkout
+from celery_amqp_results.cli import management
+from celery_amqp_results.cli.common import Exit, Failed, Session
+from celery_amqp_results.meta import GROUP, StateMessage, is_final
+
+__all__ = ("Broker", "Contents")
+
+#: None: a user may be asked something while the connection is open.
+HEARTBEAT = 0.0
+
+#: Seconds between two looks at the time while reading.
+STEP = 5.0
+
+
+@dataclasses.dataclass
+class Contents:
+    """What is in some shards."""
+
+    #: Shards that were read, and messages in them.
+    shards: int = 0
+    messages: int = 0
+    pages: int = 0
+    #: Tasks that have ended, other tasks, and groups.
+    results: int = 0
+    running: int = 0
+    groups: int = 0
+    foreign: int = 0
+    bytes: int = 0
+    #: Results whose bodies are in queues of their own, and these queues.
+    body_queues: Set[str] = dataclasses.field(default_factory=set)
+    #: When the oldest state was published, in seconds since 1970.
+    oldest: Optional[float] = None
+    #: How far ahead of this clock states were published, in seconds.
+    ahead: float = 0.0
+    #: States that never expire.
+    everlasting: int = 0
+
+    def take(self, queue: str, message: amqp.Message, seen: Dict[str, bool], now: float) -> None:
+        """Count a message."""
+        self.messages += 1
+        self.bytes += len(message.body)
+        try:
+            if message.properties.get("type") == page.PAGE:
+                self.pages += 1
+                found = page.decode(message.body)
+            else:
+                found = [StateMessage.from_properties(message.properties, message.body)]
+        except errors.ForeignMessage:
+            self.foreign += 1
+            return
+        for state in found:
+            if state.expired(int(now * 1e6)):
+                continue
+            if state.body_queue is not None:
+                self.body_queues.add(state.body_queue)
+            if state.kind == GROUP:
+                self.groups += 1
+            else:
+                seen[state.id] = seen.get(state.id, False) or is_final(state.state)
+            if state.expiration is None:
+                self.everlasting += 1
+            if state.published:
+                published = state.published / 1e6
+                self.oldest = published if self.oldest is None else min(self.oldest, published)
+                self.ahead = max(self.ahead, published - now)
+
+
+class Broker:
+    """A connection to the broker of the results, for looking around. Closed by ``with``."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        backend = session.backend
+        self.topology = backend._topology
+        self.connector = backend.layout._connector
+        self.link: connections.Link = self.connector.open(HEARTBEAT)
+        self._channel: Any = None
+
+    def __enter__(self) -> Broker:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.link.close()
+
+    @property
+    def channel(self) -> Any:
+        """A channel, another one after the broker has closed the last."""
+        if self._channel is None or not self._channel.is_open:
+            self._channel = self.link.channel()
+        return self._channel
+
+    @property
+    def properties(self) -> Dict[str, Any]:
+        """What the broker says of itself."""
+        return dict(self.link.amqp.server_properties)
+
+    @property
+    def version(self) -> str:
+        """Version of the broker."""
+        return str(self.properties.get("version", "?"))
+
+    def lengths(self) -> Dict[int, int]:
+        """Return the numbers of messages in the shards that are there.
+
+        Raises:
+            Failed: when we may not ask.
+        """
+        found = {}
+        for shard in range(self.topology.shards):
+            length = self.length(self.topology.shard_queue(shard).name)
+            if length is not None:
+                found[shard] = length
+        return found
+
+    def length(self, queue: str) -> Optional[int]:
+        """Return the number of messages in a queue, or ``None`` if it is not there.
+
+        Raises:
+            Failed: when we may not ask.
+        """
+        try:
+            return int(self.channel.queue_declare(queue, passive=True).message_count)
+        except amqp_errors.NotFound:
+            return None
+        except amqp_errors.AccessRefused as exc:
+            raise Failed(
+                f"the broker refuses to tell about the queue {queue!r}: {exc}", Exit.UNAVAILABLE
+            ) from exc
+
+    def has_exchange(self, name: str) -> bool:
+        """Return whether there is an exchange of that name, or one that we may not see."""
+        try:
+            self.channel.exchange_declare(name, "direct", passive=True)
+        except amqp_errors.NotFound:
+            return False
+        except amqp_errors.AMQPError:
+            return True
+        return True
+
+    def read(self, shards: Iterable[int], contents: Optional[Contents] = None) -> Contents:
+        """Look into shards: each is held while it is read, and nothing is taken out.
+
+        Raises:
+            Failed: when a shard could not be read within ``lookup_timeout``.
+        """
+        contents = contents or Contents()
+        for shard in shards:
+            self._read(shard, contents)
+        return contents
+
+    def _read(self, shard: int, contents: Contents) -> None:
+        seen: Dict[str, bool] = {}
+        queue = self.topology.shard_queue(shard).name
+        seconds = self.session.backend.options.lookup_timeout
+        end = time.monotonic() + seconds
+        checkout = Checkout(
+            self.link,
+            queue,
+            lambda message: contents.take(queue, message, seen, time.time()),
+        )
+        while not checkout.fenced:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise Failed(
+                    f"queue {queue!r} could not be read within {seconds:g} s (lookup_timeout): "
+                    "another reader holds it, it is very long, or an alarm blocks publishers",
+                    Exit.UNAVAILABLE,
+                )
+            self.link.drain(min(left, STEP))
+            self.link.tick()
+        checkout.close(wait=True)
+        contents.shards += 1
+        contents.results += sum(seen.values())
+        contents.running += len(seen) - sum(seen.values())
+
+    def management(self, url: Optional[str], guess: bool) -> Optional[management.Management]:
+        """Return the management API, or ``None``.
+
+        Raises:
+            Failed: when it was asked for and does not answer.
+        """
+        backend = self.session.backend
+        connection = self.session.app.connection_for_write(backend._url.broker)
+        try:
+            return management.find(connection, url, guess)
+        except management.ManagementError as exc:
+            raise Failed(str(exc), Exit.UNAVAILABLE) from exc
+
+
+def spread(shards: List[int], count: int) -> List[int]:
+    """Return *count* of *shards*, spread evenly."""
+    if count >= len(shards):
+        return shards
+    return [shards[i * len(shards) // count] for i in range(count)]

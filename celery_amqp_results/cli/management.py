@@ -1,0 +1,183 @@
+"""A small client of RabbitMQ's management API, on the standard library.
+
+A handful of GET requests do not justify a dependency. Redirections are not followed, since the
+password would be sent along.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import email.utils
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any, Dict, List, Optional
+
+import kombu
+
+__all__ = ("Management", "ManagementError", "find")
+
+#: Seconds that an answer may take; a guess is given up sooner.
+TIMEOUT = 15.0
+GUESS_TIMEOUT = 2.0
+
+PORT = 15672
+TLS_PORT = 15671
+
+#: Queues are asked for so many at a time.
+PAGE_SIZE = 500
+
+
+class ManagementError(Exception):
+    """Raised when the management API does not answer, or refuses us."""
+
+    def __init__(self, message: str, status: Optional[int] = None) -> None:
+        super().__init__(message)
+        #: The HTTP status, if there was an answer.
+        self.status = status
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+@dataclasses.dataclass
+class Management:
+    """The management API of one broker, for one virtual host.
+
+    Parameters:
+        url: its address, without user and password.
+        user, password: who asks.
+        vhost: the virtual host.
+        timeout: seconds that an answer may take.
+        proxies: whether the environment's proxies are used.
+    """
+
+    url: str
+    user: str
+    password: str = dataclasses.field(repr=False)
+    vhost: str
+    timeout: float = TIMEOUT
+    proxies: bool = True
+    #: The broker's clock less ours, in seconds, as of the last answer; it is exact to a second.
+    skew: Optional[float] = None
+
+    def get(self, *path: str, **query: Any) -> Any:
+        """Return the answer to a GET of ``/api/...``.
+
+        Parameters:
+            *path: parts of the path, not quoted.
+            **query: parameters.
+
+        Raises:
+            ManagementError: when there is no answer, or an error.
+        """
+        address = "/".join([self.url.rstrip("/"), "api", *(_quote(part) for part in path)])
+        if query:
+            address += "?" + urllib.parse.urlencode(query)
+        request = urllib.request.Request(address)
+        token = base64.b64encode(f"{self.user}:{self.password}".encode()).decode("ascii")
+        request.add_header("Authorization", f"Basic {token}")
+        handlers: List[Any] = [_NoRedirects()]
+        if not self.proxies:
+            handlers.append(urllib.request.ProxyHandler({}))
+        try:
+            with urllib.request.build_opener(*handlers).open(
+                request, timeout=self.timeout
+            ) as answer:
+                self._note_date(answer.headers.get("Date"))
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as exc:
+            with exc:
+                status = exc.code
+            hint = {
+                401: f"; it does not let the user {self.user!r} in, who needs the tag 'management'",
+                403: f"; the user {self.user!r} may not see that",
+                404: "; there is no such thing, or no management API at this address",
+            }.get(status, "")
+            raise ManagementError(f"{self.url} answers {status}{hint}", status) from exc
+        except (OSError, ValueError, http.client.HTTPException) as exc:
+            raise ManagementError(f"{self.url} does not answer as it should: {exc}") from exc
+
+    def _note_date(self, date: Optional[str]) -> None:
+        import time
+
+        if date:
+            try:
+                self.skew = email.utils.parsedate_to_datetime(date).timestamp() - time.time()
+            except (TypeError, ValueError):
+                self.skew = None
+
+    def queues(self, pattern: str) -> List[Dict[str, Any]]:
+        """Return the queues of the virtual host whose names match a regular expression.
+
+        Raises:
+            ManagementError: when there is no answer, or an error.
+        """
+        found: List[Dict[str, Any]] = []
+        page = 1
+        while True:
+            answer = self.get(
+                "queues", self.vhost, page=page, page_size=PAGE_SIZE, name=pattern, use_regex="true"
+            )
+            found += answer["items"]
+            if page >= answer["page_count"]:
+                return found
+            page += 1
+
+
+def _quote(part: str) -> str:
+    return urllib.parse.quote(part, safe="")
+
+
+def find(connection: kombu.Connection, url: Optional[str], guess: bool) -> Optional[Management]:
+    """Return the management API, or ``None`` where it was only guessed and is not there.
+
+    What is guessed is encrypted where the connection to the broker is: a password that is kept
+    from those who listen there is not to be heard here.
+
+    Parameters:
+        connection: of the broker; it is not opened.
+        url: its address, perhaps with user and password; ``None`` to guess.
+        guess: whether to guess.
+
+    Raises:
+        ManagementError: when *url* is none, or does not answer.
+    """
+    user, password = connection.userid or "guest", connection.password or "guest"
+    vhost = connection.virtual_host or "/"
+    if url:
+        parts = urllib.parse.urlsplit(url)
+        try:
+            port = parts.port
+        except ValueError:
+            port = None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ManagementError(
+                "the management URL is to look like http://user:password@host:15672"
+            )
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        if parts.username is not None:
+            user = urllib.parse.unquote(parts.username)
+            password = urllib.parse.unquote(parts.password or "")
+        place = host if port is None else f"{host}:{port}"
+        api = Management(f"{parts.scheme}://{place}{parts.path}", user, password, vhost)
+        api.get("whoami")
+        return api
+    if not guess or not connection.hostname:
+        return None
+    scheme, number = ("https", TLS_PORT) if connection.ssl else ("http", PORT)
+    host = connection.hostname.partition(":")[0]
+    api = Management(
+        f"{scheme}://{host}:{number}", user, password, vhost, GUESS_TIMEOUT, proxies=False
+    )
+    try:
+        api.get("vhosts", vhost)
+    except ManagementError:
+        return None
+    api.timeout = TIMEOUT
+    return api

@@ -1,0 +1,156 @@
+"""``results migrate``: what to do with the queues that Celery 4 had for each task."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import uuid
+from typing import Any, Dict, List, Optional, Tuple
+
+import click
+from kombu.exceptions import KombuError, OperationalError
+
+from celery_amqp_results import errors, meta
+from celery_amqp_results.cli.common import (
+    RETRY_POLICY,
+    Exit,
+    Failed,
+    Session,
+    command,
+    management_options,
+    shared_only,
+)
+
+__all__ = ("migrate", "old_queues")
+
+_NAME = re.compile(r"[0-9a-f]{32}\Z")
+
+
+def old_queues(api: Any, exchange: str) -> List[str]:
+    """Return the names of the queues of single tasks that are bound to *exchange*.
+
+    Raises:
+        ManagementError: when the management API does not tell.
+    """
+    from celery_amqp_results.cli import management
+
+    try:
+        bindings = api.get("exchanges", api.vhost, exchange, "bindings", "source")
+    except management.ManagementError as exc:
+        if exc.status == 404:
+            return []
+        raise
+    return sorted(
+        binding["destination"]
+        for binding in bindings
+        if binding["destination_type"] == "queue"
+        and binding["destination"] == binding["routing_key"]
+        and _NAME.match(binding["destination"])
+    )
+
+
+@command(name="migrate")
+@click.argument("ids", metavar="[ID...]", nargs=-1)
+@click.option("--delete", is_flag=True, help="Delete the queues; do not keep the results.")
+@click.option("--dry-run", "-n", is_flag=True, help="Say what would be done.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@management_options
+def migrate(
+    session: Session,
+    ids: Tuple[str, ...],
+    delete: bool,
+    dry_run: bool,
+    yes: bool,
+    management_url: Optional[str],
+    no_management: bool,
+) -> None:
+    """Move results out of the queues that Celery 4, or the layout per-task, has for each task.
+
+    Without ids the queues are listed by RabbitMQ's management API. A result that is moved expires
+    after result_expires from now. Tasks that have not ended are left alone. Exits with 1 when one
+    could not be moved.
+    """
+    from celery_amqp_results.cli import inspection, management
+
+    shared_only(session, "migrate")
+    chosen = list(dict.fromkeys(ids))
+    if not chosen:
+        with inspection.Broker(session) as broker:
+            api = broker.management(management_url, guess=not no_management)
+            if api is None:
+                raise Failed(
+                    "AMQP cannot list queues: give ids, or the management API with --management "
+                    "http://user:password@host:15672",
+                    Exit.USAGE,
+                )
+            try:
+                names = old_queues(api, broker.topology.prefix)
+            except management.ManagementError as exc:
+                raise Failed(str(exc), Exit.UNAVAILABLE) from exc
+        chosen = [str(uuid.UUID(name)) for name in names]
+    what = "delete the queues" if delete else "move the results"
+    if chosen and not dry_run and not yes:
+        click.confirm(f"{what.capitalize()} of {len(chosen)} tasks?", abort=True, err=True)
+    old = _per_task(session)
+    counts: Dict[str, int] = {}
+    try:
+        for task_id in chosen:
+            outcome = _one(session, old, task_id, delete, dry_run)
+            counts[outcome] = counts.get(outcome, 0) + 1
+            if session.output.json:
+                session.output.data({"id": task_id, "outcome": outcome})
+            else:
+                session.output.line(f"{task_id} {outcome}")
+    finally:
+        old.close()
+    if not session.output.json:
+        session.output.line(
+            ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or "nothing to do"
+        )
+    if counts.get("unreadable"):
+        session.end(Exit.FAILED)
+
+
+def _per_task(session: Session) -> Any:
+    """Return a backend that reads queues of single tasks on the same broker."""
+    new = session.backend
+    _, (cls, arguments, keywords) = new.__reduce__()
+    options = dict(new._url.options, layout="per-task")
+    url = dataclasses.replace(new._url, options=options).complete()
+    old = cls(*arguments, app=session.app, **dict(keywords, url=url))
+    old.options = dataclasses.replace(old.options, retry_policy=RETRY_POLICY)
+    old._layout_key += " of the command line"
+    return old
+
+
+def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) -> str:
+    """Move or delete one result; return what became of it."""
+    new = session.backend
+    try:
+        state = old.layout.poll((task_id,))[task_id]
+    except OperationalError:
+        raise
+    except (KombuError, errors.ForeignMessage, errors.BacklogLimitExceeded):
+        if not delete:
+            return "unreadable"
+        state = None
+    else:
+        if state is None:
+            return "not there"
+        if not meta.is_final(state.state) and not delete:
+            return "not ended"
+    if dry_run:
+        return "would be deleted" if delete else "would be moved"
+    if not delete:
+        assert state is not None
+        try:
+            found = dict(old._codec.decode(state), task_id=task_id)
+        except (KombuError, errors.ForeignMessage):
+            return "unreadable"
+        message = new._encode_state(task_id, state.state, found, meta.STATE, new._expiration)
+        from celery_amqp_results import topology
+
+        # Not deleted before the broker has it.
+        new.layout.publish(new.layout.detach(message), topology.BROADCAST, None, True)
+    old.layout.forget((task_id,))
+    return "deleted" if delete else "moved"

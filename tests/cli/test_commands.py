@@ -1,0 +1,371 @@
+"""``celery results ...`` against a live broker, in this process."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from typing import Any, Dict, List, Optional
+
+import click
+import pytest
+from celery import Celery, states
+from celery.bin.base import CLIContext
+from celery.result import AsyncResult, GroupResult
+from click.testing import CliRunner, Result
+
+from celery_amqp_results.cli import results
+from celery_amqp_results.cli.common import Exit
+from tests.conftest import Apps, raw_connection
+from tools import rabbitmq
+
+
+def run(app: Celery, *arguments: str, stdin: Optional[str] = None) -> Result:
+    """Run ``celery results ...`` as Celery does, and check that no traceback is shown."""
+    context = CLIContext(app=app, no_color=False, workdir=None)
+    result = CliRunner().invoke(results, list(arguments), obj=context, input=stdin)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback (most recent call last)" not in result.stderr
+    return result
+
+
+def lines(result: Result) -> List[Dict[str, Any]]:
+    """Return the JSON lines that were printed."""
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def store(app: Celery, value: Any = 1, state: str = states.SUCCESS, **kwargs: Any) -> str:
+    task_id = new_id()
+    app.backend.store_result(task_id, value, state, **kwargs)
+    return task_id
+
+
+# -- get, forget ---------------------------------------------------------------------------------
+
+
+def test_get_shows_a_result_and_a_failure_with_its_traceback(app: Celery) -> None:
+    good = store(app, {"sum": 3})
+    bad = store(app, KeyError("no such"), states.FAILURE, traceback="line 1\nline 2")
+    unknown = new_id()
+
+    result = run(app, "get", good)
+    assert result.exit_code == Exit.OK
+    assert good in result.stdout
+    assert "{'sum': 3}" in result.stdout
+    # Piped: no colour, no frame
+    assert "\x1b" not in result.stdout
+    assert "╭" not in result.stdout
+
+    result = run(app, "get", bad)
+    assert result.exit_code == Exit.FAILED
+    assert "KeyError('no such')" in result.stdout
+    assert "line 2" in result.stdout
+
+    result = run(app, "get", unknown)
+    assert result.exit_code == Exit.NOT_READY
+    assert "nothing is known" in result.stdout
+
+    result = run(app, "get", "--json", good, bad, unknown)
+    assert result.exit_code == Exit.FAILED
+    first, second, third = lines(result)
+    assert (first["id"], first["state"], first["ready"]) == (good, "SUCCESS", True)
+    assert first["result"] == {"sum": 3}
+    assert second["error"]["type"] == "KeyError"
+    assert second["result"] is None
+    assert (third["state"], third["ready"]) == ("PENDING", False)
+    assert first.keys() == second.keys() == third.keys()
+
+
+def test_get_waits_for_a_result_no_longer_than_it_is_told(make_app: Apps) -> None:
+    worker, app = make_app(), make_app()
+    task_id = store(worker, {"current": 1, "total": 2}, "PROGRESS")
+    result = run(app, "get", "--wait", "--timeout", "0.2", "--json", task_id)
+    assert result.exit_code == Exit.NOT_READY
+    assert lines(result)[0]["state"] == "PROGRESS"
+
+    timer = threading.Timer(0.2, worker.backend.store_result, (task_id, 7, states.SUCCESS))
+    timer.start()
+    result = run(app, "get", "--wait", "--timeout", "60", "--json", task_id)
+    timer.join()
+    assert result.exit_code == Exit.OK
+    assert lines(result)[0]["result"] == 7
+
+
+def test_what_a_task_returns_does_not_control_the_terminal(app: Celery) -> None:
+    task_id = store(app, KeyError("\x1b[2J"), states.FAILURE, traceback="\x1b]0;title\x07")
+    result = run(app, "get", task_id)
+    assert "\x1b" not in result.stdout
+
+
+def test_get_decodes_only_what_is_accepted(make_app: Apps) -> None:
+    worker = make_app(
+        result_serializer="pickle", accept_content=["pickle"], result_accept_content=["pickle"]
+    )
+    task_id = store(worker, {1, 2})
+    good = store(make_app(), 5)
+    result = run(make_app(), "get", "--json", task_id, good)
+    assert result.exit_code == Exit.FAILED
+    first, second = lines(result)
+    assert "ContentDisallowed" in first["unreadable"]
+    assert second["result"] == 5
+
+
+def test_forget_deletes_results_and_groups(app: Celery) -> None:
+    ids = [store(app, n) for n in range(3)]
+    group = GroupResult(new_id(), [AsyncResult(i, app=app) for i in ids[1:]], app=app)
+    group.save()
+
+    result = run(app, "forget", ids[0], "--json")
+    assert (result.exit_code, lines(result)) == (
+        Exit.OK,
+        [{"forgotten": ids[:1], "group": None}],
+    )
+    assert run(app, "get", ids[0]).exit_code == Exit.NOT_READY
+    assert run(app, "get", ids[1]).exit_code == Exit.OK
+
+    assert run(app, "forget", "--group", group.id).exit_code == Exit.OK
+    assert run(app, "get", *ids).exit_code == Exit.NOT_READY
+    result = run(app, "forget", "--group", group.id)
+    assert result.exit_code == Exit.NOT_READY
+    assert "GroupResult.save" in result.stderr
+
+
+# -- watch ---------------------------------------------------------------------------------------
+
+
+def test_watch_ends_when_the_given_tasks_have_ended(make_app: Apps) -> None:
+    worker, app = make_app(), make_app()
+    done = store(worker, 1)
+    failing = store(worker, {"current": 1, "total": 4}, "PROGRESS")
+    timer = threading.Timer(
+        0.2, worker.backend.store_result, (failing, ValueError("bad"), states.FAILURE)
+    )
+    timer.start()
+    result = run(app, "watch", "--json", done, failing, "--timeout", "60")
+    timer.join()
+    assert result.exit_code == Exit.FAILED
+    seen = [(line["id"], line["state"]) for line in lines(result)]
+    assert set(seen) == {(done, "SUCCESS"), (failing, "PROGRESS"), (failing, "FAILURE")}
+    result = run(app, "watch", done)
+    assert result.exit_code == Exit.OK
+    assert "1 ended, 0 failed" in result.stdout
+
+
+def test_watch_of_a_group_and_of_a_task_that_goes_on(app: Celery) -> None:
+    ids = [store(app, n) for n in range(2)]
+    group = GroupResult(new_id(), [AsyncResult(i, app=app) for i in ids], app=app)
+    group.save()
+    result = run(app, "watch", "--json", "--group", group.id)
+    assert result.exit_code == Exit.OK
+    assert {line["id"] for line in lines(result)} == set(ids)
+    result = run(app, "watch", store(app, None, states.STARTED), "--timeout", "0.1")
+    assert result.exit_code == Exit.NOT_READY
+
+
+def test_watch_of_everything_shows_what_is_published_and_reads_nothing(make_app: Apps) -> None:
+    worker, app = make_app(), make_app()
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.05):
+            store(worker, 1)
+            store(worker, ValueError("bad"), states.FAILURE)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        result = run(app, "watch", "--json", "--state", "failure", "--timeout", "3")
+    finally:
+        stop.set()
+        thread.join()
+    assert result.exit_code == Exit.OK
+    assert {line["state"] for line in lines(result)} == {"FAILURE"}
+
+
+# -- stats, purge --------------------------------------------------------------------------------
+
+
+def test_stats_count_what_is_kept(app: Celery) -> None:
+    for n in range(20):
+        store(app, n)
+    store(app, None, states.STARTED)
+    store(app, "x" * 200_000)
+    result = run(app, "stats", "--json", "--read", "all", "--no-management", "--rate", "0.1")
+    assert result.exit_code == Exit.OK
+    (found,) = lines(result)
+    assert (found["results"], found["running"], found["large"]) == (21, 1, 1)
+    assert found["messages"] == 22
+    assert found["exact"] is True
+    assert found["shards"] == 8
+    assert found["oldest_seconds"] >= 0
+    assert found["published_per_second"] == 0
+    assert run(app, "get", store(app, 1)).exit_code == Exit.OK
+    result = run(app, "stats", "--read", "0", "--no-management")
+    assert "not read" in result.stdout
+    assert run(app, "stats", "--read", "some").exit_code == Exit.USAGE
+
+
+def test_purge_asks_and_deletes_large_results_as_well(app: Celery) -> None:
+    small, large = store(app, 1), store(app, "x" * 200_000)
+    result = run(app, "purge", stdin="n\n")
+    assert result.exit_code == Exit.FAILED
+    assert run(app, "get", small, large).exit_code == Exit.OK
+    result = run(app, "purge", "--yes", "--json")
+    assert (result.exit_code, lines(result)) == (Exit.OK, [{"messages": 2, "large": 1}])
+    assert run(app, "get", small).exit_code == Exit.NOT_READY
+
+
+# -- doctor --------------------------------------------------------------------------------------
+
+
+def findings(result: Result) -> Dict[str, str]:
+    (found,) = lines(result)
+    return {f["check"]: f["severity"] for f in found["findings"]}
+
+
+def test_doctor_finds_nothing_wrong_on_a_broker_that_is_well(app: Celery) -> None:
+    store(app, 1)
+    result = run(app, "doctor", "--json", "--no-management")
+    assert result.exit_code == Exit.OK, result.stdout
+    found = findings(result)
+    assert (found["broker"], found["declarations"], found["probe"]) == ("ok", "ok", "ok")
+    assert found["expiry"] == "ok"
+    # The probe leaves nothing behind
+    (counted,) = lines(run(app, "stats", "--json", "--read", "all", "--no-management"))
+    assert counted["results"] == 1
+    plain = run(app, "doctor", "--no-management", "--no-probe").stdout
+    assert "0 errors" in plain
+    assert "probe" not in plain
+
+
+def test_doctor_finds_other_shards_another_queue_type_and_no_expiry(make_app: Apps) -> None:
+    store(make_app(), 1)
+    result = run(make_app(shards=4), "doctor", "--json", "--no-management")
+    assert result.exit_code == Exit.FAILED
+    assert findings(result)["exchange"] == "error"
+    quorum = make_app(result_backend_transport_options={"shards": 8, "queue_type": "quorum"})
+    result = run(quorum, "doctor", "--json", "--no-management")
+    assert result.exit_code == Exit.FAILED
+    assert findings(result)["queue-type"] == "error"
+    result = run(make_app(result_expires=0), "doctor", "--json", "--no-management")
+    assert result.exit_code == Exit.OK
+    assert findings(result)["expiry"] == "warning"
+    result = run(make_app(result_expires=0), "doctor", "--strict", "--no-management")
+    assert result.exit_code == Exit.FAILED
+
+
+def test_doctor_tells_of_missing_permissions(make_app: Apps, node: rabbitmq.Node) -> None:
+    user = f"u{uuid.uuid4().hex[:8]}"
+    node.ctl("add_user", user, "secret")
+    node.ctl("set_permissions", user, "^$", "^$", "^$")
+    try:
+        app = make_app(node.url(user=user, password="secret"))
+        store(make_app(), 1)
+        result = run(app, "doctor", "--json", "--no-management")
+        assert result.exit_code == Exit.FAILED
+        assert "secret" not in result.output
+        text = result.stdout + result.stderr
+        assert "permission" in text or "ACCESS_REFUSED" in text
+    finally:
+        node.ctl("delete_user", user)
+
+
+# -- migrate -------------------------------------------------------------------------------------
+
+
+def test_migrate_collects_results_of_single_queues(make_app: Apps) -> None:
+    old = make_app(result_backend_transport_options={"layout": "per-task"})
+    app = make_app()
+    moved, failed, deleted = store(old, 5), store(old, KeyError("k"), states.FAILURE), store(old)
+    going = store(old, None, states.STARTED)
+
+    result = run(app, "migrate", "--dry-run", "--json", moved, going, new_id())
+    assert [line["outcome"] for line in lines(result)] == [
+        "would be moved",
+        "not ended",
+        "not there",
+    ]
+    assert run(app, "get", moved).exit_code == Exit.NOT_READY
+
+    result = run(app, "migrate", "--yes", moved, failed)
+    assert result.exit_code == Exit.OK, result.output
+    assert lines(run(app, "get", "--json", moved))[0]["result"] == 5
+    assert lines(run(app, "get", "--json", failed))[0]["error"]["type"] == "KeyError"
+    run(app, "migrate", "--yes", "--delete", deleted, going)
+    with raw_connection(str(app.conf.broker_url)) as connection:
+        for task_id in (moved, failed, deleted, going):
+            with pytest.raises(Exception, match="NOT_FOUND"):
+                connection.channel().queue_declare(task_id.replace("-", ""), passive=True)
+
+
+# -- what users get wrong ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["get"],
+        ["get", ""],
+        ["get", "--timeout", "1", "x"],
+        ["forget"],
+        ["watch", "--timeout", "-1"],
+        ["nothing"],
+    ],
+)
+def test_wrong_usage(app: Celery, arguments: List[str]) -> None:
+    result = run(app, *arguments)
+    assert result.exit_code == Exit.USAGE
+    assert "Usage" in result.output
+
+
+COMMANDS = [
+    ["get", "x"],
+    ["watch", "x"],
+    ["watch"],
+    ["forget", "x"],
+    ["stats"],
+    ["doctor"],
+    ["purge", "--yes"],
+    ["migrate", "--yes", "x"],
+]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_another_result_backend(arguments: List[str]) -> None:
+    app = Celery("other", backend="cache+memory://", set_as_current=False)
+    result = run(app, *arguments)
+    assert result.exit_code == Exit.CONFIGURATION
+    assert "CacheBackend" in result.stderr
+    assert "result_backend" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_the_broker_is_down(make_app: Apps, arguments: List[str]) -> None:
+    # Nothing listens on that port.
+    app = make_app("amqp://me:secret@127.0.0.1:1//")
+    result = run(app, *arguments)
+    assert result.exit_code == Exit.UNAVAILABLE, result.output
+    assert "127.0.0.1:1" in result.stderr
+    assert "secret" not in result.output
+
+
+def test_a_wrong_option_and_the_other_layout(make_app: Apps) -> None:
+    app = make_app("amqp://?shards=many")
+    result = run(app, "stats")
+    assert result.exit_code == Exit.CONFIGURATION
+    assert "'many'" in result.stderr
+    result = run(make_app("amqp://?layout=per-task", result_backend_transport_options={}), "stats")
+    assert result.exit_code == Exit.CONFIGURATION
+    assert "per-task" in result.stderr
+    app.conf.result_backend = "amqp://"
+
+
+def test_every_command_has_help_and_json() -> None:
+    for name, command in results.commands.items():
+        assert isinstance(command, click.Command)
+        assert command.help, name
+        assert any("--json" in option.opts for option in command.params), name
