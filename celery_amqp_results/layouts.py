@@ -191,9 +191,12 @@ class LayoutRegistry:
         if self._pid != os.getpid():
             self.reset()
         with self._lock:
-            past = self._past.get(key, Metrics())
+            past = self._past.get(key)
             layout = self._layouts.get(key)
-            return past if layout is None else Metrics.total((past, layout.metrics()))
+            parts = [past] if past is not None else []
+            if layout is not None:
+                parts.append(layout.metrics())
+        return parts[0] if len(parts) == 1 else Metrics.total(parts)
 
     def close(self, wait: bool = True) -> None:
         """Close all layouts, unless they are another process's."""

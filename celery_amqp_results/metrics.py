@@ -56,7 +56,7 @@ class Metrics:
 
     def as_dict(self) -> Dict[str, int]:
         """Return the numbers by their names."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def total(cls, parts: Iterable[Metrics]) -> Metrics:
