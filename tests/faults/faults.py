@@ -410,10 +410,19 @@ def _rolling_restart(place: Place) -> None:
 # -- places --------------------------------------------------------------------------------------
 
 
-def make_app(urls: List[str], prefix: str, **transport_options: Any) -> Celery:
-    """Return an app whose results are in queues that begin with *prefix*."""
-    app = Celery("faults", broker=";".join(urls), backend="amqp://", set_as_current=False)
+def make_app(
+    broker: List[str], results: List[str], prefix: str, **transport_options: Any
+) -> Celery:
+    """Return an app whose results are in queues that begin with *prefix*.
+
+    Parameters:
+        broker: URLs for tasks. What becomes of those is Celery's business, so that there are no
+            proxies in between: a task that is lost on the way has no result.
+        results: URLs for results.
+    """
+    app = Celery("faults", broker=";".join(broker), set_as_current=False)
     app.conf.update(
+        result_backend=";".join(results),
         result_exchange=prefix,
         task_default_queue=f"{prefix}-tasks",
         result_backend_transport_options=transport_options,
@@ -449,7 +458,9 @@ def place(
             proxies = [stack.enter_context(Proxy(node.amqp_port)) for node in nodes]
             sides.append(proxies)
             urls = [proxy.url(node.url()) for proxy, node in zip(proxies, nodes)]
-            app = make_app(urls, prefix, shards=shards, queue_type=queue_type)
+            app = make_app(
+                [node.url() for node in nodes], urls, prefix, shards=shards, queue_type=queue_type
+            )
             app.conf.result_expires = expires
             apps.append(app)
         stack.callback(_clean_up, nodes, prefix, shards)

@@ -194,6 +194,7 @@ class Load:
                     PYTHONPATH=os.pathsep.join(sys.path),
                     FAULTS_FOLDER=str(self.folder),
                     TEST_BROKER_URL=str(conf.broker_url),
+                    TEST_RESULT_BACKEND=str(conf.result_backend),
                     TEST_RESULT_EXCHANGE=str(conf.result_exchange),
                     TEST_TASK_QUEUE=str(conf.task_default_queue),
                     TEST_CONF=json.dumps(

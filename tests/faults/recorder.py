@@ -492,8 +492,14 @@ def _unknown(
 def _check_task(
     task_id: str, stores: List[Store], reads: List[Read], record: Record, limits: Limits
 ) -> Iterator[Violation]:
-    written = {store.content: store.began for store in reversed(stores)}
-    promised = {store.content: store.kept for store in reversed(stores) if store.kept is not None}
+    written: Dict[_Content, float] = {}
+    promised: Dict[_Content, float] = {}
+    # A task that was run twice is in two journals, in any order.
+    for store in stores:
+        content = store.content
+        written[content] = min(store.began, written.get(content, store.began))
+        if store.kept is not None:
+            promised[content] = min(store.kept, promised.get(content, store.kept))
     first = min(store.began for store in stores)
     by_stores = _Floor((at, content, "stored before") for content, at in promised.items())
     by_others = _ReadFloor(

@@ -16,14 +16,11 @@ from tools import rabbitmq
 #: By name, what is provoked here. What needs long, or little else than luck, is left to the soak.
 NAMES = [
     "RabbitMQ killed with -9",
-    "RabbitMQ restarted in order",
     "connections reset",
-    "connections closed by rabbitmqctl",
     "exchange deleted",
     "inboxes deleted",
     "storing process killed with -9",
     "children of a worker killed with -9",
-    "worker killed with -9",
 ]
 
 

@@ -333,6 +333,16 @@ def test_what_a_killed_process_wrote_is_read_up_to_its_last_line(
     assert kinds(judge()) == ["lost"]
 
 
+def test_a_task_that_two_processes_ran_was_stored_when_the_first_of_them_did(
+    storer: Journal, reader: Journal, other: Journal, judge: Callable[..., Verdict]
+) -> None:
+    # The order of their journals is that of their names.
+    store(storer, "SUCCESS", 0)
+    look_up(reader, "SUCCESS", value("t", 0))
+    store(other, "SUCCESS", 0)
+    assert kinds(judge()) == []
+
+
 def test_only_what_began_in_the_time_asked_for_counts(
     tmp_path: Path, storer: Journal, reader: Journal, clock: Clock
 ) -> None:
