@@ -434,7 +434,7 @@ class Store:
         while self._check is not None and len(found) > 1:
             current = meta.fold(found)
             # Of a state whose body is kept elsewhere there is nothing here to decode.
-            if current is None or getattr(current, "body_queue", None) is not None:
+            if current is None or current.body_queue is not None:
                 break
             try:
                 self._check(current)
@@ -536,6 +536,8 @@ class Store:
             if not finished:
                 link.drain(min(end - now, HEARTBEAT / 2))
                 link.tick()
+                for read in running:
+                    read.checkout.renew_fence()
                 continue
             for read in finished:
                 running.remove(read)
