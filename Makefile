@@ -15,7 +15,7 @@ RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
 SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
-	test-tools bench clean
+	test-tools bench fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -61,6 +61,9 @@ docs: $(VENV)/.docs ## Build the documentation into site/, with warnings as erro
 
 bench: $(VENV)/.bench ## Measure beside rpc:// and redis://; QUICK=1 for less; needs redis-server
 	$(BIN)/python -m bench $(if $(QUICK),--quick)
+
+fuzz: $(VENV)/.test ## Feed the decoders with garbage for SECONDS=60; with atheris if it is installed
+	$(BIN)/python -m tools.fuzz --seconds $(or $(SECONDS),60)
 
 clean: ## Delete what was made here: environments, caches, the built documentation
 	rm -rf .venv .venv-oldest .venv-newest site build dist .pytest_cache .mypy_cache .ruff_cache \

@@ -111,9 +111,11 @@ class _Read:
         self._store.reject(self.checkout.queue, str(why))
 
     def _on_state(self, tag: int, state: StateMessage) -> None:
-        shard = self._store.declarations.topology.shard(state.id)
+        topology = self._store.declarations.topology
+        shard = topology.shard(state.id)
         if shard != self.shard:
             raise errors.ForeignMessage(f"{state.id!r:.100} belongs to shard {shard}")
+        topology.check_body_queue(state)
         state = meta.dated(state, time.time_ns() // 1000)
         if state.id in self.wanted and state.kind == self._kind:
             if self._remove:
@@ -136,7 +138,7 @@ class _Read:
         hits = [
             state
             for state in page.find(body, self.wanted, self._reject)
-            if state.kind == self._kind and not state.expired(now)
+            if state.kind == self._kind and not state.expired(now) and self._points_right(state)
         ]
         if self._remove:
             if hits:
@@ -148,6 +150,14 @@ class _Read:
             self.found.setdefault(state.id, []).append(meta.dated(state, now))
         if self._retain(len(body)):
             self._small_pages[tag] = body
+
+    def _points_right(self, state: StateMessage) -> bool:
+        try:
+            self._store.declarations.topology.check_body_queue(state)
+        except errors.ForeignMessage as exc:
+            self._reject(exc)
+            return False
+        return True
 
     def _retain(self, size: int) -> bool:
         """Return whether a message of *size* bytes is worth packing and may be kept in memory."""
