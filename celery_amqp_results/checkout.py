@@ -17,6 +17,7 @@ by then it was given all the fences that lie in front of what it moved.
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import Callable, Iterable, List, Optional
 
@@ -40,6 +41,8 @@ NOT_FOUND = 404
 
 #: A fence that its reader did not live to take is dropped after this many milliseconds.
 FENCE_EXPIRATION = 60_000
+#: Who lives to wait in line for so many seconds sets another one before that.
+FENCE_RENEWAL = 30.0
 
 
 class Checkout:
@@ -82,6 +85,7 @@ class Checkout:
         self._on_message = on_message
         self._look_again = look_again
         self._fence = ""
+        self._fence_set = 0.0
         self._fence_tags: List[int] = []
         self._deleted = False
         # No answer is waited for: the next thing of interest is the first message.
@@ -104,6 +108,7 @@ class Checkout:
         """Publish a fence; :attr:`fenced` is false until it comes."""
         self.fenced = False
         self._fence = uuid.uuid4().hex
+        self._fence_set = time.monotonic()
         self.channel.basic_publish(
             amqp.Message(
                 b"",
@@ -114,6 +119,11 @@ class Checkout:
             ),
             routing_key=self.queue,
         )
+
+    def renew_fence(self) -> None:
+        """Set the fence again if it will soon expire. To be called now and then while waiting."""
+        if not self.fenced and time.monotonic() - self._fence_set >= FENCE_RENEWAL:
+            self.set_fence()
 
     def _on_close(self, code: int, text: str, class_id: int, method_id: int) -> None:
         self.missing = code == NOT_FOUND and text.startswith("NOT_FOUND - no queue ")

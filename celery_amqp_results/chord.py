@@ -507,4 +507,5 @@ def _drain(checkout: Checkout, deadline: float) -> bool:
             return False
         checkout.link.drain(min(left, HEARTBEAT / 2))
         checkout.link.tick()
+        checkout.renew_fence()
     return True

@@ -513,6 +513,7 @@ class Inbox:
                 StateMessage.from_properties(message.properties, message.body),
                 time.time_ns() // 1000,
             )
+            self._declarations.topology.check_body_queue(state)
         except errors.ForeignMessage as exc:
             self.rejected += 1
             level = logging.WARNING if self.rejected == 1 else logging.DEBUG

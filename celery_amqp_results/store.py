@@ -112,9 +112,11 @@ class _Read:
         self._store.reject(self.checkout.queue, str(why))
 
     def _on_state(self, tag: int, state: StateMessage) -> None:
-        shard = self._store.declarations.topology.shard(state.id)
+        topology = self._store.declarations.topology
+        shard = topology.shard(state.id)
         if shard != self.shard:
             raise errors.ForeignMessage(f"{state.id!r:.100} belongs to shard {shard}")
+        topology.check_body_queue(state)
         now = time.time_ns() // 1000
         state = meta.dated(state, now)
         undated = state.published == meta.UNKNOWN_TIME
@@ -139,7 +141,7 @@ class _Read:
         hits = [
             state
             for state in page.find(body, self.wanted, self._reject)
-            if state.kind == self._kind and not state.expired(now)
+            if state.kind == self._kind and not state.expired(now) and self._points_right(state)
         ]
         if self._remove:
             if hits:
@@ -151,6 +153,14 @@ class _Read:
             self.found.setdefault(state.id, []).append(meta.dated(state, now))
         if self._retain(len(body)):
             self._small_pages[tag] = body
+
+    def _points_right(self, state: StateMessage) -> bool:
+        try:
+            self._store.declarations.topology.check_body_queue(state)
+        except errors.ForeignMessage as exc:
+            self._reject(exc)
+            return False
+        return True
 
     def _retain(self, size: int) -> bool:
         """Return whether a message of *size* bytes is worth packing and may be kept in memory."""
@@ -449,7 +459,7 @@ class Store:
         while self._check is not None and len(found) > 1:
             current = meta.fold(found)
             # Of a state whose body is kept elsewhere there is nothing here to decode.
-            if current is None or getattr(current, "body_queue", None) is not None:
+            if current is None or current.body_queue is not None:
                 break
             try:
                 self._check(current)
@@ -551,6 +561,8 @@ class Store:
             if not finished:
                 link.drain(min(end - now, HEARTBEAT / 2))
                 link.tick()
+                for read in running:
+                    read.checkout.renew_fence()
                 continue
             for read in finished:
                 running.remove(read)

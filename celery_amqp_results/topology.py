@@ -22,6 +22,9 @@ import hashlib
 import zlib
 from typing import Any, Dict, Mapping, Optional
 
+from celery_amqp_results import errors
+from celery_amqp_results.meta import StateMessage
+
 __all__ = ("ABSENT", "BROADCAST", "QueueSpec", "Topology", "client_word", "encode_word")
 
 #: Stands in a routing key for a word that there is none of.
@@ -155,6 +158,22 @@ class Topology:
                 ``None`` for never.
         """
         return self._expiring(f"{self.prefix}.large.{encode_word(task_id)}.{mark}", expires)
+
+    def check_body_queue(self, state: StateMessage) -> None:
+        """Check that the queue which *state* points to is one for its body.
+
+        What it names is read by whoever waits for it, and deleted by whoever forgets it.
+
+        Raises:
+            ForeignMessage: when it names another queue.
+        """
+        if state.body_queue is not None:
+            start = self.large_queue(state.id, "").name
+            if not state.body_queue.startswith(start):
+                raise errors.ForeignMessage(
+                    f"the body of {state.id!r:.100} is said to be in {state.body_queue!r:.300}, "
+                    f"which does not begin with {start!r}"
+                )
 
     def _expiring(self, name: str, expires: Optional[int]) -> QueueSpec:
         arguments = self._queue_arguments()

@@ -7,13 +7,16 @@ import re
 import subprocess
 import sys
 import uuid
+from concurrent import futures
 from pathlib import Path
-from typing import Dict, Iterator
+from typing import Any, Dict, Iterator, List
 
 import pytest
 from celery.result import AsyncResult, GroupResult
 
 from celery_amqp_results import errors
+from celery_amqp_results.meta import PART, PLAN
+from tests.broker.helpers import Waiting
 from tests.conftest import PATIENCE, Apps
 from tools import rabbitmq
 
@@ -38,6 +41,92 @@ def user_with(node: rabbitmq.Node, patterns: Dict[str, str]) -> Iterator[str]:
         yield node.url(user, password)
     finally:
         node.ctl("delete_user", user)
+
+
+def documented_roles(prefix: str) -> Dict[str, List[str]]:
+    """Return configure, write and read of each role on the page, for another *prefix*."""
+    found = re.findall(
+        r"^(worker|reader|sender) +(configure|write|read) +(\S+)$", PAGE.read_text(), re.M
+    )
+    roles: Dict[str, List[str]] = {}
+    for role, _, pattern in found:
+        roles.setdefault(role, []).append(pattern.replace("celeryresults", prefix))
+    return roles
+
+
+@pytest.fixture
+def role_urls(make_app: Apps, node: rabbitmq.Node) -> Dict[str, str]:
+    """URLs of users who have the permissions of the roles on the page, and no others.
+
+    They go with the node.
+    """
+
+    def make_user(role: str, patterns: List[str]) -> str:
+        user, password = f"{role}{uuid.uuid4().hex[:8]}", uuid.uuid4().hex
+        node.ctl("add_user", user, password)
+        node.ctl("set_permissions", "-p", "/", user, *patterns)
+        return node.url(user, password)
+
+    roles = documented_roles(make_app.prefix)
+    assert {len(patterns) for patterns in roles.values()} == {3}
+    # Each command takes seconds.
+    with futures.ThreadPoolExecutor() as pool:
+        return dict(zip(roles, pool.map(make_user, roles, roles.values())))
+
+
+def test_each_role_can_do_its_work_with_what_is_documented_for_it(
+    make_app: Apps, role_urls: Dict[str, str]
+) -> None:
+    worker, reader, sender = (make_app(role_urls[role]) for role in ("worker", "reader", "sender"))
+    task_id = uuid.uuid4().hex
+    # A worker stores, on the way and at the end; a reader waits, polls, looks up and forgets
+    waiting = Waiting(lambda: reader.AsyncResult(task_id).get(timeout=PATIENCE))
+    worker.backend.store_result(task_id, {"n": 1}, "PROGRESS")
+    worker.backend.store_result(task_id, 42, "SUCCESS")
+    assert waiting.result() == 42
+    many = [uuid.uuid4().hex for _ in range(300)]
+    for each in many:
+        worker.backend.store_result(each, each, "SUCCESS")
+    found = reader.backend.layout.store.read(many)
+    assert all(found.values())
+    assert reader.backend.layout.store.packed
+    reader.AsyncResult(many[0]).forget()
+    assert reader.AsyncResult(many[0]).state == "PENDING"
+
+    # A sender and workers make a chord
+    for sized in (True, False):
+        group_id, size = uuid.uuid4().hex, 2
+        sending, working = sender.backend.layout.chords, worker.backend.layout.chords
+        plan = sender.backend._encode_state(
+            group_id, "PLAN", {"status": "PLAN", "result": 0}, PLAN, None
+        )
+        assert sending.declare(group_id, 600_000, size=size if sized else None)
+        fired: List[Any] = []
+        for number in range(size):
+            part_id = uuid.uuid4().hex
+            part = worker.backend._encode_state(
+                part_id,
+                "SUCCESS",
+                {"status": "SUCCESS", "result": 1, "task_id": part_id},
+                PART,
+                None,
+            )
+            known = size if sized else None
+            if number == 1:
+                sending.publish_plan(plan, size, known)
+            if working.publish_part(group_id, part, number, known):
+                working.settle(group_id, fired.append)
+        assert [gathered.plan.id for gathered in fired] == [group_id]
+        # It is over: the sender, who may look after it, finds nothing
+        assert not sending.settle(group_id, fired.append)
+
+    # And a sender can do no more
+    with pytest.raises(errors.BackendUnavailable, match=make_app.prefix):
+        sender.AsyncResult(task_id).state  # noqa: B018 - asks the broker
+    with pytest.raises(errors.BackendUnavailable, match=make_app.prefix):
+        sender.backend.store_result(task_id, 43, "SUCCESS")
+    for app in (worker, reader, sender):
+        app.backend.close()
 
 
 def test_a_user_with_the_documented_permissions_stores_waits_and_looks_up(

@@ -400,6 +400,29 @@ def test_a_very_large_foreign_message_is_read_past_and_taken_out(
     assert raw.channel().queue_declare(queue, passive=True).message_count == 1
 
 
+def test_a_pointer_to_somebody_elses_queue_neither_reads_nor_deletes_it(
+    make_app: Apps, raw: amqp.Connection
+) -> None:
+    app = make(make_app, shards=1)
+    task_id = new_id()
+    app.backend.store_result("x", 1, states.SUCCESS)
+    precious = make_app.prefix + "-tasks"
+    channel = raw.channel()
+    channel.queue_declare(precious, auto_delete=False)
+    forged = StateMessage(
+        task_id, states.SUCCESS, LONG_AGO, b"", "application/json", "utf-8", body_queue=precious
+    )
+    body = page.encode([forged])
+    publish_to(
+        raw,
+        shard_of(app, task_id),
+        [("", forged.properties(True), b""), ("", {"type": page.PAGE}, body)],
+    )
+    assert app.AsyncResult(task_id).state == states.PENDING
+    app.AsyncResult(task_id).forget()
+    channel.queue_declare(precious, passive=True)
+
+
 def test_hostile_messages_in_the_queue_of_a_task_hide_no_good_one(
     make_app: Apps, raw: amqp.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:

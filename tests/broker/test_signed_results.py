@@ -1,0 +1,86 @@
+"""Celery's serializer ``auth`` signs results: a forged or altered one is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+import trustme
+from celery import Celery, states
+
+from celery_amqp_results import errors
+from celery_amqp_results.publisher import Outgoing
+from tests import elsewhere
+from tests.broker.helpers import new_id
+from tests.conftest import Apps
+
+
+def sign_and_forge(app: Celery, folder: str) -> List[str]:
+    """Store a signed result, one signed by nobody we know, and altered ones; read them all.
+
+    Setting up security changes kombu for the whole process, so that this one is of its own.
+    """
+
+    def sign_with(name: str) -> Any:
+        app.conf.update(
+            security_key=f"{folder}/{name}.key",
+            security_certificate=f"{folder}/{name}.pem",
+            security_cert_store=f"{folder}/known*.pem",
+        )
+        app.setup_security()
+
+    def read(task_id: str) -> str:
+        try:
+            return str(app.AsyncResult(task_id).get(timeout=60))
+        except errors.ForeignMessage as exc:
+            return type(exc).__name__
+
+    sign_with("stranger")
+    forged = new_id()
+    app.backend.store_result(forged, "forged", states.SUCCESS)
+    sign_with("known")
+    signed = new_id()
+    app.backend.store_result(signed, "signed", states.SUCCESS)
+    layout = app.backend.layout
+    ((state,),) = layout.store.read([signed]).values()
+    found = [read(signed), read(forged)]
+    for at in (len(state.body) // 8, len(state.body) // 2, -9):
+        altered = new_id()
+        octets = bytearray(state.body)
+        octets[at] = octets[at] ^ 1 if chr(octets[at] ^ 1).isalnum() else ord("A")
+        wrong = dataclasses.replace(state, id=altered, body=bytes(octets))
+        topology = app.backend._topology
+        layout.publisher.publish(
+            [
+                Outgoing(
+                    topology.exchange,
+                    topology.routing_key(altered, wrong.state),
+                    wrong.properties(True),
+                    wrong.body,
+                    topology.shard(altered),
+                )
+            ]
+        )
+        found.append(read(altered))
+    return found
+
+
+def test_a_forged_or_altered_result_is_refused(make_app: Apps, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    for name in ("known", "stranger"):
+        # An authority of its own, so that serial numbers and issuers differ.
+        issued = trustme.CA().issue_cert(f"{name}.example", key_type=trustme.KeyType.RSA)
+        issued.private_key_pem.write_to_path(str(tmp_path / f"{name}.key"))
+        issued.cert_chain_pems[0].write_to_path(str(tmp_path / f"{name}.pem"))
+    app = make_app(
+        shards=1,
+        result_serializer="auth",
+        task_serializer="auth",
+        accept_content=["auth"],
+        result_accept_content=["auth"],
+        event_serializer="auth",
+    )
+    found = elsewhere.run(app, sign_and_forge, folder=str(tmp_path))
+    assert found == ["signed", *["ForeignMessage"] * 4]

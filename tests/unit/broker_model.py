@@ -1,0 +1,222 @@
+"""A model of one RabbitMQ queue, as far as reading and packing a shard depend on it.
+
+First in, first out; what is put back goes where it was; consumers stand in line, and only the
+first of them is given messages, all there are, before it asks; what is delivered stays with it
+until it is acknowledged or its channel ends, upon which all of it is put back in one step, and the
+next in line is given it; a message that has expired is dropped when it would be delivered.
+
+What a client does are *operations*. Between any two of them a hook is called, which may have others
+do something, or have the client die.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import dataclasses
+from typing import Any, Callable, Deque, Dict, Iterator, List, Optional
+
+import amqp
+from amqp import spec
+
+
+class Killed(Exception):
+    """Raised in a client that has died."""
+
+
+class Clock:
+    """Stands for the module ``time``: it goes on when it is told to, and a little when asked."""
+
+    def __init__(self) -> None:
+        self.microseconds = 1_700_000_000_000_000
+
+    def now(self) -> int:
+        """Return microseconds since 1970, never twice the same."""
+        self.microseconds += 1
+        return self.microseconds
+
+    def time_ns(self) -> int:
+        return self.microseconds * 1000
+
+    def monotonic(self) -> float:
+        return self.microseconds / 1e6
+
+
+@dataclasses.dataclass(eq=False)
+class Entry:
+    """A message in the queue."""
+
+    position: int
+    properties: Dict[str, Any]
+    body: bytes
+    #: When it expires, in microseconds since 1970, or ``None``.
+    expires: Optional[int]
+    redelivered: bool = False
+
+
+class Queue:
+    """The queue."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._position = 0
+        self.ready: List[Entry] = []
+        self.consumers: List[Channel] = []
+
+    def publish(self, properties: Dict[str, Any], body: bytes) -> None:
+        self._position += 1
+        expires = None
+        if properties.get("expiration") is not None:
+            milliseconds = int(properties["expiration"])
+            assert 0 <= milliseconds < 2**32, "RabbitMQ refuses this expiration"
+            expires = self.clock.microseconds + milliseconds * 1000
+        self.ready.append(Entry(self._position, dict(properties), body, expires))
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Give the first consumer in line all there is."""
+        if not self.consumers:
+            return
+        for entry in self.ready:
+            if entry.expires is None or self.clock.microseconds < entry.expires:
+                self.consumers[0].take(entry)
+        self.ready = []
+
+    def put_back(self, entries: List[Entry]) -> None:
+        for entry in entries:
+            entry.redelivered = True
+            bisect.insort(self.ready, entry, key=lambda e: e.position)
+
+    def leave(self, channel: Channel) -> None:
+        """Take a consumer out of the line, with what it holds."""
+        if channel in self.consumers:
+            self.consumers.remove(channel)
+            self.put_back(list(channel.held.values()))
+            channel.held.clear()
+            channel.coming.clear()
+            self.dispatch()
+
+
+class Channel:
+    """A channel of a client, with at most one consumer."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        #: ``None`` when closed, as with py-amqp.
+        self.connection: Optional[Link] = link
+        self._callback: Callable[[amqp.Message], None] = lambda message: None
+        self._tag = 0
+        #: What was delivered and not acknowledged, by delivery tag.
+        self.held: Dict[int, Entry] = {}
+        #: Tags of what is on its way to the client.
+        self.coming: Deque[int] = collections.deque()
+
+    def send_method(self, method: Any, *arguments: Any) -> None:
+        self._link.operation()
+        if method == spec.Channel.Close:
+            self.connection = None
+            self._link.queue.leave(self)
+        else:
+            assert method == spec.Basic.Qos
+
+    def basic_consume(self, queue: str, **options: Any) -> None:
+        self._link.operation()
+        assert not options["no_ack"]
+        self._callback = options["callback"]
+        self._link.queue.consumers.append(self)
+        self._link.queue.dispatch()
+
+    def basic_publish(self, message: amqp.Message, routing_key: str) -> None:
+        self._link.operation()
+        self._link.queue.publish(message.properties, message.body)
+
+    def basic_ack(self, tag: int) -> None:
+        self._link.operation()
+        del self.held[tag]
+
+    def take(self, entry: Entry) -> None:
+        self._tag += 1
+        self.held[self._tag] = entry
+        self.coming.append(self._tag)
+
+    def receive(self) -> None:
+        """Have the client handle one message."""
+        tag = self.coming.popleft()
+        entry = self.held[tag]
+        message = amqp.Message(entry.body, **entry.properties)
+        message.delivery_info = {"delivery_tag": tag, "redelivered": entry.redelivered}
+        self._callback(message)
+
+
+class ConfirmChannel:
+    """What :class:`celery_amqp_results.confirms.ConfirmChannel` is for packing."""
+
+    nacked = frozenset[int]()
+    returned = ()
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._tag = 0
+
+    def publish(self, message: Any) -> int:
+        self._link.operation()
+        self._link.queue.publish(message.properties, message.body)
+        self._tag += 1
+        return self._tag
+
+    def wait(self, tags: Any, end: Any = None) -> None:
+        # The reader is given messages while it waits for its confirms.
+        self._link.operation()
+        while self._link.drain(0.0):
+            pass
+
+
+class Link:
+    """A connection of a client.
+
+    Parameters:
+        queue: the only queue there is.
+        between: called before each operation; raises :class:`Killed` to have the client die.
+    """
+
+    blocked = None
+
+    def __init__(self, queue: Queue, between: Callable[[], None]) -> None:
+        self.queue = queue
+        self.between = between
+        self.publishing = ConfirmChannel(self)
+        self._channels: List[Channel] = []
+        self.dead = False
+
+    def operation(self) -> None:
+        if not self.dead:
+            self.between()
+        if self.dead:
+            raise Killed
+
+    def channel_nowait(self, on_close: Any) -> Channel:
+        self._channels.append(Channel(self))
+        return self._channels[-1]
+
+    @contextlib.contextmanager
+    def corked(self) -> Iterator[None]:
+        # The broker sees one after the other, and may see the first only.
+        yield
+
+    def drain(self, timeout: float) -> bool:
+        for channel in self._channels:
+            if channel.coming:
+                channel.receive()
+                return True
+        self.queue.clock.microseconds += int(min(timeout, 60.0) * 1e6)
+        return False
+
+    def tick(self) -> None:
+        """Nothing: there are no heartbeats."""
+
+    def die(self) -> None:
+        """Have the client die: all that it holds is put back."""
+        self.dead = True
+        for channel in self._channels:
+            self.queue.leave(channel)
