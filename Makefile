@@ -15,7 +15,7 @@ RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
 SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
-	test-tools bench clean
+	test-tools screenshots bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -58,6 +58,9 @@ types: $(VENV)/.lint ## Check the types
 
 docs: $(VENV)/.docs ## Build the documentation into site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+screenshots: $(VENV)/.test ## Make the pictures of the command line in docs/images/
+	$(BIN)/python -m tools.screenshots
 
 bench: $(VENV)/.bench ## Measure beside rpc:// and redis://; QUICK=1 for less; needs redis-server
 	$(BIN)/python -m bench $(if $(QUICK),--quick)
