@@ -15,7 +15,7 @@ RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
 SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
-	test-tools soak fuzz bench bench-check clean
+	test-tools soak fuzz screenshots bench bench-check clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -72,6 +72,9 @@ bench-check: $(VENV)/.bench ## Measure little, and fail if a ratio is worse than
 
 fuzz: $(VENV)/.test ## Feed the decoders with garbage for SECONDS=60; with atheris if it is installed
 	$(BIN)/python -m tools.fuzz --seconds $(or $(SECONDS),60)
+
+screenshots: $(VENV)/.test ## Make the pictures of the command line in docs/images/
+	$(BIN)/python -m tools.screenshots
 
 clean: ## Delete what was made here: environments, caches, the built documentation
 	rm -rf .venv .venv-oldest .venv-newest site build dist .pytest_cache .mypy_cache .ruff_cache \
