@@ -12,10 +12,10 @@ PROCESSES ?= 2
 BIN := $(VENV)/bin
 RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
 # What is not the package itself, but is checked with it.
-SCRIPTS := demo tools tests $(wildcard bench)
+SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
-	test-tools bench bench-check clean
+	test-tools soak bench bench-check clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -34,6 +34,11 @@ test-newest-rabbitmq: $(VENV)/.test ## Run the tests that need a broker on Debia
 
 test-tools: $(VENV)/.test ## Run the tests of what runs the private RabbitMQ nodes
 	$(BIN)/python -m pytest tests/tools
+
+# What is broken is chosen at random; the same SEED chooses the same.
+soak: $(VENV)/.test ## Break things for MINUTES=n under load; SEED=n, RABBITMQ=forky, FAULTS="words"
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) \
+		$(if $(RABBITMQ),--distribution $(RABBITMQ)) $(FAULTS)
 
 test-oldest: ## Run unit and broker tests with the oldest supported Celery, and Python 3.9 if it is here
 	@$(MAKE) --no-print-directory VENV=.venv-oldest PINS=tools/oldest.txt \

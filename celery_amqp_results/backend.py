@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import datetime
 import functools
+import logging
 import operator
 import os
 import threading
@@ -22,6 +23,7 @@ from typing import (
     List,
     Mapping,
     Optional,
+    Set,
     Tuple,
     Union,
 )
@@ -30,14 +32,23 @@ import celery
 import kombu
 from celery import states
 from celery.app.task import Context
-from celery.exceptions import ImproperlyConfigured, TimeoutError
+from celery.exceptions import ImproperlyConfigured, SecurityError, TimeoutError
 from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
 from kombu.compression import encoders, get_encoder
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.functional import LRUCache
 
-from celery_amqp_results import connections, errors, options, topology, transports, watching
+from celery_amqp_results import (
+    connections,
+    errors,
+    expiry,
+    options,
+    topology,
+    tracking,
+    transports,
+    watching,
+)
 from celery_amqp_results.celery4_api import Celery4API
 from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.layouts import Layout, LayoutRegistry
@@ -50,6 +61,7 @@ from celery_amqp_results.meta import (
     StateMessage,
     is_final,
 )
+from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.native_chords import NativeChords
 from celery_amqp_results.pending import PendingResults
 from celery_amqp_results.per_task_layout import HEARTBEAT as PER_TASK_HEARTBEAT
@@ -59,14 +71,16 @@ from celery_amqp_results.waiting import Update
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
+logger = logging.getLogger(__name__)
+
 #: The state of a group that is kept by ``GroupResult.save``, in header and body.
 GROUP_STATE = "GROUP"
 
+#: A mistake of the user's is logged once; so many are remembered.
+MAX_COMPLAINTS = 100
+
 #: Celery before 5.5 writes when a task has ended in UTC.
 DATES_IN_ZONE_OF_APP = celery.VERSION >= (5, 5)
-
-#: The longest expiration that RabbitMQ takes, in seconds.
-MAX_EXPIRES = 4_294_967
 
 #: How often ``on_interval`` is called where no interval is given, in seconds.
 DEFAULT_INTERVAL = 0.5
@@ -86,6 +100,8 @@ LAST_CHORD_CHECK = 300.0
 Meta = Dict[str, Any]
 
 _clock = PublishClock()
+
+_NOT_GIVEN: Any = object()
 
 
 class AMQPBackend(NativeChords, Celery4API):
@@ -147,6 +163,8 @@ class AMQPBackend(NativeChords, Celery4API):
         )
         #: ``shared`` or ``per-task``.
         self.layout_name = _choose_layout(app, self._url, self.options.layout)
+        if self.options.track_sent:
+            _check_tracking(app, self._url, self.layout_name)
         # What Celery 4 writes has no place for either; Celery warns where they are set.
         self.supports_result_compression = self.layout_name == "shared"
         self.supports_failure_expires = self.layout_name == "shared"
@@ -178,6 +196,7 @@ class AMQPBackend(NativeChords, Celery4API):
             self.serializer,
             self.accept,
             _compression_of(self) if self.layout_name == "shared" else None,
+            self.options.max_decompressed_size,
         )
         self._expiration = _milliseconds("result_expires", self.expires)
         failure_expires = conf.get("result_failure_expires")
@@ -193,9 +212,11 @@ class AMQPBackend(NativeChords, Celery4API):
             else _milliseconds("result_chord_expires", self.prepare_expires(chord_expires))
         )
         self._layouts = _registry_of(app)
-        # The layout per-task has to decode what it reads, so that it knows what may be decoded.
-        accept = sorted(self.accept or ()) if self.layout_name == "per-task" else None
-        self._layout_key = repr((self._url, self.options, self.layout_name, self.wire, accept))
+        # Layouts have to decode what they read, so that they know what may be decoded.
+        accept = sorted(self.accept or ())
+        self._layout_key = repr(
+            (self._url.complete(), self.options, self.layout_name, self.wire, accept)
+        )
         self._reset()
         _backends.add(self)
 
@@ -206,6 +227,7 @@ class AMQPBackend(NativeChords, Celery4API):
         self._pid = os.getpid()
         self._pending: Optional[PendingResults] = None
         self._failed = LRUCache(limit=MAX_FAILED)
+        self._complaints: Set[str] = set()
         self._reset_chords()
 
     @property
@@ -233,6 +255,7 @@ class AMQPBackend(NativeChords, Celery4API):
             self.options,
             topology.client_word(anon_nodename()),
             self.persistent,
+            self._codec,
         )
 
     def _make_sessions(self, connector: connections.Connector) -> transports.Sessions:
@@ -257,19 +280,52 @@ class AMQPBackend(NativeChords, Celery4API):
         """Pickle as the arguments it was made with; the app is the one of the reading process."""
         return super().__reduce__(args, dict(self._arguments, url=self.url, **(kwargs or {})))
 
+    def metrics(self) -> Metrics:
+        """Return what this process has done so far, for all equal backends of the app.
+
+        Costs some microseconds, and no I/O. Closing the backend does not reset the counts.
+        """
+        return self._layouts.metrics(self._layout_key)
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.as_uri(include_password=False)}>"
 
     # -- storing -----------------------------------------------------------------------------
 
     def on_task_call(self, producer: Any, task_id: str) -> Meta:
-        """Note that a task is about to be sent. Does no I/O."""
+        """Note that a task is about to be sent.
+
+        With ``track_sent`` that is published, on the connection that sends the task; nothing is
+        waited for. Without it this does no I/O.
+        """
         task_id = bytes_to_str(task_id)
         current = self.app.current_worker_task
         # A task that is retried or replaced stays the task of the one who sent it first.
         if current is None or current.request.id != task_id:
             self.layout.note_sent(task_id)
+        if self.options.track_sent and self._sends_to_us(producer):
+            self.layout.mark_sent(
+                producer.connection,
+                tracking.mark(task_id, tracking.SENT, _clock.now(), self._expiration),
+            )
         return {}
+
+    def _sends_to_us(self, producer: Any) -> bool:
+        """Return whether *producer* is connected to the broker that keeps the results."""
+        connection = producer.connection
+        return (
+            transports.is_amqp(connection)
+            and connection.virtual_host == self._place.virtual_host
+            and (
+                connection.host == self._place.host
+                or connection.as_uri(include_password=True) in (self._place.alt or ())
+            )
+        )
+
+    @functools.cached_property
+    def _place(self) -> kombu.Connection:
+        """Where the results are; a connection that is never opened."""
+        return self.app.connection_for_write(self._url.broker)
 
     def _store_result(
         self,
@@ -289,22 +345,53 @@ class AMQPBackend(NativeChords, Celery4API):
             DeclarationRefused: when something on the broker exists with other properties.
         """
         task_id = bytes_to_str(task_id)
+        try:
+            self._store(task_id, result, state, traceback, request)
+        except errors.ResultTooLarge as exc:
+            # Of a SUCCESS, Celery stores a FAILURE with this error. Of a failure that is too large
+            # itself something has to be known as well: whoever waits must not wait for ever.
+            if not is_final(state) or state == states.SUCCESS:
+                raise
+            logger.error("task %s ended with %s, which is stored without details", task_id, exc)
+            self._store(task_id, exc, state, None, request, brief=True)
+        return result
+
+    def _store(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: Any,
+        request: Any,
+        brief: bool = False,
+    ) -> None:
+        """Publish a state; a *brief* one without the arguments of the task, which may be long."""
         layout = self.layout
+        if brief:
+            result = self.encode_result(result, state)
         meta = self._get_result_meta(result, state, traceback, request)
         meta["task_id"] = task_id
+        if brief:
+            meta.update({name: None for name in ("args", "kwargs") if name in meta})
         message = self._encode_state(
-            task_id, state, layout.shape(meta), STATE, self._expiration_of(state)
+            task_id, state, layout.shape(meta), STATE, self._expiration_of(state, request)
         )
         client = _client_of(request)
-        if not is_final(state) or not self._publish_with_part(task_id, message, client):
+        stored = layout.detach(message)
+        if not is_final(state) or not self._publish_with_part(task_id, message, stored, client):
             layout.publish(
-                message,
+                stored,
                 client,
                 getattr(request, "group", None),
                 # ABORTED as well: who asked a task to stop relies on it.
                 is_final(state) or state == ABORTED,
             )
-        return result
+        if self.options.track_sent and is_final(state):
+            # Its loss would do little harm: it is not waited for.
+            expiration = tracking.ended_expiration(message.expiration)
+            self.layout.mark(
+                [tracking.mark(task_id, tracking.ENDED, _clock.now(), expiration)], False
+            )
 
     def _get_result_meta(
         self,
@@ -363,7 +450,13 @@ class AMQPBackend(NativeChords, Celery4API):
             kind,
         )
 
-    def _expiration_of(self, state: str) -> Optional[int]:
+    def _expiration_of(self, state: str, request: Any = None) -> Optional[int]:
+        """Return the milliseconds after which a state expires, ``None`` for never."""
+        for where, seconds in _own_expiries(self.app, request):
+            try:
+                return expiry.milliseconds(seconds)
+            except ValueError as exc:
+                self._complain(f"{where} is of no use, and result_expires applies: {exc}")
         if state == states.FAILURE:
             return self._failure_expiration
         if state in states.READY_STATES or self._failure_expiration is None:
@@ -372,6 +465,12 @@ class AMQPBackend(NativeChords, Celery4API):
         if self._expiration is None:
             return self._failure_expiration
         return min(self._expiration, self._failure_expiration)
+
+    def _complain(self, text: str) -> None:
+        """Log a mistake of the user's once."""
+        if text not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
+            self._complaints.add(text)
+            logger.warning("%s", text)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether trying again may help: the broker is away, not unwilling."""
@@ -383,10 +482,19 @@ class AMQPBackend(NativeChords, Celery4API):
     # -- reading -----------------------------------------------------------------------------
 
     def _decode_state(self, state: StateMessage) -> Meta:
-        meta: Meta = self.meta_from_decoded(self._codec.decode(state))
-        if meta["status"] in states.PROPAGATE_STATES:
+        meta = self._codec.decode(self._complete(state))
+        try:
+            decoded: Meta = self.meta_from_decoded(meta)
+        except SecurityError:
+            # Celery's own: the exception is something else that could be called.
+            raise
+        except Exception as exc:
+            raise errors.ForeignMessage(
+                f"the {state.state} of {state.id!r} has no exception as its result: {exc!r:.300}"
+            ) from exc
+        if decoded["status"] in states.PROPAGATE_STATES:
             self._failed[state.id] = None
-        return meta
+        return decoded
 
     def is_cached(self, task_id: str) -> bool:
         """Return whether this process knows how a task has ended.
@@ -395,6 +503,31 @@ class AMQPBackend(NativeChords, Celery4API):
         are not in the cache itself, as a task that is delivered again may still succeed.
         """
         return task_id in self._cache or task_id in self._failed
+
+    def _complete(self, state: StateMessage) -> StateMessage:
+        """Return *state* with its body, which may be kept elsewhere.
+
+        Raises:
+            ResultExpired: when the body is gone.
+            LookupTimeout, BackendUnavailable: when it could not be read.
+        """
+        if state.body_queue is None:
+            return state
+        complete = self.layout.fetch(state)
+        if complete is None:
+            raise errors.ResultExpired(
+                f"the {state.state} of {state.id!r} is gone from the queue {state.body_queue!r}: "
+                "it has expired or was forgotten, or somebody deleted the queue"
+            )
+        return complete
+
+    def _decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
+        """Return the meta of *state*, or ``None`` where its body is gone."""
+        try:
+            return self._decode_state(state)
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+            return None
 
     def _get_task_meta_for(self, task_id: str) -> Meta:
         """Return the meta of a task; of one that nothing is known of, a pending one.
@@ -408,20 +541,44 @@ class AMQPBackend(NativeChords, Celery4API):
         """
         task_id = bytes_to_str(task_id)
         state = self.layout.poll((task_id,))[task_id]
-        if state is None:
+        meta = None if state is None else self._decode_if_kept(state)
+        if meta is None:
             return {"status": states.PENDING, "result": None}
-        meta = self._decode_state(state)
         self._settle_after_reading(meta)
         return meta
 
     def task_result_exists(self, task_id: str) -> bool:
-        """Return whether a state of the task is kept."""
+        """Return whether a state of the task is kept, or with ``track_sent`` it was sent.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
+        return self.fate(task_id).status in ("stored", "sent")
+
+    def fate(self, task_id: str) -> tracking.Fate:
+        """Return what is known of a task: with ``track_sent``, also where no state is kept.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
         task_id = bytes_to_str(task_id)
-        return self.layout.poll((task_id,))[task_id] is not None
+        state = self.layout.poll((task_id,))[task_id]
+        mark = None
+        if state is None and self.options.track_sent:
+            mark = self.layout.last_mark(task_id)
+            if mark is not None and mark.state == tracking.ENDED:
+                # The state came before, and may still be on its way to the inbox.
+                state = self.layout.kept(task_id)
+        return tracking.Fate.read(state, mark)
 
     def _forget(self, task_id: str) -> None:
         self._failed.pop(task_id, None)
-        self.layout.forget((bytes_to_str(task_id),))
+        task_id = bytes_to_str(task_id)
+        self.layout.forget((task_id,))
+        if self.options.track_sent:
+            self.layout.mark(
+                [tracking.mark(task_id, tracking.FORGOTTEN, _clock.now(), self._expiration)], True
+            )
 
     def cleanup(self) -> None:
         """Do nothing: the broker drops what has expired."""
@@ -460,7 +617,7 @@ class AMQPBackend(NativeChords, Celery4API):
             for update in updates:
                 if on_message is not None:
                     for state in update.states:
-                        on_message(self._decode_state(state))
+                        self._call(on_message, state)
                 if update.final is not None:
                     yield update.task_id, update.final
 
@@ -500,7 +657,15 @@ class AMQPBackend(NativeChords, Celery4API):
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
                     raise _timed_out(timeout, len(follower.pending), len(ids))
-                yield from follower.step(deadline, max(0.0, next_interval - now))
+                try:
+                    updates = follower.step(deadline, max(0.0, next_interval - now))
+                except errors.BackendUnavailable as exc:
+                    refused = exc.__cause__ is not None and connections.is_refusal(exc.__cause__)
+                    if refused or not connections.is_over(deadline):
+                        raise
+                    # Reaching the broker has taken all the time there was.
+                    raise _timed_out(timeout, len(follower.pending), len(ids)) from exc
+                yield from updates
                 if time.monotonic() >= next_check and follower.pending:
                     # A chord whose last worker died before it fired has nobody else.
                     for task_id in list(follower.pending):
@@ -566,6 +731,11 @@ class AMQPBackend(NativeChords, Celery4API):
             self._decode_state,
             wanted,
         )
+
+    def _call(self, on_message: Callable[[Meta], Any], state: StateMessage) -> None:
+        meta = self._decode_if_kept(state)
+        if meta is not None:
+            on_message(meta)
 
     def wait_for(
         self,
@@ -777,8 +947,17 @@ class AMQPBackend(NativeChords, Celery4API):
         group = self.layout.read_group(group_id)
         if group is None:
             return None
-        meta = self._codec.decode(group)
-        meta["result"] = result_from_tuple(meta["result"], self.app)
+        try:
+            meta = self._codec.decode(self._complete(group))
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+            return None
+        try:
+            meta["result"] = result_from_tuple(meta["result"], self.app)
+        except Exception as exc:
+            raise errors.ForeignMessage(
+                f"the group {group_id!r} has no members as its result: {exc!r:.300}"
+            ) from exc
         return meta
 
     def _delete_group(self, group_id: str) -> None:
@@ -838,6 +1017,19 @@ def _choose_layout(app: Any, url: options.ResultURL, wanted: Optional[str]) -> s
     return "per-task"
 
 
+def _check_tracking(app: Any, url: options.ResultURL, layout: str) -> None:
+    if layout != "shared":
+        raise errors.InvalidOption(
+            f"the option 'track_sent' needs the layout 'shared', and the layout is {layout!r}"
+        )
+    here, there = app.connection_for_write(), app.connection_for_write(url.broker)
+    if (here.host, here.virtual_host) != (there.host, there.virtual_host):
+        raise errors.InvalidOption(
+            "the option 'track_sent' needs results on the broker of the tasks, since the marks go "
+            f"with these; here results go to {url.sanitized()} and tasks elsewhere"
+        )
+
+
 def _compression_of(backend: Any) -> Optional[str]:
     """Return kombu's name of the compression of results, or ``None``.
 
@@ -873,14 +1065,27 @@ def _client_of(request: Any) -> str:
 
 def _milliseconds(name: str, seconds: Optional[float]) -> Optional[int]:
     """Return an expiration in milliseconds, ``None`` for never."""
-    if not seconds:
-        return None
-    if not 0 < seconds <= MAX_EXPIRES:
-        raise ImproperlyConfigured(
-            f"{name} is {seconds!r} seconds; RabbitMQ takes up to {MAX_EXPIRES} (49 days). Use 0 "
-            "or None to keep results until they are forgotten."
-        )
-    return max(1, int(seconds * 1000))
+    try:
+        return expiry.milliseconds(seconds)
+    except ValueError as exc:
+        raise ImproperlyConfigured(f"{name}: {exc}") from None
+
+
+def _own_expiries(app: Any, request: Any) -> Iterator[Tuple[str, Any]]:
+    """Yield what a task says of its own expiry, and where; what counts more comes first."""
+    if request is None:
+        return
+    # A header of the message becomes an attribute; of a task that is called eagerly it does not.
+    own = getattr(request, expiry.NAME, _NOT_GIVEN)
+    if own is _NOT_GIVEN:
+        own = (getattr(request, "headers", None) or {}).get(expiry.NAME, _NOT_GIVEN)
+    if own is not _NOT_GIVEN:
+        yield f"the header {expiry.NAME!r} of a task", own
+    name = getattr(request, "task", None)
+    task = app.tasks.get(name) if isinstance(name, str) else None
+    own = getattr(task, expiry.NAME, _NOT_GIVEN)
+    if own is not _NOT_GIVEN:
+        yield f"the attribute {expiry.NAME!r} of the task {name}", own
 
 
 def _timed_out(timeout: Optional[float], missing: int, total: int) -> TimeoutError:

@@ -1,9 +1,9 @@
 """From the threads of the backend to an event loop.
 
 There is one :class:`Bridge` for each pair of an event loop and a layout, however many coroutines
-wait. A thread of it, the *driver*, follows all their tasks together: it looks them up in batches,
-and hands what is new to the loop. What else blocks runs on a few threads that all bridges share.
-Nothing blocks the loop.
+wait. A thread of it, the *driver*, follows all their tasks together, and hands what is new to the
+loop. What blocks, look-ups above all, runs on a few threads that all bridges share, in batches. So
+nothing blocks the loop, and a look-up that takes long holds up nobody but who asked for it.
 
 A bridge lives while somebody waits, and a few seconds longer.
 """
@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 LINGER = 5.0
 
 #: Threads for what blocks, at most, in the process.
-MAX_THREADS = 4
+MAX_THREADS = 8
 
 #: How long the body of a chord is waited for until the chord is looked at, in seconds; doubled each
 #: time, up to the last.
@@ -93,6 +93,15 @@ class _Threads:
 
 _threads = _Threads()
 os.register_at_fork(after_in_child=_threads.reset)
+
+
+def _submit(function: Callable[..., Any], *args: Any) -> None:
+    """Call *function* on one of these threads."""
+    try:
+        _threads.get().submit(function, *args)
+    except RuntimeError:
+        # The interpreter is about to end, and has no threads to spare any more.
+        function(*args)
 
 
 async def run_blocking(function: Callable[..., _T], *args: Any) -> _T:
@@ -158,7 +167,7 @@ class _Driver:
             if self._follower is None:
                 if not add:
                     return
-                self._follower = self._layout.follower()
+                self._follower = self._layout.follower(_submit)
                 self.running = True
                 threading.Thread(
                     target=self._run,

@@ -27,7 +27,7 @@ from celery import states
 from celery.backends.base import Backend
 from kombu.utils.encoding import bytes_to_str
 
-from celery_amqp_results import errors, producer
+from celery_amqp_results import consumer, errors, producer
 from celery_amqp_results.per_task_layout import BACKLOG_LIMIT, NoCacheQueue, Wire
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Celery4API(Backend):
 
     Exchange: ClassVar[Type[producer.Exchange]] = producer.Exchange
     Producer: ClassVar[Type[producer.Producer]] = producer.Producer
-    Consumer: ClassVar[Type[kombu.Consumer]] = kombu.Consumer
+    Consumer: ClassVar[Type[consumer.Consumer]] = consumer.Consumer
     #: The queue that is declared each time that it is used.
     Queue: ClassVar[Type[NoCacheQueue]] = NoCacheQueue
 

@@ -40,11 +40,12 @@ twice has one result all the same, since the first one counts.
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import threading
 import time
 import uuid
-from typing import Callable, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -180,7 +181,7 @@ class Chords:
             BackendUnavailable, ResultTooLarge: see
                 :meth:`~celery_amqp_results.publisher.Publisher.publish`.
         """
-        if not self._publisher.confirmed(receipt):
+        if not self._publisher.wait_for(receipt):
             self._complain(group_id)
 
     def publish_plan(self, plan: StateMessage, size: int, announced: Optional[int]) -> bool:
@@ -378,9 +379,8 @@ class Chords:
             found: List[int] = []
 
             def on_message(message: amqp.Message, found: List[int] = found) -> None:
-                size = (message.properties.get("application_headers") or {}).get(SIZE_HEADER)
-                if isinstance(size, int):
-                    found.append(size)
+                with contextlib.suppress(errors.ForeignMessage):
+                    found.append(_size_of(message.properties))
 
             try:
                 with self._pool.link() as link:
@@ -450,19 +450,25 @@ class _Gathering:
             if kind == meta.PART:
                 state = StateMessage.from_properties(properties, message.body)
                 index = properties["application_headers"].get(INDEX_HEADER)
+                if index is not None and type(index) is not int:
+                    raise errors.ForeignMessage(f"header {INDEX_HEADER!r} is {index!r:.100}")
                 # The first one of a task counts, whatever it returned when it ran again.
                 self._parts.setdefault((state.id, index), Part(state.id, index, state))
             elif kind == meta.PLAN:
                 # A chord that was frozen and is sent again has a new plan.
-                self._plan = StateMessage.from_properties(properties, message.body)
-                self._size = int(properties["application_headers"][SIZE_HEADER])
+                plan = StateMessage.from_properties(properties, message.body)
+                self._size, self._plan = _size_of(properties), plan
             elif kind == MORE:
-                self._more.add(str(properties.get("message_id")))
+                if not properties.get("message_id"):
+                    raise errors.ForeignMessage("a task that was added has no 'message_id'")
+                self._more.add(properties["message_id"])
             elif kind == FIRING:
                 self._attempted = True
-        except (errors.ForeignMessage, KeyError, TypeError, ValueError) as exc:
+            elif kind not in (PAD, SIZE):
+                raise errors.ForeignMessage(f"property 'type' is {kind!r}, unknown in a chord")
+        except errors.ForeignMessage as exc:
             logger.warning(
-                "ignored a foreign or damaged message in %s: %r", self.checkout.queue, exc
+                "ignored a foreign or damaged message in %s: %s", self.checkout.queue, exc
             )
 
     def result(self) -> Optional[Gathered]:
@@ -483,6 +489,14 @@ class _Gathering:
         self.checkout.channel.basic_publish(
             amqp.Message(message.body, **message.properties), routing_key=message.routing_key
         )
+
+
+def _size_of(properties: Mapping[str, Any]) -> int:
+    headers = properties.get("application_headers")
+    size = headers.get(SIZE_HEADER) if isinstance(headers, Mapping) else None
+    if type(size) is not int or size < 0:
+        raise errors.ForeignMessage(f"header {SIZE_HEADER!r} is {size!r:.100}, not a size")
+    return size
 
 
 def _drain(checkout: Checkout, deadline: float) -> bool:

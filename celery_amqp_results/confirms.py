@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import amqp
 import amqp.exceptions
@@ -62,7 +62,8 @@ class ConfirmChannel:
         self._tag = 0
         #: By delivery tag, in the order of publishing.
         self.unconfirmed: Dict[int, Outgoing] = {}
-        self.nacked: Set[int] = set()
+        #: What the broker has refused, by delivery tag.
+        self.nacked: Dict[int, Outgoing] = {}
         #: Shards that were declared here and are not confirmed yet, with their generation and the
         #: tag of the message that followed.
         self.requested: Dict[int, Tuple[int, int]] = {}
@@ -101,18 +102,17 @@ class ConfirmChannel:
     def _on_nack(self, tag: int, multiple: bool) -> None:
         self.nacked.update(self._settle(tag, multiple))
 
-    def _settle(self, tag: int, multiple: bool) -> List[int]:
+    def _settle(self, tag: int, multiple: bool) -> Dict[int, Outgoing]:
         if not multiple:
-            return [tag] if self.unconfirmed.pop(tag, None) is not None else []
+            message = self.unconfirmed.pop(tag, None)
+            return {} if message is None else {tag: message}
         # Keys are in ascending order.
         settled = []
         for key in self.unconfirmed:
             if key > tag:
                 break
             settled.append(key)
-        for key in settled:
-            del self.unconfirmed[key]
-        return settled
+        return {key: self.unconfirmed.pop(key) for key in settled}
 
     def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
         # It comes before its confirm. Of several with the same key any will do.
@@ -122,9 +122,19 @@ class ConfirmChannel:
                 self.returned.append(outgoing)
                 return
 
-    def wait(self, tags: Sequence[int]) -> None:
-        """Wait until the broker has settled *tags*."""
-        patience = time.monotonic() + CONFIRM_TIMEOUT
+    def wait(self, tags: Sequence[int], deadline: Optional[float] = None) -> None:
+        """Wait until the broker has settled *tags*.
+
+        Parameters:
+            tags: delivery tags.
+            deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
+                publishers; ``None`` for when the connection is taken for dead.
+
+        Raises:
+            NotConfirmed: when it has not done so in time.
+        """
+        started = time.monotonic()
+        patience = started + CONFIRM_TIMEOUT
         # The oldest last: each is looked for until it is settled, and not again.
         waiting = list(reversed(tags))
         while True:
@@ -132,10 +142,21 @@ class ConfirmChannel:
                 waiting.pop()
             if not waiting:
                 return
-            self._take_in(1.0)
+            self._take_in(connections.time_left(deadline, 1.0))
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                why = ""
+                if self.link.blocked:
+                    why = (
+                        f": the broker blocks publishers ({self.link.blocked}: a memory or disk "
+                        "alarm)"
+                    )
+                raise errors.NotConfirmed(
+                    f"no confirm from the broker within {now - started:.1f} s{why}"
+                )
             if self.link.blocked:
-                patience = time.monotonic() + CONFIRM_TIMEOUT
-            elif time.monotonic() > patience:
+                patience = now + CONFIRM_TIMEOUT
+            elif now > patience:
                 raise errors.NotConfirmed(
                     f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s"
                 )

@@ -23,9 +23,9 @@ import kombu
 from amqp import exceptions as amqp_errors
 from amqp import spec
 
-from celery_amqp_results import errors, options
+from celery_amqp_results import errors, frames, options
 
-__all__ = ("TRANSIENT", "Connector", "Link", "Pool", "is_refusal", "time_left")
+__all__ = ("TRANSIENT", "Connector", "Link", "Pool", "is_over", "is_refusal", "time_left")
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,11 @@ def time_left(deadline: Optional[float], at_most: float) -> float:
     if deadline is None:
         return at_most
     return max(0.0, min(at_most, deadline - time.monotonic()))
+
+
+def is_over(deadline: Optional[float]) -> bool:
+    """Return whether *deadline* (``time.monotonic``) is over; ``None`` never is."""
+    return deadline is not None and time.monotonic() >= deadline
 
 
 class _Received:
@@ -137,12 +142,15 @@ class Link:
         #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
         self.blocked: Optional[str] = None
         self.idle_since = 0.0
+        #: Which of the connector's hosts it leads to, see :meth:`Connector.leave`.
+        self.host = 0
         #: A channel for publishing that its users keep open between uses.
         self.publishing: Any = None
         # Bounds every read and write that sets no shorter bound of its own, so that a broker that
         # stops answering is an error and not a hang.
         self.socket.settimeout(IO_TIMEOUT)
         self._received = _Received(established.transport)
+        established.on_inbound_frame = frames.tolerant(established.on_inbound_frame)
         # gevent and eventlet replace DefaultSelector.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
@@ -341,9 +349,19 @@ class Connector:
         self._make = make
         self.policy = policy
         self.describe = describe
+        #: Number of the host that is tried first, counted over all rounds through the hosts.
+        self._host = 0
+
+    def leave(self, link: Link) -> None:
+        """Try other hosts first from now on: *link* has failed.
+
+        A node that is cut off from its cluster takes connections, and does nothing on them.
+        """
+        if link.host == self._host:
+            self._host += 1
 
     def open_once(self, heartbeat: float, deadline: Optional[float] = None) -> Link:
-        """Open a connection, trying each host of the URL once.
+        """Open a connection, trying each host of the URL once, first the one that answered last.
 
         Parameters:
             heartbeat: seconds between heartbeats; 0 for none.
@@ -355,6 +373,9 @@ class Connector:
         """
         connection = self._make(heartbeat)
         hosts = max(1, len(connection.alt or ()))
+        first = self._host
+        for _ in range(first % hosts):
+            connection.maybe_switch_next()
         for attempt in range(hosts):
             timeout = connection.connect_timeout or CONNECT_TIMEOUT
             connection.connect_timeout = max(0.1, time_left(deadline, timeout))
@@ -368,10 +389,11 @@ class Connector:
                         "Check user, password, virtual host and permissions in the result backend "
                         "URL."
                     ) from exc
-                if attempt + 1 == hosts or (deadline is not None and time.monotonic() >= deadline):
+                if attempt + 1 == hosts or is_over(deadline):
                     raise
                 connection.maybe_switch_next()
                 continue
+            self._host = link.host = first + attempt
             return link
         raise AssertionError("unreachable")  # pragma: no cover
 
@@ -380,7 +402,8 @@ class Connector:
 
         Parameters:
             heartbeat: seconds between heartbeats; 0 for none.
-            deadline: time (``time.monotonic``) after which to give up.
+            deadline: time (``time.monotonic``) after which to give up; not before, unless the
+                retry policy says so.
 
         Raises:
             BackendUnavailable: when the broker could not be reached, or refuses us.
@@ -394,14 +417,13 @@ class Connector:
             except TRANSIENT as exc:
                 attempt += 1
                 pause = self.policy.pause(attempt)
-                now = time.monotonic()
-                if pause is None or (deadline is not None and now + pause >= deadline):
+                if pause is None or is_over(deadline):
                     raise errors.BackendUnavailable(
                         f"the broker at {self.describe()} cannot be reached after {attempt} "
                         f"tries: {exc!r}. Is RabbitMQ running there, and is the result backend "
                         "URL right?"
                     ) from exc
-                time.sleep(pause)
+                time.sleep(time_left(deadline, pause))
 
 
 class Pool:
@@ -446,8 +468,10 @@ class Pool:
         link = self._take() or self._connector.open(self._heartbeat, deadline)
         try:
             yield link
-        except BaseException:
+        except BaseException as exc:
             link.drop()
+            if isinstance(exc, TRANSIENT):
+                self._connector.leave(link)
             raise
         self._put(link)
 

@@ -24,10 +24,16 @@ REASSERT_SECONDS = 60.0
 
 
 class Declarations:
-    """Remembers what of a topology this process has declared. Thread-safe."""
+    """Remembers what of a topology this process has declared. Thread-safe.
 
-    def __init__(self, topology: Topology) -> None:
+    Parameters:
+        topology: names and queue arguments.
+        declare: whether the exchange and the shards are declared here; else they have to be there.
+    """
+
+    def __init__(self, topology: Topology, declare: bool = True) -> None:
         self.topology = topology
+        self.declare = declare
         self._lock = threading.Lock()
         self._exchange = False
         #: When each shard was declared, by ``time.monotonic``.
@@ -44,12 +50,22 @@ class Declarations:
         """Declare the exchange, if this process has not.
 
         Raises:
-            DeclarationRefused: when it exists with other properties.
+            DeclarationRefused: when it exists with other properties, or does not exist and is not
+                to be declared here.
         """
         if self._exchange:
             return
         generation = self.generation
         topology = self.topology
+        if not self.declare:
+            try:
+                # This needs no permission.
+                channel.exchange_declare(topology.exchange, "topic", passive=True)
+            except amqp_errors.NotFound as exc:
+                raise self.missing(f"exchange {topology.exchange!r}") from exc
+            with self._lock:
+                self._exchange = generation == self.generation
+            return
         try:
             channel.exchange_declare(
                 topology.exchange,
@@ -94,6 +110,14 @@ class Declarations:
         """Whether the exchange was declared or checked by this process."""
         return self._exchange
 
+    def missing(self, what: str) -> errors.DeclarationRefused:
+        """Return the error for something that others should have declared."""
+        return errors.DeclarationRefused(
+            f"the broker has no {what}, and the option 'declare' is false. Somebody who may has to "
+            "declare what results need: 'python -m celery_amqp_results.definitions' prints it for "
+            "'rabbitmqctl import_definitions'."
+        )
+
     def request_shard(self, channel: Any, shard: int) -> int:
         """Ask for the queue of *shard* to be declared and bound.
 
@@ -108,6 +132,10 @@ class Declarations:
         generation = self.generation
         topology = self.topology
         spec = topology.shard_queue(shard)
+        if not self.declare:
+            # It has to be there. This needs no permission.
+            channel.queue_declare(spec.name, passive=True, nowait=True)
+            return generation
         channel.queue_declare(
             spec.name,
             durable=spec.durable,
@@ -131,6 +159,8 @@ class Declarations:
 
     def refusal(self, exc: BaseException) -> Optional[errors.DeclarationRefused]:
         """Return the error to raise for *exc*, or ``None`` if it is not about a declaration."""
+        if not self.declare and isinstance(exc, amqp_errors.NotFound):
+            return self.missing(f"exchange or queue that results need ({exc})")
         # What a precondition failed of otherwise is the size of a message.
         if not isinstance(exc, amqp_errors.PreconditionFailed) or "inequivalent arg" not in str(
             exc

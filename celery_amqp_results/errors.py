@@ -12,7 +12,8 @@
     ValueError
      +-- ForeignMessage             a message in our queues that is not ours, or is damaged
     celery.exceptions.BackendError
-     +-- ResultTooLarge             the broker refuses a message of this size
+     +-- ResultTooLarge             the broker refuses a message of this size; an EncodeError too
+     +-- ResultExpired              of a large result only the pointer is left
      +-- BacklogLimitExceeded       too many states of one task in the layout per-task
     celery.exceptions.TimeoutError and asyncio.TimeoutError
      +-- WaitTimeout                a task did not end in time; raised by celery_amqp_results.aio
@@ -25,9 +26,10 @@ All of them survive pickling: task errors travel between processes.
 from __future__ import annotations
 
 import asyncio
+from typing import Optional
 
 from celery.exceptions import BackendError, ImproperlyConfigured, TimeoutError
-from kombu.exceptions import OperationalError
+from kombu.exceptions import EncodeError, OperationalError
 
 __all__ = (
     "BackendUnavailable",
@@ -37,6 +39,7 @@ __all__ = (
     "InvalidOption",
     "LookupTimeout",
     "NotConfirmed",
+    "ResultExpired",
     "ResultTooLarge",
     "Unsupported",
     "WaitTimeout",
@@ -73,8 +76,22 @@ class ForeignMessage(ValueError):
     """Raised when a message is not one of ours, or is damaged."""
 
 
-class ResultTooLarge(BackendError):
-    """Raised when the broker refuses a result because of its size."""
+class ResultTooLarge(BackendError, EncodeError):
+    """Raised when the broker refuses a result because of its size.
+
+    To Celery that is a result that cannot be encoded: the task fails with this error.
+    """
+
+    #: Bytes of the encoded result, and how many the broker takes, where that is known.
+    size: Optional[int] = None
+    limit: Optional[int] = None
+
+
+class ResultExpired(BackendError):
+    """Raised when a large result ends while it is being read: it expired, or was forgotten.
+
+    What asks for the state of a task says PENDING then, as of any other that has expired.
+    """
 
 
 class BacklogLimitExceeded(BackendError):

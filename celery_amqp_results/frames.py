@@ -1,4 +1,4 @@
-"""The frames of ``basic.publish``, built in one go.
+"""The frames of ``basic.publish``, built in one go; and what py-amqp cannot read, made readable.
 
 py-amqp serialises any method with any properties, which takes 100 microseconds a message. A state
 has few properties, and always the same: so built by hand the same bytes take a tenth of that.
@@ -8,10 +8,18 @@ This module does no I/O; its tests read what it makes with py-amqp.
 from __future__ import annotations
 
 import functools
+import logging
 import struct
-from typing import Any, List, Mapping
+from typing import Any, Callable, List, Mapping, Tuple
 
-__all__ = ("publish_frames",)
+from amqp.exceptions import UnexpectedFrame
+
+__all__ = ("UNREADABLE", "publish_frames", "tolerant")
+
+logger = logging.getLogger(__name__)
+
+#: How the property ``type`` begins of a message whose properties py-amqp cannot read.
+UNREADABLE = "unreadable properties: "
 
 _FRAME = struct.Struct(">BHI")
 _END = b"\xce"
@@ -131,3 +139,39 @@ def publish_frames(
         piece = body[start : start + room]
         parts += (_FRAME.pack(_BODY, channel, len(piece)), piece, _END)
     return b"".join(parts)
+
+
+Frame = Tuple[int, int, Any]
+
+
+def tolerant(on_frame: Callable[[Frame], bool]) -> Callable[[Frame], bool]:
+    """Return *on_frame*, py-amqp's handler of frames, made to outlive messages of other programs.
+
+    RabbitMQ passes on what a publisher says in bytes that are no UTF-8, in times that are no
+    dates, and in tables in tables in tables. py-amqp raises at that, in the middle of reading a
+    connection: one such message in a queue would end every reader of it.
+
+    A message whose properties cannot be read has only a ``type``, which begins with
+    :data:`UNREADABLE`. One whose routing key cannot be read is not seen at all.
+    """
+
+    def handle(frame: Frame) -> bool:
+        kind, channel, payload = frame
+        try:
+            return on_frame(frame)
+        except Exception as exc:
+            if kind == _HEADER:
+                # Class, weight and size of the body, and then one property.
+                kept = bytes(payload[: _CONTENT.size])
+                why = f"{UNREADABLE}{exc!r:.100}".encode("ascii", "backslashreplace").decode()
+                try:
+                    return on_frame((kind, channel, kept + _properties({"type": why[:255]})))
+                except UnexpectedFrame:
+                    # The header was not at fault: the message has no body, and was handled.
+                    pass
+            if kind not in (_HEADER, _BODY) or not isinstance(exc, UnicodeDecodeError):
+                raise
+            logger.warning("passed over a message with an unreadable routing key: %r", exc)
+            return True
+
+    return handle

@@ -185,6 +185,11 @@ class Inbox:
         self.received = 0
         self.rejected = 0
 
+    @property
+    def waited_for(self) -> int:
+        """How many tasks somebody waits for."""
+        return len(self._waiters)
+
     # -- what the process does -------------------------------------------------------------
 
     def note_sent(self, task_id: str) -> None:
@@ -415,6 +420,7 @@ class Inbox:
                 self._lose(exc)
                 if session is not None:
                     session.drop()
+                    self._connector.leave(session.link)
                 if self._closing:
                     break
                 attempt += 1
@@ -503,7 +509,10 @@ class Inbox:
 
     def _receive(self, message: amqp.Message) -> None:
         try:
-            state = StateMessage.from_properties(message.properties, message.body)
+            state = meta.dated(
+                StateMessage.from_properties(message.properties, message.body),
+                time.time_ns() // 1000,
+            )
         except errors.ForeignMessage as exc:
             self.rejected += 1
             level = logging.WARNING if self.rejected == 1 else logging.DEBUG
@@ -535,6 +544,7 @@ class _Session:
             self._set_up()
         except BaseException:
             self.link.drop()
+            inbox._connector.leave(self.link)
             raise
 
     def _set_up(self) -> None:

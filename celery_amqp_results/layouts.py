@@ -6,6 +6,7 @@ as Celery 4 had. The backend turns Celery's calls into these few.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from typing import (
@@ -19,10 +20,12 @@ from typing import (
     Mapping,
     Optional,
     Protocol,
+    Sequence,
 )
 
 from celery_amqp_results.chord import Chords
 from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.waiting import Update
 from celery_amqp_results.watching import Tap
 
@@ -66,6 +69,9 @@ class Layout(Protocol):
     #: Collects the parts of chords; ``None`` where a task has to poll for them.
     chords: Optional[Chords]
 
+    def metrics(self) -> Metrics:
+        """Return what was done so far."""
+
     def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what of a meta is written."""
 
@@ -77,6 +83,24 @@ class Layout(Protocol):
     ) -> None:
         """Publish a state; of a *final* one, return only when the broker has it."""
 
+    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+        """Publish a mark on a connection that sends tasks. Waits for nothing."""
+
+    def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
+        """Publish marks."""
+
+    def last_mark(self, task_id: str) -> Optional[StateMessage]:
+        """Return the last mark of a task, or ``None``."""
+
+    def kept(self, task_id: str) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, whatever was pushed of it."""
+
+    def detach(self, state: StateMessage) -> StateMessage:
+        """Return *state*, or a pointer to its body where that is large and kept elsewhere now."""
+
+    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+        """Return the state that a pointer stands for, or ``None`` where the body is gone."""
+
     def poll(
         self, ids: Collection[str], backlog_limit: Optional[int] = None
     ) -> Dict[str, Optional[StateMessage]]:
@@ -86,8 +110,12 @@ class Layout(Protocol):
             backlog_limit: how many states of one task are fast-forwarded, where that is limited.
         """
 
-    def follower(self) -> Following:
-        """Return a follower of no tasks yet."""
+    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
+        """Return a follower of no tasks yet.
+
+        Parameters:
+            submit: calls a function with arguments on another thread, where tasks may be looked up.
+        """
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
         """Return a tap of everything that is published.
@@ -133,6 +161,8 @@ class LayoutRegistry:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._layouts: Dict[Hashable, Layout] = {}
+        #: What layouts that were closed have done.
+        self._past: Dict[Hashable, Metrics] = {}
 
     def get(self, key: Hashable, make: Callable[[], Layout]) -> Layout:
         """Return the layout for *key*, which *make* makes where there is none."""
@@ -150,7 +180,20 @@ class LayoutRegistry:
     def pop(self, key: Hashable) -> Optional[Layout]:
         """Take out the layout for *key*, to be closed, or return ``None`` if there is none."""
         with self._lock:
-            return self._layouts.pop(key, None)
+            layout = self._layouts.pop(key, None)
+            if layout is not None:
+                done = dataclasses.replace(layout.metrics(), waiting=0)
+                self._past[key] = Metrics.total((self._past.get(key, Metrics()), done))
+        return layout
+
+    def metrics(self, key: Hashable) -> Metrics:
+        """Return what the layouts for *key* have done in this process."""
+        if self._pid != os.getpid():
+            self.reset()
+        with self._lock:
+            past = self._past.get(key, Metrics())
+            layout = self._layouts.get(key)
+            return past if layout is None else Metrics.total((past, layout.metrics()))
 
     def close(self, wait: bool = True) -> None:
         """Close all layouts, unless they are another process's."""

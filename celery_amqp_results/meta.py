@@ -8,11 +8,16 @@ at once, or a late STARTED change nothing. This module does no I/O.
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import dataclasses
+import importlib
+import lzma
 import reprlib
 import threading
 import time
-from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
+import zlib
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
 from celery import states
 from kombu import compression as kombu_compression
@@ -32,6 +37,8 @@ __all__ = (
 #: Kinds of messages in a shard, in the property ``type``.
 STATE = "state"
 GROUP = "group"
+#: What became of a task, see :mod:`~celery_amqp_results.tracking`.
+MARK = "mark"
 #: Kinds of messages in the queue of a chord: what its header task returned, and what is to be done.
 PART = "part"
 PLAN = "plan"
@@ -44,12 +51,27 @@ STATE_HEADER = "state"
 ID_HEADER = "id"
 #: Header with the content type of kombu's compression; the name is kombu's.
 COMPRESSION_HEADER = "compression"
+#: Header with the name of the queue that has the body, of a state that is a pointer.
+BODY_QUEUE_HEADER = "body-queue"
 
 #: The state of ``celery.contrib.abortable``, which imports too much for one word.
 ABORTED = "ABORTED"
 
 #: Longest AMQP short string, in bytes.
 MAX_SHORT_STRING = 255
+
+#: A decompressed body has at most so many bytes, where nothing else is said.
+MAX_DECOMPRESSED = 128 * 1024 * 1024
+#: Memory that decompressing LZMA may take besides; the highest preset takes a fourth of it.
+LZMA_MEMORY = 256 * 1024 * 1024
+#: So many bytes of a Brotli body at a time: each may give up to 16 MiB for some ten of them.
+BROTLI_PIECE = 32
+
+#: No clock is off by more than this, in microseconds. A state from later than that may not hide
+#: what other workers say of the task.
+MAX_AHEAD = 24 * 3600 * 1_000_000
+#: The time that such a state is taken to be of.
+UNKNOWN_TIME = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +92,10 @@ class StateMessage:
     compression: Optional[str] = None
     #: Milliseconds after which the broker drops it, or ``None``.
     expiration: Optional[int] = None
-    #: :data:`STATE`, :data:`GROUP`, :data:`PART` or :data:`PLAN`.
+    #: :data:`STATE`, :data:`GROUP`, :data:`MARK`, :data:`PART` or :data:`PLAN`.
     kind: str = STATE
+    #: The queue that has the body, where that is too large for a shard; :attr:`body` is empty then.
+    body_queue: Optional[str] = None
     #: The meta, where it had to be decoded to know the state: :meth:`Codec.decode` returns it.
     decoded: Optional[Mapping[str, Any]] = dataclasses.field(
         default=None, compare=False, repr=False
@@ -98,6 +122,8 @@ class StateMessage:
             headers[ID_HEADER] = raw_id.hex()
         if self.compression:
             headers[COMPRESSION_HEADER] = self.compression
+        if self.body_queue:
+            headers[BODY_QUEUE_HEADER] = self.body_queue
         if self.expiration is not None:
             properties["expiration"] = str(self.expiration)
         return properties
@@ -114,23 +140,28 @@ class StateMessage:
             ForeignMessage: when it is not a message that :meth:`properties` could have described.
         """
         kind = properties.get("type")
-        if kind not in (STATE, GROUP, PART, PLAN):
+        if kind not in (STATE, GROUP, MARK, PART, PLAN):
             raise errors.ForeignMessage(f"property 'type' is {kind!r}, not that of a state")
         headers = properties.get("application_headers")
         if not isinstance(headers, Mapping):
-            raise errors.ForeignMessage(f"the headers are {headers!r}, not a table")
+            raise errors.ForeignMessage(f"the headers are {_short(headers)}, not a table")
         state = headers.get(STATE_HEADER)
         if not isinstance(state, str) or not state:
-            raise errors.ForeignMessage(f"header {STATE_HEADER!r} is {state!r}, not a state")
+            raise errors.ForeignMessage(f"header {STATE_HEADER!r} is {_short(state)}, not a state")
         published = headers.get(PUBLISHED)
         if isinstance(published, bool) or not isinstance(published, int) or published < 0:
             raise errors.ForeignMessage(
-                f"header {PUBLISHED!r} is {published!r}, not microseconds since 1970"
+                f"header {PUBLISHED!r} is {_short(published)}, not microseconds since 1970"
             )
         compression = headers.get(COMPRESSION_HEADER)
         if compression is not None and not isinstance(compression, str):
             raise errors.ForeignMessage(
-                f"header {COMPRESSION_HEADER!r} is {compression!r}, not a content type"
+                f"header {COMPRESSION_HEADER!r} is {_short(compression)}, not a content type"
+            )
+        body_queue = headers.get(BODY_QUEUE_HEADER)
+        if body_queue is not None and not isinstance(body_queue, str):
+            raise errors.ForeignMessage(
+                f"header {BODY_QUEUE_HEADER!r} is {body_queue!r}, not the name of a queue"
             )
         return cls(
             id=message_id(properties),
@@ -142,6 +173,7 @@ class StateMessage:
             compression=compression,
             expiration=_expiration(properties),
             kind=kind,
+            body_queue=body_queue,
         )
 
 
@@ -155,14 +187,35 @@ def checked(state: StateMessage) -> StateMessage:
         isinstance(state.id, str)
         and isinstance(state.state, str)
         and type(state.published) is int
+        and state.published >= 0
         and isinstance(state.content_type, str)
         and isinstance(state.content_encoding, str)
         and (state.compression is None or isinstance(state.compression, str))
         and (state.expiration is None or type(state.expiration) is int)
-        and state.kind in (STATE, GROUP)
+        and state.kind in (STATE, GROUP, MARK)
+        and (state.body_queue is None or isinstance(state.body_queue, str))
     ):
-        raise errors.ForeignMessage(f"a field is not of its type: {state!r:.300}")
+        raise errors.ForeignMessage(f"a field is not of its type: {_short(state)}")
     return state
+
+
+def dated(state: StateMessage, now: int) -> StateMessage:
+    """Return *state*, published at :data:`UNKNOWN_TIME` if it claims to be of the far future.
+
+    A worker whose clock is wrong by years has results all the same. But among states that rank
+    alike it would win for ever, so it loses.
+
+    Parameters:
+        now: microseconds since 1970.
+    """
+    if state.published <= now + MAX_AHEAD:
+        return state
+    return dataclasses.replace(state, published=UNKNOWN_TIME)
+
+
+def _short(value: Any) -> str:
+    # A header may be as long as a frame, and goes to the log.
+    return reprlib.repr(value)
 
 
 def message_id(properties: Mapping[str, Any]) -> str:
@@ -181,7 +234,7 @@ def message_id(properties: Mapping[str, Any]) -> str:
     except (TypeError, ValueError):
         raise errors.ForeignMessage(
             f"neither the property 'correlation_id' ({found!r}) nor the header {ID_HEADER!r} "
-            f"({digits!r}) is an id"
+            f"({_short(digits)}) is an id"
         ) from None
 
 
@@ -280,6 +333,81 @@ class PublishClock:
             return self._last
 
 
+def _decompress_stream(decompressor: Any, body: bytes, limit: int) -> bytes:
+    """Decompress with one of the standard library's decompressors, which all work alike."""
+    data: bytes = decompressor.decompress(body, limit + 1)
+    if len(data) <= limit and not decompressor.eof:
+        raise ValueError("the compressed data ends too early")
+    return data
+
+
+def _decompress_brotli(body: bytes, limit: int) -> bytes:
+    decompressor = importlib.import_module("brotli").Decompressor()
+    pieces = []
+    size = 0
+    for at in range(0, len(body), BROTLI_PIECE):
+        pieces.append(decompressor.process(body[at : at + BROTLI_PIECE]))
+        size += len(pieces[-1])
+        if size > limit:
+            break
+    else:
+        if not decompressor.is_finished():
+            raise ValueError("the compressed data ends too early")
+    return b"".join(pieces)
+
+
+def _decompress_zstd(body: bytes, limit: int) -> bytes:
+    for name in ("compression.zstd", "backports.zstd"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        return _decompress_stream(module.ZstdDecompressor(), body, limit)
+    # kombu before 5.6
+    reader = importlib.import_module("zstandard").ZstdDecompressor().stream_reader(body)
+    data: bytes = reader.read(limit + 1)
+    return data
+
+
+#: By content type, how to decompress at most so many bytes and one more: kombu's own functions
+#: fill the memory with whatever comes.
+_DECOMPRESS: Dict[str, Callable[[bytes, int], bytes]] = {
+    "application/x-gzip": lambda body, limit: _decompress_stream(zlib.decompressobj(), body, limit),
+    "application/x-bz2": lambda body, limit: _decompress_stream(bz2.BZ2Decompressor(), body, limit),
+    "application/x-lzma": lambda body, limit: _decompress_stream(
+        lzma.LZMADecompressor(memlimit=LZMA_MEMORY), body, limit
+    ),
+    "application/x-brotli": _decompress_brotli,
+    "application/zstd": _decompress_zstd,
+}
+
+
+def decompress(body: bytes, compression: str, limit: int) -> bytes:
+    """Return *body* decompressed.
+
+    Parameters:
+        compression: content type of one of kombu's compressions.
+        limit: how many bytes it may have. Of a compression that an app has registered with kombu
+            itself that can only be seen when it is done.
+
+    Raises:
+        ValueError: when it has more, or when nobody knows the compression.
+        Exception: what the decompressor raises on damaged data.
+    """
+    function = _DECOMPRESS.get(compression)
+    if function is not None:
+        data = function(body, limit)
+    elif compression in kombu_compression.encoders():
+        data = kombu_compression.decompress(body, compression)
+    else:
+        raise ValueError(f"no such compression: {_short(compression)}")
+    if len(data) > limit:
+        raise ValueError(
+            f"{len(body)} bytes decompress to more than {limit} (option max_decompressed_size)"
+        )
+    return data
+
+
 class Codec:
     """Encodes and decodes metas by the app's serializer settings.
 
@@ -287,26 +415,39 @@ class Codec:
         serializer: kombu's name of the serializer to write with.
         accept: content types that may be read.
         compression: kombu's name of the compression to write with, or ``None``.
+        max_decompressed: bytes that a compressed body may have when it is decompressed.
     """
 
     def __init__(
-        self, serializer: str, accept: Optional[Iterable[str]], compression: Optional[str] = None
+        self,
+        serializer: str,
+        accept: Optional[Iterable[str]],
+        compression: Optional[str] = None,
+        max_decompressed: int = MAX_DECOMPRESSED,
     ) -> None:
         self.serializer = serializer
         self.accept = accept
         self.compression = compression
+        self.max_decompressed = max_decompressed
 
     def encode(self, meta: Mapping[str, Any]) -> Tuple[str, str, Optional[str], bytes]:
         """Return *meta* as (content type, content encoding, compression, body).
 
         Raises:
             kombu.exceptions.EncodeError: when the serializer cannot encode it.
+            ResultTooLarge: when it is to be compressed, and nobody would decompress so much.
         """
         content_type, content_encoding, payload = serialization.dumps(
             meta, serializer=self.serializer
         )
         compression = None
         if self.compression:
+            if len(payload) > self.max_decompressed:
+                raise errors.ResultTooLarge(
+                    f"a result of {len(payload)} bytes cannot be stored compressed: readers "
+                    f"decompress {self.max_decompressed} at most. Return less, or raise the "
+                    "option max_decompressed_size everywhere."
+                )
             payload, compression = kombu_compression.compress(payload, self.compression)
         if isinstance(payload, str):
             payload = payload.encode("utf-8")
@@ -324,7 +465,8 @@ class Codec:
         body = message.body
         try:
             if message.compression:
-                body = kombu_compression.decompress(body, message.compression)
+                body = decompress(body, message.compression, self.max_decompressed)
+            _check_encoding(message.content_encoding)
             meta = serialization.loads(
                 body,
                 content_type=message.content_type,
@@ -336,11 +478,26 @@ class Codec:
         except Exception as exc:
             # Whatever the serializer or the decompressor raises on a damaged body.
             raise errors.ForeignMessage(
-                f"the {message.state} of {message.id!r} cannot be decoded: {exc!r}"
+                f"the {message.state} of {message.id!r} cannot be decoded: {exc!r:.300}"
             ) from exc
         if not isinstance(meta, dict) or "status" not in meta or "result" not in meta:
             # Of a pickle, repr() may be anybody's; and it is as long as the value.
             raise errors.ForeignMessage(
                 f"the {message.state} of {message.id!r} decodes to no meta: {reprlib.repr(meta)}"
             )
+        if message.kind == STATE and message.id:
+            said = meta["status"], meta.get("task_id", message.id)
+            if said != (message.state, message.id):
+                raise errors.ForeignMessage(
+                    f"the {message.state} of {message.id!r} says that it is the "
+                    f"{_short(said[0])} of {_short(said[1])}"
+                )
         return meta
+
+
+def _check_encoding(name: str) -> None:
+    """Refuse encodings that are no text: among Python's are some that decompress."""
+    if name not in ("utf-8", "binary") and name.lower() not in serialization.SKIP_DECODE:
+        with contextlib.suppress(UnicodeError):
+            # A LookupError for what is no text encoding.
+            b"x".decode(name)

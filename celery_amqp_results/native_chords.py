@@ -295,20 +295,23 @@ class NativeChords(Backend):
         size = request.chord.get(SIZE_KEY) if isinstance(request.chord, dict) else None
         return Returning(request.id, request.group, request.group_index, size)
 
-    def _publish_with_part(self, task_id: str, state: StateMessage, client: str) -> bool:
+    def _publish_with_part(
+        self, task_id: str, part: StateMessage, state: StateMessage, client: str
+    ) -> bool:
         """Publish a final state together with the part that the task returns, if it returns one.
 
         Returns ``False`` where it does not; nothing is published then.
 
         Parameters:
             task_id: the task.
-            state: its state.
+            part: what the task returns.
+            state: its state, which is *part* or a pointer to it.
             client: routing key's word for the process that sent it.
         """
         returning = _returning.get()
         if returning is None or returning.task_id != task_id or returning.published:
             return False
-        self._publish_part(returning, state, (state, client))
+        self._publish_part(returning, part, (state, client))
         return True
 
     def _publish_part(
@@ -476,7 +479,8 @@ class NativeChords(Backend):
 
     def _has_run(self, signature: Any) -> bool:
         body_id = signature.options.get("task_id")
-        return bool(body_id) and self.task_result_exists(body_id)
+        # Not that it was sent: that is noted before it is true.
+        return bool(body_id) and self.layout.poll((body_id,))[body_id] is not None
 
     def _results(self, parts: List[Part], nesting: Optional[List[Any]], group_id: str) -> List[Any]:
         """Return what the parts returned, in the order and nesting of the header.

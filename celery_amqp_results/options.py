@@ -76,6 +76,14 @@ class Options:
     lookup_timeout: float = 10.0
     #: Bytes of results that are packed into one message, at most.
     page_size: int = 256 * 1024
+    #: Bytes of an encoded result up to which it is kept in a shard; a larger one has its own queue.
+    inline_limit: int = 128 * 1024
+    #: Bytes that a compressed result may have when it is decompressed.
+    max_decompressed_size: int = 128 * 1024 * 1024
+    #: Whether it is noted that a task was sent, has ended, or was forgotten.
+    track_sent: bool = False
+    #: Whether the exchange and the shard queues are declared; else somebody else has to do it.
+    declare: bool = True
     #: How connecting and publishing are retried.
     retry_policy: RetryPolicy = RetryPolicy()
 
@@ -192,6 +200,10 @@ _PARSERS: Dict[str, Callable[[Any], Any]] = {
     "confirm": _boolean,
     "lookup_timeout": _seconds(0.1, 3600),
     "page_size": _integer(1024, 8 * 1024 * 1024),
+    "track_sent": _boolean,
+    "inline_limit": _integer(1024, 8 * 1024 * 1024),
+    "max_decompressed_size": _integer(1024, 999_999_999),
+    "declare": _boolean,
     "retry_policy": _retry_policy,
 }
 
@@ -207,6 +219,9 @@ class ResultURL:
     scheme: str
     broker: Optional[str]
     options: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.sanitized()}>"
 
     def sanitized(self) -> str:
         """Return the URL with every password masked, and our options kept."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from celery_amqp_results import errors, meta
 from celery_amqp_results.meta import StateMessage
@@ -34,6 +34,9 @@ CONTENT_TYPE = "application/x-celery-results-page"
 _MAGIC = b"CARpage1"
 #: About how many bytes an entry has besides its body.
 OVERHEAD = 160
+
+#: RabbitMQ takes no expiration above this, in milliseconds.
+_MAX_EXPIRATION = 2**32 - 1
 
 _COUNT = struct.Struct(">I")
 _RECORD = struct.Struct(">8sII")
@@ -49,9 +52,10 @@ _FIELDS = (
     ("c", "compression"),
     ("x", "expiration"),
     ("k", "kind"),
+    ("q", "body_queue"),
 )
 #: Fields left out of the head when they have this value.
-_DEFAULTS = {"compression": None, "expiration": None, "kind": meta.STATE}
+_DEFAULTS = {"compression": None, "expiration": None, "kind": meta.STATE, "body_queue": None}
 
 
 def _digest(message_id: str) -> bytes:
@@ -78,32 +82,72 @@ def encode(states: Iterable[StateMessage]) -> bytes:
     return b"".join([_MAGIC, _COUNT.pack(len(entries)), *index, *(entry for _, entry in entries)])
 
 
-def find(page: bytes, message_ids: Iterable[str]) -> Iterator[StateMessage]:
+#: Called with what is wrong with an entry that is left out.
+OnDamage = Callable[[errors.ForeignMessage], None]
+
+
+def find(
+    page: bytes, message_ids: Iterable[str], on_damage: Optional[OnDamage] = None
+) -> Iterator[StateMessage]:
     """Yield the states in *page* that are about one of *message_ids*.
 
+    Parameters:
+        on_damage: called with each damaged entry; the others are found all the same.
+
     Raises:
-        ForeignMessage: when the page is damaged.
+        ForeignMessage: when the page is damaged, or an entry is and nobody wants to know.
     """
     end = _index_end(page)
+    budget = len(page)
     for message_id in message_ids:
         digest = _digest(message_id)
         at = page.find(digest, _HEADER, end)
         while at != -1:
             # What looks like the digest may be parts of two records.
             if (at - _HEADER) % _RECORD.size == 0:
-                state = _entry(page, at)
-                if state.id == message_id:
+                budget -= _length(page, at, budget)
+                state = _entry_or_none(page, at, on_damage)
+                if state is not None and state.id == message_id:
                     yield state
             at = page.find(digest, at + 1, end)
 
 
-def decode(page: bytes) -> List[StateMessage]:
+def decode(page: bytes, on_damage: Optional[OnDamage] = None) -> List[StateMessage]:
     """Return all states in *page*.
 
+    Parameters:
+        on_damage: called with each damaged entry; the others are returned all the same.
+
     Raises:
-        ForeignMessage: when the page is damaged.
+        ForeignMessage: when the page is damaged, or an entry is and nobody wants to know.
     """
-    return [_entry(page, at) for at in range(_HEADER, _index_end(page), _RECORD.size)]
+    states = []
+    budget = len(page)
+    for at in range(_HEADER, _index_end(page), _RECORD.size):
+        budget -= _length(page, at, budget)
+        state = _entry_or_none(page, at, on_damage)
+        if state is not None:
+            states.append(state)
+    return states
+
+
+def _length(page: bytes, at: int, budget: int) -> int:
+    """Return the length of an entry; all together cannot have more bytes than the page."""
+    length = int(_RECORD.unpack_from(page, at)[2])
+    if length > budget:
+        # A small page could otherwise fill the memory with copies of one entry.
+        raise errors.ForeignMessage(f"entries of a page of {len(page)} bytes overlap")
+    return length
+
+
+def _entry_or_none(page: bytes, at: int, on_damage: Optional[OnDamage]) -> Optional[StateMessage]:
+    try:
+        return _entry(page, at)
+    except errors.ForeignMessage as exc:
+        if on_damage is None:
+            raise
+        on_damage(exc)
+        return None
 
 
 def _index_end(page: bytes) -> int:
@@ -128,8 +172,10 @@ def _entry(page: bytes, at: int) -> StateMessage:
         return meta.checked(
             StateMessage(body=page[start + head_length : offset + length], **values)
         )
-    except (ValueError, TypeError, KeyError, struct.error) as exc:
-        raise errors.ForeignMessage(f"an entry of a page is damaged: {exc!r}") from exc
+    except errors.ForeignMessage:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError, struct.error) as exc:
+        raise errors.ForeignMessage(f"an entry of a page is damaged: {exc!r:.300}") from exc
 
 
 def select(
@@ -138,7 +184,7 @@ def select(
     """Divide *states* into those worth keeping in a page and those that may be dropped.
 
     Of a task that has ended only the state that counts is kept, unless it has expired. Of a task
-    that goes on nothing is dropped: somebody may want its history.
+    that goes on only what has expired is dropped: somebody may want its history.
 
     Parameters:
         states: of any number of tasks and groups; all that the shard has of each.
@@ -146,7 +192,7 @@ def select(
 
     Returns:
         The final states and groups to keep, and the states to drop. States of tasks that go on
-        are in neither.
+        are in neither, unless they have expired.
     """
     by_id: Dict[Tuple[str, str], List[StateMessage]] = {}
     for state in states:
@@ -155,7 +201,8 @@ def select(
     drop: List[StateMessage] = []
     for (kind, _), found in by_id.items():
         current = meta.fold(found)
-        if current is None or not (kind == meta.GROUP or meta.is_final(current.state)):
+        if current is None or not (kind != meta.STATE or meta.is_final(current.state)):
+            drop.extend(state for state in found if state.expired(now))
             continue
         for state in found:
             if state is current and not state.expired(now):
@@ -173,4 +220,4 @@ def expiration(states: Iterable[StateMessage], now: int) -> Optional[int]:
             return None
         latest = max(latest, state.published + state.expiration * 1000)
     # Not earlier than any of its entries: each is checked by itself when it is read.
-    return max(1, -(-(latest - now) // 1000))
+    return min(max(1, -(-(latest - now) // 1000)), _MAX_EXPIRATION)

@@ -46,6 +46,10 @@ LONGEST_PAUSE = 0.5
 PAUSE_SHARE = 0.1
 
 
+def _key(state: StateMessage) -> Tuple[str, int]:
+    return state.state, hash(state.body)
+
+
 class _Follower:
     """What both kinds of followers do. For one thread, and to be closed at the end."""
 
@@ -91,7 +95,7 @@ class _Follower:
             if state.id not in self.pending:
                 continue
             seen = self._seen.setdefault(state.id, set())
-            key = (state.state, hash(state.body))
+            key = _key(state)
             if key not in seen:
                 seen.add(key)
                 news.setdefault(state.id, []).append(state)
@@ -238,21 +242,21 @@ class PushFollower(_Follower):
             Exception: whatever :meth:`PerTaskLayout.poll` raises.
         """
         until = time.monotonic() + connections.time_left(deadline, pause)
-        if time.monotonic() >= self._recheck_at:
-            # A push is a hint, the queue is the truth.
-            self._pause = min(2 * self._pause, LAST_RECHECK)
-            self._recheck_at = time.monotonic() + self._pause
-            updates = self._read(self.pending, deadline)
-            if updates:
-                return updates
-        new = self.pending.keys() - self._looked_at
-        if new:
-            # What has ended needs no binding.
-            self._looked_at |= new
-            updates = self._read(new, deadline)
-            if updates:
-                return updates
         try:
+            if time.monotonic() >= self._recheck_at:
+                # A push is a hint, the queue is the truth.
+                self._pause = min(2 * self._pause, LAST_RECHECK)
+                self._recheck_at = time.monotonic() + self._pause
+                updates = self._read(self.pending, deadline)
+                if updates:
+                    return updates
+            new = self.pending.keys() - self._looked_at
+            if new:
+                # What has ended needs no binding.
+                self._looked_at |= new
+                updates = self._read(new, deadline)
+                if updates:
+                    return updates
             updates = self._cover(deadline)
             if updates:
                 return updates
@@ -276,6 +280,34 @@ class PushFollower(_Follower):
             return []
         self._wait(until, None)
         return []
+
+    def _read(self, ids: Iterable[str], deadline: Optional[float]) -> List[Update]:
+        """Read the queues of *ids* and return what is new, together with what was pushed of them.
+
+        What a queue holds may have been published after states that were pushed and not received
+        yet: handed out behind it, they would make a task go back.
+        """
+        if self._link is None:
+            return super()._read(ids, deadline)
+        if self._layout.closed:
+            raise errors.BackendUnavailable("the result backend was closed while waiting")
+        found = self._layout.read(list(ids), settle=False, deadline=deadline)
+        # All that was pushed before comes before the answer to this.
+        self._channel.queue_declare(self._queue, passive=True)
+        arrived, self._arrived = self._arrived, []
+        states: List[StateMessage] = []
+        for task_id, state in found.items():
+            pushed = [each for each in arrived if each.id == task_id]
+            if state is not None:
+                keys = [_key(each) for each in pushed]
+                if _key(state) in keys:
+                    # What was pushed before that is older.
+                    newer = len(keys) - keys[::-1].index(_key(state))
+                    pushed = pushed[newer:]
+                states.append(state)
+            states += map(self._layout.received_again, pushed)
+        self._arrived = [each for each in arrived if each.id not in found]
+        return self._news(states)
 
     def _drop(self) -> None:
         link, self._link, self._channel = self._link, None, None

@@ -73,6 +73,7 @@ from typing import (
     List,
     Mapping,
     Optional,
+    Sequence,
     Set,
     Tuple,
     Type,
@@ -88,6 +89,7 @@ from celery_amqp_results import connections, errors, meta, options, transports
 from celery_amqp_results.chord import Chords
 from celery_amqp_results.layouts import Following
 from celery_amqp_results.meta import Codec, StateMessage
+from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task_following import PollingFollower, PushFollower
 from celery_amqp_results.watching import Tap
 
@@ -104,11 +106,16 @@ HEARTBEAT = 5.0
 #: A queue may hold this many states; one more is too much to fast-forward.
 BACKLOG_LIMIT = 1000
 
-#: For how long a queue that exists but looks empty is looked at again, in seconds. Eight processes
-#: that did nothing but read one result on two busy cores found it within 0.44.
+#: For how long a queue that exists but looks empty is looked at again, in seconds. Too short, and a
+#: finished task seems to be pending: eight processes that did nothing but read one result, on two
+#: busy cores, found it within 0.44, so that this leaves more than four times the worst case seen.
+#: Too long, and the answer comes late for a task that is pending: so long takes the first look of
+#: a process at a task of which Celery 4 has declared the queue and nothing is stored.
 SETTLE_SECONDS = 2.0
 #: The same where the queue was found to be empty before.
 AGAIN_SETTLE_SECONDS = 0.05
+#: So many warnings are remembered, and given only once.
+MAX_TOLD = 100
 #: So many queues are remembered as empty.
 MAX_EMPTY = 10_000
 #: The same on a transport that does not tell whether a queue exists: there every look at a task
@@ -297,8 +304,12 @@ class PerTaskLayout:
         self._exchange_declared = False
         self._transient_queues = not wire.persistent
         self._told: Set[str] = set()
+        #: Messages that are damaged or not ours, as often as they were met.
+        self.rejected = 0
         self._guard = threading.Lock()
         self._followers: Set[PushFollower] = set()
+        self._stored = 0
+        self._published_bytes = 0
         #: Queues that exist but were found to be empty, for as long as we looked.
         self._empty: collections.OrderedDict[str, None] = collections.OrderedDict()
 
@@ -310,6 +321,28 @@ class PerTaskLayout:
 
     def note_sent(self, task_id: str) -> None:
         """Do nothing: the queue is declared by the one who has a state to put there."""
+
+    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+        """Do nothing: a task's queue has no place for marks."""
+
+    def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
+        """Do nothing, as :meth:`mark_sent`."""
+
+    def last_mark(self, task_id: str) -> Optional[StateMessage]:
+        """Return ``None``."""
+        return None
+
+    def kept(self, task_id: str) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, whatever was pushed of it."""
+        return self.poll((task_id,))[task_id]
+
+    def detach(self, state: StateMessage) -> StateMessage:
+        """Return *state*: every task has a queue of its own anyway."""
+        return state
+
+    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+        """Return *pointer*, which is none."""
+        return pointer
 
     def publish(
         self, state: StateMessage, client: str, group_id: Optional[str], final: bool
@@ -325,6 +358,19 @@ class PerTaskLayout:
             ResultTooLarge: when the broker refuses a message of this size.
         """
         self._put(state)
+        with self._guard:
+            self._stored += 1
+            self._published_bytes += len(state.body)
+
+    def metrics(self) -> Metrics:
+        """Return what was done so far. Does no I/O; less is counted than in the layout shared."""
+        with self._guard:
+            return Metrics(
+                stored=self._stored,
+                confirmed=self._stored,
+                published_bytes=self._published_bytes,
+                waiting=len({task_id for f in self._followers for task_id in list(f.pending)}),
+            )
 
     def save_group(self, group: StateMessage) -> None:
         """Keep a group, in a queue that is named after it as a task's is."""
@@ -447,6 +493,13 @@ class PerTaskLayout:
             )
         self._exchange_declared = True
 
+    def note_damage(self, queue: str, why: Exception) -> None:
+        """Count a message that is damaged or not ours; log it unless the same was logged."""
+        self.rejected += 1
+        text = f"ignored a foreign or damaged message in {queue}: {why}"
+        if len(self._told) < MAX_TOLD:
+            self._tell_once(text, "%s", text)
+
     def _tell_once(self, about: str, message: str, *arguments: Any) -> None:
         if about not in self._told:
             self._told.add(about)
@@ -554,6 +607,10 @@ class PerTaskLayout:
             return (amqp_errors.NotFound,)
         return (amqp_errors.ChannelError,)
 
+    def received_again(self, state: StateMessage) -> StateMessage:
+        """Return *state* as if it was received now: what was read meanwhile is older."""
+        return dataclasses.replace(state, published=next(self._received))
+
     def state_of(self, message: kombu.Message) -> StateMessage:
         """Return the state that *message* holds, decoded.
 
@@ -563,7 +620,8 @@ class PerTaskLayout:
         """
         body = message.body
         bare = StateMessage(
-            str(message.properties.get("correlation_id") or ""),
+            # Not known before it is decoded.
+            "",
             "message",
             next(self._received),
             body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body or b""),
@@ -612,8 +670,12 @@ class PerTaskLayout:
         # Where no queue took the copy, the queue is gone, and so is the original.
         message.ack()
 
-    def follower(self) -> Following:
-        """Return a follower of no tasks yet."""
+    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
+        """Return a follower of no tasks yet.
+
+        Parameters:
+            submit: not used; queues are read by the thread that follows.
+        """
         if not self.sessions.amqp:
             return PollingFollower(self)
         follower = PushFollower(self)
@@ -701,12 +763,12 @@ class PerTaskLayout:
                 self._exchange_declared = False
                 attempt += 1
                 pause = self._settings.retry_policy.pause(attempt)
-                late = deadline is not None and time.monotonic() + (pause or 0.0) >= deadline
-                if pause is None or late or connections.is_refusal(exc):
+                over = connections.is_over(deadline)
+                if pause is None or over or connections.is_refusal(exc):
                     raise errors.BackendUnavailable(
                         f"{failure}, after {attempt} tries at {self.connector.describe()}: {exc!r}"
                     ) from exc
-                time.sleep(pause)
+                time.sleep(connections.time_left(deadline, pause))
 
     def close(self, wait: bool = True) -> None:
         """Close all connections; whoever waits gets an error."""
@@ -758,23 +820,36 @@ class _Reader:
         if message.delivery_info.get("message_count") == 0 and not returns_of(message):
             # Alone in its queue: others need not wait until it is decoded.
             message.requeue()
-            state = layout.state_of(message)
+            try:
+                state = layout.state_of(message)
+            except (ContentDisallowed, errors.ForeignMessage) as exc:
+                layout.note_damage(self._queue.name, exc)
+                raise
             if self._is_other(state):
                 self.others.append(message)
                 return None
             return state
         held: Optional[kombu.Message] = None
         current: Optional[StateMessage] = None
+        damage: Optional[Exception] = None
         count = 0
         try:
             while message is not None:
                 self.others.append(message)
-                state = layout.state_of(message)
-                if not self._is_other(state):
+                found: Optional[StateMessage] = None
+                try:
+                    found = layout.state_of(message)
+                except (ContentDisallowed, errors.ForeignMessage) as exc:
+                    # It stays where it is, and must not hide a good one behind it.
+                    layout.note_damage(self._queue.name, exc)
+                    damage = exc
+                    if len(self.others) > self._limit:
+                        break
+                if found is not None and not self._is_other(found):
                     self.others.pop()
                     old: Optional[kombu.Message] = message
-                    if current is None or meta.supersedes(state, current):
-                        old, held, current = held, message, state
+                    if current is None or meta.supersedes(found, current):
+                        old, held, current = held, message, found
                     if old is not None:
                         old.ack()
                     count += 1
@@ -792,6 +867,8 @@ class _Reader:
                 f"more than {self._limit} states of {self._task_id} are to be fast-forwarded; "
                 "asking again goes on with the rest"
             )
+        if current is None and damage is not None:
+            raise damage
         return current
 
     def _is_other(self, state: StateMessage) -> bool:

@@ -9,8 +9,10 @@ the fold of states makes harmless.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import logging
+import re
 import threading
 import time
 from typing import Callable, Deque, NamedTuple, Optional, Sequence, Set, Tuple, Type, TypeVar
@@ -35,6 +37,9 @@ COLLECT_EVERY = 50
 #: Publishing has no heartbeats: a dead connection is noticed at the next message, which the
 #: kernel gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
 HEARTBEAT = 0.0
+
+#: What the broker says of a message that is too large: it closes the channel.
+_MAX_SIZE = re.compile(r"larger than .*?max size (\d+)")
 
 _T = TypeVar("_T")
 
@@ -65,6 +70,14 @@ class Publisher:
         self._lock = threading.Lock()
         self._idle: Deque[ConfirmChannel] = collections.deque()
         self._closed = False
+        #: What was published so far, see :class:`~celery_amqp_results.metrics.Metrics`.
+        self.stored = 0
+        self.confirmed = 0
+        self.published_bytes = 0
+        self.large = 0
+        self.retried = 0
+        self.refused = 0
+        self.failed = 0
         #: Messages that nobody waits for, of connections lost before their confirm came.
         self._orphans: Deque[Outgoing] = collections.deque(maxlen=MAX_UNCONFIRMED)
 
@@ -99,7 +112,38 @@ class Publisher:
             gone = self._publish(channel, messages, confirm)
             return None if count is None or count in gone else channel.length(count)
 
-        return self._run(work, messages)
+        return self._run(work, messages, confirm)
+
+    def publish_apart(self, queue: QueueSpec, message: Outgoing) -> None:
+        """Declare *queue*, publish *message* to it, and return when the broker has it.
+
+        Raises:
+            ResultTooLarge: when the broker refuses a message of this size.
+            DeclarationRefused: when the queue exists with other properties.
+            BackendUnavailable: when the broker could not be reached or refuses us.
+        """
+
+        def work(channel: ConfirmChannel) -> None:
+            declare_queue(channel.channel, queue)
+            if self._publish(channel, (message,), True):
+                raise errors.NotConfirmed(f"the queue {queue.name!r} was deleted meanwhile")
+
+        self._run(work, (message,))
+        with self._lock:
+            self.large += 1
+
+    def delete(self, queues: Sequence[str]) -> None:
+        """Delete *queues* with all that is in them; they need not exist.
+
+        Raises:
+            BackendUnavailable: when the broker could not be reached or refuses us.
+        """
+
+        def work(channel: ConfirmChannel) -> None:
+            for queue in queues:
+                channel.channel.queue_delete(queue)
+
+        self._run(work, ())
 
     def declare(
         self, queues: Sequence[QueueSpec], messages: Sequence[Outgoing] = ()
@@ -109,7 +153,7 @@ class Publisher:
         Parameters:
             queues: what to declare.
             messages: what to publish; that the broker has them is to be asked for with
-                :meth:`confirmed`.
+                :meth:`wait_for`.
 
         Returns:
             ``None`` when somebody reads one of the queues already; nothing is published then.
@@ -128,7 +172,7 @@ class Publisher:
 
         return self._run(work, messages)
 
-    def confirmed(self, receipt: Receipt) -> bool:
+    def wait_for(self, receipt: Receipt) -> bool:
         """Wait until the broker has what was published; return ``False`` if no queue took it.
 
         Raises:
@@ -145,13 +189,14 @@ class Publisher:
             # Where another thread has the connection now, or it is lost, it is published again.
             gone.update(self._publish(other, () if other is channel else messages, True))
 
-        self._run(work, messages, channel if mine else None)
+        self._run(work, messages, True, channel if mine else None)
         return gone.isdisjoint(message.routing_key for message in messages)
 
     def _run(
         self,
         work: Callable[[ConfirmChannel], _T],
         messages: Sequence[Outgoing],
+        confirm: bool = False,
         channel: Optional[ConfirmChannel] = None,
     ) -> _T:
         """Do *work* for *messages*, again as the policy says when the connection is lost.
@@ -159,6 +204,7 @@ class Publisher:
         Parameters:
             work: what to do.
             messages: those that *work* publishes, every time that it is done.
+            confirm: whether they are confirmed when it is done.
             channel: what the first try uses, and nobody else does; ``None`` for any.
         """
         attempt = 0
@@ -168,9 +214,20 @@ class Publisher:
                 done = work(channel)
             except _FAILURES as exc:
                 if channel is not None:
+                    _discard_oversize(channel, messages, exc)
                     self._drop(channel, messages)
+                    self._connector.leave(channel.link)
                 attempt += 1
-                pause = self._judge(exc, messages, attempt)
+                try:
+                    pause = self._judge(exc, messages, attempt)
+                except errors.NotConfirmed:
+                    self._count_failure(refused=False)
+                    raise
+                except Exception as final:
+                    self._count_failure(connections.is_refusal(final.__cause__ or final))
+                    raise
+                with self._lock:
+                    self.retried += 1
                 logger.warning(
                     "%s was not published, trying again in %.1f s [%d/%s]: %r",
                     _what(messages),
@@ -188,8 +245,15 @@ class Publisher:
                     self._drop(channel, messages)
                 raise
             else:
-                self._release(channel)
+                self._release(channel, messages, confirm)
                 return done
+
+    def _count_failure(self, refused: bool) -> None:
+        with self._lock:
+            if refused:
+                self.refused += 1
+            else:
+                self.failed += 1
 
     def _publish(
         self, channel: ConfirmChannel, messages: Sequence[Outgoing], confirm: bool
@@ -230,16 +294,41 @@ class Publisher:
             if channel.requested:
                 declarations.remember(channel.confirmed_requests())
             if channel.nacked:
-                raise errors.NotConfirmed("the broker refused to take a message (nack)")
+                self._publish_to_shards(channel)
             returned, channel.returned = channel.returned, []
             gone.update(message.routing_key for message in returned if message.shard is None)
             # Those may have been published long before, and not been waited for.
             pending = [message for message in returned if message.shard is not None]
             if not pending:
                 return gone
+            if not declarations.declare:
+                shards = sorted({m.shard for m in pending if m.shard is not None})
+                names = ", ".join(declarations.topology.shard_queue(n).name for n in shards)
+                raise declarations.missing(f"queue {names}, bound to the exchange,")
             logger.warning("a shard queue is gone and is declared again: %s", _what(pending))
             declarations.forget()
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
+
+    def _publish_to_shards(self, channel: ConfirmChannel) -> None:
+        """Publish what was refused once more, to the queues that keep it and to no others.
+
+        A message is refused when one of the queues that it is routed to does not take it. That
+        may be anybody's: one that is full, or the inbox of a process whose node is cut off.
+        """
+        refused, channel.nacked = channel.nacked, {}
+        topology = self._declarations.topology
+        for message in refused.values():
+            if message.shard is None or not message.exchange:
+                raise errors.NotConfirmed("the broker refused to take a message (nack)")
+            queue = topology.shard_queue(message.shard).name
+            channel.publish(dataclasses.replace(message, exchange="", routing_key=queue))
+        channel.wait(list(channel.unconfirmed))
+        if channel.nacked:
+            raise errors.NotConfirmed("the broker refused to take a message (nack)")
+        logger.info(
+            "a queue refuses states; they were stored in their shards: %s",
+            _what(list(refused.values())),
+        )
 
     def _judge(self, exc: BaseException, messages: Sequence[Outgoing], attempt: int) -> float:
         """Return the pause before the next try, or raise where there is to be none."""
@@ -249,13 +338,19 @@ class Publisher:
         refusal = self._declarations.refusal(exc)
         if refusal is not None:
             raise refusal from exc
-        if isinstance(exc, amqp_errors.PreconditionFailed) and "larger than" in str(exc):
-            size = max((len(message.body) for message in messages), default=0)
-            raise errors.ResultTooLarge(
-                f"{_what(messages)} has {size} bytes and the broker refuses it: {exc}. Return "
-                "less, set result_compression, or raise max_message_size in rabbitmq.conf."
-            ) from exc
-        if connections.is_refusal(exc):
+        limit = _size_limit(exc)
+        if limit is not None:
+            largest = max(messages, key=lambda message: len(message.body), default=None)
+            if largest is not None and len(largest.body) > limit:
+                too_large = errors.ResultTooLarge(
+                    f"{largest.what} has {len(largest.body)} bytes when encoded, and the broker at "
+                    f"{self._connector.describe()} takes messages of up to {limit} bytes "
+                    "(max_message_size in its rabbitmq.conf). Return less, set "
+                    "result_compression, or raise that limit."
+                )
+                too_large.size, too_large.limit = len(largest.body), limit
+                raise too_large from exc
+        elif connections.is_refusal(exc):
             raise errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} refuses {_what(messages)}: {exc}. "
                 "Check the user's permissions on the exchange and the queues "
@@ -283,12 +378,21 @@ class Publisher:
             return ConfirmChannel(link)
         except BaseException:
             link.drop()
+            self._connector.leave(link)
             raise
 
-    def _release(self, channel: ConfirmChannel) -> None:
+    def _release(
+        self, channel: ConfirmChannel, published: Sequence[Outgoing], confirmed: bool
+    ) -> None:
         channel.link.idle_since = time.monotonic()
         surplus: Optional[ConfirmChannel] = None
         with self._lock:
+            for message in published:
+                self.published_bytes += len(message.body)
+                # Others are parts of chords, marks, and bodies of large results.
+                if message.shard is not None and message.exchange:
+                    self.stored += 1
+                    self.confirmed += confirmed
             if self._closed:
                 surplus = channel
             else:
@@ -326,6 +430,33 @@ class Publisher:
                 exc,
             )
         channel.link.close()
+
+
+def _size_limit(exc: BaseException) -> Optional[int]:
+    """Return the largest size that the broker takes, if *exc* says that a message is larger."""
+    if not isinstance(exc, amqp_errors.PreconditionFailed):
+        return None
+    found = _MAX_SIZE.search(str(exc))
+    return int(found.group(1)) if found else None
+
+
+def _discard_oversize(
+    channel: ConfirmChannel, current: Sequence[Outgoing], exc: BaseException
+) -> None:
+    """Forget what the broker will never take, and that nobody waits for."""
+    limit = _size_limit(exc)
+    if limit is None:
+        return
+    mine = {id(message) for message in current}
+    for tag, message in list(channel.unconfirmed.items()):
+        if len(message.body) > limit and id(message) not in mine:
+            del channel.unconfirmed[tag]
+            logger.error(
+                "%s is lost: it has %d bytes, and the broker takes up to %d",
+                message.what,
+                len(message.body),
+                limit,
+            )
 
 
 def _what(messages: Sequence[Outgoing]) -> str:

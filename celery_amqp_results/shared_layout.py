@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Collection, Dict, Mapping, Optional
+from typing import Any, Callable, Collection, Dict, Mapping, Optional, Sequence
 
-from celery_amqp_results import connections, meta
+from celery_amqp_results import connections, meta, tracking
+from celery_amqp_results.background import BackgroundFollower
 from celery_amqp_results.chord import HEARTBEAT as CHORD_HEARTBEAT
 from celery_amqp_results.chord import Chords
 from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.inbox import Inbox
-from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.large import LargeBodies
+from celery_amqp_results.meta import Codec, StateMessage
+from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
 from celery_amqp_results.publisher import Outgoing, Publisher
 from celery_amqp_results.store import HEARTBEAT as STORE_HEARTBEAT
@@ -31,6 +34,7 @@ class SharedLayout:
         options: the backend's options.
         client: the word of this process in routing keys.
         persistent: whether messages survive a restart of the broker.
+        codec: decodes metas.
 
     Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and let
     go of this one untouched: closing it would speak on the parent's connections.
@@ -43,17 +47,32 @@ class SharedLayout:
         options: Options,
         client: str,
         persistent: bool,
+        codec: Codec,
     ) -> None:
         self._connector = connector
         self._topology = topology
         self._options = options
         self._persistent = persistent
-        self._declarations = declarations = Declarations(topology)
+        self._declarations = declarations = Declarations(topology, options.declare)
         self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups")
         self.publisher = Publisher(connector, declarations)
         self.store = Store(
-            self._pool, declarations, options.lookup_timeout, options.page_size, persistent
+            self._pool,
+            declarations,
+            options.lookup_timeout,
+            options.page_size,
+            persistent,
+            codec.decode,
         )
+        self._large = LargeBodies(
+            self.publisher,
+            self._pool,
+            topology,
+            persistent,
+            options.inline_limit,
+            options.lookup_timeout,
+        )
+        self._marker = tracking.Marker(declarations)
         self.inbox = Inbox(connector, declarations, client)
         self._waiting = Waiting(self.inbox, self.store)
         self._taps: weakref.WeakSet[Tap] = weakref.WeakSet()
@@ -63,6 +82,26 @@ class SharedLayout:
             self.publisher, self._chord_pool, topology, persistent, self._outgoing
         )
 
+    def metrics(self) -> Metrics:
+        """Return what was done so far. Does no I/O."""
+        publisher, store, inbox = self.publisher, self.store, self.inbox
+        return Metrics(
+            stored=publisher.stored,
+            confirmed=publisher.confirmed,
+            published_bytes=publisher.published_bytes,
+            large=publisher.large,
+            retried=publisher.retried,
+            refused=publisher.refused,
+            failed=publisher.failed,
+            pushed=inbox.received,
+            looked_up=store.looked_up,
+            shards_read=store.shards_read,
+            messages_read=store.messages_read,
+            packed=store.packed,
+            rejected=store.rejected + inbox.rejected,
+            waiting=inbox.waited_for,
+        )
+
     def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return *result_meta*: all of it is written."""
         return result_meta
@@ -70,6 +109,52 @@ class SharedLayout:
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
         self.inbox.note_sent(task_id)
+
+    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+        """Publish a mark on a connection that sends tasks. Waits for nothing, raises nothing."""
+        self._marker.publish(connection, self._outgoing_mark(sent))
+
+    def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
+        """Publish marks; where they are to be confirmed, return when the broker has them.
+
+        Raises:
+            BackendUnavailable, DeclarationRefused: see
+                :meth:`~celery_amqp_results.publisher.Publisher.publish`.
+        """
+        self.publisher.publish([self._outgoing_mark(mark) for mark in marks], confirm)
+
+    def last_mark(self, task_id: str) -> Optional[StateMessage]:
+        """Return the last mark of a task, or ``None``."""
+        return meta.fold(self.store.read((task_id,), kind=meta.MARK)[task_id])
+
+    def _outgoing_mark(self, mark: StateMessage) -> Outgoing:
+        # Not through the exchange: nobody waits for it.
+        shard = self._topology.shard(mark.id)
+        return Outgoing(
+            "",
+            self._topology.shard_queue(shard).name,
+            mark.properties(self._persistent),
+            mark.body,
+            shard,
+            f"the mark {mark.state} of {mark.id}",
+        )
+
+    def kept(self, task_id: str) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, whatever was pushed of it."""
+        return meta.fold(self.store.read((task_id,))[task_id])
+
+    def detach(self, state: StateMessage) -> StateMessage:
+        """Return *state*, or a pointer to its body where that is over ``inline_limit``.
+
+        Raises:
+            BackendUnavailable, ResultTooLarge: see
+                :meth:`~celery_amqp_results.large.LargeBodies.detach`.
+        """
+        return self._large.detach(state)
+
+    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+        """Return the state that a pointer stands for, or ``None`` where the body is gone."""
+        return self._large.fetch(pointer)
 
     def publish(
         self, state: StateMessage, client: str, group_id: Optional[str], final: bool
@@ -106,9 +191,16 @@ class SharedLayout:
         """
         return self._waiting.poll(ids)
 
-    def follower(self) -> Follower:
-        """Return a follower of no tasks yet."""
-        return self._waiting.follower()
+    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Follower:
+        """Return a follower of no tasks yet.
+
+        Parameters:
+            submit: calls a function with arguments on another thread. With it tasks are looked up
+                there, and a follower of many never stands still.
+        """
+        if submit is None:
+            return self._waiting.follower()
+        return BackgroundFollower(self.inbox, self.store, submit)
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
         """Return a tap of everything that is published.
@@ -128,7 +220,7 @@ class SharedLayout:
 
     def save_group(self, group: StateMessage) -> None:
         """Keep a group: in the shard of its id, and in no inbox."""
-        self.publisher.publish((self._outgoing(group, ABSENT, group.id),))
+        self.publisher.publish((self._outgoing(self.detach(group), ABSENT, group.id),))
 
     def read_group(self, group_id: str) -> Optional[StateMessage]:
         """Return the group as it was kept last, or ``None``."""

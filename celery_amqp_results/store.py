@@ -11,11 +11,13 @@ from __future__ import annotations
 import collections
 import itertools
 import logging
+import threading
 import time
 from typing import Any, Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
 
 import amqp
 from celery import states
+from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import connections, errors, meta, page
 from celery_amqp_results.checkout import Checkout
@@ -75,8 +77,13 @@ class _Read:
         self._loose: Dict[int, StateMessage] = {}
         self._small_pages: Dict[int, bytes] = {}
         self._retained = 0
+        #: When the look-up has to be over.
+        self._end = 0.0
         #: Pages to write anew without what is removed from them, by delivery tag.
         self._cut_pages: Dict[int, bytes] = {}
+        #: Pointers to remove, and the queues to delete before.
+        self._removed_pointers: List[int] = []
+        self._body_queues: Set[str] = set()
         # A queue that is not there is empty: a look-up declares nothing.
         self.checkout = Checkout(
             link,
@@ -94,32 +101,54 @@ class _Read:
             else:
                 self._on_state(tag, StateMessage.from_properties(properties, message.body))
         except errors.ForeignMessage as exc:
-            self._store.reject(self.checkout.queue, str(exc))
+            self._reject(exc)
+            if properties.get("type") is None:
+                # Whatever it is, no version of ours has written it, and without an expiration it
+                # would be in every reader's way for ever. What has a type is left: another
+                # version may know it.
+                self.checkout.acknowledge((tag,))
+
+    def _reject(self, why: Exception) -> None:
+        self._store.reject(self.checkout.queue, str(why))
 
     def _on_state(self, tag: int, state: StateMessage) -> None:
+        shard = self._store.declarations.topology.shard(state.id)
+        if shard != self.shard:
+            raise errors.ForeignMessage(f"{state.id!r:.100} belongs to shard {shard}")
+        now = time.time_ns() // 1000
+        state = meta.dated(state, now)
+        undated = state.published == meta.UNKNOWN_TIME
         if state.id in self.wanted and state.kind == self._kind:
             if self._remove:
-                self.checkout.acknowledge((tag,))
                 self.removed += 1
+                if state.body_queue is None:
+                    self.checkout.acknowledge((tag,))
+                else:
+                    self._removed_pointers.append(tag)
+                    self._body_queues.add(state.body_queue)
                 return
-            self.found.setdefault(state.id, []).append(state)
-        if self._retain(len(state.body)):
+            # The broker drops what has expired when it is first in the queue, and not before.
+            if undated or not state.expired(now):
+                self.found.setdefault(state.id, []).append(state)
+        # In a page nobody could tell when what has no date expires; as it is, the broker can.
+        if not undated and self._retain(len(state.body)):
             self._loose[tag] = state
 
     def _on_page(self, tag: int, body: bytes) -> None:
         now = time.time_ns() // 1000
         hits = [
             state
-            for state in page.find(body, self.wanted)
+            for state in page.find(body, self.wanted, self._reject)
             if state.kind == self._kind and not state.expired(now)
         ]
         if self._remove:
             if hits:
                 self.removed += len(hits)
+                self._body_queues.update(queue for s in hits if (queue := s.body_queue))
                 self._cut_pages[tag] = body
             return
         for state in hits:
-            self.found.setdefault(state.id, []).append(state)
+            self.found.setdefault(state.id, []).append(meta.dated(state, now))
         if self._retain(len(body)):
             self._small_pages[tag] = body
 
@@ -145,18 +174,33 @@ class _Read:
             for task_id in self.wanted
         )
 
-    def finish(self, pack_until: float) -> None:
+    def finish(self, pack_until: float, end: float) -> None:
         """Write what has to be written, and let go of the shard.
 
         Parameters:
             pack_until: time (``time.monotonic``) after which packing is left to the next reader.
+            end: time after which the broker is not waited for any more.
+
+        Raises:
+            NotConfirmed: when the broker has not taken a page by then.
         """
-        if self._cut_pages:
+        self._end = end
+        if self._remove:
+            self._delete_bodies()
             self._cut()
-        elif not self._remove and len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
+        elif len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
             self._pack(pack_until)
         # Only a removal has to be done when the caller goes on.
         self.checkout.close(wait=self._remove)
+
+    def _delete_bodies(self) -> None:
+        """Delete the queues of large results, and only then what points to them."""
+        if self._body_queues:
+            channel = self._link.channel()
+            for queue in self._body_queues:
+                channel.queue_delete(queue)
+            channel.close()
+        self.checkout.acknowledge(self._removed_pointers)
 
     def _cut(self) -> None:
         cut = dict(self._cut_pages)
@@ -164,7 +208,7 @@ class _Read:
         for body in cut.values():
             kept = [
                 state
-                for state in page.decode(body)
+                for state in page.decode(body, self._reject)
                 if not (state.id in self.wanted and state.kind == self._kind)
             ]
             if kept:
@@ -181,9 +225,9 @@ class _Read:
         known of a task: it has to see that we held the queue meanwhile.
         """
         self.checkout.set_fence()
-        until = time.monotonic() + PAGE_SECONDS
+        until = min(time.monotonic() + PAGE_SECONDS, self._end)
         while not self.checkout.fenced and time.monotonic() < until:
-            self._link.drain(PAGE_SECONDS)
+            self._link.drain(connections.time_left(until, PAGE_SECONDS))
 
     def _pack(self, until: float) -> None:
         """Replace loose results, and small pages, by full pages.
@@ -200,8 +244,8 @@ class _Read:
             try:
                 sources[tag] = page.decode(body)
             except errors.ForeignMessage as exc:
-                store.reject(self.checkout.queue, str(exc))
-        keep, drop = page.select(itertools.chain.from_iterable(sources.values()), now)
+                self._reject(exc)
+        keep, drop = page.select(self._credible(itertools.chain(*sources.values())), now)
         if len(keep) + len(drop) < PACK_AT:
             # Almost all are states of tasks that go on.
             return
@@ -228,8 +272,54 @@ class _Read:
         ]
         if done:
             self._wait_for_pages()
+        self._drop_bodies(drop, sources, done)
         self.checkout.acknowledge(done)
-        store.packed += len(settled)
+        store.count(packed=len(settled))
+
+    def _drop_bodies(
+        self,
+        drop: List[StateMessage],
+        sources: Dict[int, List[StateMessage]],
+        done: List[int],
+    ) -> None:
+        """Delete queues that only dropped pointers lead to and that would not expire."""
+        dropped = {id(state) for state in drop}
+        settled = set(done)
+        gone: Set[str] = set()
+        # The same pointer may be there twice.
+        kept: Set[str] = set()
+        for tag, states_of in sources.items():
+            for state in states_of:
+                if state.body_queue is not None and state.expiration is None:
+                    superseded = tag in settled and id(state) in dropped
+                    (gone if superseded else kept).add(state.body_queue)
+        gone -= kept
+        if not gone:
+            return
+        channel = self._link.channel()
+        try:
+            for queue in gone:
+                channel.queue_delete(queue)
+        except amqp.exceptions.AccessRefused as exc:
+            # Who only reads may do without the permission.
+            logger.info("superseded large results were not deleted: %s", exc)
+        channel.close()
+
+    def _credible(self, states_of: Iterable[StateMessage]) -> List[StateMessage]:
+        """Return *states_of* without ends that cannot be decoded and would displace others."""
+        known = list(states_of)
+        ends: Dict[str, List[StateMessage]] = {}
+        for state in known:
+            if state.kind == meta.STATE and meta.is_final(state.state):
+                ends.setdefault(state.id, []).append(state)
+        damaged: Set[int] = set()
+        for several in ends.values():
+            if len(several) > 1:
+                damaged.update(map(id, several))
+                damaged.difference_update(
+                    map(id, self._store.readable(self.checkout.queue, several))
+                )
+        return [state for state in known if id(state) not in damaged]
 
     def _publish_page(self, content: List[StateMessage]) -> None:
         """Publish a page to the shard, and wait until the broker has it."""
@@ -245,7 +335,7 @@ class _Read:
         tag = channel.publish(
             Outgoing("", self.checkout.queue, properties, page.encode(content), self.shard)
         )
-        channel.wait((tag,))
+        channel.wait((tag,), self._end)
         if channel.nacked or channel.returned:
             raise errors.NotConfirmed(f"the broker did not take a page for {self.checkout.queue!r}")
 
@@ -259,6 +349,7 @@ class Store:
         lookup_timeout: seconds within which a look-up has to be answered.
         page_size: bytes of results that are packed into one page, at most.
         persistent: whether pages survive a restart of the broker.
+        check: raises an error for a state that cannot be decoded, which then hides no other.
 
     Thread-safe. After a fork the child must make a new store.
     """
@@ -270,7 +361,9 @@ class Store:
         lookup_timeout: float,
         page_size: int,
         persistent: bool,
+        check: Optional[Callable[[StateMessage], Any]] = None,
     ) -> None:
+        self._check = check
         self._pool = pool
         self.declarations = declarations
         self.lookup_timeout = lookup_timeout
@@ -280,7 +373,19 @@ class Store:
         self.packed = 0
         #: Messages in the shards that are not ours or are damaged, as often as they were met.
         self.rejected = 0
+        #: Ids that were looked up, shards and messages in them that were read.
+        self.looked_up = 0
+        self.shards_read = 0
+        self.messages_read = 0
+        # Guards the counts, which several threads change.
+        self._counting = threading.Lock()
         self._complaints: Set[str] = set()
+
+    def count(self, **more: int) -> None:
+        """Add to the counts that are attributes of these names."""
+        with self._counting:
+            for name, value in more.items():
+                setattr(self, name, getattr(self, name) + value)
 
     def read(
         self,
@@ -312,7 +417,10 @@ class Store:
         found: Dict[str, List[StateMessage]] = {}
 
         def take(read: _Read) -> None:
-            part = {task_id: read.found.get(task_id, []) for task_id in read.wanted}
+            part = {
+                task_id: self.readable(read.checkout.queue, read.found.get(task_id, []))
+                for task_id in read.wanted
+            }
             found.update(part)
             if on_shard is not None:
                 on_shard(part)
@@ -336,9 +444,24 @@ class Store:
         self._run(self._by_shard(ids), deadline, kind, True, take)
         return removed
 
+    def readable(self, queue: str, found: List[StateMessage]) -> List[StateMessage]:
+        """Return *found* without what counts more than the others but cannot be decoded."""
+        while self._check is not None and len(found) > 1:
+            current = meta.fold(found)
+            # Of a state whose body is kept elsewhere there is nothing here to decode.
+            if current is None or getattr(current, "body_queue", None) is not None:
+                break
+            try:
+                self._check(current)
+                break
+            except (ContentDisallowed, errors.ForeignMessage) as exc:
+                self.reject(queue, str(exc))
+                found = [state for state in found if state is not current]
+        return found
+
     def reject(self, where: str, why: str) -> None:
         """Count a message that is not ours; log it unless the same was logged before."""
-        self.rejected += 1
+        self.count(rejected=1)
         complaint = f"{where}: {why}"
         if complaint not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
             self._complaints.add(complaint)
@@ -375,6 +498,10 @@ class Store:
             except connections.TRANSIENT as exc:
                 # Shards read completely are done; the others are read again.
                 self.declarations.forget()
+                if not todo:
+                    # All are: what is lost is the chance to pack, which the next reader has, too.
+                    logger.warning("a shard was read and could not be packed: %r", exc)
+                    return
                 if isinstance(exc, errors.BackendUnavailable):
                     raise
                 if connections.is_refusal(exc):
@@ -427,11 +554,20 @@ class Store:
                 continue
             for read in finished:
                 running.remove(read)
+                if not remove:
+                    todo.remove(read.shard)
+                    take(read)
                 started_packing = time.monotonic()
-                read.finish(started_packing + pack_seconds)
+                read.finish(started_packing + pack_seconds, end)
                 pack_seconds -= time.monotonic() - started_packing
-                todo.remove(read.shard)
-                take(read)
+                if remove:
+                    todo.remove(read.shard)
+                    take(read)
+                self.count(
+                    looked_up=0 if remove else len(read.wanted),
+                    shards_read=1,
+                    messages_read=read.checkout.seen,
+                )
 
     def confirm_channel(self, link: connections.Link) -> ConfirmChannel:
         """Return the channel for publishing on a connection for look-ups."""

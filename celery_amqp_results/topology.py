@@ -6,6 +6,7 @@
     shard queues     <result_exchange>.shard.<n>           bound with  <n>.#
     chord queues     <result_exchange>.chord.<group>       not bound; parts of one chord
                      <result_exchange>.chord.<group>.size  not bound; of a generator as header
+    large results    <result_exchange>.large.<task>.<mark> not bound; the body of one result
     inbox            named by the broker, exclusive        bound with  *.<client>.#, *.all.#, <n>.#
     routing key      <shard>.<client>.<group>.<task>.<STATE>
 
@@ -144,6 +145,17 @@ class Topology:
         """
         return self._expiring(f"{self.prefix}.chord.{encode_word(group_id)}.size", expires)
 
+    def large_queue(self, task_id: str, mark: str, expires: Optional[int] = None) -> QueueSpec:
+        """Return the queue for the body of a large result.
+
+        Parameters:
+            task_id: id of the task or group.
+            mark: what tells it from the other queues of the task; random.
+            expires: milliseconds after which the broker deletes it when nobody has read it;
+                ``None`` for never.
+        """
+        return self._expiring(f"{self.prefix}.large.{encode_word(task_id)}.{mark}", expires)
+
     def _expiring(self, name: str, expires: Optional[int]) -> QueueSpec:
         arguments = self._queue_arguments()
         if expires is not None:
@@ -167,6 +179,48 @@ class Topology:
     def shard_binding(self, shard: int) -> str:
         """Return the binding key for every message of shard number *shard*."""
         return f"{shard}.#"
+
+    def definitions(self, vhost: str) -> Dict[str, Any]:
+        """Return what is declared once, in the format of RabbitMQ's definitions.
+
+        Parameters:
+            vhost: name of the virtual host.
+        """
+        queues = [self.shard_queue(number) for number in range(self.shards)]
+        return {
+            "exchanges": [
+                {
+                    "name": self.exchange,
+                    "vhost": vhost,
+                    "type": "topic",
+                    "durable": True,
+                    "auto_delete": False,
+                    "internal": False,
+                    "arguments": self.exchange_arguments,
+                }
+            ],
+            "queues": [
+                {
+                    "name": queue.name,
+                    "vhost": vhost,
+                    "durable": queue.durable,
+                    "auto_delete": queue.auto_delete,
+                    "arguments": dict(queue.arguments),
+                }
+                for queue in queues
+            ],
+            "bindings": [
+                {
+                    "source": self.exchange,
+                    "vhost": vhost,
+                    "destination": queue.name,
+                    "destination_type": "queue",
+                    "routing_key": self.shard_binding(number),
+                    "arguments": {},
+                }
+                for number, queue in enumerate(queues)
+            ],
+        }
 
     @staticmethod
     def client_binding(client: str) -> str:

@@ -199,12 +199,12 @@ class KombuSessions:
                 _release(connection)
                 attempt += 1
                 pause = policy.pause(attempt)
-                if pause is None or (deadline is not None and time.monotonic() + pause >= deadline):
+                if pause is None or connections.is_over(deadline):
                     raise errors.BackendUnavailable(
                         f"the broker at {self._connector.describe()} cannot be reached after "
                         f"{attempt} tries: {exc!r}"
                     ) from exc
-                time.sleep(pause)
+                time.sleep(connections.time_left(deadline, pause))
 
     def close(self) -> None:
         """Close all connections that are not in use."""

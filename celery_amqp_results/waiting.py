@@ -127,7 +127,7 @@ class Follower:
             self._unsettled.update(self.pending)
             self._pause = min(2 * self._pause, LAST_RECHECK)
             self._recheck_at = now + self._pause
-        self._unsettled |= self._waiter.take_uncovered() & self.pending.keys()
+        self._unsettle(self._waiter.take_uncovered() & self.pending.keys())
         updates: Dict[str, List[StateMessage]] = {}
         self._found.clear()
         if self._unsettled:
@@ -144,6 +144,10 @@ class Follower:
             for task_id, states in updates.items()
             if (update := self._update(task_id, states)) is not None
         ]
+
+    def _unsettle(self, ids: Set[str]) -> None:
+        """Have the store asked about *ids*: states of them may have been missed."""
+        self._unsettled |= ids
 
     def _settle(
         self,

@@ -71,7 +71,7 @@ class Broker:
 
     @contextlib.contextmanager
     def _connection(self) -> Any:
-        client = kombu.Connection(self.url, connect_timeout=5)
+        client = kombu.Connection(self.url, connect_timeout=30)
         try:
             yield client.connection
         except (OSError, amqp.AMQPError, kombu.exceptions.OperationalError) as exc:

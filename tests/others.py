@@ -150,3 +150,29 @@ def connections_to(port: int) -> int:
                 remote = int(fields[2].rpartition(":")[2], 16)
                 count += established and remote == port and fields[9] in sockets
     return count
+
+
+def count_and_revoke(
+    app: Celery, group_id: str, timeout: float = 60
+) -> Tuple[List[int], List[Any]]:
+    """Wait for three members of a group, revoke the others, and join it.
+
+    Returns how many are completed, of how many, and the values; of an exception its name.
+    """
+    restored = GroupResult.restore(group_id, app=app)
+    deadline = time.monotonic() + timeout
+    while restored.completed_count() < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    counts = [restored.completed_count(), len(restored)]
+    restored.revoke()
+    values = restored.get(timeout=timeout, propagate=False)
+    return counts, [type(v).__name__ if isinstance(v, Exception) else v for v in values]
+
+
+def forget_group(app: Celery, group_id: str) -> List[str]:
+    """Forget a group and its members; return their states after that."""
+    restored = GroupResult.restore(group_id, app=app)
+    ids = [node.id for node in restored]
+    restored.forget()
+    restored.delete()
+    return states(app, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from typing import Any, Callable, Optional
 
@@ -41,6 +42,11 @@ class Waiting:
         if self.error is not None:
             raise self.error
         return self.outcome
+
+
+def open_inbox(app: Celery) -> None:
+    """Return when the inbox of *app* stands."""
+    app.backend.layout.inbox.cover([], time.monotonic() + LONG)
 
 
 def until_watched(app: Celery, task_id: str, eventually: Callable[..., Any], n: int = 1) -> None:

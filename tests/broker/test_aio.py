@@ -271,7 +271,8 @@ def test_the_first_failure_of_a_group_ends_the_wait(app: Celery, worker: Celery)
             await aio.get(group, timeout=LONG)
         with pytest.raises(KeyError, match="first"):
             await aio.gather(*ids, timeout=LONG, app=app)
-        with pytest.raises(errors.WaitTimeout, match="2 of 3 tasks"):
+        # A broker that is busy may not have said in time that one has ended.
+        with pytest.raises(errors.WaitTimeout, match=r"[23] of 3 tasks"):
             await aio.gather(*ids, timeout=0.1, return_exceptions=True, app=app)
         store(worker, ids[0], 0)
         store(worker, ids[2], 2)
@@ -317,7 +318,8 @@ def test_as_completed_goes_on_after_a_failure_if_it_is_asked(app: Celery, worker
             )
         }
         assert found == {bad: "KeyError('bad')", good: "1"}
-        with pytest.raises(errors.WaitTimeout, match="1 of 2 tasks"):
+        # A broker that is busy may not have said in time that one has ended.
+        with pytest.raises(errors.WaitTimeout, match=r"[12] of 2 tasks"):
             async for _ in aio.as_completed([good, missing], timeout=0.1, app=app):
                 pass
 
@@ -397,8 +399,8 @@ def test_ten_thousand_coroutines_wait_on_one_thread(app: Celery, make_app: Apps)
             for _ in range(4)
         ]
         await until_covered(app, *ids)
-        # The follower, the inbox, and connections that are kept alive.
-        assert threading.active_count() <= before + 4
+        # The follower, the inbox, connections that are kept alive, and those for look-ups.
+        assert threading.active_count() <= before + 4 + bridge.MAX_THREADS
 
         def store_all() -> None:
             for number, task_id in enumerate(ids):
@@ -446,6 +448,38 @@ def test_nothing_that_blocks_runs_on_the_loop(app: Celery, worker: Celery) -> No
     assert threading.get_ident() not in set().union(*threads.values())
 
 
+def test_a_look_up_that_takes_long_holds_up_nobody_else(
+    make_app: Apps, worker: Celery, raw: Any
+) -> None:
+    # Given a shard that somebody holds, and the task of somebody else in it.
+    options = {"shards": 8, "lookup_timeout": 8 * LONG}
+    app = make_app(result_backend_transport_options=options)
+    held, mine = new_id(), new_id()
+    store(worker, held, 1)
+    topology = app.backend.layout.inbox._declarations.topology
+    channel = raw.channel()
+    channel.basic_qos(0, 1, False)
+    shard = topology.shard_queue(topology.shard(held)).name
+    channel.basic_consume(shard, callback=lambda message: None)
+    while topology.shard(mine) == topology.shard(held):
+        mine = new_id()
+    app.backend.on_task_call(None, mine)
+
+    async def scenario() -> None:
+        waiting = asyncio.ensure_future(aio.get(held, timeout=8 * LONG, app=app))
+        # Then who waits for another task has it as soon as it is there.
+        other = asyncio.ensure_future(aio.get(mine, timeout=8 * LONG, app=app))
+        await until_covered(app, mine)
+        store(worker, mine, 2)
+        assert await other == 2
+        assert not waiting.done()
+        # And that one when the shard is free.
+        raw.close()
+        assert await waiting == 1
+
+    run(scenario)
+
+
 def test_several_loops_wait_at_once_and_one_after_the_other(app: Celery, worker: Celery) -> None:
     ids = [new_id() for _ in range(4)]
     found: Dict[int, Any] = {}
@@ -469,19 +503,23 @@ def test_a_loop_that_is_closed_leaves_no_thread(
     app: Celery, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr(bridge, "LINGER", 0.2)
+    before = set(threading.enumerate())
+    names = {"celery-results-aio-follow", "celery-results-aio-tap"}
+
+    def running() -> Set[str]:
+        return names & {each.name for each in threading.enumerate() if each not in before}
+
     loop = asyncio.new_event_loop()
     waiting = loop.create_task(aio.get(new_id(), app=app))
     watch = aio.watch(app=app)
     watching = loop.create_task(watch.__anext__())
-    loop.run_until_complete(asyncio.sleep(0.3))
-    names = {thread.name for thread in threading.enumerate()}
-    assert {"celery-results-aio-follow", "celery-results-aio-tap"} <= names
+    loop.run_until_complete(asyncio.sleep(0.1))
+    assert running() == names
     # When it is closed while coroutines wait. (It warns of these when they are dropped.)
     for task in (waiting, watching):
         task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
-    names = {"celery-results-aio-follow", "celery-results-aio-tap"}
-    eventually(lambda: not names & {thread.name for thread in threading.enumerate()})
+    eventually(lambda: not running())
     bridge._bridges.pop(loop)
 
 

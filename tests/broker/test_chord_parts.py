@@ -230,7 +230,9 @@ def test_a_part_of_a_chord_that_is_over_is_dropped(
     assert not queue_exists(raw, app, group_id)
 
 
-def test_everything_is_put_back_when_firing_fails(chords: Chords, group_id: str) -> None:
+def test_everything_is_put_back_when_firing_fails(
+    app: Celery, chords: Chords, group_id: str, raw: Any
+) -> None:
     fired = Fired()
 
     def refuse(gathered: Gathered) -> None:
@@ -241,6 +243,9 @@ def test_everything_is_put_back_when_firing_fails(chords: Chords, group_id: str)
     chords.publish_part(group_id, message("a"), 0, 1)
     with pytest.raises(LookupError):
         chords.settle(group_id, refuse)
+    # Plan, part, and the word that it was begun, which nobody waits for.
+    channel, queue = raw.channel(), app.backend._topology.chord_queue(group_id).name
+    eventually(lambda: channel.queue_declare(queue, passive=True).message_count == 3)
     assert chords.settle(group_id, fired)
     assert fired.ids == ["a"]
     assert fired.chords[0].attempted

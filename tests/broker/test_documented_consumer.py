@@ -1,6 +1,6 @@
 """What the reference page says of ``AMQPBackend.Consumer``, statement by statement.
 
-Some of it RabbitMQ does not do; what it does instead is shown as well.
+Some of it RabbitMQ does not do; what happens instead is shown as well.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any, List, Tuple
 
 import kombu
 import pytest
-from amqp import exceptions as amqp_errors
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import AMQPBackend
@@ -221,17 +220,19 @@ def test_recover_with_requeue_may_deliver_to_somebody_else(inbound: Inbound) -> 
     assert other.bodies == inbound.bodies == [1]
 
 
-def test_recover_without_requeue_is_not_supported_by_rabbitmq(inbound: Inbound) -> None:
+def test_recover_without_requeue_is_an_error_before_anything_is_sent(inbound: Inbound) -> None:
+    # RabbitMQ closes the connection for it.
     inbound.send(1)
     consumer = inbound.consumer()
     consumer.consume()
     inbound.drain(1)
-    consumer.recover()  # Which does not wait for the answer.
-    with pytest.raises(amqp_errors.AMQPNotImplementedError, match="requeue=false"):
-        drain(inbound.connection, lambda: False)
-    # RabbitMQ has closed the connection, which brings the message back as well.
-    assert not inbound.connection.connected
-    assert bodies(inbound.queue.bind(inbound.entities.channel())) == [1]
+    for recover in (consumer.recover, lambda: consumer.recover(requeue=False)):
+        with pytest.raises(NotImplementedError, match=r"recover\(requeue=True\)"):
+            recover()
+    # The channel is as good as before, and what is suggested works.
+    consumer.recover(requeue=True)
+    inbound.drain(2)
+    assert inbound.bodies == [1, 1]
 
 
 # -- flow ----------------------------------------------------------------------------------------
@@ -245,11 +246,120 @@ def test_flow_can_be_enabled(inbound: Inbound) -> None:
     inbound.drain(1)
 
 
-def test_flow_cannot_be_disabled_on_rabbitmq(inbound: Inbound) -> None:
+def test_flow_stops_the_delivery_and_goes_on(two_queues: Inbound) -> None:
+    # Given a consumer that has been given messages, and another one on the channel
+    one, two = two_queues.queues
+    consumer = two_queues.consumer(queues=[one, two])
+    consumer.consume()
+    third = two_queues.entities.declared_queue(two_queues.channel)
+    two_queues.consumer(queues=[third]).consume()
+    two_queues.send("a", queue=one)
+    two_queues.send("b", queue=two)
+    two_queues.drain(2)
+    # When it stops the flow, twice
+    consumer.flow(False)
+    consumer.flow(False)
+    for queue in (one, two):
+        two_queues.send("late", queue=queue)
+        two_queues.entities.until_ready(queue, 1)
+        assert not consumer.consuming_from(queue)
+    # Then it is given no more, while the other one is
+    two_queues.send("other", queue=third)
+    two_queues.drain(3)
+    assert two_queues.bodies[2] == "other"
+    # ... what it was given is still its own
+    for message in two_queues.messages[:2]:
+        message.ack()
+    # ... and the flow can go on, again and again
+    consumer.flow(True)
+    two_queues.drain(5)
+    consumer.flow(False)
+    consumer.flow(True)
+    two_queues.send("end", queue=two)
+    two_queues.drain(6)
+    assert two_queues.bodies[3:] == ["late", "late", "end"]
+    two_queues.channel.close()
+    channel = two_queues.entities.channel()
+    assert [sorted(bodies(queue.bind(channel))) for queue in (one, two)] == [
+        ["late"],
+        ["end", "late"],
+    ]
+
+
+def test_a_callback_may_stop_the_flow_while_more_is_on_the_way(inbound: Inbound) -> None:
     consumer = inbound.consumer()
-    with pytest.raises(amqp_errors.AMQPNotImplementedError, match="active=false"):
+    consumer.register_callback(lambda body, message: consumer.flow(False))
+    inbound.send(*range(50))
+    inbound.entities.until_ready(inbound.queue, 50)
+    consumer.consume()
+    drain(inbound.connection, lambda: inbound.bodies)
+    # What was on the way came in their order, and nothing twice.
+    came = len(inbound.bodies)
+    assert inbound.bodies == list(range(came))
+    inbound.entities.until_ready(inbound.queue, 50 - came)
+    while len(inbound.bodies) < 50:
+        before = len(inbound.bodies)
+        consumer.flow(True)
+        drain(inbound.connection, lambda before=before: len(inbound.bodies) > before)  # type: ignore[misc]
+    assert inbound.bodies == list(range(50))
+
+
+def test_the_flow_goes_on_as_it_was(two_queues: Inbound) -> None:
+    # Given one queue with acknowledgements and one without, and a third that is not consumed from
+    # before the flow is stopped
+    one, two = two_queues.queues
+    three = two_queues.entities.declared_queue(two_queues.channel)
+    consumer = two_queues.consumer(queues=[one])
+    consumer.consume(no_ack=True)
+    consumer.add_queue(two)
+    consumer.consume(no_ack=False)
+    consumer.flow(False)
+    consumer.add_queue(three)
+    consumer.consume()
+    for queue in (one, two, three):
+        two_queues.send("x", queue=queue)
+        two_queues.entities.until_ready(queue, 1)
+    assert two_queues.bodies == []
+    # When one is cancelled, and the flow goes on
+    consumer.cancel_by_queue(three)
+    consumer.flow(True)
+    two_queues.drain(2)
+    # Then each is consumed from as before
+    two_queues.channel.close()
+    channel = two_queues.entities.channel()
+    assert [bodies(queue.bind(channel)) for queue in (one, two, three)] == [[], ["x"], ["x"]]
+
+
+def test_a_flow_that_was_stopped_stays_so_on_another_channel(inbound: Inbound) -> None:
+    consumer = inbound.consumer()
+    consumer.consume()
+    consumer.flow(False)
+    cut(inbound.connection)
+    inbound.connection.collect()
+    inbound.channel = inbound.connection.channel()
+    consumer.revive(inbound.channel)
+    inbound.queue = inbound.queue.bind(inbound.channel)
+    inbound.send(1)
+    inbound.entities.until_ready(inbound.queue, 1)
+    consumer.flow(True)
+    inbound.drain(1)
+    # What is cancelled does not begin again.
+    consumer.flow(False)
+    consumer.cancel()
+    consumer.flow(True)
+    inbound.send(2)
+    inbound.entities.until_ready(inbound.queue, 1)
+
+
+def test_the_flow_is_not_stopped_where_the_queue_would_go_with_it(inbound: Inbound) -> None:
+    going = inbound.entities.declared_queue(inbound.channel, auto_delete=True)
+    consumer = inbound.consumer(queues=[inbound.queue, going])
+    consumer.consume()
+    with pytest.raises(NotImplementedError, match=f"{going.name}.*Nothing was stopped.*prefetch"):
         consumer.flow(False)
-    assert not inbound.connection.connected
+    for queue in (inbound.queue, going):
+        inbound.send("x", queue=queue)
+    inbound.drain(2)
 
 
 def test_qos_limits_what_is_sent_in_advance(inbound: Inbound) -> None:
@@ -281,11 +391,16 @@ def test_qos_is_ignored_with_no_ack(inbound: Inbound) -> None:
     inbound.drain(10)
 
 
-def test_qos_by_bytes_is_not_supported_by_rabbitmq(inbound: Inbound) -> None:
+def test_qos_by_bytes_is_an_error_before_anything_is_sent(inbound: Inbound) -> None:
+    # RabbitMQ closes the connection for it.
     consumer = inbound.consumer()
-    with pytest.raises(amqp_errors.AMQPNotImplementedError, match="prefetch_size"):
+    with pytest.raises(NotImplementedError, match=r"prefetch_size=1000.*prefetch_count"):
         consumer.qos(prefetch_size=1000)
-    assert not inbound.connection.connected
+    consumer.qos(prefetch_size=0, prefetch_count=1)
+    inbound.send(1, 2)
+    consumer.consume()
+    inbound.drain(1)
+    inbound.entities.until_ready(inbound.queue, 1)
 
 
 @pytest.mark.parametrize("apply_global", [False, True])
@@ -395,7 +510,6 @@ def test_revive_goes_on_after_the_connection_is_lost(inbound: Inbound) -> None:
     inbound.connection.collect()
     channel = inbound.connection.channel()
     consumer.revive(channel)
-    consumer.consume()
     # Then it is given that message again, and has its limit again
     assert consumer.channel is channel
     inbound.drain(2)

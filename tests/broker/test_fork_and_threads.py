@@ -238,8 +238,8 @@ def test_first_results_of_a_shard_that_threads_store_at_the_same_moment_are_all_
     # Given shards that are not there yet, and an inbox that is bound to all of them: what is
     # published before its shard is there reaches the inbox, so that nobody is told of the loss.
     ids = [new_id() for _ in range(64)]
-    watching = Waiting(lambda: dict(make_app().backend.get_many(ids, timeout=LONG)))
-    watcher = make_app.made[-1]
+    watcher = make_app()
+    watching = Waiting(lambda: dict(watcher.backend.get_many(ids, timeout=LONG)))
     until_watched(watcher, ids[-1], eventually)
     start = threading.Barrier(8)
 

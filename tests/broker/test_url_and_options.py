@@ -12,7 +12,7 @@ from urllib.parse import quote
 import kombu
 import pytest
 from celery import states
-from celery.exceptions import ImproperlyConfigured
+from celery.exceptions import ImproperlyConfigured, TimeoutError
 from kombu.exceptions import OperationalError
 
 from tests import elsewhere, others
@@ -233,3 +233,17 @@ def test_all_threads_share_one_backend(make_app: Apps) -> None:
     assert app.backend.thread_safe
     assert app.backend is app.backend
     assert len({id(backend.layout) for backend in [*found, app.backend]}) == 1
+
+
+@pytest.mark.parametrize("layout", ["shared", "per-task"])
+def test_a_wait_whose_timeout_is_over_before_the_broker_answers_has_timed_out(
+    make_app: Apps, layout: str
+) -> None:
+    # Connections are accepted by the kernel, and never spoken to.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        app = make_app(
+            f"amqp://guest:guest@127.0.0.1:{silent.getsockname()[1]}//",
+            result_backend_transport_options={"layout": layout},
+        )
+        with pytest.raises(TimeoutError, match=r"not ready after 0\.3 seconds"):
+            app.AsyncResult(new_id()).get(timeout=0.3)

@@ -13,7 +13,7 @@ from celery import Celery, states
 from celery.exceptions import TimeoutError
 
 from tests import elsewhere, others
-from tests.broker.helpers import LONG, Waiting, new_id, until_watched
+from tests.broker.helpers import LONG, Waiting, new_id, open_inbox, until_watched
 from tests.conftest import Apps
 
 
@@ -85,10 +85,14 @@ def test_the_timeout_is_for_the_whole_wait_however_many_states_come(app: Celery)
     thread.start()
     seen: List[Any] = []
     try:
-        begun = time.monotonic()
-        with pytest.raises(TimeoutError):
-            app.AsyncResult(task_id).get(timeout=1, on_message=seen.append)
-        assert 1 <= time.monotonic() - begun < LONG
+        # A broker that is busy may take longer to bring the first.
+        for timeout in (1, LONG / 2):
+            begun = time.monotonic()
+            with pytest.raises(TimeoutError):
+                app.AsyncResult(task_id).get(timeout=timeout, on_message=seen.append)
+            assert timeout <= time.monotonic() - begun < LONG
+            if seen:
+                break
     finally:
         done.set()
         thread.join()
@@ -384,8 +388,7 @@ def test_a_task_that_is_sent_after_the_inbox_stands_is_polled_without_asking_the
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given an inbox that stands, and a task sent by this process.
-    with pytest.raises(TimeoutError):
-        app.AsyncResult(new_id()).get(timeout=0.2)
+    open_inbox(app)
     result = app.send_task("tests.nothing")
     reads: List[Any] = []
     store = app.backend.layout.store
@@ -406,8 +409,7 @@ def test_a_task_that_is_sent_again_still_has_the_result_it_had(
     app: Celery, task_id: Optional[str]
 ) -> None:
     # Given an inbox that stands, and a task that has ended before it is sent with the same id.
-    with pytest.raises(TimeoutError):
-        app.AsyncResult(new_id()).get(timeout=0.2)
+    open_inbox(app)
     if task_id is None:
         task_id = app.send_task("tests.nothing").id
     app.backend.store_result(task_id, "before", states.SUCCESS)

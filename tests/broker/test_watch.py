@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, Tuple
@@ -137,6 +139,36 @@ def test_states_that_do_not_count_are_not_seen(
     store(task_id, None, states.REVOKED)
     store(other, "other", states.SUCCESS)
     assert waiting.result() == [("ABORTED", None), ("SUCCESS", "end"), ("SUCCESS", "other")]
+
+
+def test_what_is_pushed_while_a_queue_is_read_does_not_come_behind_what_was_read(
+    make_app: Apps,
+) -> None:
+    # Given a watcher whose second look, when it is bound, finds what was published meanwhile.
+    worker, app = (make_app(result_backend_transport_options=options("per-task")) for _ in "12")
+    task_id, looks = new_id(), itertools.count()
+    layout = app.backend.layout
+    read = layout.read
+
+    def read_late(*args: Any, **kwargs: Any) -> Any:
+        if next(looks) == 1:
+            for step in range(5):
+                worker.backend.store_result(task_id, {"current": step}, "PROGRESS")
+        return read(*args, **kwargs)
+
+    layout.read = read_late
+    # Then the first states, which are pushed, do not come behind the last, which was read.
+    watch = app.backend.watch(task_id, timeout=LONG)
+    first = next(watch)
+    worker.backend.store_result(task_id, {"current": 5}, "PROGRESS")
+    second = next(watch)
+    worker.backend.store_result(task_id, 6, states.SUCCESS)
+    found = [("PROGRESS", first["result"]), ("PROGRESS", second["result"]), *seen(watch)]
+    assert found == [
+        ("PROGRESS", {"current": 4}),
+        ("PROGRESS", {"current": 5}),
+        ("SUCCESS", 6),
+    ]
 
 
 def test_groups_and_lists_are_watched_as_their_tasks(app: Celery, make_app: Apps) -> None:
@@ -369,3 +401,52 @@ def test_a_watch_that_is_carried_over_a_fork_says_so(app: Celery) -> None:
     # The parent goes on as if nothing had happened.
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert [meta["result"] for meta in watch] == [1]
+
+
+# -- gevent --------------------------------------------------------------------------------------
+
+#: Run in a process of its own, since it patches everything.
+GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+import sys, uuid, gevent
+from celery import Celery
+
+app = Celery("greenlets", broker=sys.argv[1], backend="amqp://")
+app.conf.update(result_exchange=sys.argv[2], result_backend_transport_options={"shards": 8})
+task_id = str(uuid.uuid4())
+seen = []
+
+def watch(target):
+    for meta in app.backend.watch(target, timeout=60):
+        seen.append((target, meta["status"], meta["result"]))
+        if meta["status"] == "SUCCESS":
+            return
+
+watching = [gevent.spawn(watch, task_id), gevent.spawn(watch, None)]
+inbox, taps = app.backend.layout.inbox, app.backend.layout._taps
+# Others run while the two wait, and this is one of them.
+with gevent.Timeout(60):
+    while not (inbox.covers(task_id) and any(tap._link for tap in list(taps))):
+        gevent.sleep(0.01)
+    for step in range(3):
+        app.backend.store_result(task_id, step, "PROGRESS")
+    app.backend.store_result(task_id, 3, "SUCCESS")
+    gevent.joinall(watching, raise_error=True)
+expected = [("PROGRESS", 0), ("PROGRESS", 1), ("PROGRESS", 2), ("SUCCESS", 3)]
+for target in (task_id, None):
+    assert [each[1:] for each in seen if each[0] == target] == expected, seen
+app.backend.close()
+"""
+
+
+def test_greenlets_watch_and_let_others_run(app: Celery, amqp_url: str) -> None:
+    pytest.importorskip("gevent")
+    done = subprocess.run(
+        [sys.executable, "-c", GREENLETS, amqp_url, app.conf.result_exchange],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

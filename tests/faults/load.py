@@ -1,5 +1,7 @@
 """A load for faults to hit: processes that store, and others that wait, join, poll and look up.
 
+With *worker* there is a Celery worker, too, and a process that sends tasks to it.
+
 with Load(app) as load:
     since = load.now()
     break_something()
@@ -10,8 +12,12 @@ with Load(app) as load:
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -36,6 +42,7 @@ class Load:
         timeout: seconds that each wait may take.
         pause: seconds between two tasks of a storing process.
         forks: whether a waiting process is forked now and then.
+        worker: whether there is a Celery worker as well.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class Load:
         timeout: float = 60.0,
         pause: float = 0.002,
         forks: bool = True,
+        worker: bool = False,
     ) -> None:
         self.storing = storing
         self.reading = reading or storing
@@ -56,6 +64,8 @@ class Load:
         self._pause = pause
         self._forks = forks
         self._lives = [0, 0]
+        self._has_worker = worker
+        self._worker: Optional[subprocess.Popen[bytes]] = None
         self._common: Dict[str, Any] = {"run": self.run, "folder": str(self.folder)}
         #: By role.
         self.processes: Dict[str, elsewhere.Process] = {}
@@ -64,11 +74,14 @@ class Load:
         try:
             for slot in (0, 1):
                 self._start_storing(slot)
+            if self._has_worker:
+                self.start_worker()
             for function, options in (
                 (players.wait, {"timeout": self._timeout, "forks": self._forks}),
                 (players.join, {"timeout": self._timeout}),
                 (players.poll, {}),
                 (players.look_up, {}),
+                *([(players.send, {"timeout": self._timeout})] if self._has_worker else []),
             ):
                 self.processes[function.__name__] = elsewhere.Process(
                     self.reading, function, {**self._common, **options}
@@ -104,7 +117,9 @@ class Load:
 
     def progress(self) -> Dict[str, int]:
         """Return how often each process has come to an end of something."""
-        roles = ("store0", "store1", "wait", "join", "poll", "look")
+        roles = ["store0", "store1", "wait", "join", "poll", "look"]
+        if self._has_worker:
+            roles.append("send")
         return {role: players.read_number(self.folder / f"progress-{role}") for role in roles}
 
     def until_stored(self, count: int, timeout: float = 120.0) -> None:
@@ -159,6 +174,54 @@ class Load:
         self._lives[slot] += 1
         self._start_storing(slot)
 
+    def start_worker(self) -> None:
+        """Start the Celery worker."""
+        conf = self.storing.conf
+        command = [
+            sys.executable, "-m", "celery", "-A", "tests.faults.worker_app", "worker",
+            "--concurrency", "2", "--loglevel", "INFO", "--without-gossip", "--without-mingle",
+            "--hostname", f"w-{uuid.uuid4().hex[:8]}@localhost",
+        ]  # fmt: skip
+        with (self.folder / "worker.log").open("ab") as log:
+            self._worker = subprocess.Popen(
+                command,
+                cwd=elsewhere.ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=dict(
+                    os.environ,
+                    PYTHONPATH=os.pathsep.join(sys.path),
+                    FAULTS_FOLDER=str(self.folder),
+                    TEST_BROKER_URL=str(conf.broker_url),
+                    TEST_RESULT_EXCHANGE=str(conf.result_exchange),
+                    TEST_TASK_QUEUE=str(conf.task_default_queue),
+                    TEST_CONF=json.dumps(
+                        {"result_backend_transport_options": conf.result_backend_transport_options}
+                    ),
+                ),
+            )
+
+    def kill_children(self) -> int:
+        """Kill the worker's children with SIGKILL; return how many there were."""
+        assert self._worker is not None
+        parent = self._worker.pid
+        listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        for pid in listed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        return len(listed)
+
+    def kill_worker(self) -> None:
+        """Kill the worker's parent process with SIGKILL, and then what it leaves behind."""
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        worker.kill()
+        worker.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+
     @contextlib.contextmanager
     def frozen(self, role: str) -> Any:
         """Freeze a process with SIGSTOP for the duration of a ``with`` block."""
@@ -192,6 +255,7 @@ class Load:
 
     def kill(self) -> None:
         """End all processes by force and remove the journals."""
+        self.kill_worker()
         while self.processes:
             _, process = self.processes.popitem()
             with contextlib.suppress(ProcessLookupError):

@@ -47,8 +47,8 @@ def die_while_packing(app: Celery, task_id: str, point: str) -> None:
             die()
         return publish(self, message)
 
-    def dying_wait(self: Any, tags: Any) -> None:
-        wait(self, tags)
+    def dying_wait(self: Any, tags: Any, deadline: Any) -> None:
+        wait(self, tags, deadline)
         if point == "after the page":
             die()
 

@@ -76,12 +76,13 @@ class Player:
             level=logging.INFO,
             force=True,
         )
+        self._parent = os.getppid()
         self._progress = 0
         self._lock = threading.Lock()
 
     def stopped(self, name: str = STOP_WAITING) -> bool:
-        """Return whether it is told to end."""
-        return (self.folder / name).exists()
+        """Return whether it is told to end, or nobody is there any more to do that."""
+        return (self.folder / name).exists() or os.getppid() != self._parent
 
     def made_progress(self) -> None:
         """Say that something came to its end."""
@@ -339,6 +340,26 @@ def look_up(app: Celery, run: str, folder: str) -> None:
         time.sleep(0.1)
 
     player.threads(read, read, forget)
+
+
+def send(app: Celery, run: str, folder: str, timeout: float) -> None:
+    """Send tasks to a worker and wait for them together."""
+    player = Player("send", run, folder)
+
+    def work() -> None:
+        ids = [str(uuid.uuid4()) for _ in range(10)]
+        with player.waiting(ids, timeout) as number:
+            results = {i: app.send_task("faults.compute", task_id=i) for i in ids}
+            ResultSet(list(results.values()), app=app).get(
+                timeout=timeout,
+                propagate=False,
+                callback=lambda i, _: player.journal.got(
+                    number, i, results[i].state, results[i].result
+                ),
+            )
+        time.sleep(0.02)
+
+    player.threads(work)
 
 
 def read_batch(app: Celery, player: Player, ids: List[str]) -> Optional[int]:

@@ -249,7 +249,7 @@ def test_the_first_success_counts_although_it_is_moved_behind_a_reader_in_line(
         target=lambda: got.append(second.backend._get_task_meta_for(wanted)["result"])
     )
 
-    def finish_late(self: Any, pack_until: float) -> None:
+    def finish_late(self: Any, pack_until: float, end: float) -> None:
         monkeypatch.setattr(store_module._Read, "finish", finish)
         fences: List[str] = []
         receive = self.checkout.channel.callbacks["r"]
@@ -267,7 +267,7 @@ def test_the_first_success_counts_although_it_is_moved_behind_a_reader_in_line(
         while not fences and time.monotonic() < deadline:
             self._link.drain(1.0)
         assert fences
-        finish(self, pack_until)
+        finish(self, pack_until, end)
 
     monkeypatch.setattr(store_module._Read, "finish", finish_late)
     # And the first moves the first result behind the second one

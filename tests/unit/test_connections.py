@@ -6,13 +6,14 @@ import time
 import types
 from typing import Any, List, Type
 
+import kombu
 import pytest
 from amqp import exceptions as amqp_errors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_amqp_results import connections, errors
-from celery_amqp_results.connections import TRANSIENT, is_refusal, time_left
+from celery_amqp_results import connections, errors, options
+from celery_amqp_results.connections import TRANSIENT, is_over, is_refusal, time_left
 
 #: What a broker says no with, as py-amqp names the codes of the protocol.
 REFUSALS = {403: "access refused", 406: "precondition failed", 530: "not allowed"}
@@ -76,6 +77,25 @@ def test_time_goes_by() -> None:
     first = time_left(deadline, 7200)
     assert 0 < time_left(deadline, 7200) <= first <= 3600
     assert time_left(deadline, 10) == 10
+
+
+def test_a_deadline_is_over_when_its_time_has_come() -> None:
+    now = time.monotonic()
+    assert is_over(now)
+    assert not is_over(now + 3600)
+    assert not is_over(None)
+
+
+def test_connecting_is_given_up_at_the_deadline_and_not_before() -> None:
+    # However long the next pause would be: a wait that ends early has not timed out.
+    policy = options.RetryPolicy(max_retries=None, interval_start=3600, interval_max=3600)
+    nobody = connections.Connector(
+        lambda heartbeat: kombu.Connection("amqp://127.0.0.1:1//"), policy, lambda: "there"
+    )
+    deadline = time.monotonic() + 0.2
+    with pytest.raises(errors.BackendUnavailable, match="there cannot be reached"):
+        nobody.open(0.0, deadline)
+    assert is_over(deadline)
 
 
 class Transport:

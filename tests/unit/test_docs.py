@@ -13,6 +13,7 @@ from typing import Any, List
 import pytest
 
 from celery_amqp_results import AMQPBackend, errors, options
+from celery_amqp_results.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
@@ -48,6 +49,19 @@ def test_settings_names_every_option_with_its_default() -> None:
     known = {field.name for field in dataclasses.fields(options.Options)}
     known |= {field.name for field in dataclasses.fields(options.RetryPolicy)}
     assert {name for name in documented if name.isidentifier()} - {"option", "entry"} == known
+
+
+def test_monitoring_has_every_metric_and_every_logger() -> None:
+    page = text("monitoring.md")
+    documented = {row[0].strip("`"): row[1] for row in rows(page) if len(row) == 3}
+    fields = {field.name: field.metadata["kind"] for field in dataclasses.fields(Metrics)}
+    assert {name: kind for name, kind in documented.items() if name.isidentifier()} == {
+        "metric": "kind",
+        **fields,
+    }
+    for module in (ROOT / "celery_amqp_results").glob("*.py"):
+        if "getLogger(__name__)" in module.read_text():
+            assert f"`celery_amqp_results.{module.stem}`" in page, module.stem
 
 
 def test_troubleshooting_has_a_section_for_every_error() -> None:

@@ -432,7 +432,7 @@ def test_the_fields_of_what_came_out_of_a_page_are_checked(
 def installed(serializer: str) -> bool:
     """Whether kombu can write with *serializer*: it knows some whose library is missing."""
     try:
-        Codec(serializer, None).encode({"status": 1, "result": 2})
+        Codec(serializer, None).encode({"status": "SUCCESS", "result": 2})
     except (EncodeError, SerializerNotInstalled):
         return False
     return True
@@ -466,7 +466,7 @@ few = settings(max_examples=25)
 
 def message_of(encoded: Tuple[str, str, Optional[str], bytes]) -> StateMessage:
     content_type, encoding, compression, body = encoded
-    return StateMessage("t", "SUCCESS", 1, body, content_type, encoding, compression)
+    return StateMessage("é", "SUCCESS", 1, body, content_type, encoding, compression)
 
 
 def test_compressions_are_known() -> None:
@@ -500,13 +500,13 @@ def test_a_meta_comes_back(serializer: str, compression: str | None, result: Any
 )
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
 def test_what_celery_can_send_comes_back_as_what_it_was(serializer: str, result: Any) -> None:
-    message = message_of(Codec(serializer, None).encode({"status": 1, "result": result}))
+    message = message_of(Codec(serializer, None).encode({"status": "SUCCESS", "result": result}))
     assert Codec("json", [message.content_type]).decode(message)["result"] == result
 
 
 def test_what_cannot_be_encoded_is_an_error_of_kombu() -> None:
     with pytest.raises(EncodeError):
-        Codec("json", None).encode({"status": 1, "result": object()})
+        Codec("json", None).encode({"status": "SUCCESS", "result": object()})
 
 
 def test_a_meta_that_was_decoded_before_is_not_decoded_again() -> None:
@@ -625,7 +625,7 @@ def test_what_is_no_meta_is_foreign(value: Any) -> None:
 
 @given(accept=st.lists(st.sampled_from(["application/json", "json", "text/x"]), max_size=2))
 def test_what_is_not_accepted_is_not_decoded(accept: List[str]) -> None:
-    message = message_of(Codec("pickle", None).encode({"status": 1, "result": Trap()}))
+    message = message_of(Codec("pickle", None).encode({"status": "SUCCESS", "result": Trap()}))
     with pytest.raises(ContentDisallowed):
         Codec("json", accept).decode(message)
 

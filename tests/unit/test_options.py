@@ -23,8 +23,12 @@ simple = {
     "shards": st.integers(1, 4096),
     "queue_type": st.sampled_from(["classic", "quorum"]),
     "confirm": st.booleans(),
+    "declare": st.booleans(),
     "lookup_timeout": st.floats(0.1, 3600),
     "page_size": st.integers(1024, 8 * 1024 * 1024),
+    "inline_limit": st.integers(1024, 8 * 1024 * 1024),
+    "max_decompressed_size": st.integers(1024, 999_999_999),
+    "track_sent": st.booleans(),
 }
 seconds = st.floats(0, 3600) | st.integers(0, 3600)
 policies = st.fixed_dictionaries(
@@ -71,8 +75,15 @@ invalid: Dict[str, Tuple[st.SearchStrategy[Any], str]] = {
     "shards": (whole_outside(1, 4096), "whole numbers from 1 to 4096"),
     "queue_type": (odd | st.text().filter(lambda t: t not in ("classic", "quorum")), "'quorum'"),
     "confirm": (odd | st.integers() | st.sampled_from(["", "perhaps", "2"]), "true and false"),
+    "declare": (odd | st.integers() | st.sampled_from(["", "perhaps", "2"]), "true and false"),
     "lookup_timeout": (seconds_outside(0.1, 3600), "seconds from 0.1 to 3600"),
     "page_size": (whole_outside(1024, 8 * 1024 * 1024), "whole numbers from 1024 to 8388608"),
+    "inline_limit": (whole_outside(1024, 8 * 1024 * 1024), "whole numbers from 1024 to 8388608"),
+    "max_decompressed_size": (
+        whole_outside(1024, 999_999_999),
+        "whole numbers from 1024 to 999999999",
+    ),
+    "track_sent": (odd | st.integers() | st.sampled_from(["", "perhaps", "2"]), "true and false"),
     "retry_policy": (
         odd | st.integers() | st.text(),
         "a dict",

@@ -64,8 +64,8 @@ def test_selecting_changes_no_state_that_counts(given_states: List[StateMessage]
             after = meta.fold(s for s in rest if (s.kind, s.id) == (kind, task_id))
             if before is not None and not before.expired(now):
                 assert after == before
-    # What goes on is neither packed nor dropped: somebody may want its history.
-    for state in (*keep, *drop):
+    # What goes on is neither packed nor dropped, unless it has expired: its history may be wanted.
+    for state in (*keep, *(s for s in drop if not s.expired(now))):
         current = meta.fold(s for s in given_states if (s.kind, s.id) == (state.kind, state.id))
         assert current is not None
         assert state.kind == meta.GROUP or meta.is_final(current.state)
@@ -79,7 +79,9 @@ def test_a_page_does_not_expire_before_what_is_in_it(
     if milliseconds is None:
         assert any(state.expiration is None for state in given_states)
     else:
-        assert all(state.expired(now + milliseconds * 1000) for state in given_states)
+        # RabbitMQ takes no more; what is of the far future has no date in a shard.
+        longest = milliseconds == 2**32 - 1
+        assert longest or all(state.expired(now + milliseconds * 1000) for state in given_states)
 
 
 def test_a_page_that_says_too_much_of_itself_is_foreign() -> None:

@@ -36,6 +36,7 @@ def memory_app(**conf: Any) -> Celery:
         task_default_queue=name,
         # How often the worker looks for tasks.
         broker_transport_options={"polling_interval": 0.01},
+        broker_connection_retry_on_startup=True,
     )
     app.conf.update(conf)
     return app
@@ -53,6 +54,7 @@ def filesystem_app(folder: Path) -> Celery:
             "control_folder": str(folder / "control"),
             "polling_interval": 0.01,
         },
+        broker_connection_retry_on_startup=True,
     )
     return app
 

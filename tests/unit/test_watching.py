@@ -62,7 +62,10 @@ def test_each_state_seen_supersedes_the_one_before_and_the_last_is_the_one_that_
             last = of_task[-1]
             assert not meta.supersedes(expected, last) or expected.published == last.published
             keys = [(state.published, state.state) for state in of_task]
-            assert len(set(keys)) == len(keys)
+            # Of two states that were published in the same microsecond either may be the later.
+            every = {(state.published, state.state) for state in everything}
+            tied = len({published for published, _ in every}) < len(every)
+            assert tied or len(set(keys)) == len(keys)
 
 
 @given(st.lists(messages, max_size=20))

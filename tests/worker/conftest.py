@@ -49,6 +49,17 @@ class Worker:
         self.process.wait(60)
 
 
+def environment_of(app: Celery) -> dict[str, str]:
+    """Return what :func:`tests.worker.tasks.app_from_environment` reads, for an app like *app*."""
+    return {
+        "TEST_BROKER_URL": str(app.conf.broker_url),
+        "TEST_RESULT_BACKEND": str(app.conf.result_backend),
+        "TEST_RESULT_EXCHANGE": str(app.conf.result_exchange),
+        "TEST_TASK_QUEUE": str(app.conf.task_default_queue),
+        "TEST_SHARDS": str(app.backend.options.shards),
+    }
+
+
 def launch_worker(
     app: Celery,
     tmp_path: Path,
@@ -57,6 +68,7 @@ def launch_worker(
     concurrency: int = 2,
     args: tuple[str, ...] = (),
     env: dict[str, str] | None = None,
+    python: str = sys.executable,
 ) -> Worker:
     """Start ``celery worker`` for the tasks of *module* with the settings of *app*.
 
@@ -66,17 +78,13 @@ def launch_worker(
     log = tmp_path / f"worker-{uuid.uuid4().hex[:8]}.log"
     environment = dict(
         os.environ,
-        TEST_BROKER_URL=str(app.conf.broker_url),
-        TEST_RESULT_BACKEND=str(app.conf.result_backend),
-        TEST_RESULT_EXCHANGE=str(app.conf.result_exchange),
-        TEST_TASK_QUEUE=str(app.conf.task_default_queue),
-        TEST_SHARDS=str(app.backend.options.shards),
+        **environment_of(app),
         PYTHONWARNINGS="default",
         PYTHONUNBUFFERED="1",
         **(env or {}),
     )
     command = [
-        sys.executable, "-m", "celery", "-A", module, "worker", "--pool", pool,
+        python, "-m", "celery", "-A", module, "worker", "--pool", pool,
         "--concurrency", str(concurrency), "--loglevel", "INFO", "--without-gossip",
         "--without-mingle", "--hostname", f"w-{uuid.uuid4().hex[:8]}@localhost", *args,
     ]  # fmt: skip

@@ -150,3 +150,39 @@ def state_of_itself(self: Any) -> str:
 @app.task(ignore_result=True)
 def ignored_failure() -> None:
     raise KeyError("ignored")
+
+
+@app.task
+def text(size: int) -> str:
+    return "x" * size
+
+
+@app.task(bind=True)
+def fail_at_length(self: Any, size: int) -> None:
+    raise ValueError("x" * size)
+
+
+@app.task(bind=True)
+def report_at_length(self: Any, size: int) -> str:
+    try:
+        self.update_state(state="PROGRESS", meta="x" * size)
+    except Exception as exc:
+        return type(exc).__name__
+    return "stored"
+
+
+@app.task
+def lengths(values: List[str]) -> List[int]:
+    return [len(value) for value in values]
+
+
+@app.task(bind=True, result_expires=3600, max_retries=1)
+def kept_for_an_hour(self: Any, retried: bool = False) -> str:
+    if retried and not self.request.retries:
+        raise self.retry(countdown=0)
+    return "kept"
+
+
+@app.task(result_expires="soon")
+def kept_for_nonsense() -> str:
+    return "kept"

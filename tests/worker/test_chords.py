@@ -14,7 +14,7 @@ from celery import Celery, chain, chord, group
 from celery.canvas import StampingVisitor
 from celery.exceptions import ChordError, TaskRevokedError
 
-from tests.conftest import Apps, eventually, raw_connection
+from tests.conftest import PATIENT, Apps, eventually, raw_connection
 from tests.worker.chord_tasks import register
 from tests.worker.conftest import launch_worker
 
@@ -427,6 +427,7 @@ def test_a_process_that_did_not_send_the_chord_waits(world: World, t: SimpleName
     other.conf.update(
         result_exchange=world[0].conf.result_exchange,
         result_backend_transport_options=world[0].conf.result_backend_transport_options,
+        **PATIENT,
     )
     try:
         assert other.AsyncResult(result.id).get(timeout=TIMEOUT) == [1, 2]

@@ -16,7 +16,7 @@ from celery.exceptions import (
     TimeoutError,
     WorkerLostError,
 )
-from celery.result import AsyncResult
+from celery.result import AsyncResult, GroupResult
 
 from celery_amqp_results import errors
 from tests import elsewhere, others
@@ -233,6 +233,24 @@ def test_a_running_task_that_is_terminated_is_revoked_for_all(
 
 
 # -- tasks that use the backend ------------------------------------------------------------------
+
+
+def test_another_process_counts_revokes_and_forgets_a_group(contract: Contract) -> None:
+    done = [contract.s("add", 1, number) for number in range(3)]
+    # Long enough for the other process to start on a busy machine.
+    later = [contract.s("add", 1, 1).set(countdown=12) for _ in range(2)]
+    sent = group([*done, *later], app=contract.app).apply_async()
+    sent.save()
+    counts, values = elsewhere.run(contract.app, others.count_and_revoke, group_id=sent.id)
+    assert counts == [3, 5]
+    assert values == [1, 2, 3, "TaskRevokedError", "TaskRevokedError"]
+    # The sender sees the same.
+    with pytest.raises(TaskRevokedError):
+        sent.get(timeout=LONG)
+    assert elsewhere.run(contract.app, others.forget_group, group_id=sent.id) == [
+        states.PENDING
+    ] * len(sent)
+    assert GroupResult.restore(sent.id, app=contract.app) is None
 
 
 def test_a_task_reads_its_own_state(contract: Contract) -> None:

@@ -1,0 +1,68 @@
+"""What the backend of a process has done so far, in numbers.
+
+The counting is done where a lock is held anyway, so that it costs next to nothing and no count is
+lost among threads. A process that is forked starts at zero, as one that was just started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Dict, Iterable
+
+__all__ = ("Metrics",)
+
+#: Kinds of metrics.
+COUNTER = "counter"
+GAUGE = "gauge"
+
+
+def _metric(kind: str, unit: str, description: str) -> Any:
+    metadata = {"kind": kind, "unit": unit, "description": description}
+    return dataclasses.field(default=0, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Counts of one process, for all backends of one app that keep their results in one place."""
+
+    stored: int = _metric(COUNTER, "states", "States and groups that were published")
+    confirmed: int = _metric(
+        COUNTER, "states", "Those of them for which the broker's confirm was waited for, and came"
+    )
+    published_bytes: int = _metric(
+        COUNTER, "bytes", "Bodies that were published: of states, parts of chords, large results"
+    )
+    large: int = _metric(COUNTER, "states", "States whose bodies were put in queues of their own")
+    retried: int = _metric(
+        COUNTER, "publishes", "Publishing was tried again, since the connection was lost"
+    )
+    refused: int = _metric(
+        COUNTER, "publishes", "Publishing was refused by the broker: too large, no permission"
+    )
+    failed: int = _metric(
+        COUNTER, "publishes", "Publishing was given up, since the broker was away for too long"
+    )
+    pushed: int = _metric(COUNTER, "states", "States that were pushed to the inbox")
+    looked_up: int = _metric(COUNTER, "ids", "Ids of tasks and groups that were looked up")
+    shards_read: int = _metric(COUNTER, "reads", "Shards that were read, for look-ups and forget()")
+    messages_read: int = _metric(COUNTER, "messages", "Messages that were read in shards")
+    packed: int = _metric(
+        COUNTER, "states", "States that were packed into pages, or dropped while packing"
+    )
+    rejected: int = _metric(
+        COUNTER, "messages", "Foreign or damaged messages, as often as they were met"
+    )
+    waiting: int = _metric(GAUGE, "tasks", "Tasks that somebody waits for at present")
+
+    def as_dict(self) -> Dict[str, int]:
+        """Return the numbers by their names."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def total(cls, parts: Iterable[Metrics]) -> Metrics:
+        """Return the sum of *parts*."""
+        sums: Dict[str, int] = {}
+        for part in parts:
+            for name, value in part.as_dict().items():
+                sums[name] = sums.get(name, 0) + value
+        return cls(**sums)

@@ -1,0 +1,64 @@
+"""Metrics for OpenTelemetry. Needs the extra ``opentelemetry`` (the package opentelemetry-api)."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any, Callable, Iterator, Mapping, Optional
+
+from opentelemetry import metrics as otel
+
+import celery_amqp_results
+from celery_amqp_results.metrics import COUNTER, Metrics
+
+__all__ = ("instrument",)
+
+#: Names begin with this.
+PREFIX = "celery.results."
+
+
+def instrument(
+    app: Any, meter_provider: Any = None, attributes: Optional[Mapping[str, Any]] = None
+) -> None:
+    """Have the backend's metrics observed.
+
+    To be called once for an app, and in the process whose metrics are wanted: OpenTelemetry's
+    exporters do not survive a fork, so in a prefork worker in the signal
+    ``worker_process_init``.
+
+    Parameters:
+        app: a Celery app whose result backend is ours. It is not kept alive.
+        meter_provider: OpenTelemetry's; the global one by default.
+        attributes: attributes of all observations; none by default.
+
+    Observing does no I/O.
+    """
+    meter = otel.get_meter(
+        celery_amqp_results.__name__, celery_amqp_results.__version__, meter_provider
+    )
+    reference = weakref.ref(app)
+    for field in dataclasses.fields(Metrics):
+        create = (
+            meter.create_observable_counter
+            if field.metadata["kind"] == COUNTER
+            else meter.create_observable_gauge
+        )
+        unit = field.metadata["unit"]
+        create(
+            PREFIX + field.name,
+            callbacks=[_observer(reference, field.name, attributes)],
+            # The code of UCUM for bytes; what is counted otherwise is in braces.
+            unit="By" if unit == "bytes" else "{" + unit + "}",
+            description=field.metadata["description"],
+        )
+
+
+def _observer(
+    reference: weakref.ref[Any], name: str, attributes: Optional[Mapping[str, Any]]
+) -> Callable[[Any], Iterator[Any]]:
+    def observe(options: Any) -> Iterator[Any]:
+        app = reference()
+        if app is not None:
+            yield otel.Observation(getattr(app.backend.metrics(), name), attributes)
+
+    return observe

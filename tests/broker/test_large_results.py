@@ -1,0 +1,252 @@
+"""Results over ``inline_limit``: kept out of the shards, read by many, and nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any, Iterator, List
+
+import amqp
+import pytest
+from celery import Celery, states
+from celery.result import GroupResult
+
+from celery_amqp_results import errors, publisher
+from tests.broker.helpers import LONG, Waiting, new_id, until_watched
+from tests.conftest import Apps, raw_connection
+
+LIMIT = 4096
+BODY = "x" * 20_000
+#: More than a reader leaves loose.
+WORTH_PACKING = 40
+
+
+class Queues:
+    """The queues of large results that an app has made; they are deleted after the test."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.names: List[str] = []
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is such a queue, without using it: that would prolong its life."""
+        returned: List[Any] = []
+        with raw_connection(self.url) as connection:
+            channel = connection.channel()
+            channel.confirm_select()
+            channel.events["basic_return"].add(lambda *args: returned.append(args))
+            channel.basic_publish_confirm(
+                amqp.Message(b"", type="fence", expiration="0"), routing_key=name, mandatory=True
+            )
+        return not returned
+
+
+@pytest.fixture
+def queues(amqp_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queues]:
+    """Notes the names of the queues."""
+    queues = Queues(amqp_url)
+    apart = publisher.Publisher.publish_apart
+
+    def noted(self: Any, queue: Any, message: Any) -> None:
+        queues.names.append(queue.name)
+        apart(self, queue, message)
+
+    monkeypatch.setattr(publisher.Publisher, "publish_apart", noted)
+    yield queues
+    with raw_connection(amqp_url) as connection:
+        channel = connection.channel()
+        for name in queues.names:
+            channel.queue_delete(name)
+
+
+def make(make_app: Apps, **conf: Any) -> Celery:
+    options = {"shards": 1, "inline_limit": LIMIT, **conf.pop("options", {})}
+    return make_app(result_backend_transport_options=options, **conf)
+
+
+def messages_in_shard(app: Celery, url: str) -> List[Any]:
+    """Take out what is in the only shard."""
+    found: List[Any] = []
+    with raw_connection(url) as connection:
+        channel = connection.channel()
+        name = f"{app.conf.result_exchange}.shard.0"
+        count = channel.queue_declare(name, passive=True).message_count
+        channel.basic_consume(name, no_ack=True, callback=found.append)
+        while len(found) < count:
+            connection.drain_events(timeout=LONG)
+    return found
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_a_large_result_is_read_by_many_and_the_shard_has_only_a_pointer(
+    make_app: Apps, queues: Queues, amqp_url: str, queue_type: str
+) -> None:
+    # Given a large result
+    conf = {"options": {"queue_type": queue_type}}
+    app = make(make_app, **conf)
+    task_id = new_id()
+    app.backend.store_result(task_id, BODY, states.SUCCESS)
+    assert len(queues.names) == 1
+
+    # When several read it at once, each more than once
+    others = [make(make_app, **conf) for _ in range(3)]
+
+    def read(reader: Celery) -> List[Any]:
+        return [reader.backend._get_task_meta_for(task_id)["result"] for _ in range(3)]
+
+    readers = [Waiting(lambda reader=reader: read(reader)) for reader in others]
+
+    # Then all see it
+    for reader in readers:
+        assert reader.result() == [BODY] * 3
+    # And the message in the shard is small
+    (pointer,) = [m for m in messages_in_shard(app, amqp_url) if m.properties["type"] == "state"]
+    assert len(pointer.body) == 0
+    assert pointer.headers["body-queue"] == queues.names[0]
+
+
+def test_waiters_get_large_results_and_large_progress(make_app: Apps, queues: Queues) -> None:
+    waiter, worker = make(make_app), make(make_app)
+    task_id = new_id()
+    seen: List[Any] = []
+    waiting = Waiting(lambda: waiter.AsyncResult(task_id).get(timeout=LONG, on_message=seen.append))
+    from tests.conftest import eventually
+
+    until_watched(waiter, task_id, eventually)
+    worker.backend.store_result(task_id, {"log": BODY}, "PROGRESS")
+    worker.backend.store_result(task_id, BODY * 2, states.SUCCESS)
+    assert waiting.result() == BODY * 2
+    assert [(m["status"], len(m["result"])) for m in seen] == [
+        ("PROGRESS", 1),
+        ("SUCCESS", len(BODY * 2)),
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_forget_deletes_the_queue(make_app: Apps, queues: Queues, packed: bool) -> None:
+    app = make(make_app)
+    task_id, other = new_id(), new_id()
+    app.backend.store_result(task_id, BODY, states.SUCCESS)
+    app.backend.store_result(other, BODY, states.SUCCESS)
+    if packed:
+        for _ in range(WORTH_PACKING):
+            app.backend.store_result(new_id(), None, states.SUCCESS)
+        assert app.backend._get_task_meta_for(task_id)["result"] == BODY
+        assert app.backend.layout.store.packed >= WORTH_PACKING
+        assert app.backend._get_task_meta_for(task_id)["result"] == BODY
+
+    app.backend.forget(task_id)
+
+    assert app.backend._get_task_meta_for(task_id)["status"] == states.PENDING
+    assert app.backend._get_task_meta_for(other)["result"] == BODY
+    assert [queues.exists(name) for name in queues.names] == [False, True]
+
+
+def test_what_is_superseded_is_deleted_where_it_would_not_expire(
+    make_app: Apps, queues: Queues
+) -> None:
+    app = make(make_app, result_expires=None)
+    task_id = new_id()
+    # Given a task that ran twice, and failed at length before
+    app.backend.store_result(task_id, Exception(BODY), states.FAILURE)
+    app.backend.store_result(task_id, BODY, states.SUCCESS)
+    app.backend.store_result(task_id, BODY + "late", states.SUCCESS)
+    for _ in range(WORTH_PACKING):
+        app.backend.store_result(new_id(), None, states.SUCCESS)
+
+    # When the shard is packed, and read again
+    for _ in range(2):
+        assert app.backend._get_task_meta_for(task_id)["result"] == BODY
+
+    # Then the first success is what is left
+    assert [queues.exists(name) for name in queues.names] == [False, True, False]
+
+
+def test_what_crashed_between_body_and_pointer_is_pending_and_expires(
+    make_app: Apps, queues: Queues, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    app = make(make_app, result_expires=0.5)
+    monkeypatch.setattr("celery_amqp_results.large.LINGER", 1000)
+    layout = app.backend.layout
+    task_id = new_id()
+
+    class Crash(BaseException):
+        pass
+
+    def crash(*args: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "publish", crash)
+        with pytest.raises(Crash):
+            app.backend.store_result(task_id, BODY, states.SUCCESS)
+
+    assert app.backend._get_task_meta_for(task_id)["status"] == states.PENDING
+    (name,) = queues.names
+    eventually(lambda: not queues.exists(name))
+
+
+def test_a_pointer_without_a_body_is_taken_for_expired(
+    make_app: Apps, queues: Queues, amqp_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make(make_app)
+    task_id, group_id = new_id(), new_id()
+    app.backend.store_result(task_id, BODY, states.SUCCESS)
+    app.backend.save_group(
+        group_id, GroupResult(group_id, [app.AsyncResult(new_id()) for _ in range(200)])
+    )
+    assert len(app.backend.restore_group(group_id).results) == 200
+    with raw_connection(amqp_url) as connection:
+        channel = connection.channel()
+        for name in queues.names:
+            channel.queue_delete(name)
+
+    meta = app.backend._get_task_meta_for(task_id)
+
+    assert meta["status"] == states.PENDING
+    assert task_id in caplog.text
+    assert app.backend.restore_group(group_id) is None
+    # Who waits is not left to wait for what cannot come any more
+    with pytest.raises(errors.ResultExpired, match=task_id):
+        app.AsyncResult(task_id).get(timeout=LONG)
+
+
+def test_the_queue_is_deleted_while_readers_wait_in_line(
+    make_app: Apps, queues: Queues, amqp_url: str
+) -> None:
+    app = make(make_app)
+    task_id = new_id()
+    app.backend.store_result(task_id, BODY, states.SUCCESS)
+    (name,) = queues.names
+    with raw_connection(amqp_url) as connection:
+        # Given somebody who holds the queue, and readers behind
+        channel = connection.channel()
+        held = threading.Event()
+        channel.basic_consume(
+            name, no_ack=False, callback=lambda message: held.set(), on_cancel=print
+        )
+        while not held.is_set():
+            connection.drain_events(timeout=LONG)
+        readers = [Waiting(lambda: app.backend._get_task_meta_for(task_id)) for _ in range(2)]
+        # When it is deleted
+        other = connection.channel()
+        other.queue_delete(name)
+    # Then they do not hang
+    for reader in readers:
+        assert reader.result()["status"] == states.PENDING
+
+
+def test_pointers_that_are_no_text_are_foreign() -> None:
+    from celery_amqp_results.meta import StateMessage
+
+    with pytest.raises(errors.ForeignMessage, match="body-queue"):
+        StateMessage.from_properties(
+            {
+                "type": "state",
+                "correlation_id": str(uuid.uuid4()),
+                "content_type": "application/json",
+                "content_encoding": "utf-8",
+                "application_headers": {"state": "SUCCESS", "published": 1, "body-queue": 7},
+            },
+            b"",
+        )

@@ -1,0 +1,135 @@
+"""What became of a task of which no state is kept."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+from celery import Celery, states
+
+from celery_amqp_results import errors
+from celery_amqp_results.tracking import Fate
+from tests.broker.helpers import LONG, Waiting, new_id, until_watched
+from tests.conftest import Apps, eventually
+
+#: More than a reader leaves loose.
+WORTH_PACKING = 40
+
+
+def make(make_app: Apps, **conf: Any) -> Celery:
+    return make_app(result_backend_transport_options={"shards": 1, "track_sent": True}, **conf)
+
+
+def until(app: Celery, task_id: str, status: str) -> Fate:
+    """Wait until that is what is known of a task: marks are not waited for by their publishers."""
+
+    def fate() -> Any:
+        found = app.backend.fate(task_id)
+        return found if found.status == status else None
+
+    found: Fate = eventually(fate)
+    return found
+
+
+def test_never_sent_waiting_stored_forgotten(make_app: Apps) -> None:
+    sender, worker, other = make(make_app), make(make_app), make(make_app)
+    before = datetime.datetime.now(datetime.timezone.utc)
+    # Nobody has sent it
+    assert other.backend.fate(new_id()) == Fate("unknown")
+    # It was sent, and no process has stored anything so far: not even the exchange is there
+    result = sender.send_task("task")
+    assert (
+        sender._backend_cache.layout.publisher._idle
+        == type(sender.backend.layout.publisher._idle)()
+    )
+    for app in (sender, other):
+        fate = until(app, result.id, "sent")
+        assert fate.since is not None
+        assert before - datetime.timedelta(seconds=1) <= fate.since
+        assert app.backend.task_result_exists(result.id)
+        assert app.AsyncResult(result.id).state == states.PENDING
+    # It ends
+    worker.backend.store_result(result.id, 3, states.SUCCESS)
+    for app in (sender, other):
+        assert app.backend.fate(result.id).status == "stored"
+        assert app.AsyncResult(result.id).get(timeout=LONG) == 3
+    # It is forgotten
+    other.AsyncResult(result.id).forget()
+    for app in (sender, other):
+        assert until(app, result.id, "forgotten")
+        assert not app.backend.task_result_exists(result.id)
+        assert app.AsyncResult(result.id).state == states.PENDING
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_expired(make_app: Apps, packed: bool) -> None:
+    app, worker = make(make_app), make(make_app, result_expires=3)
+    result = app.send_task("task")
+    worker.backend.store_result(result.id, 3, states.SUCCESS)
+    if packed:
+        for _ in range(WORTH_PACKING):
+            task_id = new_id()
+            app.backend.store_result(task_id, None, states.SUCCESS)
+        app.backend.close()
+        assert app.backend.fate(task_id).status == "stored"
+        assert app.backend.layout.store.packed >= WORTH_PACKING
+    until(app, result.id, "expired")
+    assert not app.backend.task_result_exists(result.id)
+
+
+def test_marks_are_pushed_to_nobody(make_app: Apps) -> None:
+    app, worker = make(make_app), make(make_app)
+    seen = []
+    task_id = new_id()
+    waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG, on_message=seen.append))
+    until_watched(app, task_id, eventually)
+    app.send_task("task", task_id=task_id)
+    worker.backend.store_result(task_id, 1, states.SUCCESS)
+    assert waiting.result() == 1
+    assert [meta["status"] for meta in seen] == [states.SUCCESS]
+
+
+def test_a_broker_that_refuses_marks_does_not_refuse_tasks(
+    make_app: Apps, raw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Given an exchange that others have made for another number of shards
+    make_app(shards=4).backend.store_result(new_id(), 1, states.SUCCESS)
+    app = make(make_app)
+    # When tasks are sent, on one connection that is read from
+    with app.connection_for_write(transport_options={"confirm_publish": True}) as connection:
+        for _ in range(5):
+            app.send_task("task", connection=connection)
+    # Then they are there, and the log says what is wrong
+    channel = raw.channel()
+    count = channel.queue_declare(app.conf.task_default_queue, passive=True).message_count
+    assert count == 5
+    assert "not tracked any more" in caplog.text
+
+
+def test_tracking_needs_the_broker_of_the_tasks_and_the_shared_layout(make_app: Apps) -> None:
+    elsewhere = make_app(
+        "amqp://example.com/other", result_backend_transport_options={"track_sent": True}
+    )
+    with pytest.raises(errors.InvalidOption, match=r"example\.com"):
+        _ = elsewhere.backend
+    per_task = make_app(result_backend_transport_options={"track_sent": True, "layout": "per-task"})
+    with pytest.raises(errors.InvalidOption, match="per-task"):
+        _ = per_task.backend
+
+
+def test_a_task_that_is_sent_to_another_broker_is_not_marked_there(make_app: Apps) -> None:
+    app = make(make_app)
+    with app.connection_for_write("amqp://guest:guest@127.0.0.1:1/other") as connection:
+        producer = app.amqp.Producer(connection, auto_declare=False)
+        assert not app.backend._sends_to_us(producer)
+        # Connects to nothing
+        app.backend.on_task_call(producer, new_id())
+        assert not connection.connected
+
+
+def test_without_the_option_nothing_is_marked(app: Celery) -> None:
+    result = app.send_task("task")
+    app.backend.store_result(new_id(), 1, states.SUCCESS)
+    assert app.backend.fate(result.id) == Fate("unknown")
+    assert not app.backend.task_result_exists(result.id)

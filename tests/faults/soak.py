@@ -1,0 +1,203 @@
+"""Provokes faults at random for some minutes while results are stored and waited for.
+
+    python -m tests.faults.soak --minutes 30 [--seed N] [--distribution system|forky] [FAULT ...]
+
+The seed that chooses is printed first. At the end there is a table, fault by fault; the exit code
+is 1 when anything was lost or wrong, or took too long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import random
+import signal
+import sys
+import time
+import traceback
+from typing import Dict, Iterator, List, Optional, Sequence
+
+from tests.faults import faults
+from tests.faults.recorder import Verdict
+from tools import rabbitmq
+
+
+@dataclasses.dataclass
+class Row:
+    """What is known of one fault."""
+
+    provoked: int = 0
+    at_stake: int = 0
+    refused: int = 0
+    lost: int = 0
+    wrong: int = 0
+    late: int = 0
+    longest_wait: float = 0.0
+    longest_store: float = 0.0
+
+    def add(self, verdict: Verdict) -> None:
+        """Count a round."""
+        self.provoked += 1
+        self.at_stake += verdict.at_stake
+        self.refused += verdict.refused
+        self.lost += verdict.count("lost", "missed")
+        self.wrong += verdict.count("wrong", "older", "replaced", "twice")
+        self.late += verdict.count("late")
+        self.longest_wait = max(self.longest_wait, verdict.longest_wait)
+        self.longest_store = max(self.longest_store, verdict.longest_store)
+
+
+HEADER = ("fault", "provoked", "at stake", "refused", "lost", "wrong", "late", "wait s", "store s")
+
+
+def table(rows: Dict[str, Row]) -> str:
+    """Return the rows as text."""
+    lines = [HEADER]
+    for name, row in rows.items():
+        lines.append(
+            (
+                name,
+                *(str(n) for n in (row.provoked, row.at_stake, row.refused, row.lost, row.wrong)),
+                str(row.late),
+                f"{row.longest_wait:.1f}",
+                f"{row.longest_store:.1f}",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+
+
+@contextlib.contextmanager
+def _nodes(kind: str, name: str) -> Iterator[List[rabbitmq.Node]]:
+    made_of = rabbitmq.distribution(name)
+    if kind == "cluster":
+        with rabbitmq.Cluster(made_of, 3, config=CLUSTER_CONFIG) as cluster:
+            yield cluster.nodes
+    else:
+        with rabbitmq.Node(made_of, plugins=["rabbitmq_management"]) as node:
+            yield [node]
+
+
+#: What RabbitMQ recommends for three nodes. Of a cluster that keeps its metadata in Khepri, which
+#: is always so in 4.3, it has nothing to decide.
+CLUSTER_CONFIG = "cluster_partition_handling = pause_minority"
+
+
+def soak(kind: str, options: argparse.Namespace, minutes: float, rows: Dict[str, Row]) -> int:
+    """Provoke faults of one kind of place for some minutes; return how many rounds went wrong."""
+    catalogue = faults.CLUSTER if kind == "cluster" else faults.SINGLE
+    chosen = [fault for name, fault in catalogue.items() if _wanted(name, options.faults)]
+    if not chosen:
+        return 0
+    chance = random.Random(options.seed)
+    bad = 0
+    for fault in chosen:
+        rows[fault.name] = Row()
+    with _nodes(kind, options.distribution) as nodes:
+        end = time.monotonic() + 60 * minutes
+        queue: List[faults.Fault] = []
+        while time.monotonic() < end:
+            # A new load now and then: what it has stored is all looked at again and again.
+            queue_type = "quorum" if kind == "cluster" else chance.choice(["classic", "quorum"])
+            seed = chance.getrandbits(32)
+            print(f"-- {kind}, {queue_type} queues, seed of the load {seed}", flush=True)
+            worker = kind == "single"
+            with faults.place(nodes, queue_type=queue_type, seed=seed, worker=worker) as place:
+                for _ in range(options.rounds):
+                    if time.monotonic() >= end:
+                        break
+                    if not queue:
+                        # Each of them once before any of them twice.
+                        queue = chance.sample(chosen, len(chosen))
+                    bad += _round(place, queue.pop(), rows)
+    return bad
+
+
+def _wanted(name: str, words: Sequence[str]) -> bool:
+    return not words or any(word in name for word in words)
+
+
+def _round(place: faults.Place, fault: faults.Fault, rows: Dict[str, Row]) -> int:
+    load = place.load
+    began = load.now()
+    print(f"{time.strftime('%H:%M:%S')} {fault.name}", end=" ", flush=True)
+    for _ in range(fault.times):
+        load.until_stored(30)
+        fault.provoke(place)
+    load.until_stored(30)
+    load.until_flowing()
+    if fault.loses:
+        # What lay in what an operator deletes is gone: only what came later counts.
+        began = load.now()
+        load.until_stored(100)
+        load.until_flowing()
+    verdict = load.verdict(began)
+    rows[fault.name].add(verdict)
+    print(
+        f"{load.now() - began:.0f} s, {verdict.at_stake} at stake, "
+        f"{len(verdict.violations)} broken promises, longest wait {verdict.longest_wait:.1f} s",
+        flush=True,
+    )
+    if verdict.violations:
+        print(verdict.text(), f"journals are in {load.keep()}", sep="\n", flush=True)
+    return bool(verdict.violations)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults.soak",
+        description="Provoke faults at random while results are stored and waited for.",
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long; 10 by default")
+    parser.add_argument("--seed", type=int, help="of what is chosen; by default a new one")
+    parser.add_argument(
+        "--distribution", default="system", help="RabbitMQ of the system, or a Debian suite"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=12, help="faults until there is a new load; 12 by default"
+    )
+    parser.add_argument(
+        "--place",
+        choices=("single", "cluster", "both"),
+        default="both",
+        help="one node, or a cluster of three, or one after the other",
+    )
+    parser.add_argument("faults", nargs="*", help="parts of the names of faults; all by default")
+    options = parser.parse_args(arguments)
+    # Ended in order, so that nothing is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if options.seed is None:
+        options.seed = random.randrange(2**32)
+    rabbitmq.ensure_installed(options.distribution)
+    version = rabbitmq.distribution(options.distribution).version
+    print(f"RabbitMQ {version}, --seed {options.seed}, {options.minutes:g} minutes", flush=True)
+    rows: Dict[str, Row] = {}
+    bad = 0
+    places = ["single", "cluster"] if options.place == "both" else [options.place]
+    shares = {"single": 0.65, "cluster": 0.35} if len(places) == 2 else {places[0]: 1.0}
+    try:
+        for kind in places:
+            try:
+                bad += soak(kind, options, shares[kind] * options.minutes, rows)
+            except Exception:
+                traceback.print_exc()
+                bad += 1
+    finally:
+        # What was found until Ctrl-C counts, too.
+        print()
+        print(table(rows))
+    if bad:
+        print(f"\n{bad} rounds went wrong; --seed {options.seed} chooses the same faults again")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

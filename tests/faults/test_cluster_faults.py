@@ -1,0 +1,46 @@
+"""Three nodes with quorum queues, of which one is killed, or cut off, under load."""
+
+from __future__ import annotations
+
+import os
+from typing import Iterator
+
+import pytest
+
+from tests.faults import faults
+from tests.faults.soak import CLUSTER_CONFIG
+from tools import rabbitmq
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[faults.Place]:
+    """A cluster with a load on it, whose processes know all three nodes."""
+    if os.environ.get("AMQP_URL"):
+        pytest.skip("the broker of AMQP_URL is not ours to control")
+    name = os.environ.get("RABBITMQ_DISTRIBUTION", "system")
+    try:
+        rabbitmq.ensure_installed(name)
+        cluster = rabbitmq.Cluster(rabbitmq.distribution(name), 3, config=CLUSTER_CONFIG)
+        cluster.start()
+    except rabbitmq.NotAvailable as exc:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no RabbitMQ: {exc}")
+    with cluster, faults.place(cluster.nodes, queue_type="quorum", shards=4) as place:
+        yield place
+
+
+@pytest.mark.parametrize("name", ["leader of shards killed with -9", "node partitioned away"])
+def test_nothing_is_lost_and_waiting_goes_on_through_the_others_when(
+    place: faults.Place, name: str
+) -> None:
+    load = place.load
+    since = load.now()
+    load.until_stored(40)
+    # The fault lasts until everybody goes on through the nodes that are left.
+    faults.CLUSTER[name].provoke(place)
+    load.until_stored(40)
+    load.until_flowing()
+    verdict = load.verdict(since)
+    assert not verdict.violations, f"{verdict.text()}\njournals are in {load.keep()}"
+    assert verdict.at_stake

@@ -1,0 +1,55 @@
+"""A broker under load, and everything that breaks meanwhile; see :mod:`tests.faults.recorder`.
+
+The same faults, and more of them, are provoked at random by ``make soak``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Iterator
+
+import pytest
+
+from tests.faults import faults
+from tools import rabbitmq
+
+#: By name, what is provoked here. What needs long, or little else than luck, is left to the soak.
+NAMES = [
+    "RabbitMQ killed with -9",
+    "RabbitMQ restarted in order",
+    "connections reset",
+    "connections closed by rabbitmqctl",
+    "exchange deleted",
+    "inboxes deleted",
+    "storing process killed with -9",
+    "children of a worker killed with -9",
+    "worker killed with -9",
+]
+
+
+@pytest.fixture(scope="module")
+def place(_session_node: rabbitmq.Node) -> Iterator[faults.Place]:
+    """A load of two processes that store, and four that wait, join, poll and look up."""
+    if _session_node is None:
+        pytest.skip("the broker of AMQP_URL is not ours to control")
+    with faults.place(
+        [_session_node], timeout=30, worker=True, seed=int.from_bytes(os.urandom(4), "big")
+    ) as place:
+        yield place
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_lost_or_wrong_when(place: faults.Place, name: str) -> None:
+    fault = faults.SINGLE[name]
+    load = place.load
+    # Given results that are stored, waited for, joined, polled and looked up
+    since = load.now()
+    load.until_stored(40)
+    # When something breaks, and is there again
+    fault.provoke(place)
+    load.until_stored(40)
+    load.until_flowing()
+    # Then every process sees what it has to, in its time, and once
+    verdict = load.verdict(since)
+    assert not verdict.violations, f"{verdict.text()}\njournals are in {load.keep()}"
+    assert verdict.at_stake

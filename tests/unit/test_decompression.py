@@ -1,0 +1,72 @@
+"""A compressed body is decompressed up to a limit, whatever kombu compresses with."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import List
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kombu import compression
+
+from celery_amqp_results import errors
+from celery_amqp_results.meta import Codec, StateMessage, decompress
+
+#: Those whose libraries are installed, as content types.
+KNOWN: List[str] = sorted(compression.encoders())
+LIMIT = 100_000
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_kombu_compresses_comes_back_up_to_the_limit(name: str) -> None:
+    for size in (0, 1, 5_000, LIMIT):
+        packed, content_type = compression.compress(b"x" * size, name)
+        assert decompress(packed, content_type, LIMIT) == b"x" * size
+        if size:
+            with pytest.raises(ValueError, match="max_decompressed_size"):
+                decompress(packed, content_type, size - 1)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_bomb_takes_no_more_memory_than_the_limit(name: str) -> None:
+    packed, content_type = compression.compress(bytes(80_000_000), name)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="max_decompressed_size"):
+            decompress(packed, content_type, LIMIT)
+        # Brotli cannot be stopped within a piece.
+        assert tracemalloc.get_traced_memory()[1] < 40_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@settings(max_examples=40)
+@given(junk=st.binary(max_size=40), size=st.integers(1, 300), data=st.data())
+def test_damaged_data_is_an_error_or_other_data_but_never_more(
+    name: str, junk: bytes, size: int, data: st.DataObject
+) -> None:
+    packed, content_type = compression.compress(b"ab" * size, name)
+    at = data.draw(st.integers(0, len(packed)))
+    damaged = packed[:at] + junk
+    meta = Codec("json", ["application/json"], None, 4 * size)
+    message = StateMessage("t", "SUCCESS", 1, damaged, "application/json", "utf-8", content_type)
+    with pytest.raises(errors.ForeignMessage):
+        meta.decode(message)
+
+
+def test_what_nobody_would_decompress_is_not_stored() -> None:
+    codec = Codec("json", None, "gzip", 1000)
+    codec.encode({"status": "SUCCESS", "result": "x" * 500})
+    with pytest.raises(errors.ResultTooLarge, match="max_decompressed_size"):
+        codec.encode({"status": "SUCCESS", "result": "x" * 1000})
+
+
+@pytest.mark.parametrize("encoding", ["zlib", "bz2", "hex", "rot13", "base64", "nonsense"])
+@pytest.mark.parametrize("content_type", ["application/data", "application/json", "text/plain"])
+def test_an_encoding_is_one_of_text(encoding: str, content_type: str) -> None:
+    body = compression.compress(bytes(1_000_000), "gzip")[0]
+    message = StateMessage("t", "SUCCESS", 1, body, content_type, encoding)
+    with pytest.raises(errors.ForeignMessage, match="encoding"):
+        Codec("json", None).decode(message)
