@@ -108,6 +108,7 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
                     options.json.write_text(Run(about, rows).to_json(), encoding="utf-8")
             reporter.line(f"-- {name}: {time.monotonic() - begun:.0f} s, load {_load()}")
         about["seconds"] = round(time.monotonic() - started)
+        about["busy"] = about["busy"] or _busy()
         about["load"] = f"{about['load']}; at the end {_load()}"
     return Run(about, rows)
 
@@ -126,7 +127,13 @@ def _about(node: rabbitmq.Node, quick: bool) -> Dict[str, Any]:
         "memory": f"{memory / 2**30:.0f} GiB",
         "quick": quick,
         "load": _load(),
+        "busy": _busy(),
     }
+
+
+def _busy() -> bool:
+    # The benchmarks by themselves keep about one process and a half for each core busy.
+    return os.getloadavg()[0] > 3 * (os.cpu_count() or 1)
 
 
 def _load() -> str:

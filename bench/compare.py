@@ -48,11 +48,13 @@ def changes(recorded: Run, now: Run) -> Iterator[Change]:
     """Yield the ratios that are in both runs.
 
     Of each row, every variant of this backend (``amqp``, ``amqp, ...``) is put beside every other
-    peer.
+    peer. Where the machine had other things to do in one of the runs, only processor time is
+    compared: who waits more often than others then loses more by the clock.
     """
+    busy = recorded.busy or now.busy
     for row in now.rows:
         old = recorded.row(row.name)
-        if old is None or row.absolute:
+        if old is None or row.absolute or (busy and row.of_clock):
             continue
         common = [peer for peer in row.figures if peer in old.figures]
         for ours in filter(_is_ours, common):

@@ -45,6 +45,11 @@ class Row:
         """The key with the size."""
         return self.key if self.size is None else f"{self.key}.{self.size}"
 
+    @property
+    def of_clock(self) -> bool:
+        """Whether it was measured by the clock, and not as processor time."""
+        return not self.key.endswith((".cpu", ".broker"))
+
     def medians(self) -> Dict[str, float]:
         """Return the median of each peer."""
         return {peer: statistics.median(values) for peer, values in self.figures.items()}
@@ -61,6 +66,11 @@ class Run:
     def row(self, name: str) -> Optional[Row]:
         """Return the row *name*, or ``None``."""
         return next((row for row in self.rows if row.name == name), None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the machine had more to do than the benchmarks: the clock says little then."""
+        return bool(self.about.get("busy"))
 
     def to_json(self) -> str:
         """Return the run as text for a file; figures have four digits."""

@@ -265,7 +265,7 @@ class Publisher:
             # Published under the channel's watch from now on.
             channel.publish(self._orphans.popleft())
         pending = list(messages)
-        for _ in range(2):
+        for again in (False, True):
             declarations.ensure_exchange(channel.channel)
             missing = [
                 message.shard
@@ -284,13 +284,16 @@ class Publisher:
                         )
                     for message in pending:
                         channel.publish(message)
-            if confirm:
+            if confirm or again:
                 channel.wait(list(channel.unconfirmed))
             elif len(channel.unconfirmed) > MAX_UNCONFIRMED:
                 # Not for all of them: the broker is not to run dry meanwhile.
                 channel.wait(list(itertools.islice(channel.unconfirmed, MAX_UNCONFIRMED // 2)))
             elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
                 channel.collect()
+            if channel.returned and channel.unconfirmed:
+                # What was published before the shard is declared again may come back as well.
+                channel.wait(list(channel.unconfirmed))
             if channel.requested:
                 declarations.remember(channel.confirmed_requests())
             if channel.nacked:

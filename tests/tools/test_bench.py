@@ -155,6 +155,18 @@ def test_what_was_not_measured_both_times_is_not_compared() -> None:
     assert list(compare.changes(recorded, now)) == []
 
 
+def test_on_a_busy_machine_only_processor_time_is_compared() -> None:
+    rows = [
+        Row(key, key, "µs", LESS, {"amqp": [1.0], "rpc": [1.0]})
+        for key in ("store", "store.cpu", "worker.broker")
+    ]
+    quiet, busy = Run(ABOUT, rows), Run(dict(ABOUT, busy=True), rows)
+    for recorded, now in ((quiet, busy), (busy, quiet)):
+        names = [change.name for change in compare.changes(recorded, now)]
+        assert names == ["store.cpu", "worker.broker"]
+    assert len(list(compare.changes(quiet, quiet))) == 3
+
+
 def test_variants_of_ours_are_compared_with_the_others_only() -> None:
     values = {"amqp": [1.0], "amqp, confirm=False": [1.0], "amqp, per-task": [1.0], "rpc": [1.0]}
     run = make_run(Row("store", "results stored", "/s", MORE, values))
