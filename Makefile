@@ -30,7 +30,7 @@ test: $(VENV)/.test ## Run the tests on a private RabbitMQ; PYTEST="tests/unit -
 
 test-newest-rabbitmq: $(VENV)/.test ## Run the tests that need a broker on Debian forky's RabbitMQ
 	RABBITMQ_DISTRIBUTION=forky $(BIN)/python $(RUN_TESTS) \
-		$(if $(filter tests,$(PYTEST)),tests/broker tests/worker tests/faults,$(PYTEST))
+		$(if $(filter tests,$(PYTEST)),tests/broker tests/worker tests/faults tests/cli,$(PYTEST))
 
 test-tools: $(VENV)/.test ## Run the tests of what runs the private RabbitMQ nodes
 	$(BIN)/python -m pytest tests/tools
