@@ -6,8 +6,9 @@ VENV   ?= .venv
 # The tests of tools/ are left out: they take minutes, and concern those who change tools/.
 PYTEST ?= tests --ignore=tests/tools
 
-# So many processes run tests, each with a RabbitMQ of its own; 0 to run them in one, with pdb.
-PROCESSES ?= 2
+# So many processes run tests, each with a RabbitMQ of its own; most of the time they wait. 0 to run
+# them in one, with pdb.
+PROCESSES ?= 4
 
 BIN := $(VENV)/bin
 RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
