@@ -458,8 +458,9 @@ class Store:
         """Return *found* without what counts more than the others but cannot be decoded."""
         while self._check is not None and len(found) > 1:
             current = meta.fold(found)
-            # Of a state whose body is kept elsewhere there is nothing here to decode.
-            if current is None or current.body_queue is not None:
+            # Of a state whose body is kept elsewhere there is nothing here to decode, nor of what
+            # is no state.
+            if current is None or current.kind != meta.STATE or current.body_queue is not None:
                 break
             try:
                 self._check(current)

@@ -55,7 +55,7 @@ def test_a_group_of_a_thousand_is_joined(app: Celery, make_app: Apps) -> None:
 def test_ten_thousand_of_another_sender_are_joined_with_little_memory(
     make_app: Apps, app: Celery
 ) -> None:
-    writer = make_app(result_backend_transport_options={"confirm": False})
+    writer = make_app(result_backend_transport_options={"shards": 8, "confirm": False})
     group = make_group(app, 10_000)
     for number, node in enumerate(group):
         writer.backend.store_result(node.id, [number, "x" * 1000], states.SUCCESS)

@@ -104,6 +104,8 @@ def test_ctrl_c_ends_a_watch_of_everything_cleanly(
             env=environment(app),
             stdout=stdout,
             stderr=stderr,
+            # Whoever runs the tests in the background ignores it, and so would the process.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def seen() -> bool:
