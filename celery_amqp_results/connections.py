@@ -25,7 +25,16 @@ from amqp import spec
 
 from celery_amqp_results import errors, frames, options
 
-__all__ = ("TRANSIENT", "Connector", "Link", "Pool", "is_over", "is_refusal", "time_left")
+__all__ = (
+    "TRANSIENT",
+    "Connector",
+    "Link",
+    "LookupTries",
+    "Pool",
+    "is_over",
+    "is_refusal",
+    "time_left",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -424,6 +433,49 @@ class Connector:
                         "URL right?"
                     ) from exc
                 time.sleep(time_left(deadline, pause))
+
+
+class LookupTries:
+    """The tries of one look-up, each on a connection that may be lost.
+
+    Parameters:
+        policy: how long to wait between them.
+        end: time (``time.monotonic``) at which the look-up has to be over.
+        prefix: beginning of the names of the queues, for messages of errors.
+    """
+
+    def __init__(self, policy: options.RetryPolicy, end: float, prefix: str) -> None:
+        self._policy = policy
+        self._started = time.monotonic()
+        self._end = end
+        self._prefix = prefix
+        self._failed = 0
+
+    def wait(self, exc: BaseException, what: str) -> None:
+        """Wait before the next try.
+
+        Parameters:
+            exc: what the last one ended with.
+            what: what could not be read.
+
+        Raises:
+            BackendUnavailable: when the broker has refused it.
+            LookupTimeout: when there is no time for another, or there were enough.
+        """
+        if is_refusal(exc):
+            raise errors.BackendUnavailable(
+                f"the broker refuses to have {what} read: {exc}. Check the user's permissions on "
+                f"the queues {self._prefix}.*, and on the default exchange (amq.default)"
+            ) from exc
+        self._failed += 1
+        pause = self._policy.pause(self._failed)
+        if pause is None or time.monotonic() + pause >= self._end:
+            raise errors.LookupTimeout(
+                f"{what} could not be read in {time.monotonic() - self._started:.1f} s: the "
+                f"connection was lost {self._failed} times, at last with {exc!r}"
+            ) from exc
+        logger.info("a look-up of %s is repeated after %r", what, exc)
+        time.sleep(pause)
 
 
 class Pool:

@@ -115,9 +115,8 @@ class LargeBodies:
         """
         queue = pointer.body_queue
         assert queue is not None
-        started = time.monotonic()
-        end = started + self._lookup_timeout
-        attempt = 0
+        end = time.monotonic() + self._lookup_timeout
+        tries = connections.LookupTries(self._pool.policy, end, self._topology.prefix)
         while True:
             try:
                 with self._pool.link(end) as link:
@@ -126,22 +125,7 @@ class LargeBodies:
                 raise
             except connections.TRANSIENT as exc:
                 # Among them that the queue was deleted while we waited in line: it is missing then.
-                if connections.is_refusal(exc):
-                    raise errors.BackendUnavailable(
-                        f"the broker refuses to have {queue!r} read: {exc}. Check the user's "
-                        f"permissions on the queues {self._topology.prefix}.*, and on the default "
-                        "exchange (amq.default)"
-                    ) from exc
-                attempt += 1
-                pause = self._pool.policy.pause(attempt)
-                if pause is None or time.monotonic() + pause >= end:
-                    raise errors.LookupTimeout(
-                        f"the large result in {queue!r} could not be read in "
-                        f"{time.monotonic() - started:.1f} s: the connection was lost {attempt} "
-                        f"times, at last with {exc!r}"
-                    ) from exc
-                logger.info("reading a large result is repeated after %r", exc)
-                time.sleep(pause)
+                tries.wait(exc, f"the large result in {queue!r}")
 
     def _read(
         self, link: connections.Link, queue: str, pointer: StateMessage, end: float

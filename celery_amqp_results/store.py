@@ -499,7 +499,8 @@ class Store:
         if deadline is not None:
             end = min(end, deadline)
         todo: Deque[int] = collections.deque(sorted(shards))
-        attempt = 0
+        prefix = self.declarations.topology.prefix
+        tries = connections.LookupTries(self._pool.policy, end, prefix)
         while todo:
             try:
                 with self._pool.link(end) as link:
@@ -515,22 +516,7 @@ class Store:
                     return
                 if isinstance(exc, errors.BackendUnavailable):
                     raise
-                if connections.is_refusal(exc):
-                    raise errors.BackendUnavailable(
-                        f"the broker refuses a look-up: {exc}. Check the user's permissions on "
-                        f"the queues {self.declarations.topology.prefix}.*, and on the default "
-                        "exchange (amq.default)"
-                    ) from exc
-                attempt += 1
-                pause = self._pool.policy.pause(attempt)
-                if pause is None or time.monotonic() + pause >= end:
-                    raise errors.LookupTimeout(
-                        f"{len(todo)} of {len(shards)} shards could not be read in "
-                        f"{time.monotonic() - started:.1f} s: the connection was lost {attempt} "
-                        f"times, at last with {exc!r}"
-                    ) from exc
-                logger.info("a look-up is repeated after %r", exc)
-                time.sleep(pause)
+                tries.wait(exc, f"{len(todo)} of {len(shards)} shards")
 
     def _read_on(
         self,
