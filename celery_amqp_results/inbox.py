@@ -181,6 +181,8 @@ class Inbox:
         self._outdated: Set[str] = set()
         self._sent: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._wakeup: Optional[socket.socket] = None
+        #: What of the present connection is not to be trusted.
+        self._suspicion = ""
         #: States received, and messages that were none.
         self.received = 0
         self.rejected = 0
@@ -346,6 +348,20 @@ class Inbox:
         with self._changed:
             self._uncover(task_id)
 
+    def suspect(self, why: str) -> None:
+        """Have the connection replaced by another, to another host if there are several.
+
+        For a connection that stands, and on which something did not come: a node that is cut off
+        from its cluster, or was, is such. All that was covered is covered no more.
+
+        Parameters:
+            why: what did not come, for the log.
+        """
+        with self._changed:
+            if self._epoch:
+                self._suspicion = why
+                self._wake_reader()
+
     def close(self, wait: bool = True) -> None:
         """Close the connection and end the thread; who waits gets an error.
 
@@ -453,6 +469,7 @@ class Inbox:
         """Nothing is known any more: states may be missed until the next connection stands."""
         with self._changed:
             self._epoch = 0
+            self._suspicion = ""
             self._bound = set()
             self._known.clear()
             self._known_bytes = 0
@@ -619,6 +636,8 @@ class _Session:
                     with contextlib.suppress(BlockingIOError):
                         while self._wakeup.recv(4096):
                             pass
+                    if inbox._suspicion:
+                        raise amqp.exceptions.RecoverableConnectionError(inbox._suspicion)
                     self._bind_wanted()
                 if sock in ready:
                     self.link.drain(0.0)

@@ -313,10 +313,13 @@ class Publisher:
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
 
     def _publish_to_shards(self, channel: ConfirmChannel) -> None:
-        """Publish what was refused once more, to the queues that keep it and to no others.
+        """Publish what was refused once more, to the queues that keep it.
 
         A message is refused when one of the queues that it is routed to does not take it. That
         may be anybody's: one that is full, or the inbox of a process whose node is cut off.
+
+        After that it is published to all again, and no matter who refuses it now: a process whose
+        node was lost may have an inbox on another since, and have looked into the shard before.
         """
         refused, channel.nacked = channel.nacked, {}
         topology = self._declarations.topology
@@ -328,6 +331,10 @@ class Publisher:
         channel.wait(list(channel.unconfirmed))
         if channel.nacked:
             raise errors.NotConfirmed("the broker refused to take a message (nack)")
+        for message in refused.values():
+            channel.publish(message)
+        channel.wait(list(channel.unconfirmed))
+        channel.nacked.clear()
         logger.info(
             "a queue refuses states; they were stored in their shards: %s",
             _what(list(refused.values())),

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 FIRST_RECHECK = 15.0
 LAST_RECHECK = 300.0
 
+#: An end that the store knows for so many seconds, and that was not pushed, says that nothing is.
+LATE = 5.0
+
 #: Ids remembered as polled while pending, at most.
 MAX_POLLED = 10_000
 
@@ -72,6 +75,8 @@ class Follower:
         self._held: Dict[str, List[StateMessage]] = {}
         #: Tasks of others that the store was asked about before their shards were bound.
         self._peeked: Set[str] = set()
+        #: Tasks that were covered when they were last asked for all the same.
+        self._rechecked: Set[str] = set()
         #: Tasks of which the store had something in this step.
         self._found: Set[str] = set()
         self._pause = FIRST_RECHECK
@@ -125,9 +130,12 @@ class Follower:
         now = time.monotonic()
         if now >= self._recheck_at:
             self._unsettled.update(self.pending)
+            self._rechecked.update(i for i in self.pending if self._inbox.covers(i))
             self._pause = min(2 * self._pause, LAST_RECHECK)
             self._recheck_at = now + self._pause
-        self._unsettle(self._waiter.take_uncovered() & self.pending.keys())
+        uncovered = self._waiter.take_uncovered() & self.pending.keys()
+        self._rechecked -= uncovered
+        self._unsettle(uncovered)
         updates: Dict[str, List[StateMessage]] = {}
         self._found.clear()
         if self._unsettled:
@@ -223,8 +231,20 @@ class Follower:
         self.pending[task_id] = current
         final = current if _ended(current) else None
         if final is not None:
+            self._listen(final)
             self._finish(task_id, consumed=True)
         return Update(task_id, new, final, task_id in self._found)
+
+    def _listen(self, final: StateMessage) -> None:
+        """Suspect the inbox of hearing nothing, where only the store has told of an end."""
+        if final.id not in self._rechecked or final.id not in self._found:
+            return
+        late = time.time_ns() // 1000 - final.published
+        if late > LATE * 1_000_000:
+            self._inbox.suspect(
+                f"the {final.state} of {final.id!r} was published {late / 1e6:.0f} s ago, and was "
+                "not pushed"
+            )
 
     def _finish(self, task_id: str, consumed: bool) -> None:
         del self.pending[task_id]
@@ -232,6 +252,7 @@ class Follower:
         self._held.pop(task_id, None)
         self._unsettled.discard(task_id)
         self._peeked.discard(task_id)
+        self._rechecked.discard(task_id)
         self._inbox.unwatch((task_id,), self._waiter, consumed)
 
 

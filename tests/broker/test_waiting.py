@@ -6,15 +6,16 @@ import gc
 import pickle
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 from celery import Celery, states
 from celery.exceptions import TimeoutError
 
+from celery_amqp_results import waiting as waiting_module
 from tests import elsewhere, others
 from tests.broker.helpers import LONG, Waiting, new_id, open_inbox, until_watched
-from tests.conftest import Apps
+from tests.conftest import Apps, eventually
 
 
 def test_a_result_that_is_there_is_got_at_once(app: Celery, make_app: Apps) -> None:
@@ -23,9 +24,7 @@ def test_a_result_that_is_there_is_got_at_once(app: Celery, make_app: Apps) -> N
     assert make_app().AsyncResult(task_id).get() == 1
 
 
-def test_a_result_that_comes_later_is_pushed(
-    app: Celery, make_app: Apps, eventually: Callable[..., Any]
-) -> None:
+def test_a_result_that_comes_later_is_pushed(app: Celery, make_app: Apps) -> None:
     task_id, worker = new_id(), make_app()
     waiting = Waiting(app.AsyncResult(task_id).get)
     until_watched(app, task_id, eventually)
@@ -35,9 +34,7 @@ def test_a_result_that_comes_later_is_pushed(
     assert app.backend.layout.inbox.received == received + 1
 
 
-def test_timeout_none_waits_for_as_long_as_it_takes(
-    app: Celery, eventually: Callable[..., Any]
-) -> None:
+def test_timeout_none_waits_for_as_long_as_it_takes(app: Celery) -> None:
     task_id = new_id()
     waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=None))
     until_watched(app, task_id, eventually)
@@ -108,9 +105,7 @@ def test_a_timeout_leaves_the_task_as_it_is(app: Celery) -> None:
     assert result.get(timeout=LONG) == 5
 
 
-def test_on_message_gets_every_state_in_order(
-    app: Celery, make_app: Apps, eventually: Callable[..., Any]
-) -> None:
+def test_on_message_gets_every_state_in_order(app: Celery, make_app: Apps) -> None:
     # Given somebody who waits.
     task_id, worker = new_id(), make_app()
     seen: List[Tuple[str, Any]] = []
@@ -191,9 +186,7 @@ def test_on_interval_of_get_is_called_and_may_end_the_wait(app: Celery) -> None:
         app.AsyncResult(new_id()).get(timeout=LONG, interval=0.05, on_interval=stop)
 
 
-def test_a_failed_parent_ends_the_wait_for_its_child(
-    app: Celery, eventually: Callable[..., Any]
-) -> None:
+def test_a_failed_parent_ends_the_wait_for_its_child(app: Celery) -> None:
     parent = app.AsyncResult(new_id())
     child = app.AsyncResult(new_id(), parent=parent)
     waiting = Waiting(lambda: child.get(timeout=LONG, interval=0.05))
@@ -211,9 +204,7 @@ def test_propagate_false_returns_the_exception(app: Celery) -> None:
     assert value.args == ("k",)
 
 
-def test_a_revoked_task_raises_for_the_one_who_waits(
-    app: Celery, eventually: Callable[..., Any]
-) -> None:
+def test_a_revoked_task_raises_for_the_one_who_waits(app: Celery) -> None:
     from celery.exceptions import TaskRevokedError
 
     task_id = new_id()
@@ -241,9 +232,7 @@ def test_the_callback_of_get_is_called_with_id_and_value(app: Celery) -> None:
     assert calls == [(task_id, 3)]
 
 
-def test_many_threads_wait_for_one_task_through_one_result_object(
-    app: Celery, eventually: Callable[..., Any]
-) -> None:
+def test_many_threads_wait_for_one_task_through_one_result_object(app: Celery) -> None:
     result = app.AsyncResult(new_id())
     waits = [Waiting(lambda: result.get(timeout=LONG)) for _ in range(10)]
     until_watched(app, result.id, eventually, 10)
@@ -251,9 +240,7 @@ def test_many_threads_wait_for_one_task_through_one_result_object(
     assert [waiting.result() for waiting in waits] == ["all"] * 10
 
 
-def test_many_threads_wait_for_one_task_through_result_objects_of_their_own(
-    app: Celery, eventually: Callable[..., Any]
-) -> None:
+def test_many_threads_wait_for_one_task_through_result_objects_of_their_own(app: Celery) -> None:
     task_id = new_id()
     waits = [Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG)) for _ in range(10)]
     until_watched(app, task_id, eventually, 10)
@@ -261,9 +248,7 @@ def test_many_threads_wait_for_one_task_through_result_objects_of_their_own(
     assert [waiting.result() for waiting in waits] == ["all"] * 10
 
 
-def test_waits_of_different_ends_do_not_disturb_each_other(
-    app: Celery, eventually: Callable[..., Any]
-) -> None:
+def test_waits_of_different_ends_do_not_disturb_each_other(app: Celery) -> None:
     # Given one that gives up soon, one that is interrupted by its own callback, and one that
     # waits on.
     task_id = new_id()
@@ -309,9 +294,7 @@ def test_a_process_that_dies_while_it_waits_takes_nothing_with_it(app: Celery) -
     assert elsewhere.run(app, others.values, ids=[task_id]) == ["kept"]
 
 
-def test_garbage_collection_of_thousands_of_results_disturbs_no_wait(
-    app: Celery, eventually: Callable[..., Any]
-) -> None:
+def test_garbage_collection_of_thousands_of_results_disturbs_no_wait(app: Celery) -> None:
     # Given threads that wait, and results of unknown tasks that come and go meanwhile, some in
     # reference cycles so that the collector finds them at any point.
     ids = [new_id() for _ in range(20)]
@@ -369,9 +352,7 @@ def test_a_backend_survives_pickling_with_its_url(make_app: Apps, amqp_url: str)
         Celery(set_as_current=True)
 
 
-def test_a_closed_backend_tells_those_who_wait_and_opens_anew(
-    app: Celery, eventually: Callable[..., Any]
-) -> None:
+def test_a_closed_backend_tells_those_who_wait_and_opens_anew(app: Celery) -> None:
     from kombu.exceptions import OperationalError
 
     task_id = new_id()
@@ -418,3 +399,27 @@ def test_a_task_that_is_sent_again_still_has_the_result_it_had(
     # Then the sender sees what everybody sees.
     assert app.AsyncResult(task_id).state == states.SUCCESS
     assert elsewhere.run(app, others.states, ids=[task_id]) == ["SUCCESS"]
+
+
+def test_an_inbox_that_hears_nothing_is_replaced(
+    app: Celery, make_app: Apps, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 0.5)
+    monkeypatch.setattr(waiting_module, "LATE", 0.0)
+    task_id, inbox = new_id(), app.backend.layout.inbox
+    waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG))
+    until_watched(app, task_id, eventually)
+    # With the exchange go the bindings; another process makes it anew, without that of the inbox.
+    channel = raw.channel()
+    channel.exchange_delete(app.backend._topology.exchange)
+    make_app().backend.store_result(task_id, 1, states.SUCCESS)
+    assert waiting.result() == 1
+    eventually(lambda: inbox._epochs > 1)
+    # What comes after that is pushed.
+    later = new_id()
+    waiting = Waiting(lambda: app.AsyncResult(later).get(timeout=LONG))
+    until_watched(app, later, eventually)
+    received = inbox.received
+    make_app().backend.store_result(later, 2, states.SUCCESS)
+    assert waiting.result() == 2
+    assert inbox.received > received

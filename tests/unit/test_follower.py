@@ -376,6 +376,31 @@ def test_the_store_is_asked_ever_more_seldom(
     assert pauses == [15, 30, 60, 120, 240, 300]
 
 
+def test_an_end_that_only_the_store_tells_of_makes_the_inbox_suspect(
+    inbox: Table, store: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    clock = types.SimpleNamespace(monotonic=lambda: now, time_ns=lambda: 20_000_000_000)
+    monkeypatch.setattr(waiting_module, "time", clock)
+    suspicions: List[str] = []
+    monkeypatch.setattr(inbox, "suspect", suspicions.append)
+    pushed, missed, fresh = sent(inbox), sent(inbox), sent(inbox)
+    with Follower(inbox, store) as follower:  # type: ignore[arg-type]
+        follower.add([pushed, missed, fresh])
+        step(follower)
+        done = state(pushed, published=1_000_000)
+        store.add(done)
+        push(inbox, done)
+        assert step(follower)
+        # Its push may still be on its way.
+        store.add(state(fresh, published=19_000_000))
+        store.add(state(missed, published=1_000_000))
+        now += 16
+        assert {update.task_id for update in step(follower)} == {missed, fresh}
+    (suspicion,) = suspicions
+    assert missed in suspicion
+
+
 # -- when the store cannot be asked ------------------------------------------------------------
 
 
