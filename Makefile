@@ -16,7 +16,7 @@ RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
 SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
-	test-tools soak fuzz screenshots bench bench-check clean
+	test-faults test-tools soak fuzz screenshots bench bench-check clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -32,6 +32,9 @@ test: $(VENV)/.test ## Run the tests on a private RabbitMQ; PYTEST="tests/unit -
 test-newest-rabbitmq: $(VENV)/.test ## Run the tests that need a broker on Debian forky's RabbitMQ
 	RABBITMQ_DISTRIBUTION=forky $(BIN)/python $(RUN_TESTS) \
 		$(if $(filter tests,$(PYTEST)),tests/broker tests/worker tests/faults tests/cli,$(PYTEST))
+
+test-faults: $(VENV)/.test ## Run all fault tests, those under load too; RABBITMQ=forky for the newest
+	LOAD=1 RABBITMQ_DISTRIBUTION=$(or $(RABBITMQ),system) $(BIN)/python -m pytest tests/faults
 
 test-tools: $(VENV)/.test ## Run the tests of what runs the private RabbitMQ nodes
 	$(BIN)/python -m pytest tests/tools

@@ -88,7 +88,13 @@ def test_passwords_are_shown_nowhere(
         f"amqp://{credentials}@127.0.0.1:1//;{credentials}@127.0.0.1:2//",
     ):
         # The same broker for tasks, so that what connects there is seen as well
-        app = make_app(url, broker_url=url, result_backend_transport_options=OPTIONS)
+        app = make_app(
+            url,
+            broker_url=url,
+            result_backend_transport_options=OPTIONS,
+            # kombu tries for so long.
+            broker_connection_timeout=1,
+        )
         with shown.error():
             app.backend.store_result(new_id(), 1, states.SUCCESS)
         with shown.error():

@@ -11,6 +11,10 @@ from tests.faults import faults
 from tests.faults.soak import CLUSTER_CONFIG
 from tools import rabbitmq
 
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("LOAD"), reason="takes minutes and a quiet machine: make test-faults"
+)
+
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[faults.Place]:

@@ -13,6 +13,10 @@ import pytest
 from tests.faults import faults
 from tools import rabbitmq
 
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("LOAD"), reason="takes minutes and a quiet machine: make test-faults"
+)
+
 #: By name, what is provoked here. What needs long, or little else than luck, is left to the soak.
 NAMES = [
     "RabbitMQ killed with -9",
