@@ -295,6 +295,16 @@ def _contents(session: Session, broker: Any) -> Iterator[Finding]:
             f"a state was published {age(contents.ahead)} ahead of this machine's clock",
             "have the clocks of workers and readers set by NTP: of two states the later counts",
         )
+    if contents.sent:
+        waiting = age(time.time() - (contents.sent_since or time.time()))
+        yield Finding(
+            "sent",
+            "info",
+            f"{contents.sent} tasks in {contents.shards} shards were sent and have stored "
+            f"nothing so far, the oldest {waiting} ago",
+            "they wait for a worker, run without track_started, ignore their results, or were "
+            "lost with their queue: see `celery inspect reserved` and the lengths of the queues",
+        )
     if contents.everlasting and session.backend._expiration is not None:
         yield Finding(
             "everlasting",

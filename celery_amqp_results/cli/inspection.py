@@ -9,11 +9,11 @@ from typing import Any, Dict, Iterable, List, Optional, Set
 import amqp
 from amqp import exceptions as amqp_errors
 
-from celery_amqp_results import connections, errors, page
+from celery_amqp_results import connections, errors, page, tracking
 from celery_amqp_results.checkout import Checkout
 from celery_amqp_results.cli import management
 from celery_amqp_results.cli.common import Exit, Failed, Session
-from celery_amqp_results.meta import GROUP, StateMessage, is_final
+from celery_amqp_results.meta import GROUP, MARK, StateMessage, is_final
 
 __all__ = ("Broker", "Contents")
 
@@ -46,6 +46,12 @@ class Contents:
     ahead: float = 0.0
     #: States that never expire.
     everlasting: int = 0
+    #: With ``track_sent``: tasks that were sent and of which no state is kept, and when the oldest
+    #: of them was sent, in seconds since 1970.
+    sent: int = 0
+    sent_since: Optional[float] = None
+    #: Of each task in the shard that is being read, its last mark.
+    _marks: Dict[str, StateMessage] = dataclasses.field(default_factory=dict, repr=False)
 
     def take(self, queue: str, message: amqp.Message, seen: Dict[str, bool], now: float) -> None:
         """Count a message."""
@@ -63,6 +69,11 @@ class Contents:
         for state in found:
             if state.expired(int(now * 1e6)):
                 continue
+            if state.kind == MARK:
+                last = self._marks.get(state.id)
+                if last is None or last.published < state.published:
+                    self._marks[state.id] = state
+                continue
             if state.body_queue is not None:
                 self.body_queues.add(state.body_queue)
             if state.kind == GROUP:
@@ -75,6 +86,19 @@ class Contents:
                 published = state.published / 1e6
                 self.oldest = published if self.oldest is None else min(self.oldest, published)
                 self.ahead = max(self.ahead, published - now)
+
+
+    def finish(self, seen: Dict[str, bool]) -> None:
+        """Count what is known when a shard has been read."""
+        self.shards += 1
+        self.results += sum(seen.values())
+        self.running += len(seen) - sum(seen.values())
+        for task_id, mark in self._marks.items():
+            if mark.state == tracking.SENT and task_id not in seen:
+                self.sent += 1
+                since = mark.published / 1e6
+                self.sent_since = min(since, self.sent_since or since)
+        self._marks.clear()
 
 
 class Broker:
@@ -181,9 +205,7 @@ class Broker:
             self.link.drain(min(left, STEP))
             self.link.tick()
         checkout.close(wait=True)
-        contents.shards += 1
-        contents.results += sum(seen.values())
-        contents.running += len(seen) - sum(seen.values())
+        contents.finish(seen)
 
     def management(self, url: Optional[str], guess: bool) -> Optional[management.Management]:
         """Return the management API, or ``None``.

@@ -19,6 +19,17 @@ __all__ = ("describe", "forget", "get", "group_ids")
 EXTENDED = ("name", "args", "kwargs", "worker", "retries", "queue")
 
 
+#: What is known of a task of which no state is kept.
+FATES = {
+    "untracked": "nothing is known of it: not started, expired, forgotten or never sent",
+    "unknown": "nobody has sent it, or that was too long ago",
+    "sent": "it was sent, and has stored nothing so far",
+    "expired": "it has ended, and its result has expired",
+    "forgotten": "its result was forgotten",
+    "stored": "it has stored something just now",
+}
+
+
 def describe(task_id: str, found: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     """Return what is printed of a task, which ``docs/command-line.md`` describes.
 
@@ -114,6 +125,8 @@ def get(session: Session, ids: Tuple[str, ...], wait: bool, timeout: Optional[fl
     described = []
     for task_id in unique:
         what = describe(task_id, found.get(task_id))
+        if task_id not in found and session.backend.options.track_sent:
+            what["fate"] = session.backend.fate(task_id).status
         unreadable = found.get(task_id, {}).get("unreadable")
         if unreadable is not None:
             what["unreadable"] = unreadable
@@ -133,7 +146,7 @@ def show(session: Session, described: Dict[str, Any], known: bool = True) -> Non
         return
     rows: Dict[str, Any] = {"state": described["state"]}
     if not known:
-        rows["note"] = "nothing is known of it: not started, expired, forgotten or never sent"
+        rows["note"] = FATES[described.get("fate", "untracked")]
     for name in ("name", "worker", "date_done", "group", "parent", *EXTENDED, "unreadable"):
         if described.get(name) is not None:
             rows[name] = described[name]

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from celery_amqp_results.cli import results
 from celery_amqp_results.cli.common import Exit
-from tests.conftest import Apps, raw_connection
+from tests.conftest import Apps, eventually, raw_connection
 from tools import rabbitmq
 
 
@@ -240,6 +240,29 @@ def test_doctor_finds_nothing_wrong_on_a_broker_that_is_well(app: Celery) -> Non
     plain = run(app, "doctor", "--no-management", "--no-probe").stdout
     assert "0 errors" in plain
     assert "probe" not in plain
+
+
+def test_get_and_doctor_know_what_was_sent(make_app: Apps) -> None:
+    app = make_app(result_backend_transport_options={"shards": 1, "track_sent": True})
+    waits, done, forgotten, unknown = (new_id() for _ in range(4))
+    for task_id in (waits, done, forgotten):
+        app.send_task("task", task_id=task_id)
+    for task_id in (done, forgotten):
+        app.backend.store_result(task_id, 1, states.SUCCESS)
+    app.backend.forget(forgotten)
+
+    def fates() -> Dict[str, Any]:
+        return {line["id"]: line.get("fate") for line in lines(run(app, "get", "--json", *ids))}
+
+    ids = [waits, done, forgotten, unknown]
+    # Marks are not waited for by those who publish them.
+    wanted = {waits: "sent", done: None, forgotten: "forgotten", unknown: "unknown"}
+    eventually(lambda: fates() == wanted)
+    assert "has stored nothing so far" in run(app, "get", waits).stdout
+    found = json.loads(run(app, "doctor", "--json", "--no-probe", "--no-management").stdout)
+    (finding,) = (each for each in found["findings"] if each["check"] == "sent")
+    assert finding["text"].startswith("1 tasks in 1 shards were sent")
+    assert json.loads(run(app, "stats", "--json", "--no-management").stdout)["running"] == 0
 
 
 def test_doctor_finds_other_shards_another_queue_type_and_no_expiry(make_app: Apps) -> None:
