@@ -126,8 +126,10 @@ def raw(amqp_url: str) -> Iterator[amqp.Connection]:
 class Apps:
     """Makes Celery apps that share one random ``result_exchange``, and cleans up after them."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, options: Optional[Dict[str, Any]] = None) -> None:
         self.url = url
+        #: Options of the backend where a test gives no others.
+        self.options = {**PATIENT_OPTIONS, **(options or {})}
         self.prefix = f"test-{uuid.uuid4().hex[:12]}"
         self.made: List[Celery] = []
 
@@ -152,7 +154,7 @@ class Apps:
         app.conf.update(conf)
         if "lookup_timeout" not in backend:
             app.conf.result_backend_transport_options = {
-                **PATIENT_OPTIONS,
+                **self.options,
                 **app.conf.result_backend_transport_options,
             }
         self.made.append(app)

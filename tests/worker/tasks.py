@@ -22,6 +22,8 @@ def app_from_environment() -> Celery:
         result_backend_transport_options={
             "shards": int(os.environ.get("TEST_SHARDS", "8")),
             "lookup_timeout": 60,
+            # A broker that is restarted on a busy machine takes its time.
+            "retry_policy": {"max_retries": 300},
         },
         broker_connection_retry_on_startup=True,
         # The machine may be busy.
