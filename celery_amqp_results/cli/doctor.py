@@ -24,7 +24,7 @@ from celery_amqp_results.cli.common import (
 )
 from celery_amqp_results.cli.output import STYLES, age, size
 
-__all__ = ("Finding", "doctor", "policy_findings")
+__all__ = ("Finding", "doctor", "growth_finding", "policy_findings")
 
 #: Oldest RabbitMQ that the tests run on.
 OLDEST = (3, 10)
@@ -40,6 +40,12 @@ CAPABILITIES = (
 
 #: More messages than this in a shard make a look-up slow: about 0.1 ms each.
 MANY_MESSAGES = 4000
+
+#: More results than this in a shard are a risk: loose ones could not be read in time.
+MANY_RESULTS = 40_000
+
+#: Seconds for which results have to come before their rate is believed.
+MEASURABLE = 600.0
 
 #: The largest message by default: RabbitMQ before 4.0, and since.
 OLD_MESSAGE_LIMIT = 128 * 1024 * 1024
@@ -256,6 +262,36 @@ def _permissions(topology: Any) -> str:
     )
 
 
+def growth_finding(
+    results: float, seconds: float, expires: float, shards: int
+) -> Optional[Finding]:
+    """Return what is to be said of the number of results that will be kept, if anything.
+
+    Parameters:
+        results: how many are kept now.
+        seconds: age of the oldest of them.
+        expires: seconds after which they expire.
+        shards: number of shards.
+    """
+    if seconds < MEASURABLE or seconds >= expires:
+        # Too early to tell, or there are as many as there will be.
+        return None
+    rate = results / seconds
+    each = rate * expires / shards
+    if each <= MANY_RESULTS:
+        return None
+    wanted = min(4096, 1 << int(rate * expires / MANY_RESULTS).bit_length())
+    return Finding(
+        "growth",
+        "warning",
+        f"at {rate:,.0f} results a second there will be {each:,.0f} in each shard when the first "
+        f"expire, in {age(expires - seconds)}",
+        "a shard that is never looked up can be read only up to some 60,000: shorten "
+        f"result_expires, set ignore_result where nobody reads, or use {wanted} shards under "
+        "another result_exchange",
+    )
+
+
 def _contents(session: Session, broker: Any) -> Iterator[Finding]:
     from celery_amqp_results.cli import inspection
 
@@ -281,6 +317,12 @@ def _contents(session: Session, broker: Any) -> Iterator[Finding]:
         )
     filled = [shard for shard, length in lengths.items() if length]
     contents = broker.read(inspection.spread(sorted(filled), 4))
+    expires = session.backend._expiration
+    if contents.shards and contents.oldest is not None and expires is not None:
+        kept = (contents.results + contents.running) * len(filled) / contents.shards
+        growth = growth_finding(kept, time.time() - contents.oldest, expires / 1000, shards)
+        if growth is not None:
+            yield growth
     if contents.foreign:
         yield Finding(
             "foreign",

@@ -87,7 +87,6 @@ class Contents:
                 self.oldest = published if self.oldest is None else min(self.oldest, published)
                 self.ahead = max(self.ahead, published - now)
 
-
     def finish(self, seen: Dict[str, bool]) -> None:
         """Count what is known when a shard has been read."""
         self.shards += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
+import kombu.pools
 import pytest
 from celery import Celery, states
 
@@ -15,6 +16,12 @@ from tests.conftest import Apps, eventually
 
 #: More than a reader leaves loose.
 WORTH_PACKING = 40
+
+
+@pytest.fixture(autouse=True)
+def fresh_connections() -> None:
+    """Have tasks sent on connections that no test before has seen die: the mark would be lost."""
+    kombu.pools.reset()
 
 
 def make(make_app: Apps, **conf: Any) -> Celery:
