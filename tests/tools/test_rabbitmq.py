@@ -559,6 +559,8 @@ def test_start_runs_until_it_is_told_to_end(
     with subprocess.Popen(
         [sys.executable, str(TOOL), "start", "--distribution", made_of.name],
         stdout=subprocess.PIPE,
+        # Whoever runs the tests in the background ignores it, and so would the process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().decode().strip().rpartition(":")[2].strip("/"))
