@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any, List
 
@@ -22,6 +23,9 @@ def sign_and_forge(app: Celery, folder: str) -> List[str]:
 
     Setting up security changes kombu for the whole process, so that this one is of its own.
     """
+
+    # Celery 5.3 asks for the time in a way that newer versions of cryptography warn of.
+    warnings.filterwarnings("ignore", "Properties that return a na")
 
     def sign_with(name: str) -> Any:
         app.conf.update(

@@ -86,7 +86,8 @@ class Queue:
     def put_back(self, entries: List[Entry]) -> None:
         for entry in entries:
             entry.redelivered = True
-            bisect.insort(self.ready, entry, key=lambda e: e.position)
+            positions = [ready.position for ready in self.ready]
+            self.ready.insert(bisect.bisect_right(positions, entry.position), entry)
 
     def leave(self, channel: Channel) -> None:
         """Take a consumer out of the line, with what it holds."""
