@@ -67,7 +67,7 @@ from celery_amqp_results.pending import PendingResults
 from celery_amqp_results.per_task_layout import HEARTBEAT as PER_TASK_HEARTBEAT
 from celery_amqp_results.per_task_layout import PerTaskLayout, Wire
 from celery_amqp_results.shared_layout import SharedLayout
-from celery_amqp_results.waiting import Update
+from celery_amqp_results.waiting import FIRST_CHORD_CHECK, LAST_CHORD_CHECK, Update
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
@@ -91,11 +91,6 @@ MAX_FAILED = 1000
 
 #: The longest that a watcher waits at once while nothing happens, in seconds.
 WATCH_INTERVAL = 5.0
-
-#: How long the body of a chord is waited for until the chord is looked at, in seconds; doubled each
-#: time, up to the last.
-FIRST_CHORD_CHECK = 5.0
-LAST_CHORD_CHECK = 300.0
 
 Meta = Dict[str, Any]
 

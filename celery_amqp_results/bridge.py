@@ -38,7 +38,7 @@ from typing import (
 from celery_amqp_results import errors, meta
 from celery_amqp_results.layouts import Following, Layout
 from celery_amqp_results.meta import StateMessage
-from celery_amqp_results.waiting import Update
+from celery_amqp_results.waiting import FIRST_CHORD_CHECK, LAST_CHORD_CHECK, Update
 from celery_amqp_results.watching import Tap
 
 __all__ = ("Bridge", "Subscriber", "bridge_of", "run_blocking")
@@ -52,11 +52,6 @@ LINGER = 5.0
 
 #: Threads for what blocks, at most, in the process.
 MAX_THREADS = 8
-
-#: How long the body of a chord is waited for until the chord is looked at, in seconds; doubled each
-#: time, up to the last.
-FIRST_CHORD_CHECK = 5.0
-LAST_CHORD_CHECK = 300.0
 
 
 class Subscriber(Protocol):

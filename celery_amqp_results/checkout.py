@@ -162,6 +162,24 @@ class Checkout:
             return
         self._on_message(message)
 
+    def wait(self, deadline: float, step: float) -> bool:
+        """Read until the fence comes; return ``False`` when it has not come before *deadline*.
+
+        For whoever reads one queue on a connection.
+
+        Parameters:
+            deadline: time (``time.monotonic``).
+            step: seconds between looks at the heartbeats, at most.
+        """
+        while not self.fenced:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self.link.drain(min(left, step))
+            self.link.tick()
+            self.renew_fence()
+        return True
+
     def acknowledge(self, tags: Iterable[int]) -> None:
         """Take messages out for good.
 

@@ -385,7 +385,7 @@ class Chords:
             try:
                 with self._pool.link() as link:
                     checkout = Checkout(link, queue, on_message, self._prefetch)
-                    if not _drain(checkout, time.monotonic() + LINE_TIMEOUT):
+                    if not checkout.wait(time.monotonic() + LINE_TIMEOUT, HEARTBEAT / 2):
                         raise errors.BackendUnavailable(
                             f"chord {group_id}: the queue {queue!r} could not be read within "
                             f"{LINE_TIMEOUT:g} s"
@@ -441,7 +441,7 @@ class _Gathering:
 
     def wait(self, deadline: float) -> bool:
         """Return whether the queue could be read before *deadline* (``time.monotonic``)."""
-        return _drain(self.checkout, deadline)
+        return self.checkout.wait(deadline, HEARTBEAT / 2)
 
     def _on_message(self, message: amqp.Message) -> None:
         properties = message.properties
@@ -497,15 +497,3 @@ def _size_of(properties: Mapping[str, Any]) -> int:
     if type(size) is not int or size < 0:
         raise errors.ForeignMessage(f"header {SIZE_HEADER!r} is {size!r:.100}, not a size")
     return size
-
-
-def _drain(checkout: Checkout, deadline: float) -> bool:
-    """Read until the fence comes; return ``False`` when it has not come before *deadline*."""
-    while not checkout.fenced:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        checkout.link.drain(min(left, HEARTBEAT / 2))
-        checkout.link.tick()
-        checkout.renew_fence()
-    return True

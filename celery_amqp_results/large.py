@@ -143,16 +143,12 @@ class LargeBodies:
                 found[:] = [state]
 
         checkout = Checkout(link, queue, take)
-        while not checkout.fenced:
-            remaining = end - time.monotonic()
-            if remaining <= 0.0:
-                raise errors.LookupTimeout(
-                    f"the large result in {queue!r} could not be read within lookup_timeout "
-                    f"({self._lookup_timeout:g} s): other readers are in front, the broker does "
-                    "not answer or blocks publishers, or it takes that long to transfer. Asking "
-                    "again is safe."
-                )
-            link.drain(min(remaining, TICK))
-            link.tick()
+        if not checkout.wait(end, TICK):
+            raise errors.LookupTimeout(
+                f"the large result in {queue!r} could not be read within lookup_timeout "
+                f"({self._lookup_timeout:g} s): other readers are in front, the broker does "
+                "not answer or blocks publishers, or it takes that long to transfer. Asking "
+                "again is safe."
+            )
         checkout.close(wait=False)
         return found[0] if found else None

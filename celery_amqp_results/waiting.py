@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 FIRST_RECHECK = 15.0
 LAST_RECHECK = 300.0
 
+#: How long the body of a chord is waited for until the chord is looked at, in seconds; doubled each
+#: time, up to the last.
+FIRST_CHORD_CHECK = 5.0
+LAST_CHORD_CHECK = 300.0
+
 #: An end that the store knows for so many seconds, and that was not pushed, says that nothing is.
 LATE = 5.0
 

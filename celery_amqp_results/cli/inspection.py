@@ -193,16 +193,12 @@ class Broker:
             queue,
             lambda message: contents.take(queue, message, seen, time.time()),
         )
-        while not checkout.fenced:
-            left = end - time.monotonic()
-            if left <= 0:
-                raise Failed(
-                    f"queue {queue!r} could not be read within {seconds:g} s (lookup_timeout): "
-                    "another reader holds it, it is very long, or an alarm blocks publishers",
-                    Exit.UNAVAILABLE,
-                )
-            self.link.drain(min(left, STEP))
-            self.link.tick()
+        if not checkout.wait(end, STEP):
+            raise Failed(
+                f"queue {queue!r} could not be read within {seconds:g} s (lookup_timeout): "
+                "another reader holds it, it is very long, or an alarm blocks publishers",
+                Exit.UNAVAILABLE,
+            )
         checkout.close(wait=True)
         contents.finish(seen)
 
