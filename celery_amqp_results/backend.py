@@ -561,9 +561,10 @@ class AMQPBackend(NativeChords, Celery4API):
         mark = None
         if state is None and self.options.track_sent:
             mark = self.layout.last_mark(task_id)
-            if mark is not None and mark.state == tracking.ENDED:
-                # The state came before, and may still be on its way to the inbox.
-                state = self.layout.kept(task_id)
+            # A state that was stored since may still be on its way to the inbox, which poll()
+            # asks once it follows the task. After the mark: a task that has ended had its state
+            # before that.
+            state = self.layout.kept(task_id)
         return tracking.Fate.read(state, mark)
 
     def _forget(self, task_id: str) -> None:
