@@ -68,19 +68,22 @@ def _pairs() -> list[nox.param]:
 
 def _test(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "list")
-    session.run("python", "-m", "pytest", *(session.posargs or ["tests/unit", "tests/broker"]))
+    # As `make test` does: in several processes, each with a RabbitMQ of its own.
+    processes = ("--numprocesses", "4", "--dist", "loadgroup")
+    chosen = session.posargs or ["tests/unit", "tests/broker", "tests/worker"]
+    session.run("python", "-m", "pytest", *processes, *chosen)
 
 
 @nox.session
 @nox.parametrize(["python", "celery"], _pairs())
 def tests(session: nox.Session, celery: str) -> None:
-    """Unit and broker tests with the last release of one version of Celery."""
+    """All but the fault tests with the last release of one version of Celery."""
     session.install("--editable", ".[test]", f"celery=={celery}.*")
     _test(session)
 
 
 @nox.session(python="3.9", tags=["oldest"])
 def oldest(session: nox.Session) -> None:
-    """Unit and broker tests with the lowest versions that pyproject.toml allows."""
+    """All but the fault tests with the lowest versions that pyproject.toml allows."""
     session.install("--requirement", "tools/oldest.txt", "--editable", ".[test]")
     _test(session)
