@@ -242,7 +242,6 @@ def _large_forever(topology: Topology, api: Any) -> Iterator[Finding]:
         yield Finding(
             "large",
             "warning",
-            f"{len(forever)} of {counted(len(large), 'large result')} have queues that never "
-            "expire",
+            f"{len(forever)} of {len(large)} queues of large results never expire",
             "set result_expires, and forget large results",
         )
