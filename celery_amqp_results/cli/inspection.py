@@ -162,14 +162,14 @@ class Broker:
                 f"the broker refuses to tell about the queue {queue!r}: {exc}", Exit.UNAVAILABLE
             ) from exc
 
-    def has_exchange(self, name: str) -> bool:
-        """Return whether there is an exchange of that name, or one that we may not see."""
+    def exists(self, exchange: str) -> Optional[bool]:
+        """Return whether there is an exchange of that name, or ``None`` if we may not see it."""
         try:
-            self.channel.exchange_declare(name, "direct", passive=True)
+            self.channel.exchange_declare(exchange, "direct", passive=True)
         except amqp_errors.NotFound:
             return False
-        except amqp_errors.AMQPError:
-            return True
+        except amqp_errors.AccessRefused:
+            return None
         return True
 
     def read(self, shards: Iterable[int], contents: Optional[Contents] = None) -> Contents:

@@ -18,7 +18,7 @@ from typing import Any, Dict, List, Optional
 
 import kombu
 
-__all__ = ("Management", "ManagementError", "find")
+__all__ = ("Management", "ManagementError", "find", "guess_url")
 
 #: Seconds that an answer may take; a guess is given up sooner.
 TIMEOUT = 15.0
@@ -134,6 +134,19 @@ def _quote(part: str) -> str:
     return urllib.parse.quote(part, safe="")
 
 
+def guess_url(connection: kombu.Connection) -> str:
+    """Return the usual address of the management API of a broker, encrypted where that is.
+
+    Parameters:
+        connection: of the broker, with a host; it is not opened.
+    """
+    scheme, number = ("https", TLS_PORT) if connection.ssl else ("http", PORT)
+    host = str(connection.hostname)
+    # The name of a host has no colon, an IPv6 address has several.
+    host = f"[{host}]" if host.count(":") > 1 else host.partition(":")[0]
+    return f"{scheme}://{host}:{number}"
+
+
 def find(connection: kombu.Connection, url: Optional[str], guess: bool) -> Optional[Management]:
     """Return the management API, or ``None`` where it was only guessed and is not there.
 
@@ -170,11 +183,7 @@ def find(connection: kombu.Connection, url: Optional[str], guess: bool) -> Optio
         return api
     if not guess or not connection.hostname:
         return None
-    scheme, number = ("https", TLS_PORT) if connection.ssl else ("http", PORT)
-    host = connection.hostname.partition(":")[0]
-    api = Management(
-        f"{scheme}://{host}:{number}", user, password, vhost, GUESS_TIMEOUT, proxies=False
-    )
+    api = Management(guess_url(connection), user, password, vhost, GUESS_TIMEOUT, proxies=False)
     try:
         api.get("vhosts", vhost)
     except ManagementError:

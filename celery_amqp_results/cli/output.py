@@ -83,7 +83,7 @@ def age(seconds: Optional[float]) -> str:
         return "-"
     for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
+            return f"{seconds / length:.1f}".removesuffix(".0") + f" {unit}"
     return f"{seconds:.1f} s"
 
 

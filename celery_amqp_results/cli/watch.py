@@ -278,7 +278,7 @@ def watch(
                 raise click.UsageError(f"group {group!r} is not saved: watch it without other ids")
             session.output.note(
                 f"group {group!r} is not saved (GroupResult.save): its states are shown from now "
-                "on, until Ctrl-C"
+                f"on, until {'Ctrl-C' if timeout is None else '--timeout is over'}"
             )
             live_group = group
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +20,7 @@ from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import aio, bridge, errors
 from tests.broker.helpers import LONG, new_id
-from tests.conftest import Apps
+from tests.conftest import PATIENCE, Apps
 from tools import rabbitmq
 
 _T = TypeVar("_T")
@@ -628,3 +630,90 @@ def test_one_result_that_cannot_be_decoded_fails_nobody_else(make_app: Apps, lay
         assert await waiting == 2
 
     run(scenario)
+
+
+# -- gevent and eventlet ---------------------------------------------------------------------------
+
+#: Run in a process of its own, since it patches everything.
+GREEN = """
+import sys
+if sys.argv[3] == "gevent":
+    from gevent import monkey, sleep, spawn
+    monkey.patch_all()
+else:
+    import warnings
+    warnings.simplefilter("ignore")
+    import eventlet
+    eventlet.monkey_patch()
+    from eventlet import sleep, spawn
+import asyncio, uuid
+from celery import Celery
+from celery_amqp_results import aio
+
+app = Celery("green", broker=sys.argv[1], backend="amqp://")
+app.conf.update(result_exchange=sys.argv[2], result_backend_transport_options={"shards": 8})
+ids = [str(uuid.uuid4()) for _ in range(20)]
+turns = 0
+refused = []
+
+def count():
+    global turns
+    while True:
+        turns += 1
+        sleep(0.01)
+
+async def watch():
+    return [meta["status"] async for meta in aio.watch(ids[0], app=app, timeout=60)]
+
+def store():
+    app.backend.store_result(ids[0], 1, "PROGRESS")
+    # On its way it may be overtaken by the end, which counts more.
+    while app.backend.get_state(ids[0]) != "PROGRESS":
+        sleep(0.01)
+    for task_id in ids:
+        app.backend.store_result(task_id, task_id, "SUCCESS")
+
+def second():
+    coroutine = asyncio.sleep(0)
+    try:
+        asyncio.run(coroutine)
+    except RuntimeError:
+        refused.append(True)
+    finally:
+        coroutine.close()
+
+async def main():
+    waiting = [asyncio.create_task(aio.get(i, app=app, timeout=60)) for i in ids]
+    watching = asyncio.create_task(watch())
+    inbox = app.backend.layout.inbox
+    while not all(inbox.covers(i) for i in ids):
+        await asyncio.sleep(0.01)
+    before = turns
+    spawn(second)
+    await asyncio.to_thread(store)
+    assert await asyncio.gather(*waiting) == ids
+    statuses = await watching
+    assert statuses[-1] == "SUCCESS" and set(statuses) <= {"PROGRESS", "SUCCESS"}, statuses
+    # Other greenlets have run meanwhile.
+    while turns == before or not refused:
+        await asyncio.sleep(0.01)
+
+spawn(count)
+asyncio.run(main())
+app.backend.close()
+"""
+
+
+@pytest.mark.parametrize("kind", ["gevent", "eventlet"])
+def test_an_event_loop_runs_beside_greenlets(app: Celery, amqp_url: str, kind: str) -> None:
+    # Importing it here would patch nothing, but eventlet warns.
+    if importlib.util.find_spec(kind) is None:
+        pytest.skip(f"{kind} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", GREEN, amqp_url, app.conf.result_exchange, kind],
+        capture_output=True,
+        text=True,
+        timeout=3 * PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -264,7 +264,7 @@ def test_get_and_doctor_know_what_was_sent(make_app: Apps) -> None:
     assert "has stored nothing so far" in run(app, "get", waits).stdout
     found = json.loads(run(app, "doctor", "--json", "--no-probe", "--no-management").stdout)
     (finding,) = (each for each in found["findings"] if each["check"] == "sent")
-    assert finding["text"].startswith("1 tasks in 1 shards were sent")
+    assert finding["text"].startswith("sent, and nothing stored since: 1 task in 1 shard, ")
     assert json.loads(run(app, "stats", "--json", "--no-management").stdout)["running"] == 0
 
 

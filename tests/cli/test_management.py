@@ -2,55 +2,82 @@
 
 from __future__ import annotations
 
-import os
-from urllib.parse import urlsplit
-
+import kombu
 import pytest
 from celery import states
 
+from celery_amqp_results.cli import management
 from celery_amqp_results.cli.common import Exit
+from tests.cli.conftest import Administrator
 from tests.cli.test_commands import findings, lines, run, store
 from tests.conftest import Apps
-from tools import rabbitmq
 
 
-def test_stats_doctor_and_migrate_ask_the_management_api() -> None:
-    name = os.environ.get("RABBITMQ_DISTRIBUTION", "system")
-    if os.environ.get("AMQP_URL"):
-        pytest.skip("the broker of AMQP_URL is not ours to control")
-    made = rabbitmq.Node(rabbitmq.distribution(name), plugins=["rabbitmq_management"])
-    with made as node:
-        parts = urlsplit(node.url())
-        url = node.management_url.replace("http://", f"http://{parts.username}:{parts.password}@")
-        apps = Apps(node.url())
-        app = apps()
-        old = apps(result_backend_transport_options={"layout": "per-task"})
-        try:
-            task_id, kept = store(old, 5), store(app, 1)
-            store(old, None, states.STARTED)
-            pattern = f"^{apps.prefix}\\."
-            node.ctl("set_policy", "trap", pattern, '{"max-length": 1000}', "--apply-to", "queues")
+def test_stats_doctor_and_migrate_ask_the_management_api(
+    managed_apps: Apps, admin: Administrator
+) -> None:
+    app, url = managed_apps(), admin.url
+    old = managed_apps(result_backend_transport_options={"layout": "per-task"})
+    task_id, kept = store(old, 5), store(app, 1)
+    store(old, None, states.STARTED)
+    with admin.policy(f"^{managed_apps.prefix}\\.", {"max-length": 1000}):
+        result = run(app, "doctor", "--json", "--management", url)
+    assert result.exit_code == Exit.FAILED, result.output
+    found = findings(result)
+    assert found["policy"] == "error"
+    assert found["leftovers"] == "warning"
 
-            result = run(app, "doctor", "--json", "--management", url)
-            assert result.exit_code == Exit.FAILED, result.output
-            found = findings(result)
-            assert found["policy"] == "error"
-            assert found["leftovers"] == "warning"
+    (counted,) = lines(run(app, "stats", "--json", "--management", url))
+    assert counted["management"]["url"] == admin.node.management_url
+    assert counted["management"]["bindings"] >= 1
 
-            (counted,) = lines(run(app, "stats", "--json", "--management", url))
-            assert counted["management"]["url"] == node.management_url
-            assert counted["management"]["bindings"] >= 1
+    result = run(app, "migrate", "--yes", "--json", "--management", url)
+    outcomes = {line["id"]: line["outcome"] for line in lines(result)}
+    assert outcomes.pop(task_id) == "moved"
+    assert list(outcomes.values()) == ["not ended"]
+    assert run(app, "get", task_id, kept).exit_code == Exit.OK
 
-            result = run(app, "migrate", "--yes", "--json", "--management", url)
-            outcomes = {line["id"]: line["outcome"] for line in lines(result)}
-            assert outcomes.pop(task_id) == "moved"
-            assert list(outcomes.values()) == ["not ended"]
-            assert run(app, "get", task_id, kept).exit_code == Exit.OK
+    elsewhere = admin.node.management_url.replace("127", "x127", 1)
+    assert run(app, "stats", "--management", elsewhere).exit_code == Exit.UNAVAILABLE
+    assert run(app, "stats", "--management", "nothing").exit_code == Exit.UNAVAILABLE
 
-            result = run(
-                app, "stats", "--management", node.management_url.replace("127", "x127", 1)
-            )
-            assert result.exit_code == Exit.UNAVAILABLE
-            assert run(app, "stats", "--management", "nothing").exit_code == Exit.UNAVAILABLE
-        finally:
-            apps.close()
+
+def test_the_management_api_is_found_on_the_host_of_the_broker(
+    managed_apps: Apps, admin: Administrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A private node does not have the usual port.
+    monkeypatch.setattr(management, "PORT", admin.port)
+    app = managed_apps()
+    store(app, 1)
+    (counted,) = lines(run(app, "stats", "--json"))
+    assert counted["management"]["url"] == admin.node.management_url
+    assert findings(run(app, "doctor", "--json", "--no-probe"))["policy"] == "ok"
+    assert lines(run(app, "stats", "--json", "--no-management"))[0]["management"] is None
+    # A user whom it does not let in has not asked for it, and is not troubled
+    with admin.user() as user:
+        admin.permit(user, {"configure": ".*", "write": ".*", "read": ".*"})
+        host = managed_apps.url.rpartition("@")[2]
+        other = managed_apps(f"amqp://{user}:{user}@{host}")
+        (counted,) = lines(run(other, "stats", "--json"))
+        assert counted["management"] is None
+        other.backend.close()
+    # Nobody is there
+    monkeypatch.setattr(management, "PORT", 1)
+    (counted,) = lines(run(app, "stats", "--json"))
+    assert counted["management"] is None
+    result = run(app, "migrate", "--yes")
+    assert result.exit_code == Exit.USAGE
+    assert "--management http://" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "ssl", "guessed"),
+    [
+        ("amqp://host:5673//", False, "http://host:15672"),
+        ("amqp://host//", {"ca_certs": "ca.pem"}, "https://host:15671"),
+        ("amqp://[::1]:5672//", False, "http://[::1]:15672"),
+    ],
+)
+def test_where_the_management_api_is_looked_for(url: str, ssl: object, guessed: str) -> None:
+    # What the password of the broker is not sent over is not guessed.
+    assert management.guess_url(kombu.Connection(url, ssl=ssl)) == guessed

@@ -1,0 +1,503 @@
+"""Checks of ``results doctor`` that need AMQP alone: the broker, the shards, a probe, settings."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import uuid
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
+
+import amqp
+from amqp import exceptions as amqp_errors
+from celery import states
+from celery.app.task import Context
+from celery.exceptions import TimeoutError
+
+from celery_amqp_results import errors, expiry
+from celery_amqp_results.cli.common import Failed, Session
+from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding, counted
+from celery_amqp_results.cli.output import age, size
+
+__all__ = (
+    "alarm_findings",
+    "broker_findings",
+    "content_findings",
+    "declaration_findings",
+    "growth_finding",
+    "old_exchange_findings",
+    "probe_findings",
+    "refused",
+    "setting_findings",
+)
+
+#: Oldest RabbitMQ that the tests run on.
+OLDEST = (3, 10)
+
+#: What the backend relies on, by the broker's names.
+CAPABILITIES = (
+    "publisher_confirms",
+    "basic.nack",
+    "consumer_cancel_notify",
+    "exchange_exchange_bindings",
+    "connection.blocked",
+)
+
+#: More messages than this in a shard make a look-up slow: about 0.1 ms each.
+MANY_MESSAGES = 4000
+
+#: More results than this in a shard are a risk: loose ones could not be read in time.
+MANY_RESULTS = 40_000
+
+#: Seconds for which results have to come before their rate is believed.
+MEASURABLE = 600.0
+
+#: The largest message by default: RabbitMQ before 4.0, and since.
+OLD_MESSAGE_LIMIT = 128 * 1024 * 1024
+MESSAGE_LIMIT = 16 * 1024 * 1024
+
+#: Seconds within which the result of the probe has to be seen.
+PROBE_TIMEOUT = 20.0
+PROBE_EXPIRES = 60
+
+#: Seconds that the broker may take to say whether it blocks publishers.
+ALARM_TIMEOUT = 10.0
+
+
+def broker_findings(properties: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield what is to be said of the broker.
+
+    Parameters:
+        properties: what it says of itself when a connection is opened.
+    """
+    version = str(properties.get("version", "?"))
+    cluster = properties.get("cluster_name", "")
+    product = properties.get("product", "?")
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if product != "RabbitMQ":
+        yield Finding(
+            "broker",
+            "warning",
+            f"the broker is {product} {version}, not RabbitMQ",
+            "use RabbitMQ, or the layout 'per-task', which asks less of a broker",
+        )
+    elif numbers < OLDEST:
+        yield Finding(
+            "broker",
+            "warning",
+            f"RabbitMQ {version} is older than what is tested, 3.10",
+            "upgrade RabbitMQ",
+        )
+    else:
+        yield Finding("broker", "ok", f"RabbitMQ {version}, cluster {cluster}")
+    capabilities = properties.get("capabilities", {})
+    missing = [name for name in CAPABILITIES if not capabilities.get(name)]
+    if missing:
+        yield Finding(
+            "features",
+            "error",
+            f"the broker lacks {', '.join(missing)}",
+            "use RabbitMQ 3.10 or later",
+        )
+    limit = MESSAGE_LIMIT if numbers >= (4, 0) else OLD_MESSAGE_LIMIT
+    yield Finding(
+        "message-size",
+        "info",
+        f"the broker takes results of up to {size(limit)} unless its max_message_size says "
+        "otherwise",
+        "nothing to do unless tasks return that much: keep such values elsewhere, and return "
+        "where they are",
+    )
+
+
+def alarm_findings(broker: Any) -> Iterator[Finding]:
+    """Yield whether the broker blocks publishers: it tells that who publishes, and nobody else.
+
+    What is published goes nowhere.
+
+    Raises:
+        amqp.AccessRefused: when we may not publish to the default exchange.
+    """
+    # Of its own: while the alarm lasts nothing more is heard on a connection that has published.
+    link = broker.connector.open(0.0)
+    try:
+        settled: List[int] = []
+        channel = link.channel()
+        channel.confirm_select()
+        channel.events["basic_ack"].add(lambda tag, multiple: settled.append(tag))
+        nowhere = f"doctor-{uuid.uuid4()}"
+        end = time.monotonic() + ALARM_TIMEOUT
+        # The first message is still taken, and may be confirmed before we are told.
+        for number in (1, 2):
+            channel.basic_publish(amqp.Message(b"", delivery_mode=1), routing_key=nowhere)
+            while len(settled) < number and link.blocked is None:
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                link.drain(left)
+        if link.blocked is not None or len(settled) < 2:
+            why = link.blocked or f"it has not confirmed a message within {ALARM_TIMEOUT:g} s"
+            yield Finding(
+                "alarm",
+                "error",
+                f"the broker blocks publishers ({why}): nothing can be stored or looked up, and "
+                "the shards were not looked into",
+                "free memory or disk space on the broker, or raise its limit: see "
+                "`rabbitmq-diagnostics alarms`",
+            )
+    finally:
+        # A blocked connection would not be closed politely.
+        link.drop()
+
+
+def declaration_findings(session: Session, broker: Any) -> Iterator[Finding]:
+    """Compare what is there with what the settings say; declare nothing that is not there."""
+    from celery_amqp_results.declarations import Declarations, declare_queue
+
+    topology, declare = broker.topology, session.backend.options.declare
+    found = broker.exists(topology.exchange)
+    if found is False:
+        yield _missing_exchange(topology.exchange, declare)
+    elif declare:
+        try:
+            Declarations(topology).ensure_exchange(broker.channel)
+        except errors.DeclarationRefused as exc:
+            yield Finding(
+                "exchange",
+                "error",
+                str(exc),
+                "give all processes the same option 'shards', or this app a result_exchange of "
+                "its own",
+            )
+            return
+        except amqp_errors.AccessRefused:
+            yield _not_compared("exchange", topology.exchange)
+    try:
+        lengths = broker.lengths()
+    except Failed as exc:
+        yield Finding("permissions", "error", exc.message, permissions(topology))
+        return
+    for shard in sorted(lengths)[:1] if declare else ():
+        queue = topology.shard_queue(shard)
+        try:
+            declare_queue(broker.channel, queue)
+        except errors.DeclarationRefused as exc:
+            yield Finding(
+                "queue-type",
+                "error",
+                str(exc),
+                "set the option 'queue_type' to what the queues are, or see 'Changing shards or "
+                "the queue type' in docs/operations.md",
+            )
+            return
+        except amqp_errors.AccessRefused:
+            yield _not_compared("queue-type", queue.name)
+    count = f"{len(lengths)} of {topology.shards} {topology.queue_type} shards are there"
+    if len(lengths) == topology.shards:
+        yield Finding("declarations", "ok", count)
+    elif declare:
+        yield Finding(
+            "declarations", "ok", f"{count}; each is declared when its first result is stored"
+        )
+    else:
+        yield Finding(
+            "declarations",
+            "error",
+            f"{count}, and the option 'declare' is false: what belongs into the others cannot be "
+            "stored",
+            _DEFINITIONS,
+        )
+
+
+_DEFINITIONS = (
+    "import what `python -m celery_amqp_results.definitions` prints with `rabbitmqctl "
+    "import_definitions`, see 'Users who may not declare' in docs/operations.md"
+)
+
+
+def _missing_exchange(name: str, declare: bool) -> Finding:
+    if declare:
+        return Finding(
+            "exchange",
+            "info",
+            f"{name} is not there yet: nothing was stored so far",
+            "nothing to do: it is declared when the first result is stored",
+        )
+    return Finding(
+        "exchange", "error", f"{name} is not there, and the option 'declare' is false", _DEFINITIONS
+    )
+
+
+def _not_compared(check: str, name: str) -> Finding:
+    return Finding(
+        check,
+        "info",
+        f"{name} was not compared with the settings: this user may not configure it",
+        "run the doctor as a user who may store results as well",
+    )
+
+
+def refused(topology: Any, exc: BaseException) -> Finding:
+    """Return what is to be said when the broker has refused something."""
+    return Finding("permissions", "error", f"the broker refuses us: {exc}", permissions(topology))
+
+
+def permissions(topology: Any) -> str:
+    """Return which permissions are to be given."""
+    prefix = re.escape(topology.prefix).replace("\\-", "-")
+    return (
+        f"allow the user configure and read on ^({prefix}\\..*|amq\\.gen-.*)$ and write on "
+        f"^({prefix}\\..*|amq\\.gen-.*|amq\\.default)$ besides what it has, or the part of that "
+        "which docs/operations.md has for its role"
+    )
+
+
+def growth_finding(
+    results: float, seconds: float, expires: float, shards: int
+) -> Optional[Finding]:
+    """Return what is to be said of the number of results that will be kept, if anything.
+
+    Parameters:
+        results: how many are kept now.
+        seconds: age of the oldest of them.
+        expires: seconds after which they expire.
+        shards: number of shards.
+    """
+    if seconds < MEASURABLE or seconds >= expires:
+        # Too early to tell, or there are as many as there will be.
+        return None
+    rate = results / seconds
+    each = rate * expires / shards
+    if each <= MANY_RESULTS:
+        return None
+    wanted = min(4096, 1 << int(rate * expires / MANY_RESULTS).bit_length())
+    return Finding(
+        "growth",
+        "warning",
+        f"at {rate:,.{1 if rate < 10 else 0}f} results a second there will be {each:,.0f} in each "
+        f"shard when the first expire, in {age(expires - seconds)}",
+        "a shard that is never looked up can be read only up to some 60,000: shorten "
+        f"result_expires, set ignore_result where nobody reads, or use {wanted} shards under "
+        "another result_exchange",
+    )
+
+
+def content_findings(session: Session, broker: Any) -> Iterator[Finding]:
+    """Look at how long the shards are, and into some of them.
+
+    Raises:
+        amqp.AccessRefused: when we may not read.
+        Failed: when a shard could not be read in time.
+    """
+    from celery_amqp_results.cli import inspection
+
+    lengths = broker.lengths()
+    total, shards = sum(lengths.values()), broker.topology.shards
+    longest = max(lengths.values(), default=0)
+    if longest > MANY_MESSAGES:
+        wanted = min(4096, 1 << (shards * longest // MANY_MESSAGES).bit_length())
+        yield Finding(
+            "shards",
+            "warning",
+            f"a shard has {longest:,} messages, of {total:,} in {shards} shards: look-ups in it "
+            f"take about {longest / 10000:.1f} s",
+            "they are packed when they are read: if nobody reads results, set ignore_result; "
+            f"otherwise shorten result_expires, or use {wanted} shards under another "
+            "result_exchange",
+        )
+    else:
+        yield Finding(
+            "shards",
+            "ok",
+            f"{total:,} messages, at most {longest:,} in one of {shards} shards",
+        )
+    filled = [shard for shard, length in lengths.items() if length]
+    contents = broker.read(inspection.spread(sorted(filled), 4))
+    expires = session.backend._expiration
+    if contents.shards and contents.oldest is not None and expires is not None:
+        kept = (contents.results + contents.running) * len(filled) / contents.shards
+        growth = growth_finding(kept, time.time() - contents.oldest, expires / 1000, shards)
+        if growth is not None:
+            yield growth
+    if contents.foreign:
+        yield Finding(
+            "foreign",
+            "warning",
+            f"damaged, or not ours: {counted(contents.foreign, 'message')} in "
+            f"{counted(contents.shards, 'shard')}",
+            "find out who publishes them: only this backend may write to these queues",
+        )
+    if contents.ahead > CLOCK_TOLERANCE:
+        yield Finding(
+            "clock",
+            "warning",
+            f"a state was published {age(contents.ahead)} ahead of this machine's clock",
+            "have the clocks of workers and readers set by NTP: of two states the later counts",
+        )
+    if contents.sent:
+        waiting = age(time.time() - (contents.sent_since or time.time()))
+        yield Finding(
+            "sent",
+            "info",
+            f"sent, and nothing stored since: {counted(contents.sent, 'task')} in "
+            f"{counted(contents.shards, 'shard')}, the oldest {waiting} ago",
+            "they wait for a worker, run without track_started, ignore their results, or were "
+            "lost with their queue: see `celery inspect reserved` and the lengths of the queues",
+        )
+    if contents.everlasting and session.backend._expiration is not None:
+        yield Finding(
+            "everlasting",
+            "info",
+            f"kept without expiry: {counted(contents.everlasting, 'state')} in "
+            f"{counted(contents.shards, 'shard')}",
+            "they were stored with result_expires = None or 0: forget them",
+        )
+
+
+def probe_findings(session: Session) -> Iterator[Finding]:
+    """Wait for a result, store it, look it up and forget it.
+
+    Raises:
+        amqp.AccessRefused: when the broker refuses what the backend has no error of its own for.
+    """
+    backend = session.backend
+    task_id = f"doctor-{uuid.uuid4()}"
+    took: List[Tuple[str, float]] = []
+
+    def timed(name: str, function: Callable[[], Any]) -> Any:
+        started = time.monotonic()
+        value = function()
+        took.append((name, time.monotonic() - started))
+        return value
+
+    # What is left of it where this process is killed goes by itself.
+    request = Context(id=task_id, **{expiry.NAME: PROBE_EXPIRES})
+    waiter = _Waiter(backend, task_id)
+    try:
+        timed("open an inbox", waiter.ready)
+        timed(
+            "store",
+            lambda: backend.store_result(task_id, "probe", states.SUCCESS, request=request),
+        )
+        waited = timed("wait", waiter.result)
+        found = timed("look up", lambda: backend.layout.store.read((task_id,))[task_id])
+        timed("forget", lambda: backend.forget(task_id))
+    except (errors.BackendUnavailable, errors.DeclarationRefused, TimeoutError) as exc:
+        done = ", ".join(name for name, _ in took) or "nothing"
+        yield Finding(
+            "probe",
+            "error",
+            f"a result could not be stored and read: {exc} (worked: {done})",
+            f"check alarms, policies and permissions: {permissions(backend._topology)}",
+        )
+        return
+    if not waited or not found:
+        yield Finding(
+            "probe",
+            "error",
+            "a result was stored, and is not "
+            + ("found any more" if waited else "pushed to who waits"),
+            "look for a policy that drops messages of these queues (message-ttl, max-length), and "
+            "for what deletes them: `rabbitmqctl list_queues name policy | grep "
+            f"{backend._topology.prefix}`",
+        )
+        return
+    spent = ", ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in took)
+    yield Finding("probe", "ok", f"a result was waited for, looked up and forgotten: {spent}")
+
+
+class _Waiter(threading.Thread):
+    """Waits for a result: what is stored before somebody waits is looked up, and not pushed.
+
+    One that is left alone ends with the backend.
+    """
+
+    def __init__(self, backend: Any, task_id: str) -> None:
+        super().__init__(daemon=True)
+        self._backend = backend
+        self._task_id = task_id
+        self._end = time.monotonic() + PROBE_TIMEOUT
+        self._found: List[Any] = []
+        self._failure: Optional[BaseException] = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._found = list(self._backend.get_many([self._task_id], timeout=PROBE_TIMEOUT))
+        except Exception as exc:
+            self._failure = exc
+
+    def ready(self) -> None:
+        """Return when what is published from now on is pushed.
+
+        Raises:
+            TimeoutError: when that takes too long.
+            Exception: what the wait has failed with.
+        """
+        inbox = self._backend.layout.inbox
+        while not inbox.covers(self._task_id):
+            if time.monotonic() > self._end:
+                raise TimeoutError(f"no inbox within {PROBE_TIMEOUT:g} s")
+            if not self.is_alive():
+                self.result()
+                return
+            time.sleep(0.005)
+
+    def result(self) -> List[Any]:
+        """Return what was waited for.
+
+        Raises:
+            TimeoutError: when it has not come in time.
+            Exception: what the wait has failed with.
+        """
+        self.join(max(0.0, self._end - time.monotonic()) + 1.0)
+        if self._failure is not None:
+            raise self._failure
+        return self._found
+
+
+def old_exchange_findings(broker: Any) -> Iterator[Finding]:
+    """Yield whether there is the exchange that Celery 4 had."""
+    name = broker.topology.prefix
+    if broker.exists(name):
+        yield Finding(
+            "leftovers",
+            "info",
+            f"there is an exchange {name!r}, as Celery 4 and the layout 'per-task' have it",
+            "if nobody uses it any more: `celery results migrate`, then delete it",
+        )
+
+
+def setting_findings(session: Session) -> Iterator[Finding]:
+    """Yield which settings have consequences."""
+    backend, conf = session.backend, session.app.conf
+    if backend._expiration is None:
+        yield Finding(
+            "expiry",
+            "warning",
+            "result_expires is 0 or None: what is stored is kept until it is forgotten",
+            "set result_expires, or have every reader forget() what it has read",
+        )
+    else:
+        yield Finding("expiry", "ok", f"results expire after {age(backend._expiration / 1000)}")
+    if not backend.persistent:
+        yield Finding(
+            "persistence",
+            "info",
+            "result_persistent is false: results are gone when the broker restarts",
+            "nothing to do if that is wanted",
+        )
+    if not backend.options.confirm:
+        yield Finding(
+            "confirms",
+            "info",
+            "the option confirm is false: a result that the broker did not get is not noticed",
+            "nothing to do if speed counts for more than results",
+        )
+    if "pickle" in (conf.result_accept_content or conf.accept_content or ()):
+        yield Finding(
+            "pickle",
+            "warning",
+            "pickle is accepted: who may publish to the exchange can run code in every reader",
+            "remove it from accept_content and result_accept_content",
+        )
