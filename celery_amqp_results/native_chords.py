@@ -175,6 +175,8 @@ class NativeChords(Backend):
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         """Say how many parts a chord has, just before the last task of its header is sent.
 
+        Does nothing for a chord that this process has not prepared by :meth:`apply_chord`.
+
         Raises:
             BackendUnavailable: when the broker cannot be reached or refuses us.
         """
@@ -183,7 +185,12 @@ class NativeChords(Backend):
             super().set_chord_size(group_id, chord_size)
             return
         with self._lock:
-            sent = self._sent_chords.pop(group_id, None) or _Sent(None, None, None)
+            sent = self._sent_chords.pop(group_id, None)
+            if sent is None:
+                # Before Celery 5.7 a group at the end of a chain in a header has the header's id,
+                # and the worker that sends it gives its size for that of the whole.
+                logger.debug("chord %s was sent by another process, which gives its size", group_id)
+                return
             body_id = sent.body.options.get("task_id") if sent.body is not None else None
             if body_id:
                 _remember(self._body_groups, body_id, group_id)

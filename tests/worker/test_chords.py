@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, List, Tuple
 
+import celery
 import pytest
 from celery import Celery, chain, chord, group
 from celery.canvas import StampingVisitor
@@ -21,6 +22,18 @@ from tests.worker.conftest import launch_worker
 TIMEOUT = 60
 
 World = Tuple[Celery, SimpleNamespace]
+
+
+def canvas_of(*version: int) -> Any:
+    """Skip a test with older versions of Celery, whose canvas has it wrong with any backend.
+
+    That was tried with Redis and Celery 5.3.6, 5.4.0, 5.5.3 and 5.6.3: there these chords end
+    otherwise as well, or never.
+    """
+    said = ".".join(map(str, version))
+    return pytest.mark.skipif(
+        celery.VERSION[:2] < version, reason=f"before {said} Celery's canvas has it wrong"
+    )
 
 
 #: Pools of workers. CI tries all on one RabbitMQ, since that alone takes minutes; POOLS=all does on
@@ -288,6 +301,7 @@ def test_a_failure_is_reported_when_all_parts_are_in(t: SimpleNamespace, log: Pa
     assert result.state == "FAILURE"
 
 
+@canvas_of(5, 7)
 def test_errbacks_of_the_body_run_once(t: SimpleNamespace, tmp_path: Path) -> None:
     new, old = tmp_path / "new", tmp_path / "old"
     body = t.same.s().on_error(t.on_error.s(str(new))).on_error(t.old_on_error.s(str(old)))
@@ -325,12 +339,14 @@ def test_a_body_that_fails(t: SimpleNamespace, log: Path) -> None:
     eventually(lambda: lines(log) == [f"{result.id} KeyError"])
 
 
+@canvas_of(5, 7)
 def test_a_group_as_body_of_a_chord_that_fails(t: SimpleNamespace) -> None:
     result = chord([t.fail.s("no"), t.same.s(1)], group([t.same.s(), t.total.s()])).delay()
     eventually(result.ready)
     assert [member.state for member in result] == ["FAILURE", "FAILURE"]
 
 
+@canvas_of(5, 6)
 def test_a_chain_goes_no_further_than_a_chord_that_fails(t: SimpleNamespace, log: Path) -> None:
     whole = chord([t.fail.s(), t.same.s(1)], t.same.s()) | t.record.s(str(log))
     result = whole.delay()
@@ -339,7 +355,9 @@ def test_a_chain_goes_no_further_than_a_chord_that_fails(t: SimpleNamespace, log
     assert lines(log) == []
 
 
-@pytest.mark.parametrize("inner_body", ["task", "chain", "group", "chord"])
+@pytest.mark.parametrize(
+    "inner_body", ["task", pytest.param("chain", marks=canvas_of(5, 6)), "group", "chord"]
+)
 def test_a_failure_reaches_the_chord_around(t: SimpleNamespace, inner_body: str) -> None:
     bodies = {
         "task": t.same.s(),
@@ -398,6 +416,7 @@ def test_a_signature_used_twice_in_a_header(t: SimpleNamespace) -> None:
     assert chord([signature, signature], t.same.s()).delay().get(timeout=TIMEOUT) == [5, 5]
 
 
+@canvas_of(5, 7)
 def test_the_same_chord_sent_twice(t: SimpleNamespace, log: Path) -> None:
     whole = chord([t.same.s(1), t.same.s(2)], t.record.s(str(log)))
     assert whole.delay().get(timeout=TIMEOUT) == [1, 2]
