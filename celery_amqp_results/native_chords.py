@@ -439,15 +439,28 @@ class NativeChords(Backend):
             logger.exception("chord %s could not be looked at", group_id)
 
     def _fire(self, group_id: str, body: Any, gathered: Gathered) -> None:
-        plan = self._decode_state(gathered.plan)["result"]
-        signature = _signature(body if body is not None else plan["body"], self.app)
+        try:
+            known, nesting = self._read_plan(gathered.plan)
+        except errors.BackendUnavailable:
+            raise
+        except Exception as exc:
+            unreadable = f"its plan, a message in its queue, cannot be read: {exc!r:.300}"
+            if body is None:
+                raise ChordError(f"chord {group_id} cannot be fired here: {unreadable}") from exc
+            # The nesting of the results is not known: better none than wrong ones.
+            logger.error("Chord %r fails: %s", group_id, unreadable)
+            self.chord_error_from_stack(
+                _signature(body, self.app), _chord_error(f"Plan error: {exc!r:.300}", exc)
+            )
+            return
+        signature = _signature(body if body is not None else known, self.app)
         if signature is None:
             raise ChordError(f"chord {group_id}: nobody here knows its body")
         if gathered.attempted and self._has_run(signature):
             logger.info("chord %s: its body was sent by a process that has died since", group_id)
             return
         try:
-            results = self._results(gathered.parts, plan["results"], group_id)
+            results = self._results(gathered.parts, nesting, group_id)
         except ChordError as exc:
             logger.exception("Chord %r raised: %r", group_id, exc)
             self.chord_error_from_stack(signature, exc)
@@ -488,6 +501,15 @@ class NativeChords(Backend):
         body_id = signature.options.get("task_id")
         # Not that it was sent: that is noted before it is true.
         return bool(body_id) and self.layout.poll((body_id,))[body_id] is not None
+
+    def _read_plan(self, plan: StateMessage) -> Tuple[Any, Optional[List[Any]]]:
+        """Return the body of a chord, where the plan has it, and the nesting of its results.
+
+        Raises:
+            Exception: of many kinds, when the message is not what a sender of ours writes.
+        """
+        content = self._decode_state(plan)["result"]
+        return content["body"], content["results"]
 
     def _results(self, parts: List[Part], nesting: Optional[List[Any]], group_id: str) -> List[Any]:
         """Return what the parts returned, in the order and nesting of the header.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import threading
 import uuid
@@ -433,6 +434,34 @@ def takes_messages(url: str, queue: str) -> bool:
     except (AMQPError, MessageNacked):
         return True
     return not returned
+
+
+@pytest.mark.parametrize(
+    ("content_type", "content"),
+    [
+        ("application/json", b"junk"),
+        ("application/json", b'{"status": "CHORD", "result": {}}'),
+        ("application/json", b'{"status": "CHORD", "result": 1}'),
+        ("application/x-python-serialize", b"\x80\x04N."),
+    ],
+    ids=["no json", "without a body", "no dict", "pickled"],
+)
+def test_a_plan_that_cannot_be_read_fails_its_chord(
+    app: Celery, group_id: str, raw: Any, caplog: pytest.LogCaptureFixture, content_type: str,
+    content: bytes,
+) -> None:  # fmt: skip
+    # Given a chord whose plan somebody has replaced
+    body = send(app, group_id, ["a"])
+    damaged = dataclasses.replace(
+        message(group_id, PLAN), content_type=content_type, content_encoding="binary", body=content
+    )
+    app.backend.layout.chords.publish_plan(damaged, 1, 1)
+    # When it is complete, its body fails, and nothing is left behind
+    app.backend.mark_as_done("a", 1, request("a", group_id, 0, dict(body)))
+    eventually(lambda: not queue_exists(raw, app, group_id))
+    with pytest.raises(ChordError, match="Plan error"):
+        app.AsyncResult(body.id).get(timeout=PATIENCE)
+    assert f"Chord {group_id!r} fails" in caplog.text
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
