@@ -75,15 +75,28 @@ class Administrator:
         self.ask("PUT", "permissions", "/", user, body=dict(patterns))
 
     @contextlib.contextmanager
-    def policy(self, pattern: str, definition: Mapping[str, Any], **more: Any) -> Iterator[str]:
-        """Set a policy for the duration of a ``with`` block; yield its name."""
+    def policy(
+        self,
+        pattern: str,
+        definition: Mapping[str, Any],
+        kind: str = "policies",
+        **more: Any,
+    ) -> Iterator[str]:
+        """Set a policy for the duration of a ``with`` block; yield its name.
+
+        Parameters:
+            pattern: regular expression for names of queues and exchanges.
+            definition: what it sets.
+            kind: ``policies`` or ``operator-policies``.
+            more: other fields of the policy.
+        """
         name = f"p{uuid.uuid4().hex[:8]}"
         body = {"pattern": pattern, "definition": dict(definition), "apply-to": "all", **more}
-        self.ask("PUT", "policies", "/", name, body=body)
+        self.ask("PUT", kind, "/", name, body=body)
         try:
             yield name
         finally:
-            self.ask("DELETE", "policies", "/", name)
+            self.ask("DELETE", kind, "/", name)
 
 
 @pytest.fixture(scope="session")

@@ -161,6 +161,23 @@ def test_messages_that_are_damaged_never_expire_or_come_from_the_future(
     assert "1 state in 1 shard" in report["everlasting"]["text"]
 
 
+def test_a_shard_that_somebody_holds(make_app: Apps, amqp_url: str) -> None:
+    app = make_app(result_backend_transport_options={"shards": 1, "lookup_timeout": 1})
+    for n in range(3):
+        store(app, n)
+    queue = app.backend._topology.shard_queue(0).name
+    with raw_connection(amqp_url) as connection:
+        # Who consumes first is the single active consumer, until it goes.
+        channel = connection.channel()
+        channel.basic_qos(0, 1, False)
+        channel.basic_consume(queue, callback=lambda message: None)
+        report = amqp_only(app, "--no-probe")
+        assert report.exit_code == Exit.FAILED
+        assert repr(queue) in report["contents"]["text"]
+        assert "within 1 s" in report["contents"]["text"]
+    assert eventually(lambda: "contents" not in amqp_only(app, "--no-probe").worst())
+
+
 def test_settings_with_consequences(make_app: Apps) -> None:
     app = make_app(
         result_expires=None,
@@ -248,6 +265,20 @@ def test_policies(
         assert what in text
         assert name in text
         assert f"'{managed_apps.prefix}.'" in text
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["before", "after"])
+def test_a_policy_of_the_operator(managed_apps: Apps, admin: Administrator, stored: bool) -> None:
+    app = managed_apps(shards=1)
+    if stored:
+        store(app)
+    pattern = f"^{managed_apps.prefix}\\."
+    with admin.policy(
+        pattern, {"max-length": 1000}, "operator-policies", **{"apply-to": "queues"}
+    ) as name:
+        told = eventually(lambda: managed(app, admin, "--no-probe").said("policy", "error"))
+        assert "max-length = 1000" in told
+        assert name in told
 
 
 def test_a_limit_on_deliveries_harms_quorum_queues_alone(
