@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, List
 
+import celery
 import pytest
 import trustme
 from celery import Celery, states
@@ -71,6 +72,9 @@ def sign_and_forge(app: Celery, folder: str) -> List[str]:
     return found
 
 
+@pytest.mark.skipif(
+    celery.VERSION[:2] == (5, 4), reason="Celery 5.4 cannot read any certificate (a TypeError)"
+)
 def test_a_forged_or_altered_result_is_refused(make_app: Apps, tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
     for name in ("known", "stranger"):
