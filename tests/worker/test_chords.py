@@ -31,9 +31,8 @@ def canvas_of(*version: int) -> Any:
     otherwise as well, or never.
     """
     said = ".".join(map(str, version))
-    return pytest.mark.skipif(
-        celery.VERSION[:2] < version, reason=f"before {said} Celery's canvas has it wrong"
-    )
+    reason = f"before {said} Celery's canvas has it wrong"
+    return pytest.mark.skipif(celery.VERSION[: len(version)] < version, reason=reason)
 
 
 #: Pools of workers. CI tries all on one RabbitMQ, since that alone takes minutes; POOLS=all does on
@@ -194,15 +193,23 @@ SHAPES: List[Tuple[str, Callable[[Any], Any], Any]] = [
 ]  # fmt: skip
 
 
+#: The tasks of a generator are not numbered before Celery 5.3.6: nobody knows their order.
+GENERATED = ("generator", "group of a generator")
+
+
 @pytest.mark.parametrize(
-    ("make", "expected"), [pytest.param(make, want, id=name) for name, make, want in SHAPES]
+    ("make", "expected"),
+    [
+        pytest.param(make, want, id=name, marks=[canvas_of(5, 3, 6)] if name in GENERATED else [])
+        for name, make, want in SHAPES
+    ],
 )
 def test_shape(t: SimpleNamespace, make: Callable[[Any], Any], expected: Any) -> None:
     assert make(t).delay().get(timeout=TIMEOUT) == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 60])
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("lazy", [False, pytest.param(True, marks=canvas_of(5, 3, 6))])
 def test_the_body_runs_once(t: SimpleNamespace, log: Path, size: int, lazy: bool) -> None:
     header: Any = (t.same.s(i) for i in range(size))
     result = chord(header if lazy else list(header), t.record.s(str(log))).delay()
@@ -221,6 +228,7 @@ def test_many_chords_at_once(t: SimpleNamespace, log: Path) -> None:
     assert sorted(lines(log)) == sorted(result.id for result in results)
 
 
+@canvas_of(5, 3, 6)
 def test_a_generator_is_sent_while_it_runs(t: SimpleNamespace) -> None:
     first: List[Any] = []
 
@@ -249,6 +257,7 @@ def test_a_generator_is_sent_while_it_runs(t: SimpleNamespace) -> None:
     assert first[0] > 0
 
 
+@canvas_of(5, 3, 6)
 def test_a_slow_generator_whose_parts_are_all_back_before_its_size_is_known(
     t: SimpleNamespace,
 ) -> None:
@@ -459,6 +468,7 @@ def test_a_process_that_did_not_send_the_chord_waits(world: World, t: SimpleName
         other.close()
 
 
+@canvas_of(5, 3, 6)
 def test_a_thousand_parts(t: SimpleNamespace, log: Path) -> None:
     result = chord((t.same.s(i) for i in range(1000)), t.record.s(str(log))).delay()
     assert result.get(timeout=4 * TIMEOUT) == list(range(1000))
