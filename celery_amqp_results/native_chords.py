@@ -191,7 +191,7 @@ class NativeChords(Backend):
                 # and the worker that sends it gives its size for that of the whole.
                 logger.debug("chord %s was sent by another process, which gives its size", group_id)
                 return
-            body_id = sent.body.options.get("task_id") if sent.body is not None else None
+            body_id = sent.body.options.get("task_id")
             if body_id:
                 _remember(self._body_groups, body_id, group_id)
         if sent.receipt is not None and sent.receipt.messages and chord_size == sent.size:
@@ -203,8 +203,7 @@ class NativeChords(Backend):
             self._settle(group_id, sent.body)
 
     def _encode_plan(self, group_id: str, sent: _Sent) -> StateMessage:
-        body = None if sent.body is None else dict(sent.body)
-        for known in (body, None):
+        for known in (dict(sent.body), None):
             content = {
                 "status": CHORD_STATE,
                 "result": {"body": known, "results": sent.results},

@@ -7,7 +7,7 @@ from typing import List
 
 from celery_amqp_results.cli.output import STYLES, Output, clean
 
-__all__ = ("CLOCK_TOLERANCE", "Finding", "show")
+__all__ = ("CLOCK_TOLERANCE", "Finding", "counted", "show")
 
 #: Clocks may differ by so many seconds.
 CLOCK_TOLERANCE = 5.0
