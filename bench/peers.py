@@ -46,6 +46,7 @@ class Peer:
     #: URL of the result backend; ``{redis}`` is the address of a private Redis.
     backend: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    conf: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     #: Whether it declares a queue for each task: it is then measured with fewer of them.
     queue_per_task: bool = False
     #: Whether any process can read a result.
@@ -62,6 +63,8 @@ PEERS: Dict[str, Peer] = {
     for peer in (
         Peer("amqp", "amqp://"),
         Peer("amqp, confirm=False", "amqp://", {"confirm": False}),
+        # Confirmed, but gone with the broker: as lasting as what the other peers keep.
+        Peer("amqp, transient", "amqp://", conf={"result_persistent": False}),
         Peer("amqp, per-task", "amqp://", {"layout": "per-task"}, queue_per_task=True),
         Peer("rpc", "rpc://", anybody_reads=False),
         Peer("redis", "redis://{redis}/0", module="redis"),
@@ -104,6 +107,7 @@ def make_app(name: str, broker: str, redis: str, queue: str, **conf: Any) -> Cel
         broker_connection_retry_on_startup=True,
         worker_prefetch_multiplier=16,
     )
+    app.conf.update(peer.conf)
     app.conf.update(conf)
 
     @app.task(name="bench.noop", shared=False)

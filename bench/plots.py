@@ -39,6 +39,7 @@ LINES: Dict[str, Tuple[str, str, List[Tuple[str, str]]]] = {
 COLOURS = {
     OURS: "#e8590c",
     "amqp, confirm=False": "#ffa94d",
+    "amqp, transient": "#74c0fc",
     "amqp, per-task": "#b197fc",
     "rpc": "#4dabf7",
     "redis": "#e03131",

@@ -18,7 +18,9 @@ LARGEST_PER_TASK = 100
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield milliseconds for chords of several sizes."""
-    workers = place.workers("amqp", "amqp, per-task", "redis", "celery-amqp-backend")
+    workers = place.workers(
+        "amqp", "amqp, transient", "amqp, per-task", "redis", "celery-amqp-backend"
+    )
     round_trip.warm(place)
     for size in (10, 100) if place.quick else (10, 100, 1000):
         measures = {

@@ -20,7 +20,15 @@ PATIENCE = 300.0
 def measure(place: Place) -> Iterator[Row]:
     """Yield tasks per second of a worker, its processor time for each, and those of a group."""
     count = 400 if place.quick else 3000
-    names = ("amqp", "amqp, per-task", "rpc", "redis", "celery-amqp-backend", "ignored")
+    names = (
+        "amqp",
+        "amqp, transient",
+        "amqp, per-task",
+        "rpc",
+        "redis",
+        "celery-amqp-backend",
+        "ignored",
+    )
     workers = place.workers(*names)
     round_trip.warm(place)
 

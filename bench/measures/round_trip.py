@@ -19,7 +19,9 @@ FIRST = 1500
 def measure(place: Place) -> Iterator[Row]:
     """Yield the median and the 99th percentile of milliseconds."""
     count = 100 if place.quick else 300
-    workers = place.workers("amqp", "amqp, per-task", "rpc", "redis", "celery-amqp-backend")
+    workers = place.workers(
+        "amqp", "amqp, transient", "amqp, per-task", "rpc", "redis", "celery-amqp-backend"
+    )
     warm(place)
     found = place.alternate(
         {
