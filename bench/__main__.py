@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", default=",".join(n.replace(",", ";") for n in peers.PEERS), metavar="NAMES",
         help="separated by commas, with ';' for a comma in a name; default: %(default)s")
     add("--kept", default="", metavar="N,N",
-        help="how many results are kept for look-ups; default: 1000,10000 with --quick, and "
+        help="how many results are kept for look-ups; default: 10000 with --quick; 1000, 10000 and "
              "100000 without; 1000000 takes half an hour")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--markdown", type=Path, metavar="FILE", help="write a table there")
@@ -86,7 +86,11 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
     rows: List[Row] = []
     with contextlib.ExitStack() as stack:
         node = stack.enter_context(services.private_rabbitmq(options.distribution))
-        redis = stack.enter_context(services.private_redis())
+        servers = peers.Servers(
+            node.url(),
+            stack.enter_context(services.private_redis()),
+            stack.enter_context(services.private_redis(lasting=True)),
+        )
         here = []
         for name in wanted:
             if peers.available(name):
@@ -95,7 +99,7 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
                 reporter.line(f"{name} is left out: pip install -e '.[bench]' installs it")
         about = _about(node, options.quick)
         reporter.line(", ".join(f"{name} {value}" for name, value in about.items()))
-        place = Place(node, redis, options.quick, kept, here)
+        place = Place(node, servers, options.quick, kept, here)
         stack.callback(place.close)
         started = time.monotonic()
         for name in options.measures or measures.ALL:

@@ -27,6 +27,7 @@ __all__ = (
     "PEERS",
     "Assistant",
     "Peer",
+    "Servers",
     "Ticks",
     "Worker",
     "available",
@@ -43,7 +44,8 @@ class Peer:
     """A result backend."""
 
     name: str
-    #: URL of the result backend; ``{redis}`` is the address of a private Redis.
+    #: URL of the result backend; ``{redis}`` is the address of a private Redis that keeps
+    #: everything in memory, ``{lasting}`` that of one which writes it to the disk.
     backend: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     conf: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -53,6 +55,8 @@ class Peer:
     anybody_reads: bool = True
     #: Whether ``task_ignore_result`` is set.
     ignored: bool = False
+    #: Whether it is left out where there is little time.
+    thorough: bool = False
     #: Module that has to be there.
     module: Optional[str] = None
 
@@ -68,6 +72,8 @@ PEERS: Dict[str, Peer] = {
         Peer("amqp, per-task", "amqp://", {"layout": "per-task"}, queue_per_task=True),
         Peer("rpc", "rpc://", anybody_reads=False),
         Peer("redis", "redis://{redis}/0", module="redis"),
+        # As lasting as what RabbitMQ has confirmed of persistent messages.
+        Peer("redis, lasting", "redis://{lasting}/0", module="redis", thorough=True),
         Peer(
             "celery-amqp-backend",
             "celery_amqp_backend.AMQPBackend://",
@@ -85,20 +91,34 @@ def available(name: str) -> bool:
     return module is None or importlib.util.find_spec(module) is not None
 
 
-def make_app(name: str, broker: str, redis: str, queue: str, **conf: Any) -> Celery:
+@dataclasses.dataclass(frozen=True)
+class Servers:
+    """Where the servers are.
+
+    Parameters:
+        broker: URL of RabbitMQ.
+        redis: address of a Redis that keeps everything in memory.
+        lasting: address of a Redis that writes to the disk what it confirms.
+    """
+
+    broker: str
+    redis: str
+    lasting: str
+
+
+def make_app(name: str, servers: Servers, queue: str, **conf: Any) -> Celery:
     """Return an app with the result backend of the peer *name*.
 
     Parameters:
         name: of :data:`PEERS`.
-        broker: URL of the broker.
-        redis: address of Redis.
+        servers: where the servers are.
         queue: name of the queue of tasks; names for the results are made from it.
         **conf: further settings.
     """
     peer = PEERS[name]
-    app = Celery("bench", broker=broker, set_as_current=False)
+    app = Celery("bench", broker=servers.broker, set_as_current=False)
     app.conf.update(
-        result_backend=peer.backend.format(redis=redis),
+        result_backend=peer.backend.format(redis=servers.redis, lasting=servers.lasting),
         result_backend_transport_options=dict(peer.options),
         result_exchange=f"results-{queue}",
         result_exchange_type="direct",
@@ -173,25 +193,23 @@ class Worker:
 
     Parameters:
         name: of :data:`PEERS`.
-        broker: URL of the broker.
-        redis: address of Redis.
+        servers: where the servers are.
         concurrency: how many processes work.
 
     Starting is not waited for: :meth:`wait` does.
     """
 
-    def __init__(self, name: str, broker: str, redis: str, concurrency: int = 2) -> None:
+    def __init__(self, name: str, servers: Servers, concurrency: int = 2) -> None:
         self.name = name
         queue = f"bench-{uuid.uuid4().hex[:8]}"
         self.hostname = f"{queue}@localhost"
         self.queue = queue
-        self.app = make_app(name, broker, redis, queue)
+        self.app = make_app(name, servers, queue)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "celery", "--quiet", "-A", "bench.worker_app", "worker",
              "--pool", "prefork", "--concurrency", str(concurrency), "--loglevel", "ERROR",
              "--without-gossip", "--without-mingle", "--hostname", self.hostname],
-            env=dict(_environment(), BENCH_PEER=name, BENCH_BROKER=broker, BENCH_REDIS=redis,
-                     BENCH_QUEUE=queue),
+            env=_environment(name, servers, queue),
             cwd=ROOT, stdout=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -227,16 +245,14 @@ class Assistant:
 
     Parameters:
         name: of :data:`PEERS`.
-        broker: URL of the broker.
-        redis: address of Redis.
+        servers: where the servers are.
         queue: what names for the results are made from.
     """
 
-    def __init__(self, name: str, broker: str, redis: str, queue: str) -> None:
+    def __init__(self, name: str, servers: Servers, queue: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.assistant"],
-            env=dict(_environment(), BENCH_PEER=name, BENCH_BROKER=broker, BENCH_REDIS=redis,
-                     BENCH_QUEUE=queue),
+            env=_environment(name, servers, queue),
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
 
@@ -304,15 +320,20 @@ def close(app: Celery) -> None:
     app.close()
 
 
-def _environment() -> Dict[str, str]:
-    return dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+def _environment(name: str, servers: Servers, queue: str) -> Dict[str, str]:
+    return dict(
+        os.environ,
+        PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        BENCH_PEER=name,
+        BENCH_QUEUE=queue,
+        **{f"BENCH_{key.upper()}": value for key, value in dataclasses.asdict(servers).items()},
+    )
 
 
 def app_from_environment() -> Celery:
     """Return the app that a process serves that was started here."""
-    return make_app(
-        os.environ["BENCH_PEER"],
-        os.environ["BENCH_BROKER"],
-        os.environ["BENCH_REDIS"],
-        os.environ["BENCH_QUEUE"],
-    )
+    servers = {
+        field.name: os.environ[f"BENCH_{field.name.upper()}"]
+        for field in dataclasses.fields(Servers)
+    }
+    return make_app(os.environ["BENCH_PEER"], Servers(**servers), os.environ["BENCH_QUEUE"])

@@ -22,14 +22,14 @@ class Place:
 
     Parameters:
         node: the private RabbitMQ.
-        redis: address of the private Redis.
+        servers: where it and the private Redis servers are.
         quick: whether sizes and rounds are to be small.
         kept: how many results are kept for look-ups; empty for what the measure takes by itself.
         peers: names of the peers to be measured, of those that are there.
     """
 
     node: rabbitmq.Node
-    redis: str
+    servers: peers.Servers
     quick: bool
     kept: Sequence[int]
     peers: Sequence[str]
@@ -42,14 +42,18 @@ class Place:
 
     def chosen(self, *names: str) -> List[str]:
         """Return those of *names* that are to be measured."""
-        return [name for name in names if name in self.peers]
+        return [
+            name
+            for name in names
+            if name in self.peers and not (self.quick and peers.PEERS[name].thorough)
+        ]
 
     def workers(self, *names: str) -> Dict[str, peers.Worker]:
         """Return a worker for each of *names* that are to be measured; they live until the end."""
         names_here = self.chosen(*names)
         new = [name for name in names_here if name not in self._workers]
         for name in new:
-            self._workers[name] = peers.Worker(name, self.node.url(), self.redis)
+            self._workers[name] = peers.Worker(name, self.servers)
         for name in new:
             self._workers[name].wait()
         return {name: self._workers[name] for name in names_here}
@@ -57,12 +61,12 @@ class Place:
     def app(self, name: str, queue: Optional[str] = None, **conf: Any) -> Any:
         """Return an app of the peer *name*; names on the broker are its own, or made of *queue*."""
         queue = queue or f"bench-{uuid.uuid4().hex[:8]}"
-        return peers.make_app(name, self.node.url(), self.redis, queue, **conf)
+        return peers.make_app(name, self.servers, queue, **conf)
 
     @contextlib.contextmanager
     def assistant(self, name: str, queue: str) -> Iterator[peers.Assistant]:
         """Run an assistant of the peer *name* for the duration of a ``with`` block."""
-        assistant = peers.Assistant(name, self.node.url(), self.redis, queue)
+        assistant = peers.Assistant(name, self.servers, queue)
         try:
             yield assistant
         finally:

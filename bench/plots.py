@@ -43,6 +43,7 @@ COLOURS = {
     "amqp, per-task": "#b197fc",
     "rpc": "#4dabf7",
     "redis": "#e03131",
+    "redis, lasting": "#a51111",
     "celery-amqp-backend": "#845ef7",
     "ignored": "#868e96",
 }

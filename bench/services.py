@@ -34,8 +34,12 @@ def private_rabbitmq(distribution: str) -> Iterator[rabbitmq.Node]:
 
 
 @contextlib.contextmanager
-def private_redis() -> Iterator[str]:
-    """Run a Redis server of our own, without persistence, and yield its address.
+def private_redis(lasting: bool = False) -> Iterator[str]:
+    """Run a Redis server of our own, and yield its address.
+
+    Parameters:
+        lasting: whether what it has confirmed is on the disk; without that it keeps everything in
+            memory only.
 
     Raises:
         NotAvailable: when it cannot be had.
@@ -51,7 +55,8 @@ def private_redis() -> Iterator[str]:
         process = subprocess.Popen(
             # A client that is frozen on purpose is not to be thrown out meanwhile.
             [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder,
-             "--client-output-buffer-limit", "pubsub 0 0 0"],
+             "--client-output-buffer-limit", "pubsub 0 0 0",
+             "--appendonly", "yes" if lasting else "no", "--appendfsync", "always"],
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         try:

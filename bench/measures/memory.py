@@ -13,7 +13,7 @@ from bench.place import Place
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield bytes for each result that is awaited."""
-    count = 5000 if place.quick else 20000
+    count = 2000 if place.quick else 20000
     found = place.alternate(
         {name: _waiting(place, name, count) for name in place.chosen("amqp", "rpc", "redis")},
         rounds=1 if place.quick else 3,

@@ -20,7 +20,13 @@ def measure(place: Place) -> Iterator[Row]:
     """Yield the median and the 99th percentile of milliseconds."""
     count = 100 if place.quick else 300
     workers = place.workers(
-        "amqp", "amqp, transient", "amqp, per-task", "rpc", "redis", "celery-amqp-backend"
+        "amqp",
+        "amqp, transient",
+        "amqp, per-task",
+        "rpc",
+        "redis",
+        "redis, lasting",
+        "celery-amqp-backend",
     )
     warm(place)
     found = place.alternate(

@@ -26,7 +26,7 @@ LARGEST_OF_OTHERS = 10_000
 LARGEST_PER_TASK = 1_000
 
 #: How many results are kept, where nothing else is said.
-QUICK = (1000, 10_000)
+QUICK = (10_000,)
 FULL = (1000, 10_000, 100_000)
 
 #: How many ids are looked up at once.
