@@ -44,10 +44,10 @@ def measure(place: Place) -> Iterator[Row]:
 
 
 def warm(place: Place) -> None:
-    """Have every shard declared by the processes of the worker."""
-    if "amqp" in place.peers:
-        app = place.workers("amqp")["amqp"].app
-        group(app.signature("bench.noop") for _ in range(FIRST)).apply_async().get(timeout=300)
+    """Have every shard declared by the processes of the workers."""
+    for worker in place.workers("amqp", "amqp, transient").values():
+        tasks = group(worker.app.signature("bench.noop") for _ in range(FIRST))
+        tasks.apply_async().get(timeout=300)
 
 
 def _one_by_one(app: Any, count: int) -> Callable[[], Mapping[str, float]]:
