@@ -16,8 +16,8 @@ from celery.exceptions import TimeoutError
 
 from celery_amqp_results import errors, expiry
 from celery_amqp_results.cli.common import Failed, Session
-from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding, counted
-from celery_amqp_results.cli.output import age, size
+from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding
+from celery_amqp_results.cli.output import age, counted, size
 
 __all__ = (
     "alarm_findings",
@@ -309,7 +309,7 @@ def content_findings(session: Session, broker: Any) -> Iterator[Finding]:
         yield Finding(
             "shards",
             "ok",
-            f"{total:,} messages, at most {longest:,} in one of {shards} shards",
+            f"{counted(total, 'message')}, at most {longest:,} in one of {shards} shards",
         )
     filled = [shard for shard, length in lengths.items() if length]
     contents = broker.read(inspection.spread(sorted(filled), 4))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import List
 
-from celery_amqp_results.cli.output import STYLES, Output, clean
+from celery_amqp_results.cli.output import STYLES, Output, clean, counted
 
-__all__ = ("CLOCK_TOLERANCE", "Finding", "counted", "show")
+__all__ = ("CLOCK_TOLERANCE", "Finding", "show")
 
 #: Clocks may differ by so many seconds.
 CLOCK_TOLERANCE = 5.0
@@ -57,8 +57,3 @@ def show(output: Output, findings: List[Finding]) -> None:
     errors, warnings = (sum(f.severity == s for f in findings) for s in ("error", "warning"))
     style = "error" if errors else "warning" if warnings else "ok"
     output.line(f"{counted(errors, 'error')}, {counted(warnings, 'warning')}", STYLES[style])
-
-
-def counted(number: int, what: str) -> str:
-    """Return *number* of *what*, in the plural if need be."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

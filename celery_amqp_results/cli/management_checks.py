@@ -7,9 +7,9 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 
 from celery_amqp_results.cli import management
 from celery_amqp_results.cli.common import Session
-from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding, counted
+from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding
 from celery_amqp_results.cli.migrate import old_queues
-from celery_amqp_results.cli.output import age
+from celery_amqp_results.cli.output import age, counted
 from celery_amqp_results.topology import Topology
 
 __all__ = ("clock_finding", "management_findings", "node_findings")

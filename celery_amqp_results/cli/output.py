@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 
 import click
 
-__all__ = ("STYLES", "Output", "age", "as_json", "clean", "size")
+__all__ = ("STYLES", "Output", "age", "as_json", "clean", "counted", "size")
 
 #: Colours of states and severities.
 STYLES = {
@@ -75,6 +75,11 @@ def size(count: Optional[float]) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def counted(number: int, what: str) -> str:
+    """Return *number* of *what*, in the plural if need be."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def age(seconds: Optional[float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from celery_amqp_results.cli.common import Exit, Session, command, shared_only
+from celery_amqp_results.cli.output import counted
 
 __all__ = ("purge",)
 
@@ -24,7 +25,8 @@ def purge(session: Session, yes: bool) -> None:
         total = sum(lengths.values())
         where = broker.connector.describe()
         if not yes and not click.confirm(
-            f"Delete all results in {broker.topology.exchange} at {where} ({total:,} messages)?",
+            f"Delete all results in {broker.topology.exchange} at {where} "
+            f"({counted(total, 'message')})?",
             err=True,
         ):
             session.output.note("nothing was deleted")
@@ -44,4 +46,6 @@ def purge(session: Session, yes: bool) -> None:
     if session.output.json:
         session.output.data({"messages": deleted, "large": bodies})
     else:
-        session.output.line(f"deleted: {deleted:,} messages, {bodies:,} large results")
+        session.output.line(
+            f"deleted: {counted(deleted, 'message')}, {counted(bodies, 'large result')}"
+        )

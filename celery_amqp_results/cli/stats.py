@@ -15,7 +15,7 @@ from celery_amqp_results.cli.common import (
     management_options,
     shared_only,
 )
-from celery_amqp_results.cli.output import age, size
+from celery_amqp_results.cli.output import age, counted, size
 
 __all__ = ("stats",)
 
@@ -153,24 +153,24 @@ def _show(session: Session, found: Dict[str, Any]) -> None:
         return
     about = "" if found["exact"] else "about "
 
-    def counted(name: str) -> str:
+    def number(name: str) -> str:
         return "not read" if found[name] is None else f"{about}{found[name]:,}"
 
     rows = {
         "broker": f"RabbitMQ {found['broker']}",
-        "results": counted("results"),
-        "running": f"{counted('running')} (states of tasks that have not ended)",
-        "groups": counted("groups"),
-        "large": f"{counted('large')} (bodies in queues of their own)",
+        "results": number("results"),
+        "running": f"{number('running')} (states of tasks that have not ended)",
+        "groups": number("groups"),
+        "large": f"{number('large')} (bodies in queues of their own)",
         "messages": f"{found['messages']:,} in {found['shards_declared']} of {found['shards']} "
         f"{found['queue_type']} shards, at most {found['longest_shard']:,} in one",
-        "pages": counted("pages"),
+        "pages": number("pages"),
         "size": "not read" if found["bytes"] is None else f"{about}{size(found['bytes'])}",
         "oldest": age(found["oldest_seconds"]),
         "expire after": age(found["expires_seconds"]) if found["expires_seconds"] else "never",
     }
     if found["foreign"]:
-        rows["foreign"] = f"{found['foreign']:,} messages that are not ours or damaged"
+        rows["foreign"] = f"{counted(found['foreign'], 'message')}, not ours or damaged"
     if found["published_per_second"] is not None:
         rows["rate"] = (
             f"{found['published_per_second']:,.1f} states/s, "
