@@ -186,6 +186,8 @@ class Inbox:
         #: States received, and messages that were none.
         self.received = 0
         self.rejected = 0
+        #: When the latest of those was published, in microseconds since 1970.
+        self.latest = 0
 
     @property
     def waited_for(self) -> int:
@@ -540,6 +542,7 @@ class Inbox:
             return
         with self._changed:
             self.received += 1
+            self.latest = max(self.latest, state.published)
             task_id = state.id
             covered = self._update(state)
             if not covered and task_id in self._waiters and task_id not in self._outdated:

@@ -30,13 +30,18 @@ logger = logging.getLogger(__name__)
 #: nobody has thought of.
 FIRST_RECHECK = 15.0
 LAST_RECHECK = 300.0
+#: It is not asked while states are coming in: what is waited for may be among those on their way,
+#: many of them where this process stood still, or has more to take in than it can. Nothing comes
+#: any more when nothing has for so many seconds. A flow that never ends puts it off once.
+SILENCE = 1.0
 
 #: How long the body of a chord is waited for until the chord is looked at, in seconds; doubled each
 #: time, up to the last.
 FIRST_CHORD_CHECK = 5.0
 LAST_CHORD_CHECK = 300.0
 
-#: An end that the store knows for so many seconds, and that was not pushed, says that nothing is.
+#: An end that the store knows for so many seconds, and that was not pushed, says that nothing is:
+#: unless states are being pushed, and none that was published so much later.
 LATE = 5.0
 
 #: Ids remembered as polled while pending, at most.
@@ -86,6 +91,12 @@ class Follower:
         self._found: Set[str] = set()
         self._pause = FIRST_RECHECK
         self._recheck_at = time.monotonic() + FIRST_RECHECK
+        #: Since when nothing has been pushed to this process, as far as that was looked at, and how
+        #: much had been by then.
+        self._silent_since: Optional[float] = None
+        self._heard = 0
+        #: Whether nothing was, when the store was last asked about all again.
+        self._silent = False
 
     def __enter__(self) -> Follower:
         return self
@@ -133,7 +144,7 @@ class Follower:
         if deadline is not None:
             until = min(until, deadline)
         now = time.monotonic()
-        if now >= self._recheck_at:
+        if self._is_to_recheck(now):
             self._unsettled.update(self.pending)
             self._rechecked.update(i for i in self.pending if self._inbox.covers(i))
             self._pause = min(2 * self._pause, LAST_RECHECK)
@@ -146,7 +157,7 @@ class Follower:
         if self._unsettled:
             self._settle(until, deadline, updates)
         if not updates:
-            self._waiter.wait(max(0.0, until - time.monotonic()))
+            self._waiter.wait(max(0.0, min(until, self._next_look()) - time.monotonic()))
         for state in self._waiter.take():
             if state.id in self._unsettled:
                 self._held.setdefault(state.id, []).append(state)
@@ -157,6 +168,25 @@ class Follower:
             for task_id, states in updates.items()
             if (update := self._update(task_id, states)) is not None
         ]
+
+    def _is_to_recheck(self, now: float) -> bool:
+        """Return whether the store is to be asked about all again."""
+        if now < self._recheck_at - SILENCE:
+            return False
+        received = self._inbox.received
+        if self._silent_since is None or received != self._heard:
+            self._silent_since, self._heard = now, received
+        self._silent = now - self._silent_since >= SILENCE
+        if not self._silent and now < self._recheck_at + self._pause:
+            return False
+        self._silent_since = None
+        return True
+
+    def _next_look(self) -> float:
+        """Return when :meth:`_is_to_recheck` is to be asked next."""
+        if self._silent_since is None:
+            return self._recheck_at - SILENCE
+        return self._silent_since + SILENCE
 
     def _unsettle(self, ids: Set[str]) -> None:
         """Have the store asked about *ids*: states of them may have been missed."""
@@ -243,6 +273,12 @@ class Follower:
     def _listen(self, final: StateMessage) -> None:
         """Suspect the inbox of hearing nothing, where only the store has told of an end."""
         if final.id not in self._rechecked or final.id not in self._found:
+            return
+        if (
+            not (self._silent and self._inbox.received == self._heard)
+            and self._inbox.latest < final.published + LATE * 1_000_000
+        ):
+            # Its push may be on its way, behind those of others.
             return
         late = time.time_ns() // 1000 - final.published
         if late > LATE * 1_000_000:

@@ -349,6 +349,7 @@ def test_a_push_that_went_astray_is_found_in_the_store(
     inbox: Table, store: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 0.0)
+    monkeypatch.setattr(waiting_module, "SILENCE", 0.0)
     task_id = sent(inbox)
     with Follower(inbox, store) as follower:  # type: ignore[arg-type]
         follower.add([task_id])
@@ -371,7 +372,7 @@ def test_the_store_is_asked_ever_more_seldom(
             step(follower)
             if len(store.asked) > before:
                 asked_at.append(now - 1000.0)
-            now += 5.0
+            now += 1.0
     pauses = [second - first for first, second in zip([0.0, *asked_at], asked_at)]
     assert pauses == [15, 30, 60, 120, 240, 300]
 
@@ -395,10 +396,41 @@ def test_an_end_that_only_the_store_tells_of_makes_the_inbox_suspect(
         # Its push may still be on its way.
         store.add(state(fresh, published=19_000_000))
         store.add(state(missed, published=1_000_000))
-        now += 16
+        now += 15
+        assert step(follower) == []
+        now += 1
         assert {update.task_id for update in step(follower)} == {missed, fresh}
     (suspicion,) = suspicions
     assert missed in suspicion
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_while_states_come_in_the_store_is_not_asked_for_what_is_on_its_way(
+    inbox: Table, store: Kept, monkeypatch: pytest.MonkeyPatch, in_order: bool
+) -> None:
+    # Given a process that stood still, and has more to take in than it can
+    now = 1000.0
+    clock = types.SimpleNamespace(monotonic=lambda: now, time_ns=lambda: 90_000_000_000)
+    monkeypatch.setattr(waiting_module, "time", clock)
+    suspicions: List[str] = []
+    monkeypatch.setattr(inbox, "suspect", suspicions.append)
+    waited_for = sent(inbox)
+    asked_at = []
+    with Follower(inbox, store) as follower:  # type: ignore[arg-type]
+        follower.add([waited_for])
+        now += 20
+        store.add(state(waited_for, published=40_000_000))
+        while waited_for in follower.pending:
+            before = len(store.asked)
+            push(inbox, state(new_id(), published=50_000_000 if not in_order else 39_000_000))
+            step(follower)
+            if len(store.asked) > before:
+                asked_at.append(now - 1000.0)
+            now += 0.5
+    # Then it asks late, and only once
+    assert asked_at == [30.0]
+    # And does not take its connection for deaf, unless what came has overtaken what did not
+    assert [waited_for in text for text in suspicions] == ([] if in_order else [True])
 
 
 # -- when the store cannot be asked ------------------------------------------------------------
