@@ -6,6 +6,7 @@ Commands:
 - ``send``: take note of *count* tasks as sent, and answer with their ids and who sent them
 - ``join``: say that it begins, then wait for the results of all tasks sent last
 - ``look_up``: *ids* one after the other, or, with *at_once*, together
+- ``forget``: *ids*
 - ``pack``: all shards that keep *ids*
 - ``memory``: of this process
 """
@@ -99,6 +100,12 @@ class Server:
                 taken.append((time.perf_counter() - started) * 1e3)
                 found += meta["status"] == "SUCCESS"
         return {"milliseconds": taken, "found": found}
+
+    def forget(self, ids: List[str]) -> Dict[str, Any]:
+        """Forget results."""
+        for task_id in ids:
+            self._app.backend.forget(task_id)
+        return {"forgotten": len(ids)}
 
     def pack(self, ids: List[str]) -> Dict[str, Any]:
         """Look up an id of each shard until all are packed; that counts for no other measure.

@@ -31,6 +31,8 @@ __all__ = (
     "Ticks",
     "Worker",
     "available",
+    "close",
+    "close_backend",
     "context",
     "make_app",
     "ticking",
@@ -314,10 +316,15 @@ def ticking() -> Iterator[Ticks]:
 
 def close(app: Celery) -> None:
     """Close an app and what its result backend has opened."""
+    close_backend(app)
+    app.close()
+
+
+def close_backend(app: Celery) -> None:
+    """Close what the result backend of an app has opened; it may be used again."""
     shut = getattr(app.backend, "close", None)
     if shut is not None:
         shut()
-    app.close()
 
 
 def _environment(name: str, servers: Servers, queue: str) -> Dict[str, str]:

@@ -9,17 +9,29 @@ from __future__ import annotations
 from typing import Callable, Dict, Iterator
 
 from bench.figures import Row
-from bench.measures import chord, collect, end_to_end, memory, round_trip, store, stranger
+from bench.measures import (
+    broker,
+    chord,
+    collect,
+    end_to_end,
+    large,
+    memory,
+    round_trip,
+    store,
+    stranger,
+)
 from bench.place import Place
 
 __all__ = ("ALL",)
 
 ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
+    "broker": broker.measure,
     "store": store.measure,
     "collect": collect.measure,
     "roundtrip": round_trip.measure,
     "endtoend": end_to_end.measure,
     "chord": chord.measure,
     "lookup": stranger.measure,
+    "large": large.measure,
     "memory": memory.measure,
 }

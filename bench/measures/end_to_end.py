@@ -79,7 +79,9 @@ def _draining(
 
     def work() -> Dict[str, float]:
         control.cancel_consumer(worker.queue, destination=[worker.hostname], reply=True, timeout=9)
-        # By another app, which nobody waits with: what is left in its inbox goes with it.
+        # By another app, which nobody waits with. And the inbox of the one that somebody has waited
+        # with would be given the results of all tasks that this process sends.
+        peers.close_backend(worker.app)
         sender = place.app(worker.name, worker.queue)
         for _ in range(count):
             sender.tasks["bench.tick"].apply_async((ticks.path,))
