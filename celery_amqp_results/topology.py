@@ -30,6 +30,10 @@ __all__ = ("ABSENT", "BROADCAST", "QueueSpec", "Topology", "client_word", "encod
 #: Stands in a routing key for a word that there is none of.
 ABSENT = "-"
 
+#: Milliseconds for which a quorum queue waits for a reader whose node it cannot reach. The nodes of
+#: a cluster may lose sight of each other for a moment.
+DISCONNECTED_TIMEOUT = 1000
+
 #: Stands for the client in the routing key of a state that is written by somebody who does not
 #: know who sent the task: a revoke, a chord that failed, a task replaced by another. Every inbox
 #: gets these, since the one that sent the task may wait for them. It is no digest.
@@ -193,6 +197,10 @@ class Topology:
             # has reached that limit when it is returned for the first time, and is gone. So it is
             # a number that no message lives to see, which means the same everywhere.
             arguments["x-delivery-limit"] = 2**31 - 1
+            # A reader whose node is killed or cut off has the queue until this is over, a minute by
+            # default since 4.3: all others would wait in line for so long. Unknown, and at once,
+            # before 4.3.
+            arguments["x-consumer-disconnected-timeout"] = DISCONNECTED_TIMEOUT
         return arguments
 
     def shard_binding(self, shard: int) -> str:

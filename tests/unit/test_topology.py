@@ -212,6 +212,7 @@ def test_queues_are_declared_as_the_documentation_says(queue_type: str) -> None:
     arguments = {"x-queue-type": queue_type, "x-single-active-consumer": True}
     if queue_type == "quorum":
         arguments["x-delivery-limit"] = 2**31 - 1
+        arguments["x-consumer-disconnected-timeout"] = 1000
 
     def durable(name: str, **more: int) -> QueueSpec:
         return QueueSpec(name, True, False, False, {**arguments, **more})

@@ -1,0 +1,57 @@
+"""A cluster of three nodes, of which the one dies that a reader is connected to."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import Iterator
+
+import pytest
+from celery import states
+
+from tests import elsewhere
+from tests.conftest import Apps
+from tests.faults import others
+from tools import rabbitmq
+
+
+@pytest.fixture
+def cluster() -> Iterator[rabbitmq.Cluster]:
+    if os.environ.get("AMQP_URL"):
+        pytest.skip("the broker of AMQP_URL is not ours to control")
+    name = os.environ.get("RABBITMQ_DISTRIBUTION", "system")
+    try:
+        rabbitmq.ensure_installed(name)
+        made = rabbitmq.Cluster(rabbitmq.distribution(name), 3)
+        made.start()
+    except rabbitmq.NotAvailable as exc:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no RabbitMQ: {exc}")
+    with made:
+        yield made
+
+
+def test_nobody_waits_in_line_behind_a_reader_whose_node_is_killed(
+    cluster: rabbitmq.Cluster,
+) -> None:
+    # RabbitMQ 4.3 waits a minute for what was connected to a node that is gone, if it is let.
+    options = {"shards": 1, "queue_type": "quorum", "lookup_timeout": 40}
+    conf = {"result_backend_transport_options": options}
+    doomed, *others_left = cluster.nodes
+    there, here = Apps(doomed.url(), {}), Apps(others_left[0].url(), {})
+    here.prefix = there.prefix
+    task_id = str(uuid.uuid4())
+    app, reader = there(**conf), here(**conf)
+    try:
+        app.backend.store_result(task_id, "kept", states.SUCCESS)
+        # Given a reader that has the shard, through one node
+        with elsewhere.start(app, others.hold_shard, shard=0) as process:
+            assert process.readline() == "holding"
+            # When that node is killed
+            doomed.kill()
+            # Then it keeps no other reader waiting
+            assert reader.backend._get_task_meta_for(task_id)["result"] == "kept"
+    finally:
+        app.backend.close()
+        here.close()
