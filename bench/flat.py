@@ -3,10 +3,14 @@
 ::
 
     python -m bench.flat --results 1000000 [--broker amqp://...]
+    python -m bench.flat --reconnects 1000
 
 One process stores results, another sends the ids and waits for each, in windows; every tenth of
 the way the memory of both and of the broker (of a node of its own, if none is given) is printed.
 Results expire after a minute, so that what is kept stays the same as well.
+
+With ``--reconnects`` all connections of a process that stores and waits are reset, again and again,
+and each time it stores a result, and waits for it.
 """
 
 from __future__ import annotations
@@ -16,13 +20,16 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
 
+import kombu
 from celery import Celery, states
 
 from tools import rabbitmq
+from tools.proxy import Proxy
 
 #: Results that are awaited at once.
 WINDOW = 200
@@ -62,12 +69,13 @@ def store(broker: str, prefix: str) -> None:
 
 
 @contextlib.contextmanager
-def a_broker(url: Optional[str]) -> Iterator[Tuple[str, Optional[int]]]:
+def a_broker(url: Optional[str], distribution: str) -> Iterator[Tuple[str, Optional[int]]]:
     """Yield the URL of a broker and, of one that is ours, the process."""
     if url:
         yield url, None
         return
-    with rabbitmq.Node(rabbitmq.distribution("system")) as node:
+    rabbitmq.ensure_installed(distribution)
+    with rabbitmq.Node(rabbitmq.distribution(distribution)) as node:
         yield node.url(), node.pid
 
 
@@ -111,18 +119,72 @@ def measure(results: int, broker: str, pid: Optional[int]) -> None:
     app.backend.close()
 
 
+class Held(NamedTuple):
+    """What a process that reconnects again and again holds."""
+
+    reconnects: int
+    seconds: float
+    #: Resident memory, in MiB.
+    memory: float
+    descriptors: int
+    threads: int
+    #: At the proxy, which are all to the broker.
+    connections: int
+
+
+def reconnect(count: int, broker: str) -> Iterator[Held]:
+    """Reset all connections *count* times, and yield ten times what this process holds.
+
+    Each time one result is stored, and waited for by an app that did not store it.
+
+    Parameters:
+        count: how often; the first tenth is not measured, since it opens what is opened once.
+        broker: URL of a broker on this machine.
+    """
+    port = kombu.Connection(broker).port or 5672
+    with Proxy(port) as proxy:
+        waiting, storing = (make_app(proxy.url(broker), "flat-again") for _ in range(2))
+        started = time.monotonic()
+        step = max(1, count // 10)
+        for number in range(1, count + 1):
+            task_id = str(uuid.uuid4())
+            waiting.backend.on_task_call(None, task_id)
+            proxy.reset()
+            storing.backend.store_result(task_id, number, states.SUCCESS)
+            assert waiting.AsyncResult(task_id).get(timeout=120) == number
+            if number % step == 0:
+                yield Held(
+                    number,
+                    time.monotonic() - started,
+                    memory(os.getpid()),
+                    descriptors(os.getpid()),
+                    threading.active_count(),
+                    proxy.open,
+                )
+        for app in (waiting, storing):
+            app.backend.close()
+            app.close()
+
+
 def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description="Memory and descriptors over many results, MiB.")
     parser.add_argument("--results", type=int, default=1_000_000)
+    parser.add_argument("--reconnects", type=int, help="reset connections so often instead")
+    parser.add_argument("--distribution", default="system", help="of the private node")
     parser.add_argument("--broker", help="URL; a private node by default")
     parser.add_argument("--store", metavar="PREFIX", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.store:
         store(options.broker, options.store)
         return
-    with a_broker(options.broker) as (url, pid):
-        measure(options.results, url, pid)
+    with a_broker(options.broker, options.distribution) as (url, pid):
+        if options.reconnects:
+            print(*Held._fields)
+            for held in reconnect(options.reconnects, url):
+                print(*(round(number, 1) for number in held), flush=True)
+        else:
+            measure(options.results, url, pid)
 
 
 if __name__ == "__main__":
