@@ -296,7 +296,8 @@ class AMQPBackend(NativeChords, Celery4API):
         task_id = bytes_to_str(task_id)
         current = self.app.current_worker_task
         # A task that is retried or replaced stays the task of the one who sent it first.
-        if current is None or current.request.id != task_id:
+        retried = current is not None and current.request.id == task_id
+        if not retried and not self._sends_for_another(task_id):
             self.layout.note_sent(task_id)
         if self.options.track_sent and self._sends_to_us(producer):
             self.layout.mark_sent(

@@ -25,6 +25,7 @@ from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult, ResultSet, allow_join_result, result_from_tuple
 from celery.utils.functional import _regen
+from celery.utils.nodenames import anon_nodename
 from kombu.exceptions import EncodeError
 
 from celery_amqp_results import errors, transports
@@ -93,6 +94,12 @@ _returning: contextvars.ContextVar[Optional[Returning]] = contextvars.ContextVar
 )
 
 
+#: The body that is being sent in this thread or greenlet for a process that waits for it.
+_forwarded: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar(
+    "celery_amqp_results_forwarded", default=None
+)
+
+
 class NativeChords(Backend):
     """The part of the backend that Celery calls for chords.
 
@@ -143,6 +150,7 @@ class NativeChords(Backend):
         self.ensure_chords_allowed()
         group_id, results = header_result_args
         body.pop(SIZE_KEY, None)
+        self._expect(body)
         sent = _Sent(body, None, None)
         plan = None
         if not isinstance(results, _regen):
@@ -171,6 +179,26 @@ class NativeChords(Backend):
         sent = dataclasses.replace(sent, receipt=receipt)
         with self._lock:
             _remember(self._sent_chords, group_id, sent)
+
+    def _expect(self, body: Any) -> None:
+        """Have the states of a body pushed to this process, although another one will send it.
+
+        Who waits for a task of its own neither asks the store for it nor binds its shard, which
+        would take longer than all else that a small chord takes. A body that has several tasks is
+        waited for like the task of somebody else; and so is one that a task sends, since what runs
+        it may be somewhere else when it is delivered again.
+        """
+        body_id = body.options.get("task_id")
+        if (
+            body_id
+            and self.app.current_worker_task is None
+            and not isinstance(body, (_chain, group, chord))
+            # Celery 3's messages say nothing of their senders.
+            and self.app.conf.task_protocol != 1
+        ):
+            # Celery does the same with a task that is retried.
+            body.options["origin"] = anon_nodename()
+            self.layout.note_sent(body_id)
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         """Say how many parts a chord has, just before the last task of its header is sent.
@@ -468,11 +496,21 @@ class NativeChords(Backend):
             logger.exception("Chord %r raised: %r", group_id, exc)
             self.chord_error_from_stack(signature, _chord_error(f"Join error: {exc!r}", exc))
             return
+        origin = signature.options.get("origin")
+        forwarded = origin is not None and origin != anon_nodename()
+        token = _forwarded.set(signature.options.get("task_id") if forwarded else None)
         try:
             self._bodies.send(signature, results)
         except Exception as exc:
             logger.exception("Chord callback for %r raised: %r", group_id, exc)
             self.chord_error_from_stack(signature, _chord_error(f"Callback error: {exc!r}", exc))
+        finally:
+            _forwarded.reset(token)
+
+    @staticmethod
+    def _sends_for_another(task_id: str) -> bool:
+        """Return whether a task is a body whose states go to the process that sent its chord."""
+        return _forwarded.get() == task_id
 
     def chord_error_from_stack(self, callback: Any, exc: Optional[BaseException] = None) -> Any:
         """Fail the body of a chord, whose header or whose sending has failed.

@@ -6,15 +6,17 @@ import dataclasses
 import socket
 import threading
 import uuid
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
 
 import amqp
 import pytest
 from amqp.exceptions import AMQPError, MessageNacked, NotFound
-from celery import Celery, states
+from celery import Celery, chain, chord, group, signals, states
 from celery.app.task import Context
 from celery.exceptions import ChordError, ImproperlyConfigured
 from celery.result import AsyncResult
+from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results import errors
 from celery_amqp_results.chord import Chords, Gathered
@@ -569,6 +571,46 @@ def test_who_waits_for_the_body_looks_after_the_chord(app: Celery, group_id: str
     # Neither this nor a body that nobody has sent does anything.
     backend.settle_body(body.id)
     backend.settle_body("unknown")
+
+
+def test_a_body_keeps_the_process_that_sent_its_chord(make_app: Apps, group_id: str) -> None:
+    # Given a process that fires the chord of another
+    sender, app = make_app(), make_app()
+    body = send(sender, group_id, ["a"])
+    assert body.options["origin"] == anon_nodename()
+    assert body.id in sender.backend.layout.inbox._sent
+    forwarded = dict(body, options=dict(body.options, origin="gen1@elsewhere"))
+    # When it sends the body, and a task of its own
+    noted: Dict[str, Any] = {}
+
+    def note(headers: Any = None, **kwargs: Any) -> None:
+        noted[headers["id"]] = headers["origin"]
+
+    signals.before_task_publish.connect(note)
+    try:
+        app.backend.mark_as_done("a", 1, request("a", group_id, 0, forwarded))
+        own = app.send_task("tests.own")
+    finally:
+        signals.before_task_publish.disconnect(note)
+    # Then the body's states go to who sent the chord, and it counts on getting its own only
+    assert noted == {body.id: "gen1@elsewhere", own.id: anon_nodename()}
+    assert own.id in app.backend.layout.inbox._sent
+    assert body.id not in app.backend.layout.inbox._sent
+
+
+def test_a_body_of_several_tasks_or_of_a_task_is_not_counted_on(
+    app: Celery, group_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = app.signature("tests.body")
+    for body in (group([task, task.clone()]), chain(task, task.clone()), chord([task], task)):
+        body.freeze()
+        app.backend.apply_chord((uuid.uuid4().hex, [AsyncResult("a", app=app)]), body)
+        assert "origin" not in body.options
+    running = SimpleNamespace(request=SimpleNamespace(id="x"))
+    monkeypatch.setattr(type(app), "current_worker_task", property(lambda self: running))
+    body = send(app, group_id, ["a"])
+    assert "origin" not in body.options
+    assert not app.backend.layout.inbox._sent
 
 
 def test_a_chord_too_large_for_a_quorum_queue(make_app: Apps, group_id: str) -> None:

@@ -15,6 +15,7 @@ from celery import Celery, chain, chord, group
 from celery.canvas import StampingVisitor
 from celery.exceptions import ChordError, TaskRevokedError
 
+from celery_amqp_results import waiting
 from tests.conftest import PATIENT, Apps, eventually, raw_connection
 from tests.worker.chord_tasks import register
 from tests.worker.conftest import launch_worker
@@ -466,6 +467,26 @@ def test_a_process_that_did_not_send_the_chord_waits(world: World, t: SimpleName
     finally:
         other.backend.close()
         other.close()
+
+
+def test_the_body_is_pushed_to_the_process_that_sent_the_chord(
+    world: World, t: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a process that waits already, and will not look for what is late
+    monkeypatch.setattr(waiting, "FIRST_RECHECK", 10.0 * TIMEOUT)
+    assert t.same.delay(1).get(timeout=TIMEOUT) == 1
+    backend = world[0].backend
+    read, bound = backend.metrics().shards_read, set(backend.layout.inbox._bound)
+    # When it sends chords, which a worker fires, succeed or not
+    result = chord([t.same.s(1), t.same.s(2)], t.same.s()).delay()
+    assert result.get(timeout=TIMEOUT) == [1, 2]
+    with pytest.raises(ChordError):
+        chord([t.same.s(1), t.fail.s("no")], t.same.s()).delay().get(timeout=TIMEOUT)
+    with pytest.raises(KeyError, match="body"):
+        chord([t.same.s(1), t.same.s(2)], t.fail_with.s()).delay().get(timeout=TIMEOUT)
+    # Then nothing was looked up for that, and nothing of others is received
+    assert backend.metrics().shards_read == read
+    assert backend.layout.inbox._bound == bound
 
 
 @canvas_of(5, 3, 6)
