@@ -131,6 +131,14 @@ class _Received:
         self._at += size
         return self._data[at : at + size]
 
+    def delivery(self) -> Optional[frames.Delivery]:
+        """Return the message that was received next, if it is complete, and leave it there."""
+        return frames.read_delivery(self._data, self._at)
+
+    def skip(self, end: int) -> None:
+        """Go on behind what :meth:`delivery` returned."""
+        self._at = end
+
 
 class Link:
     """One open AMQP connection. Not thread-safe: whoever holds it is alone with it.
@@ -192,6 +200,9 @@ class Link:
         if not self.readable(timeout):
             return False
         try:
+            self._received.fill()
+            if self._deliver():
+                return True
             # With a timeout, py-amqp would set and reset it on the socket for every frame. Its
             # drain_events() would not return after a heartbeat, which completes nothing, before
             # the next message comes.
@@ -201,6 +212,22 @@ class Link:
             raise amqp_errors.RecoverableConnectionError(
                 f"the broker stopped in the middle of a message for {IO_TIMEOUT:g} s"
             ) from None
+        return True
+
+    def _deliver(self) -> bool:
+        """Hand the message that was received next to its consumer, unless py-amqp has to do it."""
+        delivery = self._received.delivery()
+        channel = delivery and (self.amqp.channels or {}).get(delivery.channel)
+        if not delivery or not channel or channel.is_closing or channel.auto_decode:
+            return False
+        consumer = channel.callbacks.get(delivery.consumer_tag)
+        if consumer is None:
+            return False
+        self._received.skip(delivery.end)
+        # What py-amqp's heartbeats go by.
+        self.amqp.bytes_recv += delivery.frames
+        delivery.message.channel = channel
+        consumer(delivery.message)
         return True
 
     def acks(self, channel: int) -> Iterator[Tuple[int, bool]]:

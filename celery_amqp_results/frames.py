@@ -1,7 +1,9 @@
-"""The frames of ``basic.publish``, built in one go; and what py-amqp cannot read, made readable.
+"""The frames of a message, built and read in one go; and what py-amqp cannot read, made readable.
 
 py-amqp serialises any method with any properties, which takes 100 microseconds a message. A state
 has few properties, and always the same: so built by hand the same bytes take a tenth of that.
+What is delivered py-amqp reads piece by piece, three for each frame; where all frames of a message
+have come it is read here in a third of the time, and py-amqp reads its properties only.
 This module does no I/O; its tests read what it makes with py-amqp.
 """
 
@@ -10,11 +12,12 @@ from __future__ import annotations
 import functools
 import logging
 import struct
-from typing import Any, Callable, List, Mapping, Tuple
+from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Tuple
 
+import amqp
 from amqp.exceptions import UnexpectedFrame
 
-__all__ = ("UNREADABLE", "publish_frames", "tolerant")
+__all__ = ("UNREADABLE", "Delivery", "publish_frames", "read_delivery", "tolerant")
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,7 @@ UNREADABLE = "unreadable properties: "
 
 _FRAME = struct.Struct(">BHI")
 _END = b"\xce"
+_LAST = _END[0]
 _METHOD, _HEADER, _BODY = 1, 2, 3
 #: Class basic, method publish, and a reserved field.
 _PUBLISH = struct.pack(">HHH", 60, 40, 0)
@@ -139,6 +143,80 @@ def publish_frames(
         piece = body[start : start + room]
         parts += (_FRAME.pack(_BODY, channel, len(piece)), piece, _END)
     return b"".join(parts)
+
+
+#: Type, channel and size of a frame, and class and method of ``basic.deliver``.
+_START_OF_DELIVER = struct.Struct(">BHIHH")
+_DELIVER = (60, 60)
+_TAG = struct.Struct(">QB")
+
+
+class Delivery(NamedTuple):
+    """A message that was delivered."""
+
+    #: Number of the channel.
+    channel: int
+    consumer_tag: str
+    message: amqp.Message
+    #: How many frames it came in.
+    frames: int
+    #: Where in the bytes the next one begins.
+    end: int
+
+
+def read_delivery(data: bytes, start: int) -> Optional[Delivery]:
+    """Return the message whose frames begin at *start* of *data*.
+
+    Returns ``None`` where there is something else, or not all of it, or anything odd about it:
+    py-amqp knows what to make of that.
+    """
+    try:
+        kind, channel, size, *method = _START_OF_DELIVER.unpack_from(data, start)
+        if kind != _METHOD or tuple(method) != _DELIVER:
+            return None
+        at = start + _START_OF_DELIVER.size
+        consumer_tag, at = _text(data, at)
+        delivery_tag, redelivered = _TAG.unpack_from(data, at)
+        exchange, at = _text(data, at + _TAG.size)
+        routing_key, at = _text(data, at)
+        end = start + _FRAME.size + size
+        if at != end or data[end] != _LAST:
+            return None
+        head = end + 1 + _FRAME.size
+        kind, number, size = _FRAME.unpack_from(data, end + 1)
+        end = head + size
+        if (kind, number) != (_HEADER, channel) or data[end] != _LAST:
+            return None
+        message = amqp.Message()
+        # A piece of its own, which nothing in it can make py-amqp read beyond.
+        message.inbound_header(data[head:end])
+        count, left, pieces = 2, message.body_size, []
+        while left:
+            kind, number, size = _FRAME.unpack_from(data, end + 1)
+            at = end + 1 + _FRAME.size
+            end = at + size
+            if (kind, number) != (_BODY, channel) or size > left or data[end] != _LAST:
+                return None
+            pieces.append(data[at:end])
+            left -= size
+            count += 1
+    except Exception:
+        # Cut off, or unreadable.
+        return None
+    message.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    message.delivery_info = {
+        "consumer_tag": consumer_tag,
+        "delivery_tag": delivery_tag,
+        "redelivered": bool(redelivered & 1),
+        "exchange": exchange,
+        "routing_key": routing_key,
+    }
+    return Delivery(channel, consumer_tag, message, count, end + 1)
+
+
+def _text(data: bytes, at: int) -> Tuple[str, int]:
+    end = at + 1 + data[at]
+    return data[at + 1 : end].decode("utf-8", "surrogatepass"), end
 
 
 Frame = Tuple[int, int, Any]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, Dict, List, Tuple
+from types import SimpleNamespace
+from typing import Any, Dict, List, Sequence, Tuple
 
 import amqp
 import pytest
 from amqp import spec
 from amqp.basic_message import Message
+from amqp.method_framing import frame_handler
 from amqp.serialization import loads
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,3 +89,90 @@ def test_what_does_not_fit_is_an_error_before_anything_is_sent() -> None:
         frames.publish_frames(1, "", "k" * 256, False, {}, b"", 4096)
     with pytest.raises(TypeError, match="'odd'"):
         frames.publish_frames(1, "", "k", False, {"application_headers": {"odd": 1.5}}, b"", 4096)
+
+
+def delivered(
+    channel: int, names: Sequence[str], tag: int, redelivered: bool, octets: bytes
+) -> bytes:
+    """Return the frames of a message that is published by *octets* as they are delivered."""
+    consumer_tag, exchange, routing_key = (
+        bytes((len(name.encode()),)) + name.encode() for name in names
+    )
+    method = b"".join(
+        (
+            struct.pack(">HH", *spec.Basic.Deliver),
+            consumer_tag,
+            struct.pack(">QB", tag, redelivered),
+            exchange,
+            routing_key,
+        )
+    )
+    _, _, size = struct.unpack_from(">BHI", octets)
+    return struct.pack(">BHI", 1, channel, len(method)) + method + b"\xce" + octets[8 + size :]
+
+
+@given(
+    st.integers(1, 65535),
+    st.tuples(words, words, words),
+    st.integers(0, 2**64 - 1),
+    st.booleans(),
+    properties,
+    st.binary(max_size=300),
+    st.integers(64, 400),
+    st.data(),
+)
+def test_a_delivery_is_read_as_py_amqp_reads_it(
+    channel: int,
+    names: Tuple[str, str, str],
+    tag: int,
+    redelivered: bool,
+    given_properties: Dict[str, Any],
+    body: bytes,
+    frame_max: int,
+    data: st.DataObject,
+) -> None:
+    # Given a message as it comes, some of it in pieces, with something before and behind it
+    published = frames.publish_frames(
+        channel, "", "", False, given_properties, body, max(frame_max, 16)
+    )
+    octets = delivered(channel, names, tag, redelivered, published)
+    seen: List[Any] = []
+    handler = frame_handler(
+        SimpleNamespace(bytes_recv=0),
+        lambda number, sig, buf, content: seen.append((number, sig, buf, content)),
+    )
+    for frame in split(octets):
+        handler(frame)
+    ((number, sig, arguments, expected),) = seen
+    values, _ = loads("sLbss", arguments, 4)
+    # When it is read
+    found = frames.read_delivery(b"xyz" + octets + octets, 3)
+    # Then it is the same
+    assert found is not None
+    assert (found.channel, sig) == (number, spec.Basic.Deliver)
+    assert found.end == 3 + len(octets)
+    assert found.frames == len(split(octets))
+    info = found.message.delivery_info
+    assert [found.consumer_tag, info["delivery_tag"], info["redelivered"]] == values[:3]
+    assert [info["exchange"], info["routing_key"]] == values[3:]
+    assert found.message.properties == expected.properties == given_properties
+    assert found.message.body == body
+    # Of what is cut off nothing is read, and nothing that is damaged is an error
+    cut = data.draw(st.integers(0, len(octets) - 1))
+    assert frames.read_delivery(octets[:cut], 0) is None
+    damaged = bytearray(octets)
+    damaged[cut] ^= data.draw(st.integers(1, 255))
+    frames.read_delivery(bytes(damaged), 0)
+
+
+def test_what_is_no_delivery_is_left_to_py_amqp() -> None:
+    published = frames.publish_frames(1, "", "queue", False, {}, b"body", 4096)
+    assert frames.read_delivery(published, 0) is None
+    octets = delivered(1, ("tag", "", "queue"), 1, False, published)
+    assert frames.read_delivery(octets, 0) is not None
+    # Frames of another channel in between, and a body that is longer than was said
+    other = delivered(2, ("tag", "", "queue"), 1, False, published)
+    first = len(octets) - len(b"body") - 8
+    assert frames.read_delivery(octets[:first] + other, 0) is None
+    longer = frames.publish_frames(1, "", "queue", False, {}, b"bodies", 4096)[-14:]
+    assert frames.read_delivery(octets[:first] + longer, 0) is None
