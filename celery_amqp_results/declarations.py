@@ -18,9 +18,12 @@ from celery_amqp_results.topology import QueueSpec, Topology
 
 __all__ = ("Declarations", "declare_queue")
 
-#: A shard is declared again after so many seconds, at its next use. What reaches an inbox does not
-#: come back to its publisher, who so learns in no other way that somebody has deleted a shard.
-REASSERT_SECONDS = 60.0
+#: A shard is looked for again after so many seconds, at its next use. What reaches an inbox does
+#: not come back to its publisher, who so learns in no other way that somebody has deleted a shard.
+RECHECK_SECONDS = 60.0
+#: It is declared and bound again after so many seconds: the binding may be gone, and the queue not.
+#: That costs more, 2 ms on RabbitMQ 4.3, which writes a binding to the disk although it is there.
+REASSERT_SECONDS = 600.0
 
 
 class Declarations:
@@ -36,8 +39,9 @@ class Declarations:
         self.declare = declare
         self._lock = threading.Lock()
         self._exchange = False
-        #: When each shard was declared, by ``time.monotonic``.
+        #: When each shard was declared, and last seen, by ``time.monotonic``.
         self._shards: Dict[int, float] = {}
+        self._seen: Dict[int, float] = {}
         #: Goes up with :meth:`forget`: what is declared meanwhile is not remembered.
         self.generation = 0
 
@@ -45,6 +49,17 @@ class Declarations:
         """Return whether this process has declared and bound the queue of *shard* of late."""
         declared = self._shards.get(shard)
         return declared is not None and time.monotonic() - declared < REASSERT_SECONDS
+
+    def is_due(self, shard: int) -> bool:
+        """Return whether the queue of *shard*, which is there, is to be looked for again."""
+        seen = self._seen.get(shard)
+        return seen is not None and time.monotonic() - seen >= RECHECK_SECONDS
+
+    def note_seen(self, shard: int) -> None:
+        """Note that the queue of *shard* is there."""
+        with self._lock:
+            if shard in self._shards:
+                self._seen[shard] = time.monotonic()
 
     def ensure_exchange(self, channel: Any) -> None:
         """Declare the exchange, if this process has not.
@@ -155,7 +170,9 @@ class Declarations:
         """
         with self._lock:
             now = time.monotonic()
-            self._shards.update((s, now) for s, g in requested.items() if g == self.generation)
+            for shard, generation in requested.items():
+                if generation == self.generation:
+                    self._shards[shard] = self._seen[shard] = now
 
     def refusal(self, exc: BaseException) -> Optional[errors.DeclarationRefused]:
         """Return the error to raise for *exc*, or ``None`` if it is not about a declaration."""
@@ -174,6 +191,7 @@ class Declarations:
             self.generation += 1
             self._exchange = False
             self._shards = {}
+            self._seen = {}
 
 
 def declare_queue(channel: Any, spec: QueueSpec) -> int:

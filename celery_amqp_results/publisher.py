@@ -15,7 +15,19 @@ import logging
 import re
 import threading
 import time
-from typing import Callable, Deque, NamedTuple, Optional, Sequence, Set, Tuple, Type, TypeVar
+from typing import (
+    Callable,
+    Deque,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+    TypeVar,
+)
 
 from amqp import exceptions as amqp_errors
 
@@ -266,6 +278,7 @@ class Publisher:
             channel.publish(self._orphans.popleft())
         pending = list(messages)
         for again in (False, True):
+            due = [m for m in pending if m.shard is not None and declarations.is_due(m.shard)]
             declarations.ensure_exchange(channel.channel)
             missing = [
                 message.shard
@@ -284,13 +297,15 @@ class Publisher:
                         )
                     for message in pending:
                         channel.publish(message)
-            if confirm or again:
+            if confirm or again or due:
                 channel.wait(list(channel.unconfirmed))
             elif len(channel.unconfirmed) > MAX_UNCONFIRMED:
                 # Not for all of them: the broker is not to run dry meanwhile.
                 channel.wait(list(itertools.islice(channel.unconfirmed, MAX_UNCONFIRMED // 2)))
             elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
                 channel.collect()
+            # Asked on a connection that has just answered: this has no deadline of its own.
+            homeless = self._homeless(channel, due) if due else []
             if channel.returned and channel.unconfirmed:
                 # What was published before the shard is declared again may come back as well.
                 channel.wait(list(channel.unconfirmed))
@@ -302,6 +317,7 @@ class Publisher:
             gone.update(message.routing_key for message in returned if message.shard is None)
             # Those may have been published long before, and not been waited for.
             pending = [message for message in returned if message.shard is not None]
+            pending += [message for message in homeless if message not in pending]
             if not pending:
                 return gone
             if not declarations.declare:
@@ -311,6 +327,25 @@ class Publisher:
             logger.warning("a shard queue is gone and is declared again: %s", _what(pending))
             declarations.forget()
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
+
+    def _homeless(self, channel: ConfirmChannel, due: Sequence[Outgoing]) -> List[Outgoing]:
+        """Return those of *due*, which were published, whose shards are gone.
+
+        They may have reached an inbox, and then do not come back.
+        """
+        declarations = self._declarations
+        there: Dict[int, bool] = {}
+        for message in due:
+            shard = message.shard
+            if shard is not None and shard not in there:
+                there[shard] = (
+                    channel.length(declarations.topology.shard_queue(shard).name) is not None
+                )
+                if there[shard]:
+                    declarations.note_seen(shard)
+        return [
+            message for message in due if message.shard is not None and not there[message.shard]
+        ]
 
     def _publish_to_shards(self, channel: ConfirmChannel) -> None:
         """Publish what was refused once more, to the queues that keep it.

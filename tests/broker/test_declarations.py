@@ -231,8 +231,8 @@ def test_a_shard_queue_that_was_deleted_while_somebody_waits_is_declared_again(
     eventually: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # What reaches an inbox is not returned: the publisher declares its shards again in any case.
-    monkeypatch.setattr(declarations, "REASSERT_SECONDS", 0.5)
+    # What reaches an inbox is not returned: the publisher looks for its shards in any case.
+    monkeypatch.setattr(declarations, "RECHECK_SECONDS", 0.0)
     # Given somebody who waits, so that what is published reaches a queue in any case.
     first, second, waiter = new_id(), new_id(), make_app()
     while app.backend._topology.shard(first) != app.backend._topology.shard(second):
@@ -245,10 +245,39 @@ def test_a_shard_queue_that_was_deleted_while_somebody_waits_is_declared_again(
     app.backend.store_result(second, 2, states.SUCCESS)
     assert waiting.result() == 2
 
-    # Then it is, or comes to be, kept for others as well.
+    # Then it is kept for others as well.
+    assert make_app().AsyncResult(second).state == states.SUCCESS
+
+
+def test_a_binding_that_was_deleted_while_somebody_waits_comes_back(
+    app: Celery,
+    make_app: Apps,
+    raw: amqp.Connection,
+    eventually: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(declarations, "REASSERT_SECONDS", 0.5)
+    # Given somebody who waits, so that what is published reaches a queue in any case.
+    first, second, waiter = new_id(), new_id(), make_app()
+    topology = app.backend._topology
+    while topology.shard(first) != topology.shard(second):
+        second = new_id()
+    app.backend.store_result(first, 1, states.SUCCESS)
+    waiting = Waiting(lambda: waiter.AsyncResult(second).get(timeout=LONG))
+    until_watched(waiter, second, eventually)
+    # When the shard is there and not bound, as after somebody has deleted the exchange.
+    shard = topology.shard(first)
+    with raw.channel() as channel:
+        channel.queue_unbind(
+            topology.shard_queue(shard).name, topology.exchange, topology.shard_binding(shard)
+        )
+    app.backend.store_result(second, 2, states.SUCCESS)
+    assert waiting.result() == 2
+
+    # Then what is stored some time later is kept for others again.
     def kept() -> bool:
         third = new_id()
-        while app.backend._topology.shard(first) != app.backend._topology.shard(third):
+        while topology.shard(first) != topology.shard(third):
             third = new_id()
         app.backend.store_result(third, 3, states.SUCCESS)
         return bool(make_app().AsyncResult(third).state == states.SUCCESS)

@@ -35,9 +35,12 @@ class Queues:
             channel = connection.channel()
             channel.confirm_select()
             channel.events["basic_return"].add(lambda *args: returned.append(args))
-            channel.basic_publish_confirm(
-                amqp.Message(b"", type="fence", expiration="0"), routing_key=name, mandatory=True
-            )
+            fence = amqp.Message(b"", type="fence", expiration="0")
+            try:
+                channel.basic_publish_confirm(fence, routing_key=name, mandatory=True)
+            except amqp.exceptions.MessageNacked:
+                # It was deleted in this moment.
+                return False
         return not returned
 
 
