@@ -22,7 +22,7 @@ from bench.measures import (
 )
 from bench.place import Place
 
-__all__ = ("ALL",)
+__all__ = ("ALL", "THOROUGH")
 
 ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
     "broker": broker.measure,
@@ -35,3 +35,6 @@ ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
     "large": large.measure,
     "memory": memory.measure,
 }
+
+#: Those that are left out where there is little time, unless they are asked for.
+THOROUGH = ("broker", "large")
