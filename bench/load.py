@@ -2,10 +2,10 @@
 
     python -m bench.load [--minutes 5] [--storing 2] [--threads 2] [--distribution system|forky]
 
-Processes store results, each confirmed before the next of its thread, and one process joins all of
-them in batches. Those that store are at most some thousands ahead of it, so that the rate is what
-all of them, and the broker, can do together on this machine. At the end every result is looked up
-by a process that has seen none.
+Processes store results, each confirmed before the next of its thread, and one process, which counts
+as the one that has sent the tasks, joins all of them in batches. Those that store are at most some
+thousands ahead of it, so that the rate is what all of them, and the broker, can do together on this
+machine. At the end every result is looked up by a process that has seen none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from celery import Celery
+from celery.app.task import Context
 from celery.result import ResultSet
+from celery.utils.nodenames import anon_nodename
 
 from tools import rabbitmq
 
@@ -32,6 +34,9 @@ _NAMESPACE = uuid.UUID("e5a5f0a9-4d7c-4f8b-8a4d-0a4d6f6c9a11")
 WINDOW = 4000
 #: How many results are joined at once.
 BATCH = 500
+
+#: What is in the file of how far the join has come before it begins, and when all is over.
+NOT_YET, OVER = -2, -1
 
 
 def _app(url: str, prefix: str) -> Celery:
@@ -55,18 +60,26 @@ def _read(path: str) -> int:
     return number
 
 
-def store(url: str, prefix: str, joined: str, first: int, step: int, threads: int) -> None:
-    """Store each *step*-th result from *first* on, in several threads, until told to end."""
+def store(
+    url: str, prefix: str, joined: str, origin: str, first: int, step: int, threads: int
+) -> None:
+    """Store each *step*-th result from *first* on, in several threads, until told to end.
+
+    Parameters:
+        origin: who has sent the tasks, as their messages say.
+    """
     app = _app(url, prefix)
 
     def run(thread: int) -> None:
         number = first + thread
-        while (position := _read(joined)) >= 0:
-            if number > position + WINDOW:
+        while (position := _read(joined)) != OVER:
+            if position == NOT_YET or number > position + WINDOW:
                 time.sleep(0.002)
                 continue
             for _ in range(20):
-                app.backend.store_result(_id(prefix, number), number, "SUCCESS")
+                task_id = _id(prefix, number)
+                request = Context(id=task_id, origin=origin)
+                app.backend.store_result(task_id, number, "SUCCESS", request=request)
                 number += step
 
     running = [threading.Thread(target=run, args=(n,)) for n in range(threads)]
@@ -80,9 +93,20 @@ def store(url: str, prefix: str, joined: str, first: int, step: int, threads: in
 def join(url: str, prefix: str, joined: str, minutes: float, answer: Any) -> None:
     """Join results in batches, and answer how many there were in what time."""
     app = _app(url, prefix)
+    answer.put(anon_nodename())
+    number = sent = 0
+
+    def send() -> None:
+        """Do what sending tasks does in the result backend, ahead of those that store."""
+        nonlocal sent
+        while sent < number + 2 * WINDOW:
+            app.backend.on_task_call(None, _id(prefix, sent))
+            sent += 1
+
+    send()
+    _write(joined, 0)
     began = time.monotonic()
     end = began + 60 * minutes
-    number = 0
     longest = 0.0
     while time.monotonic() < end:
         batch_began = time.monotonic()
@@ -93,10 +117,11 @@ def join(url: str, prefix: str, joined: str, minutes: float, answer: Any) -> Non
             raise AssertionError(f"joined {values[:5]}... instead of {numbers}")
         longest = max(longest, time.monotonic() - batch_began)
         number += BATCH
+        send()
         _write(joined, number)
     answer.put((number, time.monotonic() - began, longest))
     # Until it was looked at what this process has used.
-    while _read(joined) >= 0:
+    while _read(joined) != OVER:
         time.sleep(0.05)
     app.backend.close()
 
@@ -152,18 +177,20 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     with rabbitmq.Node(rabbitmq.distribution(chosen.distribution)) as node:
         url = node.url()
         joined = str(node.log_path.with_name("joined"))
-        Path(joined).write_bytes(struct.pack("<q", 0))
+        Path(joined).write_bytes(struct.pack("<q", NOT_YET))
         answer: Any = context.Queue()
         step = chosen.storing * chosen.threads
+        joining = context.Process(target=join, args=(url, prefix, joined, chosen.minutes, answer))
+        joining.start()
+        origin = answer.get(timeout=60)
         storing = [
             context.Process(
                 target=store,
-                args=(url, prefix, joined, n * chosen.threads, step, chosen.threads),
+                args=(url, prefix, joined, origin, n * chosen.threads, step, chosen.threads),
             )
             for n in range(chosen.storing)
         ]
-        joining = context.Process(target=join, args=(url, prefix, joined, chosen.minutes, answer))
-        for process in (*storing, joining):
+        for process in storing:
             process.start()
         usages: List[Usage] = [
             Usage("broker", node.pid),
@@ -172,7 +199,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         ]
         count, seconds, longest = answer.get(timeout=60 * chosen.minutes + 120)
         lines = [usage.text() for usage in usages]
-        _write(joined, -1)
+        _write(joined, OVER)
         for process in (*storing, joining):
             process.join(120)
         print(
