@@ -20,12 +20,34 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
 
 from celery_amqp_results import errors, meta
 from celery_amqp_results.meta import StateMessage
 
-__all__ = ("CONTENT_TYPE", "OVERHEAD", "PAGE", "decode", "encode", "expiration", "find", "select")
+__all__ = (
+    "CONTENT_TYPE",
+    "OVERHEAD",
+    "PAGE",
+    "Wanted",
+    "decode",
+    "encode",
+    "expiration",
+    "find",
+    "select",
+)
 
 #: The property ``type`` of a page.
 PAGE = "page"
@@ -35,12 +57,16 @@ _MAGIC = b"CARpage1"
 #: About how many bytes an entry has besides its body.
 OVERHEAD = 160
 
+#: Searching a page for so many ids one by one takes about as long as going through its index.
+MANY = 32
+
 #: RabbitMQ takes no expiration above this, in milliseconds.
 _MAX_EXPIRATION = 2**32 - 1
 
 _COUNT = struct.Struct(">I")
 _RECORD = struct.Struct(">8sII")
 _HEADER = len(_MAGIC) + _COUNT.size
+_DIGEST_SIZE = 8
 
 #: Short names of a state's fields in the head of its entry, for all but the body.
 _FIELDS = (
@@ -59,7 +85,9 @@ _DEFAULTS = {"compression": None, "expiration": None, "kind": meta.STATE, "body_
 
 
 def _digest(message_id: str) -> bytes:
-    return hashlib.blake2b(message_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return hashlib.blake2b(
+        message_id.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_SIZE
+    ).digest()
 
 
 def encode(states: Iterable[StateMessage]) -> bytes:
@@ -86,29 +114,68 @@ def encode(states: Iterable[StateMessage]) -> bytes:
 OnDamage = Callable[[errors.ForeignMessage], None]
 
 
+class Wanted:
+    """Ids to find in any number of pages.
+
+    The digest of an id is made when the first page is searched, and not once more for each page.
+
+    Parameters:
+        message_ids: ids of tasks, or of groups.
+    """
+
+    def __init__(self, message_ids: Iterable[str]) -> None:
+        self.ids = list(message_ids)
+        self._by_digest: Optional[Dict[bytes, Set[str]]] = None
+
+    @property
+    def by_digest(self) -> Dict[bytes, Set[str]]:
+        """The ids, by their digest; two may have the same one."""
+        if self._by_digest is None:
+            self._by_digest = {}
+            for message_id in self.ids:
+                self._by_digest.setdefault(_digest(message_id), set()).add(message_id)
+        return self._by_digest
+
+
 def find(
-    page: bytes, message_ids: Iterable[str], on_damage: Optional[OnDamage] = None
+    page: bytes, message_ids: Union[Wanted, Iterable[str]], on_damage: Optional[OnDamage] = None
 ) -> Iterator[StateMessage]:
     """Yield the states in *page* that are about one of *message_ids*.
 
+    Those of one id come in the order of the page.
+
     Parameters:
+        message_ids: as :class:`Wanted` where several pages are searched for the same ids.
         on_damage: called with each damaged entry; the others are found all the same.
 
     Raises:
         ForeignMessage: when the page is damaged, or an entry is and nobody wants to know.
     """
+    wanted = message_ids if isinstance(message_ids, Wanted) else Wanted(message_ids)
     end = _index_end(page)
     budget = len(page)
-    for message_id in message_ids:
-        digest = _digest(message_id)
+    by_digest = wanted.by_digest
+    for at in _matches(page, end, by_digest):
+        budget -= _length(page, at, budget)
+        state = _entry_or_none(page, at, on_damage)
+        if state is not None and state.id in by_digest[page[at : at + _DIGEST_SIZE]]:
+            yield state
+
+
+def _matches(page: bytes, end: int, digests: Collection[bytes]) -> Iterator[int]:
+    """Yield where in the index of *page* there is one of *digests*."""
+    if len(digests) > MANY:
+        # One pass over the index, however many are wanted.
+        for at in range(_HEADER, end, _RECORD.size):
+            if page[at : at + _DIGEST_SIZE] in digests:
+                yield at
+        return
+    for digest in digests:
         at = page.find(digest, _HEADER, end)
         while at != -1:
             # What looks like the digest may be parts of two records.
             if (at - _HEADER) % _RECORD.size == 0:
-                budget -= _length(page, at, budget)
-                state = _entry_or_none(page, at, on_damage)
-                if state is not None and state.id == message_id:
-                    yield state
+                yield at
             at = page.find(digest, at + 1, end)
 
 

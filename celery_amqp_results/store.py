@@ -67,6 +67,7 @@ class _Read:
     ) -> None:
         self.shard = shard
         self.wanted = wanted
+        self._in_pages = page.Wanted(wanted)
         self.found: Dict[str, List[StateMessage]] = {}
         self.removed = 0
         self._kind = kind
@@ -140,7 +141,7 @@ class _Read:
         now = time.time_ns() // 1000
         hits = [
             state
-            for state in page.find(body, self.wanted, self._reject)
+            for state in page.find(body, self._in_pages, self._reject)
             if state.kind == self._kind and not state.expired(now) and self._points_right(state)
         ]
         if self._remove:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+from typing import Any, List, Set
 
 import pytest
 from celery import states
@@ -40,6 +40,20 @@ def test_finding_gives_all_states_of_an_id_and_no_others(
 ) -> None:
     found = list(page.find(page.encode(given_states), [wanted]))
     assert found == [state for state in given_states if state.id == wanted]
+
+
+@pytest.mark.parametrize("others", [0, 2 * page.MANY])
+@given(lists, st.sets(ids))
+def test_finding_many_gives_what_finding_each_gives(
+    others: int, given_states: List[StateMessage], wanted: Set[str]
+) -> None:
+    encoded = page.encode(given_states)
+    wanted_ids = page.Wanted([*wanted, *(f"no such task {number}" for number in range(others))])
+    for _ in range(2):
+        found = list(page.find(encoded, wanted_ids))
+        assert len(found) == sum(state.id in wanted for state in given_states)
+        for one in wanted:
+            assert [s for s in found if s.id == one] == [s for s in given_states if s.id == one]
 
 
 @given(st.binary(max_size=200) | lists.map(page.encode), st.data())
