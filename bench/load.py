@@ -46,7 +46,8 @@ def _app(url: str, prefix: str) -> Celery:
 
 
 def _id(prefix: str, number: int) -> str:
-    return str(uuid.uuid5(_NAMESPACE, f"{prefix}/{number}"))
+    # An id that Celery could have made: of others the store might know something already.
+    return str(uuid.UUID(int=uuid.uuid5(_NAMESPACE, f"{prefix}/{number}").int, version=4))
 
 
 def _write(path: str, number: int) -> None:
