@@ -7,9 +7,9 @@ from bench.flat import reconnect
 
 def test_nothing_is_left_of_connections_that_were_reset(amqp_url: str, node: object) -> None:
     first, *_, last = reconnect(30, amqp_url)
-    # Then each connection has replaced another, and so has what belongs to it
-    assert (last.descriptors, last.threads, last.connections) == (
-        first.descriptors,
-        first.threads,
-        first.connections,
-    )
+    # Then each connection has replaced another, and so has what belongs to it. Some may be about to
+    # end or to begin in this moment; what was left of each would be many more.
+    some = 5
+    assert last.descriptors <= first.descriptors + some
+    assert last.threads <= first.threads + some
+    assert last.connections <= first.connections + some
