@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         help="separated by commas, with ';' for a comma in a name; default: %(default)s")
     add("--kept", default="", metavar="N,N",
         help="how many results are kept for look-ups; default: 10000 with --quick; 1000, 10000 and "
-             "100000 without; 1000000 takes half an hour")
+             "100000 without; 1000000 takes ten minutes")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--markdown", type=Path, metavar="FILE", help="write a table there")
     add("--plots", type=Path, metavar="FOLDER", help="write SVG files there; needs matplotlib")

@@ -224,6 +224,15 @@ def test_a_shard_queue_that_was_deleted_under_a_state_on_the_way_is_declared_aga
     assert make_app().AsyncResult(task_id).get(timeout=LONG) == 1
 
 
+def id_beside(app: Celery, task_id: str) -> str:
+    """Return another id in the shard of *task_id*."""
+    shard = app.backend._topology.shard
+    while True:
+        other = new_id()
+        if shard(other) == shard(task_id):
+            return other
+
+
 def test_a_shard_queue_that_was_deleted_while_somebody_waits_is_declared_again(
     app: Celery,
     make_app: Apps,
@@ -234,9 +243,8 @@ def test_a_shard_queue_that_was_deleted_while_somebody_waits_is_declared_again(
     # What reaches an inbox is not returned: the publisher looks for its shards in any case.
     monkeypatch.setattr(declarations, "RECHECK_SECONDS", 0.0)
     # Given somebody who waits, so that what is published reaches a queue in any case.
-    first, second, waiter = new_id(), new_id(), make_app()
-    while app.backend._topology.shard(first) != app.backend._topology.shard(second):
-        second = new_id()
+    first, waiter = new_id(), make_app()
+    second = id_beside(app, first)
     app.backend.store_result(first, 1, states.SUCCESS)
     waiting = Waiting(lambda: waiter.AsyncResult(second).get(timeout=LONG))
     until_watched(waiter, second, eventually)
@@ -258,10 +266,8 @@ def test_a_binding_that_was_deleted_while_somebody_waits_comes_back(
 ) -> None:
     monkeypatch.setattr(declarations, "REASSERT_SECONDS", 0.5)
     # Given somebody who waits, so that what is published reaches a queue in any case.
-    first, second, waiter = new_id(), new_id(), make_app()
-    topology = app.backend._topology
-    while topology.shard(first) != topology.shard(second):
-        second = new_id()
+    first, waiter, topology = new_id(), make_app(), app.backend._topology
+    second = id_beside(app, first)
     app.backend.store_result(first, 1, states.SUCCESS)
     waiting = Waiting(lambda: waiter.AsyncResult(second).get(timeout=LONG))
     until_watched(waiter, second, eventually)
@@ -276,9 +282,7 @@ def test_a_binding_that_was_deleted_while_somebody_waits_comes_back(
 
     # Then what is stored some time later is kept for others again.
     def kept() -> bool:
-        third = new_id()
-        while topology.shard(first) != topology.shard(third):
-            third = new_id()
+        third = id_beside(app, first)
         app.backend.store_result(third, 3, states.SUCCESS)
         return bool(make_app().AsyncResult(third).state == states.SUCCESS)
 
