@@ -480,8 +480,10 @@ def test_the_body_is_pushed_to_the_process_that_sent_the_chord(
     # When it sends chords, which a worker fires, succeed or not
     result = chord([t.same.s(1), t.same.s(2)], t.same.s()).delay()
     assert result.get(timeout=TIMEOUT) == [1, 2]
+    body = chord([t.same.s(1), t.fail.s("no")], t.same.s()).delay()
+    body.parent = None  # whose failure would be raised instead, if it is known first
     with pytest.raises(ChordError):
-        chord([t.same.s(1), t.fail.s("no")], t.same.s()).delay().get(timeout=TIMEOUT)
+        body.get(timeout=TIMEOUT)
     with pytest.raises(KeyError, match="body"):
         chord([t.same.s(1), t.same.s(2)], t.fail_with.s()).delay().get(timeout=TIMEOUT)
     # Then nothing was looked up for that, and nothing of others is received
