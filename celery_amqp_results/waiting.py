@@ -44,6 +44,11 @@ LAST_CHORD_CHECK = 300.0
 #: unless states are being pushed, and none that was published so much later.
 LATE = 5.0
 
+#: What was pushed of a task whose store is still to be asked is held back for so many seconds, if
+#: the store does not answer: an older state there may count more, of a task that ran twice. After
+#: that, and at the end of the wait, what was pushed is better than nothing.
+HOLD_SECONDS = 30.0
+
 #: Ids remembered as polled while pending, at most.
 MAX_POLLED = 10_000
 
@@ -83,6 +88,7 @@ class Follower:
         #: in the store may count more.
         self._unsettled: Set[str] = set()
         self._held: Dict[str, List[StateMessage]] = {}
+        self._held_since = 0.0
         #: Tasks of others that the store was asked about before their shards were bound.
         self._peeked: Set[str] = set()
         #: Tasks that were covered when they were last asked for all the same.
@@ -149,20 +155,23 @@ class Follower:
             self._rechecked.update(i for i in self.pending if self._inbox.covers(i))
             self._pause = min(2 * self._pause, LAST_RECHECK)
             self._recheck_at = now + self._pause
-        uncovered = self._waiter.take_uncovered() & self.pending.keys()
-        self._rechecked -= uncovered
-        self._unsettle(uncovered)
+        self._note_uncovered()
         updates: Dict[str, List[StateMessage]] = {}
         self._found.clear()
         if self._unsettled:
             self._settle(until, deadline, updates)
         if not updates:
             self._waiter.wait(max(0.0, min(until, self._next_look()) - time.monotonic()))
-        for state in self._waiter.take():
+        states = self._waiter.take()
+        # Not before: of these, some may have come on a new connection, and others been missed.
+        self._note_uncovered()
+        for state in states:
             if state.id in self._unsettled:
-                self._held.setdefault(state.id, []).append(state)
+                self._hold(state)
             else:
                 updates.setdefault(state.id, []).append(state)
+        if self._held and self._is_held_long(deadline):
+            self._hand_out_held(updates)
         return [
             update
             for task_id, states in updates.items()
@@ -188,9 +197,24 @@ class Follower:
             return self._recheck_at - SILENCE
         return self._silent_since + SILENCE
 
-    def _unsettle(self, ids: Set[str]) -> None:
-        """Have the store asked about *ids*: states of them may have been missed."""
-        self._unsettled |= ids
+    def _note_uncovered(self) -> None:
+        """Have the store asked about tasks of which states may have been missed."""
+        uncovered = self._waiter.take_uncovered() & self.pending.keys()
+        self._rechecked -= uncovered
+        self._unsettled |= uncovered
+
+    def _hold(self, state: StateMessage) -> None:
+        if not self._held:
+            self._held_since = time.monotonic()
+        self._held.setdefault(state.id, []).append(state)
+
+    def _is_held_long(self, deadline: Optional[float]) -> bool:
+        now = time.monotonic()
+        return now - self._held_since >= HOLD_SECONDS or (deadline is not None and now >= deadline)
+
+    def _hand_out_held(self, updates: Dict[str, List[StateMessage]]) -> None:
+        self._take_in(self._held, updates)
+        self._held.clear()
 
     def _settle(
         self,
@@ -203,7 +227,7 @@ class Follower:
         strange = self._inbox.unbound(self._unsettled) - self._peeked
         if strange:
             self._peeked |= strange
-            found = self._read(strange, deadline, updates)
+            found = self._read(strange, deadline)
             if found is not None:
                 self._take_in(found, updates)
             return
@@ -211,21 +235,17 @@ class Follower:
             epoch = self._inbox.cover(self._unsettled, until)
         except TimeoutError:
             return
-        found = self._read(self._unsettled, deadline, updates)
+        found = self._read(self._unsettled, deadline)
         if found is None:
             return
         self._inbox.install(found, epoch)
         # The connection may have been lost meanwhile: the waiter says so, and we ask again.
         self._unsettled.clear()
         self._take_in(found, updates)
-        self._take_in(self._held, updates)
-        self._held.clear()
+        self._hand_out_held(updates)
 
     def _read(
-        self,
-        ids: Collection[str],
-        deadline: Optional[float],
-        updates: Dict[str, List[StateMessage]],
+        self, ids: Collection[str], deadline: Optional[float]
     ) -> Optional[Dict[str, List[StateMessage]]]:
         """Return what the store has of *ids*, or ``None`` where it could not be asked in time."""
         try:
@@ -235,9 +255,6 @@ class Follower:
                 raise
             if deadline is None or time.monotonic() < deadline:
                 logger.warning("waiting goes on although a look-up failed: %s", exc)
-                # What was pushed is better than nothing.
-                self._take_in(self._held, updates)
-                self._held.clear()
             return None
         self._found.update(task_id for task_id, states in found.items() if states)
         return found

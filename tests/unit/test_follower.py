@@ -10,7 +10,6 @@ import itertools
 import logging
 import threading
 import time
-import types
 from typing import Any, Deque, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
@@ -54,6 +53,29 @@ def store() -> Kept:
 def follower(inbox: Table, store: Kept) -> Iterator[Follower]:
     with Follower(inbox, store) as made:  # type: ignore[arg-type]
         yield made
+
+
+class Clock:
+    """A clock that stands still."""
+
+    def __init__(self) -> None:
+        #: Seconds, for waiting, and what is written into states.
+        self.now = 1000.0
+        self.wall = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time_ns(self) -> int:
+        return int(self.wall * 1e9)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that waiting goes by."""
+    made = Clock()
+    monkeypatch.setattr(waiting_module, "time", made)
+    return made
 
 
 def sent(table: Table) -> str:
@@ -358,31 +380,25 @@ def test_a_push_that_went_astray_is_found_in_the_store(
         assert step(follower) == [Update(task_id, [done], done)]
 
 
-def test_the_store_is_asked_ever_more_seldom(
-    inbox: Table, store: Kept, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr(waiting_module, "time", types.SimpleNamespace(monotonic=lambda: now))
+def test_the_store_is_asked_ever_more_seldom(inbox: Table, store: Kept, clock: Clock) -> None:
     task_id = sent(inbox)
     asked_at = []
     with Follower(inbox, store) as follower:  # type: ignore[arg-type]
         follower.add([task_id])
-        while now < 2000.0:
+        while clock.now < 2000.0:
             before = len(store.asked)
             step(follower)
             if len(store.asked) > before:
-                asked_at.append(now - 1000.0)
-            now += 1.0
+                asked_at.append(clock.now - 1000.0)
+            clock.now += 1.0
     pauses = [second - first for first, second in zip([0.0, *asked_at], asked_at)]
     assert pauses == [15, 30, 60, 120, 240, 300]
 
 
 def test_an_end_that_only_the_store_tells_of_makes_the_inbox_suspect(
-    inbox: Table, store: Kept, monkeypatch: pytest.MonkeyPatch
+    inbox: Table, store: Kept, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 1000.0
-    clock = types.SimpleNamespace(monotonic=lambda: now, time_ns=lambda: 20_000_000_000)
-    monkeypatch.setattr(waiting_module, "time", clock)
+    clock.wall = 20
     suspicions: List[str] = []
     monkeypatch.setattr(inbox, "suspect", suspicions.append)
     pushed, missed, fresh = sent(inbox), sent(inbox), sent(inbox)
@@ -396,9 +412,9 @@ def test_an_end_that_only_the_store_tells_of_makes_the_inbox_suspect(
         # Its push may still be on its way.
         store.add(state(fresh, published=19_000_000))
         store.add(state(missed, published=1_000_000))
-        now += 15
+        clock.now += 15
         assert step(follower) == []
-        now += 1
+        clock.now += 1
         assert {update.task_id for update in step(follower)} == {missed, fresh}
     (suspicion,) = suspicions
     assert missed in suspicion
@@ -406,27 +422,25 @@ def test_an_end_that_only_the_store_tells_of_makes_the_inbox_suspect(
 
 @pytest.mark.parametrize("in_order", [True, False])
 def test_while_states_come_in_the_store_is_not_asked_for_what_is_on_its_way(
-    inbox: Table, store: Kept, monkeypatch: pytest.MonkeyPatch, in_order: bool
+    inbox: Table, store: Kept, clock: Clock, monkeypatch: pytest.MonkeyPatch, in_order: bool
 ) -> None:
     # Given a process that stood still, and has more to take in than it can
-    now = 1000.0
-    clock = types.SimpleNamespace(monotonic=lambda: now, time_ns=lambda: 90_000_000_000)
-    monkeypatch.setattr(waiting_module, "time", clock)
+    clock.wall = 90
     suspicions: List[str] = []
     monkeypatch.setattr(inbox, "suspect", suspicions.append)
     waited_for = sent(inbox)
     asked_at = []
     with Follower(inbox, store) as follower:  # type: ignore[arg-type]
         follower.add([waited_for])
-        now += 20
+        clock.now += 20
         store.add(state(waited_for, published=40_000_000))
         while waited_for in follower.pending:
             before = len(store.asked)
             push(inbox, state(new_id(), published=50_000_000 if not in_order else 39_000_000))
             step(follower)
             if len(store.asked) > before:
-                asked_at.append(now - 1000.0)
-            now += 0.5
+                asked_at.append(clock.now - 1000.0)
+            clock.now += 0.5
     # Then it asks late, and only once
     assert asked_at == [30.0]
     # And does not take its connection for deaf, unless what came has overtaken what did not
@@ -450,17 +464,53 @@ def test_a_look_up_that_fails_is_tried_again(
     assert settle(follower) == [Update(task_id, [done], done)]
 
 
-def test_while_look_ups_fail_pushes_are_handed_out(
-    inbox: Table, store: Kept, follower: Follower
+def test_while_look_ups_fail_pushes_are_held_and_handed_out_in_time(
+    inbox: Table, store: Kept, clock: Clock
 ) -> None:
-    task_id = "an id of my own"
-    inbox.note_sent(task_id)
+    one, other = "an id of my own", "another id of my own"
+    inbox.note_sent(one)
+    inbox.note_sent(other)
+    with Follower(inbox, store) as follower:  # type: ignore[arg-type]
+        follower.add([one, other])
+        store.failure = timed_out()
+        assert settle(follower) == []
+        done = state(one)
+        push(inbox, done)
+        assert settle(follower) == []
+        clock.now += waiting_module.HOLD_SECONDS - 1
+        assert settle(follower) == []
+        clock.now += 1
+        assert settle(follower) == [Update(one, [done], done)]
+        # At the end of the wait at once.
+        done = state(other)
+        push(inbox, done)
+        assert settle(follower) == []
+        assert follower.step(clock.now, 0.0) == [Update(other, [done], done)]
+
+
+def test_a_connection_lost_and_found_within_a_step_does_not_bring_a_later_state_first(
+    inbox: Table, store: Kept, follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = sent(inbox)
     follower.add([task_id])
-    store.failure = timed_out()
     assert settle(follower) == []
-    done = state(task_id)
-    push(inbox, done)
-    assert settle(follower) == [Update(task_id, [done], done)]
+    first, second = state(task_id, "SUCCESS", 5), state(task_id, "SUCCESS", 6)
+    wait = follower._waiter.wait
+
+    def lose_and_push(timeout: float) -> bool:
+        monkeypatch.setattr(follower._waiter, "wait", wait)
+        # The first run's state is missed, and another wait has the connection opened again.
+        inbox.lose()
+        store.add(first)
+        inbox.open()
+        push(inbox, second)
+        store.add(second)
+        return wait(timeout)
+
+    monkeypatch.setattr(follower._waiter, "wait", lose_and_push)
+    assert step(follower) == []
+    (update,) = settle(follower)
+    assert update.final == first
 
 
 def test_a_look_up_that_ends_with_the_wait_is_not_complained_of(
