@@ -25,6 +25,7 @@ from bench import processes
 
 __all__ = (
     "PEERS",
+    "WITH_WORKER",
     "Assistant",
     "Peer",
     "Servers",
@@ -85,6 +86,9 @@ PEERS: Dict[str, Peer] = {
         Peer("ignored", "disabled://", anybody_reads=False, ignored=True),
     )
 }
+
+#: Those that are measured with a worker that stores results, and waits until they are kept.
+WITH_WORKER = tuple(name for name in PEERS if name not in ("amqp, confirm=False", "ignored"))
 
 
 def available(name: str) -> bool:

@@ -129,16 +129,12 @@ class BackgroundFollower(Follower):
             del self._looking[task_id]
         if not ids:
             return
-        held = {i: self._held.pop(i) for i in ids if i in self._held and look.cover}
         if look.failure is not None:
             if not look.harmless:
                 raise look.failure
             logger.warning("waiting goes on although a look-up failed: %s", look.failure)
-            # What was pushed is better than nothing.
-            self._take_in(held, updates)
             return
         if look.found is None:
-            self._held.update(held)
             return
         found = {task_id: look.found[task_id] for task_id in ids}
         self._found.update(task_id for task_id, states in found.items() if states)
@@ -146,4 +142,5 @@ class BackgroundFollower(Follower):
             self._inbox.install(found, look.epoch)
             self._unsettled -= ids
         self._take_in(found, updates)
-        self._take_in(held, updates)
+        if look.cover:
+            self._release(ids, updates)

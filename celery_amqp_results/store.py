@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import itertools
 import logging
+import math
 import threading
 import time
 from typing import Any, Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
@@ -51,6 +52,14 @@ MAX_RETAINED = 2 * 1024 * 1024
 
 #: A foreign message is logged in full once; so many kinds of them are remembered.
 MAX_COMPLAINTS = 100
+
+
+def lookup_seconds(shards: int, lookup_timeout: float) -> float:
+    """Return how many seconds a look-up may take that reads so many shards.
+
+    Each shard has its time: of many, those at the end of the line are not to be late.
+    """
+    return lookup_timeout * math.ceil(shards / PARALLEL)
 
 
 class _Read:
@@ -494,9 +503,7 @@ class Store:
         take: Callable[[_Read], None],
     ) -> None:
         started = time.monotonic()
-        # Each shard has its time; of many, those at the end of the line are not to be late.
-        allowance = self.lookup_timeout * (1 + len(shards) // PARALLEL)
-        end = started + allowance
+        end = started + lookup_seconds(len(shards), self.lookup_timeout)
         if deadline is not None:
             end = min(end, deadline)
         todo: Deque[int] = collections.deque(sorted(shards))

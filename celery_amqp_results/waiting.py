@@ -11,10 +11,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import logging
 import threading
 import time
-from typing import Callable, Collection, Dict, Iterable, List, Optional, Set, Tuple
+from typing import (
+    Callable,
+    Collection,
+    Dict,
+    Iterable,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+)
 
 from celery_amqp_results import connections, errors, meta
 from celery_amqp_results.inbox import Inbox, Waiter
@@ -66,6 +77,14 @@ class Update:
     history: bool = dataclasses.field(default=False, compare=False)
 
 
+class _Held(NamedTuple):
+    """What is held back of a task."""
+
+    #: Since when, by ``time.monotonic``.
+    since: float
+    states: List[StateMessage]
+
+
 class Follower:
     """Follows tasks until they end. To be used by one thread, and closed at the end.
 
@@ -87,8 +106,7 @@ class Follower:
         #: Tasks whose store is to be asked, and what was pushed of them meanwhile: an older state
         #: in the store may count more.
         self._unsettled: Set[str] = set()
-        self._held: Dict[str, List[StateMessage]] = {}
-        self._held_since = 0.0
+        self._held: Dict[str, _Held] = {}
         #: Tasks of others that the store was asked about before their shards were bound.
         self._peeked: Set[str] = set()
         #: Tasks that were covered when they were last asked for all the same.
@@ -170,8 +188,7 @@ class Follower:
                 self._hold(state)
             else:
                 updates.setdefault(state.id, []).append(state)
-        if self._held and self._is_held_long(deadline):
-            self._hand_out_held(updates)
+        self._release(self._held_long(deadline), updates)
         return [
             update
             for task_id, states in updates.items()
@@ -200,21 +217,35 @@ class Follower:
     def _note_uncovered(self) -> None:
         """Have the store asked about tasks of which states may have been missed."""
         uncovered = self._waiter.take_uncovered() & self.pending.keys()
-        self._rechecked -= uncovered
-        self._unsettled |= uncovered
+        if uncovered:
+            self._rechecked -= uncovered
+            self._unsettle(uncovered)
+
+    def _unsettle(self, ids: Set[str]) -> None:
+        """Have the store asked about *ids*: states of them may have been missed."""
+        self._unsettled |= ids
 
     def _hold(self, state: StateMessage) -> None:
-        if not self._held:
-            self._held_since = time.monotonic()
-        self._held.setdefault(state.id, []).append(state)
+        self._held.setdefault(state.id, _Held(time.monotonic(), [])).states.append(state)
 
-    def _is_held_long(self, deadline: Optional[float]) -> bool:
+    def _held_long(self, deadline: Optional[float]) -> List[str]:
+        """Return the tasks of which nothing may be held back any more."""
         now = time.monotonic()
-        return now - self._held_since >= HOLD_SECONDS or (deadline is not None and now >= deadline)
+        if deadline is not None and now >= deadline:
+            return list(self._held)
+        # They are in the order of time.
+        return list(
+            itertools.takewhile(
+                lambda task_id: now - self._held[task_id].since >= HOLD_SECONDS, self._held
+            )
+        )
 
-    def _hand_out_held(self, updates: Dict[str, List[StateMessage]]) -> None:
-        self._take_in(self._held, updates)
-        self._held.clear()
+    def _release(self, ids: Iterable[str], updates: Dict[str, List[StateMessage]]) -> None:
+        """Hand out what was held back of *ids*."""
+        for task_id in ids:
+            held = self._held.pop(task_id, None)
+            if held is not None:
+                updates.setdefault(task_id, []).extend(held.states)
 
     def _settle(
         self,
@@ -242,7 +273,7 @@ class Follower:
         # The connection may have been lost meanwhile: the waiter says so, and we ask again.
         self._unsettled.clear()
         self._take_in(found, updates)
-        self._hand_out_held(updates)
+        self._release(list(self._held), updates)
 
     def _read(
         self, ids: Collection[str], deadline: Optional[float]

@@ -12,9 +12,11 @@ from bench.figures import LESS, Row
 from bench.measures import round_trip
 from bench.place import Place
 
+#: What refuses chords.
+WITHOUT_CHORDS = ("rpc",)
+
 #: A chord of a layout with a queue for each task is no larger than this.
 LARGEST_PER_TASK = 100
-
 
 #: How many times more rounds there are of the smallest, which is soon over.
 MORE_ROUNDS = 5
@@ -22,10 +24,7 @@ MORE_ROUNDS = 5
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield milliseconds for chords of several sizes."""
-    workers = place.workers(
-        "amqp", "amqp, transient", "amqp, per-task", "redis", "redis, lasting",
-        "celery-amqp-backend",
-    )  # fmt: skip
+    workers = place.workers(*(name for name in peers.WITH_WORKER if name not in WITHOUT_CHORDS))
     round_trip.warm(place)
     smallest, *larger = (10, 100) if place.quick else (10, 100, 1000)
     for size in (smallest, *larger):

@@ -20,17 +20,7 @@ PATIENCE = 300.0
 def measure(place: Place) -> Iterator[Row]:
     """Yield tasks per second of a worker, its processor time for each, and those of a group."""
     count = 400 if place.quick else 3000
-    names = (
-        "amqp",
-        "amqp, transient",
-        "amqp, per-task",
-        "rpc",
-        "redis",
-        "redis, lasting",
-        "celery-amqp-backend",
-        "ignored",
-    )
-    workers = place.workers(*names)
+    workers = place.workers(*peers.WITH_WORKER, "ignored")
     round_trip.warm(place)
 
     def size(name: str) -> int:

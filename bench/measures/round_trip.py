@@ -19,15 +19,7 @@ FIRST = 1500
 def measure(place: Place) -> Iterator[Row]:
     """Yield the median and the 99th percentile of milliseconds."""
     count = 100 if place.quick else 300
-    workers = place.workers(
-        "amqp",
-        "amqp, transient",
-        "amqp, per-task",
-        "rpc",
-        "redis",
-        "redis, lasting",
-        "celery-amqp-backend",
-    )
+    workers = place.workers(*peers.WITH_WORKER)
     warm(place)
     found = place.alternate(
         {

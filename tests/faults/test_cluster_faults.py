@@ -8,7 +8,6 @@ from typing import Iterator
 import pytest
 
 from tests.faults import faults
-from tests.faults.soak import CLUSTER_CONFIG
 from tools import rabbitmq
 
 pytestmark = pytest.mark.skipif(
@@ -17,20 +16,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[faults.Place]:
+def place(cluster: rabbitmq.Cluster) -> Iterator[faults.Place]:
     """A cluster with a load on it, whose processes know all three nodes."""
-    if os.environ.get("AMQP_URL"):
-        pytest.skip("the broker of AMQP_URL is not ours to control")
-    name = os.environ.get("RABBITMQ_DISTRIBUTION", "system")
-    try:
-        rabbitmq.ensure_installed(name)
-        cluster = rabbitmq.Cluster(rabbitmq.distribution(name), 3, config=CLUSTER_CONFIG)
-        cluster.start()
-    except rabbitmq.NotAvailable as exc:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"no RabbitMQ: {exc}")
-    with cluster, faults.place(cluster.nodes, queue_type="quorum", shards=4) as place:
+    with faults.place(cluster.nodes, queue_type="quorum", shards=4) as place:
         yield place
 
 

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import uuid
-from typing import Iterator
 
-import pytest
 from celery import states
 
 from tests import elsewhere
 from tests.conftest import Apps
 from tests.faults import others
 from tools import rabbitmq
-
-
-@pytest.fixture
-def cluster() -> Iterator[rabbitmq.Cluster]:
-    if os.environ.get("AMQP_URL"):
-        pytest.skip("the broker of AMQP_URL is not ours to control")
-    name = os.environ.get("RABBITMQ_DISTRIBUTION", "system")
-    try:
-        rabbitmq.ensure_installed(name)
-        made = rabbitmq.Cluster(rabbitmq.distribution(name), 3)
-        made.start()
-    except rabbitmq.NotAvailable as exc:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"no RabbitMQ: {exc}")
-    with made:
-        yield made
 
 
 def test_nobody_waits_in_line_behind_a_reader_whose_node_is_killed(
