@@ -27,12 +27,12 @@ from amqp import spec
 
 from celery_amqp_results import connections
 
-__all__ = ("FENCE", "Checkout")
+__all__ = ("FENCE", "Checkout", "longest_prefetch")
 
 #: The property ``type`` of a fence.
 FENCE = "fence"
 
-#: How many messages a checkout may hold; the most that AMQP can say. It has to be finite: with no
+#: How many messages a checkout of a quorum queue may hold: the most that AMQP can say. With no
 #: limit a quorum queue stops at 2,000 deliveries, and the fence never comes.
 PREFETCH = 65535
 
@@ -45,6 +45,11 @@ FENCE_EXPIRATION = 60_000
 FENCE_RENEWAL = 30.0
 
 
+def longest_prefetch(queue_type: str) -> int:
+    """Return how many messages a checkout may hold at most; 0 for no limit."""
+    return PREFETCH if queue_type == "quorum" else 0
+
+
 class Checkout:
     """One read of one queue.
 
@@ -55,7 +60,8 @@ class Checkout:
         link: an open connection, which the caller is alone with.
         queue: name of the queue.
         on_message: called with each message that is no fence, while the link is drained.
-        prefetch: how many messages it may hold; 0 for no limit.
+        prefetch: how many messages it may hold; 0 for no limit, which a quorum queue must not be
+            read with.
         look_again: asked when the first fence has come whether a second one is to be set, for
             messages that somebody may have moved behind the first. Where it is given, that is
             done without asking if another reader was given the fence before.

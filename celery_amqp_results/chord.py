@@ -51,7 +51,7 @@ import amqp
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import connections, errors, meta
-from celery_amqp_results.checkout import PREFETCH, Checkout
+from celery_amqp_results.checkout import PREFETCH, Checkout, longest_prefetch
 from celery_amqp_results.meta import StateMessage
 from celery_amqp_results.publisher import Outgoing, Publisher, QueueLength, Receipt
 from celery_amqp_results.topology import Topology
@@ -413,8 +413,7 @@ class Chords:
 
     @property
     def _prefetch(self) -> int:
-        # A classic queue has no trouble without a limit, and a chord may be larger than the limit.
-        return 0 if self._topology.queue_type == "classic" else PREFETCH
+        return longest_prefetch(self._topology.queue_type)
 
     def _control(self, kind: str, queue: str, size: Optional[int] = None) -> Outgoing:
         properties: Dict[str, object] = {

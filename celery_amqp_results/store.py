@@ -21,7 +21,7 @@ from celery import states
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import connections, errors, meta, page
-from celery_amqp_results.checkout import Checkout
+from celery_amqp_results.checkout import Checkout, longest_prefetch
 from celery_amqp_results.confirms import ConfirmChannel, Outgoing
 from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.meta import StateMessage
@@ -42,6 +42,11 @@ PACK_AT = 32
 
 #: Packing is left to the next reader after so many seconds of one look-up: others wait in line.
 PACK_SECONDS = 0.03
+
+#: One that has read so many messages may take this share of the time that reading took, if that is
+#: longer: it has kept others waiting for long anyway, and the next ones are the quicker for it.
+LONG_SHARD = 10_000
+LONG_PACK_SHARE = 0.2
 
 #: A reader waits so long for the pages that it has published to come back. They do not if it
 #: holds all the messages that it may; going on is harmless unless a task has two results.
@@ -87,6 +92,8 @@ class _Read:
         self._loose: Dict[int, StateMessage] = {}
         self._small_pages: Dict[int, bytes] = {}
         self._retained = 0
+        #: When the first message came.
+        self._began: Optional[float] = None
         #: When the look-up has to be over.
         self._end = 0.0
         #: Pages to write anew without what is removed from them, by delivery tag.
@@ -95,14 +102,18 @@ class _Read:
         self._removed_pointers: List[int] = []
         self._body_queues: Set[str] = set()
         # A queue that is not there is empty: a look-up declares nothing.
+        topology = store.declarations.topology
         self.checkout = Checkout(
             link,
-            store.declarations.topology.shard_queue(shard).name,
+            topology.shard_queue(shard).name,
             self._on_message,
+            longest_prefetch(topology.queue_type),
             look_again=self._incomplete,
         )
 
     def _on_message(self, message: amqp.Message) -> None:
+        if self._began is None:
+            self._began = time.monotonic()
         properties = message.properties
         tag = message.delivery_tag
         try:
@@ -198,7 +209,8 @@ class _Read:
         """Write what has to be written, and let go of the shard.
 
         Parameters:
-            pack_until: time (``time.monotonic``) after which packing is left to the next reader.
+            pack_until: time (``time.monotonic``) after which packing is left to the next reader;
+                later where the shard is long.
             end: time after which the broker is not waited for any more.
 
         Raises:
@@ -208,8 +220,12 @@ class _Read:
         if self._remove:
             self._delete_bodies()
             self._cut()
-        elif len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
-            self._pack(pack_until)
+        elif len(self._loose) >= PACK_AT:
+            now = time.monotonic()
+            if self._began is not None and self.checkout.seen >= LONG_SHARD:
+                pack_until = max(pack_until, now + LONG_PACK_SHARE * (now - self._began))
+            if now < pack_until:
+                self._pack(pack_until)
         # Only a removal has to be done when the caller goes on.
         self.checkout.close(wait=self._remove)
 

@@ -276,7 +276,7 @@ def growth_finding(
         "warning",
         f"at {rate:,.{1 if rate < 10 else 0}f} results a second there will be {each:,.0f} in each "
         f"shard when the first expire, in {age(expires - seconds)}",
-        "a shard that is never looked up can be read only up to some 60,000: shorten "
+        "a shard that is never looked up can be read only up to some 60,000 to 100,000: shorten "
         f"result_expires, set ignore_result where nobody reads, or use {wanted} shards under "
         "another result_exchange",
     )

@@ -10,7 +10,7 @@ import amqp
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import connections, errors, page, tracking
-from celery_amqp_results.checkout import Checkout
+from celery_amqp_results.checkout import Checkout, longest_prefetch
 from celery_amqp_results.cli import management
 from celery_amqp_results.cli.common import Exit, Failed, Session
 from celery_amqp_results.meta import GROUP, MARK, StateMessage, is_final
@@ -192,6 +192,7 @@ class Broker:
             self.link,
             queue,
             lambda message: contents.take(queue, message, seen, time.time()),
+            longest_prefetch(self.topology.queue_type),
         )
         if not checkout.wait(end, STEP):
             raise Failed(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any, Dict, List
 
+import amqp
 import pytest
 from celery import Celery, states
 from celery.result import AsyncResult
 
+from celery_amqp_results.checkout import PREFETCH
+from celery_amqp_results.meta import StateMessage
 from tests import elsewhere, others
 from tests.broker.helpers import LONG, new_id, until_stored
 from tests.conftest import Apps
@@ -365,3 +369,32 @@ def test_many_results_are_read_in_one_go(app: Celery, make_app: Apps) -> None:
         app.backend.store_result(task_id, number, states.SUCCESS)
     found: Dict[str, Any] = dict(make_app().backend.get_many(ids, timeout=LONG))
     assert {i: found[i]["result"] for i in ids} == {i: n for n, i in enumerate(ids)}
+
+
+def test_a_shard_with_more_messages_than_a_channel_may_hold_is_read_and_packed(
+    make_app: Apps,
+) -> None:
+    # Given a classic queue with more loose results than a prefetch can say, which nobody has read
+    writer = make_app(shards=1, lookup_timeout=60)
+    first, last = new_id(), new_id()
+    writer.backend.store_result(first, "first", states.SUCCESS)
+    queue = writer.backend._topology.shard_queue(0).name
+    loose = StateMessage(new_id(), states.SUCCESS, 1, b"{}", "application/json", "utf-8")
+    with writer.connection_for_write() as connection:
+        channel = connection.channel()
+        for number in range(PREFETCH + 1000):
+            state = dataclasses.replace(loose, id=f"{loose.id}-{number}")
+            message = amqp.Message(state.body, **state.properties(persistent=False))
+            channel.basic_publish(message, "", queue)
+        # It is answered when the broker has what was sent before.
+        channel.queue_declare(queue, passive=True)
+    writer.backend.store_result(last, "last", states.SUCCESS)
+    # When somebody looks something up
+    reader = make_app(shards=1, lookup_timeout=60)
+    assert reader.AsyncResult(last).result == "last"
+    # Then what was read is packed for the next one
+    assert reader.backend.metrics().packed > 1000
+    another = make_app(shards=1, lookup_timeout=60)
+    assert another.AsyncResult(first).result == "first"
+    before = reader.backend.metrics().messages_read
+    assert another.backend.metrics().messages_read < before

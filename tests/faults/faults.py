@@ -22,6 +22,7 @@ import amqp
 import kombu
 from celery import Celery
 
+from celery_amqp_results.declarations import RECHECK_SECONDS
 from tests.faults.load import Load
 from tools import rabbitmq
 from tools.proxy import Proxy
@@ -64,7 +65,8 @@ class Fault:
 
     name: str
     provoke: Callable[[Place], None]
-    #: Whether results are to be lost: who deletes the queue that keeps them wants that.
+    #: Whether results are to be lost: who deletes the queue that keeps them wants that. It has to
+    #: be over when the fault has been provoked.
     loses: bool = False
     #: How often it is provoked in a round.
     times: int = 1
@@ -267,6 +269,8 @@ def _delete_shards(place: Place) -> None:
     with _operator(place) as channel:
         for _ in range(3):
             channel.queue_delete(place.shard_queue())
+    # What reaches an inbox is not returned: those that store find out when they look next.
+    place.hold(RECHECK_SECONDS)
 
 
 @_fault(SINGLE, "inboxes deleted")
