@@ -466,6 +466,8 @@ def place(
                 [node.url() for node in nodes], urls, prefix, shards=shards, queue_type=queue_type
             )
             app.conf.result_expires = expires
+            # The queue of tasks has to outlive a node like those of results.
+            app.conf.task_default_queue_type = "quorum" if len(nodes) > 1 else "classic"
             apps.append(app)
         stack.callback(_clean_up, nodes, prefix, shards)
         load = stack.enter_context(Load(*apps, **options))

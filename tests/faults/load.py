@@ -198,7 +198,13 @@ class Load:
                     TEST_RESULT_EXCHANGE=str(conf.result_exchange),
                     TEST_TASK_QUEUE=str(conf.task_default_queue),
                     TEST_CONF=json.dumps(
-                        {"result_backend_transport_options": conf.result_backend_transport_options}
+                        {
+                            name: conf[name]
+                            for name in (
+                                "result_backend_transport_options",
+                                "task_default_queue_type",
+                            )
+                        }
                     ),
                 ),
             )

@@ -108,8 +108,7 @@ def soak(kind: str, options: argparse.Namespace, minutes: float, rows: Dict[str,
             queue_type = "quorum" if kind == "cluster" else chance.choice(["classic", "quorum"])
             seed = chance.getrandbits(32)
             print(f"-- {kind}, {queue_type} queues, seed of the load {seed}", flush=True)
-            worker = kind == "single"
-            with faults.place(nodes, queue_type=queue_type, seed=seed, worker=worker) as place:
+            with faults.place(nodes, queue_type=queue_type, seed=seed, worker=True) as place:
                 for _ in range(options.rounds):
                     if time.monotonic() >= end:
                         break
