@@ -488,26 +488,30 @@ def test_while_look_ups_fail_pushes_are_held_and_handed_out_in_time(
         assert follower.step(clock.now, 0.0) == [Update(other, [done], done)]
 
 
+@pytest.mark.parametrize("moment", ["waiting", "reading"])
 def test_a_connection_lost_and_found_within_a_step_does_not_bring_a_later_state_first(
-    inbox: Table, store: Kept, follower: Follower, monkeypatch: pytest.MonkeyPatch
+    inbox: Table, store: Kept, follower: Follower, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    task_id = sent(inbox)
+    task_id = new_id() if moment == "waiting" else "an id of my own"
+    inbox.note_sent(task_id)
     follower.add([task_id])
-    assert settle(follower) == []
     first, second = state(task_id, "SUCCESS", 5), state(task_id, "SUCCESS", 6)
-    wait = follower._waiter.wait
+    patched: Any = follower._waiter if moment == "waiting" else store
+    name = "wait" if moment == "waiting" else "read"
+    original = getattr(patched, name)
 
-    def lose_and_push(timeout: float) -> bool:
-        monkeypatch.setattr(follower._waiter, "wait", wait)
+    def lose_and_push(*arguments: Any) -> Any:
+        answer = original(*arguments)
+        monkeypatch.setattr(patched, name, original)
         # The first run's state is missed, and another wait has the connection opened again.
         inbox.lose()
         store.add(first)
         inbox.open()
         push(inbox, second)
         store.add(second)
-        return wait(timeout)
+        return answer
 
-    monkeypatch.setattr(follower._waiter, "wait", lose_and_push)
+    monkeypatch.setattr(patched, name, lose_and_push)
     assert step(follower) == []
     (update,) = settle(follower)
     assert update.final == first
