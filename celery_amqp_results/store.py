@@ -43,8 +43,9 @@ PACK_AT = 32
 #: Packing is left to the next reader after so many seconds of one look-up: others wait in line.
 PACK_SECONDS = 0.03
 
-#: One that has read so many messages may take this share of the time that reading took, if that is
-#: longer: it has kept others waiting for long anyway, and the next ones are the quicker for it.
+#: A look-up that ends with a shard of so many messages may take this share of the time that reading
+#: took, if that is longer: it has kept others waiting for long anyway, and the next ones are the
+#: quicker for it. Not while it has other shards to read, which are to be read in time.
 LONG_SHARD = 10_000
 LONG_PACK_SHARE = 0.2
 
@@ -205,12 +206,25 @@ class _Read:
             for task_id in self.wanted
         )
 
+    def long_packing_end(self, packed: float, end: float) -> float:
+        """Return until when it may be packed as the last shard of a look-up; 0 if it is not long.
+
+        Parameters:
+            packed: seconds that the look-up has packed since all was read.
+            end: time (``time.monotonic``) when it has to be over. A page that is not confirmed by
+                then stays beside what it was to replace, and the shard would grow.
+        """
+        if self._began is None or self.checkout.seen < LONG_SHARD:
+            return 0.0
+        now = time.monotonic()
+        reading = now - self._began - packed
+        return min(now + LONG_PACK_SHARE * reading - packed, end - PAGE_SECONDS)
+
     def finish(self, pack_until: float, end: float) -> None:
         """Write what has to be written, and let go of the shard.
 
         Parameters:
-            pack_until: time (``time.monotonic``) after which packing is left to the next reader;
-                later where the shard is long.
+            pack_until: time (``time.monotonic``) after which packing is left to the next reader.
             end: time after which the broker is not waited for any more.
 
         Raises:
@@ -220,12 +234,8 @@ class _Read:
         if self._remove:
             self._delete_bodies()
             self._cut()
-        elif len(self._loose) >= PACK_AT:
-            now = time.monotonic()
-            if self._began is not None and self.checkout.seen >= LONG_SHARD:
-                pack_until = max(pack_until, now + LONG_PACK_SHARE * (now - self._began))
-            if now < pack_until:
-                self._pack(pack_until)
+        elif len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
+            self._pack(pack_until)
         # Only a removal has to be done when the caller goes on.
         self.checkout.close(wait=self._remove)
 
@@ -559,7 +569,8 @@ class Store:
         running: List[_Read] = []
         waiting = collections.deque(todo)
         started = time.monotonic()
-        pack_seconds = PACK_SECONDS
+        # The latter since all was read: before, what is waited for comes behind other shards.
+        packed = packed_last = 0.0
         while waiting or running:
             with link.corked():
                 while waiting and len(running) < PARALLEL:
@@ -581,8 +592,14 @@ class Store:
                     todo.remove(read.shard)
                     take(read)
                 started_packing = time.monotonic()
-                read.finish(started_packing + pack_seconds, end)
-                pack_seconds -= time.monotonic() - started_packing
+                pack_until = started_packing + PACK_SECONDS - packed
+                all_read = not waiting and all(other.done for other in running)
+                if all_read:
+                    pack_until = max(pack_until, read.long_packing_end(packed_last, end))
+                read.finish(pack_until, end)
+                spent = time.monotonic() - started_packing
+                packed += spent
+                packed_last += spent if all_read else 0.0
                 if remove:
                     todo.remove(read.shard)
                     take(read)

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import itertools
 import logging
+import math
 import threading
 import time
 from typing import (
@@ -55,9 +56,10 @@ LAST_CHORD_CHECK = 300.0
 #: unless states are being pushed, and none that was published so much later.
 LATE = 5.0
 
-#: What was pushed of a task whose store is still to be asked is held back for so many seconds, if
-#: the store does not answer: an older state there may count more, of a task that ran twice. After
-#: that, and at the end of the wait, what was pushed is better than nothing.
+#: What was pushed of a task of which states may have been missed is held back until the store was
+#: asked, for so many seconds (a look-up under way is let end): an older state there may count more,
+#: of a task that ran twice. After that, and at the end of the wait, what was pushed is better than
+#: nothing.
 HOLD_SECONDS = 30.0
 
 #: Ids remembered as polled while pending, at most.
@@ -179,12 +181,14 @@ class Follower:
         if self._unsettled:
             self._settle(until, deadline, updates)
         if not updates:
-            self._waiter.wait(max(0.0, min(until, self._next_look()) - time.monotonic()))
+            wake_at = min(until, self._next_look(), self._held_until())
+            self._waiter.wait(max(0.0, wake_at - time.monotonic()))
         states = self._waiter.take()
         # Not before: of these, some may have come on a new connection, and others been missed.
         self._note_uncovered()
         for state in states:
-            if state.id in self._unsettled:
+            # Of what was covered when it was asked for all the same, nothing was missed.
+            if state.id in self._unsettled and state.id not in self._rechecked:
                 self._hold(state)
             else:
                 updates.setdefault(state.id, []).append(state)
@@ -228,6 +232,13 @@ class Follower:
     def _hold(self, state: StateMessage) -> None:
         self._held.setdefault(state.id, _Held(time.monotonic(), [])).states.append(state)
 
+    def _held_until(self) -> float:
+        """Return when something held back is to be handed out next, if the store is not asked."""
+        for held in self._held.values():
+            # They are in the order of time.
+            return held.since + HOLD_SECONDS
+        return math.inf
+
     def _held_long(self, deadline: Optional[float]) -> List[str]:
         """Return the tasks of which nothing may be held back any more."""
         now = time.monotonic()
@@ -263,7 +274,7 @@ class Follower:
                 self._take_in(found, updates)
             return
         try:
-            epoch = self._inbox.cover(self._unsettled, until)
+            epoch = self._inbox.cover(self._unsettled, min(until, self._held_until()))
         except TimeoutError:
             return
         found = self._read(self._unsettled, deadline)

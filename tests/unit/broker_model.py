@@ -104,6 +104,7 @@ class Channel:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._queue = link.queue
         #: ``None`` when closed, as with py-amqp.
         self.connection: Optional[Link] = link
         self._callback: Callable[[amqp.Message], None] = lambda message: None
@@ -117,7 +118,7 @@ class Channel:
         self._link.operation()
         if method == spec.Channel.Close:
             self.connection = None
-            self._link.queue.leave(self)
+            self._queue.leave(self)
         else:
             assert method == spec.Basic.Qos
 
@@ -125,12 +126,13 @@ class Channel:
         self._link.operation()
         assert not options["no_ack"]
         self._callback = options["callback"]
-        self._link.queue.consumers.append(self)
-        self._link.queue.dispatch()
+        self._queue = self._link.find(queue)
+        self._queue.consumers.append(self)
+        self._queue.dispatch()
 
     def basic_publish(self, message: amqp.Message, routing_key: str) -> None:
         self._link.operation()
-        self._link.queue.publish(message.properties, message.body)
+        self._link.find(routing_key).publish(message.properties, message.body)
 
     def basic_ack(self, tag: int) -> None:
         self._link.operation()
@@ -162,7 +164,7 @@ class ConfirmChannel:
 
     def publish(self, message: Any) -> int:
         self._link.operation()
-        self._link.queue.publish(message.properties, message.body)
+        self._link.find(message.routing_key).publish(message.properties, message.body)
         self._tag += 1
         return self._tag
 
@@ -177,7 +179,7 @@ class Link:
     """A connection of a client.
 
     Parameters:
-        queue: the only queue there is.
+        queue: the only queue there is, unless :meth:`find` knows others.
         between: called before each operation; raises :class:`Killed` to have the client die.
     """
 
@@ -189,6 +191,10 @@ class Link:
         self.publishing = ConfirmChannel(self)
         self._channels: List[Channel] = []
         self.dead = False
+
+    def find(self, name: str) -> Queue:
+        """Return the queue of that name."""
+        return self.queue
 
     def operation(self) -> None:
         if not self.dead:

@@ -488,6 +488,62 @@ def test_while_look_ups_fail_pushes_are_held_and_handed_out_in_time(
         assert follower.step(clock.now, 0.0) == [Update(other, [done], done)]
 
 
+@pytest.mark.parametrize("connected", [True, False])
+def test_who_waits_long_wakes_up_when_what_is_held_is_due(
+    inbox: Table, store: Kept, clock: Clock, monkeypatch: pytest.MonkeyPatch, connected: bool
+) -> None:
+    task_id = "an id of my own"
+    inbox.note_sent(task_id)
+    monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 1e6)
+
+    def sleep(seconds: float) -> bool:
+        clock.now += seconds
+        return False
+
+    def cover(ids: Any, deadline: float) -> int:
+        clock.now = deadline
+        raise TimeoutError
+
+    with Follower(inbox, store) as follower:  # type: ignore[arg-type]
+        monkeypatch.setattr(follower._waiter, "wait", sleep)
+        follower.add([task_id])
+        store.failure = timed_out()
+        done = state(task_id)
+        push(inbox, done)
+        assert step(follower) == []
+        due = clock.now + waiting_module.HOLD_SECONDS
+        if not connected:
+            inbox.lose()
+            monkeypatch.setattr(inbox, "cover", cover)
+        assert follower.step(None, 3600.0) == [Update(task_id, [done], done)]
+        assert clock.now == due
+
+
+def test_what_is_pushed_is_not_held_back_because_the_store_is_asked_now_and_then(
+    inbox: Table, store: Kept, clock: Clock
+) -> None:
+    # Given a task of which nothing was missed
+    task_id = sent(inbox)
+    with Follower(inbox, store) as follower:  # type: ignore[arg-type]
+        follower.add([task_id])
+        # When nothing comes for long, and the store cannot be asked
+        store.failure = timed_out()
+        while not store.asked:
+            clock.now += 1
+            assert step(follower) == []
+        started, done = state(task_id, "STARTED"), state(task_id)
+        # Then what is pushed is handed out at once
+        push(inbox, started)
+        assert step(follower) == [Update(task_id, [started], None)]
+        # Unless the connection is lost meanwhile
+        inbox.lose()
+        inbox.open()
+        push(inbox, done)
+        assert settle(follower) == []
+        store.failure = None
+        assert settle(follower) == [Update(task_id, [done], done)]
+
+
 @pytest.mark.parametrize("moment", ["waiting", "reading"])
 def test_a_connection_lost_and_found_within_a_step_does_not_bring_a_later_state_first(
     inbox: Table, store: Kept, follower: Follower, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -635,6 +691,8 @@ class Followed:
         #: What was published since it began to follow. What was before may be told by the last
         #: state alone, where the inbox knows that.
         self.due: Dict[str, List[StateMessage]] = collections.defaultdict(list)
+        #: The ends, in the order in which they were handed out.
+        self.ends: List[StateMessage] = []
 
     def step(self) -> None:
         for update in step(self.follower):
@@ -649,6 +707,7 @@ class Followed:
             assert final == (current if meta.is_final(current.state) else None)
             if final is not None:
                 self.ended.add(task_id)
+                self.ends.append(final)
 
     def forget(self, task_id: str) -> None:
         self.states.pop(task_id, None)
@@ -681,6 +740,9 @@ class Events(RuleBasedStateMachine):
         self.ours: Set[str] = set()
         self.under_way: Deque[StateMessage] = collections.deque()
         self.all: List[Followed] = []
+        #: Whether states are published in order and every look-up works: then what is handed out
+        #: first is what counts.
+        self.tidy = False
 
     def teardown(self) -> None:
         try:
@@ -688,8 +750,9 @@ class Events(RuleBasedStateMachine):
         finally:
             self.patch.undo()
 
-    @initialize(opened=st.booleans())
-    def begin(self, opened: bool) -> None:
+    @initialize(opened=st.booleans(), tidy=st.booleans())
+    def begin(self, opened: bool, tidy: bool) -> None:
+        self.tidy = tidy
         if opened:
             self.table.open()
 
@@ -701,6 +764,7 @@ class Events(RuleBasedStateMachine):
 
     @rule(task_id=ids, name=names, late=st.integers(0, 60), here=st.booleans())
     def publish(self, task_id: str, name: str, late: int, here: bool) -> None:
+        late = 0 if self.tidy else late
         new = state(task_id, name, next(self.times) * 60 - late * 60 + late)
         known = self.store.states.get(task_id, [])
         if any(each.published == new.published for each in known):
@@ -749,6 +813,32 @@ class Events(RuleBasedStateMachine):
         data.draw(st.sampled_from(self.all)).step()
 
     @precondition(somebody_follows)
+    @rule(data=st.data(), task_id=ids, missed=st.booleans(), reading=st.booleans())
+    def lose_within_a_step(
+        self, data: st.DataObject, task_id: str, missed: bool, reading: bool
+    ) -> None:
+        """Lose the connection, and have another, while somebody waits, or has just read."""
+        followed = data.draw(st.sampled_from(self.all))
+        place: Any = self.store if reading else followed.follower._waiter
+        name = "read" if reading else "wait"
+        function = getattr(place, name)
+
+        def meanwhile(*args: Any) -> Any:
+            found = function(*args)
+            self.lose()
+            if missed:
+                self.publish(task_id, "SUCCESS", 0, False)
+            if self.table.reachable:
+                self.table.open()
+            self.publish(task_id, "SUCCESS", 0, False)
+            self.bring(1)
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, name, meanwhile)
+            followed.step()
+
+    @precondition(somebody_follows)
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
         followed = data.draw(st.sampled_from(self.all))
@@ -766,7 +856,15 @@ class Events(RuleBasedStateMachine):
 
     @rule(answers=st.booleans())
     def have_look_ups_fail_or_not(self, answers: bool) -> None:
-        self.store.failure = None if answers else timed_out()
+        self.store.failure = None if answers or self.tidy else timed_out()
+
+    @invariant()
+    def of_several_results_the_first_is_handed_out(self) -> None:
+        if not self.tidy:
+            return
+        for end in (end for followed in self.all for end in followed.ends):
+            if end.state == "SUCCESS":
+                assert end == self.store.current(end.id)
 
     @invariant()
     def who_has_the_end_follows_no_more(self) -> None:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import json
+from typing import Any, Dict, List
+from unittest import mock
+
 import pytest
 
-from celery_amqp_results import store
+from celery_amqp_results import checkout, errors, meta, page, store
+from celery_amqp_results.meta import Codec
+from celery_amqp_results.topology import Topology
+from tests.unit.broker_model import Clock, ConfirmChannel, Link, Queue
+from tests.unit.tables import state
 
 
 @pytest.mark.parametrize(
@@ -13,3 +22,142 @@ from celery_amqp_results import store
 )
 def test_each_shard_has_its_time_and_no_more(shards: int, seconds: float) -> None:
     assert store.lookup_seconds(shards, 10.0) == seconds
+
+
+# -- long shards -------------------------------------------------------------------------------
+
+#: Seconds that a message takes to be read, and a page to be confirmed.
+READING = 0.05
+CONFIRMING = 0.1
+
+#: Loose results in a shard.
+LOOSE = 60
+
+
+class SlowConfirms(ConfirmChannel):
+    """Confirms that take their time, and are not waited for past the end."""
+
+    def __init__(self, link: Slow) -> None:
+        super().__init__(link)
+        self._clock = link.queue.clock
+
+    def wait(self, tags: Any, end: Any = None) -> None:
+        super().wait(tags, end)
+        self._clock.microseconds += int(CONFIRMING * 1e6)
+        if self._clock.monotonic() >= end:
+            raise errors.NotConfirmed("no confirm")
+
+
+class Slow(Link):
+    """A connection to a broker with several shards, on which all takes its time."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.queues: Dict[str, Queue] = collections.defaultdict(lambda: Queue(clock))
+        super().__init__(Queue(clock), lambda: None)
+        self.publishing = SlowConfirms(self)
+
+    def find(self, name: str) -> Queue:
+        return self.queues[name]
+
+    def drain(self, timeout: float) -> bool:
+        came = super().drain(min(timeout, 1.0))
+        if came:
+            self.queue.clock.microseconds += int(READING * 1e6)
+        return came
+
+
+class Shards:
+    """Shards with loose results, of which each is a long one."""
+
+    def __init__(self, shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = Clock()
+        self.link = Slow(self.clock)
+        topology = Topology("t", shards, "classic")
+        declarations: Any = mock.Mock(topology=topology)
+        codec = Codec("json", ["application/json"])
+        self.store = store.Store(None, declarations, 10.0, 1000, True, codec.decode)  # type: ignore[arg-type]
+        monkeypatch.setattr(store, "time", self.clock)
+        monkeypatch.setattr(checkout, "time", self.clock)
+        monkeypatch.setattr(store, "LONG_SHARD", LOOSE)
+        #: An id of each shard.
+        self.ids: Dict[int, str] = {}
+        self.names = {shard: topology.shard_queue(shard).name for shard in range(shards)}
+        kept = dict.fromkeys(range(shards), 0)
+        number = 0
+        while min(kept.values()) < LOOSE:
+            number += 1
+            task_id = f"task {number}"
+            shard = topology.shard(task_id)
+            if kept[shard] < LOOSE:
+                kept[shard] += 1
+                self.ids[shard] = task_id
+                body = json.dumps({"task_id": task_id, "result": "x" * 50}).encode()
+                done = state(task_id, body=body)
+                self.link.find(self.names[shard]).publish(done.properties(True), done.body)
+
+    def read(self, seconds: float) -> List[str]:
+        """Look an id of each shard up within so many seconds, and return those found."""
+        found: List[str] = []
+        self.store._read_on(
+            self.link,  # type: ignore[arg-type]
+            {shard: {task_id} for shard, task_id in self.ids.items()},
+            collections.deque(sorted(self.ids)),
+            self.clock.monotonic() + seconds,
+            meta.STATE,
+            False,
+            lambda read: found.extend(read.found),
+        )
+        return found
+
+    def pages(self) -> int:
+        """Return how many pages there are."""
+        return sum(
+            entry.properties.get("type") == page.PAGE
+            for name in self.names.values()
+            for entry in self.link.find(name).ready
+        )
+
+
+def test_packing_a_long_shard_takes_a_fifth_of_the_time_that_reading_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shards = Shards(1, monkeypatch)
+    started = shards.clock.monotonic()
+    shards.read(60.0)
+    assert shards.pages() > 1
+    reading = LOOSE * READING
+    spent = shards.clock.monotonic() - started
+    # One page more may be under way when the time is over; it comes back, and the fence does.
+    assert spent < reading * (1 + store.LONG_PACK_SHARE) + 2 * CONFIRMING + 20 * READING
+
+
+def test_packing_a_long_shard_ends_before_the_look_up_has_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Given a shard that is read with next to no time left
+    shards = Shards(1, monkeypatch)
+    # Then what was read is there, and no page is left beside what it was to replace
+    assert shards.read((LOOSE + 2) * READING + 3.5 * CONFIRMING) == list(shards.ids.values())
+    entries = shards.link.find(shards.names[0]).ready
+    assert len(entries) - shards.pages() < LOOSE
+
+
+def test_packing_does_not_take_the_time_that_other_shards_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Given several long shards that can all be read, if nothing else is done
+    shards = Shards(4, monkeypatch)
+    found = shards.read(4 * (LOOSE + 2) * READING * (1 + store.LONG_PACK_SHARE / 2))
+    assert sorted(found) == sorted(shards.ids.values())
+
+
+def test_of_several_long_shards_not_each_is_packed_for_the_time_that_all_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shards = Shards(4, monkeypatch)
+    started = shards.clock.monotonic()
+    shards.read(60.0)
+    assert shards.pages() > 1
+    reading = 4 * LOOSE * READING
+    spent = shards.clock.monotonic() - started
+    assert spent < reading * (1 + store.LONG_PACK_SHARE) + 4 * (2 * CONFIRMING + 10 * READING)
