@@ -533,12 +533,15 @@ class Store:
         if deadline is not None:
             end = min(end, deadline)
         todo: Deque[int] = collections.deque(sorted(shards))
+        # Who has less time than a page may take leaves packing to others: the page would stay
+        # beside what it was to replace, and there would be one more with each short wait.
+        pack_end = math.inf if deadline is None else deadline - PAGE_SECONDS
         prefix = self.declarations.topology.prefix
         tries = connections.LookupTries(self._pool.policy, end, prefix)
         while todo:
             try:
                 with self._pool.link(end) as link:
-                    self._read_on(link, shards, todo, end, kind, remove, take)
+                    self._read_on(link, shards, todo, end, pack_end, kind, remove, take)
             except errors.LookupTimeout:
                 raise
             except connections.TRANSIENT as exc:
@@ -558,6 +561,7 @@ class Store:
         shards: Dict[int, Set[str]],
         todo: Deque[int],
         end: float,
+        pack_end: float,
         kind: str,
         remove: bool,
         take: Callable[[_Read], None],
@@ -596,7 +600,7 @@ class Store:
                 all_read = not waiting and all(other.done for other in running)
                 if all_read:
                     pack_until = max(pack_until, read.long_packing_end(packed_last, end))
-                read.finish(pack_until, end)
+                read.finish(min(pack_until, pack_end), end)
                 spent = time.monotonic() - started_packing
                 packed += spent
                 packed_last += spent if all_read else 0.0

@@ -143,6 +143,10 @@ class Channel:
         self.held[self._tag] = entry
         self.coming.append(self._tag)
 
+    def lose(self) -> None:
+        """Have all that it holds put back."""
+        self._queue.leave(self)
+
     def receive(self) -> None:
         """Have the client handle one message."""
         tag = self.coming.popleft()
@@ -225,5 +229,9 @@ class Link:
     def die(self) -> None:
         """Have the client die: all that it holds is put back."""
         self.dead = True
+        self.lose_channels()
+
+    def lose_channels(self) -> None:
+        """Have all that its channels hold put back."""
         for channel in self._channels:
-            self.queue.leave(channel)
+            channel.lose()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List, Optional
 from unittest import mock
 
 import pytest
 
-from celery_amqp_results import checkout, errors, meta, page, store
+from celery_amqp_results import checkout, errors, page, store
 from celery_amqp_results.meta import Codec
 from celery_amqp_results.topology import Topology
 from tests.unit.broker_model import Clock, ConfirmChannel, Link, Queue
@@ -63,6 +64,8 @@ class Slow(Link):
         came = super().drain(min(timeout, 1.0))
         if came:
             self.queue.clock.microseconds += int(READING * 1e6)
+        # Not to stand still before the end because of what is rounded.
+        self.queue.clock.microseconds += 1
         return came
 
 
@@ -75,7 +78,9 @@ class Shards:
         topology = Topology("t", shards, "classic")
         declarations: Any = mock.Mock(topology=topology)
         codec = Codec("json", ["application/json"])
-        self.store = store.Store(None, declarations, 10.0, 1000, True, codec.decode)  # type: ignore[arg-type]
+        pool: Any = mock.Mock()
+        pool.link = self._use_link
+        self.store = store.Store(pool, declarations, 10.0, 1000, True, codec.decode)
         monkeypatch.setattr(store, "time", self.clock)
         monkeypatch.setattr(checkout, "time", self.clock)
         monkeypatch.setattr(store, "LONG_SHARD", LOOSE)
@@ -95,19 +100,26 @@ class Shards:
                 done = state(task_id, body=body)
                 self.link.find(self.names[shard]).publish(done.properties(True), done.body)
 
+    @contextlib.contextmanager
+    def _use_link(self, end: float) -> Iterator[Link]:
+        try:
+            yield self.link
+        except Exception:
+            self.link.lose_channels()
+            raise
+
     def read(self, seconds: float) -> List[str]:
         """Look an id of each shard up within so many seconds, and return those found."""
-        found: List[str] = []
-        self.store._read_on(
-            self.link,  # type: ignore[arg-type]
-            {shard: {task_id} for shard, task_id in self.ids.items()},
-            collections.deque(sorted(self.ids)),
-            self.clock.monotonic() + seconds,
-            meta.STATE,
-            False,
-            lambda read: found.extend(read.found),
-        )
-        return found
+        self.store.lookup_timeout = seconds
+        return self._found(None)
+
+    def read_until(self, seconds: float) -> List[str]:
+        """Do the same for somebody who waits for no longer than that."""
+        return self._found(self.clock.monotonic() + seconds)
+
+    def _found(self, deadline: Optional[float]) -> List[str]:
+        found = self.store.read(self.ids.values(), deadline)
+        return [task_id for task_id, states in found.items() if states]
 
     def pages(self) -> int:
         """Return how many pages there are."""
@@ -140,6 +152,21 @@ def test_packing_a_long_shard_ends_before_the_look_up_has_to(
     assert shards.read((LOOSE + 2) * READING + 3.5 * CONFIRMING) == list(shards.ids.values())
     entries = shards.link.find(shards.names[0]).ready
     assert len(entries) - shards.pages() < LOOSE
+
+
+def test_who_has_no_time_for_a_page_to_come_back_publishes_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Given a shard that is not long, and somebody who waits only until it is read
+    shards = Shards(1, monkeypatch)
+    monkeypatch.setattr(store, "LONG_SHARD", 10_000)
+    for _ in range(3):
+        assert shards.read_until((LOOSE + 3) * READING) == list(shards.ids.values())
+    # Then it does not grow
+    assert len(shards.link.find(shards.names[0]).ready) == LOOSE
+    # And who has the time packs it
+    assert shards.read_until(60.0) == list(shards.ids.values())
+    assert len(shards.link.find(shards.names[0]).ready) < LOOSE
 
 
 def test_packing_does_not_take_the_time_that_other_shards_need(
