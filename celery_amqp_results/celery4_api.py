@@ -56,7 +56,7 @@ class Celery4API(Backend):
 
     @property
     def exchange(self) -> kombu.Exchange:
-        """The exchange that results are published to."""
+        """The exchange that results are published to; in the layout ``shared`` a copy of each."""
         if self.layout_name == "per-task":
             return self.wire.exchange_entity()
         topology = self._topology
@@ -103,13 +103,13 @@ class Celery4API(Backend):
         if self.layout_name == "per-task":
             return [self.wire.queue_entity(task_id)]
         topology = self._topology
-        shard = topology.shard(task_id)
-        spec = topology.shard_queue(shard)
+        spec = topology.shard_queue(topology.shard(task_id))
         return [
             self.Queue(
                 spec.name,
-                self.exchange,
-                topology.shard_binding(shard),
+                # The default exchange, which every queue is bound to by its name.
+                kombu.Exchange(""),
+                spec.name,
                 durable=spec.durable,
                 exclusive=spec.exclusive,
                 auto_delete=spec.auto_delete,

@@ -213,7 +213,7 @@ class Chords:
         properties = plan.properties(self._persistent)
         properties["application_headers"][SIZE_HEADER] = size
         what = f"the plan of chord {plan.id}"
-        return Outgoing("", self._queue(plan.id), properties, plan.body, None, what, True)
+        return Outgoing(self._queue(plan.id), properties, plan.body, what=what)
 
     def _complain(self, group_id: str) -> None:
         logger.error(
@@ -237,13 +237,10 @@ class Chords:
         if index is not None:
             properties["application_headers"][INDEX_HEADER] = index
         return Outgoing(
-            "",
             self._queue(group_id),
             properties,
             state.body,
-            None,
-            f"the part of {state.id} in chord {group_id}",
-            True,
+            what=f"the part of {state.id} in chord {group_id}",
         )
 
     def publish_part(
@@ -424,7 +421,7 @@ class Chords:
         }
         if size is not None:
             properties["application_headers"] = {SIZE_HEADER: size}
-        return Outgoing("", queue, properties, b"", None, f"a message for {queue}", True)
+        return Outgoing(queue, properties, b"", what=f"a message for {queue}")
 
 
 class _Gathering:
@@ -486,7 +483,7 @@ class _Gathering:
         Nobody waits for the broker to have it: it is on its way before the body is.
         """
         self.checkout.channel.basic_publish(
-            amqp.Message(message.body, **message.properties), routing_key=message.routing_key
+            amqp.Message(message.body, **message.properties), routing_key=message.queue
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -13,27 +14,33 @@ from celery_amqp_results import connections, errors, frames
 
 __all__ = ("ConfirmChannel", "Outgoing", "QueueLength")
 
+logger = logging.getLogger(__name__)
+
 #: How long the broker may take to confirm before the connection is taken for dead, in seconds.
 #: Not counted while the broker says that it blocks publishers.
 CONFIRM_TIMEOUT = 30.0
+
+#: Of so many copies for who listens it is remembered that they are unconfirmed. More there are
+#: where somebody's queue has stopped confirming, which is no reason to stop storing.
+MAX_UNHEARD = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
     """A message to publish."""
 
-    #: Name of the exchange; empty for the default exchange.
-    exchange: str
-    routing_key: str
+    #: Name of the queue that keeps it. It comes back where that queue is not there.
+    queue: str
     #: AMQP properties, by py-amqp's names.
     properties: Mapping[str, Any]
     body: bytes
-    #: Number of the shard that keeps it, which is declared first; ``None`` for no shard.
+    #: Number of the shard whose queue that is, which is declared first; ``None`` for no shard.
     shard: Optional[int] = None
     #: What it is, for messages of errors.
     what: str = "a message"
-    #: Whether the publisher is to say so when no queue takes it; of a shard it always is.
-    mandatory: bool = False
+    #: Exchange and routing key that a copy is published to, for whoever listens there. That
+    #: nobody does, or that somebody's queue refuses it, is no error.
+    pushed: Optional[Tuple[str, str]] = None
 
 
 class QueueLength(NamedTuple):
@@ -60,14 +67,13 @@ class ConfirmChannel:
         self.channel = link.channel()
         self.channel.confirm_select()
         self._tag = 0
-        #: By delivery tag, in the order of publishing.
+        #: What is to be kept, by delivery tag, in the order of publishing.
         self.unconfirmed: Dict[int, Outgoing] = {}
-        #: What the broker has refused, by delivery tag.
+        #: Copies for who listens, of the last :data:`MAX_UNHEARD` messages; waited for by nobody.
+        self.unheard: Dict[int, Outgoing] = {}
+        #: What the broker has refused to keep, by delivery tag.
         self.nacked: Dict[int, Outgoing] = {}
-        #: Shards that were declared here and are not confirmed yet, with their generation and the
-        #: tag of the message that followed.
-        self.requested: Dict[int, Tuple[int, int]] = {}
-        #: What no queue took.
+        #: What was to be kept in a queue that is not there.
         self.returned: List[Outgoing] = []
         self._asking: Optional[amqp.Channel] = None
         self.channel.events["basic_ack"].add(self._on_ack)
@@ -75,50 +81,71 @@ class ConfirmChannel:
         self.channel.events["basic_return"].add(self._on_return)
 
     def publish(self, message: Outgoing) -> int:
-        """Publish *message* and return its delivery tag. Its confirm is not waited for."""
+        """Publish *message*, and its copy for who listens; wait for no confirm.
+
+        Both are written at once, so that they arrive together or not at all, unless the connection
+        is lost between them.
+
+        Returns:
+            The delivery tag of what is to be kept.
+        """
+        return self._publish(message, message.pushed)
+
+    def keep(self, message: Outgoing) -> int:
+        """Publish *message* as :meth:`publish` does, without a copy for who listens."""
+        return self._publish(message, None)
+
+    def _publish(self, message: Outgoing, pushed: Optional[Tuple[str, str]]) -> int:
         connection = self.link.amqp
         if not self.channel.is_open or connection.transport is None:
             raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
-        # Mandatory: a state that no queue takes comes back instead of vanishing.
         octets = frames.publish_frames(
             self.channel.channel_id,
-            message.exchange,
-            message.routing_key,
-            message.shard is not None or message.mandatory,
+            "",
+            message.queue,
+            True,
             message.properties,
             message.body,
             connection.frame_max,
+            pushed,
         )
-        self._tag += 1
-        self.unconfirmed[self._tag] = message
+        tag = self._tag = self._tag + 1
+        self.unconfirmed[tag] = message
+        if pushed is not None:
+            self._tag += 1
+            self.unheard[self._tag] = message
+            if len(self.unheard) > MAX_UNHEARD:
+                del self.unheard[next(iter(self.unheard))]
         connection.transport.write(octets)
         # What py-amqp's heartbeats go by.
         connection.bytes_sent += 1
-        return self._tag
+        return tag
 
     def _on_ack(self, tag: int, multiple: bool) -> None:
         self._settle(tag, multiple)
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
+        if not multiple and tag in self.unheard:
+            # A queue that is full, or the inbox of a process whose node is cut off.
+            logger.info(
+                "a queue bound to the exchange refuses %s; it is kept", self.unheard[tag].what
+            )
         self.nacked.update(self._settle(tag, multiple))
 
     def _settle(self, tag: int, multiple: bool) -> Dict[int, Outgoing]:
+        """Note that the broker is done with *tag*; return what of that was to be kept."""
         if not multiple:
+            self.unheard.pop(tag, None)
             message = self.unconfirmed.pop(tag, None)
             return {} if message is None else {tag: message}
-        # Keys are in ascending order.
-        settled = []
-        for key in self.unconfirmed:
-            if key > tag:
-                break
-            settled.append(key)
-        return {key: self.unconfirmed.pop(key) for key in settled}
+        _take_up_to(tag, self.unheard)
+        return _take_up_to(tag, self.unconfirmed)
 
     def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
         # It comes before its confirm. Of several with the same key any will do.
         known = {id(message) for message in self.returned}
         for outgoing in self.unconfirmed.values():
-            if outgoing.routing_key == routing_key and id(outgoing) not in known:
+            if outgoing.queue == routing_key and id(outgoing) not in known:
                 self.returned.append(outgoing)
                 return
 
@@ -190,26 +217,12 @@ class ConfirmChannel:
             confirmed = True
         return confirmed or self.link.drain(0.0)
 
-    def confirmed_requests(self) -> Dict[int, int]:
-        """Return what of :attr:`requested` is done, and remove it from there."""
-        done = {
-            shard: generation
-            for shard, (generation, tag) in self.requested.items()
-            if tag <= self._tag and tag not in self.unconfirmed
-        }
-        for shard in done:
-            del self.requested[shard]
-        return done
 
-    def has_requested(self, shard: int, generation: int) -> bool:
-        """Return whether *shard* was declared here, in *generation*, and is not confirmed yet."""
-        return self.requested.get(shard, (None, 0))[0] == generation
-
-    def note_request(self, shard: int, generation: int) -> None:
-        """Note that *shard* was declared here: the next message that is confirmed says it is there.
-
-        Parameters:
-            shard: its number.
-            generation: what :meth:`Declarations.request_shard` returned.
-        """
-        self.requested[shard] = (generation, self._tag + 1)
+def _take_up_to(tag: int, messages: Dict[int, Outgoing]) -> Dict[int, Outgoing]:
+    # Keys are in ascending order.
+    settled = []
+    for key in messages:
+        if key > tag:
+            break
+        settled.append(key)
+    return {key: messages.pop(key) for key in settled}

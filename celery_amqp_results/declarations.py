@@ -8,8 +8,7 @@ connection is lost, since the broker may have lost what was declared, too.
 from __future__ import annotations
 
 import threading
-import time
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Optional, Set
 
 from amqp import exceptions as amqp_errors
 
@@ -17,13 +16,6 @@ from celery_amqp_results import errors
 from celery_amqp_results.topology import QueueSpec, Topology
 
 __all__ = ("Declarations", "declare_queue")
-
-#: A shard is looked for again after so many seconds, at its next use. What reaches an inbox does
-#: not come back to its publisher, who so learns in no other way that somebody has deleted a shard.
-RECHECK_SECONDS = 60.0
-#: It is declared and bound again after so many seconds: the binding may be gone, and the queue not.
-#: That costs more, 2 ms on RabbitMQ 4.3, which writes a binding to the disk although it is there.
-REASSERT_SECONDS = 600.0
 
 
 class Declarations:
@@ -39,27 +31,16 @@ class Declarations:
         self.declare = declare
         self._lock = threading.Lock()
         self._exchange = False
-        #: When each shard was declared, and last seen, by ``time.monotonic``.
-        self._shards: Dict[int, float] = {}
-        self._seen: Dict[int, float] = {}
+        self._shards: Set[int] = set()
         #: Goes up with :meth:`forget`: what is declared meanwhile is not remembered.
-        self.generation = 0
+        self._generation = 0
 
     def has_shard(self, shard: int) -> bool:
-        """Return whether this process has declared and bound the queue of *shard* of late."""
-        declared = self._shards.get(shard)
-        return declared is not None and time.monotonic() - declared < REASSERT_SECONDS
+        """Return whether the queue of *shard* needs no declaration by this process.
 
-    def is_due(self, shard: int) -> bool:
-        """Return whether the queue of *shard*, which is there, is to be looked for again."""
-        seen = self._seen.get(shard)
-        return seen is not None and time.monotonic() - seen >= RECHECK_SECONDS
-
-    def note_seen(self, shard: int) -> None:
-        """Note that the queue of *shard* is there."""
-        with self._lock:
-            if shard in self._shards:
-                self._seen[shard] = time.monotonic()
+        It may be gone nevertheless: then what is published to it comes back.
+        """
+        return shard in self._shards or not self.declare
 
     def ensure_exchange(self, channel: Any) -> None:
         """Declare the exchange, if this process has not.
@@ -70,7 +51,7 @@ class Declarations:
         """
         if self._exchange:
             return
-        generation = self.generation
+        generation = self._generation
         topology = self.topology
         if not self.declare:
             try:
@@ -79,7 +60,7 @@ class Declarations:
             except amqp_errors.NotFound as exc:
                 raise self.missing(f"exchange {topology.exchange!r}") from exc
             with self._lock:
-                self._exchange = generation == self.generation
+                self._exchange = generation == self._generation
             return
         try:
             channel.exchange_declare(
@@ -98,7 +79,7 @@ class Declarations:
                 "'result_exchange' of its own."
             ) from exc
         with self._lock:
-            if generation == self.generation:
+            if generation == self._generation:
                 self._exchange = True
 
     def check_exchange(self, channel: Any) -> None:
@@ -133,24 +114,14 @@ class Declarations:
             "'rabbitmqctl import_definitions'."
         )
 
-    def request_shard(self, channel: Any, shard: int) -> int:
-        """Ask for the queue of *shard* to be declared and bound.
+    def request_shard(self, channel: Any, shard: int) -> None:
+        """Ask for the queue of *shard* to be declared, and remember that it was.
 
-        The exchange must be there. No answer is waited for: where the broker refuses, it closes
-        the channel, and :meth:`refusal` says what that means. Until something that was published
-        on the channel afterwards is confirmed, the queue may not be there: another connection is
-        not to count on it, since what it publishes would reach inboxes, and be kept by nobody.
-
-        Returns:
-            The generation, for :meth:`remember`.
+        No answer is waited for: where the broker refuses, it closes the channel, and
+        :meth:`refusal` says what that means. What another connection publishes before the queue is
+        there comes back to it.
         """
-        generation = self.generation
-        topology = self.topology
-        spec = topology.shard_queue(shard)
-        if not self.declare:
-            # It has to be there. This needs no permission.
-            channel.queue_declare(spec.name, passive=True, nowait=True)
-            return generation
+        spec = self.topology.shard_queue(shard)
         channel.queue_declare(
             spec.name,
             durable=spec.durable,
@@ -159,20 +130,8 @@ class Declarations:
             arguments=dict(spec.arguments),
             nowait=True,
         )
-        channel.queue_bind(spec.name, topology.exchange, topology.shard_binding(shard), nowait=True)
-        return generation
-
-    def remember(self, requested: Mapping[int, int]) -> None:
-        """Remember that shards are there.
-
-        Parameters:
-            requested: by their numbers, what :meth:`request_shard` returned.
-        """
         with self._lock:
-            now = time.monotonic()
-            for shard, generation in requested.items():
-                if generation == self.generation:
-                    self._shards[shard] = self._seen[shard] = now
+            self._shards.add(shard)
 
     def refusal(self, exc: BaseException) -> Optional[errors.DeclarationRefused]:
         """Return the error to raise for *exc*, or ``None`` if it is not about a declaration."""
@@ -188,10 +147,9 @@ class Declarations:
     def forget(self) -> None:
         """Declare everything anew from now on."""
         with self._lock:
-            self.generation += 1
+            self._generation += 1
             self._exchange = False
-            self._shards = {}
-            self._seen = {}
+            self._shards = set()
 
 
 def declare_queue(channel: Any, spec: QueueSpec) -> int:

@@ -22,7 +22,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m celery_amqp_results.definitions",
-        description="Print the exchange, queues and bindings that results need, as RabbitMQ's "
+        description="Print the exchange and the queues that results need, as RabbitMQ's "
         "definitions, for apps with the option declare=false.",
     )
     parser.add_argument(

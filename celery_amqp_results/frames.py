@@ -110,8 +110,9 @@ def publish_frames(
     properties: Mapping[str, Any],
     body: bytes,
     frame_max: int,
+    pushed: Optional[Tuple[str, str]] = None,
 ) -> bytes:
-    """Return the bytes that publish a message.
+    """Return the bytes that publish a message, once or twice.
 
     Parameters:
         channel: number of the channel.
@@ -121,28 +122,32 @@ def publish_frames(
         properties: AMQP properties by py-amqp's names; headers are text or whole numbers.
         body: the body, of any length.
         frame_max: the largest frame that the connection allows, in bytes.
+        pushed: exchange and routing key to publish it to once more afterwards, where no queue has
+            to take it; ``None`` for no second time.
 
     Raises:
         ValueError: when a text is too long for its place.
         TypeError: when a header is neither text nor a whole number.
     """
-    method = b"".join(
-        (_PUBLISH, _name(exchange), _short(routing_key), _MANDATORY if mandatory else b"\0")
-    )
     header = _CONTENT.pack(60, 0, len(body)) + _properties(properties)
-    parts = [
-        _FRAME.pack(_METHOD, channel, len(method)),
-        method,
-        _END,
-        _FRAME.pack(_HEADER, channel, len(header)),
-        header,
-        _END,
-    ]
+    parts = [b"", _FRAME.pack(_HEADER, channel, len(header)), header, _END]
     room = frame_max - _OVERHEAD
     for start in range(0, len(body), room):
         piece = body[start : start + room]
         parts += (_FRAME.pack(_BODY, channel, len(piece)), piece, _END)
+    parts[0] = _publish_method(channel, exchange, routing_key, mandatory)
+    if pushed is not None:
+        content = parts[1:]
+        parts.append(_publish_method(channel, *pushed, False))
+        parts += content
     return b"".join(parts)
+
+
+def _publish_method(channel: int, exchange: str, routing_key: str, mandatory: bool) -> bytes:
+    method = b"".join(
+        (_PUBLISH, _name(exchange), _short(routing_key), _MANDATORY if mandatory else b"\0")
+    )
+    return b"".join((_FRAME.pack(_METHOD, channel, len(method)), method, _END))
 
 
 #: Type, channel and size of a frame, and class and method of ``basic.deliver``.

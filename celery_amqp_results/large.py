@@ -93,12 +93,10 @@ class LargeBodies:
             self._publisher.publish_apart(
                 queue,
                 Outgoing(
-                    "",
                     queue.name,
                     body.properties(self._persistent),
                     body.body,
                     what=f"the {state.state} of {state.id}",
-                    mandatory=True,
                 ),
             )
         except errors.ResultTooLarge:

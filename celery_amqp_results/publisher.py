@@ -9,7 +9,6 @@ the fold of states makes harmless.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import logging
 import re
@@ -18,8 +17,6 @@ import time
 from typing import (
     Callable,
     Deque,
-    Dict,
-    List,
     NamedTuple,
     Optional,
     Sequence,
@@ -202,7 +199,7 @@ class Publisher:
             gone.update(self._publish(other, () if other is channel else messages, True))
 
         self._run(work, messages, True, channel if mine else None)
-        return gone.isdisjoint(message.routing_key for message in messages)
+        return gone.isdisjoint(message.queue for message in messages)
 
     def _run(
         self,
@@ -270,110 +267,58 @@ class Publisher:
     def _publish(
         self, channel: ConfirmChannel, messages: Sequence[Outgoing], confirm: bool
     ) -> Set[str]:
-        """Publish, and return the routing keys of what no queue takes and none has to."""
+        """Publish, and return the names of queues that are not there and need not be."""
         gone: Set[str] = set()
         declarations = self._declarations
+        declarations.ensure_exchange(channel.channel)
         while self._orphans:
             # Published under the channel's watch from now on.
             channel.publish(self._orphans.popleft())
         pending = list(messages)
+        publish = channel.publish
         for again in (False, True):
-            due = [m for m in pending if m.shard is not None and declarations.is_due(m.shard)]
-            declarations.ensure_exchange(channel.channel)
             missing = [
                 message.shard
                 for message in pending
-                if message.shard is not None
-                and not declarations.has_shard(message.shard)
-                and not channel.has_requested(message.shard, declarations.generation)
+                if message.shard is not None and not declarations.has_shard(message.shard)
             ]
             if len(pending) == 1 and not missing:
-                channel.publish(pending[0])
+                publish(pending[0])
             else:
                 with channel.link.corked():
                     for shard in dict.fromkeys(missing):
-                        channel.note_request(
-                            shard, declarations.request_shard(channel.channel, shard)
-                        )
+                        declarations.request_shard(channel.channel, shard)
                     for message in pending:
-                        channel.publish(message)
-            if confirm or again or due:
+                        publish(message)
+            if confirm or again:
                 channel.wait(list(channel.unconfirmed))
             elif len(channel.unconfirmed) > MAX_UNCONFIRMED:
                 # Not for all of them: the broker is not to run dry meanwhile.
                 channel.wait(list(itertools.islice(channel.unconfirmed, MAX_UNCONFIRMED // 2)))
             elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
                 channel.collect()
-            # Asked on a connection that has just answered: this has no deadline of its own.
-            homeless = self._homeless(channel, due) if due else []
             if channel.returned and channel.unconfirmed:
                 # What was published before the shard is declared again may come back as well.
                 channel.wait(list(channel.unconfirmed))
-            if channel.requested:
-                declarations.remember(channel.confirmed_requests())
             if channel.nacked:
-                self._publish_to_shards(channel)
+                refused, channel.nacked = channel.nacked, {}
+                raise errors.NotConfirmed(
+                    f"the broker refused to take (nack) {_what(list(refused.values()))}"
+                )
             returned, channel.returned = channel.returned, []
-            gone.update(message.routing_key for message in returned if message.shard is None)
+            gone.update(message.queue for message in returned if message.shard is None)
             # Those may have been published long before, and not been waited for.
             pending = [message for message in returned if message.shard is not None]
-            pending += [message for message in homeless if message not in pending]
             if not pending:
                 return gone
             if not declarations.declare:
-                shards = sorted({m.shard for m in pending if m.shard is not None})
-                names = ", ".join(declarations.topology.shard_queue(n).name for n in shards)
-                raise declarations.missing(f"queue {names}, bound to the exchange,")
-            logger.warning("a shard queue is gone and is declared again: %s", _what(pending))
+                names = ", ".join(sorted({message.queue for message in pending}))
+                raise declarations.missing(f"queue {names}")
+            logger.warning("a shard queue is not there, and is declared now: %s", _what(pending))
             declarations.forget()
+            # Who listens has heard of it.
+            publish = channel.keep
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
-
-    def _homeless(self, channel: ConfirmChannel, due: Sequence[Outgoing]) -> List[Outgoing]:
-        """Return those of *due*, which were published, whose shards are gone.
-
-        They may have reached an inbox, and then do not come back.
-        """
-        declarations = self._declarations
-        there: Dict[int, bool] = {}
-        for message in due:
-            shard = message.shard
-            if shard is not None and shard not in there:
-                there[shard] = (
-                    channel.length(declarations.topology.shard_queue(shard).name) is not None
-                )
-                if there[shard]:
-                    declarations.note_seen(shard)
-        return [
-            message for message in due if message.shard is not None and not there[message.shard]
-        ]
-
-    def _publish_to_shards(self, channel: ConfirmChannel) -> None:
-        """Publish what was refused once more, to the queues that keep it.
-
-        A message is refused when one of the queues that it is routed to does not take it. That
-        may be anybody's: one that is full, or the inbox of a process whose node is cut off.
-
-        After that it is published to all again, and no matter who refuses it now: a process whose
-        node was lost may have an inbox on another since, and have looked into the shard before.
-        """
-        refused, channel.nacked = channel.nacked, {}
-        topology = self._declarations.topology
-        for message in refused.values():
-            if message.shard is None or not message.exchange:
-                raise errors.NotConfirmed("the broker refused to take a message (nack)")
-            queue = topology.shard_queue(message.shard).name
-            channel.publish(dataclasses.replace(message, exchange="", routing_key=queue))
-        channel.wait(list(channel.unconfirmed))
-        if channel.nacked:
-            raise errors.NotConfirmed("the broker refused to take a message (nack)")
-        for message in refused.values():
-            channel.publish(message)
-        channel.wait(list(channel.unconfirmed))
-        channel.nacked.clear()
-        logger.info(
-            "a queue refuses states; they were stored in their shards: %s",
-            _what(list(refused.values())),
-        )
 
     def _judge(self, exc: BaseException, messages: Sequence[Outgoing], attempt: int) -> float:
         """Return the pause before the next try, or raise where there is to be none."""
@@ -435,7 +380,7 @@ class Publisher:
             for message in published:
                 self.published_bytes += len(message.body)
                 # Others are parts of chords, marks, and bodies of large results.
-                if message.shard is not None and message.exchange:
+                if message.pushed is not None:
                     self.stored += 1
                     self.confirmed += confirmed
             if self._closed:
@@ -452,7 +397,14 @@ class Publisher:
     def _drop(self, channel: ConfirmChannel, current: Sequence[Outgoing]) -> None:
         """Let go of a broken connection, keeping what others published on it unconfirmed."""
         mine = {id(message) for message in current}
-        self._orphans.extend(m for m in channel.unconfirmed.values() if id(m) not in mine)
+        # Of the same message both may be unconfirmed: what is to be kept, and who listens has not
+        # heard of.
+        others = {
+            id(message): message
+            for message in (*channel.unheard.values(), *channel.unconfirmed.values())
+            if id(message) not in mine
+        }
+        self._orphans.extend(others.values())
         channel.link.drop()
         # The broker may have restarted without what was declared.
         self._declarations.forget()

@@ -128,11 +128,10 @@ class SharedLayout:
         return meta.fold(self.store.read((task_id,), kind=meta.MARK)[task_id])
 
     def _outgoing_mark(self, mark: StateMessage) -> Outgoing:
-        # Not through the exchange: nobody waits for it.
+        # Without a copy for who listens: nobody waits for it.
         shard = self._topology.shard(mark.id)
         return Outgoing(
-            "",
-            self._topology.shard_queue(shard).name,
+            self._topology.shard_queue_name(shard),
             mark.properties(self._persistent),
             mark.body,
             shard,
@@ -172,13 +171,14 @@ class SharedLayout:
 
     def _outgoing(self, state: StateMessage, client: str, group_id: Optional[str]) -> Outgoing:
         topology = self._topology
+        shard = topology.shard(state.id)
         return Outgoing(
-            topology.exchange,
-            topology.routing_key(state.id, state.state, client, group_id),
+            topology.shard_queue_name(shard),
             state.properties(self._persistent),
             state.body,
-            topology.shard(state.id),
+            shard,
             f"the {state.state} of {state.id}",
+            (topology.exchange, topology.routing_key(state.id, state.state, client, group_id)),
         )
 
     def poll(

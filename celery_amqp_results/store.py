@@ -379,7 +379,7 @@ class _Read:
             properties["expiration"] = str(expires)
         channel = self._store.confirm_channel(self._link)
         tag = channel.publish(
-            Outgoing("", self.checkout.queue, properties, page.encode(content), self.shard)
+            Outgoing(self.checkout.queue, properties, page.encode(content), self.shard)
         )
         channel.wait((tag,), self._end)
         if channel.nacked or channel.returned:

@@ -2,8 +2,8 @@
 
 ::
 
-    topic exchange   <result_exchange>.states
-    shard queues     <result_exchange>.shard.<n>           bound with  <n>.#
+    shard queues     <result_exchange>.shard.<n>           not bound; keep every state
+    topic exchange   <result_exchange>.states              gets a copy of every state
     chord queues     <result_exchange>.chord.<group>       not bound; parts of one chord
                      <result_exchange>.chord.<group>.size  not bound; of a generator as header
     large results    <result_exchange>.large.<task>.<mark> not bound; the body of one result
@@ -111,7 +111,7 @@ class Topology:
 
     @property
     def exchange(self) -> str:
-        """Name of the topic exchange that every state is published to."""
+        """Name of the topic exchange that a copy of every state is published to."""
         return f"{self.prefix}.states"
 
     @property
@@ -129,11 +129,13 @@ class Topology:
         """Return the number of the shard that keeps *task_id*, a task's or a group's id."""
         return zlib.crc32(task_id.encode("utf-8", "surrogatepass")) % self.shards
 
+    def shard_queue_name(self, shard: int) -> str:
+        """Return the name of the queue of shard number *shard*."""
+        return f"{self.prefix}.shard.{shard}"
+
     def shard_queue(self, shard: int) -> QueueSpec:
         """Return the queue of shard number *shard*."""
-        return QueueSpec(
-            f"{self.prefix}.shard.{shard}", True, False, False, self._queue_arguments()
-        )
+        return QueueSpec(self.shard_queue_name(shard), True, False, False, self._queue_arguments())
 
     def chord_queue(self, group_id: str, expires: Optional[int] = None) -> QueueSpec:
         """Return the queue for the parts of a chord.
@@ -235,17 +237,6 @@ class Topology:
                     "arguments": dict(queue.arguments),
                 }
                 for queue in queues
-            ],
-            "bindings": [
-                {
-                    "source": self.exchange,
-                    "vhost": vhost,
-                    "destination": queue.name,
-                    "destination_type": "queue",
-                    "routing_key": self.shard_binding(number),
-                    "arguments": {},
-                }
-                for number, queue in enumerate(queues)
             ],
         }
 

@@ -117,7 +117,7 @@ class _Side:
         if self.refused is not None:
             return
         shard = message.shard
-        if shard is not None and shard not in self._requested:
+        if shard is not None and self._declarations.declare and shard not in self._requested:
             self._declarations.request_shard(self.channel, shard)
             self._requested.add(shard)
         connection = self.channel.connection
@@ -125,8 +125,8 @@ class _Side:
         connection.transport.write(
             frames.publish_frames(
                 self.channel.channel_id,
-                message.exchange,
-                message.routing_key,
+                "",
+                message.queue,
                 False,
                 message.properties,
                 message.body,

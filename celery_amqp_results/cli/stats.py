@@ -131,7 +131,6 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
         raise Failed(str(exc), Exit.UNAVAILABLE) from exc
     kinds = {kind: [q for q in queues if q["name"].startswith(f"{topology.prefix}.{kind}.")]
              for kind in ("shard", "large", "chord")}  # fmt: skip
-    own = {queue["name"] for queue in kinds["shard"]}
     traffic = exchange.get("message_stats", {})
     return {
         "url": api.url,
@@ -140,7 +139,7 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
         "large_queues": len(kinds["large"]),
         "large_bytes": sum(queue.get("message_bytes", 0) for queue in kinds["large"]),
         "chords_open": len(kinds["chord"]),
-        "inboxes": len({b["destination"] for b in bindings} - own),
+        "inboxes": len({b["destination"] for b in bindings}),
         "bindings": len(bindings),
         "published_per_second": traffic.get("publish_in_details", {}).get("rate"),
     }

@@ -57,16 +57,9 @@ def sign_and_forge(app: Celery, folder: str) -> List[str]:
         octets[at] = octets[at] ^ 1 if chr(octets[at] ^ 1).isalnum() else ord("A")
         wrong = dataclasses.replace(state, id=altered, body=bytes(octets))
         topology = app.backend._topology
+        shard = topology.shard(altered)
         layout.publisher.publish(
-            [
-                Outgoing(
-                    topology.exchange,
-                    topology.routing_key(altered, wrong.state),
-                    wrong.properties(True),
-                    wrong.body,
-                    topology.shard(altered),
-                )
-            ]
+            [Outgoing(topology.shard_queue_name(shard), wrong.properties(True), wrong.body, shard)]
         )
         found.append(read(altered))
     return found

@@ -131,9 +131,15 @@ class Load:
             lambda: f"{count} more results were not stored",
         )
 
-    def until_flowing(self, timeout: float = 180.0) -> None:
-        """Return when each process has come to a new end of something."""
+    def until_flowing(self, timeout: float = 180.0, without: str = "") -> None:
+        """Return when each process has come to a new end of something.
+
+        Parameters:
+            timeout: seconds until that is an error.
+            without: role of a process that need not.
+        """
         before = self.progress()
+        before.pop(without, None)
 
         def stuck() -> List[str]:
             now = self.progress()

@@ -130,13 +130,12 @@ def _round(place: faults.Place, fault: faults.Fault, rows: Dict[str, Row]) -> in
     for _ in range(fault.times):
         load.until_stored(30)
         fault.provoke(place)
-    load.until_stored(30)
-    load.until_flowing()
     if fault.loses:
         # What lay in what an operator deletes is gone: only what came later counts.
         began = load.now()
         load.until_stored(100)
-        load.until_flowing()
+    load.until_stored(30)
+    load.until_flowing()
     verdict = load.verdict(began)
     rows[fault.name].add(verdict)
     print(

@@ -168,7 +168,7 @@ class ConfirmChannel:
 
     def publish(self, message: Any) -> int:
         self._link.operation()
-        self._link.find(message.routing_key).publish(message.properties, message.body)
+        self._link.find(message.queue).publish(message.properties, message.body)
         self._tag += 1
         return self._tag
 
