@@ -1,4 +1,4 @@
-"""The layout ``shared``: every state published once, kept in a fixed number of queues, pushed."""
+"""The layout ``shared``: every state kept in one of a fixed number of queues, and pushed."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _storing(name: str, app: Any, count: int, reply_to: str) -> Callable[[], Map
 
 
 class _Bare:
-    """py-amqp by itself, with the same exchange, queues, properties and body."""
+    """py-amqp by itself, with the same queues, properties and body, and no copy for who listens."""
 
     BODY = (
         b'{"status": "SUCCESS", "result": 42, "traceback": null, "children": [], "date_done": '
@@ -135,8 +135,8 @@ class _Bare:
                     )
                     publish(
                         message,
-                        exchange=topology.exchange,
-                        routing_key=topology.routing_key(task_id, "SUCCESS"),
+                        exchange="",
+                        routing_key=topology.shard_queue_name(topology.shard(task_id)),
                         mandatory=True,
                     )
                 self._channel.queue_declare(self._queue, passive=True)

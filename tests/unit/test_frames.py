@@ -76,6 +76,19 @@ def test_py_amqp_reads_what_is_built(
     assert b"".join(payload for _, _, payload in bodies) == body
 
 
+@given(st.binary(max_size=5000), st.integers(64, 600), st.booleans())
+def test_a_copy_is_the_same_message_once_more_with_another_address(
+    body: bytes, frame_max: int, mandatory: bool
+) -> None:
+    properties = {"type": "state", "application_headers": {"state": "SUCCESS"}}
+    twice = frames.publish_frames(
+        1, "", "queue", mandatory, properties, body, frame_max, pushed=("x", "key")
+    )
+    first = frames.publish_frames(1, "", "queue", mandatory, properties, body, frame_max)
+    second = frames.publish_frames(1, "x", "key", False, properties, body, frame_max)
+    assert twice == first + second
+
+
 @given(st.binary(max_size=5000), st.integers(16, 600))
 def test_a_long_body_is_divided_as_the_connection_wants_it(body: bytes, frame_max: int) -> None:
     octets = frames.publish_frames(3, "", "queue", False, {}, body, frame_max)
