@@ -20,10 +20,6 @@ logger = logging.getLogger(__name__)
 #: Not counted while the broker says that it blocks publishers.
 CONFIRM_TIMEOUT = 30.0
 
-#: Of so many copies for who listens it is remembered that they are unconfirmed. More there are
-#: where somebody's queue has stopped confirming, which is no reason to stop storing.
-MAX_UNHEARD = 500
-
 
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
@@ -38,8 +34,8 @@ class Outgoing:
     shard: Optional[int] = None
     #: What it is, for messages of errors.
     what: str = "a message"
-    #: Exchange and routing key that a copy is published to, for whoever listens there. That
-    #: nobody does, or that somebody's queue refuses it, is no error.
+    #: Exchange and routing key that a copy is published to, for whoever listens there. Nobody waits
+    #: for its confirm: that nobody listens, or that somebody's queue is stuck, is no error.
     pushed: Optional[Tuple[str, str]] = None
 
 
@@ -69,8 +65,6 @@ class ConfirmChannel:
         self._tag = 0
         #: What is to be kept, by delivery tag, in the order of publishing.
         self.unconfirmed: Dict[int, Outgoing] = {}
-        #: Copies for who listens, of the last :data:`MAX_UNHEARD` messages; waited for by nobody.
-        self.unheard: Dict[int, Outgoing] = {}
         #: What the broker has refused to keep, by delivery tag.
         self.nacked: Dict[int, Outgoing] = {}
         #: What was to be kept in a queue that is not there.
@@ -83,8 +77,8 @@ class ConfirmChannel:
     def publish(self, message: Outgoing) -> int:
         """Publish *message*, and its copy for who listens; wait for no confirm.
 
-        Both are written at once, so that they arrive together or not at all, unless the connection
-        is lost between them.
+        Both are written at once. Should the connection be lost between them, and the first be
+        confirmed already, then who listens learns of it by asking the store.
 
         Returns:
             The delivery tag of what is to be kept.
@@ -112,10 +106,8 @@ class ConfirmChannel:
         tag = self._tag = self._tag + 1
         self.unconfirmed[tag] = message
         if pushed is not None:
+            # Of the copy, which is not waited for.
             self._tag += 1
-            self.unheard[self._tag] = message
-            if len(self.unheard) > MAX_UNHEARD:
-                del self.unheard[next(iter(self.unheard))]
         connection.transport.write(octets)
         # What py-amqp's heartbeats go by.
         connection.bytes_sent += 1
@@ -125,21 +117,24 @@ class ConfirmChannel:
         self._settle(tag, multiple)
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
-        if not multiple and tag in self.unheard:
+        refused = self._settle(tag, multiple)
+        if not refused:
             # A queue that is full, or the inbox of a process whose node is cut off.
-            logger.info(
-                "a queue bound to the exchange refuses %s; it is kept", self.unheard[tag].what
-            )
-        self.nacked.update(self._settle(tag, multiple))
+            logger.info("a queue bound to the exchange refuses a state, which is kept all the same")
+        self.nacked.update(refused)
 
     def _settle(self, tag: int, multiple: bool) -> Dict[int, Outgoing]:
         """Note that the broker is done with *tag*; return what of that was to be kept."""
         if not multiple:
-            self.unheard.pop(tag, None)
             message = self.unconfirmed.pop(tag, None)
             return {} if message is None else {tag: message}
-        _take_up_to(tag, self.unheard)
-        return _take_up_to(tag, self.unconfirmed)
+        # Keys are in ascending order.
+        settled = []
+        for key in self.unconfirmed:
+            if key > tag:
+                break
+            settled.append(key)
+        return {key: self.unconfirmed.pop(key) for key in settled}
 
     def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
         # It comes before its confirm. Of several with the same key any will do.
@@ -216,13 +211,3 @@ class ConfirmChannel:
             self._settle(tag, multiple)
             confirmed = True
         return confirmed or self.link.drain(0.0)
-
-
-def _take_up_to(tag: int, messages: Dict[int, Outgoing]) -> Dict[int, Outgoing]:
-    # Keys are in ascending order.
-    settled = []
-    for key in messages:
-        if key > tag:
-            break
-        settled.append(key)
-    return {key: messages.pop(key) for key in settled}

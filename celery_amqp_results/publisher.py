@@ -397,14 +397,7 @@ class Publisher:
     def _drop(self, channel: ConfirmChannel, current: Sequence[Outgoing]) -> None:
         """Let go of a broken connection, keeping what others published on it unconfirmed."""
         mine = {id(message) for message in current}
-        # Of the same message both may be unconfirmed: what is to be kept, and who listens has not
-        # heard of.
-        others = {
-            id(message): message
-            for message in (*channel.unheard.values(), *channel.unconfirmed.values())
-            if id(message) not in mine
-        }
-        self._orphans.extend(others.values())
+        self._orphans.extend(m for m in channel.unconfirmed.values() if id(m) not in mine)
         channel.link.drop()
         # The broker may have restarted without what was declared.
         self._declarations.forget()
