@@ -271,9 +271,8 @@ class Publisher:
         gone: Set[str] = set()
         declarations = self._declarations
         declarations.ensure_exchange(channel.channel)
-        while self._orphans:
-            # Published under the channel's watch from now on.
-            channel.publish(self._orphans.popleft())
+        if self._orphans:
+            self._publish_orphans(channel)
         pending = list(messages)
         publish = channel.publish
         for again in (False, True):
@@ -319,6 +318,20 @@ class Publisher:
             # Who listens has heard of it.
             publish = channel.keep
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
+
+    def _publish_orphans(self, channel: ConfirmChannel) -> None:
+        while True:
+            with self._lock:
+                if not self._orphans:
+                    return
+                message = self._orphans.popleft()
+            try:
+                # Under this channel's watch from now on.
+                channel.publish(message)
+            except BaseException:
+                with self._lock:
+                    self._orphans.appendleft(message)
+                raise
 
     def _judge(self, exc: BaseException, messages: Sequence[Outgoing], attempt: int) -> float:
         """Return the pause before the next try, or raise where there is to be none."""
