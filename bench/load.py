@@ -130,9 +130,13 @@ def join(url: str, prefix: str, joined: str, minutes: float, answer: Any) -> Non
 def look_up(url: str, prefix: str, count: int, answer: Any) -> None:
     """Look up all results and answer how many are not what they were."""
     app = _app(url, prefix)
+    # Those of one shard together: each is long by now, and read once.
+    shards: Dict[int, Dict[str, int]] = {}
+    for number in range(count):
+        task_id = _id(prefix, number)
+        shards.setdefault(app.backend._topology.shard(task_id), {})[task_id] = number
     wrong = 0
-    for first in range(0, count, 5000):
-        ids = {_id(prefix, n): n for n in range(first, min(count, first + 5000))}
+    for ids in shards.values():
         found: Dict[str, Any] = {}
         try:
             found.update(app.backend.get_many(ids, timeout=0))
