@@ -248,14 +248,18 @@ class Load:
     # -- the verdict ---------------------------------------------------------------------------
 
     def verdict(
-        self, since: float = 0.0, limits: Limits = recorder.LIMITS, patience: float = 60.0
+        self,
+        since: float = 0.0,
+        limits: Limits = recorder.LIMITS,
+        patience: float = 60.0,
+        deleted: float = 0.0,
     ) -> Verdict:
         """Have all that was stored since read back by a fresh process, and judge everything."""
         record = recorder.load(self.folder)
         ids = record.promised(since)
         elsewhere.run(self.reading, players.read_back, **self._common, ids=ids, patience=patience)
         until = time.monotonic()
-        return recorder.check(recorder.load(self.folder), limits, since, until)
+        return recorder.check(recorder.load(self.folder), limits, since, until, deleted=deleted)
 
     def stop(self) -> None:
         """End all processes in order: first those that wait, so that all they wait for comes."""

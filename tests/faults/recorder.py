@@ -409,6 +409,7 @@ def check(
     since: float = 0.0,
     until: float = float("inf"),
     now: Optional[float] = None,
+    deleted: float = 0.0,
 ) -> Verdict:
     """Say which promises were broken.
 
@@ -417,6 +418,8 @@ def check(
         until: those that began after are left out.
         now: when the journals ended (``time.monotonic``); waits that had to be over by then and
             are not count as late. ``None`` for the present.
+        deleted: when somebody deleted what was kept: who waits later for what was stored before
+            misses nothing.
     """
     now = time.monotonic() if now is None else now
     violations: List[Violation] = []
@@ -451,7 +454,12 @@ def check(
             continue
         answers += wait.ended is not None and wait.error is None
         raised += wait.error is not None
-        violations.extend(_check_wait(wait, record, limits, now))
+        violations.extend(
+            violation
+            for violation in _check_wait(wait, record, limits, now)
+            if violation.kind != "missed"
+            or all(s.began >= deleted for s in record.stores.get(violation.task_id, ()))
+        )
         for task_id, given in wait.got.items():
             ends = [
                 store.kept

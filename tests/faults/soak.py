@@ -136,7 +136,7 @@ def _round(place: faults.Place, fault: faults.Fault, rows: Dict[str, Row]) -> in
         load.until_stored(100)
     load.until_stored(30)
     load.until_flowing()
-    verdict = load.verdict(began)
+    verdict = load.verdict(began, deleted=began if fault.loses else 0.0)
     rows[fault.name].add(verdict)
     print(
         f"{load.now() - began:.0f} s, {verdict.at_stake} at stake, "

@@ -276,6 +276,19 @@ def test_it_finds_a_wait_that_returns_without_its_result(
     assert kinds(judge()) == ["missed"]
 
 
+def test_what_was_stored_before_it_was_deleted_is_not_missed(
+    storer: Journal, reader: Journal, clock: Clock, tmp_path: Path
+) -> None:
+    store(storer, "SUCCESS", 0)
+    deleted = clock()
+    store(storer, "SUCCESS", 0, "later")
+    number = reader.began_to_wait(["t", "later"], 60)
+    clock.now += 60
+    reader.waited(number, "TimeoutError()")
+    verdict = check(load(tmp_path), since=deleted, deleted=deleted)
+    assert [violation.task_id for violation in verdict.violations] == ["later"]
+
+
 def test_what_is_forgotten_or_expired_is_not_missed(
     storer: Journal, reader: Journal, clock: Clock, judge: Callable[..., Verdict]
 ) -> None:
