@@ -15,7 +15,14 @@ from tests.faults.recorder import Journal, value
 from tests.worker.tasks import app_from_environment
 
 app = app_from_environment()
-app.conf.update(task_acks_late=True, task_reject_on_worker_lost=True, worker_prefetch_multiplier=2)
+app.conf.update(
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    worker_prefetch_multiplier=2,
+    # Its exclusive queue has a name: on a killed node of a cluster it may still be locked when the
+    # worker comes back, which ends the worker.
+    worker_enable_remote_control=False,
+)
 
 _journals: Dict[int, Journal] = {}
 
