@@ -137,12 +137,19 @@ class ConfirmChannel:
         return {key: self.unconfirmed.pop(key) for key in settled}
 
     def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
-        # It comes before its confirm. Of several with the same key any will do.
-        known = {id(message) for message in self.returned}
-        for outgoing in self.unconfirmed.values():
-            if outgoing.queue == routing_key and id(outgoing) not in known:
-                self.returned.append(outgoing)
-                return
+        # It comes before its confirm. What was published earlier to the same queue may be
+        # unconfirmed still, and need not come back: the queue was there then.
+        known = {id(outgoing) for outgoing in self.returned}
+        candidates = [
+            outgoing
+            for outgoing in self.unconfirmed.values()
+            if outgoing.queue == routing_key and id(outgoing) not in known
+        ]
+        properties = _identity(message.properties)
+        alike = [outgoing for outgoing in candidates if outgoing.body == message.body]
+        same = [outgoing for outgoing in alike if _identity(outgoing.properties) == properties]
+        # Headers that are no UTF-8 come back as nothing that could be compared.
+        self.returned += (same or alike or candidates)[:1]
 
     def wait(self, tags: Sequence[int], deadline: Optional[float] = None) -> None:
         """Wait until the broker has settled *tags*.
@@ -211,3 +218,9 @@ class ConfirmChannel:
             self._settle(tag, multiple)
             confirmed = True
         return confirmed or self.link.drain(0.0)
+
+
+def _identity(properties: Mapping[str, Any]) -> Tuple[Any, ...]:
+    """Return what tells a message from others in the same queue."""
+    headers = properties.get("application_headers") or {}
+    return properties.get("correlation_id"), properties.get("message_id"), headers

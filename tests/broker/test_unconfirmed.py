@@ -8,7 +8,8 @@ from typing import Any
 import amqp
 import pytest
 
-from celery_amqp_results import publisher
+from celery_amqp_results import meta, publisher
+from celery_amqp_results.confirms import ConfirmChannel, Outgoing
 from tests.conftest import Apps
 
 
@@ -64,3 +65,30 @@ def test_what_comes_back_among_the_confirms_is_published_again(
     reader = make_app(result_backend_transport_options={"shards": 8})
     assert None not in reader.backend.layout.poll(second).values()
     assert "a shard queue is not there" in caplog.text
+
+
+def test_what_comes_back_is_not_taken_for_what_was_published_before(make_app: Apps) -> None:
+    # Given states in a shard that the broker has not confirmed
+    app = make_app(shards=1)
+    app.backend.store_result(str(uuid.uuid4()), 0, "SUCCESS")
+    queue = app.backend._topology.shard_queue_name(0)
+    link = app.backend.layout.publisher._connector.open(0.0)
+    channel = ConfirmChannel(link)
+    names = [f"{when} {number}" for when in ("before", "after") for number in range(5)]
+    states = [
+        # Among them several with the same body
+        meta.StateMessage(name, "STARTED", number % 3, b"{}", "application/json", "utf-8")
+        for number, name in enumerate(names)
+    ]
+    messages = [Outgoing(queue, s.properties(True), s.body, 0, s.id) for s in states]
+    with link.corked():
+        for message in messages[:5]:
+            channel.publish(message)
+        # When somebody deletes it, and more is published
+        channel.channel.queue_delete(queue, nowait=True)
+        for message in messages[5:]:
+            channel.publish(message)
+    channel.wait(list(channel.unconfirmed))
+    link.close()
+    # Then it is known what was not kept
+    assert [message.what for message in channel.returned] == names[5:]
