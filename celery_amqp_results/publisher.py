@@ -287,6 +287,7 @@ class Publisher:
                 with channel.link.corked():
                     for shard in dict.fromkeys(missing):
                         declarations.request_shard(channel.channel, shard)
+                        declarations.remember_shard(shard)
                     for message in pending:
                         publish(message)
             if confirm or again:
