@@ -196,7 +196,8 @@ class Publisher:
 
         def work(other: ConfirmChannel) -> None:
             # Where another thread has the connection now, or it is lost, it is published again.
-            gone.update(self._publish(other, () if other is channel else messages, True))
+            on_it = other is channel
+            gone.update(self._publish(other, () if on_it else messages, True, messages))
 
         self._run(work, messages, True, channel if mine else None)
         return gone.isdisjoint(message.queue for message in messages)
@@ -265,10 +266,22 @@ class Publisher:
                 self.failed += 1
 
     def _publish(
-        self, channel: ConfirmChannel, messages: Sequence[Outgoing], confirm: bool
+        self,
+        channel: ConfirmChannel,
+        messages: Sequence[Outgoing],
+        confirm: bool,
+        published: Sequence[Outgoing] = (),
     ) -> Set[str]:
-        """Publish, and return the names of queues that are not there and need not be."""
+        """Publish, and return the names of queues that are not there and need not be.
+
+        Parameters:
+            channel: where to publish.
+            messages: what to publish.
+            confirm: whether to wait until the broker has everything that was published there.
+            published: what was published there before, and is an error as well if it is refused.
+        """
         gone: Set[str] = set()
+        mine = {id(message) for message in (*messages, *published)}
         declarations = self._declarations
         declarations.ensure_exchange(channel.channel)
         if self._orphans:
@@ -300,22 +313,29 @@ class Publisher:
             if channel.returned and channel.unconfirmed:
                 # What was published before the shard is declared again may come back as well.
                 channel.wait(list(channel.unconfirmed))
-            if channel.nacked:
-                refused, channel.nacked = channel.nacked, {}
-                raise errors.NotConfirmed(
-                    f"the broker refused to take (nack) {_what(list(refused.values()))}"
-                )
+            if any(id(message) in mine for message in channel.nacked.values()):
+                refused = list(channel.nacked.values())
+                raise errors.NotConfirmed(f"the broker refused to take (nack) {_what(refused)}")
+            # What is left was published before by those who have not waited. It is tried once more.
+            unwanted, channel.nacked = list(channel.nacked.values()), {}
+            if unwanted and again:
+                logger.error("lost, since the broker refused it twice (nack): %s", _what(unwanted))
+                unwanted = []
             returned, channel.returned = channel.returned, []
             gone.update(message.queue for message in returned if message.shard is None)
             # Those may have been published long before, and not been waited for.
-            pending = [message for message in returned if message.shard is not None]
+            homeless = [message for message in returned if message.shard is not None]
+            pending = homeless + unwanted
             if not pending:
                 return gone
-            if not declarations.declare:
-                names = ", ".join(sorted({message.queue for message in pending}))
+            if homeless and not declarations.declare:
+                names = ", ".join(sorted({message.queue for message in homeless}))
                 raise declarations.missing(f"queue {names}")
-            logger.warning("a shard queue is not there, and is declared now: %s", _what(pending))
-            declarations.forget()
+            if homeless:
+                logger.warning(
+                    "a shard queue is not there, and is declared now: %s", _what(homeless)
+                )
+                declarations.forget()
             # Who listens has heard of it.
             publish = channel.keep
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
@@ -330,8 +350,9 @@ class Publisher:
                 # Under this channel's watch from now on.
                 channel.publish(message)
             except BaseException:
-                with self._lock:
-                    self._orphans.appendleft(message)
+                if all(message is not other for other in channel.unconfirmed.values()):
+                    with self._lock:
+                        self._orphans.appendleft(message)
                 raise
 
     def _judge(self, exc: BaseException, messages: Sequence[Outgoing], attempt: int) -> float:
@@ -411,7 +432,9 @@ class Publisher:
     def _drop(self, channel: ConfirmChannel, current: Sequence[Outgoing]) -> None:
         """Let go of a broken connection, keeping what others published on it unconfirmed."""
         mine = {id(message) for message in current}
-        self._orphans.extend(m for m in channel.unconfirmed.values() if id(m) not in mine)
+        left = (*channel.unconfirmed.values(), *channel.returned, *channel.nacked.values())
+        # What has come back may be unconfirmed as well.
+        self._orphans.extend(m for key, m in {id(m): m for m in left}.items() if key not in mine)
         channel.link.drop()
         # The broker may have restarted without what was declared.
         self._declarations.forget()
