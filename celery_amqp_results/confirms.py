@@ -75,21 +75,15 @@ class ConfirmChannel:
         self.channel.events["basic_return"].add(self._on_return)
 
     def publish(self, message: Outgoing) -> int:
-        """Publish *message*, and its copy for who listens; wait for no confirm.
+        """Publish *message*, and then its copy for who listens; wait for no confirm.
 
-        Both are written at once. Should the connection be lost between them, and the first be
-        confirmed already, then who listens learns of it by asking the store.
+        In this order: who begins to listen too late for the copy finds what is kept. Both are
+        written at once. Should the connection be lost between them, and the first be confirmed
+        already, then who listens learns of it by asking the store.
 
         Returns:
             The delivery tag of what is to be kept.
         """
-        return self._publish(message, message.pushed)
-
-    def keep(self, message: Outgoing) -> int:
-        """Publish *message* as :meth:`publish` does, without a copy for who listens."""
-        return self._publish(message, None)
-
-    def _publish(self, message: Outgoing, pushed: Optional[Tuple[str, str]]) -> int:
         connection = self.link.amqp
         if not self.channel.is_open or connection.transport is None:
             raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
@@ -101,11 +95,11 @@ class ConfirmChannel:
             message.properties,
             message.body,
             connection.frame_max,
-            pushed,
+            message.pushed,
         )
         tag = self._tag = self._tag + 1
         self.unconfirmed[tag] = message
-        if pushed is not None:
+        if message.pushed is not None:
             # Of the copy, which is not waited for.
             self._tag += 1
         connection.transport.write(octets)

@@ -287,7 +287,6 @@ class Publisher:
         if self._orphans:
             self._publish_orphans(channel)
         pending = list(messages)
-        publish = channel.publish
         for again in (False, True):
             missing = [
                 message.shard
@@ -295,14 +294,14 @@ class Publisher:
                 if message.shard is not None and not declarations.has_shard(message.shard)
             ]
             if len(pending) == 1 and not missing:
-                publish(pending[0])
+                channel.publish(pending[0])
             else:
                 with channel.link.corked():
                     for shard in dict.fromkeys(missing):
                         declarations.request_shard(channel.channel, shard)
                         declarations.remember_shard(shard)
                     for message in pending:
-                        publish(message)
+                        channel.publish(message)
             if confirm or again:
                 channel.wait(list(channel.unconfirmed))
             elif len(channel.unconfirmed) > MAX_UNCONFIRMED:
@@ -336,8 +335,7 @@ class Publisher:
                     "a shard queue is not there, and is declared now: %s", _what(homeless)
                 )
                 declarations.forget()
-            # Who listens has heard of it.
-            publish = channel.keep
+            # With another copy: who has begun to listen since has neither heard of it nor found it.
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
 
     def _publish_orphans(self, channel: ConfirmChannel) -> None:
@@ -379,7 +377,7 @@ class Publisher:
             raise errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} refuses {_what(messages)}: {exc}. "
                 "Check the user's permissions on the exchange and the queues "
-                f"{self._declarations.topology.prefix}.*"
+                f"{self._declarations.topology.prefix}.*, and on the default exchange (amq.default)"
             ) from exc
         pause = self._connector.policy.pause(attempt)
         if pause is None:
