@@ -75,21 +75,15 @@ class ConfirmChannel:
         self.channel.events["basic_return"].add(self._on_return)
 
     def publish(self, message: Outgoing) -> int:
-        """Publish *message*, and its copy for who listens; wait for no confirm.
+        """Publish *message*, and then its copy for who listens; wait for no confirm.
 
-        Both are written at once. Should the connection be lost between them, and the first be
-        confirmed already, then who listens learns of it by asking the store.
+        In this order: who begins to listen too late for the copy finds what is kept. Both are
+        written at once. Should the connection be lost between them, and the first be confirmed
+        already, then who listens learns of it by asking the store.
 
         Returns:
             The delivery tag of what is to be kept.
         """
-        return self._publish(message, message.pushed)
-
-    def keep(self, message: Outgoing) -> int:
-        """Publish *message* as :meth:`publish` does, without a copy for who listens."""
-        return self._publish(message, None)
-
-    def _publish(self, message: Outgoing, pushed: Optional[Tuple[str, str]]) -> int:
         connection = self.link.amqp
         if not self.channel.is_open or connection.transport is None:
             raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
@@ -101,11 +95,11 @@ class ConfirmChannel:
             message.properties,
             message.body,
             connection.frame_max,
-            pushed,
+            message.pushed,
         )
         tag = self._tag = self._tag + 1
         self.unconfirmed[tag] = message
-        if pushed is not None:
+        if message.pushed is not None:
             # Of the copy, which is not waited for.
             self._tag += 1
         connection.transport.write(octets)
@@ -137,12 +131,19 @@ class ConfirmChannel:
         return {key: self.unconfirmed.pop(key) for key in settled}
 
     def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
-        # It comes before its confirm. Of several with the same key any will do.
-        known = {id(message) for message in self.returned}
-        for outgoing in self.unconfirmed.values():
-            if outgoing.queue == routing_key and id(outgoing) not in known:
-                self.returned.append(outgoing)
-                return
+        # It comes before its confirm. What was published earlier to the same queue may be
+        # unconfirmed still, and need not come back: the queue was there then.
+        known = {id(outgoing) for outgoing in self.returned}
+        candidates = [
+            outgoing
+            for outgoing in self.unconfirmed.values()
+            if outgoing.queue == routing_key and id(outgoing) not in known
+        ]
+        properties = _identity(message.properties)
+        alike = [outgoing for outgoing in candidates if outgoing.body == message.body]
+        same = [outgoing for outgoing in alike if _identity(outgoing.properties) == properties]
+        # Headers that are no UTF-8 come back as nothing that could be compared.
+        self.returned += (same or alike or candidates)[:1]
 
     def wait(self, tags: Sequence[int], deadline: Optional[float] = None) -> None:
         """Wait until the broker has settled *tags*.
@@ -211,3 +212,9 @@ class ConfirmChannel:
             self._settle(tag, multiple)
             confirmed = True
         return confirmed or self.link.drain(0.0)
+
+
+def _identity(properties: Mapping[str, Any]) -> Tuple[Any, ...]:
+    """Return what tells a message from others in the same queue."""
+    headers = properties.get("application_headers") or {}
+    return properties.get("correlation_id"), properties.get("message_id"), headers

@@ -115,11 +115,10 @@ class Declarations:
         )
 
     def request_shard(self, channel: Any, shard: int) -> None:
-        """Ask for the queue of *shard* to be declared, and remember that it was.
+        """Ask for the queue of *shard* to be declared.
 
         No answer is waited for: where the broker refuses, it closes the channel, and
-        :meth:`refusal` says what that means. What another connection publishes before the queue is
-        there comes back to it.
+        :meth:`refusal` says what that means.
         """
         spec = self.topology.shard_queue(shard)
         channel.queue_declare(
@@ -130,6 +129,13 @@ class Declarations:
             arguments=dict(spec.arguments),
             nowait=True,
         )
+
+    def remember_shard(self, shard: int) -> None:
+        """Remember that the queue of *shard* was asked for.
+
+        To be called by who forgets everything again if that is refused. What another connection
+        publishes before the queue is there comes back to it.
+        """
         with self._lock:
             self._shards.add(shard)
 

@@ -34,13 +34,17 @@ class Metrics:
     )
     large: int = _metric(COUNTER, "states", "States whose bodies were put in queues of their own")
     retried: int = _metric(
-        COUNTER, "publishes", "Publishing was tried again, since the connection was lost"
+        COUNTER,
+        "publishes",
+        "Publishing was tried again, since the connection was lost or the broker did not take it",
     )
     refused: int = _metric(
         COUNTER, "publishes", "Publishing was refused by the broker: too large, no permission"
     )
     failed: int = _metric(
-        COUNTER, "publishes", "Publishing was given up, since the broker was away for too long"
+        COUNTER,
+        "publishes",
+        "Publishing was given up, since the broker was away, or did not take it, for too long",
     )
     pushed: int = _metric(COUNTER, "states", "States that were pushed to the inbox")
     looked_up: int = _metric(COUNTER, "ids", "Ids of tasks and groups that were looked up")

@@ -196,7 +196,8 @@ class Publisher:
 
         def work(other: ConfirmChannel) -> None:
             # Where another thread has the connection now, or it is lost, it is published again.
-            gone.update(self._publish(other, () if other is channel else messages, True))
+            on_it = other is channel
+            gone.update(self._publish(other, () if on_it else messages, True, messages))
 
         self._run(work, messages, True, channel if mine else None)
         return gone.isdisjoint(message.queue for message in messages)
@@ -265,16 +266,27 @@ class Publisher:
                 self.failed += 1
 
     def _publish(
-        self, channel: ConfirmChannel, messages: Sequence[Outgoing], confirm: bool
+        self,
+        channel: ConfirmChannel,
+        messages: Sequence[Outgoing],
+        confirm: bool,
+        published: Sequence[Outgoing] = (),
     ) -> Set[str]:
-        """Publish, and return the names of queues that are not there and need not be."""
+        """Publish, and return the names of queues that are not there and need not be.
+
+        Parameters:
+            channel: where to publish.
+            messages: what to publish.
+            confirm: whether to wait until the broker has everything that was published there.
+            published: what was published there before, and is an error as well if it is refused.
+        """
         gone: Set[str] = set()
+        mine = {id(message) for message in (*messages, *published)}
         declarations = self._declarations
         declarations.ensure_exchange(channel.channel)
         if self._orphans:
             self._publish_orphans(channel)
         pending = list(messages)
-        publish = channel.publish
         for again in (False, True):
             missing = [
                 message.shard
@@ -282,13 +294,14 @@ class Publisher:
                 if message.shard is not None and not declarations.has_shard(message.shard)
             ]
             if len(pending) == 1 and not missing:
-                publish(pending[0])
+                channel.publish(pending[0])
             else:
                 with channel.link.corked():
                     for shard in dict.fromkeys(missing):
                         declarations.request_shard(channel.channel, shard)
+                        declarations.remember_shard(shard)
                     for message in pending:
-                        publish(message)
+                        channel.publish(message)
             if confirm or again:
                 channel.wait(list(channel.unconfirmed))
             elif len(channel.unconfirmed) > MAX_UNCONFIRMED:
@@ -299,24 +312,30 @@ class Publisher:
             if channel.returned and channel.unconfirmed:
                 # What was published before the shard is declared again may come back as well.
                 channel.wait(list(channel.unconfirmed))
-            if channel.nacked:
-                refused, channel.nacked = channel.nacked, {}
-                raise errors.NotConfirmed(
-                    f"the broker refused to take (nack) {_what(list(refused.values()))}"
-                )
+            if any(id(message) in mine for message in channel.nacked.values()):
+                refused = list(channel.nacked.values())
+                raise errors.NotConfirmed(f"the broker refused to take (nack) {_what(refused)}")
+            # What is left was published before by those who have not waited. It is tried once more.
+            unwanted, channel.nacked = list(channel.nacked.values()), {}
+            if unwanted and again:
+                logger.error("lost, since the broker refused it twice (nack): %s", _what(unwanted))
+                unwanted = []
             returned, channel.returned = channel.returned, []
             gone.update(message.queue for message in returned if message.shard is None)
             # Those may have been published long before, and not been waited for.
-            pending = [message for message in returned if message.shard is not None]
+            homeless = [message for message in returned if message.shard is not None]
+            pending = homeless + unwanted
             if not pending:
                 return gone
-            if not declarations.declare:
-                names = ", ".join(sorted({message.queue for message in pending}))
+            if homeless and not declarations.declare:
+                names = ", ".join(sorted({message.queue for message in homeless}))
                 raise declarations.missing(f"queue {names}")
-            logger.warning("a shard queue is not there, and is declared now: %s", _what(pending))
-            declarations.forget()
-            # Who listens has heard of it.
-            publish = channel.keep
+            if homeless:
+                logger.warning(
+                    "a shard queue is not there, and is declared now: %s", _what(homeless)
+                )
+                declarations.forget()
+            # With another copy: who has begun to listen since has neither heard of it nor found it.
         raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
 
     def _publish_orphans(self, channel: ConfirmChannel) -> None:
@@ -329,8 +348,9 @@ class Publisher:
                 # Under this channel's watch from now on.
                 channel.publish(message)
             except BaseException:
-                with self._lock:
-                    self._orphans.appendleft(message)
+                if all(message is not other for other in channel.unconfirmed.values()):
+                    with self._lock:
+                        self._orphans.appendleft(message)
                 raise
 
     def _judge(self, exc: BaseException, messages: Sequence[Outgoing], attempt: int) -> float:
@@ -357,7 +377,7 @@ class Publisher:
             raise errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} refuses {_what(messages)}: {exc}. "
                 "Check the user's permissions on the exchange and the queues "
-                f"{self._declarations.topology.prefix}.*"
+                f"{self._declarations.topology.prefix}.*, and on the default exchange (amq.default)"
             ) from exc
         pause = self._connector.policy.pause(attempt)
         if pause is None:
@@ -410,7 +430,9 @@ class Publisher:
     def _drop(self, channel: ConfirmChannel, current: Sequence[Outgoing]) -> None:
         """Let go of a broken connection, keeping what others published on it unconfirmed."""
         mine = {id(message) for message in current}
-        self._orphans.extend(m for m in channel.unconfirmed.values() if id(m) not in mine)
+        left = (*channel.unconfirmed.values(), *channel.returned, *channel.nacked.values())
+        # What has come back may be unconfirmed as well.
+        self._orphans.extend(m for key, m in {id(m): m for m in left}.items() if key not in mine)
         channel.link.drop()
         # The broker may have restarted without what was declared.
         self._declarations.forget()

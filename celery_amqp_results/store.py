@@ -391,7 +391,7 @@ class Store:
 
     Parameters:
         pool: connections for look-ups.
-        declarations: declares the shards before they are first used.
+        declarations: knows the topology, and checks the exchange once; no shard is declared here.
         lookup_timeout: seconds within which a look-up has to be answered.
         page_size: bytes of results that are packed into one page, at most.
         persistent: whether pages survive a restart of the broker.

@@ -95,6 +95,9 @@ class _Side:
         self.channel = amqp.Channel(connection)
         self.channel._callbacks[spec.Channel.Close] = self._on_close
         self.channel.send_method(spec.Channel.Open, "s", ("",))
+        if not declarations.declare:
+            return
+        # Refused where others count the shards differently: marks would go astray.
         topology = declarations.topology
         self.channel.exchange_declare(
             topology.exchange,

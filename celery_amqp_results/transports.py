@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
 import threading
 import time
 from typing import (
@@ -29,8 +28,6 @@ import kombu
 from celery_amqp_results import connections, errors
 
 __all__ = ("AMQPSessions", "KombuSessions", "Session", "Sessions", "is_amqp", "transport_name")
-
-logger = logging.getLogger(__name__)
 
 #: What kombu calls its AMQP transports; ``librabbitmq`` is another library, and none of ours.
 _AMQP_TRANSPORTS = frozenset(

@@ -2,8 +2,8 @@
 
 Two things can be watched. *Given tasks*: a follower brings what is kept and what is pushed, see
 :mod:`~celery_amqp_results.waiting`; here it is brought into the order that a watcher relies on.
-*Everything*: a :class:`Tap` is a queue of its own on the exchange that every state is published
-to. It begins when it is opened and keeps nothing.
+*Everything*: a :class:`Tap` is a queue of its own on the exchange that gets a copy of every
+state. It begins when it is opened and keeps nothing.
 
 What a watcher relies on: of each task the state that counts comes first, then each that comes to
 count, each once; a state never comes after one that supersedes it.

@@ -250,6 +250,32 @@ def test_what_is_stored_after_a_shard_queue_was_deleted_is_kept_while_somebody_w
         assert make_app().AsyncResult(second).result == number
 
 
+def test_who_begins_to_listen_while_a_state_comes_back_is_pushed_it(
+    app: Celery,
+    raw: amqp.Connection,
+    eventually: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task_id, channel = new_id(), raw.channel()
+    app.backend.store_result(task_id, {}, "PROGRESS")
+    until_stored(app)
+    queue = channel.queue_declare("", exclusive=True).queue
+    declarations = app.backend.layout.publisher._declarations
+    forget = declarations.forget
+
+    def begin() -> None:
+        # The state that has come back is in no shard now, and its copy was published before.
+        channel.queue_bind(queue, declarations.topology.exchange, "#")
+        forget()
+
+    monkeypatch.setattr(declarations, "forget", begin)
+    # When a state is published for a shard that is gone, and somebody begins to listen
+    delete_shard(raw, app, task_id)
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    # Then it is pushed: whoever has looked into the shard in between has found nothing
+    eventually(lambda: channel.queue_declare(queue, passive=True).message_count == 1)
+
+
 def test_a_chord_can_be_sent_without_a_result_connection_of_an_inbox(app: Celery) -> None:
     task = app.signature("tests.nothing")
     chord([task.clone(), task.clone()])(task.clone())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
+import amqp
 import kombu.pools
 import pytest
 from celery import Celery, states
@@ -112,6 +113,37 @@ def test_a_broker_that_refuses_marks_does_not_refuse_tasks(
     count = channel.queue_declare(app.conf.task_default_queue, passive=True).message_count
     assert count == 5
     assert "not tracked any more" in caplog.text
+
+
+def test_a_shard_that_a_mark_did_not_get_declared_is_refused_to_who_stores(
+    make_app: Apps, raw: Any
+) -> None:
+    # Given a shard that differs, and a process whose mark for it was refused
+    app = make(make_app)
+    with raw.channel() as channel:
+        channel.queue_declare(
+            app.backend._topology.shard_queue_name(0), durable=True, auto_delete=False
+        )
+    app.send_task("task")
+    # Then it is told so when it stores
+    with pytest.raises(errors.DeclarationRefused):
+        app.backend.store_result(new_id(), 1, states.SUCCESS)
+
+
+def test_marks_declare_nothing_where_nothing_is_to_be_declared(make_app: Apps, raw: Any) -> None:
+    app = make_app(
+        result_backend_transport_options={"shards": 1, "track_sent": True, "declare": False}
+    )
+    topology = app.backend._topology
+    # Given the shard, and no exchange
+    spec = topology.shard_queue(0)
+    channel = raw.channel()
+    channel.queue_declare(spec.name, durable=True, auto_delete=False, arguments=spec.arguments)
+    # When a task is sent, and its mark is there
+    until(app, app.send_task("task").id, "sent")
+    # Then there is still none, which the user may not have been allowed to declare
+    with pytest.raises(amqp.NotFound):
+        channel.exchange_declare(topology.exchange, "topic", passive=True)
 
 
 def test_tracking_needs_the_broker_of_the_tasks_and_the_shared_layout(make_app: Apps) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import amqp
 import pytest
 
-from celery_amqp_results import publisher
+from celery_amqp_results import errors, meta, publisher
+from celery_amqp_results.confirms import ConfirmChannel, Outgoing
 from tests.conftest import Apps
 
 
@@ -64,3 +65,66 @@ def test_what_comes_back_among_the_confirms_is_published_again(
     reader = make_app(result_backend_transport_options={"shards": 8})
     assert None not in reader.backend.layout.poll(second).values()
     assert "a shard queue is not there" in caplog.text
+
+
+def test_what_comes_back_is_not_taken_for_what_was_published_before(make_app: Apps) -> None:
+    # Given states in a shard that the broker has not confirmed
+    app = make_app(shards=1)
+    app.backend.store_result(str(uuid.uuid4()), 0, "SUCCESS")
+    queue = app.backend._topology.shard_queue_name(0)
+    link = app.backend.layout.publisher._connector.open(0.0)
+    channel = ConfirmChannel(link)
+    names = [f"{when} {number}" for when in ("before", "after") for number in range(5)]
+    states = [
+        # Among them several with the same body
+        meta.StateMessage(name, "STARTED", number % 3, b"{}", "application/json", "utf-8")
+        for number, name in enumerate(names)
+    ]
+    messages = [Outgoing(queue, s.properties(True), s.body, 0, s.id) for s in states]
+    with link.corked():
+        for message in messages[:5]:
+            channel.publish(message)
+        # When somebody deletes it, and more is published
+        channel.channel.queue_delete(queue, nowait=True)
+        for message in messages[5:]:
+            channel.publish(message)
+    channel.wait(list(channel.unconfirmed))
+    link.close()
+    # Then it is known what was not kept
+    assert [message.what for message in channel.returned] == names[5:]
+
+
+def test_what_nobody_waits_for_and_the_broker_refuses_is_no_error_of_somebody_else(
+    make_app: Apps, raw: amqp.Connection, caplog: Any
+) -> None:
+    # Given two shards, one of which takes a single message
+    options = {"shards": 2, "declare": False, "retry_policy": {"max_retries": 0}}
+    app = make_app(result_backend_transport_options=options)
+    topology = app.backend._topology
+    channel = raw.channel()
+    channel.exchange_declare(
+        topology.exchange,
+        "topic",
+        durable=True,
+        auto_delete=False,
+        arguments=topology.exchange_arguments,
+    )
+    full = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    for shard, more in enumerate(({}, full)):
+        spec = topology.shard_queue(shard)
+        arguments = {**spec.arguments, **more}
+        channel.queue_declare(spec.name, durable=True, auto_delete=False, arguments=arguments)
+    by_shard: Any = {0: [], 1: []}
+    while min(map(len, by_shard.values())) < 9:
+        task_id = str(uuid.uuid4())
+        by_shard[topology.shard(task_id)].append(task_id)
+    # When more is published to that one without waiting
+    for task_id in by_shard[1]:
+        app.backend.store_result(task_id, {}, "PROGRESS")
+    # Then what is stored in the other is stored
+    app.backend.store_result(by_shard[0][0], 1, "SUCCESS")
+    assert app.AsyncResult(by_shard[0][0]).state == "SUCCESS"
+    assert "lost, since the broker refused it twice" in caplog.text
+    # And what is stored in that one is an error
+    with pytest.raises(errors.NotConfirmed, match="nack"):
+        app.backend.store_result(by_shard[1][0], 1, "SUCCESS")
