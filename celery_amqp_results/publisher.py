@@ -43,6 +43,10 @@ MAX_UNCONFIRMED = 500
 #: After so many messages that nobody waits for the confirms that have come are taken in.
 COLLECT_EVERY = 50
 
+#: Seconds after which what the broker has refused, and nobody waits for, is published again. What
+#: it refuses once more after all of them is lost.
+REFUSAL_PAUSES = (0.0, 0.2, 0.5, 1.0, 2.0)
+
 #: Publishing has no heartbeats: a dead connection is noticed at the next message, which the
 #: kernel gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
 HEARTBEAT = 0.0
@@ -287,7 +291,9 @@ class Publisher:
         if self._orphans:
             self._publish_orphans(channel)
         pending = list(messages)
-        for again in (False, True):
+        again = declared = False
+        refusals = 0
+        while True:
             missing = [
                 message.shard
                 for message in pending
@@ -315,11 +321,22 @@ class Publisher:
             if any(id(message) in mine for message in channel.nacked.values()):
                 refused = list(channel.nacked.values())
                 raise errors.NotConfirmed(f"the broker refused to take (nack) {_what(refused)}")
-            # What is left was published before by those who have not waited. It is tried once more.
-            unwanted, channel.nacked = list(channel.nacked.values()), {}
-            if unwanted and again:
-                logger.error("lost, since the broker refused it twice (nack): %s", _what(unwanted))
-                unwanted = []
+            # What is left was published before by those who have not waited. A node that goes down
+            # refuses everything for a while: who waits for a confirm gives it a few seconds.
+            pauses = REFUSAL_PAUSES if confirm else REFUSAL_PAUSES[:1]
+            unwanted = list(channel.nacked.values())
+            if unwanted:
+                refusals += 1
+                if refusals <= len(pauses):
+                    time.sleep(pauses[refusals - 1])
+                else:
+                    logger.error(
+                        "lost, since the broker refused it %d times (nack): %s",
+                        refusals,
+                        _what(unwanted),
+                    )
+                    unwanted = []
+                channel.nacked = {}
             returned, channel.returned = channel.returned, []
             gone.update(message.queue for message in returned if message.shard is None)
             # Those may have been published long before, and not been waited for.
@@ -331,12 +348,15 @@ class Publisher:
                 names = ", ".join(sorted({message.queue for message in homeless}))
                 raise declarations.missing(f"queue {names}")
             if homeless:
+                if declared:
+                    raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
                 logger.warning(
                     "a shard queue is not there, and is declared now: %s", _what(homeless)
                 )
                 declarations.forget()
+                declared = True
             # With another copy: who has begun to listen since has neither heard of it nor found it.
-        raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
+            again = True
 
     def _publish_orphans(self, channel: ConfirmChannel) -> None:
         while True:

@@ -124,7 +124,42 @@ def test_what_nobody_waits_for_and_the_broker_refuses_is_no_error_of_somebody_el
     # Then what is stored in the other is stored
     app.backend.store_result(by_shard[0][0], 1, "SUCCESS")
     assert app.AsyncResult(by_shard[0][0]).state == "SUCCESS"
-    assert "lost, since the broker refused it twice" in caplog.text
+    assert "lost, since the broker refused it 6 times" in caplog.text
     # And what is stored in that one is an error
     with pytest.raises(errors.NotConfirmed, match="nack"):
         app.backend.store_result(by_shard[1][0], 1, "SUCCESS")
+
+
+def test_what_the_broker_refuses_for_a_while_is_kept_when_a_later_result_is(
+    make_app: Apps, raw: amqp.Connection
+) -> None:
+    # Given a shard that takes a single message, and has it
+    options = {"shards": 1, "declare": False}
+    app = make_app(result_backend_transport_options=options)
+    topology, channel = app.backend._topology, raw.channel()
+    spec = topology.shard_queue(0)
+    arguments = {**spec.arguments, "x-max-length": 1, "x-overflow": "reject-publish"}
+    channel.exchange_declare(
+        topology.exchange, "topic", durable=True, auto_delete=False,
+        arguments=topology.exchange_arguments,
+    )  # fmt: skip
+    channel.queue_declare(spec.name, durable=True, auto_delete=False, arguments=arguments)
+    first, second = (str(uuid.uuid4()) for _ in range(2))
+    app.backend.store_result(str(uuid.uuid4()), 0, "SUCCESS")
+    # When it refuses a state that nobody waits for
+    app.backend.store_result(first, {}, "PROGRESS")
+    confirms = app.backend.layout.publisher._idle[0]
+    while confirms.unconfirmed:
+        confirms.collect()
+    assert confirms.nacked
+    # And takes messages again
+    channel.queue_delete(spec.name)
+    channel.queue_declare(spec.name, durable=True, auto_delete=False, arguments=spec.arguments)
+    # Then that is kept when the next result is
+    app.backend.store_result(second, 1, "SUCCESS")
+    assert {
+        i: s.state for i, s in make_app(shards=1).backend.layout.poll([first, second]).items()
+    } == {
+        first: "PROGRESS",
+        second: "SUCCESS",
+    }
