@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Callable, Iterable, List, Optional
+from typing import Any, Callable, Iterable, List, Mapping, Optional
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -27,7 +27,7 @@ from amqp import spec
 
 from celery_amqp_results import connections
 
-__all__ = ("FENCE", "Checkout", "longest_prefetch")
+__all__ = ("FENCE", "Checkout", "longest_hold", "longest_prefetch")
 
 #: The property ``type`` of a fence.
 FENCE = "fence"
@@ -50,6 +50,28 @@ def longest_prefetch(queue_type: str) -> int:
     return PREFETCH if queue_type == "quorum" else 0
 
 
+#: For so many seconds more than a look-up may take a quorum queue is left to its reader: longer
+#: than the broker takes to miss the heartbeats of one that is frozen.
+GRACE = 20.0
+
+
+def longest_hold(queue_type: str, lookup_timeout: float) -> Mapping[str, Any]:
+    """Return consumer arguments that take the queue away from a reader that does not let go of it.
+
+    That is not for readers that die or freeze, whose connections the broker closes. But the channel
+    of one whose *node* stood still, and goes on, may wait for an answer that was lost meanwhile,
+    and keep the queue for a minute more. Quorum queues know the argument since RabbitMQ 4.3; who
+    lives to be taken the queue away is told, as if it had been deleted.
+
+    Parameters:
+        queue_type: ``classic`` or ``quorum``.
+        lookup_timeout: seconds that a look-up may take.
+    """
+    if queue_type != "quorum":
+        return {}
+    return {"x-consumer-timeout": int(1000 * (lookup_timeout + GRACE))}
+
+
 class Checkout:
     """One read of one queue.
 
@@ -62,6 +84,7 @@ class Checkout:
         on_message: called with each message that is no fence, while the link is drained.
         prefetch: how many messages it may hold; 0 for no limit, which a quorum queue must not be
             read with.
+        arguments: of the consumer, see :func:`longest_hold`; none by default.
         look_again: asked when the first fence has come whether a second one is to be set, for
             messages that somebody may have moved behind the first. Where it is given, that is
             done without asking if another reader was given the fence before.
@@ -79,6 +102,7 @@ class Checkout:
         on_message: Callable[[amqp.Message], None],
         prefetch: int = PREFETCH,
         look_again: Optional[Callable[[], bool]] = None,
+        arguments: Optional[Mapping[str, Any]] = None,
     ) -> None:
         self.link = link
         self.queue = queue
@@ -105,6 +129,7 @@ class Checkout:
                 nowait=True,
                 callback=self._receive,
                 on_cancel=self._cancelled,
+                arguments=dict(arguments or {}),
             )
             # Not before: a fence for a queue that is not there is lost, and if somebody declared
             # the queue before we consume from it, it would be waited for in vain.
@@ -141,7 +166,7 @@ class Checkout:
             )
 
     def _cancelled(self, consumer_tag: str) -> None:
-        # The queue was deleted, or its leader went away.
+        # The queue was deleted, its leader went away, or it was held for too long.
         if self._deleted:
             return
         raise amqp_errors.ConsumerCancelled(consumer_tag, spec.Basic.Cancel)

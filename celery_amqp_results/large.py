@@ -24,7 +24,7 @@ from typing import List, Optional
 import amqp
 
 from celery_amqp_results import connections, errors
-from celery_amqp_results.checkout import Checkout
+from celery_amqp_results.checkout import Checkout, longest_hold
 from celery_amqp_results.meta import StateMessage
 from celery_amqp_results.publisher import Outgoing, Publisher
 from celery_amqp_results.topology import Topology
@@ -140,7 +140,8 @@ class LargeBodies:
                 # Published twice where the connection was lost before the confirm came.
                 found[:] = [state]
 
-        checkout = Checkout(link, queue, take)
+        hold = longest_hold(self._topology.queue_type, self._lookup_timeout)
+        checkout = Checkout(link, queue, take, arguments=hold)
         if not checkout.wait(end, TICK):
             raise errors.LookupTimeout(
                 f"the large result in {queue!r} could not be read within lookup_timeout "

@@ -21,7 +21,7 @@ from celery import states
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import connections, errors, meta, page
-from celery_amqp_results.checkout import Checkout, longest_prefetch
+from celery_amqp_results.checkout import Checkout, longest_hold, longest_prefetch
 from celery_amqp_results.confirms import ConfirmChannel, Outgoing
 from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.meta import StateMessage
@@ -110,6 +110,7 @@ class _Read:
             self._on_message,
             longest_prefetch(topology.queue_type),
             look_again=self._incomplete,
+            arguments=longest_hold(topology.queue_type, store.lookup_timeout),
         )
 
     def _on_message(self, message: amqp.Message) -> None:

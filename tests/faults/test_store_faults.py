@@ -10,10 +10,11 @@ import uuid
 from typing import Any, Dict, List
 
 import pytest
+from amqp.exceptions import ConsumerCancelled
 from celery import Celery, states
 
 from celery_amqp_results import store as store_module
-from celery_amqp_results.checkout import FENCE
+from celery_amqp_results.checkout import FENCE, Checkout, longest_hold
 from tests import elsewhere
 from tests.conftest import Apps, eventually
 from tests.faults import others
@@ -306,3 +307,26 @@ def test_an_inbox_that_is_deleted_is_replaced(make_app: Apps, raw: Any) -> None:
     worker.backend.store_result(task_id, 3, states.SUCCESS)
     waiter.join(60)
     assert got == [3]
+
+
+def test_a_reader_that_does_not_let_go_of_a_quorum_queue_loses_it(
+    make_app: Apps, node: rabbitmq.Node
+) -> None:
+    if node.version.startswith("3."):
+        pytest.skip("quorum queues know x-consumer-timeout since RabbitMQ 4.3")
+    app = make_app(result_backend_transport_options={"shards": 1, "queue_type": "quorum"})
+    (task_id,) = new_ids(1)
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    queue = app.backend._topology.shard_queue_name(0)
+    with app.backend.layout.store._pool.link() as link:
+        # Given a reader that lives, and holds the shard for longer than two seconds
+        hold = longest_hold("quorum", 2 - 20)
+        held = Checkout(link, queue, lambda message: None, arguments=hold)
+        assert held.wait(time.monotonic() + 30, 1.0)
+        # Then others get it, with all that is in it
+        assert read_anew(make_app(**{"result_backend_transport_options": {
+            "shards": 1, "queue_type": "quorum", "lookup_timeout": 60
+        }}), [task_id])[task_id]["result"] == 1  # fmt: skip
+        # And it is told
+        with pytest.raises(ConsumerCancelled):
+            link.drain(60.0)
