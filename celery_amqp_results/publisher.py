@@ -324,12 +324,16 @@ class Publisher:
             gone.update(message.queue for message in returned if message.shard is None)
             # Those may have been published long before, and not been waited for.
             homeless = [message for message in returned if message.shard is not None]
+            if homeless and not declarations.declare:
+                names = ", ".join(sorted({message.queue for message in homeless}))
+                missing_queue = declarations.missing(f"queue {names}")
+                if any(id(message) in mine for message in homeless):
+                    raise missing_queue
+                logger.error("lost: %s: %s", _what(homeless), missing_queue)
+                homeless = []
             pending = homeless + unwanted
             if not pending:
                 return gone
-            if homeless and not declarations.declare:
-                names = ", ".join(sorted({message.queue for message in homeless}))
-                raise declarations.missing(f"queue {names}")
             if homeless:
                 logger.warning(
                     "a shard queue is not there, and is declared now: %s", _what(homeless)

@@ -128,3 +128,12 @@ def test_what_nobody_waits_for_and_the_broker_refuses_is_no_error_of_somebody_el
     # And what is stored in that one is an error
     with pytest.raises(errors.NotConfirmed, match="nack"):
         app.backend.store_result(by_shard[1][0], 1, "SUCCESS")
+    # Nor is it an error of somebody else that the queue is gone and nobody is to declare it
+    queue = topology.shard_queue_name(1)
+    channel.queue_delete(queue)
+    app.backend.store_result(by_shard[1][1], {}, "PROGRESS")
+    app.backend.store_result(by_shard[0][1], 2, "SUCCESS")
+    assert app.AsyncResult(by_shard[0][1]).state == "SUCCESS"
+    assert f"the broker has no queue {queue}" in caplog.text
+    with pytest.raises(errors.DeclarationRefused, match=queue):
+        app.backend.store_result(by_shard[1][1], 1, "SUCCESS")
