@@ -341,12 +341,16 @@ class Publisher:
             gone.update(message.queue for message in returned if message.shard is None)
             # Those may have been published long before, and not been waited for.
             homeless = [message for message in returned if message.shard is not None]
+            if homeless and not declarations.declare:
+                names = ", ".join(sorted({message.queue for message in homeless}))
+                missing_queue = declarations.missing(f"queue {names}")
+                if any(id(message) in mine for message in homeless):
+                    raise missing_queue
+                logger.error("lost: %s: %s", _what(homeless), missing_queue)
+                homeless = []
             pending = homeless + unwanted
             if not pending:
                 return gone
-            if homeless and not declarations.declare:
-                names = ", ".join(sorted({message.queue for message in homeless}))
-                raise declarations.missing(f"queue {names}")
             if homeless:
                 if declared:
                     raise errors.NotConfirmed(f"no queue takes {_what(messages)}")

@@ -131,6 +131,8 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
         raise Failed(str(exc), Exit.UNAVAILABLE) from exc
     kinds = {kind: [q for q in queues if q["name"].startswith(f"{topology.prefix}.{kind}.")]
              for kind in ("shard", "large", "chord")}  # fmt: skip
+    # Beside each inbox is a queue that tells when it was full.
+    listening = {b["destination"] for b in bindings if not b["routing_key"].startswith("overflow.")}
     traffic = exchange.get("message_stats", {})
     return {
         "url": api.url,
@@ -139,7 +141,7 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
         "large_queues": len(kinds["large"]),
         "large_bytes": sum(queue.get("message_bytes", 0) for queue in kinds["large"]),
         "chords_open": len(kinds["chord"]),
-        "inboxes": len({b["destination"] for b in bindings}),
+        "inboxes": len(listening),
         "bindings": len(bindings),
         "published_per_second": traffic.get("publish_in_details", {}).get("rate"),
     }

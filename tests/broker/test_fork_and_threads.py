@@ -236,7 +236,7 @@ def test_first_results_of_a_shard_that_threads_store_at_the_same_moment_are_all_
     app: Celery, make_app: Apps, eventually: Callable[..., Any]
 ) -> None:
     # Given shards that are not there yet, and an inbox that is bound to all of them: what is
-    # published before its shard is there reaches the inbox, so that nobody is told of the loss.
+    # published before its shard is there reaches the inbox, and comes back to its publisher.
     ids = [new_id() for _ in range(64)]
     watcher = make_app()
     watching = Waiting(lambda: dict(watcher.backend.get_many(ids, timeout=LONG)))

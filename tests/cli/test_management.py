@@ -8,6 +8,7 @@ from celery import states
 
 from celery_amqp_results.cli import management
 from celery_amqp_results.cli.common import Exit
+from tests.broker.helpers import open_inbox
 from tests.cli.conftest import Administrator
 from tests.cli.test_commands import findings, lines, run, store
 from tests.conftest import Apps
@@ -28,11 +29,14 @@ def test_stats_doctor_and_migrate_ask_the_management_api(
     assert found["leftovers"] == "warning"
 
     with app.backend.layout.tap() as tap:
-        # Somebody listens.
+        # Somebody listens, and somebody waits.
         tap.step(None, 0.0)
+        open_inbox(app)
         (counted,) = lines(run(app, "stats", "--json", "--management", url))
     assert counted["management"]["url"] == admin.node.management_url
-    assert counted["management"]["bindings"] == counted["management"]["inboxes"] == 1
+    assert counted["management"]["inboxes"] == 2
+    # The inbox has the states of the tasks of its process, those for all, and word of an overflow.
+    assert counted["management"]["bindings"] == 4
 
     result = run(app, "migrate", "--yes", "--json", "--management", url)
     outcomes = {line["id"]: line["outcome"] for line in lines(result)}
