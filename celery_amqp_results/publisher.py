@@ -305,7 +305,6 @@ class Publisher:
                 with channel.link.corked():
                     for shard in dict.fromkeys(missing):
                         declarations.request_shard(channel.channel, shard)
-                        declarations.remember_shard(shard)
                     for message in pending:
                         channel.publish(message)
             if confirm or again:
@@ -315,6 +314,10 @@ class Publisher:
                 channel.wait(list(itertools.islice(channel.unconfirmed, MAX_UNCONFIRMED // 2)))
             elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
                 channel.collect()
+            # By now the queues are there, if that was waited for. What another thread publishes
+            # sooner would come back to it.
+            for shard in missing:
+                declarations.remember_shard(shard)
             if channel.returned and channel.unconfirmed:
                 # What was published before the shard is declared again may come back as well.
                 channel.wait(list(channel.unconfirmed))
