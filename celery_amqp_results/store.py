@@ -299,13 +299,17 @@ class _Read:
         settled = {id(state) for state in drop}
         batch: List[StateMessage] = []
         size = 0
+        # One page is published wherever it has the time to come back. Otherwise nothing would ever
+        # be packed where choosing what to pack takes all the time.
+        stop = max(until, self._end - PAGE_SECONDS)
         for state in keep:
             if batch and size + len(state.body) > store.page_size:
-                if time.monotonic() >= until:
+                if time.monotonic() >= stop:
                     break
                 self._publish_page(batch)
                 settled.update(map(id, batch))
                 batch, size = [], 0
+                stop = until
             batch.append(state)
             size += len(state.body) + page.OVERHEAD
         else:

@@ -154,6 +154,24 @@ def test_packing_a_long_shard_ends_before_the_look_up_has_to(
     assert len(entries) - shards.pages() < LOOSE
 
 
+def test_a_page_is_packed_where_choosing_takes_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shards, select = Shards(1, monkeypatch), page.select
+
+    def slow(*given: Any) -> Any:
+        shards.clock.microseconds += int(LOOSE * READING * 1e6)
+        return select(*given)
+
+    monkeypatch.setattr(page, "select", slow)
+    # When choosing what to pack takes as long as reading
+    shards.read(60.0)
+    # Then one page is packed, and the next reader goes on
+    assert shards.pages() == 1
+    shards.read(60.0)
+    assert shards.pages() == 2
+
+
 def test_who_has_no_time_for_a_page_to_come_back_publishes_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
