@@ -15,7 +15,7 @@ from amqp import exceptions as amqp_errors
 from celery_amqp_results import errors
 from celery_amqp_results.topology import QueueSpec, Topology
 
-__all__ = ("Declarations", "declare_queue")
+__all__ = ("Declarations", "declare_exchange", "declare_queue")
 
 
 class Declarations:
@@ -63,13 +63,7 @@ class Declarations:
                 self._exchange = generation == self._generation
             return
         try:
-            channel.exchange_declare(
-                topology.exchange,
-                "topic",
-                durable=True,
-                auto_delete=False,
-                arguments=topology.exchange_arguments,
-            )
+            declare_exchange(channel, topology)
         except amqp_errors.PreconditionFailed as exc:
             raise errors.DeclarationRefused(
                 f"the broker has an exchange {topology.exchange!r} that differs from the one "
@@ -120,15 +114,7 @@ class Declarations:
         No answer is waited for: where the broker refuses, it closes the channel, and
         :meth:`refusal` says what that means.
         """
-        spec = self.topology.shard_queue(shard)
-        channel.queue_declare(
-            spec.name,
-            durable=spec.durable,
-            exclusive=spec.exclusive,
-            auto_delete=spec.auto_delete,
-            arguments=dict(spec.arguments),
-            nowait=True,
-        )
+        _declare_queue(channel, self.topology.shard_queue(shard), nowait=True)
 
     def remember_shard(self, shard: int) -> None:
         """Remember that the queue of *shard* was asked for.
@@ -158,6 +144,27 @@ class Declarations:
             self._shards = set()
 
 
+def declare_exchange(channel: Any, topology: Topology, nowait: bool = False) -> None:
+    """Declare the exchange on *channel*.
+
+    Parameters:
+        channel: an open channel.
+        topology: its name and arguments.
+        nowait: whether to wait for no answer: where the broker refuses, it closes the channel.
+
+    Raises:
+        amqp.PreconditionFailed: when it exists with other properties, and an answer is waited for.
+    """
+    channel.exchange_declare(
+        topology.exchange,
+        "topic",
+        durable=True,
+        auto_delete=False,
+        arguments=topology.exchange_arguments,
+        nowait=nowait,
+    )
+
+
 def declare_queue(channel: Any, spec: QueueSpec) -> int:
     """Declare the queue *spec* on *channel*, and return how many read it already.
 
@@ -165,16 +172,21 @@ def declare_queue(channel: Any, spec: QueueSpec) -> int:
         DeclarationRefused: when it exists with other properties.
     """
     try:
-        declared = channel.queue_declare(
-            spec.name,
-            durable=spec.durable,
-            exclusive=spec.exclusive,
-            auto_delete=spec.auto_delete,
-            arguments=dict(spec.arguments),
-        )
+        declared = _declare_queue(channel, spec)
     except amqp_errors.PreconditionFailed as exc:
         raise _refused(exc) from exc
     return int(declared.consumer_count)
+
+
+def _declare_queue(channel: Any, spec: QueueSpec, nowait: bool = False) -> Any:
+    return channel.queue_declare(
+        spec.name,
+        durable=spec.durable,
+        exclusive=spec.exclusive,
+        auto_delete=spec.auto_delete,
+        arguments=dict(spec.arguments),
+        nowait=nowait,
+    )
 
 
 def _refused(exc: BaseException) -> errors.DeclarationRefused:

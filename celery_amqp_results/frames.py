@@ -130,17 +130,15 @@ def publish_frames(
         TypeError: when a header is neither text nor a whole number.
     """
     header = _CONTENT.pack(60, 0, len(body)) + _properties(properties)
-    parts = [b"", _FRAME.pack(_HEADER, channel, len(header)), header, _END]
+    parts = [_FRAME.pack(_HEADER, channel, len(header)), header, _END]
     room = frame_max - _OVERHEAD
     for start in range(0, len(body), room):
         piece = body[start : start + room]
         parts += (_FRAME.pack(_BODY, channel, len(piece)), piece, _END)
-    parts[0] = _publish_method(channel, exchange, routing_key, mandatory)
-    if pushed is not None:
-        content = parts[1:]
-        parts.append(_publish_method(channel, *pushed, False))
-        parts += content
-    return b"".join(parts)
+    method = _publish_method(channel, exchange, routing_key, mandatory)
+    if pushed is None:
+        return b"".join((method, *parts))
+    return b"".join((method, *parts, _publish_method(channel, *pushed, False), *parts))
 
 
 def _publish_method(channel: int, exchange: str, routing_key: str, mandatory: bool) -> bytes:

@@ -41,7 +41,7 @@ import amqp
 from celery_amqp_results import connections, errors, meta
 from celery_amqp_results.declarations import Declarations
 from celery_amqp_results.meta import StateMessage
-from celery_amqp_results.topology import BROADCAST
+from celery_amqp_results.topology import BROADCAST, OVERFLOW
 
 __all__ = ("Inbox", "Waiter")
 
@@ -576,7 +576,7 @@ class _Session:
         declarations.ensure_exchange(channel)
         # What falls out of the inbox because it is full is dead-lettered to this queue of length
         # one: its arrival says that states were missed.
-        overflow = f"overflow.{inbox._client}-{id(self):x}"
+        overflow = f"{OVERFLOW}.{inbox._client}-{id(self):x}"
         spilled = _declare(channel, {"x-max-length": 1})
         channel.queue_bind(spilled, topology.exchange, overflow)
         self.queue = _declare(

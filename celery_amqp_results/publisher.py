@@ -17,6 +17,7 @@ import time
 from typing import (
     Callable,
     Deque,
+    List,
     NamedTuple,
     Optional,
     Sequence,
@@ -294,41 +295,15 @@ class Publisher:
         again = declared = False
         refusals = 0
         while True:
-            missing = [
-                message.shard
-                for message in pending
-                if message.shard is not None and not declarations.has_shard(message.shard)
-            ]
-            if len(pending) == 1 and not missing:
-                channel.publish(pending[0])
-            else:
-                with channel.link.corked():
-                    for shard in dict.fromkeys(missing):
-                        declarations.request_shard(channel.channel, shard)
-                    for message in pending:
-                        channel.publish(message)
-            if confirm or again:
-                channel.wait(list(channel.unconfirmed))
-            elif len(channel.unconfirmed) > MAX_UNCONFIRMED:
-                # Not for all of them: the broker is not to run dry meanwhile.
-                channel.wait(list(itertools.islice(channel.unconfirmed, MAX_UNCONFIRMED // 2)))
-            elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
-                channel.collect()
-            # By now the queues are there, if that was waited for. What another thread publishes
-            # sooner would come back to it.
-            for shard in missing:
-                declarations.remember_shard(shard)
-            if channel.returned and channel.unconfirmed:
-                # What was published before the shard is declared again may come back as well.
-                channel.wait(list(channel.unconfirmed))
+            self._write(channel, pending, confirm or again)
             if any(id(message) in mine for message in channel.nacked.values()):
                 refused = list(channel.nacked.values())
                 raise errors.NotConfirmed(f"the broker refused to take (nack) {_what(refused)}")
             # What is left was published before by those who have not waited. A node that goes down
             # refuses everything for a while: who waits for a confirm gives it a few seconds.
-            pauses = REFUSAL_PAUSES if confirm else REFUSAL_PAUSES[:1]
             unwanted = list(channel.nacked.values())
             if unwanted:
+                pauses = REFUSAL_PAUSES if confirm else REFUSAL_PAUSES[:1]
                 refusals += 1
                 if refusals <= len(pauses):
                     time.sleep(pauses[refusals - 1])
@@ -342,15 +317,7 @@ class Publisher:
                 channel.nacked = {}
             returned, channel.returned = channel.returned, []
             gone.update(message.queue for message in returned if message.shard is None)
-            # Those may have been published long before, and not been waited for.
-            homeless = [message for message in returned if message.shard is not None]
-            if homeless and not declarations.declare:
-                names = ", ".join(sorted({message.queue for message in homeless}))
-                missing_queue = declarations.missing(f"queue {names}")
-                if any(id(message) in mine for message in homeless):
-                    raise missing_queue
-                logger.error("lost: %s: %s", _what(homeless), missing_queue)
-                homeless = []
+            homeless = self._homeless(returned, mine)
             pending = homeless + unwanted
             if not pending:
                 return gone
@@ -364,6 +331,65 @@ class Publisher:
                 declared = True
             # With another copy: who has begun to listen since has neither heard of it nor found it.
             again = True
+
+    def _write(self, channel: ConfirmChannel, messages: Sequence[Outgoing], wait: bool) -> None:
+        """Publish *messages*, to shards that are declared where that has to be done.
+
+        Parameters:
+            channel: where to publish.
+            messages: what to publish.
+            wait: whether to wait until the broker has settled everything that was published there.
+        """
+        declarations = self._declarations
+        missing = [
+            message.shard
+            for message in messages
+            if message.shard is not None and not declarations.has_shard(message.shard)
+        ]
+        if len(messages) == 1 and not missing:
+            channel.publish(messages[0])
+        else:
+            with channel.link.corked():
+                for shard in dict.fromkeys(missing):
+                    declarations.request_shard(channel.channel, shard)
+                for message in messages:
+                    channel.publish(message)
+        if wait:
+            channel.wait(list(channel.unconfirmed))
+        elif len(channel.unconfirmed) > MAX_UNCONFIRMED:
+            # Not for all of them: the broker is not to run dry meanwhile.
+            channel.wait(list(itertools.islice(channel.unconfirmed, MAX_UNCONFIRMED // 2)))
+        elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
+            channel.collect()
+        # By now the queues are there, if that was waited for. What another thread publishes
+        # sooner would come back to it.
+        for shard in missing:
+            declarations.remember_shard(shard)
+        if channel.returned and channel.unconfirmed:
+            # What was published before the shard is declared again may come back as well.
+            channel.wait(list(channel.unconfirmed))
+
+    def _homeless(self, returned: Sequence[Outgoing], mine: Set[int]) -> List[Outgoing]:
+        """Return those of *returned* that are to be published again to a shard.
+
+        They may have been published long before, and not been waited for.
+
+        Parameters:
+            returned: what has come back.
+            mine: by ``id()``, what whoever publishes now is to be told of.
+
+        Raises:
+            DeclarationRefused: when one of *mine* has no shard, and none is to be declared.
+        """
+        homeless = [message for message in returned if message.shard is not None]
+        if not homeless or self._declarations.declare:
+            return homeless
+        names = ", ".join(sorted({message.queue for message in homeless}))
+        missing_queue = self._declarations.missing(f"queue {names}")
+        if any(id(message) in mine for message in homeless):
+            raise missing_queue
+        logger.error("lost: %s: %s", _what(homeless), missing_queue)
+        return []
 
     def _publish_orphans(self, channel: ConfirmChannel) -> None:
         while True:

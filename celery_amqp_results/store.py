@@ -106,7 +106,7 @@ class _Read:
         topology = store.declarations.topology
         self.checkout = Checkout(
             link,
-            topology.shard_queue(shard).name,
+            topology.shard_queue_name(shard),
             self._on_message,
             longest_prefetch(topology.queue_type),
             look_again=self._incomplete,
@@ -629,7 +629,7 @@ class Store:
         self, link: connections.Link, running: List[_Read], seconds: float
     ) -> errors.LookupTimeout:
         slow = running[0]
-        queue = self.declarations.topology.shard_queue(slow.shard).name
+        queue = self.declarations.topology.shard_queue_name(slow.shard)
         if link.blocked:
             why = f"the broker blocks publishers ({link.blocked}: a memory or disk alarm)"
         elif slow.checkout.seen:

@@ -25,7 +25,15 @@ from typing import Any, Dict, Mapping, Optional
 from celery_amqp_results import errors
 from celery_amqp_results.meta import StateMessage
 
-__all__ = ("ABSENT", "BROADCAST", "QueueSpec", "Topology", "client_word", "encode_word")
+__all__ = (
+    "ABSENT",
+    "BROADCAST",
+    "OVERFLOW",
+    "QueueSpec",
+    "Topology",
+    "client_word",
+    "encode_word",
+)
 
 #: Stands in a routing key for a word that there is none of.
 ABSENT = "-"
@@ -38,6 +46,9 @@ DISCONNECTED_TIMEOUT = 1000
 #: know who sent the task: a revoke, a chord that failed, a task replaced by another. Every inbox
 #: gets these, since the one that sent the task may wait for them. It is no digest.
 BROADCAST = "all"
+
+#: First word of the key under which an inbox that was full says so: no number of a shard.
+OVERFLOW = "overflow"
 
 #: A word of a routing key is at most this long; a longer one is replaced by its digest. Five
 #: words, of which one is a number and one a digest of 16, then always fit the 255 bytes of a key.

@@ -20,7 +20,7 @@ from amqp import spec
 
 from celery_amqp_results import connections, expiry, frames
 from celery_amqp_results.confirms import Outgoing
-from celery_amqp_results.declarations import Declarations
+from celery_amqp_results.declarations import Declarations, declare_exchange
 from celery_amqp_results.meta import MARK, StateMessage
 
 __all__ = ("ENDED", "FORGOTTEN", "SENT", "Fate", "Marker", "ended_expiration", "mark")
@@ -98,15 +98,7 @@ class _Side:
         if not declarations.declare:
             return
         # Refused where others count the shards differently: marks would go astray.
-        topology = declarations.topology
-        self.channel.exchange_declare(
-            topology.exchange,
-            "topic",
-            durable=True,
-            auto_delete=False,
-            arguments=topology.exchange_arguments,
-            nowait=True,
-        )
+        declare_exchange(self.channel, declarations.topology, nowait=True)
 
     def _on_close(self, code: int, text: str, class_id: int, method_id: int) -> None:
         self.channel.send_method(spec.Channel.CloseOk)

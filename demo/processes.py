@@ -91,7 +91,7 @@ class Broker:
 
     def _names(self) -> List[str]:
         shards = range(self.topology.shards)
-        return [f"{self.name}.tasks", *(self.topology.shard_queue(n).name for n in shards)]
+        return [f"{self.name}.tasks", *(self.topology.shard_queue_name(n) for n in shards)]
 
     def _exists(self, queue: str) -> bool:
         with self._connection() as connection:

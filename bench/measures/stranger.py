@@ -211,5 +211,5 @@ def _delete(place: Place, queue: str) -> None:
     with kombu.Connection(place.node.url()) as connection:
         channel = connection.channel()
         for shard in range(topology.shards):
-            channel.queue_delete(topology.shard_queue(shard).name)
+            channel.queue_delete(topology.shard_queue_name(shard))
     peers.close(app)

@@ -142,7 +142,7 @@ class Broker:
         """
         found = {}
         for shard in range(self.topology.shards):
-            length = self.length(self.topology.shard_queue(shard).name)
+            length = self.length(self.topology.shard_queue_name(shard))
             if length is not None:
                 found[shard] = length
         return found
@@ -185,7 +185,7 @@ class Broker:
 
     def _read(self, shard: int, contents: Contents) -> None:
         seen: Dict[str, bool] = {}
-        queue = self.topology.shard_queue(shard).name
+        queue = self.topology.shard_queue_name(shard)
         seconds = self.session.backend.options.lookup_timeout
         end = time.monotonic() + seconds
         checkout = Checkout(

@@ -42,7 +42,7 @@ def purge(session: Session, yes: bool) -> None:
                 if queue.startswith(prefix):
                     broker.channel.queue_delete(queue)
                     bodies += 1
-            deleted += int(broker.channel.queue_purge(broker.topology.shard_queue(shard).name))
+            deleted += int(broker.channel.queue_purge(broker.topology.shard_queue_name(shard)))
     if session.output.json:
         session.output.data({"messages": deleted, "large": bodies})
     else:

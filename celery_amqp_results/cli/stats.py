@@ -118,6 +118,7 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
     import re
 
     from celery_amqp_results.cli import management
+    from celery_amqp_results.topology import OVERFLOW
 
     topology = broker.topology
     prefix = re.escape(topology.prefix)
@@ -132,7 +133,11 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
     kinds = {kind: [q for q in queues if q["name"].startswith(f"{topology.prefix}.{kind}.")]
              for kind in ("shard", "large", "chord")}  # fmt: skip
     # Beside each inbox is a queue that tells when it was full.
-    listening = {b["destination"] for b in bindings if not b["routing_key"].startswith("overflow.")}
+    listening = {
+        binding["destination"]
+        for binding in bindings
+        if not binding["routing_key"].startswith(f"{OVERFLOW}.")
+    }
     traffic = exchange.get("message_stats", {})
     return {
         "url": api.url,

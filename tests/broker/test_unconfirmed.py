@@ -10,6 +10,7 @@ import pytest
 
 from celery_amqp_results import errors, meta, publisher
 from celery_amqp_results.confirms import ConfirmChannel, Outgoing
+from celery_amqp_results.declarations import declare_exchange
 from tests.conftest import Apps
 
 
@@ -55,7 +56,7 @@ def test_what_comes_back_among_the_confirms_is_published_again(
     topology = app.backend._topology
     channel = raw.channel()
     for shard in range(8):
-        channel.queue_delete(topology.shard_queue(shard).name)
+        channel.queue_delete(topology.shard_queue_name(shard))
     # When more is stored, so that confirms and returned messages come in turn
     second = [str(uuid.uuid4()) for _ in range(100)]
     for task_id in second:
@@ -102,13 +103,7 @@ def test_what_nobody_waits_for_and_the_broker_refuses_is_no_error_of_somebody_el
     app = make_app(result_backend_transport_options=options)
     topology = app.backend._topology
     channel = raw.channel()
-    channel.exchange_declare(
-        topology.exchange,
-        "topic",
-        durable=True,
-        auto_delete=False,
-        arguments=topology.exchange_arguments,
-    )
+    declare_exchange(channel, topology)
     full = {"x-max-length": 1, "x-overflow": "reject-publish"}
     for shard, more in enumerate(({}, full)):
         spec = topology.shard_queue(shard)
@@ -148,10 +143,7 @@ def test_what_the_broker_refuses_for_a_while_is_kept_when_a_later_result_is(
     topology, channel = app.backend._topology, raw.channel()
     spec = topology.shard_queue(0)
     arguments = {**spec.arguments, "x-max-length": 1, "x-overflow": "reject-publish"}
-    channel.exchange_declare(
-        topology.exchange, "topic", durable=True, auto_delete=False,
-        arguments=topology.exchange_arguments,
-    )  # fmt: skip
+    declare_exchange(channel, topology)
     channel.queue_declare(spec.name, durable=True, auto_delete=False, arguments=arguments)
     first, second = (str(uuid.uuid4()) for _ in range(2))
     app.backend.store_result(str(uuid.uuid4()), 0, "SUCCESS")

@@ -14,7 +14,7 @@ from amqp.exceptions import ConsumerCancelled
 from celery import Celery, states
 
 from celery_amqp_results import store as store_module
-from celery_amqp_results.checkout import FENCE, Checkout, longest_hold
+from celery_amqp_results.checkout import FENCE, GRACE, Checkout, longest_hold
 from tests import elsewhere
 from tests.conftest import Apps, eventually
 from tests.faults import others
@@ -320,13 +320,13 @@ def test_a_reader_that_does_not_let_go_of_a_quorum_queue_loses_it(
     queue = app.backend._topology.shard_queue_name(0)
     with app.backend.layout.store._pool.link() as link:
         # Given a reader that lives, and holds the shard for longer than two seconds
-        hold = longest_hold("quorum", 2 - 20)
+        hold = longest_hold("quorum", 2 - GRACE)
         held = Checkout(link, queue, lambda message: None, arguments=hold)
         assert held.wait(time.monotonic() + 30, 1.0)
         # Then others get it, with all that is in it
-        assert read_anew(make_app(**{"result_backend_transport_options": {
-            "shards": 1, "queue_type": "quorum", "lookup_timeout": 60
-        }}), [task_id])[task_id]["result"] == 1  # fmt: skip
+        options = {"shards": 1, "queue_type": "quorum", "lookup_timeout": 60}
+        other = make_app(result_backend_transport_options=options)
+        assert read_anew(other, [task_id])[task_id]["result"] == 1
         # And it is told
 
         def hear() -> None:

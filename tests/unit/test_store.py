@@ -86,7 +86,7 @@ class Shards:
         monkeypatch.setattr(store, "LONG_SHARD", LOOSE)
         #: An id of each shard.
         self.ids: Dict[int, str] = {}
-        self.names = {shard: topology.shard_queue(shard).name for shard in range(shards)}
+        self.names = {shard: topology.shard_queue_name(shard) for shard in range(shards)}
         kept = dict.fromkeys(range(shards), 0)
         number = 0
         while min(kept.values()) < LOOSE:
