@@ -10,7 +10,7 @@ import amqp
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import connections, errors, page, tracking
-from celery_amqp_results.checkout import Checkout, longest_prefetch
+from celery_amqp_results.checkout import Checkout, longest_hold, longest_prefetch
 from celery_amqp_results.cli import management
 from celery_amqp_results.cli.common import Exit, Failed, Session
 from celery_amqp_results.meta import GROUP, MARK, StateMessage, is_final
@@ -193,6 +193,7 @@ class Broker:
             queue,
             lambda message: contents.take(queue, message, seen, time.time()),
             longest_prefetch(self.topology.queue_type),
+            arguments=longest_hold(self.topology.queue_type, seconds),
         )
         if not checkout.wait(end, STEP):
             raise Failed(
