@@ -26,7 +26,7 @@ from celery.result import AsyncResult, ResultSet
 from celery.utils.nodenames import anon_nodename
 
 from bench import peers, processes
-from celery_amqp_results import store
+from celery_amqp_results.store import lookup as store
 
 TIMEOUT = 600
 

@@ -39,35 +39,26 @@ from kombu.compression import encoders, get_encoder
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.functional import LRUCache
 
-from celery_amqp_results import (
-    connections,
-    errors,
-    expiry,
-    options,
-    topology,
-    tracking,
-    transports,
-    watching,
-)
-from celery_amqp_results.celery4_api import Celery4API
+from celery_amqp_results import errors, options
+from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.celery4.api import Celery4API
+from celery_amqp_results.chords.native import NativeChords
 from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.layouts import Layout, LayoutRegistry
-from celery_amqp_results.meta import (
-    ABORTED,
-    GROUP,
-    STATE,
-    Codec,
-    PublishClock,
-    StateMessage,
-    is_final,
-)
 from celery_amqp_results.metrics import Metrics
-from celery_amqp_results.native_chords import NativeChords
-from celery_amqp_results.pending import PendingResults
-from celery_amqp_results.per_task_layout import HEARTBEAT as PER_TASK_HEARTBEAT
-from celery_amqp_results.per_task_layout import PerTaskLayout, Wire
+from celery_amqp_results.per_task.layout import HEARTBEAT as PER_TASK_HEARTBEAT
+from celery_amqp_results.per_task.layout import PerTaskLayout, Wire
+from celery_amqp_results.protocol import expiry
+from celery_amqp_results.protocol.clock import PublishClock
+from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.message import GROUP, STATE, StateMessage
+from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Topology, client_word
+from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.shared_layout import SharedLayout
-from celery_amqp_results.waiting import FIRST_CHORD_CHECK, LAST_CHORD_CHECK, Update
+from celery_amqp_results.store import marks as tracking
+from celery_amqp_results.waiting import watch as watching
+from celery_amqp_results.waiting.callbacks import PendingResults
+from celery_amqp_results.waiting.follower import FIRST_CHORD_CHECK, LAST_CHORD_CHECK, Update
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
@@ -175,7 +166,7 @@ class AMQPBackend(NativeChords, Celery4API):
         #: One instance serves all threads, whatever the setting says.
         self.thread_safe = True
         self.persistent = self.prepare_persistent(persistent)
-        self._topology = topology.Topology(
+        self._topology = Topology(
             exchange or conf.result_exchange, self.options.shards, self.options.queue_type
         )
         self._extended = bool(conf.find_value_for_key("extended", "result"))
@@ -248,7 +239,7 @@ class AMQPBackend(NativeChords, Celery4API):
             connector,
             self._topology,
             self.options,
-            topology.client_word(anon_nodename()),
+            client_word(anon_nodename()),
             self.persistent,
             self._codec,
         )
@@ -1051,13 +1042,13 @@ def _client_of(request: Any) -> str:
     """Return the routing key's word for the process that sent the task of *request*."""
     origin = getattr(request, "origin", None)
     if origin and not getattr(request, "replaced_task_nesting", 0):
-        return topology.client_word(origin)
+        return client_word(origin)
     if isinstance(request, Context) and request.hostname and not origin:
         # The message said nothing of its sender, who so cannot count on being pushed to.
-        return topology.ABSENT
+        return ABSENT
     # No request, one that was made up, or one of a task that another process has put in the place
     # of the task that was sent: the sender is somebody, and may wait.
-    return topology.BROADCAST
+    return BROADCAST
 
 
 def _milliseconds(name: str, seconds: Optional[float]) -> Optional[int]:

@@ -13,7 +13,7 @@ import json
 from typing import Optional, Sequence
 
 from celery_amqp_results.options import MAX_SHARDS, QUEUE_TYPES, Options
-from celery_amqp_results.topology import Topology
+from celery_amqp_results.protocol.names import Topology
 
 __all__ = ("main",)
 

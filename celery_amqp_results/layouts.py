@@ -15,52 +15,19 @@ from typing import (
     Collection,
     Dict,
     Hashable,
-    Iterable,
-    List,
     Mapping,
     Optional,
     Protocol,
     Sequence,
 )
 
-from celery_amqp_results.chord import Chords
-from celery_amqp_results.meta import StateMessage
+from celery_amqp_results.chords.parts import Chords
 from celery_amqp_results.metrics import Metrics
-from celery_amqp_results.waiting import Update
-from celery_amqp_results.watching import Tap
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.waiting.following import Following
+from celery_amqp_results.waiting.watch import Tap
 
-__all__ = ("Following", "Layout", "LayoutRegistry")
-
-
-class Following(Protocol):
-    """Follows tasks until they end. For one thread, and to be closed at the end."""
-
-    #: The tasks that have not ended, each with the state that counts so far.
-    pending: Dict[str, Optional[StateMessage]]
-
-    def __enter__(self) -> Following:
-        """Return itself."""
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Close it."""
-
-    def add(self, ids: Iterable[str]) -> None:
-        """Follow *ids* as well. Does no I/O."""
-
-    def discard(self, task_id: str) -> None:
-        """Follow *task_id* no more."""
-
-    def poke(self) -> None:
-        """Have :meth:`step` return soon. May be called by any thread."""
-
-    def pause(self, seconds: float) -> None:
-        """Wait for *seconds*, or until there is something to do."""
-
-    def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait at most *pause* seconds for something new and return it."""
-
-    def close(self) -> None:
-        """Follow nothing any more."""
+__all__ = ("Layout", "LayoutRegistry")
 
 
 class Layout(Protocol):

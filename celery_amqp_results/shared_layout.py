@@ -5,22 +5,25 @@ from __future__ import annotations
 import weakref
 from typing import Any, Callable, Collection, Dict, Mapping, Optional, Sequence
 
-from celery_amqp_results import connections, meta, tracking
-from celery_amqp_results.background import BackgroundFollower
-from celery_amqp_results.chord import HEARTBEAT as CHORD_HEARTBEAT
-from celery_amqp_results.chord import Chords
-from celery_amqp_results.declarations import Declarations
-from celery_amqp_results.inbox import Inbox
-from celery_amqp_results.large import LargeBodies
-from celery_amqp_results.meta import Codec, StateMessage
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.chords.parts import HEARTBEAT as CHORD_HEARTBEAT
+from celery_amqp_results.chords.parts import Chords
+from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
-from celery_amqp_results.publisher import Outgoing, Publisher
-from celery_amqp_results.store import HEARTBEAT as STORE_HEARTBEAT
-from celery_amqp_results.store import Store
-from celery_amqp_results.topology import ABSENT, Topology
-from celery_amqp_results.waiting import Follower, Waiting
-from celery_amqp_results.watching import Tap
+from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.message import GROUP, MARK, StateMessage
+from celery_amqp_results.protocol.names import ABSENT, Topology
+from celery_amqp_results.protocol.ranking import fold
+from celery_amqp_results.store import marks as tracking
+from celery_amqp_results.store.large_bodies import LargeBodies
+from celery_amqp_results.store.lookup import HEARTBEAT as STORE_HEARTBEAT
+from celery_amqp_results.store.lookup import Store
+from celery_amqp_results.store.publisher import Outgoing, Publisher
+from celery_amqp_results.waiting.background import BackgroundFollower
+from celery_amqp_results.waiting.follower import Follower, Waiting
+from celery_amqp_results.waiting.watch import Tap
 
 __all__ = ("SharedLayout",)
 
@@ -119,13 +122,13 @@ class SharedLayout:
 
         Raises:
             BackendUnavailable, DeclarationRefused: see
-                :meth:`~celery_amqp_results.publisher.Publisher.publish`.
+                :meth:`~celery_amqp_results.store.publisher.Publisher.publish`.
         """
         self.publisher.publish([self._outgoing_mark(mark) for mark in marks], confirm)
 
     def last_mark(self, task_id: str) -> Optional[StateMessage]:
         """Return the last mark of a task, or ``None``."""
-        return meta.fold(self.store.read((task_id,), kind=meta.MARK)[task_id])
+        return fold(self.store.read((task_id,), kind=MARK)[task_id])
 
     def _outgoing_mark(self, mark: StateMessage) -> Outgoing:
         # Without a copy for who listens: nobody waits for it.
@@ -140,14 +143,14 @@ class SharedLayout:
 
     def kept(self, task_id: str) -> Optional[StateMessage]:
         """Return the state that the broker keeps of a task, whatever was pushed of it."""
-        return meta.fold(self.store.read((task_id,))[task_id])
+        return fold(self.store.read((task_id,))[task_id])
 
     def detach(self, state: StateMessage) -> StateMessage:
         """Return *state*, or a pointer to its body where that is over ``inline_limit``.
 
         Raises:
             BackendUnavailable, ResultTooLarge: see
-                :meth:`~celery_amqp_results.large.LargeBodies.detach`.
+                :meth:`~celery_amqp_results.store.large_bodies.LargeBodies.detach`.
         """
         return self._large.detach(state)
 
@@ -162,7 +165,7 @@ class SharedLayout:
 
         Raises:
             BackendUnavailable, ResultTooLarge, DeclarationRefused: see
-                :meth:`~celery_amqp_results.publisher.Publisher.publish`.
+                :meth:`~celery_amqp_results.store.publisher.Publisher.publish`.
         """
         self.publisher.publish(
             (self._outgoing(state, client, group_id),), final and self._options.confirm
@@ -224,11 +227,11 @@ class SharedLayout:
 
     def read_group(self, group_id: str) -> Optional[StateMessage]:
         """Return the group as it was kept last, or ``None``."""
-        return meta.fold(self.store.read((group_id,), kind=meta.GROUP)[group_id])
+        return fold(self.store.read((group_id,), kind=GROUP)[group_id])
 
     def forget_group(self, group_id: str) -> None:
         """Delete a group that was kept."""
-        self.store.remove((group_id,), kind=meta.GROUP)
+        self.store.remove((group_id,), kind=GROUP)
 
     def close(self, wait: bool = True) -> None:
         """Close all connections and end all threads.

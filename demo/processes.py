@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 import amqp
 import kombu
 
-from celery_amqp_results.topology import Topology
+from celery_amqp_results.protocol.names import Topology
 from demo import interrupts
 from tools import rabbitmq
 

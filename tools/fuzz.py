@@ -22,8 +22,11 @@ from typing import Any, List
 from amqp.basic_message import Message
 from kombu.exceptions import ContentDisallowed
 
-from celery_amqp_results import errors, frames, meta, page
-from celery_amqp_results.meta import Codec, StateMessage
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import frames
+from celery_amqp_results.protocol import codec, compression, message, page
+from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.message import StateMessage, dated
 
 #: What a decoder may answer to bytes that are not ours.
 REFUSALS = (errors.ForeignMessage, ContentDisallowed)
@@ -68,9 +71,9 @@ def one_input(data: bytes) -> None:
 
 
 def _decode(state: StateMessage) -> None:
-    for codec in CODECS:
+    for each in CODECS:
         with contextlib.suppress(*REFUSALS):
-            decoded = codec.decode(state)
+            decoded = each.decode(state)
             assert isinstance(decoded, dict)
             assert {"status", "result"} <= decoded.keys()
 
@@ -88,13 +91,13 @@ def _header(properties: bytes) -> None:
     frames.tolerant(on_frame)((2, 1, struct.pack(">HHQ", 60, 0, 1) + properties))
     (message,) = seen
     with contextlib.suppress(*REFUSALS):
-        meta.dated(StateMessage.from_properties(message.properties, b"{}"), 1)
+        dated(StateMessage.from_properties(message.properties, b"{}"), 1)
 
 
 def with_atheris(seconds: int) -> None:
     """Fuzz with atheris, which ends the process."""
     atheris = importlib.import_module("atheris")
-    for module in (page, meta, frames):
+    for module in (page, message, codec, compression, frames):
         for name, value in vars(module).items():
             if callable(value) and getattr(value, "__module__", "") == module.__name__:
                 with contextlib.suppress(Exception):

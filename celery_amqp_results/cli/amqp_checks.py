@@ -14,10 +14,11 @@ from celery import states
 from celery.app.task import Context
 from celery.exceptions import TimeoutError
 
-from celery_amqp_results import errors, expiry
+from celery_amqp_results import errors
 from celery_amqp_results.cli.common import Failed, Session
 from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding
 from celery_amqp_results.cli.output import age, counted, size
+from celery_amqp_results.protocol import expiry
 
 __all__ = (
     "alarm_findings",
@@ -152,7 +153,7 @@ def alarm_findings(broker: Any) -> Iterator[Finding]:
 
 def declaration_findings(session: Session, broker: Any) -> Iterator[Finding]:
     """Compare what is there with what the settings say; declare nothing that is not there."""
-    from celery_amqp_results.declarations import Declarations, declare_queue
+    from celery_amqp_results.amqp.declarations import Declarations, declare_queue
 
     topology, declare = broker.topology, session.backend.options.declare
     found = broker.exists(topology.exchange)

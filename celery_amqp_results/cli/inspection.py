@@ -9,11 +9,15 @@ from typing import Any, Dict, Iterable, List, Optional, Set
 import amqp
 from amqp import exceptions as amqp_errors
 
-from celery_amqp_results import connections, errors, page, tracking
-from celery_amqp_results.checkout import Checkout, longest_hold, longest_prefetch
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections
 from celery_amqp_results.cli import management
 from celery_amqp_results.cli.common import Exit, Failed, Session
-from celery_amqp_results.meta import GROUP, MARK, StateMessage, is_final
+from celery_amqp_results.protocol import page
+from celery_amqp_results.protocol.message import GROUP, MARK, StateMessage
+from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.store import marks as tracking
+from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
 
 __all__ = ("Broker", "Contents")
 

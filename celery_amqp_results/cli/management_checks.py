@@ -10,7 +10,7 @@ from celery_amqp_results.cli.common import Session
 from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding
 from celery_amqp_results.cli.migrate import old_queues
 from celery_amqp_results.cli.output import age, counted
-from celery_amqp_results.topology import Topology
+from celery_amqp_results.protocol.names import Topology
 
 __all__ = ("clock_finding", "management_findings", "node_findings")
 

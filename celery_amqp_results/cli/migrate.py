@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import click
 from kombu.exceptions import KombuError, OperationalError
 
-from celery_amqp_results import errors, meta
+from celery_amqp_results import errors
 from celery_amqp_results.cli.common import (
     RETRY_POLICY,
     Exit,
@@ -20,6 +20,9 @@ from celery_amqp_results.cli.common import (
     management_options,
     shared_only,
 )
+from celery_amqp_results.protocol.message import STATE
+from celery_amqp_results.protocol.names import BROADCAST
+from celery_amqp_results.protocol.ranking import is_final
 
 __all__ = ("migrate", "old_queues")
 
@@ -137,7 +140,7 @@ def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) 
     else:
         if state is None:
             return "not there"
-        if not meta.is_final(state.state) and not delete:
+        if not is_final(state.state) and not delete:
             return "not ended"
     if dry_run:
         return "would be deleted" if delete else "would be moved"
@@ -147,10 +150,9 @@ def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) 
             found = dict(old._codec.decode(state), task_id=task_id)
         except (KombuError, errors.ForeignMessage):
             return "unreadable"
-        message = new._encode_state(task_id, state.state, found, meta.STATE, new._expiration)
-        from celery_amqp_results import topology
+        message = new._encode_state(task_id, state.state, found, STATE, new._expiration)
 
         # Not deleted before the broker has it.
-        new.layout.publish(new.layout.detach(message), topology.BROADCAST, None, True)
+        new.layout.publish(new.layout.detach(message), BROADCAST, None, True)
     old.layout.forget((task_id,))
     return "deleted" if delete else "moved"

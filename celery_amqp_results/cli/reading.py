@@ -10,8 +10,9 @@ from celery import states
 from celery.exceptions import SecurityError, TimeoutError
 from kombu.exceptions import KombuError
 
-from celery_amqp_results import errors, meta
+from celery_amqp_results import errors
 from celery_amqp_results.cli.common import Exit, Failed, Session, check_ids, command
+from celery_amqp_results.protocol.ranking import fold, is_final
 
 __all__ = ("describe", "forget", "get", "group_ids")
 
@@ -43,7 +44,7 @@ def describe(task_id: str, found: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     described: Dict[str, Any] = {
         "id": task_id,
         "state": state,
-        "ready": meta.is_final(state),
+        "ready": is_final(state),
         "result": None if failed else found.get("result"),
         "error": found.get("result") if failed else None,
         "traceback": found.get("traceback"),
@@ -67,7 +68,7 @@ def _ids_in(children: Any) -> Iterator[str]:
 
 def group_ids(session: Session, group_id: str) -> Optional[List[str]]:
     """Return the ids of the members of a group that was saved, or ``None``."""
-    from celery_amqp_results import watching
+    from celery_amqp_results.waiting import watch as watching
 
     saved = session.backend.restore_group(group_id, cache=False)
     if saved is None:
@@ -87,7 +88,7 @@ def present(
     backend = session.backend
     try:
         for update in backend._updates(ids, timeout):
-            state = update.final or meta.fold(update.states)
+            state = update.final or fold(update.states)
             if state is None:
                 continue
             try:

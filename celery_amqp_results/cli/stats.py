@@ -16,6 +16,7 @@ from celery_amqp_results.cli.common import (
     shared_only,
 )
 from celery_amqp_results.cli.output import age, counted, size
+from celery_amqp_results.protocol.ranking import is_final
 
 __all__ = ("stats",)
 
@@ -102,7 +103,6 @@ def _number(text: str) -> Optional[int]:
 
 
 def _rates(session: Session, seconds: float) -> Dict[str, float]:
-    from celery_amqp_results import meta
 
     published = ended = 0
     end = time.monotonic() + seconds
@@ -110,7 +110,7 @@ def _rates(session: Session, seconds: float) -> Dict[str, float]:
         while (left := end - time.monotonic()) > 0:
             for state in tap.step(end, left):
                 published += 1
-                ended += meta.is_final(state.state)
+                ended += is_final(state.state)
     return {"published_per_second": published / seconds, "ended_per_second": ended / seconds}
 
 
@@ -118,7 +118,7 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
     import re
 
     from celery_amqp_results.cli import management
-    from celery_amqp_results.topology import OVERFLOW
+    from celery_amqp_results.protocol.names import OVERFLOW
 
     topology = broker.topology
     prefix = re.escape(topology.prefix)

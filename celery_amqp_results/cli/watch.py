@@ -11,10 +11,10 @@ import click
 from celery import states as celery_states
 from celery.exceptions import TimeoutError
 
-from celery_amqp_results import meta
 from celery_amqp_results.cli.common import Exit, Session, check_ids, command
 from celery_amqp_results.cli.output import STYLES, Output, age, clean
 from celery_amqp_results.cli.reading import describe, group_ids
+from celery_amqp_results.protocol.ranking import is_final
 
 __all__ = ("Board", "watch")
 
@@ -89,7 +89,7 @@ class Board:
     @property
     def ended(self) -> int:
         """How many tasks have ended."""
-        return sum(count for state, count in self.counts.items() if meta.is_final(state))
+        return sum(count for state, count in self.counts.items() if is_final(state))
 
     @property
     def failed(self) -> int:
@@ -112,7 +112,7 @@ class Board:
         """Return the bars to show: id, current, total and state."""
         now = self._clock()
         for task_id, (_, _, state, when) in list(self.bars.items()):
-            if meta.is_final(state) and now - when > LINGER_SECONDS:
+            if is_final(state) and now - when > LINGER_SECONDS:
                 del self.bars[task_id]
         return [(i, c, t, s) for i, (c, t, s, _) in list(self.bars.items())[-MAX_BARS:]]
 

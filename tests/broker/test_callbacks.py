@@ -212,7 +212,7 @@ def test_an_interest_that_was_withdrawn_calls_nothing(
 def test_callbacks_are_called_after_a_pause_in_which_their_thread_has_ended(
     app: Celery, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr("celery_amqp_results.pending.LINGER", 0.05)
+    monkeypatch.setattr("celery_amqp_results.waiting.callbacks.LINGER", 0.05)
     for _ in range(3):
         result, called = app.AsyncResult(new_id()), Calls()
         result.then(called)
@@ -241,7 +241,7 @@ def test_a_result_set_has_nobody_follow_its_members(
 def test_an_interest_without_a_callback_is_dropped(
     app: Celery, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr("celery_amqp_results.pending.GRACE", 0.05)
+    monkeypatch.setattr("celery_amqp_results.waiting.callbacks.GRACE", 0.05)
     app.backend.add_pending_result(app.AsyncResult(new_id()), weak=False)
     eventually(lambda: not app.backend._pending._results)
 

@@ -19,8 +19,8 @@ from celery.result import AsyncResult
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results import errors
-from celery_amqp_results.chord import Chords, Gathered
-from celery_amqp_results.meta import PART, PLAN, StateMessage
+from celery_amqp_results.chords.parts import Chords, Gathered
+from celery_amqp_results.protocol.message import PART, PLAN, StateMessage
 from tests.conftest import PATIENCE, Apps, eventually, raw_connection
 
 

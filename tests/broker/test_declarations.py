@@ -12,7 +12,7 @@ from celery import Celery, chord, group, states
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import GroupResult
 
-from tests import elsewhere, others
+from tests import subprocess_jobs, subprocesses
 from tests.broker.helpers import LONG, Waiting, new_id, until_stored, until_watched
 from tests.conftest import Apps
 from tools import rabbitmq
@@ -112,7 +112,7 @@ def test_shard_queues_are_durable_and_have_a_single_active_consumer(
 def test_a_program_that_only_sends_opens_no_result_connection_and_declares_nothing(
     app: Celery, raw: amqp.Connection
 ) -> None:
-    answer = elsewhere.run(app, others.only_send, times=20)
+    answer = subprocesses.run(app, subprocess_jobs.only_send, times=20)
     if sys.platform.startswith("linux"):
         assert answer["connections"] == 1
     assert not [name for name in answer["threads"] if "celery-results" in name]
@@ -143,7 +143,7 @@ def test_the_inbox_is_gone_with_its_process(
     app: Celery, node: rabbitmq.Node, eventually: Callable[..., Any]
 ) -> None:
     before = node.queue_count()
-    with elsewhere.start(app, others.wait_and_say, task_id=new_id()) as process:
+    with subprocesses.start(app, subprocess_jobs.wait_and_say, task_id=new_id()) as process:
         assert process.readline() == "waiting"
         assert node.queue_count() > before
         process.kill()

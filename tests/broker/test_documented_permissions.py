@@ -15,7 +15,7 @@ import pytest
 from celery.result import AsyncResult, GroupResult
 
 from celery_amqp_results import errors
-from celery_amqp_results.meta import PART, PLAN
+from celery_amqp_results.protocol.message import PART, PLAN
 from tests.broker.helpers import Waiting
 from tests.conftest import PATIENCE, Apps
 from tools import rabbitmq

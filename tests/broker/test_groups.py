@@ -11,7 +11,7 @@ from celery import Celery, states
 from celery.exceptions import TimeoutError
 from celery.result import GroupResult, ResultSet
 
-from tests import elsewhere, others
+from tests import subprocess_jobs, subprocesses
 from tests.broker.helpers import LONG, Waiting, new_id
 from tests.conftest import Apps
 
@@ -310,7 +310,7 @@ def test_a_saved_group_is_restored_and_joined_in_another_process(app: Celery) ->
     group = make_group(app, 5)
     group.save()
     succeed(app, group)
-    ids, values = elsewhere.run(app, others.restore_and_join, group_id=group.id)
+    ids, values = subprocesses.run(app, subprocess_jobs.restore_and_join, group_id=group.id)
     assert ids == [node.id for node in group]
     assert values == list(range(5))
 
@@ -331,18 +331,20 @@ def test_a_deleted_group_is_gone_for_everybody(app: Celery, make_app: Apps) -> N
     group, kept = make_group(app, 2), make_group(app, 2)
     for each in (group, kept):
         each.save()
-    assert elsewhere.run(app, others.restored, group_id=group.id) == [n.id for n in group]
+    assert subprocesses.run(app, subprocess_jobs.restored, group_id=group.id) == [
+        n.id for n in group
+    ]
     group.delete()
     assert GroupResult.restore(group.id, app=app) is None
     assert GroupResult.restore(group.id, app=make_app()) is None
-    assert elsewhere.run(app, others.restored, group_id=group.id) is None
+    assert subprocesses.run(app, subprocess_jobs.restored, group_id=group.id) is None
     assert GroupResult.restore(kept.id, app=app) is not None
 
 
 def test_another_process_may_delete_a_group(app: Celery) -> None:
     group = make_group(app, 2)
     group.save()
-    elsewhere.run(app, others.delete_group, group_id=group.id)
+    subprocesses.run(app, subprocess_jobs.delete_group, group_id=group.id)
     assert GroupResult.restore(group.id, app=app) is None
 
 

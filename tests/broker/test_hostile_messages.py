@@ -20,8 +20,11 @@ from celery import Celery, states
 from celery.exceptions import SecurityError
 from kombu.exceptions import ContentDisallowed
 
-from celery_amqp_results import errors, meta, page, store
-from celery_amqp_results.meta import StateMessage
+from celery_amqp_results import errors
+from celery_amqp_results.protocol import page
+from celery_amqp_results.protocol.message import PART, PLAN, StateMessage
+from celery_amqp_results.protocol.ranking import fold
+from celery_amqp_results.store import lookup as store
 from tests.broker.helpers import LONG, Waiting, new_id, until_stored, until_watched
 from tests.conftest import Apps
 
@@ -107,7 +110,7 @@ def hostile_states(task_id: str) -> Iterator[Tuple[str, Dict[str, Any], bytes]]:
     yield "no compression", compressed("application/x-gzip"), good
     yield "an unknown compression", compressed("nonsense"), good
     yield "a nest", properties(task_id), b"[" * 100_000
-    yield "a chord's part", properties(task_id, type=meta.PART), good
+    yield "a chord's part", properties(task_id, type=PART), good
 
 
 def hostile_pages(task_id: str) -> Iterator[Tuple[str, Dict[str, Any], bytes]]:
@@ -219,7 +222,7 @@ def read_anew(app: Celery, ids: List[str]) -> Dict[str, Any]:
     found = app.backend.layout.store.read(ids)
     return {
         task_id: None if state is None else app.backend._decode_state(state)["result"]
-        for task_id, state in ((i, meta.fold(found[i])) for i in ids)
+        for task_id, state in ((i, fold(found[i])) for i in ids)
     }
 
 
@@ -304,11 +307,11 @@ def test_a_state_from_the_far_future_hides_nothing_but_counts_alone(
         app.backend.store_result(new_id(), None, states.SUCCESS)
     for _ in range(2):
         found = app.backend.layout.store.read([task_id, alone])
-        current = meta.fold(found[task_id])
+        current = fold(found[task_id])
         assert current is not None
         assert 10**15 < current.published < 2**61
         # Nothing was lost of the one of which nothing else is known, but for what was packed.
-        alone_state = meta.fold(found[alone])
+        alone_state = fold(found[alone])
         assert alone_state is not None
         assert (alone_state.state == states.FAILURE) == (state == states.FAILURE)
 
@@ -471,11 +474,11 @@ def test_hostile_messages_in_the_queue_of_a_chord_neither_fire_nor_stop_it(
 
     hostile = [
         *hostile_states(new_id()),
-        ("a plan without a size", state_properties(group_id, type=meta.PLAN), b"{}"),
-        ("a negative size", state_properties(group_id, type=meta.PLAN, headers={"size": -1}), b""),
-        ("text for a size", state_properties(group_id, type=meta.PLAN, headers={"size": "0"}), b""),
-        ("text for an index", state_properties("p", type=meta.PART, headers={"index": "x"}), b"{}"),
-        ("a list for an index", state_properties("p", type=meta.PART, headers={"index": [1]}), b""),
+        ("a plan without a size", state_properties(group_id, type=PLAN), b"{}"),
+        ("a negative size", state_properties(group_id, type=PLAN, headers={"size": -1}), b""),
+        ("text for a size", state_properties(group_id, type=PLAN, headers={"size": "0"}), b""),
+        ("text for an index", state_properties("p", type=PART, headers={"index": "x"}), b"{}"),
+        ("a list for an index", state_properties("p", type=PART, headers={"index": [1]}), b""),
         ("one more, of nobody", {"type": "more"}, b""),
     ]
     hostile = [message for message in hostile if message[0] != "a chord's part"]
@@ -487,12 +490,12 @@ def test_hostile_messages_in_the_queue_of_a_chord_neither_fire_nor_stop_it(
         for flags, octets in UNREADABLE.values():
             publish_raw(raw, queue.encode(), b"", flags, octets, b"x")
         with caplog.at_level(logging.WARNING, "celery_amqp_results"):
-            chords.publish_part(group_id, state(ids[0], meta.PART), 1, 2)
+            chords.publish_part(group_id, state(ids[0], PART), 1, 2)
             assert not chords.settle(group_id, gathered.append)
         assert len([r for r in caplog.records if queue in r.getMessage()]) >= 8
         # When the plan and the last part are there, it fires with the two parts and no others
-        chords.publish_plan(state(group_id, meta.PLAN), 2, 2)
-        assert chords.publish_part(group_id, state(ids[1], meta.PART), 0, 2)
+        chords.publish_plan(state(group_id, PLAN), 2, 2)
+        assert chords.publish_part(group_id, state(ids[1], PART), 0, 2)
         assert chords.settle(group_id, gathered.append)
         (complete,) = gathered
         assert [part.task_id for part in complete.parts] == [ids[1], ids[0]]

@@ -11,7 +11,8 @@ import pytest
 from celery import Celery, states
 from celery.result import GroupResult
 
-from celery_amqp_results import errors, publisher
+from celery_amqp_results import errors
+from celery_amqp_results.store import publisher
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps, raw_connection
 
@@ -169,7 +170,7 @@ def test_what_crashed_between_body_and_pointer_is_pending_and_expires(
     make_app: Apps, queues: Queues, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
     app = make(make_app, result_expires=0.5)
-    monkeypatch.setattr("celery_amqp_results.large.LINGER", 1000)
+    monkeypatch.setattr("celery_amqp_results.store.large_bodies.LINGER", 1000)
     layout = app.backend.layout
     task_id = new_id()
 
@@ -240,7 +241,7 @@ def test_the_queue_is_deleted_while_readers_wait_in_line(
 
 
 def test_pointers_that_are_no_text_are_foreign() -> None:
-    from celery_amqp_results.meta import StateMessage
+    from celery_amqp_results.protocol.message import StateMessage
 
     with pytest.raises(errors.ForeignMessage, match="body-queue"):
         StateMessage.from_properties(

@@ -135,7 +135,7 @@ def test_retries_and_what_is_given_up_or_refused(make_app: Apps, node: rabbitmq.
 
 def test_prometheus(app: Celery) -> None:
     prometheus_client = pytest.importorskip("prometheus_client")
-    from celery_amqp_results.prometheus import ResultsCollector
+    from celery_amqp_results.exporters.prometheus import ResultsCollector
 
     registry = prometheus_client.CollectorRegistry()
     registry.register(ResultsCollector(app, labels={"app": "mine"}))
@@ -157,7 +157,7 @@ def test_opentelemetry(app: Celery) -> None:
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-    from celery_amqp_results.opentelemetry import instrument
+    from celery_amqp_results.exporters.opentelemetry import instrument
 
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader])

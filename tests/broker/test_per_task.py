@@ -26,8 +26,8 @@ from celery.result import GroupResult
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
-from celery_amqp_results.per_task_layout import AGAIN_SETTLE_SECONDS
-from tests import elsewhere, others
+from celery_amqp_results.per_task.layout import AGAIN_SETTLE_SECONDS
+from tests import subprocess_jobs, subprocesses
 from tests.conftest import PATIENCE, PATIENT, Apps, raw_connection
 from tools import rabbitmq
 
@@ -570,7 +570,7 @@ def poll_for(app: Celery, task_id: str, seconds: float) -> Dict[str, int]:
     """Poll for some time; return how often each state was seen. Runs in other processes."""
     seen: Dict[str, int] = {}
     deadline = time.monotonic() + seconds
-    elsewhere.say("polling")
+    subprocesses.say("polling")
     while time.monotonic() < deadline:
         state = app.backend.get_task_meta(task_id, cache=False)["status"]
         seen[state] = seen.get(state, 0) + 1
@@ -585,10 +585,13 @@ def test_readers_at_once_all_see_the_state_while_others_are_killed(
     declare_as(kind, broker, task_id)
     app.backend.store_result(task_id, 1, states.SUCCESS)
     job = {"task_id": task_id, "seconds": 4.0}
-    with elsewhere.start(app, poll_for, **job) as one, elsewhere.start(app, poll_for, **job) as two:
+    with (
+        subprocesses.start(app, poll_for, **job) as one,
+        subprocesses.start(app, poll_for, **job) as two,
+    ):
         assert (one.readline(), two.readline()) == ("polling", "polling")
         for _ in range(4):
-            with elsewhere.start(app, poll_for, **job) as victim:
+            with subprocesses.start(app, poll_for, **job) as victim:
                 assert victim.readline() == "polling"
                 assert app.AsyncResult(task_id).state == states.SUCCESS
                 os.kill(victim.pid, signal.SIGKILL)
@@ -634,9 +637,9 @@ def test_a_reader_that_holds_the_message_is_waited_for(
 def test_another_process_reads_waits_and_forgets(app: Celery, broker: Broker) -> None:
     task_id = broker.new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
-    assert elsewhere.run(app, others.states, ids=[task_id]) == [states.SUCCESS]
-    assert elsewhere.run(app, others.values, ids=[task_id], times=2) == [1, 1]
-    elsewhere.run(app, others.forget, ids=[task_id])
+    assert subprocesses.run(app, subprocess_jobs.states, ids=[task_id]) == [states.SUCCESS]
+    assert subprocesses.run(app, subprocess_jobs.values, ids=[task_id], times=2) == [1, 1]
+    subprocesses.run(app, subprocess_jobs.forget, ids=[task_id])
     assert app.AsyncResult(task_id).state == states.PENDING
     assert broker.count(task_id) is None
 
@@ -763,8 +766,11 @@ def test_a_group_is_saved_restored_elsewhere_and_deleted(app: Celery, broker: Br
         app.backend.store_result(task_id, 1, states.SUCCESS)
     group_id = broker.new_id()
     GroupResult(group_id, [app.AsyncResult(i) for i in ids], app=app).save()
-    assert elsewhere.run(app, others.restore_and_join, group_id=group_id) == (ids, [1, 1, 1])
-    elsewhere.run(app, others.delete_group, group_id=group_id)
+    assert subprocesses.run(app, subprocess_jobs.restore_and_join, group_id=group_id) == (
+        ids,
+        [1, 1, 1],
+    )
+    subprocesses.run(app, subprocess_jobs.delete_group, group_id=group_id)
     assert GroupResult.restore(group_id, app=app) is None
     assert broker.count(group_id) is None
 

@@ -13,8 +13,8 @@ from typing import Any, Callable, List, Set
 from celery import Celery, states
 from celery.result import AsyncResult
 
-from celery_amqp_results import connections
-from tests import elsewhere
+from celery_amqp_results.amqp import connections
+from tests import subprocesses
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps
 from tools import rabbitmq
@@ -82,7 +82,7 @@ def test_nothing_is_left_after_closing_and_after_a_process_has_ended(
     eventually(lambda: not threads() - others)
     gc.collect()
     assert descriptors() <= base
-    elsewhere.run(app, use_and_leave)
+    subprocesses.run(app, use_and_leave)
     eventually(nothing_more, 40)
 
 

@@ -19,7 +19,7 @@ from celery.exceptions import BackendGetMetaError, BackendStoreError, Improperly
 from celery.result import GroupResult
 from kombu.exceptions import ContentDisallowed, OperationalError
 
-from tests import elsewhere, others
+from tests import subprocess_jobs, subprocesses
 from tests.broker.helpers import LONG, Waiting, new_id, until_stored, until_watched
 from tests.conftest import Apps
 
@@ -356,7 +356,7 @@ def test_result_cache_max_keeps_so_many_results(make_app: Apps) -> None:
         assert app.AsyncResult(task_id).state == states.SUCCESS
     assert [app.backend.is_cached(i) for i in ids] == [False, True, True]
     # What is cached is not asked for; reloading it is asking.
-    elsewhere.run(app, others.forget, ids=ids)
+    subprocesses.run(app, subprocess_jobs.forget, ids=ids)
     assert app.AsyncResult(ids[2]).state == states.SUCCESS
     app.backend.reload_task_result(ids[2])
     assert app.AsyncResult(ids[2]).state == states.PENDING

@@ -13,8 +13,8 @@ import trustme
 from celery import Celery, states
 
 from celery_amqp_results import errors
-from celery_amqp_results.publisher import Outgoing
-from tests import elsewhere
+from celery_amqp_results.store.publisher import Outgoing
+from tests import subprocesses
 from tests.broker.helpers import new_id
 from tests.conftest import Apps
 
@@ -83,5 +83,5 @@ def test_a_forged_or_altered_result_is_refused(make_app: Apps, tmp_path: Path) -
         result_accept_content=["auth"],
         event_serializer="auth",
     )
-    found = elsewhere.run(app, sign_and_forge, folder=str(tmp_path))
+    found = subprocesses.run(app, sign_and_forge, folder=str(tmp_path))
     assert found == ["signed", *["ForeignMessage"] * 4]

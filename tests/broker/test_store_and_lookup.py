@@ -11,9 +11,9 @@ import pytest
 from celery import Celery, states
 from celery.result import AsyncResult
 
-from celery_amqp_results.checkout import PREFETCH
-from celery_amqp_results.meta import StateMessage
-from tests import elsewhere, others
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.store.checkout import PREFETCH
+from tests import subprocess_jobs, subprocesses
 from tests.broker.helpers import LONG, new_id, until_stored
 from tests.conftest import Apps
 
@@ -161,14 +161,14 @@ def test_several_processes_read_the_same_results_several_times_at_once(app: Cele
     ids = [new_id() for _ in range(20)]
     for number, task_id in enumerate(ids):
         app.backend.store_result(task_id, number, states.SUCCESS)
-    mine = others.metas(app, ids, 3)
-    for theirs in elsewhere.run_many(app, others.metas, [{"ids": ids, "times": 3}] * 4):
+    mine = subprocess_jobs.metas(app, ids, 3)
+    for theirs in subprocesses.run_many(app, subprocess_jobs.metas, [{"ids": ids, "times": 3}] * 4):
         assert theirs == mine
 
 
 def test_a_result_outlives_the_process_that_stored_it(app: Celery) -> None:
     task_id = new_id()
-    elsewhere.run(app, others.store, results=[(task_id, "kept", states.SUCCESS)])
+    subprocesses.run(app, subprocess_jobs.store, results=[(task_id, "kept", states.SUCCESS)])
     assert app.AsyncResult(task_id).get(timeout=LONG) == "kept"
 
 
@@ -204,14 +204,14 @@ def test_forget_deletes_for_everybody(app: Celery, make_app: Apps) -> None:
         assert asker.AsyncResult(gone).result is None
         assert not asker.backend.task_result_exists(gone)
         assert asker.AsyncResult(kept).result == 1
-    assert elsewhere.run(app, others.states, ids=[gone, kept]) == ["PENDING", "SUCCESS"]
+    assert subprocesses.run(app, subprocess_jobs.states, ids=[gone, kept]) == ["PENDING", "SUCCESS"]
 
 
 def test_another_process_may_forget(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert app.AsyncResult(task_id).state == states.SUCCESS
-    elsewhere.run(app, others.forget, ids=[task_id])
+    subprocesses.run(app, subprocess_jobs.forget, ids=[task_id])
     assert app.AsyncResult(task_id).state == states.PENDING
 
 

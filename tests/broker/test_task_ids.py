@@ -9,7 +9,7 @@ import pytest
 from celery import Celery, states
 from celery.result import GroupResult
 
-from tests import elsewhere, others
+from tests import subprocess_jobs, subprocesses
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps
 
@@ -88,7 +88,7 @@ def test_another_process_finds_ids_of_all_shapes(app: Celery) -> None:
     ids = list(SHAPES.values())
     for task_id in ids:
         app.backend.store_result(task_id, 1, states.SUCCESS)
-    assert elsewhere.run(app, others.states, ids=ids) == ["SUCCESS"] * len(ids)
+    assert subprocesses.run(app, subprocess_jobs.states, ids=ids) == ["SUCCESS"] * len(ids)
 
 
 def test_ids_given_as_bytes_are_the_same_ids(app: Celery) -> None:

@@ -11,7 +11,7 @@ import pytest
 from celery import Celery, states
 
 from celery_amqp_results import errors
-from celery_amqp_results.tracking import Fate
+from celery_amqp_results.store.marks import Fate
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps, eventually
 

@@ -8,9 +8,11 @@ from typing import Any
 import amqp
 import pytest
 
-from celery_amqp_results import errors, meta, publisher
-from celery_amqp_results.confirms import ConfirmChannel, Outgoing
-from celery_amqp_results.declarations import declare_exchange
+from celery_amqp_results import errors
+from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing
+from celery_amqp_results.amqp.declarations import declare_exchange
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.store import publisher
 from tests.conftest import Apps
 
 
@@ -78,7 +80,7 @@ def test_what_comes_back_is_not_taken_for_what_was_published_before(make_app: Ap
     names = [f"{when} {number}" for when in ("before", "after") for number in range(5)]
     states = [
         # Among them several with the same body
-        meta.StateMessage(name, "STARTED", number % 3, b"{}", "application/json", "utf-8")
+        StateMessage(name, "STARTED", number % 3, b"{}", "application/json", "utf-8")
         for number, name in enumerate(names)
     ]
     messages = [Outgoing(queue, s.properties(True), s.body, 0, s.id) for s in states]

@@ -15,7 +15,7 @@ from celery import states
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from kombu.exceptions import OperationalError
 
-from tests import elsewhere, others
+from tests import subprocess_jobs, subprocesses
 from tests.broker.helpers import LONG, new_id
 from tests.conftest import Apps
 from tools import rabbitmq
@@ -55,7 +55,7 @@ def test_results_go_to_the_broker_of_the_url_with_its_user_and_virtual_host(
     app = make_app(url_of(amqp_url, user, PASSWORD, vhost), shards=2)
     task_id = new_id()
     app.backend.store_result(task_id, "there", states.SUCCESS)
-    assert elsewhere.run(app, others.values, ids=[task_id]) == ["there"]
+    assert subprocesses.run(app, subprocess_jobs.values, ids=[task_id]) == ["there"]
     assert make_app(shards=2).AsyncResult(task_id).state == states.PENDING
     assert ".shard." in node.ctl("list_queues", "-p", vhost, "name")
 
@@ -152,7 +152,7 @@ def test_of_several_hosts_the_first_that_answers_is_used(make_app: Apps, amqp_ur
     task_id = new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert app.AsyncResult(task_id).get(timeout=LONG) == 1
-    assert elsewhere.run(app, others.states, ids=[task_id]) == ["SUCCESS"]
+    assert subprocesses.run(app, subprocess_jobs.states, ids=[task_id]) == ["SUCCESS"]
 
 
 def test_the_url_is_shown_without_password_wherever_it_is_shown(

@@ -12,8 +12,8 @@ import pytest
 from celery import Celery, states
 from celery.exceptions import TimeoutError
 
-from celery_amqp_results import waiting as waiting_module
-from tests import elsewhere, others
+from celery_amqp_results.waiting import follower as waiting_module
+from tests import subprocess_jobs, subprocesses
 from tests.broker.helpers import LONG, Waiting, new_id, open_inbox, until_watched
 from tests.conftest import Apps, eventually
 
@@ -269,15 +269,15 @@ def test_waits_of_different_ends_do_not_disturb_each_other(app: Celery) -> None:
 def test_a_result_that_somebody_else_got_can_be_got(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, "for all", states.SUCCESS)
-    assert elsewhere.run(app, others.values, ids=[task_id], times=2) == ["for all"] * 2
+    assert subprocesses.run(app, subprocess_jobs.values, ids=[task_id], times=2) == ["for all"] * 2
     assert app.AsyncResult(task_id).get(timeout=LONG) == "for all"
-    assert elsewhere.run(app, others.values, ids=[task_id]) == ["for all"]
+    assert subprocesses.run(app, subprocess_jobs.values, ids=[task_id]) == ["for all"]
 
 
 def test_several_processes_wait_for_one_task_that_none_of_them_sent(app: Celery) -> None:
     task_id = new_id()
-    waiter = elsewhere.start(app, others.wait_and_say, task_id=task_id)
-    another = elsewhere.start(app, others.wait_and_say, task_id=task_id)
+    waiter = subprocesses.start(app, subprocess_jobs.wait_and_say, task_id=task_id)
+    another = subprocesses.start(app, subprocess_jobs.wait_and_say, task_id=task_id)
     with waiter as one, another as two:
         assert one.readline() == two.readline() == "waiting"
         app.backend.store_result(task_id, None, states.STARTED)
@@ -287,11 +287,11 @@ def test_several_processes_wait_for_one_task_that_none_of_them_sent(app: Celery)
 
 def test_a_process_that_dies_while_it_waits_takes_nothing_with_it(app: Celery) -> None:
     task_id = new_id()
-    with elsewhere.start(app, others.wait_and_say, task_id=task_id) as process:
+    with subprocesses.start(app, subprocess_jobs.wait_and_say, task_id=task_id) as process:
         assert process.readline() == "waiting"
         process.kill()
     app.backend.store_result(task_id, "kept", states.SUCCESS)
-    assert elsewhere.run(app, others.values, ids=[task_id]) == ["kept"]
+    assert subprocesses.run(app, subprocess_jobs.values, ids=[task_id]) == ["kept"]
 
 
 def test_garbage_collection_of_thousands_of_results_disturbs_no_wait(app: Celery) -> None:
@@ -332,7 +332,7 @@ def test_a_pickled_result_can_be_waited_for_in_another_process(app: Celery) -> N
     result = app.AsyncResult(new_id())
     pickled = pickle.dumps(result)
     app.backend.store_result(result.id, "travelled", states.SUCCESS)
-    assert elsewhere.run(app, others.get_pickled, pickled=pickled) == "travelled"
+    assert subprocesses.run(app, subprocess_jobs.get_pickled, pickled=pickled) == "travelled"
 
 
 def test_a_backend_survives_pickling_with_its_url(make_app: Apps, amqp_url: str) -> None:
@@ -398,7 +398,7 @@ def test_a_task_that_is_sent_again_still_has_the_result_it_had(
     app.send_task("tests.nothing", task_id=task_id)
     # Then the sender sees what everybody sees.
     assert app.AsyncResult(task_id).state == states.SUCCESS
-    assert elsewhere.run(app, others.states, ids=[task_id]) == ["SUCCESS"]
+    assert subprocesses.run(app, subprocess_jobs.states, ids=[task_id]) == ["SUCCESS"]
 
 
 def test_an_inbox_that_hears_nothing_is_replaced(

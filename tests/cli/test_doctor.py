@@ -11,7 +11,7 @@ import pytest
 from celery import Celery, states
 
 from celery_amqp_results.cli.common import Exit
-from celery_amqp_results.meta import STATE, StateMessage
+from celery_amqp_results.protocol.message import STATE, StateMessage
 from tests.cli.conftest import Administrator
 from tests.cli.test_commands import lines, new_id, run, store
 from tests.conftest import Apps, eventually, raw_connection

@@ -10,8 +10,8 @@ import os
 import signal
 from typing import Any, List
 
-from celery_amqp_results.checkout import Checkout
-from celery_amqp_results.native_chords import BodySender, NativeChords
+from celery_amqp_results.chords.native import BodySender, NativeChords
+from celery_amqp_results.store.checkout import Checkout
 from tests.worker.chord_tasks import register
 from tests.worker.tasks import app_from_environment
 

@@ -26,8 +26,8 @@ from typing import Any, Callable, Dict, List, Optional
 
 from celery import Celery
 
-from tests import elsewhere
-from tests.faults import players, recorder
+from tests import subprocesses
+from tests.faults import load_clients, recorder
 from tests.faults.recorder import Journal, Limits, Verdict
 
 __all__ = ("Load",)
@@ -68,7 +68,7 @@ class Load:
         self._worker: Optional[subprocess.Popen[bytes]] = None
         self._common: Dict[str, Any] = {"run": self.run, "folder": str(self.folder)}
         #: By role.
-        self.processes: Dict[str, elsewhere.Process] = {}
+        self.processes: Dict[str, subprocesses.Process] = {}
 
     def __enter__(self) -> Load:
         try:
@@ -77,13 +77,13 @@ class Load:
             if self._has_worker:
                 self.start_worker()
             for function, options in (
-                (players.wait, {"timeout": self._timeout, "forks": self._forks}),
-                (players.join, {"timeout": self._timeout}),
-                (players.poll, {}),
-                (players.look_up, {}),
-                *([(players.send, {"timeout": self._timeout})] if self._has_worker else []),
+                (load_clients.wait, {"timeout": self._timeout, "forks": self._forks}),
+                (load_clients.join, {"timeout": self._timeout}),
+                (load_clients.poll, {}),
+                (load_clients.look_up, {}),
+                *([(load_clients.send, {"timeout": self._timeout})] if self._has_worker else []),
             ):
-                self.processes[function.__name__] = elsewhere.Process(
+                self.processes[function.__name__] = subprocesses.Process(
                     self.reading, function, {**self._common, **options}
                 )
             self.until_flowing()
@@ -100,9 +100,9 @@ class Load:
             self.kill()
 
     def _start_storing(self, slot: int) -> None:
-        self.processes[f"store{slot}"] = elsewhere.Process(
+        self.processes[f"store{slot}"] = subprocesses.Process(
             self.storing,
-            players.store,
+            load_clients.store,
             {**self._common, "slot": slot, "life": self._lives[slot], "pause": self._pause},
         )
 
@@ -113,14 +113,14 @@ class Load:
 
     def position(self, slot: int) -> int:
         """Return how many tasks were stored in a slot."""
-        return players.read_number(self.folder / f"position-{slot}")
+        return load_clients.read_number(self.folder / f"position-{slot}")
 
     def progress(self) -> Dict[str, int]:
         """Return how often each process has come to an end of something."""
         roles = ["store0", "store1", "wait", "join", "poll", "look"]
         if self._has_worker:
             roles.append("send")
-        return {role: players.read_number(self.folder / f"progress-{role}") for role in roles}
+        return {role: load_clients.read_number(self.folder / f"progress-{role}") for role in roles}
 
     def until_stored(self, count: int, timeout: float = 120.0) -> None:
         """Return when each of those that store has stored *count* more results."""
@@ -191,7 +191,7 @@ class Load:
         with (self.folder / "worker.log").open("ab") as log:
             self._worker = subprocess.Popen(
                 command,
-                cwd=elsewhere.ROOT,
+                cwd=subprocesses.ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -257,17 +257,19 @@ class Load:
         """Have all that was stored since read back by a fresh process, and judge everything."""
         record = recorder.load(self.folder)
         ids = record.promised(since)
-        elsewhere.run(self.reading, players.read_back, **self._common, ids=ids, patience=patience)
+        subprocesses.run(
+            self.reading, load_clients.read_back, **self._common, ids=ids, patience=patience
+        )
         until = time.monotonic()
         return recorder.check(recorder.load(self.folder), limits, since, until, deleted=deleted)
 
     def stop(self) -> None:
         """End all processes in order: first those that wait, so that all they wait for comes."""
-        (self.folder / players.STOP_WAITING).touch()
+        (self.folder / load_clients.STOP_WAITING).touch()
         storing = [role for role in self.processes if role.startswith("store")]
         for role in [*(role for role in self.processes if role not in storing), *storing]:
             if role in storing:
-                (self.folder / players.STOP_STORING).touch()
+                (self.folder / load_clients.STOP_STORING).touch()
             self.processes.pop(role).answer(2 * self._timeout + 60)
 
     def kill(self) -> None:

@@ -10,11 +10,12 @@ from typing import Any, Iterator, List
 import pytest
 from celery import states
 
-from celery_amqp_results import confirms, errors
-from celery_amqp_results import store as store_module
-from tests import elsewhere
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import confirms
+from celery_amqp_results.store import lookup as store_module
+from tests import subprocesses
 from tests.conftest import Apps, eventually
-from tests.faults import others
+from tests.faults import fault_jobs
 from tests.faults.faults import alarm
 from tests.faults.test_store_faults import WORTH_PACKING, new_ids, read_anew
 from tools import rabbitmq
@@ -237,7 +238,7 @@ def test_results_are_not_dropped_however_often_they_are_read(
         assert app.backend._get_task_meta_for(ids[number % 5])["result"] == "kept"
     # Readers that are killed while they hold the shard return it, too.
     for _ in range(3):
-        with elsewhere.start(app, others.hold_shard, shard=0) as process:
+        with subprocesses.start(app, fault_jobs.hold_shard, shard=0) as process:
             assert process.readline() == "holding"
             process.kill()
     found = read_anew(app, ids)

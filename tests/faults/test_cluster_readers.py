@@ -6,9 +6,9 @@ import uuid
 
 from celery import states
 
-from tests import elsewhere
+from tests import subprocesses
 from tests.conftest import Apps
-from tests.faults import others
+from tests.faults import fault_jobs
 from tools import rabbitmq
 
 
@@ -26,7 +26,7 @@ def test_nobody_waits_in_line_behind_a_reader_whose_node_is_killed(
     try:
         app.backend.store_result(task_id, "kept", states.SUCCESS)
         # Given a reader that has the shard, through one node
-        with elsewhere.start(app, others.hold_shard, shard=0) as process:
+        with subprocesses.start(app, fault_jobs.hold_shard, shard=0) as process:
             assert process.readline() == "holding"
             # When that node is killed
             doomed.kill()

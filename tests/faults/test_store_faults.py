@@ -13,11 +13,11 @@ import pytest
 from amqp.exceptions import ConsumerCancelled
 from celery import Celery, states
 
-from celery_amqp_results import store as store_module
-from celery_amqp_results.checkout import FENCE, GRACE, Checkout, longest_hold
-from tests import elsewhere
+from celery_amqp_results.store import lookup as store_module
+from celery_amqp_results.store.checkout import FENCE, GRACE, Checkout, longest_hold
+from tests import subprocesses
 from tests.conftest import Apps, eventually
-from tests.faults import others
+from tests.faults import fault_jobs
 from tools import rabbitmq
 
 #: More than a reader leaves loose.
@@ -137,7 +137,7 @@ def test_waiting_goes_on_after_a_clean_restart(make_app: Apps, node: rabbitmq.No
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-@pytest.mark.parametrize("point", others.CRASH_POINTS)
+@pytest.mark.parametrize("point", fault_jobs.CRASH_POINTS)
 def test_nothing_is_lost_when_a_reader_dies_while_it_packs(
     make_app: Apps, point: str, queue_type: str
 ) -> None:
@@ -150,7 +150,9 @@ def test_nothing_is_lost_when_a_reader_dies_while_it_packs(
         app.backend.store_result(task_id, number, states.SUCCESS)
     app.backend.close()
     # When that reader dies at some point
-    with elsewhere.start(app, others.die_while_packing, task_id=ids[0], point=point) as process:
+    with subprocesses.start(
+        app, fault_jobs.die_while_packing, task_id=ids[0], point=point
+    ) as process:
         eventually(lambda: not os.path.exists(f"/proc/{process.pid}/fd") or _ended(process))
     # Then all is there, each time it is asked for
     for _ in range(2):
@@ -161,7 +163,7 @@ def test_nothing_is_lost_when_a_reader_dies_while_it_packs(
     assert read_anew(app, ids[3:4])[ids[3]]["status"] == states.PENDING
 
 
-def _ended(process: elsewhere.Process) -> bool:
+def _ended(process: subprocesses.Process) -> bool:
     return process._process.poll() is not None
 
 
@@ -172,7 +174,7 @@ def test_a_frozen_reader_keeps_others_waiting_for_seconds_and_wakes_without_harm
     ids = new_ids(20)
     for task_id in ids:
         app.backend.store_result(task_id, "kept", states.SUCCESS)
-    with elsewhere.start(app, others.hold_shard, shard=0) as process:
+    with subprocesses.start(app, fault_jobs.hold_shard, shard=0) as process:
         assert process.readline() == "holding"
         # When the process that has the shard checked out stands still
         os.kill(process.pid, signal.SIGSTOP)
@@ -218,8 +220,8 @@ def test_readers_never_miss_a_result_while_others_pack(make_app: Apps) -> None:
         app.backend.store_result(task_id, number, states.SUCCESS)
     job = {"expected": kept, "seconds": 6}
     with (
-        elsewhere.start(app, others.read_all_the_time, **job) as one,
-        elsewhere.start(app, others.read_all_the_time, **job) as two,
+        subprocesses.start(app, fault_jobs.read_all_the_time, **job) as one,
+        subprocesses.start(app, fault_jobs.read_all_the_time, **job) as two,
     ):
         assert (one.readline(), two.readline()) == ("reading", "reading")
         # When so much is stored meanwhile that the readers pack again and again

@@ -157,7 +157,7 @@ class Channel:
 
 
 class ConfirmChannel:
-    """What :class:`celery_amqp_results.confirms.ConfirmChannel` is for packing."""
+    """What :class:`celery_amqp_results.amqp.confirms.ConfirmChannel` is for packing."""
 
     nacked = frozenset[int]()
     returned = ()

@@ -8,11 +8,12 @@ from typing import Any, Collection, Dict, List, Optional
 
 from amqp.basic_message import Message
 
-from celery_amqp_results import errors, meta
-from celery_amqp_results.declarations import Declarations
-from celery_amqp_results.inbox import Inbox
-from celery_amqp_results.meta import StateMessage
-from celery_amqp_results.topology import Topology
+from celery_amqp_results import errors
+from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.feed.inbox import Inbox
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.names import Topology
+from celery_amqp_results.protocol.ranking import fold
 
 _times = itertools.count(1)
 
@@ -112,7 +113,7 @@ class Kept:
         return {task_id: list(self.states.get(task_id, ())) for task_id in ids}
 
     def current(self, task_id: str) -> Optional[StateMessage]:
-        return meta.fold(self.states.get(task_id, ()))
+        return fold(self.states.get(task_id, ()))
 
 
 def timed_out() -> errors.LookupTimeout:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
 from celery_amqp_results import errors
-from celery_amqp_results.background import MAX_LOOKS, BackgroundFollower
-from celery_amqp_results.waiting import Update
+from celery_amqp_results.waiting.background import MAX_LOOKS, BackgroundFollower
+from celery_amqp_results.waiting.follower import Update
 from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
 from tests.unit.test_follower import Events, Followed, ids
 

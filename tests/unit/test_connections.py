@@ -12,8 +12,9 @@ from amqp import exceptions as amqp_errors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_amqp_results import connections, errors, options
-from celery_amqp_results.connections import TRANSIENT, is_over, is_refusal, time_left
+from celery_amqp_results import errors, options
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.connections import TRANSIENT, is_over, is_refusal, time_left
 
 #: What a broker says no with, as py-amqp names the codes of the protocol.
 REFUSALS = {403: "access refused", 406: "precondition failed", 530: "not allowed"}

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from kombu import compression
 
 from celery_amqp_results import errors
-from celery_amqp_results.meta import Codec, StateMessage, decompress
+from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.compression import decompress
+from celery_amqp_results.protocol.message import StateMessage
 
 #: Those whose libraries are installed, as content types.
 KNOWN: List[str] = sorted(compression.encoders())

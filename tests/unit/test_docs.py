@@ -59,9 +59,10 @@ def test_monitoring_has_every_metric_and_every_logger() -> None:
         "metric": "kind",
         **fields,
     }
-    for module in (ROOT / "celery_amqp_results").glob("*.py"):
+    for module in (ROOT / "celery_amqp_results").rglob("*.py"):
         if "getLogger(__name__)" in module.read_text():
-            assert f"`celery_amqp_results.{module.stem}`" in page, module.stem
+            name = ".".join(module.relative_to(ROOT).with_suffix("").parts)
+            assert f"`{name}`" in page, name
 
 
 def test_troubleshooting_has_a_section_for_every_error() -> None:

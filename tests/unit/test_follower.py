@@ -25,11 +25,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from celery_amqp_results import errors, meta
-from celery_amqp_results import inbox as inbox_module
-from celery_amqp_results import waiting as waiting_module
-from celery_amqp_results.meta import StateMessage
-from celery_amqp_results.waiting import Follower, Update
+from celery_amqp_results import errors
+from celery_amqp_results.feed import inbox as inbox_module
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.waiting import follower as waiting_module
+from celery_amqp_results.waiting.follower import Follower, Update
 from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
 
 #: Long enough for a machine that is busy; what has to come has come before.
@@ -702,9 +703,9 @@ class Followed:
             handed_out = self.states[task_id]
             assert not any(each in handed_out for each in new)
             handed_out += new
-            current = meta.fold(handed_out)
+            current = fold(handed_out)
             assert current is not None
-            assert final == (current if meta.is_final(current.state) else None)
+            assert final == (current if is_final(current.state) else None)
             if final is not None:
                 self.ended.add(task_id)
                 self.ends.append(final)
@@ -889,7 +890,7 @@ class Events(RuleBasedStateMachine):
             for task_id, known in followed.follower.pending.items():
                 # Nothing was missed, and nothing was made up.
                 assert known == self.store.current(task_id)
-                assert known is None or not meta.is_final(known.state)
+                assert known is None or not is_final(known.state)
                 assert keys(followed.due[task_id]) <= keys(followed.states[task_id])
             for task_id, handed_out in followed.states.items():
                 assert keys(handed_out) <= keys(self.store.states.get(task_id, []))

@@ -15,7 +15,7 @@ from amqp.serialization import loads
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_amqp_results import frames
+from celery_amqp_results.amqp import frames
 
 #: py-amqp before 5.4 takes negative numbers in headers for large ones.
 SMALLEST = -(2**63) if amqp.VERSION >= (5, 4) else 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_amqp_results import frames
+from celery_amqp_results.amqp import frames
 from tools import fuzz
 
 

@@ -25,10 +25,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from celery_amqp_results import errors, meta
-from celery_amqp_results import inbox as inbox_module
-from celery_amqp_results.inbox import Waiter
-from celery_amqp_results.meta import StateMessage
+from celery_amqp_results import errors
+from celery_amqp_results.feed import inbox as inbox_module
+from celery_amqp_results.feed.inbox import Waiter
+from celery_amqp_results.protocol.message import GROUP, PART, PLAN, StateMessage
+from celery_amqp_results.protocol.ranking import fold
 from tests.unit.tables import Table, new_id, push, state
 
 
@@ -570,7 +571,7 @@ def test_what_is_no_state_of_a_task_changes_nothing(inbox: Table) -> None:
     task_id = new_id()
     inbox.note_sent(task_id)
     waiter = watched(inbox, task_id)
-    for kind in (meta.GROUP, meta.PART, meta.PLAN):
+    for kind in (GROUP, PART, PLAN):
         push(inbox, state(task_id, kind=kind))
     assert known(inbox, task_id) is None
     assert waiter.take() == []
@@ -793,9 +794,7 @@ class Events(RuleBasedStateMachine):
         for task_id, found in self.table._known.items():
             under_way = [each for each in self.under_way if each.id == task_id]
             # With what is still to come it amounts to what the store has.
-            assert meta.fold([*([found] if found else []), *under_way]) == meta.fold(
-                self.store[task_id]
-            )
+            assert fold([*([found] if found else []), *under_way]) == fold(self.store[task_id])
 
     @invariant()
     def the_table_is_bounded_and_counted(self) -> None:

@@ -24,13 +24,26 @@ from hypothesis import strategies as st
 from kombu import compression as kombu_compression
 from kombu.exceptions import ContentDisallowed, EncodeError, SerializerNotInstalled
 
-from celery_amqp_results import errors, frames, meta
-from celery_amqp_results.meta import Codec, PublishClock, StateMessage
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import frames
+from celery_amqp_results.protocol import clock as clock_module
+from celery_amqp_results.protocol.clock import PublishClock
+from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.message import (
+    GROUP,
+    PART,
+    PLAN,
+    STATE,
+    StateMessage,
+    checked,
+    message_id,
+)
+from celery_amqp_results.protocol.ranking import ABORTED, fold, is_final, supersedes
 
 #: Any text that Python can hold, lone surrogates among it.
 any_text = st.text(st.characters(), min_size=1, max_size=1000)
 ids = any_text | st.text("a.*#\ud800\udc00é", min_size=1, max_size=300)
-names = st.sampled_from([*sorted(states.ALL_STATES), "PROGRESS", meta.ABORTED])
+names = st.sampled_from([*sorted(states.ALL_STATES), "PROGRESS", ABORTED])
 state_messages = st.builds(
     StateMessage,
     id=ids,
@@ -41,7 +54,7 @@ state_messages = st.builds(
     content_encoding=st.sampled_from(["utf-8", "binary"]),
     compression=st.none() | st.sampled_from(["application/x-gzip", "application/x-lzma"]),
     expiration=st.none() | st.integers(0, 2**32 - 1),
-    kind=st.sampled_from([meta.STATE, meta.GROUP, meta.PART, meta.PLAN]),
+    kind=st.sampled_from([STATE, GROUP, PART, PLAN]),
 )
 
 
@@ -74,14 +87,14 @@ def what_counts(history: Iterable[StateMessage]) -> Optional[StateMessage]:
 
 @given(histories)
 def test_the_state_that_counts_is_the_one_of_the_rule(history: List[StateMessage]) -> None:
-    assert meta.fold(history) == what_counts(history)
+    assert fold(history) == what_counts(history)
 
 
 @given(histories, st.randoms(use_true_random=False))
 def test_the_order_of_arrival_does_not_matter(history: List[StateMessage], random: Any) -> None:
     shuffled = history[:]
     random.shuffle(shuffled)
-    assert meta.fold(shuffled) == meta.fold(history)
+    assert fold(shuffled) == fold(history)
 
 
 @given(histories, st.data())
@@ -89,14 +102,14 @@ def test_folding_in_parts_gives_the_same(history: List[StateMessage], data: st.D
     parts: List[List[StateMessage]] = [[], [], []]
     for state in history:
         parts[data.draw(st.integers(0, 2))].append(state)
-    folded = [state for state in map(meta.fold, parts) if state is not None]
-    assert meta.fold(folded) == meta.fold(history)
+    folded = [state for state in map(fold, parts) if state is not None]
+    assert fold(folded) == fold(history)
 
     # One at a time, as a waiter sees them.
     def step(known: Optional[StateMessage], state: StateMessage) -> Optional[StateMessage]:
-        return meta.fold([known, state] if known is not None else [state])
+        return fold([known, state] if known is not None else [state])
 
-    assert functools.reduce(step, history, None) == meta.fold(history)
+    assert functools.reduce(step, history, None) == fold(history)
 
 
 @given(histories, st.data())
@@ -104,15 +117,15 @@ def test_a_state_that_is_there_twice_changes_nothing(
     history: List[StateMessage], data: st.DataObject
 ) -> None:
     again = data.draw(st.lists(st.sampled_from(history), max_size=8))
-    assert meta.fold([*history, *again]) == meta.fold(history)
-    assert meta.fold([*again, *history]) == meta.fold(history)
+    assert fold([*history, *again]) == fold(history)
+    assert fold([*again, *history]) == fold(history)
 
 
 @given(histories)
 def test_what_has_yielded_once_never_comes_back(history: List[StateMessage]) -> None:
     seen: List[StateMessage] = []
     for end in range(1, len(history) + 1):
-        current = meta.fold(history[:end])
+        current = fold(history[:end])
         assert current is not None
         if seen and current != seen[-1]:
             assert current not in seen
@@ -131,9 +144,9 @@ def test_of_two_states_one_counts_more_and_of_three_there_is_no_circle(
     three: List[StateMessage],
 ) -> None:
     for one, two, other in itertools.permutations(three):
-        assert meta.supersedes(one, two) != meta.supersedes(two, one)
-        if meta.supersedes(one, two) and meta.supersedes(two, other):
-            assert meta.supersedes(one, other)
+        assert supersedes(one, two) != supersedes(two, one)
+        if supersedes(one, two) and supersedes(two, other):
+            assert supersedes(one, other)
 
 
 # The times are of any order: what is late by the clock may come first, and the reverse.
@@ -142,7 +155,7 @@ def test_one_state_yields_to_another_only_as_it_may(
     old: Tuple[str, int], new: Tuple[str, int]
 ) -> None:
     before, arriving = at(*old), at(*new)
-    after = meta.fold([before, arriving])
+    after = fold([before, arriving])
     assert after in (before, arriving)
     if after == before:
         return
@@ -150,12 +163,12 @@ def test_one_state_yields_to_another_only_as_it_may(
     if before.state == states.SUCCESS:
         assert arriving.state == states.SUCCESS
         assert not later
-    elif meta.is_final(before.state):
-        assert arriving.state == states.SUCCESS or (meta.is_final(arriving.state) and later)
-    elif before.state == meta.ABORTED:
-        assert meta.is_final(arriving.state) or (arriving.state == meta.ABORTED and later)
+    elif is_final(before.state):
+        assert arriving.state == states.SUCCESS or (is_final(arriving.state) and later)
+    elif before.state == ABORTED:
+        assert is_final(arriving.state) or (arriving.state == ABORTED and later)
     else:
-        assert meta.is_final(arriving.state) or arriving.state == meta.ABORTED or later
+        assert is_final(arriving.state) or arriving.state == ABORTED or later
 
 
 @pytest.mark.parametrize(
@@ -183,23 +196,23 @@ def test_one_state_yields_to_another_only_as_it_may(
     ],
 )
 def test_which_state_counts(history: List[Tuple[str, int]], index: int) -> None:
-    assert meta.fold(itertools.starmap(at, history)) == at(*history[index])
+    assert fold(itertools.starmap(at, history)) == at(*history[index])
 
 
 def test_nothing_folds_to_nothing() -> None:
-    assert meta.fold([]) is None
+    assert fold([]) is None
 
 
 @given(names | any_text)
 def test_three_states_end_a_task(name: str) -> None:
-    assert meta.is_final(name) == (name in ("SUCCESS", "FAILURE", "REVOKED"))
+    assert is_final(name) == (name in ("SUCCESS", "FAILURE", "REVOKED"))
 
 
 def test_of_two_states_of_one_microsecond_the_later_in_the_order_counts() -> None:
-    assert meta.fold([at("STARTED", 1), at("PROGRESS", 1)]) == at("PROGRESS", 1)
+    assert fold([at("STARTED", 1), at("PROGRESS", 1)]) == at("PROGRESS", 1)
     # But the result that was there first stays.
     first, second = (dataclasses.replace(at("SUCCESS", 1), body=body) for body in (b"1", b"2"))
-    assert meta.fold([first, second]) == first
+    assert fold([first, second]) == first
 
 
 @given(st.integers(0, 2**62), st.integers(0, 2**32), st.integers(-(10**6), 10**6))
@@ -246,8 +259,8 @@ def test_a_state_survives_the_way_over_the_broker(
     again = StateMessage.from_properties(received.properties, state.body)
     assert again == state
     # A look-up asks for the id of a message before anything else of it.
-    assert meta.message_id(received.properties) == state.id
-    assert meta.checked(again) is again if state.kind in (meta.STATE, meta.GROUP) else True
+    assert message_id(received.properties) == state.id
+    assert checked(again) is again if state.kind in (STATE, GROUP) else True
     # Whoever republishes it changes nothing.
     assert again.properties(persistent) == state.properties(persistent)
 
@@ -315,12 +328,12 @@ def state_or_foreign(properties: Dict[str, Any], body: Any) -> None:
         assert state.published >= 0
         assert type(state.body) is bytes
         assert state.expiration is None or type(state.expiration) is int
-        assert state.kind in (meta.STATE, meta.GROUP, meta.PART, meta.PLAN)
-        assert meta.fold([state, at("STARTED", 1)]) is not None
+        assert state.kind in (STATE, GROUP, PART, PLAN)
+        assert fold([state, at("STARTED", 1)]) is not None
         state.expired(0)
         state.properties(True)
     with contextlib.suppress(errors.ForeignMessage):
-        assert isinstance(meta.message_id(properties), str)
+        assert isinstance(message_id(properties), str)
 
 
 bodies = st.binary(max_size=5) | st.text(st.characters(), max_size=5)
@@ -401,7 +414,7 @@ def test_headers_that_are_not_ours_are_foreign(name: str, wrong: Any) -> None:
 
 
 @given(
-    state_messages.filter(lambda state: state.kind in (meta.STATE, meta.GROUP)),
+    state_messages.filter(lambda state: state.kind in (STATE, GROUP)),
     st.sampled_from(
         ["id", "state", "published", "content_type", "content_encoding", "compression",
          "expiration", "kind"]
@@ -420,10 +433,10 @@ def test_the_fields_of_what_came_out_of_a_page_are_checked(
     if name == "kind":
         right = wrong in ("state", "group")
     if right:
-        assert meta.checked(damaged) is damaged
+        assert checked(damaged) is damaged
     else:
         with pytest.raises(errors.ForeignMessage):
-            meta.checked(damaged)
+            checked(damaged)
 
 
 # -- the body ----------------------------------------------------------------------------------
@@ -671,7 +684,7 @@ def test_two_threads_that_ask_at_once_get_two_times(monkeypatch: pytest.MonkeyPa
             other.join(0.2)
         return 0
 
-    monkeypatch.setattr(meta, "time", types.SimpleNamespace(time_ns=time_ns))
+    monkeypatch.setattr(clock_module, "time", types.SimpleNamespace(time_ns=time_ns))
     times.append(clock.now())
     other.join()
     assert sorted(times) == [1, 2]
@@ -691,7 +704,9 @@ def test_a_clock_that_is_set_back_does_not_set_states_back(ticks: List[int]) -> 
     given_times = []
     with pytest.MonkeyPatch.context() as patch:
         for tick in ticks:
-            patch.setattr(meta, "time", types.SimpleNamespace(time_ns=lambda tick=tick: tick))
+            patch.setattr(
+                clock_module, "time", types.SimpleNamespace(time_ns=lambda tick=tick: tick)
+            )
             given_times.append(clock.now())
     assert all(one < other for one, other in zip(given_times, given_times[1:]))
     assert all(one >= tick // 1000 for one, tick in zip(given_times, ticks))

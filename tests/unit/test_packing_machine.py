@@ -17,9 +17,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from celery_amqp_results import checkout, meta, store
-from celery_amqp_results.meta import Codec, StateMessage
-from celery_amqp_results.topology import Topology
+from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.message import STATE, StateMessage
+from celery_amqp_results.protocol.names import Topology
+from celery_amqp_results.protocol.ranking import fold, supersedes
+from celery_amqp_results.store import checkout
+from celery_amqp_results.store import lookup as store
 from tests.unit.broker_model import Clock, Killed, Link, Queue
 
 IDS = ("a", "b", "c", "d")
@@ -71,7 +74,7 @@ class Reader:
             if other.remove:
                 self.disturbed.update(other.ids)
         machine.active.append(self)
-        self.read = store._Read(machine.store, self.link, 0, set(ids), meta.STATE, remove)  # type: ignore[arg-type]
+        self.read = store._Read(machine.store, self.link, 0, set(ids), STATE, remove)  # type: ignore[arg-type]
 
     def _between(self) -> None:
         what = self.interludes.pop(0) if self.interludes else "nothing"
@@ -110,7 +113,7 @@ class Reader:
         now = self.machine.clock.microseconds
         for task_id in self.ids:
             found = self.read.found.get(task_id, [])
-            current = meta.fold(found)
+            current = fold(found)
             known = {record.state.published: record for record in self.machine.records[task_id]}
             for state in found:
                 assert state.published in known, "nobody has stored this"
@@ -129,7 +132,7 @@ class Reader:
                 ):
                     continue
                 assert current is not None, f"lost: {state}"
-                assert meta.fold([*found, state]) == current, f"lost: {state}; found {current}"
+                assert fold([*found, state]) == current, f"lost: {state}; found {current}"
             if task_id not in self.disturbed:
                 for state in found:
                     # Who has found it, finds it again.
@@ -173,7 +176,7 @@ class PackingMachine(RuleBasedStateMachine):
     def superseded(self, record: Record) -> bool:
         """Return whether another state counts more, whatever became of that."""
         return any(
-            other is not record and meta.supersedes(other.state, record.state)
+            other is not record and supersedes(other.state, record.state)
             for other in self.records[record.state.id]
         )
 

@@ -9,8 +9,10 @@ from celery import states
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_amqp_results import errors, meta, page
-from celery_amqp_results.meta import StateMessage
+from celery_amqp_results import errors
+from celery_amqp_results.protocol import page
+from celery_amqp_results.protocol.message import GROUP, STATE, StateMessage
+from celery_amqp_results.protocol.ranking import fold, is_final
 
 # Few ids, so that several states share one.
 ids = st.sampled_from(["a", "b", "c.d#*", "ü \ud800", "x" * 1000]) | st.text(min_size=1)
@@ -24,7 +26,7 @@ state_messages = st.builds(
     content_encoding=st.sampled_from(["utf-8", "binary"]),
     compression=st.none() | st.just("application/x-gzip"),
     expiration=st.none() | st.integers(1, 2**31),
-    kind=st.sampled_from([meta.STATE, meta.GROUP]),
+    kind=st.sampled_from([STATE, GROUP]),
 )
 lists = st.lists(state_messages, max_size=12)
 
@@ -72,17 +74,17 @@ def test_a_damaged_page_is_foreign_and_nothing_worse(octets: bytes, data: Any) -
 def test_selecting_changes_no_state_that_counts(given_states: List[StateMessage], now: int) -> None:
     keep, drop = page.select(given_states, now)
     rest = [s for s in given_states if not any(s is d for d in drop)]
-    for kind in (meta.STATE, meta.GROUP):
+    for kind in (STATE, GROUP):
         for task_id in {s.id for s in given_states}:
-            before = meta.fold(s for s in given_states if (s.kind, s.id) == (kind, task_id))
-            after = meta.fold(s for s in rest if (s.kind, s.id) == (kind, task_id))
+            before = fold(s for s in given_states if (s.kind, s.id) == (kind, task_id))
+            after = fold(s for s in rest if (s.kind, s.id) == (kind, task_id))
             if before is not None and not before.expired(now):
                 assert after == before
     # What goes on is neither packed nor dropped, unless it has expired: its history may be wanted.
     for state in (*keep, *(s for s in drop if not s.expired(now))):
-        current = meta.fold(s for s in given_states if (s.kind, s.id) == (state.kind, state.id))
+        current = fold(s for s in given_states if (s.kind, s.id) == (state.kind, state.id))
         assert current is not None
-        assert state.kind == meta.GROUP or meta.is_final(current.state)
+        assert state.kind == GROUP or is_final(current.state)
 
 
 @given(st.lists(state_messages, min_size=1, max_size=12), st.integers(0, 2**62))

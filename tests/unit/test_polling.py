@@ -17,11 +17,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from celery_amqp_results import errors, meta
-from celery_amqp_results import inbox as inbox_module
-from celery_amqp_results import waiting as waiting_module
-from celery_amqp_results.meta import StateMessage
-from celery_amqp_results.waiting import Waiting
+from celery_amqp_results import errors
+from celery_amqp_results.feed import inbox as inbox_module
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.ranking import fold
+from celery_amqp_results.waiting import follower as waiting_module
+from celery_amqp_results.waiting.follower import Waiting
 from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
 
 
@@ -298,7 +299,7 @@ class Events(RuleBasedStateMachine):
         for task_id, known in found.items():
             coming: List[StateMessage] = [each for each in self.under_way if each.id == task_id]
             # Nothing is missing but what is still on its way.
-            assert meta.fold([*([known] if known else []), *coming]) == self.store.current(task_id)
+            assert fold([*([known] if known else []), *coming]) == self.store.current(task_id)
 
     @rule()
     def lose(self) -> None:

@@ -10,9 +10,12 @@ from unittest import mock
 
 import pytest
 
-from celery_amqp_results import checkout, errors, page, store
-from celery_amqp_results.meta import Codec
-from celery_amqp_results.topology import Topology
+from celery_amqp_results import errors
+from celery_amqp_results.protocol import page
+from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.names import Topology
+from celery_amqp_results.store import checkout
+from celery_amqp_results.store import lookup as store
 from tests.unit.broker_model import Clock, ConfirmChannel, Link, Queue
 from tests.unit.tables import state
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from celery_amqp_results.topology import (
+from celery_amqp_results.protocol.names import (
     ABSENT,
     BROADCAST,
     MAX_WORD,

@@ -12,10 +12,11 @@ from celery.exceptions import TimeoutError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_amqp_results import errors, meta
-from celery_amqp_results.meta import StateMessage
-from celery_amqp_results.waiting import Update
-from celery_amqp_results.watching import Newest, read_target
+from celery_amqp_results import errors
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.ranking import fold, supersedes
+from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.watch import Newest, read_target
 
 #: A wait that is not over by then hangs.
 LONG = 30.0
@@ -53,14 +54,14 @@ def test_each_state_seen_supersedes_the_one_before_and_the_last_is_the_one_that_
     for task_id in ("a", "b"):
         of_task = [state for state in seen if state.id == task_id]
         for before, after in zip(of_task, of_task[1:]):
-            assert meta.supersedes(after, before)
+            assert supersedes(after, before)
         everything = [s for update in brought for s in update.states if s.id == task_id]
-        expected = meta.fold(everything)
+        expected = fold(everything)
         if expected is None:
             assert not of_task
         else:
             last = of_task[-1]
-            assert not meta.supersedes(expected, last) or expected.published == last.published
+            assert not supersedes(expected, last) or expected.published == last.published
             keys = [(state.published, state.state) for state in of_task]
             # Of two states that were published in the same microsecond either may be the later.
             every = {(state.published, state.state) for state in everything}
@@ -73,7 +74,7 @@ def test_what_lies_back_is_left_out_and_what_is_pushed_is_not(states_of_both: Li
     mine = sorted((s for s in states_of_both if s.id == "a"), key=lambda s: s.published)
     if not mine:
         return
-    assert Newest().take(Update("a", mine, None, history=True)) == [meta.fold(mine)]
+    assert Newest().take(Update("a", mine, None, history=True)) == [fold(mine)]
     assert Newest().take(Update("a", mine, None))[0] == mine[0]
 
 

@@ -15,7 +15,7 @@ from celery import Celery, chain, chord, group
 from celery.canvas import StampingVisitor
 from celery.exceptions import ChordError, TaskRevokedError
 
-from celery_amqp_results import waiting
+from celery_amqp_results.waiting import follower as waiting
 from tests.conftest import PATIENT, Apps, eventually, raw_connection
 from tests.worker.chord_tasks import register
 from tests.worker.conftest import launch_worker

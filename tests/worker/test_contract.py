@@ -19,7 +19,7 @@ from celery.exceptions import (
 from celery.result import AsyncResult, GroupResult
 
 from celery_amqp_results import errors
-from tests import elsewhere, others
+from tests import subprocess_jobs, subprocesses
 from tests.conftest import Apps
 from tests.worker.conftest import Worker, launch_worker
 from tools import rabbitmq
@@ -67,7 +67,10 @@ def contract(
 def test_a_task_returns_its_value_to_the_sender_and_to_others(contract: Contract) -> None:
     result = contract.send("add", 2, 3)
     assert result.get(timeout=LONG) == 5
-    assert elsewhere.run(contract.app, others.values, ids=[result.id], times=2) == [5, 5]
+    assert subprocesses.run(contract.app, subprocess_jobs.values, ids=[result.id], times=2) == [
+        5,
+        5,
+    ]
     assert result.get(timeout=LONG) == 5
 
 
@@ -111,7 +114,7 @@ def test_a_task_that_is_retried_shows_each_retry_and_then_succeeds(contract: Con
 def test_a_task_that_was_replaced_gives_the_result_of_its_replacement(contract: Contract) -> None:
     result = contract.send("replaced", 4, 5)
     assert result.get(timeout=LONG) == 9
-    assert elsewhere.run(contract.app, others.values, ids=[result.id]) == [9]
+    assert subprocesses.run(contract.app, subprocess_jobs.values, ids=[result.id]) == [9]
 
 
 def test_a_task_that_was_replaced_by_a_group_gives_the_group_s_results(contract: Contract) -> None:
@@ -147,7 +150,7 @@ def test_children_are_listed(contract: Contract) -> None:
 def test_result_extended_tells_what_ran(contract: Contract) -> None:
     result = contract.send("add", 1, 2)
     result.get(timeout=LONG)
-    (meta,) = elsewhere.run(contract.app, others.metas, ids=[result.id])
+    (meta,) = subprocesses.run(contract.app, subprocess_jobs.metas, ids=[result.id])
     assert (meta["name"], meta["args"], meta["kwargs"]) == ("tests.worker.tasks.add", [1, 2], {})
     assert meta["worker"].startswith("w-")
     assert meta["retries"] == 0
@@ -181,7 +184,9 @@ def test_a_group_of_a_thousand_is_joined_and_read_by_another_process(contract: C
     result.save()
     expected = [2 * n for n in range(1000)]
     assert result.get(timeout=LONG) == expected
-    ids, values = elsewhere.run(contract.app, others.restore_and_join, group_id=result.id)
+    ids, values = subprocesses.run(
+        contract.app, subprocess_jobs.restore_and_join, group_id=result.id
+    )
     assert ids == [node.id for node in result]
     assert values == expected
 
@@ -212,7 +217,7 @@ def test_a_task_whose_process_was_killed_is_a_failure(contract: Contract) -> Non
     result = contract.send("die")
     with pytest.raises(WorkerLostError):
         result.get(timeout=LONG)
-    assert elsewhere.run(contract.app, others.states, ids=[result.id]) == ["FAILURE"]
+    assert subprocesses.run(contract.app, subprocess_jobs.states, ids=[result.id]) == ["FAILURE"]
 
 
 def test_an_unknown_task_is_a_failure(contract: Contract) -> None:
@@ -227,7 +232,7 @@ def test_a_queued_task_that_is_revoked_is_revoked_for_all(contract: Contract) ->
     contract.app.control.revoke(result.id)
     with pytest.raises(TaskRevokedError):
         result.get(timeout=LONG)
-    assert elsewhere.run(contract.app, others.states, ids=[result.id]) == ["REVOKED"]
+    assert subprocesses.run(contract.app, subprocess_jobs.states, ids=[result.id]) == ["REVOKED"]
 
 
 def test_a_running_task_that_is_terminated_is_revoked_for_all(
@@ -238,7 +243,7 @@ def test_a_running_task_that_is_terminated_is_revoked_for_all(
     contract.app.control.revoke(result.id, terminate=True, signal="KILL")
     with pytest.raises(TaskRevokedError):
         result.get(timeout=LONG)
-    assert elsewhere.run(contract.app, others.states, ids=[result.id]) == ["REVOKED"]
+    assert subprocesses.run(contract.app, subprocess_jobs.states, ids=[result.id]) == ["REVOKED"]
 
 
 # -- tasks that use the backend ------------------------------------------------------------------
@@ -250,13 +255,15 @@ def test_another_process_counts_revokes_and_forgets_a_group(contract: Contract) 
     later = [contract.s("add", 1, 1).set(countdown=12) for _ in range(2)]
     sent = group([*done, *later], app=contract.app).apply_async()
     sent.save()
-    counts, values = elsewhere.run(contract.app, others.count_and_revoke, group_id=sent.id)
+    counts, values = subprocesses.run(
+        contract.app, subprocess_jobs.count_and_revoke, group_id=sent.id
+    )
     assert counts == [3, 5]
     assert values == [1, 2, 3, "TaskRevokedError", "TaskRevokedError"]
     # The sender sees the same.
     with pytest.raises(TaskRevokedError):
         sent.get(timeout=LONG)
-    assert elsewhere.run(contract.app, others.forget_group, group_id=sent.id) == [
+    assert subprocesses.run(contract.app, subprocess_jobs.forget_group, group_id=sent.id) == [
         states.PENDING
     ] * len(sent)
     assert GroupResult.restore(sent.id, app=contract.app) is None
@@ -278,9 +285,9 @@ def test_a_task_waits_for_tasks_of_another_sender(contract: Contract) -> None:
 def test_a_different_process_forgets(contract: Contract) -> None:
     result = contract.send("add", 1, 1)
     assert result.get(timeout=LONG) == 2
-    elsewhere.run(contract.app, others.forget, ids=[result.id])
+    subprocesses.run(contract.app, subprocess_jobs.forget, ids=[result.id])
     assert contract.app.AsyncResult(result.id).state == states.PENDING
-    assert elsewhere.run(contract.app, others.states, ids=[result.id]) == ["PENDING"]
+    assert subprocesses.run(contract.app, subprocess_jobs.states, ids=[result.id]) == ["PENDING"]
 
 
 def test_processes_that_sent_nothing_read_results_again_and_again_at_once(
@@ -290,7 +297,7 @@ def test_processes_that_sent_nothing_read_results_again_and_again_at_once(
     ids = [result.id for result in sent]
     expected = [n + 1 for n in range(20)] * 3
     jobs = [{"ids": ids, "times": 3}] * 4
-    assert elsewhere.run_many(contract.app, others.values, jobs) == [expected] * 4
+    assert subprocesses.run_many(contract.app, subprocess_jobs.values, jobs) == [expected] * 4
     assert [result.get(timeout=LONG) for result in sent] == expected[:20]
 
 
@@ -301,7 +308,9 @@ def test_sixteen_processes_that_poll_while_a_worker_writes_see_one_story(
     with contextlib.ExitStack() as stack:
         # Given sixteen processes that poll tasks that nobody has sent yet.
         pollers = [
-            stack.enter_context(elsewhere.start(contract.app, others.poll_until_final, ids=ids))
+            stack.enter_context(
+                subprocesses.start(contract.app, subprocess_jobs.poll_until_final, ids=ids)
+            )
             for _ in range(16)
         ]
         for poller in pollers:
@@ -323,7 +332,9 @@ def test_sixteen_processes_that_poll_while_a_worker_writes_see_one_story(
 
 def test_a_task_sent_and_never_waited_for_is_there_later(contract: Contract) -> None:
     # A program that sends, and ends; another asks for the result.
-    (task_id,) = elsewhere.run(contract.app, others.send_and_end, name="tests.worker.tasks.add")
+    (task_id,) = subprocesses.run(
+        contract.app, subprocess_jobs.send_and_end, name="tests.worker.tasks.add"
+    )
     assert contract.app.AsyncResult(task_id).get(timeout=LONG) == 3
 
 
@@ -350,5 +361,5 @@ def test_a_worker_that_is_stopped_has_stored_what_it_did(
     values = [result.get(timeout=LONG) for result in results]
     worker.stop()
     assert values == [3] * 10
-    assert elsewhere.run(app, others.values, ids=[r.id for r in results]) == values
+    assert subprocesses.run(app, subprocess_jobs.values, ids=[r.id for r in results]) == values
     assert "Traceback" not in worker.output()

@@ -19,7 +19,7 @@ from celery.exceptions import ChordError, TaskRevokedError, WorkerLostError
 from celery.result import AsyncResult, GroupResult
 
 from celery_amqp_results import errors
-from tests import elsewhere, others
+from tests import subprocess_jobs, subprocesses
 from tests.broker.helpers import Waiting
 from tests.conftest import PATIENCE, PATIENT_OPTIONS, Apps, raw_connection
 from tests.worker.chord_tasks import register
@@ -97,8 +97,15 @@ def queue_exists(world: World, name: str) -> bool:
 def test_a_value_is_there_for_the_sender_and_for_others_again_and_again(world: World) -> None:
     result = world.send("add", 2, 3)
     assert result.get(timeout=PATIENCE) == 5
-    assert elsewhere.run(world.app, others.values, ids=[result.id], times=3) == [5, 5, 5]
-    assert elsewhere.run(world.app, others.states, ids=[result.id] * 3) == [states.SUCCESS] * 3
+    assert subprocesses.run(world.app, subprocess_jobs.values, ids=[result.id], times=3) == [
+        5,
+        5,
+        5,
+    ]
+    assert (
+        subprocesses.run(world.app, subprocess_jobs.states, ids=[result.id] * 3)
+        == [states.SUCCESS] * 3
+    )
     assert world.app.AsyncResult(result.id).get(timeout=PATIENCE) == 5
     # The worker has written it into a queue of its own.
     assert queue_exists(world, result.id.replace("-", ""))
@@ -109,7 +116,7 @@ def test_a_failure_is_there_for_the_sender_and_for_others(world: World) -> None:
     with pytest.raises(KeyError, match="gone"):
         result.get(timeout=PATIENCE)
     assert "tasks.py" in result.traceback
-    (meta,) = elsewhere.run(world.app, others.metas, ids=[result.id])
+    (meta,) = subprocesses.run(world.app, subprocess_jobs.metas, ids=[result.id])
     assert meta["status"] == states.FAILURE
     assert isinstance(meta["result"], KeyError)
     assert "tasks.py" in meta["traceback"]
@@ -119,7 +126,9 @@ def test_several_processes_wait_for_one_task_and_all_get_it(world: World) -> Non
     task_id = "waited-for-by-four"
     with contextlib.ExitStack() as stack:
         waiters = [
-            stack.enter_context(elsewhere.start(world.app, others.wait_and_say, task_id=task_id))
+            stack.enter_context(
+                subprocesses.start(world.app, subprocess_jobs.wait_and_say, task_id=task_id)
+            )
             for _ in range(3)
         ]
         for waiter in waiters:
@@ -142,7 +151,9 @@ def test_states_on_the_way_are_pushed_in_order_to_sender_and_another(
             timeout=PATIENCE, on_message=lambda m: seen.append((m["status"], m["result"]))
         )
 
-    with elsewhere.start(world.app, others.states_until_ready, task_id=task_id) as other:
+    with subprocesses.start(
+        world.app, subprocess_jobs.states_until_ready, task_id=task_id
+    ) as other:
         waiting, heard = Waiting(wait), Waiting(other.readline)
 
         def both_wait() -> bool:
@@ -167,7 +178,9 @@ def test_processes_that_poll_while_a_worker_writes_see_one_story(world: World) -
     ids = [f"polled-{number}" for number in range(3)]
     with contextlib.ExitStack() as stack:
         pollers = [
-            stack.enter_context(elsewhere.start(world.app, others.poll_until_final, ids=ids))
+            stack.enter_context(
+                subprocesses.start(world.app, subprocess_jobs.poll_until_final, ids=ids)
+            )
             for _ in range(3)
         ]
         for poller in pollers:
@@ -196,7 +209,10 @@ def test_what_the_main_process_of_the_worker_writes(world: World) -> None:
     with pytest.raises(TaskRevokedError):
         revoked.get(timeout=PATIENCE)
     ids = [killed.id, revoked.id]
-    assert elsewhere.run(world.app, others.states, ids=ids) == [states.FAILURE, states.REVOKED]
+    assert subprocesses.run(world.app, subprocess_jobs.states, ids=ids) == [
+        states.FAILURE,
+        states.REVOKED,
+    ]
 
 
 def test_a_retried_and_a_replaced_task(world: World) -> None:
@@ -218,7 +234,7 @@ def test_a_task_waits_for_tasks_of_another_sender(world: World) -> None:
 def test_another_process_forgets(world: World) -> None:
     result = world.send("add", 1, 1)
     assert result.get(timeout=PATIENCE) == 2
-    elsewhere.run(world.app, others.forget, ids=[result.id])
+    subprocesses.run(world.app, subprocess_jobs.forget, ids=[result.id])
     assert world.app.AsyncResult(result.id).state == states.PENDING
     assert not queue_exists(world, result.id.replace("-", ""))
 
@@ -231,7 +247,7 @@ def test_a_group_is_joined_by_the_sender_and_by_another_process(world: World) ->
     result.save()
     expected = [2 * n for n in range(50)]
     assert result.get(timeout=PATIENCE) == expected
-    ids, values = elsewhere.run(world.app, others.restore_and_join, group_id=result.id)
+    ids, values = subprocesses.run(world.app, subprocess_jobs.restore_and_join, group_id=result.id)
     assert ids == [node.id for node in result]
     assert values == expected
     assert result.completed_count() == 50
@@ -297,7 +313,7 @@ def test_a_chord_is_waited_for_by_another_process_and_its_body_runs_once(
     t = world.t
     header = [t.slow.s(number, 0.1) for number in range(4)]
     result = chord(header, t.record.s(str(log))).delay()
-    assert elsewhere.run(world.app, others.values, ids=[result.id]) == [[0, 1, 2, 3]]
+    assert subprocesses.run(world.app, subprocess_jobs.values, ids=[result.id]) == [[0, 1, 2, 3]]
     assert result.get(timeout=PATIENCE) == [0, 1, 2, 3]
     # A chord sent later runs later: a second run of the first body would be there by then.
     assert chord([t.same.s(1)], t.same.s()).delay().get(timeout=PATIENCE) == [1]
@@ -315,7 +331,7 @@ def test_a_part_that_fails_fails_the_chord(
     assert result.state == states.FAILURE
     assert isinstance(result.result, ChordError)
     assert str(result.result) == f"Dependency {result.parent[1].id} raised KeyError('no')"
-    (meta,) = elsewhere.run(world.app, others.metas, ids=[result.id])
+    (meta,) = subprocesses.run(world.app, subprocess_jobs.metas, ids=[result.id])
     assert meta["status"] == states.FAILURE
     assert isinstance(meta["result"], ChordError)
     eventually(lambda: lines(told) == [f"{result.id} ChordError"])

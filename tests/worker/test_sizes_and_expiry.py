@@ -13,7 +13,8 @@ from celery.exceptions import ChordError
 from celery.result import AsyncResult
 
 from celery_amqp_results import errors
-from celery_amqp_results.meta import StateMessage, fold
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.ranking import fold
 from tests.conftest import Apps, eventually
 from tests.worker.conftest import Worker, launch_worker
 from tools import rabbitmq

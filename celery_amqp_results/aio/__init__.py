@@ -1,0 +1,45 @@
+"""Waiting for tasks and watching them from coroutines.
+
+::
+
+    from celery_amqp_results import aio
+
+    value = await aio.get(add.delay(2, 2), timeout=10)
+
+    async for meta in aio.watch(task_id):
+        print(meta["status"], meta["result"])
+
+    async for task_id, value in aio.as_completed(group_result):
+        print(task_id, value)
+
+Nothing here blocks the event loop, and no thread is made for who waits: one thread for each event
+loop and app follows all tasks together. Coroutines are cancelled and timed out as any other is. A
+program may have several event loops; what is returned here is for the loop that asked for it.
+Tasks are sent as ever: ``delay()`` speaks with the broker, and blocks while it does.
+"""
+
+from celery_amqp_results.aio.coroutines import (
+    Completed,
+    WaitTimeout,
+    Watch,
+    as_completed,
+    forget,
+    gather,
+    get,
+    get_meta,
+    state,
+    watch,
+)
+
+__all__ = (
+    "Completed",
+    "WaitTimeout",
+    "Watch",
+    "as_completed",
+    "forget",
+    "gather",
+    "get",
+    "get_meta",
+    "state",
+    "watch",
+)

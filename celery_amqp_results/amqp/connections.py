@@ -1,0 +1,632 @@
+"""Opening connections to the broker, keeping idle ones for reuse, and telling errors apart.
+
+kombu's ``Connection`` reads URLs, TLS settings and lists of hosts; what is opened is a py-amqp
+connection. Nothing here knows what the connections are used for.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+import weakref
+from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple, Type
+
+import amqp
+import kombu
+from amqp import exceptions as amqp_errors
+from amqp import spec
+
+from celery_amqp_results import errors, options
+from celery_amqp_results.amqp import frames
+
+__all__ = (
+    "TRANSIENT",
+    "Connector",
+    "Link",
+    "LookupTries",
+    "Pool",
+    "is_over",
+    "is_refusal",
+    "time_left",
+)
+
+logger = logging.getLogger(__name__)
+
+#: What a lost connection, a closed channel or a broken protocol raises.
+TRANSIENT: Tuple[Type[Exception], ...] = (
+    amqp_errors.AMQPError,
+    amqp_errors.MessageNacked,
+    kombu.exceptions.OperationalError,
+    OSError,
+)
+
+#: How long a new connection may take until it is open, in seconds, where the app sets nothing.
+CONNECT_TIMEOUT = 4.0
+
+#: How long a single read or write on an open connection may take, in seconds.
+IO_TIMEOUT = 10.0
+
+#: How many bytes are asked of a socket at once.
+RECEIVE_SIZE = 64 * 1024
+
+#: The frame of a ``basic.ack``: type, channel, size, class, method, delivery tag, multiple, end.
+_ACK = struct.Struct(">BHIHHQBB")
+_START_OF_ACK = struct.Struct(">BHIHH")
+_METHOD_FRAME = 1
+#: Bytes of class, method, tag and multiple.
+_SIZE_OF_ACK = 13
+
+#: An idle connection of a pool is closed after this many seconds.
+IDLE_SECONDS = 60.0
+
+
+def is_refusal(exc: BaseException) -> bool:
+    """Return whether the broker said no for a reason that trying again does not change.
+
+    Wrong password, no such virtual host, no permission, a declaration that differs.
+    """
+    return isinstance(
+        exc,
+        (amqp_errors.AccessRefused, amqp_errors.NotAllowed, amqp_errors.PreconditionFailed),
+    )
+
+
+def time_left(deadline: Optional[float], at_most: float) -> float:
+    """Return the seconds until *deadline* (``time.monotonic``), at most *at_most*, at least 0."""
+    if deadline is None:
+        return at_most
+    return max(0.0, min(at_most, deadline - time.monotonic()))
+
+
+def is_over(deadline: Optional[float]) -> bool:
+    """Return whether *deadline* (``time.monotonic``) is over; ``None`` never is."""
+    return deadline is not None and time.monotonic() >= deadline
+
+
+class _Received:
+    """Reads from a socket in large pieces, for a py-amqp transport that reads in small ones.
+
+    py-amqp asks the socket three times for each frame, and gives up Python's global lock each
+    time: while another thread computes, each would take a turn of its 5 ms.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._receive = transport._quick_recv
+        self._data = b""
+        self._at = 0
+        transport._quick_recv = self
+
+    def __call__(self, size: int) -> bytes:
+        """Return some bytes, at most *size*; none at the end of the stream."""
+        if self._at >= len(self._data):
+            if size >= RECEIVE_SIZE:
+                return bytes(self._receive(size))
+            self._data = self._receive(RECEIVE_SIZE)
+            self._at = 0
+        piece = self._data[self._at : self._at + size]
+        self._at += len(piece)
+        return piece
+
+    def pending(self) -> bool:
+        """Return whether received bytes wait to be asked for."""
+        return self._at < len(self._data)
+
+    def fill(self) -> None:
+        """Ask the socket for more, unless received bytes wait to be asked for."""
+        if not self.pending():
+            self._data = self._receive(RECEIVE_SIZE)
+            self._at = 0
+
+    def take(self, start: bytes, size: int) -> bytes:
+        """Return the next *size* bytes if they were received and begin with *start*, or none."""
+        at = self._at
+        if not self._data.startswith(start, at) or len(self._data) - at < size:
+            return b""
+        self._at += size
+        return self._data[at : at + size]
+
+    def delivery(self) -> Optional[frames.Delivery]:
+        """Return the message that was received next, if it is complete, and leave it there."""
+        return frames.read_delivery(self._data, self._at)
+
+    def skip(self, end: int) -> None:
+        """Go on behind what :meth:`delivery` returned."""
+        self._at = end
+
+
+class Link:
+    """One open AMQP connection. Not thread-safe: whoever holds it is alone with it.
+
+    Parameters:
+        connection: what kombu knows of the broker.
+        established: the open connection that it made.
+        heartbeat: seconds between heartbeats; 0 for none.
+    """
+
+    def __init__(
+        self, connection: kombu.Connection, established: amqp.Connection, heartbeat: float
+    ) -> None:
+        # py-amqp's connection refers to kombu's weakly in places; keep it as long as ours.
+        self._kombu = connection
+        self.amqp = established
+        self.heartbeat = heartbeat
+        #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
+        self.blocked: Optional[str] = None
+        self.idle_since = 0.0
+        #: Which of the connector's hosts it leads to, see :meth:`Connector.leave`.
+        self.host = 0
+        #: A channel for publishing that its users keep open between uses.
+        self.publishing: Any = None
+        # Bounds every read and write that sets no shorter bound of its own, so that a broker that
+        # stops answering is an error and not a hang.
+        self.socket.settimeout(IO_TIMEOUT)
+        self._received = _Received(established.transport)
+        established.on_inbound_frame = frames.tolerant(established.on_inbound_frame)
+        # gevent and eventlet replace DefaultSelector.
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.socket, selectors.EVENT_READ)
+        _links.add(self)
+        self.amqp.on_blocked = self._on_blocked
+        self.amqp.on_unblocked = self._on_unblocked
+
+    def _on_blocked(self, reason: str) -> None:
+        self.blocked = reason
+        logger.warning("the broker blocks publishers (memory or disk alarm): %s", reason)
+
+    def _on_unblocked(self) -> None:
+        self.blocked = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection was open when it was last used."""
+        return bool(self.amqp.connected)
+
+    @property
+    def socket(self) -> Any:
+        """The socket, for waiting until it is readable."""
+        return self.amqp.transport.sock
+
+    def drain(self, timeout: float) -> bool:
+        """Handle what the broker sends until one message is complete, or nothing comes.
+
+        Returns ``False`` when nothing came within *timeout* seconds.
+        """
+        if not self.readable(timeout):
+            return False
+        try:
+            self._received.fill()
+            if self._deliver():
+                return True
+            # With a timeout, py-amqp would set and reset it on the socket for every frame. Its
+            # drain_events() would not return after a heartbeat, which completes nothing, before
+            # the next message comes.
+            while not self.amqp.blocking_read() and self.readable():
+                pass
+        except socket.timeout:
+            raise amqp_errors.RecoverableConnectionError(
+                f"the broker stopped in the middle of a message for {IO_TIMEOUT:g} s"
+            ) from None
+        return True
+
+    def _deliver(self) -> bool:
+        """Hand the message that was received next to its consumer, unless py-amqp has to do it."""
+        delivery = self._received.delivery()
+        channel = delivery and (self.amqp.channels or {}).get(delivery.channel)
+        if not delivery or not channel or channel.is_closing or channel.auto_decode:
+            return False
+        consumer = channel.callbacks.get(delivery.consumer_tag)
+        if consumer is None:
+            return False
+        self._received.skip(delivery.end)
+        # What py-amqp's heartbeats go by.
+        self.amqp.bytes_recv += delivery.frames
+        delivery.message.channel = channel
+        consumer(delivery.message)
+        return True
+
+    def acks(self, channel: int) -> Iterator[Tuple[int, bool]]:
+        """Yield the confirms (delivery tag, and whether of all before) that have come.
+
+        They end before the first frame that is something else, or not complete: that is left to
+        :meth:`drain`. py-amqp would take ten times as long over each. Reads the socket, which has
+        to be readable.
+
+        Parameters:
+            channel: number of the channel that they are for.
+        """
+        self._received.fill()
+        start = _START_OF_ACK.pack(_METHOD_FRAME, channel, _SIZE_OF_ACK, *spec.Basic.Ack)
+        while True:
+            frame = self._received.take(start, _ACK.size)
+            if not frame:
+                return
+            # What py-amqp's heartbeats go by.
+            self.amqp.bytes_recv += 1
+            *_, tag, multiple, _ = _ACK.unpack(frame)
+            yield tag, bool(multiple)
+
+    def buffered(self) -> bool:
+        """Whether bytes were received that the socket's readiness does not show any more."""
+        if self._received.pending():
+            return True
+        # TLS decrypts whole records: more than was read may lie there.
+        pending = getattr(self.socket, "pending", None)
+        return bool(pending is not None and pending())
+
+    def idle_time(self) -> float:
+        """Seconds that may be waited for the socket before :meth:`tick` is due again."""
+        if self.buffered():
+            return 0.0
+        return self.heartbeat / 4 if self.heartbeat else IO_TIMEOUT
+
+    def readable(self, timeout: float = 0.0) -> bool:
+        """Return whether the broker has sent something, or closed the connection.
+
+        Parameters:
+            timeout: seconds to wait for it.
+        """
+        return self.buffered() or bool(self._selector.select(timeout))
+
+    def channel(self) -> amqp.Channel:
+        """Open a channel."""
+        channel = self.amqp.channel()
+        # py-amqp would decode bodies to text, which we would encode again.
+        channel.auto_decode = False
+        return channel
+
+    def channel_nowait(self, on_close: Callable[[int, str, int, int], None]) -> amqp.Channel:
+        """Open a channel without waiting for the broker's answer.
+
+        Parameters:
+            on_close: called when the broker closes the channel, with its code and text for why
+                and the numbers of class and method; the connection goes on.
+        """
+        channel = self.amqp.Channel(self.amqp)
+        channel.auto_decode = False
+
+        def closed(code: int, text: str, class_id: int, method_id: int) -> None:
+            channel.send_method(spec.Channel.CloseOk)
+            channel.collect()
+            on_close(code, text, class_id, method_id)
+
+        # py-amqp would open the channel anew, and wait for that.
+        channel._callbacks[spec.Channel.Close] = closed
+        channel.send_method(spec.Channel.Open, "s", ("",))
+        return channel
+
+    @contextlib.contextmanager
+    def corked(self) -> Iterator[None]:
+        """Send everything that is written in a ``with`` block at once, at its end.
+
+        Nothing in the block may wait for an answer. Blocks may be nested; after an error in the
+        block nothing is sent.
+        """
+        transport = self.amqp.transport
+        write = transport._write
+        pieces: List[bytes] = []
+
+        def hold(piece: Any) -> None:
+            # py-amqp writes its next frame into the same buffer.
+            pieces.append(bytes(piece))
+
+        transport._write = hold
+        try:
+            yield
+        finally:
+            transport._write = write
+        if pieces:
+            transport.write(b"".join(pieces))
+
+    def tick(self) -> None:
+        """Send a heartbeat if one is due; raise if the broker's have stopped coming."""
+        if self.heartbeat:
+            self.amqp.heartbeat_tick()
+
+    def close(self) -> None:
+        """Close the connection as the protocol asks, waiting at most a moment for the answer."""
+        with contextlib.suppress(Exception):
+            sock = self.amqp.transport.sock
+            if sock is not None:
+                sock.settimeout(1.0)
+            self.amqp.close()
+        self.drop()
+
+    def drop(self) -> None:
+        """Close the socket without a word."""
+        with contextlib.suppress(Exception):
+            self._selector.close()
+        with contextlib.suppress(Exception):
+            self.amqp.collect()
+
+
+#: All connections of this process.
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # The sockets are the parent's. Closing them here says nothing to the broker, while leaving
+    # that to py-amqp's destructors may shut down the connection, and keeping them open would keep
+    # it alive at the broker after the parent has ended.
+    for link in list(_links):
+        with contextlib.suppress(Exception):
+            transport = link.amqp.transport
+            sock, transport.sock = transport.sock, None
+            sock.close()
+    _links.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class Connector:
+    """Opens connections for one backend.
+
+    Parameters:
+        make: returns a new, not yet connected kombu connection; called with the heartbeat in
+            seconds.
+        policy: how opening is retried.
+        describe: returns the broker's address without password, for messages.
+
+    Thread-safe. Holds nothing that must not be used after a fork.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[float], kombu.Connection],
+        policy: options.RetryPolicy,
+        describe: Callable[[], str],
+    ) -> None:
+        self._make = make
+        self.policy = policy
+        self.describe = describe
+        #: Number of the host that is tried first, counted over all rounds through the hosts.
+        self._host = 0
+
+    def leave(self, link: Link) -> None:
+        """Try other hosts first from now on: *link* has failed.
+
+        A node that is cut off from its cluster takes connections, and does nothing on them.
+        """
+        if link.host == self._host:
+            self._host += 1
+
+    def open_once(self, heartbeat: float, deadline: Optional[float] = None) -> Link:
+        """Open a connection, trying each host of the URL once, first the one that answered last.
+
+        Parameters:
+            heartbeat: seconds between heartbeats; 0 for none.
+            deadline: time (``time.monotonic``) after which no further host is tried.
+
+        Raises:
+            BackendUnavailable: when the broker refuses us; ``__cause__`` says why.
+            OSError, amqp.AMQPError: when no host answers.
+        """
+        connection = self._make(heartbeat)
+        hosts = max(1, len(connection.alt or ()))
+        first = self._host
+        for _ in range(first % hosts):
+            connection.maybe_switch_next()
+        for attempt in range(hosts):
+            timeout = connection.connect_timeout or CONNECT_TIMEOUT
+            connection.connect_timeout = max(0.1, time_left(deadline, timeout))
+            try:
+                # Connection.connect() would retry and log on its own: there is one policy, ours.
+                link = Link(connection, connection.transport.establish_connection(), heartbeat)
+            except TRANSIENT as exc:
+                if is_refusal(exc):
+                    raise errors.BackendUnavailable(
+                        f"the broker at {self.describe()} refuses the result backend: {exc}. "
+                        "Check user, password, virtual host and permissions in the result backend "
+                        "URL."
+                    ) from exc
+                if attempt + 1 == hosts or is_over(deadline):
+                    raise
+                connection.maybe_switch_next()
+                continue
+            self._host = link.host = first + attempt
+            return link
+        raise AssertionError("unreachable")  # pragma: no cover
+
+    def open(self, heartbeat: float, deadline: Optional[float] = None) -> Link:
+        """Open a connection, trying again as the retry policy says.
+
+        Parameters:
+            heartbeat: seconds between heartbeats; 0 for none.
+            deadline: time (``time.monotonic``) after which to give up; not before, unless the
+                retry policy says so.
+
+        Raises:
+            BackendUnavailable: when the broker could not be reached, or refuses us.
+        """
+        attempt = 0
+        while True:
+            try:
+                return self.open_once(heartbeat, deadline)
+            except errors.BackendUnavailable:
+                raise
+            except TRANSIENT as exc:
+                attempt += 1
+                pause = self.policy.pause(attempt)
+                if pause is None or is_over(deadline):
+                    raise errors.BackendUnavailable(
+                        f"the broker at {self.describe()} cannot be reached after {attempt} "
+                        f"tries: {exc!r}. Is RabbitMQ running there, and is the result backend "
+                        "URL right?"
+                    ) from exc
+                time.sleep(time_left(deadline, pause))
+
+
+class LookupTries:
+    """The tries of one look-up, each on a connection that may be lost.
+
+    Parameters:
+        policy: how long to wait between them.
+        end: time (``time.monotonic``) at which the look-up has to be over.
+        prefix: beginning of the names of the queues, for messages of errors.
+    """
+
+    def __init__(self, policy: options.RetryPolicy, end: float, prefix: str) -> None:
+        self._policy = policy
+        self._started = time.monotonic()
+        self._end = end
+        self._prefix = prefix
+        self._failed = 0
+
+    def wait(self, exc: BaseException, what: str) -> None:
+        """Wait before the next try.
+
+        Parameters:
+            exc: what the last one ended with.
+            what: what could not be read.
+
+        Raises:
+            BackendUnavailable: when the broker has refused it.
+            LookupTimeout: when there is no time for another, or there were enough.
+        """
+        if is_refusal(exc):
+            raise errors.BackendUnavailable(
+                f"the broker refuses to have {what} read: {exc}. Check the user's permissions on "
+                f"the queues {self._prefix}.*, and on the default exchange (amq.default)"
+            ) from exc
+        self._failed += 1
+        pause = self._policy.pause(self._failed)
+        if pause is None or time.monotonic() + pause >= self._end:
+            raise errors.LookupTimeout(
+                f"{what} could not be read in {time.monotonic() - self._started:.1f} s: the "
+                f"connection was lost {self._failed} times, at last with {exc!r}"
+            ) from exc
+        logger.info("a look-up of %s is repeated after %r", what, exc)
+        time.sleep(pause)
+
+
+class Pool:
+    """Open connections that are lent to one user at a time.
+
+    The connection used last is lent first, so that as many are open as are in use at once, and
+    the others get old and are closed. While connections are idle a thread keeps their heartbeats
+    going and closes the old ones; it ends when none is left.
+
+    Parameters:
+        connector: opens the connections.
+        heartbeat: seconds between heartbeats; 0 for none.
+        name: what they are for; names the thread.
+
+    Thread-safe. After a fork the child must make a new pool and let go of this one untouched.
+    """
+
+    def __init__(self, connector: Connector, heartbeat: float, name: str) -> None:
+        self._connector = connector
+        #: How a user of the pool retries what it does on its connections.
+        self.policy = connector.policy
+        self._heartbeat = heartbeat
+        self._name = name
+        # Guards all that follows. No I/O is done while holding it.
+        self._changed = threading.Condition(threading.Lock())
+        self._idle: Deque[Link] = collections.deque()
+        self._keeper: Optional[threading.Thread] = None
+        self._closed = False
+
+    @contextlib.contextmanager
+    def link(self, deadline: Optional[float] = None) -> Iterator[Link]:
+        """Lend a connection for the duration of a ``with`` block.
+
+        One on which the block raises is not used again.
+
+        Parameters:
+            deadline: time (``time.monotonic``) after which opening a new one is given up.
+
+        Raises:
+            BackendUnavailable: when a new one was needed and could not be opened.
+        """
+        link = self._take() or self._connector.open(self._heartbeat, deadline)
+        try:
+            yield link
+        except BaseException as exc:
+            link.drop()
+            if isinstance(exc, TRANSIENT):
+                self._connector.leave(link)
+            raise
+        self._put(link)
+
+    def _take(self) -> Optional[Link]:
+        while True:
+            with self._changed:
+                if not self._idle:
+                    return None
+                link = self._idle.pop()
+            try:
+                # Something unasked for may have come on an idle connection: a heartbeat, the
+                # broker's leave to reuse a channel's number, or the end.
+                while link.alive and link.readable():
+                    link.drain(0.001)
+                if link.alive:
+                    return link
+            except TRANSIENT:
+                pass
+            link.drop()
+
+    def _put(self, link: Link) -> None:
+        if not link.alive:
+            link.drop()
+            return
+        with self._changed:
+            if not self._closed:
+                link.idle_since = time.monotonic()
+                self._idle.append(link)
+                if self._keeper is None:
+                    self._keeper = threading.Thread(
+                        target=self._keep, name=f"celery-results-{self._name}", daemon=True
+                    )
+                    self._keeper.start()
+                return
+        link.close()
+
+    def _keep(self) -> None:
+        pause = self._heartbeat / 2 if self._heartbeat else IDLE_SECONDS / 4
+        while True:
+            with self._changed:
+                if not self._closed:
+                    self._changed.wait(pause)
+                if self._closed or not self._idle:
+                    self._keeper = None
+                    return
+                # The oldest are on the left. They are out of reach while they are looked after.
+                links, self._idle = self._idle, collections.deque()
+            kept = []
+            now = time.monotonic()
+            for link in links:
+                try:
+                    if now - link.idle_since >= IDLE_SECONDS:
+                        link.close()
+                        continue
+                    while link.readable():
+                        link.drain(0.001)
+                    link.tick()
+                    kept.append(link)
+                except TRANSIENT:
+                    link.drop()
+            with self._changed:
+                if not self._closed:
+                    self._idle.extendleft(reversed(kept))
+                    kept = []
+            for link in kept:
+                link.close()
+
+    def close(self) -> None:
+        """Close the idle connections; those in use are closed when they come back."""
+        with self._changed:
+            self._closed = True
+            links, self._idle = self._idle, collections.deque()
+            keeper = self._keeper
+            self._changed.notify_all()
+        for link in links:
+            link.close()
+        if keeper is not None and keeper is not threading.current_thread():
+            keeper.join(5.0)

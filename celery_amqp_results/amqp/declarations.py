@@ -1,0 +1,198 @@
+"""Declaring the exchange and the shard queues, each once per process and connection to the broker.
+
+A declaration of what is there already costs a fraction of a millisecond, a new queue 3 to 8: so
+nothing is declared that is not used, and nothing twice. What is remembered is forgotten when a
+connection is lost, since the broker may have lost what was declared, too.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Optional, Set
+
+from amqp import exceptions as amqp_errors
+
+from celery_amqp_results import errors
+from celery_amqp_results.protocol.names import QueueSpec, Topology
+
+__all__ = ("Declarations", "declare_exchange", "declare_queue")
+
+
+class Declarations:
+    """Remembers what of a topology this process has declared. Thread-safe.
+
+    Parameters:
+        topology: names and queue arguments.
+        declare: whether the exchange and the shards are declared here; else they have to be there.
+    """
+
+    def __init__(self, topology: Topology, declare: bool = True) -> None:
+        self.topology = topology
+        self.declare = declare
+        self._lock = threading.Lock()
+        self._exchange = False
+        self._shards: Set[int] = set()
+        #: Goes up with :meth:`forget`: what is declared meanwhile is not remembered.
+        self._generation = 0
+
+    def has_shard(self, shard: int) -> bool:
+        """Return whether the queue of *shard* needs no declaration by this process.
+
+        It may be gone nevertheless: then what is published to it comes back.
+        """
+        return shard in self._shards or not self.declare
+
+    def ensure_exchange(self, channel: Any) -> None:
+        """Declare the exchange, if this process has not.
+
+        Raises:
+            DeclarationRefused: when it exists with other properties, or does not exist and is not
+                to be declared here.
+        """
+        if self._exchange:
+            return
+        generation = self._generation
+        topology = self.topology
+        if not self.declare:
+            try:
+                # This needs no permission.
+                channel.exchange_declare(topology.exchange, "topic", passive=True)
+            except amqp_errors.NotFound as exc:
+                raise self.missing(f"exchange {topology.exchange!r}") from exc
+            with self._lock:
+                self._exchange = generation == self._generation
+            return
+        try:
+            declare_exchange(channel, topology)
+        except amqp_errors.PreconditionFailed as exc:
+            raise errors.DeclarationRefused(
+                f"the broker has an exchange {topology.exchange!r} that differs from the one "
+                f"wanted here: {exc}. If the difference is in the alternate exchange, other "
+                "processes spread the results over another number of shards (here it is "
+                f"{topology.shards}): give all of them the same option 'shards', or this app a "
+                "'result_exchange' of its own."
+            ) from exc
+        with self._lock:
+            if generation == self._generation:
+                self._exchange = True
+
+    def check_exchange(self, channel: Any) -> None:
+        """Find out, once, whether the exchange is as it should be, if it is there at all.
+
+        For those who only read, and declare nothing: it tells them that others count the shards
+        differently. A user who may not declare the exchange is not told, and reads on.
+
+        Raises:
+            DeclarationRefused: when it exists with other properties.
+        """
+        try:
+            channel.exchange_declare(self.topology.exchange, "topic", passive=True)
+            # A passive declaration compares nothing.
+            self.ensure_exchange(channel)
+        except amqp_errors.NotFound:
+            # Nobody has stored anything yet.
+            pass
+        except amqp_errors.AccessRefused:
+            self._exchange = True
+
+    @property
+    def exchange_checked(self) -> bool:
+        """Whether the exchange was declared or checked by this process."""
+        return self._exchange
+
+    def missing(self, what: str) -> errors.DeclarationRefused:
+        """Return the error for something that others should have declared."""
+        return errors.DeclarationRefused(
+            f"the broker has no {what}, and the option 'declare' is false. Somebody who may has to "
+            "declare what results need: 'python -m celery_amqp_results.definitions' prints it for "
+            "'rabbitmqctl import_definitions'."
+        )
+
+    def request_shard(self, channel: Any, shard: int) -> None:
+        """Ask for the queue of *shard* to be declared.
+
+        No answer is waited for: where the broker refuses, it closes the channel, and
+        :meth:`refusal` says what that means.
+        """
+        _declare_queue(channel, self.topology.shard_queue(shard), nowait=True)
+
+    def remember_shard(self, shard: int) -> None:
+        """Remember that the queue of *shard* was asked for.
+
+        To be called by who forgets everything again if that is refused. What another connection
+        publishes before the queue is there comes back to it.
+        """
+        with self._lock:
+            self._shards.add(shard)
+
+    def refusal(self, exc: BaseException) -> Optional[errors.DeclarationRefused]:
+        """Return the error to raise for *exc*, or ``None`` if it is not about a declaration."""
+        if not self.declare and isinstance(exc, amqp_errors.NotFound):
+            return self.missing(f"exchange or queue that results need ({exc})")
+        # What a precondition failed of otherwise is the size of a message.
+        if not isinstance(exc, amqp_errors.PreconditionFailed) or "inequivalent arg" not in str(
+            exc
+        ):
+            return None
+        return _refused(exc)
+
+    def forget(self) -> None:
+        """Declare everything anew from now on."""
+        with self._lock:
+            self._generation += 1
+            self._exchange = False
+            self._shards = set()
+
+
+def declare_exchange(channel: Any, topology: Topology, nowait: bool = False) -> None:
+    """Declare the exchange on *channel*.
+
+    Parameters:
+        channel: an open channel.
+        topology: its name and arguments.
+        nowait: whether to wait for no answer: where the broker refuses, it closes the channel.
+
+    Raises:
+        amqp.PreconditionFailed: when it exists with other properties, and an answer is waited for.
+    """
+    channel.exchange_declare(
+        topology.exchange,
+        "topic",
+        durable=True,
+        auto_delete=False,
+        arguments=topology.exchange_arguments,
+        nowait=nowait,
+    )
+
+
+def declare_queue(channel: Any, spec: QueueSpec) -> int:
+    """Declare the queue *spec* on *channel*, and return how many read it already.
+
+    Raises:
+        DeclarationRefused: when it exists with other properties.
+    """
+    try:
+        declared = _declare_queue(channel, spec)
+    except amqp_errors.PreconditionFailed as exc:
+        raise _refused(exc) from exc
+    return int(declared.consumer_count)
+
+
+def _declare_queue(channel: Any, spec: QueueSpec, nowait: bool = False) -> Any:
+    return channel.queue_declare(
+        spec.name,
+        durable=spec.durable,
+        exclusive=spec.exclusive,
+        auto_delete=spec.auto_delete,
+        arguments=dict(spec.arguments),
+        nowait=nowait,
+    )
+
+
+def _refused(exc: BaseException) -> errors.DeclarationRefused:
+    return errors.DeclarationRefused(
+        f"the broker has a queue that differs from the one wanted here: {exc}. All processes that "
+        "share results need the same option 'queue_type'; a queue of another type has to be "
+        "deleted before the option can be changed, or the app given a 'result_exchange' of its "
+        "own."
+    )

@@ -1,0 +1,218 @@
+"""Channels to a broker of any kind that kombu knows, for the layout ``per-task``.
+
+On AMQP they come from :class:`connections.Pool`, with its heartbeats and its retries. On every
+other transport kombu's own connections are lent out, one user at a time: none of these may be
+used by two threads at once.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Deque,
+    Iterator,
+    Optional,
+    Protocol,
+    Tuple,
+    Type,
+)
+
+import kombu
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections
+
+__all__ = ("AMQPSessions", "KombuSessions", "Session", "Sessions", "is_amqp", "transport_name")
+
+#: What kombu calls its AMQP transports; ``librabbitmq`` is another library, and none of ours.
+_AMQP_TRANSPORTS = frozenset(
+    {
+        "amqp",
+        "amqps",
+        "pyamqp",
+        "pyamqps",
+        "kombu.transport.pyamqp:Transport",
+        "kombu.transport.pyamqp.Transport",
+        "kombu.transport.pyamqp:SSLTransport",
+        "kombu.transport.pyamqp.SSLTransport",
+    }
+)
+
+#: The transport whose queues live in the process.
+MEMORY = "memory"
+
+
+def transport_name(connection: kombu.Connection) -> str:
+    """Return what the transport of *connection* is called in a URL. Does no I/O."""
+    found = connection.transport_cls
+    if isinstance(found, str):
+        return found
+    return f"{found.__module__}:{found.__name__}"
+
+
+def is_amqp(connection: kombu.Connection) -> bool:
+    """Return whether *connection* speaks AMQP through py-amqp. Does no I/O."""
+    return transport_name(connection) in _AMQP_TRANSPORTS
+
+
+class Session(Protocol):
+    """What an operation on the broker is given. For one thread, for the time of the operation."""
+
+    @property
+    def channel(self) -> Any:
+        """An open kombu channel; a new one where the broker has closed the last."""
+
+
+class Sessions(Protocol):
+    """Lends channels. Thread-safe; made anew after a fork."""
+
+    #: Whether the broker speaks AMQP: it confirms, tells whether a queue exists, and keeps the
+    #: place of a message that is put back.
+    amqp: bool
+    #: Whether all who use the broker are in this process.
+    local: bool
+    #: What a lost connection, or an operation that failed, raises.
+    errors: Tuple[Type[Exception], ...]
+
+    def session(self, deadline: Optional[float] = None) -> ContextManager[Session]:
+        """Lend a session for a ``with`` block; one on which the block raises is closed.
+
+        Parameters:
+            deadline: time (``time.monotonic``) after which connecting is given up.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached, or refuses us.
+        """
+
+    def close(self) -> None:
+        """Close all connections that are not in use."""
+
+
+class _AMQPSession:
+    def __init__(self, link: connections.Link) -> None:
+        self._link = link
+
+    @property
+    def channel(self) -> Any:
+        # Number 1 is the same channel each time that this connection is lent, until the broker
+        # closes it: opening one takes longer than reading a message.
+        return self._link.amqp.channel(1)
+
+
+class AMQPSessions:
+    """Sessions on AMQP connections.
+
+    Parameters:
+        pool: lends the connections.
+    """
+
+    amqp = True
+    local = False
+    errors = connections.TRANSIENT
+
+    def __init__(self, pool: connections.Pool) -> None:
+        self._pool = pool
+
+    @contextlib.contextmanager
+    def session(self, deadline: Optional[float] = None) -> Iterator[Session]:
+        """Lend a session, see :class:`Sessions`."""
+        with self._pool.link(deadline) as link:
+            yield _AMQPSession(link)
+
+    def close(self) -> None:
+        """Close all connections that are not in use."""
+        self._pool.close()
+
+
+class _KombuSession:
+    def __init__(self, connection: kombu.Connection) -> None:
+        self.connection = connection
+
+    @property
+    def channel(self) -> Any:
+        return self.connection.default_channel
+
+
+class KombuSessions:
+    """Sessions on connections of any kombu transport.
+
+    Parameters:
+        make: returns a new, not yet connected kombu connection.
+        connector: tells how connecting is retried, and the address for messages.
+    """
+
+    amqp = False
+
+    def __init__(
+        self, make: Callable[[], kombu.Connection], connector: connections.Connector
+    ) -> None:
+        self._make = make
+        self._connector = connector
+        sample = make()
+        self.local = transport_name(sample) in (MEMORY, "kombu.transport.memory:Transport")
+        # The transports name what they raise; an OSError is raised by any that does I/O.
+        self.errors: Tuple[Type[Exception], ...] = (
+            *sample.connection_errors,
+            *sample.channel_errors,
+            kombu.exceptions.OperationalError,
+            OSError,
+        )
+        self._lock = threading.Lock()
+        self._idle: Deque[kombu.Connection] = collections.deque()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def session(self, deadline: Optional[float] = None) -> Iterator[Session]:
+        """Lend a session, see :class:`Sessions`."""
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        if connection is None:
+            connection = self._open(deadline)
+        try:
+            yield _KombuSession(connection)
+        except BaseException:
+            _release(connection)
+            raise
+        with self._lock:
+            if not self._closed:
+                self._idle.append(connection)
+                return
+        _release(connection)
+
+    def _open(self, deadline: Optional[float]) -> kombu.Connection:
+        policy = self._connector.policy
+        attempt = 0
+        while True:
+            connection = self._make()
+            try:
+                connection.connect()
+                return connection
+            except self.errors as exc:
+                _release(connection)
+                attempt += 1
+                pause = policy.pause(attempt)
+                if pause is None or connections.is_over(deadline):
+                    raise errors.BackendUnavailable(
+                        f"the broker at {self._connector.describe()} cannot be reached after "
+                        f"{attempt} tries: {exc!r}"
+                    ) from exc
+                time.sleep(connections.time_left(deadline, pause))
+
+    def close(self) -> None:
+        """Close all connections that are not in use."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = list(self._idle), collections.deque()
+        for connection in idle:
+            _release(connection)
+
+
+def _release(connection: kombu.Connection) -> None:
+    with contextlib.suppress(Exception):
+        connection.release()

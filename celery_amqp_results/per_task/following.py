@@ -1,0 +1,393 @@
+"""Waiting for tasks in the layout ``per-task``.
+
+On AMQP a follower has a connection with an exclusive queue of its own, bound to the result
+exchange by the key of each task that it follows: what a worker publishes, of Celery 4 or 5, comes
+to the task's queue and to this one, and the former is never consumed. A task is read once after
+its binding stands, so that no state falls in between.
+
+On the other transports the queues are read again and again, at an interval that grows with the
+time waited. What is published in the same process, as with ``memory://``, ends the pause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import selectors
+import socket
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, Iterable, List, Optional, Set, Tuple
+
+import kombu
+from kombu.exceptions import ContentDisallowed
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.waiting.follower import FIRST_RECHECK, LAST_RECHECK, Update
+
+if TYPE_CHECKING:
+    from celery_amqp_results.per_task.layout import PerTaskLayout
+
+__all__ = ("PollingFollower", "PushFollower")
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between heartbeats on the connection of a follower.
+HEARTBEAT = 15.0
+
+#: A follower that has so many bindings of tasks that have ended starts with a new queue.
+MAX_STALE = 1000
+
+#: Pauses between two looks, in seconds: a share of the time waited so far, within limits.
+SHORTEST_PAUSE = 0.01
+LONGEST_PAUSE = 0.5
+PAUSE_SHARE = 0.1
+
+
+def _key(state: StateMessage) -> Tuple[str, int]:
+    return state.state, hash(state.body)
+
+
+class _Follower:
+    """What both kinds of followers do. For one thread, and to be closed at the end."""
+
+    def __init__(self, layout: PerTaskLayout) -> None:
+        self._layout = layout
+        #: The tasks that have not ended, each with the state that counts so far.
+        self.pending: Dict[str, Optional[StateMessage]] = {}
+        # States carry no time and no id: one with the same name and body is the same.
+        self._seen: Dict[str, Set[Tuple[str, int]]] = {}
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def add(self, ids: Iterable[str]) -> None:
+        """Follow *ids* as well. Does no I/O."""
+        for task_id in ids:
+            self.pending.setdefault(task_id, None)
+
+    def discard(self, task_id: str) -> None:
+        """Follow *task_id* no more."""
+        self.pending.pop(task_id, None)
+        self._seen.pop(task_id, None)
+
+    def close(self) -> None:
+        """Follow nothing any more."""
+        self.pending.clear()
+        self._seen.clear()
+
+    def _read(self, ids: Iterable[str], deadline: Optional[float]) -> List[Update]:
+        """Read the queues of *ids* and return what is new."""
+        if self._layout.closed:
+            raise errors.BackendUnavailable("the result backend was closed while waiting")
+        found = self._layout.read(list(ids), settle=False, deadline=deadline)
+        return self._news([state for state in found.values() if state is not None])
+
+    def _news(self, states: Iterable[StateMessage]) -> List[Update]:
+        """Return what is new in *states*, which are in the order in which they were received."""
+        news: Dict[str, List[StateMessage]] = {}
+        for state in states:
+            if state.id not in self.pending:
+                continue
+            seen = self._seen.setdefault(state.id, set())
+            key = _key(state)
+            if key not in seen:
+                seen.add(key)
+                news.setdefault(state.id, []).append(state)
+        updates = []
+        for task_id, new in news.items():
+            known = self.pending[task_id]
+            current = fold(new if known is None else [known, *new])
+            self.pending[task_id] = current
+            final = current if current is not None and is_final(current.state) else None
+            if final is not None:
+                self.discard(task_id)
+            updates.append(Update(task_id, new, final))
+        return updates
+
+
+class PollingFollower(_Follower):
+    """Follows tasks by reading their queues again and again."""
+
+    _all: ClassVar[weakref.WeakSet[PollingFollower]] = weakref.WeakSet()
+
+    def __init__(self, layout: PerTaskLayout) -> None:
+        super().__init__(layout)
+        self._event = threading.Event()
+        self._since = time.monotonic()
+        self._due = 0.0
+        self._all.add(self)
+
+    @classmethod
+    def wake_all(cls) -> None:
+        """Have every follower in the process read its queues: there is something new in one."""
+        for follower in list(cls._all):
+            follower._due = 0.0
+            follower._event.set()
+
+    def add(self, ids: Iterable[str]) -> None:
+        """Follow *ids* as well. Does no I/O."""
+        super().add(ids)
+        self._since = time.monotonic()
+        self._due = 0.0
+
+    def poke(self) -> None:
+        """Have :meth:`step` return soon. May be called by any thread."""
+        self._event.set()
+
+    def pause(self, seconds: float) -> None:
+        """Wait for *seconds*, or until there is something to do."""
+        self._event.wait(seconds)
+
+    def step(self, deadline: Optional[float], pause: float) -> List[Update]:
+        """Wait at most *pause* seconds for something new and return it.
+
+        Parameters:
+            deadline: time (``time.monotonic``) after which connecting is given up.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+            Exception: whatever :meth:`PerTaskLayout.poll` raises.
+        """
+        until = time.monotonic() + connections.time_left(deadline, pause)
+        while True:
+            poked = self._event.is_set()
+            if poked:
+                self._event.clear()
+            now = time.monotonic()
+            if now >= self._due:
+                share = PAUSE_SHARE * (now - self._since)
+                self._due = now + min(max(share, SHORTEST_PAUSE), LONGEST_PAUSE)
+                updates = self._read(self.pending, deadline)
+                if updates:
+                    self._since = self._due = time.monotonic()
+                    return updates
+            now = time.monotonic()
+            if poked or now >= until:
+                return []
+            self._event.wait(max(0.0, min(until, self._due) - now))
+
+
+class PushFollower(_Follower):
+    """Follows tasks by a queue of its own that gets their states as well.
+
+    The connection is opened when the first task turns out not to have ended already, and is
+    closed at the end.
+    """
+
+    def __init__(self, layout: PerTaskLayout) -> None:
+        super().__init__(layout)
+        self._link: Optional[connections.Link] = None
+        self._channel: Any = None
+        self._queue = ""
+        #: The tasks whose binding stands and that were read since.
+        self._covered: Set[str] = set()
+        #: Bindings of tasks that have ended.
+        self._stale = 0
+        self._looked_at: Set[str] = set()
+        self._arrived: List[StateMessage] = []
+        self._failure: Optional[Exception] = None
+        self._failures = 0
+        self._pause = FIRST_RECHECK
+        self._recheck_at = time.monotonic() + FIRST_RECHECK
+        # Wakes the thread that waits for the socket of the connection.
+        self._bell, self._ringer = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ringer.setblocking(False)
+
+    def discard(self, task_id: str) -> None:
+        """Follow *task_id* no more."""
+        super().discard(task_id)
+        self._looked_at.discard(task_id)
+        if task_id in self._covered:
+            self._covered.discard(task_id)
+            # Unbinding takes as long as binding; deleting the queue at the end takes all with it.
+            self._stale += 1
+            if self._stale > MAX_STALE:
+                self._drop()
+
+    def close(self) -> None:
+        """Follow nothing any more, and close the connection."""
+        self._covered.clear()
+        super().close()
+        link, self._link, self._channel = self._link, None, None
+        if link is not None:
+            link.close()
+        self._layout.closed_follower(self)
+        self._bell.close()
+        self._ringer.close()
+
+    def poke(self) -> None:
+        """Have :meth:`step` return soon. May be called by any thread."""
+        with contextlib.suppress(OSError):
+            self._ringer.send(b"!")
+
+    def pause(self, seconds: float) -> None:
+        """Wait for *seconds*, or until there is something to do."""
+        self._wait(time.monotonic() + seconds, None)
+
+    def step(self, deadline: Optional[float], pause: float) -> List[Update]:
+        """Wait at most *pause* seconds for something new and return it.
+
+        Parameters:
+            deadline: time (``time.monotonic``) after which connecting is given up.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+            Exception: whatever :meth:`PerTaskLayout.poll` raises.
+        """
+        until = time.monotonic() + connections.time_left(deadline, pause)
+        try:
+            if time.monotonic() >= self._recheck_at:
+                # A push is a hint, the queue is the truth.
+                self._pause = min(2 * self._pause, LAST_RECHECK)
+                self._recheck_at = time.monotonic() + self._pause
+                updates = self._read(self.pending, deadline)
+                if updates:
+                    return updates
+            new = self.pending.keys() - self._looked_at
+            if new:
+                # What has ended needs no binding.
+                self._looked_at |= new
+                updates = self._read(new, deadline)
+                if updates:
+                    return updates
+            updates = self._cover(deadline)
+            if updates:
+                return updates
+            if self._link is not None:
+                updates = self._receive(self._link, until)
+                self._failures = 0
+                return updates
+        except self._layout.sessions.errors as exc:
+            if isinstance(exc, errors.BackendUnavailable):
+                raise
+            self._drop()
+            self._failures += 1
+            seconds = self._layout.connector.policy.pause(self._failures)
+            if seconds is None or connections.is_refusal(exc):
+                raise errors.BackendUnavailable(
+                    f"the connection to the broker at {self._layout.connector.describe()} was "
+                    f"lost while waiting for {len(self.pending)} tasks: {exc!r}"
+                ) from exc
+            logger.warning("waiting goes on with a new connection: %r", exc)
+            self._wait(min(until, time.monotonic() + seconds), None)
+            return []
+        self._wait(until, None)
+        return []
+
+    def _read(self, ids: Iterable[str], deadline: Optional[float]) -> List[Update]:
+        """Read the queues of *ids* and return what is new, together with what was pushed of them.
+
+        What a queue holds may have been published after states that were pushed and not received
+        yet: handed out behind it, they would make a task go back.
+        """
+        if self._link is None:
+            return super()._read(ids, deadline)
+        if self._layout.closed:
+            raise errors.BackendUnavailable("the result backend was closed while waiting")
+        found = self._layout.read(list(ids), settle=False, deadline=deadline)
+        # All that was pushed before comes before the answer to this.
+        self._channel.queue_declare(self._queue, passive=True)
+        arrived, self._arrived = self._arrived, []
+        states: List[StateMessage] = []
+        for task_id, state in found.items():
+            pushed = [each for each in arrived if each.id == task_id]
+            if state is not None:
+                keys = [_key(each) for each in pushed]
+                if _key(state) in keys:
+                    # What was pushed before that is older.
+                    newer = len(keys) - keys[::-1].index(_key(state))
+                    pushed = pushed[newer:]
+                states.append(state)
+            states += map(self._layout.received_again, pushed)
+        self._arrived = [each for each in arrived if each.id not in found]
+        return self._news(states)
+
+    def _drop(self) -> None:
+        link, self._link, self._channel = self._link, None, None
+        self._covered.clear()
+        self._stale = 0
+        if link is not None:
+            link.drop()
+
+    def _cover(self, deadline: Optional[float]) -> List[Update]:
+        """Bind what is not bound, and read it once more."""
+        new = [task_id for task_id in self.pending if task_id not in self._covered]
+        if not new:
+            return []
+        if self._link is None:
+            self._open(deadline)
+        wire = self._layout.wire
+        for task_id in new:
+            self._channel.queue_bind(self._queue, wire.exchange, wire.rkey(task_id))
+            self._covered.add(task_id)
+        return self._read(new, deadline)
+
+    def _open(self, deadline: Optional[float]) -> None:
+        link = self._layout.connector.open(HEARTBEAT, deadline)
+        try:
+            channel = link.amqp.channel(1)
+            self._layout.declare_exchange(_Channel(channel))
+            self._queue = channel.queue_declare("", exclusive=True, auto_delete=True).queue
+            channel.basic_consume(self._queue, no_ack=True, callback=self._on_message)
+        except BaseException:
+            link.drop()
+            raise
+        self._link, self._channel = link, channel
+
+    def _on_message(self, raw: Any) -> None:
+        message: kombu.Message = self._channel.message_to_python(raw)
+        try:
+            self._arrived.append(self._layout.state_of(message))
+        except (ContentDisallowed, errors.ForeignMessage) as exc:
+            # Raised where somebody waits, not in the middle of reading the connection.
+            key = message.delivery_info.get("routing_key")
+            if any(self._layout.wire.rkey(task_id) == key for task_id in self.pending):
+                self._failure = exc
+
+    def _receive(self, link: connections.Link, until: float) -> List[Update]:
+        """Wait for pushes until *until*, or until something else is to be done."""
+        if not self._arrived and self._failure is None:
+            link.tick()
+            self._wait(min(until, self._recheck_at), link)
+        while self._failure is None and link.readable():
+            link.drain(0.001)
+        if self._layout.closed:
+            raise errors.BackendUnavailable("the result backend was closed while waiting")
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        arrived, self._arrived = self._arrived, []
+        return self._news(arrived)
+
+    def _wait(self, until: float, link: Optional[connections.Link]) -> None:
+        """Wait until *until*, until poked, or until *link* has something to read."""
+        seconds = max(0.0, until - time.monotonic())
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._bell, selectors.EVENT_READ)
+            if link is not None:
+                seconds = min(seconds, link.idle_time())
+                selector.register(link.socket, selectors.EVENT_READ)
+            selector.select(seconds)
+        with contextlib.suppress(BlockingIOError):
+            while self._bell.recv(64):
+                pass
+
+
+class _Channel(transports.Session):
+    """A session of one channel."""
+
+    def __init__(self, channel: Any) -> None:
+        self._open = channel
+
+    @property
+    def channel(self) -> Any:
+        return self._open

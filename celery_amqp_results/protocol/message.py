@@ -1,0 +1,232 @@
+"""A task's state as a message on the broker.
+
+:class:`StateMessage` is one state of one task as the broker keeps it. Its body stays encoded until
+a caller wants the value. This module does no I/O.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from typing import Any, Dict, Mapping, Optional
+
+from celery_amqp_results import errors
+
+__all__ = ("StateMessage",)
+
+#: Kinds of messages in a shard, in the property ``type``.
+STATE = "state"
+GROUP = "group"
+#: What became of a task, see :mod:`~celery_amqp_results.store.marks`.
+MARK = "mark"
+#: Kinds of messages in the queue of a chord: what its header task returned, and what is to be done.
+PART = "part"
+PLAN = "plan"
+#: Header with the time of publishing, in microseconds since 1970.
+PUBLISHED = "published"
+#: Header with the name of the state.
+STATE_HEADER = "state"
+#: Header with the id, where it does not fit the property ``correlation_id``.
+ID_HEADER = "id"
+#: Header with the content type of kombu's compression; the name is kombu's.
+COMPRESSION_HEADER = "compression"
+#: Header with the name of the queue that has the body, of a state that is a pointer.
+BODY_QUEUE_HEADER = "body-queue"
+#: Longest AMQP short string, in bytes.
+MAX_SHORT_STRING = 255
+#: No clock is off by more than this, in microseconds. A state from later than that may not hide
+#: what other workers say of the task.
+MAX_AHEAD = 24 * 3600 * 1_000_000
+#: The time that such a state is taken to be of.
+UNKNOWN_TIME = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StateMessage:
+    """One state of one task (or one saved group), encoded."""
+
+    #: Id of the task or of the group.
+    id: str
+    #: Name of the state; of a group, ``GROUP``.
+    state: str
+    #: When it was published, in microseconds since 1970.
+    published: int
+    #: The encoded meta.
+    body: bytes
+    content_type: str
+    content_encoding: str
+    #: kombu's name for how the body is compressed, or ``None``.
+    compression: Optional[str] = None
+    #: Milliseconds after which the broker drops it, or ``None``.
+    expiration: Optional[int] = None
+    #: :data:`STATE`, :data:`GROUP`, :data:`MARK`, :data:`PART` or :data:`PLAN`.
+    kind: str = STATE
+    #: The queue that has the body, where that is too large for a shard; :attr:`body` is empty then.
+    body_queue: Optional[str] = None
+    #: The meta, where it had to be decoded to know the state: :meth:`Codec.decode` returns it.
+    decoded: Optional[Mapping[str, Any]] = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
+
+    def expired(self, now: int) -> bool:
+        """Return whether the broker would have dropped it by *now*, in microseconds since 1970."""
+        return self.expiration is not None and now >= self.published + self.expiration * 1000
+
+    def properties(self, persistent: bool) -> Dict[str, Any]:
+        """Return the AMQP properties it is published with, by py-amqp's names for them."""
+        headers: Dict[str, Any] = {PUBLISHED: self.published, STATE_HEADER: self.state}
+        properties: Dict[str, Any] = {
+            "type": self.kind,
+            "content_type": self.content_type,
+            "content_encoding": self.content_encoding,
+            "delivery_mode": 2 if persistent else 1,
+            "application_headers": headers,
+        }
+        raw_id = self.id.encode("utf-8", "surrogatepass")
+        if len(raw_id) <= MAX_SHORT_STRING and _is_utf8(self.id):
+            properties["correlation_id"] = self.id
+        else:
+            headers[ID_HEADER] = raw_id.hex()
+        if self.compression:
+            headers[COMPRESSION_HEADER] = self.compression
+        if self.body_queue:
+            headers[BODY_QUEUE_HEADER] = self.body_queue
+        if self.expiration is not None:
+            properties["expiration"] = str(self.expiration)
+        return properties
+
+    @classmethod
+    def from_properties(cls, properties: Mapping[str, Any], body: Any) -> StateMessage:
+        """Return the state that a message on the broker holds.
+
+        Parameters:
+            properties: AMQP properties, by py-amqp's names for them.
+            body: the body, not decoded.
+
+        Raises:
+            ForeignMessage: when it is not a message that :meth:`properties` could have described.
+        """
+        kind = properties.get("type")
+        if kind not in (STATE, GROUP, MARK, PART, PLAN):
+            raise errors.ForeignMessage(f"property 'type' is {kind!r}, not that of a state")
+        headers = properties.get("application_headers")
+        if not isinstance(headers, Mapping):
+            raise errors.ForeignMessage(f"the headers are {_short(headers)}, not a table")
+        state = headers.get(STATE_HEADER)
+        if not isinstance(state, str) or not state:
+            raise errors.ForeignMessage(f"header {STATE_HEADER!r} is {_short(state)}, not a state")
+        published = headers.get(PUBLISHED)
+        if isinstance(published, bool) or not isinstance(published, int) or published < 0:
+            raise errors.ForeignMessage(
+                f"header {PUBLISHED!r} is {_short(published)}, not microseconds since 1970"
+            )
+        compression = headers.get(COMPRESSION_HEADER)
+        if compression is not None and not isinstance(compression, str):
+            raise errors.ForeignMessage(
+                f"header {COMPRESSION_HEADER!r} is {_short(compression)}, not a content type"
+            )
+        body_queue = headers.get(BODY_QUEUE_HEADER)
+        if body_queue is not None and not isinstance(body_queue, str):
+            raise errors.ForeignMessage(
+                f"header {BODY_QUEUE_HEADER!r} is {body_queue!r}, not the name of a queue"
+            )
+        return cls(
+            id=message_id(properties),
+            state=state,
+            published=published,
+            body=body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body),
+            content_type=_text(properties, "content_type"),
+            content_encoding=_text(properties, "content_encoding"),
+            compression=compression,
+            expiration=_expiration(properties),
+            kind=kind,
+            body_queue=body_queue,
+        )
+
+
+def checked(state: StateMessage) -> StateMessage:
+    """Return *state*, which came out of a page, if its fields are what they should be.
+
+    Raises:
+        ForeignMessage: when one is not.
+    """
+    if not (
+        isinstance(state.id, str)
+        and isinstance(state.state, str)
+        and type(state.published) is int
+        and state.published >= 0
+        and isinstance(state.content_type, str)
+        and isinstance(state.content_encoding, str)
+        and (state.compression is None or isinstance(state.compression, str))
+        and (state.expiration is None or type(state.expiration) is int)
+        and state.kind in (STATE, GROUP, MARK)
+        and (state.body_queue is None or isinstance(state.body_queue, str))
+    ):
+        raise errors.ForeignMessage(f"a field is not of its type: {_short(state)}")
+    return state
+
+
+def dated(state: StateMessage, now: int) -> StateMessage:
+    """Return *state*, published at :data:`UNKNOWN_TIME` if it claims to be of the far future.
+
+    A worker whose clock is wrong by years has results all the same. But among states that rank
+    alike it would win for ever, so it loses.
+
+    Parameters:
+        now: microseconds since 1970.
+    """
+    if state.published <= now + MAX_AHEAD:
+        return state
+    return dataclasses.replace(state, published=UNKNOWN_TIME)
+
+
+def _short(value: Any) -> str:
+    # A header may be as long as a frame, and goes to the log.
+    return reprlib.repr(value)
+
+
+def message_id(properties: Mapping[str, Any]) -> str:
+    """Return the id that a message is about, from its properties alone.
+
+    Raises:
+        ForeignMessage: when it names none.
+    """
+    found = properties.get("correlation_id")
+    if isinstance(found, str) and found:
+        return found
+    headers = properties.get("application_headers")
+    digits = headers.get(ID_HEADER) if isinstance(headers, Mapping) else None
+    try:
+        return bytes.fromhex(digits).decode("utf-8", "surrogatepass")  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise errors.ForeignMessage(
+            f"neither the property 'correlation_id' ({found!r}) nor the header {ID_HEADER!r} "
+            f"({_short(digits)}) is an id"
+        ) from None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text(properties: Mapping[str, Any], name: str) -> str:
+    value = properties.get(name)
+    if not isinstance(value, str) or not value:
+        raise errors.ForeignMessage(f"property {name!r} is {value!r}, not text")
+    return value
+
+
+def _expiration(properties: Mapping[str, Any]) -> Optional[int]:
+    value = properties.get("expiration")
+    if value is None:
+        return None
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise errors.ForeignMessage(
+            f"property 'expiration' is {value!r}, not milliseconds"
+        ) from None

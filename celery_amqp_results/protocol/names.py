@@ -1,0 +1,282 @@
+"""Names, routing keys, and arguments of everything the backend declares on the broker.
+
+::
+
+    shard queues     <result_exchange>.shard.<n>           not bound; keep every state
+    topic exchange   <result_exchange>.states              gets a copy of every state
+    chord queues     <result_exchange>.chord.<group>       not bound; parts of one chord
+                     <result_exchange>.chord.<group>.size  not bound; of a generator as header
+    large results    <result_exchange>.large.<task>.<mark> not bound; the body of one result
+    inbox            named by the broker, exclusive        bound with  *.<client>.#, *.all.#, <n>.#
+    routing key      <shard>.<client>.<group>.<task>.<STATE>
+
+This module does no I/O and knows nothing of connections. ``docs/wire.md`` describes the same for
+programs in other languages: what changes here changes there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import zlib
+from typing import Any, Dict, Mapping, Optional
+
+from celery_amqp_results import errors
+from celery_amqp_results.protocol.message import StateMessage
+
+__all__ = (
+    "ABSENT",
+    "BROADCAST",
+    "OVERFLOW",
+    "QueueSpec",
+    "Topology",
+    "client_word",
+    "encode_word",
+)
+
+#: Stands in a routing key for a word that there is none of.
+ABSENT = "-"
+
+#: Milliseconds for which a quorum queue waits for a reader whose node it cannot reach. The nodes of
+#: a cluster may lose sight of each other for a moment.
+DISCONNECTED_TIMEOUT = 1000
+
+#: Stands for the client in the routing key of a state that is written by somebody who does not
+#: know who sent the task: a revoke, a chord that failed, a task replaced by another. Every inbox
+#: gets these, since the one that sent the task may wait for them. It is no digest.
+BROADCAST = "all"
+
+#: First word of the key under which an inbox that was full says so: no number of a shard.
+OVERFLOW = "overflow"
+
+#: A word of a routing key is at most this long; a longer one is replaced by its digest. Five
+#: words, of which one is a number and one a digest of 16, then always fit the 255 bytes of a key.
+MAX_WORD = 72
+
+_SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+@functools.lru_cache(maxsize=4096)
+def encode_word(value: Optional[str]) -> str:
+    """Return *value* as one word of a routing key.
+
+    Letters, digits, ``_`` and ``-`` stand for themselves, anything else for ``%XX`` of its UTF-8
+    bytes, so that a dot does not end the word and ``*`` and ``#`` can be bound literally. What
+    would be longer than :data:`MAX_WORD` becomes ``~`` and a digest. Different values give
+    different words.
+
+    Parameters:
+        value: any text; ``None`` and the empty text give :data:`ABSENT`.
+    """
+    if not value:
+        return ABSENT
+    if value == ABSENT:
+        return "%2D"
+    if len(value) <= MAX_WORD and _SAFE.issuperset(value):
+        return value
+    # Lone surrogates are no UTF-8; they are legal in a Python string, so in a task id as well.
+    raw = value.encode("utf-8", "surrogatepass")
+    if len(raw) <= MAX_WORD:
+        word = "".join(chr(b) if chr(b) in _SAFE else f"%{b:02X}" for b in raw)
+        if len(word) <= MAX_WORD:
+            return word
+    return "~" + hashlib.blake2b(raw, digest_size=24).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def client_word(origin: Optional[str]) -> str:
+    """Return the word for the process that sent a task.
+
+    Parameters:
+        origin: the task's header ``origin`` (``gen<pid>@<host>``), the same for every thread of
+            the sender; ``None`` gives :data:`ABSENT`.
+    """
+    if not origin:
+        return ABSENT
+    raw = origin.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(raw, digest_size=8).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class QueueSpec:
+    """How a queue is declared."""
+
+    name: str
+    durable: bool
+    exclusive: bool
+    auto_delete: bool
+    arguments: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Names and arguments that follow from the settings."""
+
+    #: The setting ``result_exchange``: first part of every name.
+    prefix: str
+    #: How many shard queues there are.
+    shards: int
+    #: ``classic`` or ``quorum``.
+    queue_type: str
+
+    @property
+    def exchange(self) -> str:
+        """Name of the topic exchange that a copy of every state is published to."""
+        return f"{self.prefix}.states"
+
+    @property
+    def exchange_arguments(self) -> Dict[str, Any]:
+        """Arguments of the exchange.
+
+        RabbitMQ keeps no arguments of our own and compares none of them, but it does compare the
+        name of the alternate exchange, which need not exist. With the number of shards in it, a
+        process that counts the shards differently is refused, instead of looking for results in
+        the wrong places and finding them pending.
+        """
+        return {"alternate-exchange": f"{self.prefix}.shards-{self.shards}"}
+
+    def shard(self, task_id: str) -> int:
+        """Return the number of the shard that keeps *task_id*, a task's or a group's id."""
+        return zlib.crc32(task_id.encode("utf-8", "surrogatepass")) % self.shards
+
+    def shard_queue_name(self, shard: int) -> str:
+        """Return the name of the queue of shard number *shard*."""
+        return f"{self.prefix}.shard.{shard}"
+
+    def shard_queue(self, shard: int) -> QueueSpec:
+        """Return the queue of shard number *shard*."""
+        return QueueSpec(self.shard_queue_name(shard), True, False, False, self._queue_arguments())
+
+    def chord_queue(self, group_id: str, expires: Optional[int] = None) -> QueueSpec:
+        """Return the queue for the parts of a chord.
+
+        Parameters:
+            group_id: id of the chord's header.
+            expires: milliseconds after which the broker deletes it when nobody has asked for its
+                length; ``None`` for never.
+        """
+        return self._expiring(f"{self.prefix}.chord.{encode_word(group_id)}", expires)
+
+    def chord_size_queue(self, group_id: str, expires: Optional[int] = None) -> QueueSpec:
+        """Return the queue for the size of a chord that was not known when it was sent.
+
+        Its parameters are those of :meth:`chord_queue`.
+        """
+        return self._expiring(f"{self.prefix}.chord.{encode_word(group_id)}.size", expires)
+
+    def large_queue(self, task_id: str, mark: str, expires: Optional[int] = None) -> QueueSpec:
+        """Return the queue for the body of a large result.
+
+        Parameters:
+            task_id: id of the task or group.
+            mark: what tells it from the other queues of the task; random.
+            expires: milliseconds after which the broker deletes it when nobody has read it;
+                ``None`` for never.
+        """
+        return self._expiring(f"{self.prefix}.large.{encode_word(task_id)}.{mark}", expires)
+
+    def check_body_queue(self, state: StateMessage) -> None:
+        """Check that the queue which *state* points to is one for its body.
+
+        What it names is read by whoever waits for it, and deleted by whoever forgets it.
+
+        Raises:
+            ForeignMessage: when it names another queue.
+        """
+        if state.body_queue is not None:
+            start = self.large_queue(state.id, "").name
+            if not state.body_queue.startswith(start):
+                raise errors.ForeignMessage(
+                    f"the body of {state.id!r:.100} is said to be in {state.body_queue!r:.300}, "
+                    f"which does not begin with {start!r}"
+                )
+
+    def _expiring(self, name: str, expires: Optional[int]) -> QueueSpec:
+        arguments = self._queue_arguments()
+        if expires is not None:
+            arguments["x-expires"] = expires
+        return QueueSpec(name, True, False, False, arguments)
+
+    def _queue_arguments(self) -> Dict[str, Any]:
+        arguments: Dict[str, Any] = {
+            "x-queue-type": self.queue_type,
+            # Being the single active consumer is the lock of a checkout.
+            "x-single-active-consumer": True,
+        }
+        if self.queue_type == "quorum":
+            # Every read returns messages, and a limit on deliveries drops what was returned too
+            # often. It is 20 by default since 4.0. There -1 is no limit, but before 4.0 a message
+            # has reached that limit when it is returned for the first time, and is gone. So it is
+            # a number that no message lives to see, which means the same everywhere.
+            arguments["x-delivery-limit"] = 2**31 - 1
+            # A reader whose node is killed or cut off has the queue until this is over, a minute by
+            # default since 4.3: all others would wait in line for so long. Unknown, and at once,
+            # before 4.3.
+            arguments["x-consumer-disconnected-timeout"] = DISCONNECTED_TIMEOUT
+        return arguments
+
+    def shard_binding(self, shard: int) -> str:
+        """Return the binding key for every message of shard number *shard*."""
+        return f"{shard}.#"
+
+    def definitions(self, vhost: str) -> Dict[str, Any]:
+        """Return what is declared once, in the format of RabbitMQ's definitions.
+
+        Parameters:
+            vhost: name of the virtual host.
+        """
+        queues = [self.shard_queue(number) for number in range(self.shards)]
+        return {
+            "exchanges": [
+                {
+                    "name": self.exchange,
+                    "vhost": vhost,
+                    "type": "topic",
+                    "durable": True,
+                    "auto_delete": False,
+                    "internal": False,
+                    "arguments": self.exchange_arguments,
+                }
+            ],
+            "queues": [
+                {
+                    "name": queue.name,
+                    "vhost": vhost,
+                    "durable": queue.durable,
+                    "auto_delete": queue.auto_delete,
+                    "arguments": dict(queue.arguments),
+                }
+                for queue in queues
+            ],
+        }
+
+    @staticmethod
+    def client_binding(client: str) -> str:
+        """Return the binding key for every state of the tasks that *client* sent."""
+        return f"*.{client}.#"
+
+    def task_binding(self, task_id: str) -> str:
+        """Return the binding key for every state of *task_id*."""
+        return f"{self.shard(task_id)}.*.*.{encode_word(task_id)}.*"
+
+    @staticmethod
+    def state_binding(state: str) -> str:
+        """Return the binding key for *state* of every task."""
+        return f"*.*.*.*.{encode_word(state)}"
+
+    def routing_key(
+        self, task_id: str, state: str, client: str = ABSENT, group_id: Optional[str] = None
+    ) -> str:
+        """Return the routing key of a state.
+
+        Parameters:
+            task_id: the task's id, of any length and shape.
+            state: name of the state.
+            client: word of the process that sent the task, see :func:`client_word`.
+            group_id: id of the group that the task belongs to.
+        """
+        return (
+            f"{self.shard(task_id)}.{client}.{encode_word(group_id)}"
+            f".{encode_word(task_id)}.{encode_word(state)}"
+        )

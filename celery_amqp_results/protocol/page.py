@@ -1,0 +1,289 @@
+"""Pages: many results in one message.
+
+Taking one message out of a queue costs the same whether it holds one result or a thousand. A
+reader therefore packs the loose results that it finds in a shard into pages. A page is searched as
+bytes for the digests of the ids that are wanted, and only the entries that match are decoded. This
+module does no I/O; ``docs/wire.md`` describes the format.
+
+::
+
+    magic      8 bytes   b"CARpage1"
+    count      u32       number of entries
+    index      count times: digest of the id (8 bytes), offset (u32), length (u32) of the entry
+    entries    each a u32 with the length of its head, the head (a JSON object), the body
+
+All integers are big-endian; offsets count from the start of the page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
+
+from celery_amqp_results import errors
+from celery_amqp_results.protocol.message import STATE, StateMessage, checked
+from celery_amqp_results.protocol.ranking import fold, is_final
+
+__all__ = (
+    "CONTENT_TYPE",
+    "OVERHEAD",
+    "PAGE",
+    "Wanted",
+    "decode",
+    "encode",
+    "expiration",
+    "find",
+    "select",
+)
+
+#: The property ``type`` of a page.
+PAGE = "page"
+CONTENT_TYPE = "application/x-celery-results-page"
+
+_MAGIC = b"CARpage1"
+#: About how many bytes an entry has besides its body.
+OVERHEAD = 160
+
+#: Searching a page for so many ids one by one takes about as long as going through its index.
+MANY = 32
+
+#: RabbitMQ takes no expiration above this, in milliseconds.
+_MAX_EXPIRATION = 2**32 - 1
+
+_COUNT = struct.Struct(">I")
+_RECORD = struct.Struct(">8sII")
+_HEADER = len(_MAGIC) + _COUNT.size
+_DIGEST_SIZE = 8
+
+#: Short names of a state's fields in the head of its entry, for all but the body.
+_FIELDS = (
+    ("i", "id"),
+    ("s", "state"),
+    ("p", "published"),
+    ("t", "content_type"),
+    ("e", "content_encoding"),
+    ("c", "compression"),
+    ("x", "expiration"),
+    ("k", "kind"),
+    ("q", "body_queue"),
+)
+#: Fields left out of the head when they have this value.
+_DEFAULTS = {"compression": None, "expiration": None, "kind": STATE, "body_queue": None}
+
+
+def _digest(message_id: str) -> bytes:
+    return hashlib.blake2b(
+        message_id.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_SIZE
+    ).digest()
+
+
+def encode(states: Iterable[StateMessage]) -> bytes:
+    """Return a page that holds *states*, in that order."""
+    entries: List[Tuple[bytes, bytes]] = []
+    for state in states:
+        fields: Dict[str, Any] = {}
+        for short, name in _FIELDS:
+            value = getattr(state, name)
+            if name not in _DEFAULTS or value != _DEFAULTS[name]:
+                fields[short] = value
+        # ASCII only: a lone surrogate in an id stays what it is.
+        head = json.dumps(fields, separators=(",", ":")).encode("ascii")
+        entries.append((_digest(state.id), _COUNT.pack(len(head)) + head + state.body))
+    offset = _HEADER + _RECORD.size * len(entries)
+    index = []
+    for digest, entry in entries:
+        index.append(_RECORD.pack(digest, offset, len(entry)))
+        offset += len(entry)
+    return b"".join([_MAGIC, _COUNT.pack(len(entries)), *index, *(entry for _, entry in entries)])
+
+
+#: Called with what is wrong with an entry that is left out.
+OnDamage = Callable[[errors.ForeignMessage], None]
+
+
+class Wanted:
+    """Ids to find in any number of pages.
+
+    The digest of an id is made when the first page is searched, and not once more for each page.
+
+    Parameters:
+        message_ids: ids of tasks, or of groups.
+    """
+
+    def __init__(self, message_ids: Iterable[str]) -> None:
+        self.ids = list(message_ids)
+        self._by_digest: Optional[Dict[bytes, Set[str]]] = None
+
+    @property
+    def by_digest(self) -> Dict[bytes, Set[str]]:
+        """The ids, by their digest; two may have the same one."""
+        if self._by_digest is None:
+            self._by_digest = {}
+            for message_id in self.ids:
+                self._by_digest.setdefault(_digest(message_id), set()).add(message_id)
+        return self._by_digest
+
+
+def find(
+    page: bytes, message_ids: Union[Wanted, Iterable[str]], on_damage: Optional[OnDamage] = None
+) -> Iterator[StateMessage]:
+    """Yield the states in *page* that are about one of *message_ids*.
+
+    Those of one id come in the order of the page.
+
+    Parameters:
+        message_ids: as :class:`Wanted` where several pages are searched for the same ids.
+        on_damage: called with each damaged entry; the others are found all the same.
+
+    Raises:
+        ForeignMessage: when the page is damaged, or an entry is and nobody wants to know.
+    """
+    wanted = message_ids if isinstance(message_ids, Wanted) else Wanted(message_ids)
+    end = _index_end(page)
+    budget = len(page)
+    by_digest = wanted.by_digest
+    for at in _matches(page, end, by_digest):
+        budget -= _length(page, at, budget)
+        state = _entry_or_none(page, at, on_damage)
+        if state is not None and state.id in by_digest[page[at : at + _DIGEST_SIZE]]:
+            yield state
+
+
+def _matches(page: bytes, end: int, digests: Collection[bytes]) -> Iterator[int]:
+    """Yield where in the index of *page* there is one of *digests*."""
+    if len(digests) > MANY:
+        # One pass over the index, however many are wanted.
+        for at in range(_HEADER, end, _RECORD.size):
+            if page[at : at + _DIGEST_SIZE] in digests:
+                yield at
+        return
+    for digest in digests:
+        at = page.find(digest, _HEADER, end)
+        while at != -1:
+            # What looks like the digest may be parts of two records.
+            if (at - _HEADER) % _RECORD.size == 0:
+                yield at
+            at = page.find(digest, at + 1, end)
+
+
+def decode(page: bytes, on_damage: Optional[OnDamage] = None) -> List[StateMessage]:
+    """Return all states in *page*.
+
+    Parameters:
+        on_damage: called with each damaged entry; the others are returned all the same.
+
+    Raises:
+        ForeignMessage: when the page is damaged, or an entry is and nobody wants to know.
+    """
+    states = []
+    budget = len(page)
+    for at in range(_HEADER, _index_end(page), _RECORD.size):
+        budget -= _length(page, at, budget)
+        state = _entry_or_none(page, at, on_damage)
+        if state is not None:
+            states.append(state)
+    return states
+
+
+def _length(page: bytes, at: int, budget: int) -> int:
+    """Return the length of an entry; all together cannot have more bytes than the page."""
+    length = int(_RECORD.unpack_from(page, at)[2])
+    if length > budget:
+        # A small page could otherwise fill the memory with copies of one entry.
+        raise errors.ForeignMessage(f"entries of a page of {len(page)} bytes overlap")
+    return length
+
+
+def _entry_or_none(page: bytes, at: int, on_damage: Optional[OnDamage]) -> Optional[StateMessage]:
+    try:
+        return _entry(page, at)
+    except errors.ForeignMessage as exc:
+        if on_damage is None:
+            raise
+        on_damage(exc)
+        return None
+
+
+def _index_end(page: bytes) -> int:
+    if page[: len(_MAGIC)] != _MAGIC or len(page) < _HEADER:
+        raise errors.ForeignMessage(f"a page does not begin as one, but with {page[:16]!r}")
+    (count,) = _COUNT.unpack_from(page, len(_MAGIC))
+    end = _HEADER + _RECORD.size * count
+    if end > len(page):
+        raise errors.ForeignMessage(f"a page of {len(page)} bytes says that it has {count} entries")
+    return int(end)
+
+
+def _entry(page: bytes, at: int) -> StateMessage:
+    _, offset, length = _RECORD.unpack_from(page, at)
+    try:
+        if offset + length > len(page):
+            raise ValueError(f"an entry ends at {offset + length} of {len(page)} bytes")
+        (head_length,) = _COUNT.unpack_from(page, offset)
+        start = offset + _COUNT.size
+        fields = json.loads(page[start : start + head_length])
+        values = {name: fields[short] for short, name in _FIELDS if short in fields}
+        return checked(StateMessage(body=page[start + head_length : offset + length], **values))
+    except errors.ForeignMessage:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError, struct.error) as exc:
+        raise errors.ForeignMessage(f"an entry of a page is damaged: {exc!r:.300}") from exc
+
+
+def select(
+    states: Iterable[StateMessage], now: int
+) -> Tuple[List[StateMessage], List[StateMessage]]:
+    """Divide *states* into those worth keeping in a page and those that may be dropped.
+
+    Of a task that has ended only the state that counts is kept, unless it has expired. Of a task
+    that goes on only what has expired is dropped: somebody may want its history.
+
+    Parameters:
+        states: of any number of tasks and groups; all that the shard has of each.
+        now: microseconds since 1970.
+
+    Returns:
+        The final states and groups to keep, and the states to drop. States of tasks that go on
+        are in neither, unless they have expired.
+    """
+    by_id: Dict[Tuple[str, str], List[StateMessage]] = {}
+    for state in states:
+        by_id.setdefault((state.kind, state.id), []).append(state)
+    keep: List[StateMessage] = []
+    drop: List[StateMessage] = []
+    for (kind, _), found in by_id.items():
+        current = fold(found)
+        if current is None or not (kind != STATE or is_final(current.state)):
+            drop.extend(state for state in found if state.expired(now))
+            continue
+        for state in found:
+            if state is current and not state.expired(now):
+                keep.append(state)
+            else:
+                drop.append(state)
+    return keep, drop
+
+
+def expiration(states: Iterable[StateMessage], now: int) -> Optional[int]:
+    """Return the milliseconds after which a page of *states* may be dropped, ``None`` for never."""
+    latest = 0
+    for state in states:
+        if state.expiration is None:
+            return None
+        latest = max(latest, state.published + state.expiration * 1000)
+    # Not earlier than any of its entries: each is checked by itself when it is read.
+    return min(max(1, -(-(latest - now) // 1000)), _MAX_EXPIRATION)

@@ -1,0 +1,154 @@
+"""Large results: each in a queue of its own, with a small pointer to it in the shard.
+
+Whoever reads a shard is sent every message in it. A result of a megabyte would make each look-up
+of its neighbours slower by some milliseconds, and be sent again for each of them. So the body of a
+state over ``inline_limit`` is published to a queue that is made for it, and what goes to the shard
+and to inboxes is a *pointer*: the same message without a body, and with the queue's name.
+
+The body is confirmed before the pointer is published: a pointer that can be seen leads somewhere.
+Who dies in between leaves a queue that nothing points to, and that expires. Body and queue expire
+a little later than the pointer.
+
+A body is read by a checkout, as a shard is: any number of readers, one after the other, as often as
+they like, and none of them finds a queue that only looks empty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import uuid
+from typing import List, Optional
+
+import amqp
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.names import Topology
+from celery_amqp_results.store.checkout import Checkout, longest_hold
+from celery_amqp_results.store.publisher import Outgoing, Publisher
+
+__all__ = ("LargeBodies",)
+
+logger = logging.getLogger(__name__)
+
+#: A body outlives its pointer by so many milliseconds: the pointer is published after it.
+LINGER = 60_000
+
+#: The longest expiration that RabbitMQ takes, in milliseconds.
+MAX_EXPIRATION = 2**32 - 1
+
+#: Seconds between looks at the heartbeats while a body is read.
+TICK = 1.0
+
+
+class LargeBodies:
+    """Keeps bodies out of the shards, and reads them.
+
+    Parameters:
+        publisher: publishes bodies.
+        pool: connections for look-ups.
+        topology: names and queue arguments.
+        persistent: whether messages survive a restart of the broker.
+        limit: bytes of the largest body that stays in the shard.
+        lookup_timeout: seconds within which a body has to be read.
+
+    Thread-safe. After a fork the child must make a new one.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        pool: connections.Pool,
+        topology: Topology,
+        persistent: bool,
+        limit: int,
+        lookup_timeout: float,
+    ) -> None:
+        self._publisher = publisher
+        self._pool = pool
+        self._topology = topology
+        self._persistent = persistent
+        self._limit = limit
+        self._lookup_timeout = lookup_timeout
+
+    def detach(self, state: StateMessage) -> StateMessage:
+        """Return *state*, or if it is large a pointer to its body, which the broker then has.
+
+        Raises:
+            ResultTooLarge: when the broker refuses a message of this size.
+            BackendUnavailable: when the broker could not be reached or refuses us.
+        """
+        if len(state.body) <= self._limit:
+            return state
+        expires = None
+        if state.expiration is not None:
+            expires = min(state.expiration + LINGER, MAX_EXPIRATION)
+        # Made once for each time that something is stored: tries again use the same queue, another
+        # run of the task uses another.
+        queue = self._topology.large_queue(state.id, uuid.uuid4().hex[:16], expires)
+        body = dataclasses.replace(state, expiration=expires)
+        try:
+            self._publisher.publish_apart(
+                queue,
+                Outgoing(
+                    queue.name,
+                    body.properties(self._persistent),
+                    body.body,
+                    what=f"the {state.state} of {state.id}",
+                ),
+            )
+        except errors.ResultTooLarge:
+            self._publisher.delete((queue.name,))
+            raise
+        return dataclasses.replace(state, body=b"", body_queue=queue.name)
+
+    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+        """Return the state that *pointer* stands for, or ``None`` where the body is gone.
+
+        Raises:
+            LookupTimeout: when it could not be read in time.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+        """
+        queue = pointer.body_queue
+        assert queue is not None
+        end = time.monotonic() + self._lookup_timeout
+        tries = connections.LookupTries(self._pool.policy, end, self._topology.prefix)
+        while True:
+            try:
+                with self._pool.link(end) as link:
+                    return self._read(link, queue, pointer, end)
+            except errors.BackendUnavailable:
+                raise
+            except connections.TRANSIENT as exc:
+                # Among them that the queue was deleted while we waited in line: it is missing then.
+                tries.wait(exc, f"the large result in {queue!r}")
+
+    def _read(
+        self, link: connections.Link, queue: str, pointer: StateMessage, end: float
+    ) -> Optional[StateMessage]:
+        found: List[StateMessage] = []
+
+        def take(message: amqp.Message) -> None:
+            try:
+                state = StateMessage.from_properties(message.properties, message.body)
+            except errors.ForeignMessage as exc:
+                logger.warning("ignored a foreign or damaged message in %s: %s", queue, exc)
+                return
+            if state.id == pointer.id and state.published == pointer.published:
+                # Published twice where the connection was lost before the confirm came.
+                found[:] = [state]
+
+        hold = longest_hold(self._topology.queue_type, self._lookup_timeout)
+        checkout = Checkout(link, queue, take, arguments=hold)
+        if not checkout.wait(end, TICK):
+            raise errors.LookupTimeout(
+                f"the large result in {queue!r} could not be read within lookup_timeout "
+                f"({self._lookup_timeout:g} s): other readers are in front, the broker does "
+                "not answer or blocks publishers, or it takes that long to transfer. Asking "
+                "again is safe."
+            )
+        checkout.close(wait=False)
+        return found[0] if found else None

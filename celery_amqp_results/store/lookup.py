@@ -1,0 +1,646 @@
+"""Reading the shards: looking up states, and forgetting them.
+
+A shard is read by a :class:`~celery_amqp_results.store.checkout.Checkout`. Several shards are read
+at once, each on its own channel, which closes as soon as the shard's fence has come. A reader that
+kept one shard while it waited for another could meet a reader that does the reverse, and both
+would wait for ever.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import logging
+import math
+import threading
+import time
+from typing import Any, Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
+
+import amqp
+from celery import states
+from kombu.exceptions import ContentDisallowed
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing
+from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.protocol import page
+from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
+from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
+
+__all__ = ("Store",)
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between heartbeats on connections for look-ups. Short, so that a frozen reader loses
+#: its shard before those in line behind it have waited for ``lookup_timeout``.
+HEARTBEAT = 3.0
+
+#: How many shards one look-up reads at the same time.
+PARALLEL = 16
+
+#: A reader that finds so many loose results or more packs them.
+PACK_AT = 32
+
+#: Packing is left to the next reader after so many seconds of one look-up: others wait in line.
+PACK_SECONDS = 0.03
+
+#: A look-up that ends with a shard of so many messages may take this share of the time that reading
+#: took, if that is longer: it has kept others waiting for long anyway, and the next ones are the
+#: quicker for it. Not while it has other shards to read, which are to be read in time.
+LONG_SHARD = 10_000
+LONG_PACK_SHARE = 0.2
+
+#: A reader waits so long for the pages that it has published to come back. They do not if it
+#: holds all the messages that it may; going on is harmless unless a task has two results.
+PAGE_SECONDS = 1.0
+
+#: A reader keeps so many bytes of messages in memory for packing, at most.
+MAX_RETAINED = 2 * 1024 * 1024
+
+#: A foreign message is logged in full once; so many kinds of them are remembered.
+MAX_COMPLAINTS = 100
+
+
+def lookup_seconds(shards: int, lookup_timeout: float) -> float:
+    """Return how many seconds a look-up may take that reads so many shards.
+
+    Each shard has its time: of many, those at the end of the line are not to be late.
+    """
+    return lookup_timeout * math.ceil(shards / PARALLEL)
+
+
+class _Read:
+    """One shard being read, and packed or rid of some messages on the way."""
+
+    def __init__(
+        self,
+        store: Store,
+        link: connections.Link,
+        shard: int,
+        wanted: Collection[str],
+        kind: str,
+        remove: bool,
+    ) -> None:
+        self.shard = shard
+        self.wanted = wanted
+        self._in_pages = page.Wanted(wanted)
+        self.found: Dict[str, List[StateMessage]] = {}
+        self.removed = 0
+        self._kind = kind
+        self._remove = remove
+        self._store = store
+        self._link = link
+        #: Loose messages and small pages that packing would replace, by delivery tag.
+        self._loose: Dict[int, StateMessage] = {}
+        self._small_pages: Dict[int, bytes] = {}
+        self._retained = 0
+        #: When the first message came.
+        self._began: Optional[float] = None
+        #: When the look-up has to be over.
+        self._end = 0.0
+        #: Pages to write anew without what is removed from them, by delivery tag.
+        self._cut_pages: Dict[int, bytes] = {}
+        #: Pointers to remove, and the queues to delete before.
+        self._removed_pointers: List[int] = []
+        self._body_queues: Set[str] = set()
+        # A queue that is not there is empty: a look-up declares nothing.
+        topology = store.declarations.topology
+        self.checkout = Checkout(
+            link,
+            topology.shard_queue_name(shard),
+            self._on_message,
+            longest_prefetch(topology.queue_type),
+            look_again=self._incomplete,
+            arguments=longest_hold(topology.queue_type, store.lookup_timeout),
+        )
+
+    def _on_message(self, message: amqp.Message) -> None:
+        if self._began is None:
+            self._began = time.monotonic()
+        properties = message.properties
+        tag = message.delivery_tag
+        try:
+            if properties.get("type") == page.PAGE:
+                self._on_page(tag, message.body)
+            else:
+                self._on_state(tag, StateMessage.from_properties(properties, message.body))
+        except errors.ForeignMessage as exc:
+            self._reject(exc)
+            if properties.get("type") is None:
+                # Whatever it is, no version of ours has written it, and without an expiration it
+                # would be in every reader's way for ever. What has a type is left: another
+                # version may know it.
+                self.checkout.acknowledge((tag,))
+
+    def _reject(self, why: Exception) -> None:
+        self._store.reject(self.checkout.queue, str(why))
+
+    def _on_state(self, tag: int, state: StateMessage) -> None:
+        topology = self._store.declarations.topology
+        shard = topology.shard(state.id)
+        if shard != self.shard:
+            raise errors.ForeignMessage(f"{state.id!r:.100} belongs to shard {shard}")
+        topology.check_body_queue(state)
+        now = time.time_ns() // 1000
+        state = dated(state, now)
+        undated = state.published == UNKNOWN_TIME
+        if state.id in self.wanted and state.kind == self._kind:
+            if self._remove:
+                self.removed += 1
+                if state.body_queue is None:
+                    self.checkout.acknowledge((tag,))
+                else:
+                    self._removed_pointers.append(tag)
+                    self._body_queues.add(state.body_queue)
+                return
+            # The broker drops what has expired when it is first in the queue, and not before.
+            if undated or not state.expired(now):
+                self.found.setdefault(state.id, []).append(state)
+        # In a page nobody could tell when what has no date expires; as it is, the broker can.
+        if not undated and self._retain(len(state.body)):
+            self._loose[tag] = state
+
+    def _on_page(self, tag: int, body: bytes) -> None:
+        now = time.time_ns() // 1000
+        hits = [
+            state
+            for state in page.find(body, self._in_pages, self._reject)
+            if state.kind == self._kind and not state.expired(now) and self._points_right(state)
+        ]
+        if self._remove:
+            if hits:
+                self.removed += len(hits)
+                self._body_queues.update(queue for s in hits if (queue := s.body_queue))
+                self._cut_pages[tag] = body
+            return
+        for state in hits:
+            self.found.setdefault(state.id, []).append(dated(state, now))
+        if self._retain(len(body)):
+            self._small_pages[tag] = body
+
+    def _points_right(self, state: StateMessage) -> bool:
+        try:
+            self._store.declarations.topology.check_body_queue(state)
+        except errors.ForeignMessage as exc:
+            self._reject(exc)
+            return False
+        return True
+
+    def _retain(self, size: int) -> bool:
+        """Return whether a message of *size* bytes is worth packing and may be kept in memory."""
+        page_size = self._store.page_size
+        if size > page_size // 2 or self._retained + size > MAX_RETAINED:
+            return False
+        self._retained += size
+        return True
+
+    @property
+    def done(self) -> bool:
+        """Whether the whole shard was seen."""
+        return self.checkout.fenced
+
+    def _incomplete(self) -> bool:
+        """Return whether what is looked for may lie in a page behind the fence."""
+        if self._remove or self._kind != STATE:
+            return True
+        return not all(
+            any(state.state == states.SUCCESS for state in self.found.get(task_id, ()))
+            for task_id in self.wanted
+        )
+
+    def long_packing_end(self, packed: float, end: float) -> float:
+        """Return until when it may be packed as the last shard of a look-up; 0 if it is not long.
+
+        Parameters:
+            packed: seconds that the look-up has packed since all was read.
+            end: time (``time.monotonic``) when it has to be over. A page that is not confirmed by
+                then stays beside what it was to replace, and the shard would grow.
+        """
+        if self._began is None or self.checkout.seen < LONG_SHARD:
+            return 0.0
+        now = time.monotonic()
+        reading = now - self._began - packed
+        return min(now + LONG_PACK_SHARE * reading - packed, end - PAGE_SECONDS)
+
+    def finish(self, pack_until: float, end: float) -> None:
+        """Write what has to be written, and let go of the shard.
+
+        Parameters:
+            pack_until: time (``time.monotonic``) after which packing is left to the next reader.
+            end: time after which the broker is not waited for any more.
+
+        Raises:
+            NotConfirmed: when the broker has not taken a page by then.
+        """
+        self._end = end
+        if self._remove:
+            self._delete_bodies()
+            self._cut()
+        elif len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
+            self._pack(pack_until)
+        # Only a removal has to be done when the caller goes on.
+        self.checkout.close(wait=self._remove)
+
+    def _delete_bodies(self) -> None:
+        """Delete the queues of large results, and only then what points to them."""
+        if self._body_queues:
+            channel = self._link.channel()
+            for queue in self._body_queues:
+                channel.queue_delete(queue)
+            channel.close()
+        self.checkout.acknowledge(self._removed_pointers)
+
+    def _cut(self) -> None:
+        cut = dict(self._cut_pages)
+        published = False
+        for body in cut.values():
+            kept = [
+                state
+                for state in page.decode(body, self._reject)
+                if not (state.id in self.wanted and state.kind == self._kind)
+            ]
+            if kept:
+                self._publish_page(kept)
+                published = True
+        if published:
+            self._wait_for_pages()
+        self.checkout.acknowledge(cut)
+
+    def _wait_for_pages(self) -> None:
+        """Wait until the pages that were published have come back.
+
+        Who is in line has a fence in front of them, and may have been given the rest of what is
+        known of a task: it has to see that we held the queue meanwhile.
+        """
+        self.checkout.set_fence()
+        until = min(time.monotonic() + PAGE_SECONDS, self._end)
+        while not self.checkout.fenced and time.monotonic() < until:
+            self._link.drain(connections.time_left(until, PAGE_SECONDS))
+
+    def _pack(self, until: float) -> None:
+        """Replace loose results, and small pages, by full pages.
+
+        Each page is confirmed before anything that it replaces is acknowledged. A crash in
+        between leaves results twice, which the fold makes harmless.
+        """
+        now = time.time_ns() // 1000
+        store = self._store
+        sources: Dict[int, List[StateMessage]] = {
+            tag: [state] for tag, state in self._loose.items()
+        }
+        for tag, body in self._small_pages.items():
+            try:
+                sources[tag] = page.decode(body)
+            except errors.ForeignMessage as exc:
+                self._reject(exc)
+        keep, drop = page.select(self._credible(itertools.chain(*sources.values())), now)
+        if len(keep) + len(drop) < PACK_AT:
+            # Almost all are states of tasks that go on.
+            return
+        settled = {id(state) for state in drop}
+        batch: List[StateMessage] = []
+        size = 0
+        # One page is published wherever it has the time to come back. Otherwise nothing would ever
+        # be packed where choosing what to pack takes all the time.
+        stop = max(until, self._end - PAGE_SECONDS)
+        for state in keep:
+            if batch and size + len(state.body) > store.page_size:
+                if time.monotonic() >= stop:
+                    break
+                self._publish_page(batch)
+                settled.update(map(id, batch))
+                batch, size = [], 0
+                stop = until
+            batch.append(state)
+            size += len(state.body) + page.OVERHEAD
+        else:
+            if batch:
+                self._publish_page(batch)
+                settled.update(map(id, batch))
+        done = [
+            tag
+            for tag, states_of in sources.items()
+            if all(id(state) in settled for state in states_of)
+        ]
+        if done:
+            self._wait_for_pages()
+        self._drop_bodies(drop, sources, done)
+        self.checkout.acknowledge(done)
+        store.count(packed=len(settled))
+
+    def _drop_bodies(
+        self,
+        drop: List[StateMessage],
+        sources: Dict[int, List[StateMessage]],
+        done: List[int],
+    ) -> None:
+        """Delete queues that only dropped pointers lead to and that would not expire."""
+        dropped = {id(state) for state in drop}
+        settled = set(done)
+        gone: Set[str] = set()
+        # The same pointer may be there twice.
+        kept: Set[str] = set()
+        for tag, states_of in sources.items():
+            for state in states_of:
+                if state.body_queue is not None and state.expiration is None:
+                    superseded = tag in settled and id(state) in dropped
+                    (gone if superseded else kept).add(state.body_queue)
+        gone -= kept
+        if not gone:
+            return
+        channel = self._link.channel()
+        try:
+            for queue in gone:
+                channel.queue_delete(queue)
+        except amqp.exceptions.AccessRefused as exc:
+            # Who only reads may do without the permission.
+            logger.info("superseded large results were not deleted: %s", exc)
+        channel.close()
+
+    def _credible(self, states_of: Iterable[StateMessage]) -> List[StateMessage]:
+        """Return *states_of* without ends that cannot be decoded and would displace others."""
+        known = list(states_of)
+        ends: Dict[str, List[StateMessage]] = {}
+        for state in known:
+            if state.kind == STATE and is_final(state.state):
+                ends.setdefault(state.id, []).append(state)
+        damaged: Set[int] = set()
+        for several in ends.values():
+            if len(several) > 1:
+                damaged.update(map(id, several))
+                damaged.difference_update(
+                    map(id, self._store.readable(self.checkout.queue, several))
+                )
+        return [state for state in known if id(state) not in damaged]
+
+    def _publish_page(self, content: List[StateMessage]) -> None:
+        """Publish a page to the shard, and wait until the broker has it."""
+        expires = page.expiration(content, time.time_ns() // 1000)
+        properties: Dict[str, Any] = {
+            "type": page.PAGE,
+            "content_type": page.CONTENT_TYPE,
+            "delivery_mode": 2 if self._store.persistent else 1,
+        }
+        if expires is not None:
+            properties["expiration"] = str(expires)
+        channel = self._store.confirm_channel(self._link)
+        tag = channel.publish(
+            Outgoing(self.checkout.queue, properties, page.encode(content), self.shard)
+        )
+        channel.wait((tag,), self._end)
+        if channel.nacked or channel.returned:
+            raise errors.NotConfirmed(f"the broker did not take a page for {self.checkout.queue!r}")
+
+
+class Store:
+    """Reads what is kept in the shards.
+
+    Parameters:
+        pool: connections for look-ups.
+        declarations: knows the topology, and checks the exchange once; no shard is declared here.
+        lookup_timeout: seconds within which a look-up has to be answered.
+        page_size: bytes of results that are packed into one page, at most.
+        persistent: whether pages survive a restart of the broker.
+        check: raises an error for a state that cannot be decoded, which then hides no other.
+
+    Thread-safe. After a fork the child must make a new store.
+    """
+
+    def __init__(
+        self,
+        pool: connections.Pool,
+        declarations: Declarations,
+        lookup_timeout: float,
+        page_size: int,
+        persistent: bool,
+        check: Optional[Callable[[StateMessage], Any]] = None,
+    ) -> None:
+        self._check = check
+        self._pool = pool
+        self.declarations = declarations
+        self.lookup_timeout = lookup_timeout
+        self.page_size = page_size
+        self.persistent = persistent
+        #: States that were packed into pages, or dropped as superseded or expired.
+        self.packed = 0
+        #: Messages in the shards that are not ours or are damaged, as often as they were met.
+        self.rejected = 0
+        #: Ids that were looked up, shards and messages in them that were read.
+        self.looked_up = 0
+        self.shards_read = 0
+        self.messages_read = 0
+        # Guards the counts, which several threads change.
+        self._counting = threading.Lock()
+        self._complaints: Set[str] = set()
+
+    def count(self, **more: int) -> None:
+        """Add to the counts that are attributes of these names."""
+        with self._counting:
+            for name, value in more.items():
+                setattr(self, name, getattr(self, name) + value)
+
+    def read(
+        self,
+        ids: Iterable[str],
+        deadline: Optional[float] = None,
+        kind: str = STATE,
+        on_shard: Optional[Callable[[Dict[str, List[StateMessage]]], None]] = None,
+    ) -> Dict[str, List[StateMessage]]:
+        """Look up *ids*.
+
+        Parameters:
+            ids: ids of tasks, or of groups.
+            deadline: time (``time.monotonic``) at which to give up, if that is before
+                ``lookup_timeout`` is over; ``None`` for no earlier end.
+            kind: :data:`~celery_amqp_results.protocol.message.STATE` or
+                :data:`~celery_amqp_results.protocol.message.GROUP`.
+            on_shard: called with what was found in each shard as soon as it is read; every id
+                of the shard is a key.
+
+        Returns:
+            For each id the states found, in the order in which the broker keeps them; an empty
+            list for an id that nothing is known of.
+
+        Raises:
+            LookupTimeout: when a shard could not be read in time.
+            DeclarationRefused: when a shard exists with other properties.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+        """
+        found: Dict[str, List[StateMessage]] = {}
+
+        def take(read: _Read) -> None:
+            part = {
+                task_id: self.readable(read.checkout.queue, read.found.get(task_id, []))
+                for task_id in read.wanted
+            }
+            found.update(part)
+            if on_shard is not None:
+                on_shard(part)
+
+        self._run(self._by_shard(ids), deadline, kind, False, take)
+        return found
+
+    def remove(
+        self, ids: Iterable[str], deadline: Optional[float] = None, kind: str = STATE
+    ) -> int:
+        """Delete every message about *ids* and return how many there were.
+
+        Parameters and errors are those of :meth:`read`. After an error some may be deleted.
+        """
+        removed = 0
+
+        def take(read: _Read) -> None:
+            nonlocal removed
+            removed += read.removed
+
+        self._run(self._by_shard(ids), deadline, kind, True, take)
+        return removed
+
+    def readable(self, queue: str, found: List[StateMessage]) -> List[StateMessage]:
+        """Return *found* without what counts more than the others but cannot be decoded."""
+        while self._check is not None and len(found) > 1:
+            current = fold(found)
+            # Of a state whose body is kept elsewhere there is nothing here to decode, nor of what
+            # is no state.
+            if current is None or current.kind != STATE or current.body_queue is not None:
+                break
+            try:
+                self._check(current)
+                break
+            except (ContentDisallowed, errors.ForeignMessage) as exc:
+                self.reject(queue, str(exc))
+                found = [state for state in found if state is not current]
+        return found
+
+    def reject(self, where: str, why: str) -> None:
+        """Count a message that is not ours; log it unless the same was logged before."""
+        self.count(rejected=1)
+        complaint = f"{where}: {why}"
+        if complaint not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
+            self._complaints.add(complaint)
+            logger.warning("ignored a foreign or damaged message in %s: %s", where, why)
+
+    def _by_shard(self, ids: Iterable[str]) -> Dict[int, Set[str]]:
+        shards: Dict[int, Set[str]] = {}
+        for task_id in ids:
+            shards.setdefault(self.declarations.topology.shard(task_id), set()).add(task_id)
+        return shards
+
+    def _run(
+        self,
+        shards: Dict[int, Set[str]],
+        deadline: Optional[float],
+        kind: str,
+        remove: bool,
+        take: Callable[[_Read], None],
+    ) -> None:
+        started = time.monotonic()
+        end = started + lookup_seconds(len(shards), self.lookup_timeout)
+        if deadline is not None:
+            end = min(end, deadline)
+        todo: Deque[int] = collections.deque(sorted(shards))
+        # Who has less time than a page may take leaves packing to others: the page would stay
+        # beside what it was to replace, and there would be one more with each short wait.
+        pack_end = math.inf if deadline is None else deadline - PAGE_SECONDS
+        prefix = self.declarations.topology.prefix
+        tries = connections.LookupTries(self._pool.policy, end, prefix)
+        while todo:
+            try:
+                with self._pool.link(end) as link:
+                    self._read_on(link, shards, todo, end, pack_end, kind, remove, take)
+            except errors.LookupTimeout:
+                raise
+            except connections.TRANSIENT as exc:
+                # Shards read completely are done; the others are read again.
+                self.declarations.forget()
+                if not todo:
+                    # All are: what is lost is the chance to pack, which the next reader has, too.
+                    logger.warning("a shard was read and could not be packed: %r", exc)
+                    return
+                if isinstance(exc, errors.BackendUnavailable):
+                    raise
+                tries.wait(exc, f"{len(todo)} of {len(shards)} shards")
+
+    def _read_on(
+        self,
+        link: connections.Link,
+        shards: Dict[int, Set[str]],
+        todo: Deque[int],
+        end: float,
+        pack_end: float,
+        kind: str,
+        remove: bool,
+        take: Callable[[_Read], None],
+    ) -> None:
+        if not self.declarations.exchange_checked:
+            channel = link.channel()
+            self.declarations.check_exchange(channel)
+            channel.close()
+        running: List[_Read] = []
+        waiting = collections.deque(todo)
+        started = time.monotonic()
+        # The latter since all was read: before, what is waited for comes behind other shards.
+        packed = packed_last = 0.0
+        while waiting or running:
+            with link.corked():
+                while waiting and len(running) < PARALLEL:
+                    shard = waiting.popleft()
+                    running.append(_Read(self, link, shard, shards[shard], kind, remove))
+            now = time.monotonic()
+            if now >= end:
+                raise self._late(link, running, now - started)
+            finished = [read for read in running if read.done]
+            if not finished:
+                link.drain(min(end - now, HEARTBEAT / 2))
+                link.tick()
+                for read in running:
+                    read.checkout.renew_fence()
+                continue
+            for read in finished:
+                running.remove(read)
+                if not remove:
+                    todo.remove(read.shard)
+                    take(read)
+                started_packing = time.monotonic()
+                pack_until = started_packing + PACK_SECONDS - packed
+                all_read = not waiting and all(other.done for other in running)
+                if all_read:
+                    pack_until = max(pack_until, read.long_packing_end(packed_last, end))
+                read.finish(min(pack_until, pack_end), end)
+                spent = time.monotonic() - started_packing
+                packed += spent
+                packed_last += spent if all_read else 0.0
+                if remove:
+                    todo.remove(read.shard)
+                    take(read)
+                self.count(
+                    looked_up=0 if remove else len(read.wanted),
+                    shards_read=1,
+                    messages_read=read.checkout.seen,
+                )
+
+    def confirm_channel(self, link: connections.Link) -> ConfirmChannel:
+        """Return the channel for publishing on a connection for look-ups."""
+        if link.publishing is None:
+            link.publishing = ConfirmChannel(link)
+        channel: ConfirmChannel = link.publishing
+        return channel
+
+    def _late(
+        self, link: connections.Link, running: List[_Read], seconds: float
+    ) -> errors.LookupTimeout:
+        slow = running[0]
+        queue = self.declarations.topology.shard_queue_name(slow.shard)
+        if link.blocked:
+            why = f"the broker blocks publishers ({link.blocked}: a memory or disk alarm)"
+        elif slow.checkout.seen:
+            why = f"{slow.checkout.seen} messages were read by then, and more are kept in it"
+        else:
+            why = "another reader holds it, or the broker does not answer"
+        return errors.LookupTimeout(
+            f"queue {queue!r} could not be read within {seconds:.1f} s (lookup_timeout is "
+            f"{self.lookup_timeout:g} s): {why}. The state of the task is unknown; asking again "
+            "is safe."
+        )

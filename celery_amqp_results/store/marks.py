@@ -1,0 +1,167 @@
+"""Marks: what became of a task of which no state is kept.
+
+PENDING may mean that nobody has sent such a task, that it waits for a worker, that its result has
+expired, or that it was forgotten. With the option ``track_sent`` small messages tell these apart:
+``SENT`` when a task is sent, ``ENDED`` with its final state, and ``FORGOTTEN`` with ``forget()``.
+They lie in the shard of the task, and in no inbox; the latest counts. ``ENDED`` outlives the
+result.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import weakref
+from typing import Any, NamedTuple, Optional, Set
+
+import amqp
+import kombu
+from amqp import spec
+
+from celery_amqp_results.amqp import connections, frames
+from celery_amqp_results.amqp.confirms import Outgoing
+from celery_amqp_results.amqp.declarations import Declarations, declare_exchange
+from celery_amqp_results.protocol import expiry
+from celery_amqp_results.protocol.message import MARK, StateMessage
+
+__all__ = ("ENDED", "FORGOTTEN", "SENT", "Fate", "Marker", "ended_expiration", "mark")
+
+logger = logging.getLogger(__name__)
+
+SENT = "SENT"
+ENDED = "ENDED"
+FORGOTTEN = "FORGOTTEN"
+
+#: What the last mark means where no state is kept.
+_MEANINGS = {SENT: "sent", ENDED: "expired", FORGOTTEN: "forgotten"}
+
+
+class Fate(NamedTuple):
+    """What is known of a task."""
+
+    #: ``stored``: a state is kept. ``sent``: the task was sent, and nobody has stored anything.
+    #: ``expired``: it has ended, and its result is not kept any more. ``forgotten``: so is this,
+    #: because somebody wanted it. ``unknown``: nobody has sent it, or that was too long ago.
+    status: str
+    #: When that began, in UTC: when it was stored, sent, ended or forgotten.
+    since: Optional[datetime.datetime] = None
+
+    @classmethod
+    def read(cls, state: Optional[StateMessage], last_mark: Optional[StateMessage]) -> Fate:
+        """Return the fate of a task, by its state and its last mark."""
+        if state is not None:
+            return cls("stored", _time(state))
+        if last_mark is not None and last_mark.state in _MEANINGS:
+            return cls(_MEANINGS[last_mark.state], _time(last_mark))
+        return cls("unknown")
+
+
+def _time(state: StateMessage) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(state.published / 1e6, datetime.timezone.utc)
+
+
+def mark(task_id: str, what: str, now: int, expiration: Optional[int]) -> StateMessage:
+    """Return a mark.
+
+    Parameters:
+        task_id: the task.
+        what: :data:`SENT`, :data:`ENDED` or :data:`FORGOTTEN`.
+        now: microseconds since 1970.
+        expiration: milliseconds after which the broker drops it, or ``None``.
+    """
+    return StateMessage(
+        task_id, what, now, b"", "application/octet-stream", "binary", None, expiration, MARK
+    )
+
+
+def ended_expiration(expiration: Optional[int]) -> Optional[int]:
+    """Return the milliseconds that :data:`ENDED` is kept: twice as long as the result."""
+    if expiration is None:
+        return None
+    return min(2 * expiration, expiry.MAX_EXPIRES * 1000)
+
+
+class _Side:
+    """A channel for marks on a connection that sends tasks. Nothing is ever waited for on it.
+
+    What the broker refuses closes this channel, and not the one that tasks are sent on.
+    """
+
+    def __init__(self, connection: amqp.Connection, declarations: Declarations) -> None:
+        self._declarations = declarations
+        #: Why no more marks are published, if so.
+        self.refused: Optional[str] = None
+        self._requested: Set[int] = set()
+        # Not kombu's channel, which would be closed with the producer's.
+        self.channel = amqp.Channel(connection)
+        self.channel._callbacks[spec.Channel.Close] = self._on_close
+        self.channel.send_method(spec.Channel.Open, "s", ("",))
+        if not declarations.declare:
+            return
+        # Refused where others count the shards differently: marks would go astray.
+        declare_exchange(self.channel, declarations.topology, nowait=True)
+
+    def _on_close(self, code: int, text: str, class_id: int, method_id: int) -> None:
+        self.channel.send_method(spec.Channel.CloseOk)
+        self.channel.collect()
+        self.refused = f"({code}) {text}"
+        logger.warning(
+            "tasks that are sent on this connection are not tracked any more: %s", self.refused
+        )
+
+    def publish(self, message: Outgoing) -> None:
+        if self.refused is not None:
+            return
+        shard = message.shard
+        if shard is not None and self._declarations.declare and shard not in self._requested:
+            self._declarations.request_shard(self.channel, shard)
+            self._requested.add(shard)
+        connection = self.channel.connection
+        # Not basic_publish(), which waits for a confirm where the app's connections do.
+        connection.transport.write(
+            frames.publish_frames(
+                self.channel.channel_id,
+                "",
+                message.queue,
+                False,
+                message.properties,
+                message.body,
+                connection.frame_max,
+            )
+        )
+
+
+class Marker:
+    """Publishes marks on the connections that send tasks.
+
+    Parameters:
+        declarations: declares the shards before they are first used.
+
+    Each connection must be used by one thread at a time, as kombu's pools see to. After a fork
+    the child must make a new one.
+    """
+
+    def __init__(self, declarations: Declarations) -> None:
+        self._declarations = declarations
+        self._sides: weakref.WeakKeyDictionary[Any, _Side] = weakref.WeakKeyDictionary()
+
+    def publish(self, connection: kombu.Connection, message: Outgoing) -> None:
+        """Publish *message* on a side channel of *connection*, and wait for no answer.
+
+        Raises nothing when the broker is away: that concerns the task more, which is sent next,
+        and which whoever sends it may try again.
+
+        Parameters:
+            connection: kombu's connection, which is opened if it is not.
+            message: the mark.
+        """
+        try:
+            if not connection.connected:
+                connection.ensure_connection(max_retries=1, interval_start=0)
+            established = connection.connection
+            side = self._sides.get(established)
+            if side is None:
+                side = self._sides[established] = _Side(established, self._declarations)
+            side.publish(message)
+        except connections.TRANSIENT as exc:
+            logger.info("%s was not published: %r", message.what, exc)

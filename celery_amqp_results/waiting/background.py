@@ -1,0 +1,147 @@
+"""A follower that looks tasks up in the background.
+
+Who waits for one task can stand still while it is looked up. Who follows the tasks of many cannot:
+while a shard is slow to answer, or the broker has an alarm and answers none, the others are to have
+what is pushed to them at once.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import time
+from typing import Any, Callable, Deque, Dict, List, Optional, Set
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.feed.inbox import Inbox
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.store.lookup import Store
+from celery_amqp_results.waiting.follower import Follower
+
+__all__ = ("BackgroundFollower",)
+
+logger = logging.getLogger(__name__)
+
+#: Look-ups that are under way at once, at most.
+MAX_LOOKS = 3
+
+
+class _Look:
+    """A look-up that is under way, or done."""
+
+    def __init__(self, ids: Set[str], cover: bool) -> None:
+        self.ids = ids
+        #: Whether the tasks are covered first.
+        self.cover = cover
+        #: What :meth:`Inbox.cover` returned, and what the store has; ``None`` where there was no
+        #: time.
+        self.epoch = 0
+        self.found: Optional[Dict[str, List[StateMessage]]] = None
+        self.failure: Optional[Exception] = None
+        #: Whether waiting goes on after the failure.
+        self.harmless = False
+
+
+class BackgroundFollower(Follower):
+    """Follows tasks, and has them looked up elsewhere.
+
+    Parameters:
+        inbox: pushes states.
+        store: keeps them.
+        submit: calls a function with an argument on another thread, soon.
+
+    To be used by one thread, and closed at the end. :meth:`step` does no I/O.
+    """
+
+    def __init__(self, inbox: Inbox, store: Store, submit: Callable[..., Any]) -> None:
+        super().__init__(inbox, store)
+        self._submit = submit
+        #: Tasks that are looked up at this moment. A look-up that is not named here any more was
+        #: overtaken: its task was let go of, or states of it may have been missed meanwhile.
+        self._looking: Dict[str, _Look] = {}
+        self._running = 0
+        #: Look-ups that are done. Other threads append.
+        self._done: Deque[_Look] = collections.deque()
+
+    def close(self) -> None:
+        """Follow nothing any more. Look-ups under way run to their end."""
+        super().close()
+        self._looking.clear()
+
+    def _unsettle(self, ids: Set[str]) -> None:
+        super()._unsettle(ids)
+        for task_id in ids:
+            self._looking.pop(task_id, None)
+
+    def _finish(self, task_id: str, consumed: bool) -> None:
+        self._looking.pop(task_id, None)
+        super()._finish(task_id, consumed)
+
+    def _settle(
+        self,
+        until: float,
+        deadline: Optional[float],
+        updates: Dict[str, List[StateMessage]],
+    ) -> None:
+        """Take in what look-ups have found, and begin others. Does no I/O."""
+        while self._done:
+            self._take_look(self._done.popleft(), updates)
+        idle = self._unsettled - self._looking.keys()
+        if not idle or self._running >= MAX_LOOKS:
+            return
+        # A task of somebody else may well have ended: that can be known without a binding.
+        strange = self._inbox.unbound(idle) - self._peeked
+        self._peeked |= strange
+        for ids, cover in ((strange, False), (idle - strange, True)):
+            if ids and self._running < MAX_LOOKS:
+                self._begin(_Look(ids, cover))
+
+    def _begin(self, look: _Look) -> None:
+        self._looking.update(dict.fromkeys(look.ids, look))
+        self._running += 1
+        self._submit(self._look, look)
+
+    def _look(self, look: _Look) -> None:
+        """Look tasks up, on another thread."""
+        try:
+            if look.cover:
+                until = time.monotonic() + self._store.lookup_timeout
+                look.epoch = self._inbox.cover(look.ids, until)
+            look.found = self._store.read(look.ids)
+        except TimeoutError:
+            # There is no connection, and so nothing to look for yet.
+            pass
+        except errors.BackendUnavailable as exc:
+            look.failure = exc
+            covered = not look.cover or bool(look.epoch)
+            refused = exc.__cause__ is not None and connections.is_refusal(exc.__cause__)
+            look.harmless = covered and not refused
+        except Exception as exc:
+            look.failure = exc
+        finally:
+            self._done.append(look)
+            self.poke()
+
+    def _take_look(self, look: _Look, updates: Dict[str, List[StateMessage]]) -> None:
+        self._running -= 1
+        ids = {task_id for task_id in look.ids if self._looking.get(task_id) is look}
+        for task_id in ids:
+            del self._looking[task_id]
+        if not ids:
+            return
+        if look.failure is not None:
+            if not look.harmless:
+                raise look.failure
+            logger.warning("waiting goes on although a look-up failed: %s", look.failure)
+            return
+        if look.found is None:
+            return
+        found = {task_id: look.found[task_id] for task_id in ids}
+        self._found.update(task_id for task_id, states in found.items() if states)
+        if look.cover:
+            self._inbox.install(found, look.epoch)
+            self._unsettled -= ids
+        self._take_in(found, updates)
+        if look.cover:
+            self._release(ids, updates)

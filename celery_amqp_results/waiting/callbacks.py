@@ -1,0 +1,175 @@
+"""Callbacks of results: ``AsyncResult.then`` without anybody waiting.
+
+A thread follows the tasks whose results have callbacks, and calls these. It is not the thread
+that reads the inbox: a callback may take its time, or wait for another task.
+
+A result set makes itself a callback of all its members, by a barrier, as soon as there is one. By
+that nobody has asked for anything, and following them would mean a connection for every program
+that only sends: a result set is told of its members by whoever waits for it.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+
+from vine import barrier
+
+from celery_amqp_results import errors
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.waiting.following import Following
+
+__all__ = ("PendingResults",)
+
+logger = logging.getLogger(__name__)
+
+#: The thread ends when it has had nothing to follow for so long, in seconds.
+LINGER = 5.0
+
+#: A result is announced just before it gets its callback. One that has none after so many seconds
+#: is not going to get any.
+GRACE = 1.0
+
+
+class PendingResults:
+    """The result objects that are to be told of their tasks' ends.
+
+    Parameters:
+        make_follower: makes the follower.
+        resolve: gives a result object its final state, unless it has it already.
+
+    Thread-safe. :meth:`remove` may be called by the garbage collector at any point.
+    """
+
+    def __init__(
+        self, make_follower: Callable[[], Following], resolve: Callable[[Any, StateMessage], None]
+    ) -> None:
+        self._make_follower = make_follower
+        self._resolve = resolve
+        # Guards what follows, but for the two queues.
+        self._lock = threading.Lock()
+        self._results: Dict[str, List[Any]] = {}
+        self._follower: Optional[Following] = None
+        self._closing = False
+        #: Ids to follow, and when they were added.
+        self._added: Deque[Tuple[str, float]] = collections.deque()
+        self._removed: Deque[Tuple[str, int]] = collections.deque()
+
+    def add(self, result: Any) -> None:
+        """Have *result* told of its task's end. Does no I/O."""
+        with self._lock:
+            if self._closing:
+                return
+            results = self._results.setdefault(result.id, [])
+            if not any(known is result for known in results):
+                results.append(result)
+            now = time.monotonic()
+            self._added.append((result.id, now))
+            if self._follower is None:
+                self._follower = self._make_follower()
+                # Those that were left when a thread ended by an error.
+                self._added.extend((task_id, now) for task_id in self._results)
+                threading.Thread(
+                    target=self._run,
+                    args=(self._follower,),
+                    name="celery-results-callbacks",
+                    daemon=True,
+                ).start()
+            self._follower.poke()
+
+    def remove(self, result: Any) -> None:
+        """Tell *result* nothing any more. Takes no lock and does no I/O."""
+        # What is registered is referred to from here, so it is not the garbage collector that
+        # removes it: waking the thread, which takes a lock, can be left out.
+        if result.id in self._results:
+            self._removed.append((result.id, id(result)))
+
+    def close(self) -> None:
+        """Tell nobody anything any more. Does not wait for the thread, but it ends."""
+        with self._lock:
+            self._closing = True
+            if self._follower is not None:
+                self._follower.poke()
+
+    def _run(self, follower: Following) -> None:
+        idle_since = time.monotonic()
+        try:
+            while not self._closing:
+                self._take_in(follower)
+                while self._removed:
+                    self._take_out(follower, *self._removed.popleft())
+                if follower.pending:
+                    idle_since = time.monotonic()
+                elif time.monotonic() - idle_since >= LINGER:
+                    with self._lock:
+                        if not self._added:
+                            self._follower = None
+                            return
+                self._step(follower)
+        except Exception:
+            logger.exception("callbacks of results are not called any more")
+        finally:
+            follower.close()
+            with self._lock:
+                if self._follower is follower:
+                    self._follower = None
+
+    def _take_in(self, follower: Following) -> None:
+        """Follow the tasks added whose results have callbacks, and drop the others."""
+        undecided = []
+        while self._added:
+            task_id, since = self._added.popleft()
+            with self._lock:
+                answers = {_has_callback(result) for result in self._results.get(task_id, ())}
+                if True not in answers:
+                    if None in answers and time.monotonic() - since < GRACE:
+                        undecided.append((task_id, since))
+                    else:
+                        self._results.pop(task_id, None)
+                    continue
+            follower.add((task_id,))
+        if undecided:
+            self._added.extend(undecided)
+            time.sleep(0.001)
+            follower.poke()
+
+    def _step(self, follower: Following) -> None:
+        try:
+            updates = follower.step(None, LINGER)
+        except errors.BackendUnavailable as exc:
+            if self._closing:
+                return
+            # Who waits for results is told; callbacks can only wait for better times.
+            logger.warning("callbacks of results have to wait: %s", exc)
+            follower.pause(1.0)
+            return
+        for update in updates:
+            if update.final is None:
+                continue
+            with self._lock:
+                results = self._results.pop(update.task_id, [])
+            for result in results:
+                try:
+                    self._resolve(result, update.final)
+                except Exception:
+                    logger.exception("a callback of the result %s has failed", update.task_id)
+
+    def _take_out(self, follower: Following, task_id: str, identity: int) -> None:
+        with self._lock:
+            results = [r for r in self._results.get(task_id, ()) if id(r) != identity]
+            if results:
+                self._results[task_id] = results
+                return
+            self._results.pop(task_id, None)
+        follower.discard(task_id)
+
+
+def _has_callback(result: Any) -> Optional[bool]:
+    """Return whether a result has callbacks other than result sets; ``None`` where it has none."""
+    listeners = [listener for listener in result.on_ready.listeners if listener is not None]
+    if not listeners:
+        return None
+    return not all(isinstance(listener, barrier) for listener in listeners)

@@ -1,0 +1,41 @@
+"""What every kind of follower offers."""
+
+from __future__ import annotations
+
+from typing import Dict, Iterable, List, Optional, Protocol
+
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.waiting.follower import Update
+
+__all__ = ("Following",)
+
+
+class Following(Protocol):
+    """Follows tasks until they end. For one thread, and to be closed at the end."""
+
+    #: The tasks that have not ended, each with the state that counts so far.
+    pending: Dict[str, Optional[StateMessage]]
+
+    def __enter__(self) -> Following:
+        """Return itself."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close it."""
+
+    def add(self, ids: Iterable[str]) -> None:
+        """Follow *ids* as well. Does no I/O."""
+
+    def discard(self, task_id: str) -> None:
+        """Follow *task_id* no more."""
+
+    def poke(self) -> None:
+        """Have :meth:`step` return soon. May be called by any thread."""
+
+    def pause(self, seconds: float) -> None:
+        """Wait for *seconds*, or until there is something to do."""
+
+    def step(self, deadline: Optional[float], pause: float) -> List[Update]:
+        """Wait at most *pause* seconds for something new and return it."""
+
+    def close(self) -> None:
+        """Follow nothing any more."""

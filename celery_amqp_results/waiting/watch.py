@@ -1,0 +1,451 @@
+"""Watching: the states of tasks as they happen, in a form for people and programs to read.
+
+Two things can be watched. *Given tasks*: a follower brings what is kept and what is pushed, see
+:mod:`~celery_amqp_results.waiting.follower`; here it is brought into the order that a watcher
+relies on.
+*Everything*: a :class:`Tap` is a queue of its own on the exchange that gets a copy of every
+state. It begins when it is opened and keeps nothing.
+
+What a watcher relies on: of each task the state that counts comes first, then each that comes to
+count, each once; a state never comes after one that supersedes it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import selectors
+import socket
+import time
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    FrozenSet,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
+
+import amqp
+from celery.result import AsyncResult, EagerResult, ResultSet
+from kombu.exceptions import ContentDisallowed
+from kombu.utils.encoding import bytes_to_str
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.protocol.message import STATE, StateMessage
+from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
+from celery_amqp_results.waiting.follower import Update
+
+__all__ = (
+    "Newest",
+    "Tap",
+    "Target",
+    "decode_or_none",
+    "nodes",
+    "read_states",
+    "read_target",
+    "watch_everything",
+    "watch_ids",
+)
+
+logger = logging.getLogger(__name__)
+
+Meta = Dict[str, Any]
+
+#: Seconds between heartbeats on the connection of a tap. They are answered when the watcher asks
+#: for the next state: it may take about twice that over one.
+HEARTBEAT = 60.0
+
+#: States that wait in the queue of a tap, at most. The oldest are dropped.
+MAX_QUEUED = 1_000_000
+
+#: Tasks whose last state is remembered while everything is watched, at most.
+MAX_REMEMBERED = 20_000
+
+#: The longest that a tap waits at once while nothing happens, in seconds.
+LONGEST_STEP = 3600.0
+
+_FORKED = "a watch was begun before a fork and goes on in the child: begin it in the child"
+
+
+class Target(NamedTuple):
+    """What is to be watched."""
+
+    #: Tasks to ask for, each once.
+    ids: List[str]
+    #: Metas of tasks that are known to have ended.
+    ended: List[Meta]
+
+
+def read_target(target: Any) -> Target:
+    """Return the tasks that *target* names.
+
+    Parameters:
+        target: an id, a result object, a group or another result set, or an iterable of these.
+            Of a task that ignores its result nothing is ever known, and it is left out.
+
+    Raises:
+        TypeError: when it is none of them.
+    """
+    ids: Dict[str, None] = {}
+    ended: Dict[str, Meta] = {}
+    for node in nodes(target):
+        if isinstance(node, str):
+            ids[node] = None
+        elif node.ignored:
+            continue
+        elif node._cache is not None and is_final(node._cache["status"]):
+            ended[node.id] = {"task_id": node.id, **node._cache}
+        else:
+            ids[node.id] = None
+    return Target([i for i in ids if i not in ended], list(ended.values()))
+
+
+def nodes(target: Any) -> Iterator[Any]:
+    """Return the ids and result objects in *target*, which :func:`read_target` describes.
+
+    Raises:
+        TypeError: when it is no such thing.
+    """
+    if isinstance(target, (str, bytes)):
+        yield bytes_to_str(target)
+    elif isinstance(target, (AsyncResult, EagerResult)):
+        yield target
+    elif isinstance(target, ResultSet):
+        yield from nodes(target.results)
+    elif isinstance(target, Iterable):
+        for node in target:
+            yield from nodes(node)
+    else:
+        raise TypeError(
+            f"{target!r} cannot be watched: give a task id, a result object, a group, or a list "
+            "of these"
+        )
+
+
+def read_states(names: Union[str, Iterable[str], None]) -> Optional[FrozenSet[str]]:
+    """Return the *names* of the states that are wanted, or ``None`` for all.
+
+    Raises:
+        TypeError: when one is no text.
+        ValueError: when there is none: nothing would ever be seen.
+    """
+    if names is None:
+        return None
+    found = frozenset((names,) if isinstance(names, str) else names)
+    if not found:
+        raise ValueError("states is empty: give the names of states, or None for all")
+    for name in found:
+        if not isinstance(name, str):
+            raise TypeError(f"states has {name!r}, which is not the name of a state")
+    return found
+
+
+class Newest:
+    """Of each task the states that come to count, each once.
+
+    Parameters:
+        limit: tasks that are remembered, at most; ``None`` for any number.
+    """
+
+    def __init__(self, limit: Optional[int] = None) -> None:
+        self._limit = limit
+        self._last: collections.OrderedDict[str, StateMessage] = collections.OrderedDict()
+
+    def take(self, update: Update) -> List[StateMessage]:
+        """Return those states of *update* that count, in order.
+
+        What a task that is new here has been through before is left out.
+        """
+        states: List[StateMessage] = update.states
+        if update.history and update.task_id not in self._last:
+            present = fold(states)
+            states = [] if present is None else [present]
+        return [state for state in states if self.accept(state)]
+
+    def accept(self, state: StateMessage) -> bool:
+        """Return whether *state* counts more than all before of its task."""
+        last = self._last.get(state.id)
+        if last is not None and (
+            (state.published, state.state) == (last.published, last.state)
+            or not supersedes(state, last)
+        ):
+            return False
+        # What it says is not needed any more.
+        self._last[state.id] = dataclasses.replace(state, body=b"", decoded=None)
+        self._last.move_to_end(state.id)
+        if self._limit is not None and len(self._last) > self._limit:
+            self._last.popitem(last=False)
+        return True
+
+    def drop(self, task_id: str) -> None:
+        """Forget a task, of which nothing more will come."""
+        self._last.pop(task_id, None)
+
+
+def watch_ids(
+    updates: Generator[Update, None, None],
+    ended: Iterable[Meta],
+    decode: Callable[[StateMessage], Meta],
+    wanted: Optional[Collection[str]],
+) -> Generator[Meta, None, None]:
+    """Yield the metas of what *updates* bring, as a watcher relies on.
+
+    Parameters:
+        updates: what is new of the tasks; it is closed at the end.
+        ended: metas of tasks that have ended.
+        decode: decodes a state.
+        wanted: names of the states to yield, ``None`` for all.
+
+    Raises:
+        Exception: what *updates* and *decode* raise.
+    """
+    newest = Newest()
+    pid = os.getpid()
+    with contextlib.closing(updates):
+        for known in ended:
+            if wanted is None or known["status"] in wanted:
+                yield known
+        for update in updates:
+            for state in newest.take(update):
+                if wanted is None or state.state in wanted:
+                    yield {"task_id": state.id, **decode(state)}
+                    if os.getpid() != pid:
+                        raise RuntimeError(_FORKED)
+            if update.final is not None:
+                newest.drop(update.task_id)
+
+
+class Tap:
+    """Every state that is published on the exchange, while it is open.
+
+    It owns a connection with one exclusive queue, which is deleted with it. After the connection
+    was lost it opens another: what was published in between is missed.
+
+    Parameters:
+        connector: opens the connection.
+        declarations: names, and the exchange.
+        wanted: names of the states to get, ``None`` for all.
+
+    For one thread, but for :meth:`poke` and :meth:`shut`. Does no I/O until :meth:`step`.
+    """
+
+    def __init__(
+        self,
+        connector: connections.Connector,
+        declarations: Declarations,
+        wanted: Optional[Collection[str]] = None,
+    ) -> None:
+        self._connector = connector
+        self._declarations = declarations
+        self._wanted = wanted
+        self._link: Optional[connections.Link] = None
+        self._arrived: List[StateMessage] = []
+        self._failures = 0
+        self._opened = False
+        self._shut = False
+        self._pid = os.getpid()
+        self._newest = Newest(MAX_REMEMBERED)
+        #: How often the connection was lost, and messages that were no states.
+        self.lost = 0
+        self.rejected = 0
+        #: Wakes the thread that waits for the socket of the connection: the end that it waits for
+        #: and the other one.
+        self._bells: Optional[Tuple[socket.socket, socket.socket]] = None
+
+    def __enter__(self) -> Tap:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def poke(self) -> None:
+        """Have :meth:`step` return soon. May be called by any thread."""
+        bells = self._bells
+        if bells is not None:
+            with contextlib.suppress(OSError):
+                bells[1].send(b"!")
+
+    def shut(self) -> None:
+        """Have :meth:`step` raise from now on. May be called by any thread."""
+        self._shut = True
+        self.poke()
+
+    def close(self) -> None:
+        """Close the connection, and with it the queue."""
+        link, self._link = self._link, None
+        if link is not None and self._pid == os.getpid():
+            link.close()
+        bells, self._bells = self._bells, None
+        for bell in bells or ():
+            bell.close()
+
+    def step(self, deadline: Optional[float], pause: float) -> List[StateMessage]:
+        """Wait at most *pause* seconds for states and return those that count.
+
+        Parameters:
+            deadline: time (``time.monotonic``) after which connecting is given up.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or
+                when the backend was closed.
+            DeclarationRefused: when the exchange exists with other properties.
+        """
+        if self._pid != os.getpid():
+            raise RuntimeError(_FORKED)
+        until = time.monotonic() + connections.time_left(deadline, pause)
+        if self._bells is None:
+            self._bells = socket.socketpair()
+            for bell in self._bells:
+                bell.setblocking(False)
+        if self._shut:
+            raise errors.BackendUnavailable("the result backend was closed while watching")
+        try:
+            if self._link is None:
+                self._open(deadline)
+            assert self._link is not None
+            self._link.tick()
+            if not self._arrived:
+                self._wait(until, self._link)
+            while self._link.readable():
+                self._link.drain(0.0)
+            self._failures = 0
+        except connections.TRANSIENT as exc:
+            if isinstance(exc, errors.BackendUnavailable):
+                raise
+            self._lose(exc, until)
+        arrived, self._arrived = self._arrived, []
+        return [state for state in arrived if self._newest.accept(state)]
+
+    def _lose(self, exc: Exception, until: float) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            link.drop()
+            self.lost += 1
+        self._declarations.forget()
+        if connections.is_refusal(exc):
+            raise errors.BackendUnavailable(
+                f"the broker at {self._connector.describe()} refuses to have results watched: "
+                f"{exc}. Check the user's permissions on the exchange "
+                f"{self._declarations.topology.exchange!r} and on queues that the broker names "
+                "(amq.gen-*)."
+            ) from exc
+        self._failures += 1
+        seconds = self._connector.policy.pause(self._failures)
+        if seconds is None:
+            # The broker has been seen, and will be back.
+            seconds = self._connector.policy.interval_max
+        logger.warning(
+            "the connection that results are watched on is lost, opening another in %.1f s; "
+            "states may be missed: %r",
+            seconds,
+            exc,
+        )
+        self._wait(min(until, time.monotonic() + seconds), None)
+
+    def _open(self, deadline: Optional[float]) -> None:
+        # The first time, what is wrong may well be the URL.
+        link = (
+            self._connector.open_once(HEARTBEAT, deadline)
+            if self._opened
+            else self._connector.open(HEARTBEAT, deadline)
+        )
+        try:
+            topology = self._declarations.topology
+            channel = link.channel()
+            self._declarations.ensure_exchange(channel)
+            queue = channel.queue_declare(
+                "",
+                durable=False,
+                exclusive=True,
+                auto_delete=True,
+                arguments={
+                    "x-queue-type": "classic",
+                    "x-max-length": MAX_QUEUED,
+                    "x-overflow": "drop-head",
+                },
+            ).queue
+            if self._wanted is None:
+                channel.queue_bind(queue, topology.exchange, "#")
+            else:
+                for name in self._wanted:
+                    channel.queue_bind(queue, topology.exchange, topology.state_binding(name))
+            channel.basic_consume(
+                queue, no_ack=True, callback=self._on_message, on_cancel=_on_cancel
+            )
+        except BaseException:
+            link.drop()
+            raise
+        self._link = link
+        self._opened = True
+
+    def _on_message(self, message: amqp.Message) -> None:
+        try:
+            state = StateMessage.from_properties(message.properties, message.body)
+        except errors.ForeignMessage as exc:
+            self.rejected += 1
+            level = logging.WARNING if self.rejected == 1 else logging.DEBUG
+            logger.log(level, "ignored a foreign or damaged message while watching: %s", exc)
+            return
+        if state.kind == STATE and (self._wanted is None or state.state in self._wanted):
+            self._arrived.append(state)
+
+    def _wait(self, until: float, link: Optional[connections.Link]) -> None:
+        """Wait until *until*, until poked, or until *link* has something to read."""
+        seconds = max(0.0, until - time.monotonic())
+        assert self._bells is not None
+        bell, _ = self._bells
+        # gevent and eventlet replace DefaultSelector.
+        with selectors.DefaultSelector() as selector:
+            selector.register(bell, selectors.EVENT_READ)
+            if link is not None:
+                seconds = min(seconds, link.idle_time())
+                selector.register(link.socket, selectors.EVENT_READ)
+            selector.select(seconds)
+        with contextlib.suppress(BlockingIOError):
+            while bell.recv(64):
+                pass
+
+
+def _on_cancel(consumer_tag: str) -> None:
+    raise amqp.exceptions.ConsumerCancelled("the queue of a watcher was deleted", (60, 30))
+
+
+def watch_everything(
+    tap: Tap, decode: Callable[[StateMessage], Meta], timeout: Optional[float]
+) -> Generator[Meta, None, None]:
+    """Yield the metas of what *tap* brings, for *timeout* seconds or for ever.
+
+    What cannot be decoded is left out with a warning: it is one state among those of everybody.
+
+    Raises:
+        BackendUnavailable, DeclarationRefused: see :meth:`Tap.step`.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with tap:
+        while deadline is None or time.monotonic() < deadline:
+            for state in tap.step(deadline, LONGEST_STEP):
+                decoded = decode_or_none(state, decode)
+                if decoded is not None:
+                    yield decoded
+
+
+def decode_or_none(state: StateMessage, decode: Callable[[StateMessage], Meta]) -> Optional[Meta]:
+    """Return the meta of *state* with its id, or ``None``, with a warning, if it has none."""
+    try:
+        return {"task_id": state.id, **decode(state)}
+    except (ContentDisallowed, errors.ForeignMessage) as exc:
+        logger.warning("left out the %s of %s: %s", state.state, state.id, exc)
+        return None
