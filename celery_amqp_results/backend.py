@@ -230,6 +230,7 @@ class AMQPBackend(NativeChords, Celery4API):
             functools.partial(_new_connection, weakref.ref(self.app), self._url),
             policy,
             functools.partial(_describe_broker, weakref.ref(self.app), self._url),
+            self.app.main or "celery",
         )
         if self.layout_name == "per-task":
             return PerTaskLayout(
