@@ -53,7 +53,7 @@ from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import GROUP, STATE, StateMessage
-from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Topology, client_word
+from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topology, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.shared_layout import SharedLayout
 from celery_amqp_results.store import marks as tracking
@@ -232,6 +232,7 @@ class AMQPBackend(NativeChords, Celery4API):
             functools.partial(_new_connection, weakref.ref(self.app), self._url),
             policy,
             functools.partial(_describe_broker, weakref.ref(self.app), self._url),
+            self.app.main or "celery",
         )
         if self.layout_name == "per-task":
             return PerTaskLayout(
@@ -365,13 +366,12 @@ class AMQPBackend(NativeChords, Celery4API):
         message = self._encode_state(
             task_id, state, layout.shape(meta), STATE, self._expiration_of(state, request)
         )
-        client = _client_of(request)
+        route = _route_of(request)
         stored = layout.detach(message)
-        if not is_final(state) or not self._publish_with_part(task_id, message, stored, client):
+        if not is_final(state) or not self._publish_with_part(task_id, message, stored, route):
             layout.publish(
                 stored,
-                client,
-                getattr(request, "group", None),
+                route,
                 # ABORTED as well: who asked a task to stop relies on it.
                 is_final(state) or state == ABORTED,
             )
@@ -1097,6 +1097,12 @@ def _compression_of(backend: Any) -> Optional[str]:
                 f"{', '.join(sorted(encoders()))}"
             ) from exc
     return name or None
+
+
+def _route_of(request: Any) -> Route:
+    """Return what the routing key of a state says of the task of *request*."""
+    group_id = getattr(request, "group", None)
+    return Route(_client_of(request), group_id, bool(group_id and getattr(request, "chord", None)))
 
 
 def _client_of(request: Any) -> str:
