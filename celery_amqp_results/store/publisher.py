@@ -450,7 +450,7 @@ class Publisher:
             if channel.link.alive and channel.channel.is_open:
                 return channel
             self._drop(channel, ())
-        link = self._connector.open(HEARTBEAT)
+        link = self._connector.open(HEARTBEAT, None, "publish")
         try:
             return ConfirmChannel(link)
         except BaseException:
