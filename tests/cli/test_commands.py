@@ -96,6 +96,47 @@ def test_get_waits_for_a_result_up_to_its_timeout(make_app: Apps) -> None:
     assert lines(result)[0]["result"] == 7
 
 
+def test_get_shows_the_progress_of_a_task_while_it_waits(make_app: Apps) -> None:
+    # Given an unfinished task, and a finished one that is requested after it
+    worker, app = make_app(), make_app()
+    first, second = new_id(), store(worker, "second")
+    store_progress = worker.backend.store_result
+    store_progress(first, {"current": 1, "total": 3}, "PROGRESS")
+    script = [({"current": 2, "total": 3}, "PROGRESS"), ("first", states.SUCCESS)]
+    # When the command waits while the task reports progress
+    timers = [
+        threading.Timer(0.5 * (n + 1), store_progress, (first, value, state))
+        for n, (value, state) in enumerate(script)
+    ]
+    for timer in timers:
+        timer.start()
+    result = run(app, "get", "--wait", "--timeout", "60", first, second)
+    for timer in timers:
+        timer.join()
+    # Then its states are shown apart from the output, which has the requested order
+    assert result.exit_code == Exit.OK
+    progress = [line for line in result.stderr.splitlines() if "PROGRESS" in line]
+    assert any("1 of 3" in line for line in progress) or any("2 of 3" in line for line in progress)
+    assert all(first in line for line in progress)
+    assert "PROGRESS" not in result.stdout
+    assert result.stdout.index("'first'") < result.stdout.index("'second'")
+    # And JSON output is the same as without waiting
+    result = run(app, "get", "--wait", "--json", first, second)
+    assert (len(lines(result)), result.stderr) == (2, "")
+
+
+def test_get_prints_finished_tasks_before_the_others_finish(make_app: Apps) -> None:
+    worker, app = make_app(), make_app()
+    done, waits, late = store(worker, "done"), new_id(), store(worker, "late")
+    result = run(app, "get", "--wait", "--timeout", "0.5", "--json", done, waits, late)
+    assert result.exit_code == Exit.NOT_READY
+    assert [(line["id"], line["state"]) for line in lines(result)] == [
+        (done, "SUCCESS"),
+        (waits, "PENDING"),
+        (late, "SUCCESS"),
+    ]
+
+
 def test_a_task_s_value_cannot_send_control_sequences_to_the_terminal(app: Celery) -> None:
     task_id = store(app, KeyError("\x1b[2J"), states.FAILURE, traceback="\x1b]0;title\x07")
     result = run(app, "get", task_id)
@@ -212,6 +253,40 @@ def test_stats_count_stored_results(app: Celery) -> None:
     result = run(app, "stats", "--read", "0", "--no-management")
     assert "not read" in result.stdout
     assert run(app, "stats", "--read", "some").exit_code == Exit.USAGE
+
+
+def test_stats_of_few_results_are_exact_in_however_many_shards(make_app: Apps) -> None:
+    app = make_app(shards=256)
+    for n in range(400):
+        store(app, n)
+    (found,) = lines(run(app, "stats", "--json", "--no-management"))
+    assert (found["results"], found["exact"]) == (400, True)
+
+
+def test_stats_estimate_by_the_number_of_shards(make_app: Apps) -> None:
+    # Given shards of which some are packed: one message of these holds many results
+    app = make_app(shards=16)
+    ids = [store(app, n) for n in range(1600)]
+    topology = app.backend._topology
+    packed = [task_id for task_id in ids if topology.shard(task_id) % 2]
+    for task_id in packed[:64]:
+        app.backend.layout.store.read((task_id,))
+    # When half of them are looked into
+    (found,) = lines(run(app, "stats", "--json", "--read", "8", "--no-management"))
+    # Then the estimate is that of shards: those that were read have about half of all
+    assert found["exact"] is False
+    assert 1300 < found["results"] < 1900
+
+
+def test_stats_show_the_size_of_large_results(app: Celery) -> None:
+    for _ in range(3):
+        store(app, "x" * 200_000)
+    (found,) = lines(run(app, "stats", "--json", "--no-management"))
+    assert 600_000 < found["large_bytes"] < 620_000
+    assert found["bytes"] < 10_000
+    text = run(app, "stats", "--no-management").stdout
+    assert "in shards, 58" in text
+    assert "KiB in queues of large results" in text
 
 
 def test_purge_asks_first_and_also_deletes_large_results(app: Celery) -> None:
