@@ -365,6 +365,27 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+#: Transport options that would change what the backend relies on. It waits for confirms itself,
+#: and its look-ups need their own heartbeat.
+_OVERRIDDEN = ("confirm_publish", "heartbeat")
+
+
+def _override_transport_options(connection: kombu.Connection, name: str) -> None:
+    """Give *connection* a name, and drop transport options that the backend must choose itself.
+
+    kombu passes ``broker_transport_options`` on to py-amqp, where they win over everything else.
+    """
+    given = dict(connection.transport_options or {})
+    for option in _OVERRIDDEN:
+        given.pop(option, None)
+    # As an attribute it can be shortened to what is left of a deadline.
+    connection.connect_timeout = given.pop("connect_timeout", None) or connection.connect_timeout
+    properties = dict(given.get("client_properties") or {})
+    theirs = properties.get("connection_name")
+    properties["connection_name"] = f"{theirs}: {name}" if theirs else name
+    connection.transport_options = {**given, "client_properties": properties}
+
+
 class Connector:
     """Opens connections for one backend.
 
@@ -373,6 +394,7 @@ class Connector:
             seconds.
         policy: how opening is retried.
         describe: returns the broker's address without password, for messages.
+        app_name: name of the app, which is part of the names of its connections.
 
     Thread-safe. Holds nothing that must not be used after a fork.
     """
@@ -382,12 +404,17 @@ class Connector:
         make: Callable[[float], kombu.Connection],
         policy: options.RetryPolicy,
         describe: Callable[[], str],
+        app_name: str = "celery",
     ) -> None:
         self._make = make
+        self._app_name = app_name
         self.policy = policy
         self.describe = describe
         #: Number of the host that is tried first, counted over all rounds through the hosts.
         self._host = 0
+
+    def _name(self, purpose: str) -> str:
+        return f"{self._app_name} {os.getpid()}@{socket.gethostname()} ({purpose})"
 
     def leave(self, link: Link) -> None:
         """Try other hosts first from now on: *link* has failed.
@@ -397,18 +424,22 @@ class Connector:
         if link.host == self._host:
             self._host += 1
 
-    def open_once(self, heartbeat: float, deadline: Optional[float] = None) -> Link:
+    def open_once(
+        self, heartbeat: float, deadline: Optional[float] = None, purpose: str = "results"
+    ) -> Link:
         """Open a connection, trying each host of the URL once, first the one that answered last.
 
         Parameters:
             heartbeat: seconds between heartbeats; 0 for none.
             deadline: time (``time.monotonic``) after which no further host is tried.
+            purpose: what the connection is for, shown by the broker as part of its name.
 
         Raises:
             BackendUnavailable: when the broker refuses us; ``__cause__`` says why.
             OSError, amqp.AMQPError: when no host answers.
         """
         connection = self._make(heartbeat)
+        _override_transport_options(connection, self._name(purpose))
         hosts = max(1, len(connection.alt or ()))
         first = self._host
         for _ in range(first % hosts):
@@ -434,13 +465,16 @@ class Connector:
             return link
         raise AssertionError("unreachable")  # pragma: no cover
 
-    def open(self, heartbeat: float, deadline: Optional[float] = None) -> Link:
+    def open(
+        self, heartbeat: float, deadline: Optional[float] = None, purpose: str = "results"
+    ) -> Link:
         """Open a connection, trying again as the retry policy says.
 
         Parameters:
             heartbeat: seconds between heartbeats; 0 for none.
             deadline: time (``time.monotonic``) after which to give up; not before, unless the
                 retry policy says so.
+            purpose: what the connection is for, see :meth:`open_once`.
 
         Raises:
             BackendUnavailable: when the broker could not be reached, or refuses us.
@@ -448,7 +482,7 @@ class Connector:
         attempt = 0
         while True:
             try:
-                return self.open_once(heartbeat, deadline)
+                return self.open_once(heartbeat, deadline, purpose)
             except errors.BackendUnavailable:
                 raise
             except TRANSIENT as exc:
@@ -545,7 +579,7 @@ class Pool:
         Raises:
             BackendUnavailable: when a new one was needed and could not be opened.
         """
-        link = self._take() or self._connector.open(self._heartbeat, deadline)
+        link = self._take() or self._connector.open(self._heartbeat, deadline, self._name)
         try:
             yield link
         except BaseException as exc:

@@ -562,7 +562,7 @@ class _Session:
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
-        self.link = inbox._connector.open_once(HEARTBEAT)
+        self.link = inbox._connector.open_once(HEARTBEAT, purpose="inbox")
         try:
             self._set_up()
         except BaseException:

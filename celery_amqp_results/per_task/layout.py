@@ -92,6 +92,7 @@ from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task.following import PollingFollower, PushFollower
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import GROUP, STATE, StateMessage
+from celery_amqp_results.protocol.names import Route
 from celery_amqp_results.protocol.ranking import is_final, supersedes
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.watch import Tap
@@ -347,9 +348,7 @@ class PerTaskLayout:
         """Return *pointer*, which is none."""
         return pointer
 
-    def publish(
-        self, state: StateMessage, client: str, group_id: Optional[str], final: bool
-    ) -> None:
+    def publish(self, state: StateMessage, route: Route, final: bool) -> None:
         """Publish a state, and return when the broker has it.
 
         States that are not final are waited for as well: two states of a task must not overtake

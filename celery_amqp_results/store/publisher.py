@@ -450,7 +450,7 @@ class Publisher:
             if channel.link.alive and channel.channel.is_open:
                 return channel
             self._drop(channel, ())
-        link = self._connector.open(HEARTBEAT)
+        link = self._connector.open(HEARTBEAT, None, "publish")
         try:
             return ConfirmChannel(link)
         except BaseException:
@@ -503,11 +503,12 @@ class Publisher:
         try:
             self._publish(channel, (), True)
         except _FAILURES as exc:
-            logger.warning(
-                "%d states were not confirmed when their connection was closed: %r",
-                len(channel.unconfirmed),
-                exc,
-            )
+            if channel.unconfirmed:
+                logger.warning(
+                    "%d states were not confirmed when their connection was closed: %r",
+                    len(channel.unconfirmed),
+                    exc,
+                )
         channel.link.close()
 
 

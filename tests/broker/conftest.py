@@ -16,9 +16,9 @@ from tests.conftest import PATIENCE, connect, raw_connection
 
 
 class Entities:
-    """Connections to a broker, and exchanges and queues of it with random names.
+    """Connections to a broker, with exchanges and queues that have random names.
 
-    What the backend class offers as Exchange and Queue is used, so that the tests are of that.
+    The exchanges and queues are of the backend's own classes, so these are what the tests cover.
     """
 
     def __init__(self, url: str) -> None:
@@ -57,7 +57,7 @@ class Entities:
         """Return whether the broker has it."""
         with raw_connection(self.url) as connection:
             try:
-                # The type is not looked at.
+                # A passive declaration does not compare the type.
                 connection.channel().exchange_declare(exchange.name, "direct", passive=True)
             except amqp_errors.NotFound:
                 return False
@@ -73,10 +73,10 @@ class Entities:
             return True
 
     def until_ready(self, queue: kombu.Queue, count: int, timeout: float = PATIENCE) -> None:
-        """Return when so many messages wait in a queue; fail after *timeout* seconds."""
+        """Return when *count* messages wait in a queue; fail after *timeout* seconds."""
         deadline = time.monotonic() + timeout
         while True:
-            # The broker answers this before it has dealt with what was published earlier.
+            # The broker answers this before it has processed what was published earlier.
             found = queue.channel.queue_declare(queue.name, passive=True).message_count
             if found == count:
                 return
@@ -90,7 +90,7 @@ class Entities:
             connection.release()
         with raw_connection(self.url) as connection:
             channel = connection.channel()
-            # Deleting what is not there is no error.
+            # Deleting what does not exist is no error.
             for name in self.queues:
                 channel.queue_delete(name)
             for name in self.exchanges:
@@ -121,7 +121,7 @@ def drain(
 
 
 def bodies(queue: kombu.Queue) -> List[Any]:
-    """Take all messages out of a queue and return what they say."""
+    """Take all messages out of a queue and return their bodies."""
     return [message.decode() for message in messages(queue)]
 
 
@@ -136,7 +136,7 @@ def messages(queue: kombu.Queue) -> List[Any]:
 
 
 def cut(connection: kombu.Connection) -> None:
-    """Have a connection lose the broker, as when a cable is cut."""
+    """Make a connection lose the broker, as when a cable is cut."""
     connection.connection.sock.shutdown(socket.SHUT_RDWR)
 
 

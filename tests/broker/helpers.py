@@ -1,4 +1,4 @@
-"""What several test modules use."""
+"""Helpers that several test modules use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from celery import Celery, states
 
 from tests.conftest import PATIENCE
 
-#: A wait that is not over by then hangs.
+#: Seconds after which a wait counts as hanging.
 LONG = PATIENCE
 
 
@@ -20,7 +20,7 @@ def new_id() -> str:
 
 
 class Waiting:
-    """A thread that waits for a task."""
+    """A thread that runs a blocking wait."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.outcome: Any = None
@@ -36,7 +36,7 @@ class Waiting:
             self.error = exc
 
     def result(self) -> Any:
-        """What the function has returned."""
+        """Return the value of the function, or raise what it raised."""
         self.thread.join(LONG)
         assert not self.thread.is_alive(), "still waiting"
         if self.error is not None:
@@ -45,20 +45,20 @@ class Waiting:
 
 
 def open_inbox(app: Celery) -> None:
-    """Return when the inbox of *app* stands."""
+    """Return when the inbox of *app* is open."""
     app.backend.layout.inbox.cover([], time.monotonic() + LONG)
 
 
 def until_watched(app: Celery, task_id: str, eventually: Callable[..., Any], n: int = 1) -> None:
-    """Return when *n* wait for the task, and its states are pushed."""
+    """Return when *n* waiters wait for the task and this process receives its states."""
     inbox = app.backend.layout.inbox
     eventually(lambda: inbox.covers(task_id) and len(inbox._waiters.get(task_id, ())) >= n)
 
 
 def until_stored(app: Celery) -> None:
-    """Return when the broker has all that *app* has stored.
+    """Return when the broker has confirmed everything that *app* has stored.
 
-    Storing a state that is not final does not wait for that. Storing one that is final does, and
-    what was published before it is confirmed before it.
+    Storing a state that is not final does not wait for its confirm. Storing a final state does, and
+    everything published before it is confirmed before it.
     """
     app.backend.store_result(new_id(), None, states.SUCCESS)

@@ -18,7 +18,8 @@ from celery._state import _set_task_join_will_block
 from celery.result import EagerResult, GroupResult, ResultSet
 from kombu.exceptions import ContentDisallowed
 
-from celery_amqp_results import aio, bridge, errors
+from celery_amqp_results import aio, errors
+from celery_amqp_results.aio import bridge
 from tests.broker.helpers import LONG, new_id
 from tests.conftest import PATIENCE, Apps
 from tools import rabbitmq
@@ -36,7 +37,7 @@ def run(scenario: Callable[[], Awaitable[_T]]) -> _T:
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    """Return when *condition* is true; fail after a while."""
+    """Return when *condition* is true; fail after *LONG* seconds."""
     deadline = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < deadline, condition
@@ -44,7 +45,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 async def until_covered(app: Celery, *ids: str) -> None:
-    """Return when the states of *ids* are pushed."""
+    """Return when this process receives the states of *ids*."""
     inbox = app.backend.layout.inbox
     await until(lambda: all(inbox.covers(task_id) for task_id in ids))
 
@@ -55,7 +56,7 @@ def store(app: Celery, task_id: str, result: Any, state: str = states.SUCCESS) -
 
 @pytest.fixture
 def worker(make_app: Apps) -> Celery:
-    """An app that has the part of the worker."""
+    """An app that plays the worker."""
     return make_app()
 
 
@@ -72,9 +73,7 @@ def _nothing_is_left() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layout", ["shared", "per-task"])
-def test_a_result_is_awaited_whether_it_is_there_or_comes_later(
-    make_app: Apps, layout: str
-) -> None:
+def test_a_result_is_awaited_whether_stored_before_or_after(make_app: Apps, layout: str) -> None:
     options = {"layout": layout, **({"shards": 8} if layout == "shared" else {})}
     worker, app = (make_app(result_backend_transport_options=options) for _ in range(2))
     there, later, by_id = new_id(), new_id(), new_id()
@@ -112,7 +111,9 @@ def test_a_failure_is_raised_or_returned(app: Celery, worker: Celery) -> None:
     run(scenario)
 
 
-def test_the_result_object_has_its_state_and_calls_back(app: Celery, worker: Celery) -> None:
+def test_awaiting_updates_the_result_object_and_calls_its_callbacks(
+    app: Celery, worker: Celery
+) -> None:
     async def scenario() -> None:
         result = app.AsyncResult(new_id())
         called: List[Any] = []
@@ -120,7 +121,7 @@ def test_the_result_object_has_its_state_and_calls_back(app: Celery, worker: Cel
         store(worker, result.id, 1)
         assert await aio.get(result, timeout=LONG) == 1
         assert called == [result]
-        # From now on nobody is asked.
+        # From here on, no request goes to the broker.
         worker.backend.forget(result.id)
         assert await aio.get(result, timeout=0) == 1
         assert (result.state, await aio.state(result)) == ("SUCCESS", "SUCCESS")
@@ -128,7 +129,7 @@ def test_the_result_object_has_its_state_and_calls_back(app: Celery, worker: Cel
     run(scenario)
 
 
-def test_what_is_not_waited_for(app: Celery) -> None:
+def test_results_that_need_no_waiting(app: Celery) -> None:
     async def scenario() -> None:
         ignored = app.AsyncResult(new_id())
         ignored.ignored = True
@@ -144,7 +145,9 @@ def test_what_is_not_waited_for(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, -1, 0.2])
-def test_a_timeout_is_celerys_and_asyncios(app: Celery, worker: Celery, timeout: float) -> None:
+def test_a_timeout_raises_an_error_of_both_celery_and_asyncio(
+    app: Celery, worker: Celery, timeout: float
+) -> None:
     async def scenario() -> None:
         task_id = new_id()
         for kind in (asyncio.TimeoutError, celery.exceptions.TimeoutError):
@@ -152,14 +155,14 @@ def test_a_timeout_is_celerys_and_asyncios(app: Celery, worker: Celery, timeout:
             with pytest.raises(kind, match=f"not ready after {timeout:g} seconds"):
                 await aio.get(task_id, timeout=timeout, app=app)
             assert max(0, timeout) <= time.monotonic() - begun
-        # It leaves the task as it is.
+        # The task is not affected.
         store(worker, task_id, 5)
         assert await aio.get(task_id, timeout=LONG, app=app) == 5
 
     run(scenario)
 
 
-def test_cancellation_the_ways_of_asyncio(app: Celery, worker: Celery) -> None:
+def test_cancellation_works_in_every_way_that_asyncio_offers(app: Celery, worker: Celery) -> None:
     async def scenario() -> None:
         task_id = new_id()
         inbox = app.backend.layout.inbox
@@ -175,7 +178,7 @@ def test_cancellation_the_ways_of_asyncio(app: Celery, worker: Celery) -> None:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):
                     await aio.get(task_id, app=app)
-        # Of two who wait one goes, and the other stays.
+        # When one of two waiters is cancelled, the other keeps waiting.
         goes, stays = (asyncio.ensure_future(aio.get(task_id, app=app)) for _ in range(2))
         await until_covered(app, task_id)
         goes.cancel()
@@ -186,7 +189,7 @@ def test_cancellation_the_ways_of_asyncio(app: Celery, worker: Celery) -> None:
     run(scenario)
 
 
-def test_what_cannot_be_waited_for_is_refused(app: Celery) -> None:
+def test_invalid_arguments_are_refused(app: Celery) -> None:
     async def scenario() -> None:
         with pytest.raises(TypeError, match="17 cannot be waited for"):
             await aio.get(17, app=app)
@@ -206,7 +209,7 @@ def test_what_cannot_be_waited_for_is_refused(app: Celery) -> None:
     run(scenario)
 
 
-def test_within_a_task_waiting_is_refused_unless_it_is_meant(app: Celery) -> None:
+def test_waiting_inside_a_task_is_refused_unless_allowed_explicitly(app: Celery) -> None:
     task_id = new_id()
     store(app, task_id, 1)
 
@@ -224,7 +227,7 @@ def test_within_a_task_waiting_is_refused_unless_it_is_meant(app: Celery) -> Non
         _set_task_join_will_block(False)
 
 
-def test_a_chain_that_was_cut_short_raises_what_cut_it(app: Celery, worker: Celery) -> None:
+def test_a_chain_raises_the_error_of_the_task_that_stopped_it(app: Celery, worker: Celery) -> None:
     async def scenario() -> None:
         first = app.AsyncResult(new_id())
         group = GroupResult(new_id(), [app.AsyncResult(new_id())], parent=first, app=app)
@@ -235,7 +238,7 @@ def test_a_chain_that_was_cut_short_raises_what_cut_it(app: Celery, worker: Cele
         store(worker, group.results[0].id, ValueError("cut"), states.FAILURE)
         with pytest.raises(ValueError, match="cut"):
             await waiting
-        # At once where it is known already, and not at all where it is not wanted.
+        # Immediately where the error is known already, and never with propagate=False.
         with pytest.raises(ValueError, match="cut"):
             await aio.get(last, timeout=LONG)
         with pytest.raises(errors.WaitTimeout, match="the task is not ready"):
@@ -247,7 +250,7 @@ def test_a_chain_that_was_cut_short_raises_what_cut_it(app: Celery, worker: Cele
 # -- several ---------------------------------------------------------------------------------------
 
 
-def test_groups_are_awaited_as_lists_in_order(app: Celery, worker: Celery) -> None:
+def test_a_group_returns_a_list_in_order(app: Celery, worker: Celery) -> None:
     async def scenario() -> None:
         results = [app.AsyncResult(new_id()) for _ in range(4)]
         inner = GroupResult(new_id(), results[1:3], app=app)
@@ -273,7 +276,7 @@ def test_the_first_failure_of_a_group_ends_the_wait(app: Celery, worker: Celery)
             await aio.get(group, timeout=LONG)
         with pytest.raises(KeyError, match="first"):
             await aio.gather(*ids, timeout=LONG, app=app)
-        # A broker that is busy may not have said in time that one has ended.
+        # A busy broker may not have reported in time that one has finished.
         with pytest.raises(errors.WaitTimeout, match=r"[23] of 3 tasks"):
             await aio.gather(*ids, timeout=0.1, return_exceptions=True, app=app)
         store(worker, ids[0], 0)
@@ -284,7 +287,7 @@ def test_the_first_failure_of_a_group_ends_the_wait(app: Celery, worker: Celery)
     run(scenario)
 
 
-def test_as_completed_gives_each_as_it_ends(app: Celery, worker: Celery) -> None:
+def test_as_completed_yields_each_result_as_it_finishes(app: Celery, worker: Celery) -> None:
     async def scenario() -> None:
         ids = [new_id() for _ in range(4)]
         results = [app.AsyncResult(i) for i in ids]
@@ -297,14 +300,14 @@ def test_as_completed_gives_each_as_it_ends(app: Celery, worker: Celery) -> None
             if left:
                 store(worker, ids[left[0]], left[0])
         assert found == [(2, 2), (3, 3), (0, 0), (1, 1)]
-        # What is known is not asked for again.
+        # Known results are not requested again.
         again = [task_id async for task_id, _ in aio.as_completed(group, timeout=0)]
         assert sorted(again) == sorted(ids)
 
     run(scenario)
 
 
-def test_as_completed_goes_on_after_a_failure_if_it_is_asked(app: Celery, worker: Celery) -> None:
+def test_as_completed_continues_after_a_failure_on_request(app: Celery, worker: Celery) -> None:
     async def scenario() -> None:
         bad, good, missing = new_id(), new_id(), new_id()
         store(worker, bad, KeyError("bad"), states.FAILURE)
@@ -320,7 +323,7 @@ def test_as_completed_goes_on_after_a_failure_if_it_is_asked(app: Celery, worker
             )
         }
         assert found == {bad: "KeyError('bad')", good: "1"}
-        # A broker that is busy may not have said in time that one has ended.
+        # A busy broker may not have reported in time that one has finished.
         with pytest.raises(errors.WaitTimeout, match=r"[12] of 2 tasks"):
             async for _ in aio.as_completed([good, missing], timeout=0.1, app=app):
                 pass
@@ -331,7 +334,9 @@ def test_as_completed_goes_on_after_a_failure_if_it_is_asked(app: Celery, worker
 # -- asking once -----------------------------------------------------------------------------------
 
 
-def test_states_and_metas_are_asked_for_together(app: Celery, worker: Celery) -> None:
+def test_states_and_metas_of_many_tasks_are_read_in_one_request(
+    app: Celery, worker: Celery
+) -> None:
     ids = [new_id() for _ in range(300)]
     for task_id in ids[:3]:
         store(worker, task_id, {"current": 1}, "PROGRESS")
@@ -362,7 +367,7 @@ def test_states_and_metas_are_asked_for_together(app: Celery, worker: Celery) ->
     assert reads[0] == len(ids)
 
 
-def test_forgetting(app: Celery, worker: Celery) -> None:
+def test_forget_deletes_the_results(app: Celery, worker: Celery) -> None:
     async def scenario() -> None:
         first = app.AsyncResult(new_id())
         last = app.AsyncResult(new_id(), parent=first)
@@ -387,7 +392,7 @@ def test_forgetting(app: Celery, worker: Celery) -> None:
 
 
 def test_ten_thousand_coroutines_wait_on_one_thread(app: Celery, make_app: Apps) -> None:
-    # Given four coroutines for each of so many tasks. (Storing takes most of the test's time.)
+    # Given four coroutines for each task. (Storing takes most of the test's time.)
     worker = make_app(result_backend_transport_options={"shards": 8, "confirm": False})
     ids = [new_id() for _ in range(2_500)]
 
@@ -401,7 +406,7 @@ def test_ten_thousand_coroutines_wait_on_one_thread(app: Celery, make_app: Apps)
             for _ in range(4)
         ]
         await until_covered(app, *ids)
-        # The follower, the inbox, connections that are kept alive, and those for look-ups.
+        # The follower, the inbox, keep-alive connections, and those for look-ups.
         assert threading.active_count() <= before + 4 + bridge.MAX_THREADS
 
         def store_all() -> None:
@@ -416,7 +421,7 @@ def test_ten_thousand_coroutines_wait_on_one_thread(app: Celery, make_app: Apps)
     run(scenario)
 
 
-def test_nothing_that_blocks_runs_on_the_loop(app: Celery, worker: Celery) -> None:
+def test_no_blocking_call_runs_on_the_event_loop(app: Celery, worker: Celery) -> None:
     layout = app.backend.layout
     threads: Dict[str, Set[int]] = {}
 
@@ -450,10 +455,10 @@ def test_nothing_that_blocks_runs_on_the_loop(app: Celery, worker: Celery) -> No
     assert threading.get_ident() not in set().union(*threads.values())
 
 
-def test_a_look_up_that_takes_long_holds_up_nobody_else(
+def test_a_slow_look_up_does_not_delay_other_waiters(
     make_app: Apps, worker: Celery, raw: Any
 ) -> None:
-    # Given a shard that somebody holds, and the task of somebody else in it.
+    # Given a shard that another consumer holds, and a task whose result is in it.
     options = {"shards": 8, "lookup_timeout": 8 * LONG}
     app = make_app(result_backend_transport_options=options)
     held, mine = new_id(), new_id()
@@ -469,25 +474,25 @@ def test_a_look_up_that_takes_long_holds_up_nobody_else(
 
     async def scenario() -> None:
         waiting = asyncio.ensure_future(aio.get(held, timeout=8 * LONG, app=app))
-        # Then who waits for another task has it as soon as it is there.
+        # Then a waiter for another task gets its result as soon as it is stored.
         other = asyncio.ensure_future(aio.get(mine, timeout=8 * LONG, app=app))
         await until_covered(app, mine)
         store(worker, mine, 2)
         assert await other == 2
         assert not waiting.done()
-        # And that one when the shard is free.
+        # And the blocked waiter gets its own when the shard is released.
         raw.close()
         assert await waiting == 1
 
     run(scenario)
 
 
-def test_several_loops_wait_at_once_and_one_after_the_other(app: Celery, worker: Celery) -> None:
+def test_several_event_loops_wait_concurrently_and_in_sequence(app: Celery, worker: Celery) -> None:
     ids = [new_id() for _ in range(4)]
     found: Dict[int, Any] = {}
 
     def wait(number: int) -> None:
-        # All wait for the same tasks.
+        # All loops wait for the same tasks.
         found[number] = run(lambda: aio.gather(*ids, timeout=LONG, app=app))
 
     threads = [threading.Thread(target=wait, args=(number,)) for number in range(3)]
@@ -501,7 +506,7 @@ def test_several_loops_wait_at_once_and_one_after_the_other(app: Celery, worker:
     assert found == {number: [0, 1, 2, 3] for number in range(4)}
 
 
-def test_a_loop_that_is_closed_leaves_no_thread(
+def test_a_closed_loop_leaves_no_thread_behind(
     app: Celery, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr(bridge, "LINGER", 0.2)
@@ -517,7 +522,7 @@ def test_a_loop_that_is_closed_leaves_no_thread(
     watching = loop.create_task(watch.__anext__())
     loop.run_until_complete(asyncio.sleep(0.1))
     assert running() == names
-    # When it is closed while coroutines wait. (It warns of these when they are dropped.)
+    # A loop that is closed while coroutines wait. (It warns when these are dropped.)
     for task in (waiting, watching):
         task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
@@ -525,7 +530,7 @@ def test_a_loop_that_is_closed_leaves_no_thread(
     bridge._bridges.pop(loop)
 
 
-def test_closing_the_backend_fails_those_who_wait_and_later_ones_start_afresh(
+def test_closing_the_backend_fails_waiters_and_later_waits_reconnect(
     app: Celery, worker: Celery
 ) -> None:
     async def scenario() -> None:
@@ -545,7 +550,7 @@ def test_closing_the_backend_fails_those_who_wait_and_later_ones_start_afresh(
     run(scenario)
 
 
-def test_a_broker_that_cannot_be_reached_is_an_error_and_not_a_hang(make_app: Apps) -> None:
+def test_an_unreachable_broker_raises_an_error_instead_of_hanging(make_app: Apps) -> None:
     app = make_app(
         "amqp://guest:guest@127.0.0.1:1//",
         result_backend_transport_options={"retry_policy": {"max_retries": 1}},
@@ -562,9 +567,7 @@ def test_a_broker_that_cannot_be_reached_is_an_error_and_not_a_hang(make_app: Ap
     run(scenario)
 
 
-def test_who_waits_notices_nothing_of_lost_connections(
-    app: Celery, worker: Celery, node: rabbitmq.Node
-) -> None:
+def test_waiters_survive_lost_connections(app: Celery, worker: Celery, node: rabbitmq.Node) -> None:
     async def scenario() -> None:
         ids = [new_id() for _ in range(3)]
         waiting = asyncio.ensure_future(aio.gather(*ids, timeout=4 * LONG, app=app))
@@ -580,7 +583,7 @@ def test_who_waits_notices_nothing_of_lost_connections(
 
 
 def lose(node: rabbitmq.Node) -> None:
-    """Have the broker close all connections."""
+    """Make the broker close all connections."""
     node.ctl("close_all_connections", "test")
 
 
@@ -609,7 +612,7 @@ def test_a_forked_child_waits_on_a_loop_of_its_own(app: Celery, worker: Celery) 
 
 
 @pytest.mark.parametrize("layout", ["shared", "per-task"])
-def test_one_result_that_cannot_be_decoded_fails_nobody_else(make_app: Apps, layout: str) -> None:
+def test_an_undecodable_result_fails_only_its_own_waiter(make_app: Apps, layout: str) -> None:
     options = {"layout": layout, **({"shards": 8} if layout == "shared" else {})}
     app = make_app(result_backend_transport_options=options)
     pickled = make_app(
@@ -634,7 +637,7 @@ def test_one_result_that_cannot_be_decoded_fails_nobody_else(make_app: Apps, lay
 
 # -- gevent and eventlet ---------------------------------------------------------------------------
 
-#: Run in a process of its own, since it patches everything.
+#: Runs in a process of its own, since it patches everything.
 GREEN = """
 import sys
 if sys.argv[3] == "gevent":
@@ -706,7 +709,7 @@ app.backend.close()
 
 @pytest.mark.parametrize("kind", ["gevent", "eventlet"])
 def test_an_event_loop_runs_beside_greenlets(app: Celery, amqp_url: str, kind: str) -> None:
-    # Importing it here would patch nothing, but eventlet warns.
+    # Importing eventlet here would patch nothing, but eventlet warns.
     if importlib.util.find_spec(kind) is None:
         pytest.skip(f"{kind} is not installed")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Watching from coroutines: states as they happen, of given tasks and of everything."""
+"""Watching from coroutines: states as they happen, of given tasks or of all tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from celery import Celery, states
 from celery.result import EagerResult, GroupResult
 from kombu.exceptions import ContentDisallowed
 
-from celery_amqp_results import aio, bridge, errors
+from celery_amqp_results import aio, errors
+from celery_amqp_results.aio import bridge
 from tests.broker.helpers import LONG, new_id, until_stored
 from tests.broker.test_aio import lose, run, store, until, until_covered, worker
 from tests.conftest import Apps
@@ -38,7 +39,7 @@ async def until_tapped(app: Celery, count: int = 1) -> None:
 
 
 @pytest.mark.parametrize("layout", ["shared", "per-task"])
-def test_the_present_state_comes_first_then_each_as_it_happens(make_app: Apps, layout: str) -> None:
+def test_the_current_state_comes_first_then_each_new_state(make_app: Apps, layout: str) -> None:
     options = {"layout": layout, **({"shards": 8} if layout == "shared" else {})}
     worker, app = (make_app(result_backend_transport_options=options) for _ in range(2))
     task_id = new_id()
@@ -67,7 +68,7 @@ def test_the_present_state_comes_first_then_each_as_it_happens(make_app: Apps, l
     run(scenario)
 
 
-def test_who_comes_later_sees_the_present_state_of_a_task_that_is_watched_already(
+def test_a_second_watcher_of_a_task_also_gets_its_current_state(
     app: Celery, worker: Celery
 ) -> None:
     async def scenario() -> None:
@@ -89,7 +90,7 @@ def test_who_comes_later_sees_the_present_state_of_a_task_that_is_watched_alread
     run(scenario)
 
 
-def test_groups_and_what_has_ended(app: Celery, worker: Celery) -> None:
+def test_groups_and_finished_tasks_can_be_watched(app: Celery, worker: Celery) -> None:
     async def scenario() -> None:
         results = [app.AsyncResult(new_id()) for _ in range(3)]
         group = GroupResult(new_id(), results[:2], app=app)
@@ -110,10 +111,8 @@ def test_groups_and_what_has_ended(app: Celery, worker: Celery) -> None:
     run(scenario)
 
 
-def test_asking_may_be_cancelled_or_timed_out_without_losing_anything(
-    app: Celery, worker: Celery
-) -> None:
-    # What a server does that sends a sign of life while nothing happens.
+def test_a_cancelled_or_timed_out_request_loses_no_state(app: Celery, worker: Celery) -> None:
+    # A server does this when it sends a heartbeat while nothing happens.
     async def scenario() -> None:
         task_id, found = new_id(), []
         watch = aio.watch(task_id, timeout=4 * LONG, app=app)
@@ -125,7 +124,7 @@ def test_asking_may_be_cancelled_or_timed_out_without_losing_anything(
             store(worker, task_id, result, name)
         while True:
             try:
-                # As short as it takes for most to be timed out, and some just when they come.
+                # Short enough for most requests to time out, some just as a state arrives.
                 found.append(brief(await asyncio.wait_for(watch.__anext__(), 0.0002)))
             except asyncio.TimeoutError:
                 continue
@@ -136,7 +135,7 @@ def test_asking_may_be_cancelled_or_timed_out_without_losing_anything(
     run(scenario)
 
 
-def test_the_ways_to_end_a_watch_leave_nothing(app: Celery, worker: Celery) -> None:
+def test_every_way_to_end_a_watch_releases_its_resources(app: Celery, worker: Celery) -> None:
     async def scenario() -> None:
         task_id = new_id()
         store(worker, task_id, None, states.STARTED)
@@ -161,7 +160,7 @@ def test_the_ways_to_end_a_watch_leave_nothing(app: Celery, worker: Celery) -> N
         with pytest.raises(StopAsyncIteration):
             await watch.__anext__()
         await watch.aclose()
-        # dropping it on another thread,
+        # dropping the watch on another thread,
         watch = aio.watch(task_id, app=app)
         await watch.__anext__()
         kept = [watch]
@@ -170,7 +169,7 @@ def test_the_ways_to_end_a_watch_leave_nothing(app: Celery, worker: Celery) -> N
         thread.start()
         thread.join()
         await gone()
-        # closing it while somebody asks,
+        # closing it while another coroutine waits for its next state,
         watch = aio.watch(task_id, app=app)
         await watch.__anext__()
         asking = asyncio.ensure_future(watch.__anext__())
@@ -205,7 +204,7 @@ def test_a_watch_belongs_to_one_loop(app: Celery) -> None:
     run(watch.aclose)
 
 
-def test_states_that_nobody_asks_for_are_bounded_and_the_end_is_kept(
+def test_unread_states_are_bounded_and_the_final_state_is_kept(
     app: Celery, worker: Celery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(aio, "MAX_BUFFERED", 10)
@@ -227,7 +226,7 @@ def test_states_that_nobody_asks_for_are_bounded_and_the_end_is_kept(
         found = [brief(meta) async for meta in watch]
         assert ("SUCCESS", "end") in found
         assert found[-1] == ("SUCCESS", 50)
-        # Ten wait at most; some more may come while they are taken.
+        # At most ten are buffered; some more may arrive while they are read.
         assert len(found) < 40
         steps = [result["current"] for state, result in found if state == "PROGRESS"]
         assert steps == sorted(set(steps))
@@ -236,7 +235,7 @@ def test_states_that_nobody_asks_for_are_bounded_and_the_end_is_kept(
     assert "the oldest are left out" in caplog.text
 
 
-def test_everything_is_shared_by_those_who_watch_it(
+def test_watchers_of_everything_share_one_connection(
     app: Celery, worker: Celery, node: rabbitmq.Node
 ) -> None:
     async def scenario() -> None:
@@ -253,12 +252,12 @@ def test_everything_is_shared_by_those_who_watch_it(
         watching = [asyncio.ensure_future(watch(found)) for found in everything]
         failing = asyncio.ensure_future(watch(failures, states="FAILURE"))
         await until_tapped(app, 2)
-        # One connection for the two who want the same.
+        # The two watchers of the same states share one connection.
         assert len(bridge.bridge_of(app.backend)._taps) == 2
         for task_id in ids:
             report(worker, task_id, 2)
             store(worker, task_id, None, states.STARTED)
-        # Then the connections are lost; what comes afterwards is seen again.
+        # Then the connections are lost; states published afterwards are seen again.
         await until(lambda: all(len(found) == 12 for found in everything))
         taps = list(app.backend.layout._taps)
         await asyncio.get_running_loop().run_in_executor(None, lose, node)
@@ -276,7 +275,7 @@ def test_everything_is_shared_by_those_who_watch_it(
     run(scenario)
 
 
-def test_everything_ends_quietly_leaves_out_what_cannot_be_read_and_leaves_nothing(
+def test_watching_everything_skips_unreadable_states_and_cleans_up(
     app: Celery, make_app: Apps, caplog: pytest.LogCaptureFixture
 ) -> None:
     pickled = make_app(result_serializer="pickle", accept_content=["pickle"])
@@ -301,7 +300,7 @@ def test_everything_ends_quietly_leaves_out_what_cannot_be_read_and_leaves_nothi
     assert "left out the SUCCESS of pickled" in caplog.text
 
 
-def test_what_cannot_be_watched_is_refused_at_once(app: Celery, make_app: Apps) -> None:
+def test_unwatchable_arguments_are_refused_immediately(app: Celery, make_app: Apps) -> None:
     with pytest.raises(TypeError, match="17 cannot be watched"):
         aio.watch([17], app=app)
     with pytest.raises(ValueError, match="states is empty"):

@@ -1,4 +1,4 @@
-"""``AsyncResult.then``: callbacks that are called although nobody waits."""
+"""``AsyncResult.then``: callbacks run even if no thread waits for the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import Apps
 
 
 class Calls:
-    """Collects the results that a callback was called with."""
+    """A callback that collects the results it is called with."""
 
     def __init__(self) -> None:
         self.results: List[Any] = []
@@ -28,12 +28,12 @@ class Calls:
         self._called.set()
 
     def wait(self) -> Any:
-        """Return the first result, once there is one."""
+        """Return the first result, waiting until there is one."""
         assert self._called.wait(LONG), "the callback was not called"
         return self.results[0]
 
 
-def test_a_callback_is_called_when_the_task_ends_although_nobody_waits(
+def test_a_callback_runs_when_the_task_finishes_without_a_waiter(
     app: Celery, make_app: Apps
 ) -> None:
     result, called = app.AsyncResult(new_id()), Calls()
@@ -44,14 +44,14 @@ def test_a_callback_is_called_when_the_task_ends_although_nobody_waits(
     assert called.results == [result]
 
 
-def test_a_callback_of_a_task_that_has_ended_is_called(app: Celery) -> None:
+def test_a_callback_of_a_finished_task_runs(app: Celery) -> None:
     task_id, called = new_id(), Calls()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     app.AsyncResult(task_id).then(called)
     assert called.wait().result == 1
 
 
-def test_a_callback_of_a_result_that_was_got_is_called_at_once(app: Celery) -> None:
+def test_a_callback_of_a_fetched_result_runs_immediately(app: Celery) -> None:
     task_id, called = new_id(), Calls()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     result = app.AsyncResult(task_id)
@@ -60,7 +60,7 @@ def test_a_callback_of_a_result_that_was_got_is_called_at_once(app: Celery) -> N
     assert called.results == [result]
 
 
-def test_a_callback_is_called_for_a_failure_as_well(app: Celery) -> None:
+def test_a_callback_runs_for_a_failure(app: Celery) -> None:
     result, called = app.AsyncResult(new_id()), Calls()
     result.then(called)
     app.backend.store_result(result.id, KeyError("k"), states.FAILURE)
@@ -68,7 +68,7 @@ def test_a_callback_is_called_for_a_failure_as_well(app: Celery) -> None:
     assert isinstance(result.result, KeyError)
 
 
-def test_states_on_the_way_call_no_callback(app: Celery) -> None:
+def test_intermediate_states_call_no_callback(app: Celery) -> None:
     result, called = app.AsyncResult(new_id()), Calls()
     result.then(called)
     app.backend.store_result(result.id, None, states.STARTED)
@@ -78,7 +78,7 @@ def test_states_on_the_way_call_no_callback(app: Celery) -> None:
     assert [r.state for r in called.results] == [states.SUCCESS]
 
 
-def test_on_error_is_called_with_what_the_callback_raises(
+def test_on_error_gets_the_exception_of_the_callback(
     app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(result: Any) -> None:
@@ -91,8 +91,8 @@ def test_on_error_is_called_with_what_the_callback_raises(
         assert str(failed.wait()) == "refused"
 
 
-def test_on_error_is_called_when_get_raises_the_task_s_exception(app: Celery) -> None:
-    # Without a callback having been called before: get() then throws into the promise.
+def test_on_error_gets_the_exception_of_the_task_when_get_raises_it(app: Celery) -> None:
+    # No callback has run before: get() then throws into the promise.
     task_id, failed = new_id(), Calls()
     app.backend.store_result(task_id, KeyError("k"), states.FAILURE)
     result = app.AsyncResult(task_id)
@@ -102,7 +102,7 @@ def test_on_error_is_called_when_get_raises_the_task_s_exception(app: Celery) ->
     assert isinstance(failed.wait(), KeyError)
 
 
-def test_a_callback_that_raises_keeps_no_other_result_from_its_callback(
+def test_a_raising_callback_does_not_affect_other_results(
     app: Celery, caplog: pytest.LogCaptureFixture, eventually: Callable[..., Any]
 ) -> None:
     def refuse(result: Any) -> None:
@@ -129,7 +129,7 @@ def test_several_callbacks_of_one_result_are_called_in_order(app: Celery) -> Non
     assert order == [0, 1, 2]
 
 
-def test_result_objects_of_one_task_have_callbacks_of_their_own(app: Celery) -> None:
+def test_each_result_object_of_a_task_has_its_own_callbacks(app: Celery) -> None:
     task_id = new_id()
     results = [app.AsyncResult(task_id) for _ in range(3)]
     calls = [Calls() for _ in results]
@@ -140,7 +140,7 @@ def test_result_objects_of_one_task_have_callbacks_of_their_own(app: Celery) -> 
         assert called.wait() is result
 
 
-def test_a_callback_is_called_once_although_somebody_waits_too(
+def test_a_callback_runs_once_even_if_a_thread_also_waits(
     app: Celery, eventually: Callable[..., Any]
 ) -> None:
     result, called, after = app.AsyncResult(new_id()), Calls(), Calls()
@@ -150,7 +150,7 @@ def test_a_callback_is_called_once_although_somebody_waits_too(
     app.backend.store_result(result.id, 1, states.SUCCESS)
     assert [waiting.result() for waiting in waits] == [1, 1, 1]
     called.wait()
-    # What is called later shows that all that was to be called has been.
+    # Callbacks run in order, so once this later one has run, all earlier ones have.
     later = app.AsyncResult(new_id())
     later.then(after)
     app.backend.store_result(later.id, 1, states.SUCCESS)
@@ -180,7 +180,7 @@ def test_a_callback_may_add_callbacks(app: Celery) -> None:
     assert last.wait().id == ids[9]
 
 
-def test_a_thousand_callbacks_are_called_and_nothing_is_kept(
+def test_a_thousand_callbacks_run_and_leave_no_state(
     app: Celery, eventually: Callable[..., Any]
 ) -> None:
     called = Calls()
@@ -194,7 +194,7 @@ def test_a_thousand_callbacks_are_called_and_nothing_is_kept(
     assert not app.backend._pending._results
 
 
-def test_an_interest_that_was_withdrawn_calls_nothing(
+def test_a_removed_pending_result_calls_no_callback(
     app: Celery, eventually: Callable[..., Any]
 ) -> None:
     result, called = app.AsyncResult(new_id()), Calls()
@@ -209,7 +209,7 @@ def test_an_interest_that_was_withdrawn_calls_nothing(
     assert called.results == []
 
 
-def test_callbacks_are_called_after_a_pause_in_which_their_thread_has_ended(
+def test_callbacks_run_after_their_idle_thread_has_ended(
     app: Celery, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr("celery_amqp_results.waiting.callbacks.LINGER", 0.05)
@@ -222,15 +222,15 @@ def test_callbacks_are_called_after_a_pause_in_which_their_thread_has_ended(
         eventually(lambda thread=thread: not thread.is_alive())
 
 
-def test_a_result_set_has_nobody_follow_its_members(
+def test_a_result_set_does_not_start_following_its_members(
     app: Celery, eventually: Callable[..., Any]
 ) -> None:
-    # A result set makes itself a callback of its members. Nobody has asked for them by that.
+    # A result set adds itself as a callback of its members. That alone is no request for them.
     members = [app.AsyncResult(new_id()) for _ in range(100)]
     group = GroupResult(new_id(), members, app=app)
     eventually(lambda: not app.backend._pending._results)
     assert app.backend.layout.inbox._thread is None
-    # A member with a callback of its own is another matter.
+    # A member with a callback of its own is followed.
     called = Calls()
     members[5].then(called)
     app.backend.store_result(members[5].id, 1, states.SUCCESS)
@@ -238,7 +238,7 @@ def test_a_result_set_has_nobody_follow_its_members(
     assert len(group) == 100
 
 
-def test_an_interest_without_a_callback_is_dropped(
+def test_a_pending_result_without_a_callback_is_dropped(
     app: Celery, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr("celery_amqp_results.waiting.callbacks.GRACE", 0.05)
@@ -246,7 +246,7 @@ def test_an_interest_without_a_callback_is_dropped(
     eventually(lambda: not app.backend._pending._results)
 
 
-def test_no_callback_no_thread(app: Celery) -> None:
+def test_no_thread_starts_without_a_callback(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert app.AsyncResult(task_id).get(timeout=LONG) == 1

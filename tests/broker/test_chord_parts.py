@@ -170,7 +170,7 @@ def test_a_part_that_is_published_again_counts_once(chords: Chords, group_id: st
     assert chords.publish_part(group_id, message("b"), 1, 2)
     assert chords.settle(group_id, fired)
     assert fired.ids == ["a", "b"]
-    # What the task returned first is what counts.
+    # The first result of the task counts.
     assert fired.chords[0].parts[0].state.body == b"1"
 
 
@@ -246,7 +246,7 @@ def test_everything_is_put_back_when_firing_fails(
     chords.publish_part(group_id, message("a"), 0, 1)
     with pytest.raises(LookupError):
         chords.settle(group_id, refuse)
-    # Plan, part, and the word that it was begun, which nobody waits for.
+    # The plan, the part, and the note that firing has begun, published without a confirm.
     channel, queue = raw.channel(), app.backend._topology.chord_queue(group_id).name
     eventually(lambda: channel.queue_declare(queue, passive=True).message_count == 3)
     assert chords.settle(group_id, fired)
@@ -452,7 +452,7 @@ def test_a_plan_that_cannot_be_read_fails_its_chord(
     app: Celery, group_id: str, raw: Any, caplog: pytest.LogCaptureFixture, content_type: str,
     content: bytes,
 ) -> None:  # fmt: skip
-    # Given a chord whose plan somebody has replaced
+    # Given a chord whose plan was overwritten
     body = send(app, group_id, ["a"])
     damaged = dataclasses.replace(
         message(group_id, PLAN), content_type=content_type, content_encoding="binary", body=content
@@ -568,7 +568,7 @@ def test_who_waits_for_the_body_looks_after_the_chord(app: Celery, group_id: str
     result = app.AsyncResult(body.id)
     eventually(result.ready)
     assert str(result.result) == "Dependency a raised KeyError('k')"
-    # Neither this nor a body that nobody has sent does anything.
+    # Neither this nor a body that was never sent has any effect.
     backend.settle_body(body.id)
     backend.settle_body("unknown")
 

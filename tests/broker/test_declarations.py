@@ -1,4 +1,4 @@
-"""What is on the broker: a constant number of queues, and nothing that is not needed."""
+"""Declarations on the broker: a constant number of queues, and only those that are needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools import rabbitmq
 
 
 def rows(node: rabbitmq.Node, app: Celery, what: str, *columns: str) -> List[List[str]]:
-    """Return those lines of ``rabbitmqctl list_...`` that have to do with *app*."""
+    """Return those lines of ``rabbitmqctl list_...`` that belong to *app*."""
     output = node.ctl(f"list_{what}", "--no-table-headers", *columns)
     prefix = str(app.conf.result_exchange)
     return [line.split("\t") for line in output.splitlines() if prefix in line]
@@ -43,7 +43,7 @@ def queue_exists(connection: amqp.Connection, name: str) -> bool:
     return True
 
 
-def test_the_number_of_queues_and_bindings_is_the_same_for_any_number_of_tasks(
+def test_the_number_of_queues_and_bindings_does_not_grow_with_tasks(
     app: Celery, make_app: Apps, node: rabbitmq.Node
 ) -> None:
     # Given one task for each of the shards, and an inbox that is bound to all of them.
@@ -65,7 +65,7 @@ def test_the_number_of_queues_and_bindings_is_the_same_for_any_number_of_tasks(
         }
 
     before = held()
-    # When 1,000 tasks go all their ways, and are waited for, polled and saved as groups.
+    # When 1,000 tasks change state, and are waited for, polled and saved as groups.
     ids = [new_id() for _ in range(1000)]
     waiting = Waiting(lambda: dict(app.backend.get_many(ids, timeout=LONG)))
     for task_id in ids:
@@ -76,9 +76,9 @@ def test_the_number_of_queues_and_bindings_is_the_same_for_any_number_of_tasks(
         assert app.AsyncResult(task_id).state == states.SUCCESS
         assert app.AsyncResult(new_id()).state == states.PENDING
         GroupResult(new_id(), [app.AsyncResult(task_id)], app=app).save()
-    # Then the broker holds as many queues and bindings as before.
+    # Then the broker has as many queues and bindings as before.
     assert held() == before
-    # Of each shard one queue.
+    # One queue for each shard.
     assert len(rows(node, app, "queues", "name")) == 8
 
 
@@ -132,14 +132,14 @@ def test_sending_groups_and_keeping_their_results_opens_no_result_connection(
     assert len(sent) == 4
 
 
-def test_looking_up_what_nobody_stored_declares_nothing(app: Celery, raw: amqp.Connection) -> None:
+def test_looking_up_an_unknown_task_declares_nothing(app: Celery, raw: amqp.Connection) -> None:
     assert app.AsyncResult(new_id()).state == states.PENDING
     assert not exchange_exists(raw, app)
     prefix = app.conf.result_exchange
     assert not any(queue_exists(raw, f"{prefix}.shard.{n}") for n in range(8))
 
 
-def test_the_inbox_is_gone_with_its_process(
+def test_the_inbox_disappears_with_its_process(
     app: Celery, node: rabbitmq.Node, eventually: Callable[..., Any]
 ) -> None:
     before = node.queue_count()
@@ -150,7 +150,7 @@ def test_the_inbox_is_gone_with_its_process(
     eventually(lambda: node.queue_count() == before, 30)
 
 
-def test_another_number_of_shards_is_refused_with_a_clear_error(make_app: Apps) -> None:
+def test_a_different_number_of_shards_is_refused_with_a_clear_error(make_app: Apps) -> None:
     task_id = new_id()
     make_app(shards=8).backend.store_result(task_id, 1, states.SUCCESS)
     app = make_app(shards=16)
@@ -166,7 +166,7 @@ def test_another_number_of_shards_is_refused_with_a_clear_error(make_app: Apps) 
     assert make_app(shards=8).AsyncResult(task_id).get(timeout=LONG) == 1
 
 
-def test_polling_with_another_number_of_shards_is_refused_instead_of_pending_for_ever(
+def test_polling_with_a_different_number_of_shards_is_refused_instead_of_pending(
     make_app: Apps,
 ) -> None:
     writer, reader = make_app(shards=8), make_app(shards=16)
@@ -178,7 +178,7 @@ def test_polling_with_another_number_of_shards_is_refused_instead_of_pending_for
         reader.backend.get_task_meta(task_id)
 
 
-def test_another_queue_type_is_refused_with_a_clear_error(make_app: Apps) -> None:
+def test_a_different_queue_type_is_refused_with_a_clear_error(make_app: Apps) -> None:
     classic = make_app(result_backend_transport_options={"shards": 1})
     quorum = make_app(result_backend_transport_options={"shards": 1, "queue_type": "quorum"})
     task_id = new_id()
@@ -194,14 +194,14 @@ def delete_shard(connection: amqp.Connection, app: Celery, task_id: str) -> str:
     return name
 
 
-def test_a_shard_queue_that_an_operator_deleted_is_declared_again_by_the_next_result(
+def test_a_deleted_shard_queue_is_declared_again_by_the_next_result(
     app: Celery, make_app: Apps, raw: amqp.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     task_id, reader = new_id(), make_app()
     app.backend.store_result(task_id, "lost", states.SUCCESS)
     assert reader.AsyncResult(task_id).state == states.SUCCESS
     name = delete_shard(raw, app, task_id)
-    # What was in it is gone. Asking for it is no error.
+    # The results in it are lost. Reading them is no error.
     assert reader.AsyncResult(task_id).state == states.PENDING
     with caplog.at_level(logging.CRITICAL):
         app.backend.store_result(task_id, "again", states.SUCCESS)
@@ -210,7 +210,7 @@ def test_a_shard_queue_that_an_operator_deleted_is_declared_again_by_the_next_re
     assert make_app().AsyncResult(task_id).get(timeout=LONG) == "again"
 
 
-def test_a_shard_queue_that_was_deleted_under_a_state_on_the_way_is_declared_again(
+def test_a_shard_queue_deleted_under_an_intermediate_state_is_declared_again(
     app: Celery, make_app: Apps, raw: amqp.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     task_id = new_id()
@@ -232,25 +232,25 @@ def id_beside(app: Celery, task_id: str) -> str:
             return other
 
 
-def test_what_is_stored_after_a_shard_queue_was_deleted_is_kept_while_somebody_waits(
+def test_a_result_stored_after_its_shard_was_deleted_is_kept_despite_a_waiter(
     app: Celery, make_app: Apps, raw: amqp.Connection, eventually: Callable[..., Any]
 ) -> None:
-    # Given somebody who waits, so that what is published reaches a queue in any case.
+    # Given a waiter, so that every copy that is published reaches a queue.
     first, waiter = new_id(), make_app()
     app.backend.store_result(first, 1, states.SUCCESS)
     for number in range(10):
         second = id_beside(app, first)
         waiting = Waiting(lambda: waiter.AsyncResult(second).get(timeout=LONG))  # noqa: B023
         until_watched(waiter, second, eventually)
-        # When an operator deletes the shard, and the very next result belongs there.
+        # When an operator deletes the shard, and the very next result goes to it.
         delete_shard(raw, app, first)
         app.backend.store_result(second, number, states.SUCCESS)
-        # Then it is pushed, and kept for others as well.
+        # Then the result is pushed, and is stored for other readers too.
         assert waiting.result() == number
         assert make_app().AsyncResult(second).result == number
 
 
-def test_who_begins_to_listen_while_a_state_comes_back_is_pushed_it(
+def test_a_waiter_that_binds_while_a_state_is_returned_gets_it_pushed(
     app: Celery,
     raw: amqp.Connection,
     eventually: Callable[..., Any],
@@ -264,19 +264,19 @@ def test_who_begins_to_listen_while_a_state_comes_back_is_pushed_it(
     forget = declarations.forget
 
     def begin() -> None:
-        # The state that has come back is in no shard now, and its copy was published before.
+        # The returned state is in no shard now, and its copy was published before this binding.
         channel.queue_bind(queue, declarations.topology.exchange, "#")
         forget()
 
     monkeypatch.setattr(declarations, "forget", begin)
-    # When a state is published for a shard that is gone, and somebody begins to listen
+    # When a state is published for a missing shard, and a waiter binds meanwhile
     delete_shard(raw, app, task_id)
     app.backend.store_result(task_id, 1, states.SUCCESS)
-    # Then it is pushed: whoever has looked into the shard in between has found nothing
+    # Then it is pushed, since a reader that checked the shard in between found nothing
     eventually(lambda: channel.queue_declare(queue, passive=True).message_count == 1)
 
 
-def test_a_chord_can_be_sent_without_a_result_connection_of_an_inbox(app: Celery) -> None:
+def test_sending_a_chord_opens_no_inbox(app: Celery) -> None:
     task = app.signature("tests.nothing")
     chord([task.clone(), task.clone()])(task.clone())
     assert app.backend.layout.inbox._thread is None

@@ -21,7 +21,7 @@ from celery.result import GroupResult
 from celery_amqp_results import AMQPBackend
 from tests.conftest import PATIENCE, Apps, connect, raw_connection
 
-#: A wait that is not over by then hangs.
+#: Seconds after which a wait counts as hanging.
 LONG = PATIENCE
 
 #: Parameters as documented, with their defaults.
@@ -201,7 +201,7 @@ def test_parameters_and_defaults_are_the_documented_ones(name: str) -> None:
     signature = inspect.signature(operator.attrgetter(name)(AMQPBackend))
     found = [p for p in signature.parameters.values() if p.name != "self"]
     expected = DOCUMENTED[name]
-    # In the documented order; what Celery 5 needs besides comes after.
+    # In the documented order; parameters that Celery 5 adds come after.
     assert [p.name for p in found[: len(expected)]] == list(expected)
     for parameter in found[: len(expected)]:
         default = expected[parameter.name]
@@ -213,14 +213,14 @@ def test_parameters_and_defaults_are_the_documented_ones(name: str) -> None:
             assert parameter.default == default
 
 
-def test_the_old_module_has_the_names() -> None:
+def test_the_old_module_has_the_documented_names() -> None:
     old = importlib.import_module("celery.backends.amqp")
     assert old.AMQPBackend is AMQPBackend
     assert old.BacklogLimitExceeded is AMQPBackend.BacklogLimitExceeded
     assert issubclass(old.BacklogLimitExceeded, Exception)
 
 
-def test_attributes() -> None:
+def test_documented_attributes_have_their_values() -> None:
     assert issubclass(AMQPBackend.Exchange, kombu.Exchange)
     assert issubclass(AMQPBackend.Producer, kombu.Producer)
     assert issubclass(AMQPBackend.Consumer, kombu.Consumer)
@@ -239,7 +239,7 @@ def test_attributes() -> None:
 
 
 @pytest.mark.parametrize("owner", ATTRIBUTES)
-def test_attributes_of_the_entities(owner: str) -> None:
+def test_documented_entity_attributes_have_their_values(owner: str) -> None:
     entity = getattr(AMQPBackend, owner)
     expected = ATTRIBUTES[owner]
     assert {name: getattr(entity, name) for name in expected} == expected
@@ -291,7 +291,7 @@ def test_consume_waits_and_leaves_the_result(app: Celery, task_ids: List[str]) -
 
 def test_consume_calls_on_interval(app: Celery, task_ids: List[str]) -> None:
     called: List[int] = []
-    # A broker that is busy may take longer than that to connect.
+    # A busy broker may take longer than that to connect.
     for timeout in (1.3, LONG / 2):
         with pytest.raises(TimeoutError):
             app.backend.consume(task_ids[0], timeout, on_interval=lambda: called.append(1))
@@ -348,7 +348,7 @@ def test_destination_for_and_rkey(app: Celery) -> None:
         assert backend.rkey("a-b") == "ab"
 
 
-def test_a_queue_of_ones_own_bound_by_rkey_gets_the_states(
+def test_a_custom_queue_bound_by_rkey_gets_the_states(
     app: Celery, task_ids: List[str], make_app: Apps
 ) -> None:
     backend = app.backend
@@ -370,10 +370,10 @@ def test_a_queue_of_ones_own_bound_by_rkey_gets_the_states(
     assert called
 
 
-def test_on_reply_declare_is_what_keeps_the_result(
+def test_on_reply_declare_returns_the_queue_that_keeps_the_result(
     app: Celery, task_ids: List[str], make_app: Apps
 ) -> None:
-    # A program that declares it and publishes itself, or declares it again: both agree.
+    # A program may declare that queue itself, or declare it again: the arguments agree.
     app.backend.store_result(task_ids[0], 1, states.SUCCESS)
     (queue,) = app.backend.on_reply_declare(task_ids[0])
     with connect(make_app.url) as connection:

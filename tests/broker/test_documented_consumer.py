@@ -1,6 +1,6 @@
-"""What the reference page says of ``AMQPBackend.Consumer``, statement by statement.
+"""The reference page's statements about ``AMQPBackend.Consumer``, one by one.
 
-Some of it RabbitMQ does not do; what happens instead is shown as well.
+RabbitMQ does not support all of them; the tests show what happens instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Producer = AMQPBackend.Producer
 
 
 class Inbound:
-    """A connection with a channel and queues, and what a consumer was given there."""
+    """A connection with a channel and queues, and the messages that its consumer received."""
 
     def __init__(self, entities: Entities, queues: int = 1) -> None:
         self.entities = entities
@@ -32,12 +32,12 @@ class Inbound:
         self.messages: List[Any] = []
 
     def take(self, body: Any, message: Any) -> None:
-        """The callback of consumers."""
+        """Record a message: the callback of the consumers."""
         self.bodies.append(body)
         self.messages.append(message)
 
     def consumer(self, **options: Any) -> kombu.Consumer:
-        """Return a consumer of the first queue that does not consume yet."""
+        """Return a consumer of the first queue that has not started to consume."""
         options = {"queues": [self.queue], "callbacks": [self.take], **options}
         return Consumer(self.channel, **options)
 
@@ -48,12 +48,12 @@ class Inbound:
             producer.publish(body, routing_key=(queue or self.queue).name, **options)
 
     def consume_and_drain(self, consumer: kombu.Consumer) -> None:
-        """Consume until there is an error, which consuming may meet already."""
+        """Consume until an error is raised, possibly already by consume()."""
         consumer.consume()
         drain(self.connection, lambda: False)
 
     def drain(self, count: int) -> None:
-        """Return when so many messages have come in all."""
+        """Return when *count* messages have arrived in total."""
         drain(self.connection, lambda: len(self.bodies) >= count)
         assert len(self.bodies) == count
 
@@ -68,7 +68,7 @@ def two_queues(entities: Entities) -> Inbound:
     return Inbound(entities, 2)
 
 
-def test_it_is_kombus() -> None:
+def test_it_is_a_kombu_consumer() -> None:
     assert issubclass(Consumer, kombu.Consumer)
 
 
@@ -92,7 +92,7 @@ def test_add_queue_does_not_start_consuming(two_queues: Inbound) -> None:
     two_queues.send(1, queue=two_queues.queues[1])
     assert not consumer.consuming_from(added)
     two_queues.entities.until_ready(two_queues.queues[1], 1)
-    # Consuming again takes it in, and does no harm to the other.
+    # Consuming again includes it, and does not disturb the other queue.
     consumer.consume()
     two_queues.drain(1)
     two_queues.send(2)
@@ -107,7 +107,7 @@ def test_add_queue_declares_the_queue(inbound: Inbound) -> None:
     assert inbound.entities.has_queue(queue)
 
 
-def test_consume_again_does_not_cancel_what_was_removed(two_queues: Inbound) -> None:
+def test_consuming_again_does_not_cancel_a_removed_queue(two_queues: Inbound) -> None:
     consumer = two_queues.consumer(queues=two_queues.queues)
     consumer.consume()
     consumer.queues = [two_queues.queues[1]]
@@ -116,7 +116,7 @@ def test_consume_again_does_not_cancel_what_was_removed(two_queues: Inbound) -> 
     two_queues.drain(1)
 
 
-def test_cancel_by_queue_ends_one(two_queues: Inbound) -> None:
+def test_cancel_by_queue_cancels_one_queue(two_queues: Inbound) -> None:
     consumer = two_queues.consumer(queues=two_queues.queues)
     consumer.consume()
     first, second = two_queues.queues
@@ -127,7 +127,7 @@ def test_cancel_by_queue_ends_one(two_queues: Inbound) -> None:
     two_queues.send(2, queue=second)
     two_queues.drain(1)
     assert two_queues.bodies == [2]
-    # It takes the queue itself as well, and one that is not consumed from.
+    # It accepts a queue object too, and a queue that is not being consumed.
     consumer.cancel_by_queue(second)
     consumer.cancel_by_queue(second)
     two_queues.send(3, queue=second)
@@ -136,7 +136,7 @@ def test_cancel_by_queue_ends_one(two_queues: Inbound) -> None:
 
 
 @pytest.mark.parametrize("name", ["cancel", "close"])
-def test_cancel_and_close_end_all(two_queues: Inbound, name: str) -> None:
+def test_cancel_and_close_cancel_all_queues(two_queues: Inbound, name: str) -> None:
     consumer = two_queues.consumer(queues=two_queues.queues)
     consumer.consume()
     for queue in two_queues.queues:
@@ -148,7 +148,7 @@ def test_cancel_and_close_end_all(two_queues: Inbound, name: str) -> None:
         two_queues.send("after", queue=queue)
         two_queues.entities.until_ready(queue, 1)
         assert not consumer.consuming_from(queue)
-    # ... and what was delivered is still the consumer's.
+    # ... and delivered messages still belong to the consumer.
     for message in two_queues.messages:
         message.ack()
     two_queues.channel.close()
@@ -156,7 +156,7 @@ def test_cancel_and_close_end_all(two_queues: Inbound, name: str) -> None:
     assert [bodies(queue.bind(channel)) for queue in two_queues.queues] == [["after"], ["after"]]
 
 
-def test_consuming_from_takes_a_name_or_a_queue(two_queues: Inbound) -> None:
+def test_consuming_from_accepts_a_name_or_a_queue(two_queues: Inbound) -> None:
     consumer = two_queues.consumer()
     first, second = two_queues.queues
     assert not consumer.consuming_from(first)
@@ -189,12 +189,12 @@ def test_no_ack_leaves_nothing_to_acknowledge(
     consumer.consume(no_ack=argument)
     inbound.drain(1)
     inbound.channel.close()
-    # What was not acknowledged is back in the queue once the channel is closed.
+    # Unacknowledged messages are back in the queue once the channel is closed.
     queue = inbound.queue.bind(inbound.entities.channel())
     assert bodies(queue) == (["a"] if stays else [])
 
 
-def test_recover_with_requeue_redelivers_what_is_not_acknowledged(inbound: Inbound) -> None:
+def test_recover_with_requeue_redelivers_unacknowledged_messages(inbound: Inbound) -> None:
     inbound.send(1, 2)
     consumer = inbound.consumer()
     consumer.consume()
@@ -206,7 +206,7 @@ def test_recover_with_requeue_redelivers_what_is_not_acknowledged(inbound: Inbou
     assert [m.delivery_info["redelivered"] for m in inbound.messages] == [False, False, True]
 
 
-def test_recover_with_requeue_may_deliver_to_somebody_else(inbound: Inbound) -> None:
+def test_recover_with_requeue_may_deliver_to_another_consumer(inbound: Inbound) -> None:
     inbound.send(1)
     consumer = inbound.consumer()
     consumer.consume()
@@ -229,7 +229,7 @@ def test_recover_without_requeue_is_an_error_before_anything_is_sent(inbound: In
     for recover in (consumer.recover, lambda: consumer.recover(requeue=False)):
         with pytest.raises(NotImplementedError, match=r"recover\(requeue=True\)"):
             recover()
-    # The channel is as good as before, and what is suggested works.
+    # The channel still works, and the suggested alternative works too.
     consumer.recover(requeue=True)
     inbound.drain(2)
     assert inbound.bodies == [1, 1]
@@ -247,7 +247,7 @@ def test_flow_can_be_enabled(inbound: Inbound) -> None:
 
 
 def test_flow_stops_the_delivery_and_goes_on(two_queues: Inbound) -> None:
-    # Given a consumer that has been given messages, and another one on the channel
+    # Given a consumer that has received messages, and another one on the channel
     one, two = two_queues.queues
     consumer = two_queues.consumer(queues=[one, two])
     consumer.consume()
@@ -263,11 +263,11 @@ def test_flow_stops_the_delivery_and_goes_on(two_queues: Inbound) -> None:
         two_queues.send("late", queue=queue)
         two_queues.entities.until_ready(queue, 1)
         assert not consumer.consuming_from(queue)
-    # Then it is given no more, while the other one is
+    # Then it receives no more, while the other one does
     two_queues.send("other", queue=third)
     two_queues.drain(3)
     assert two_queues.bodies[2] == "other"
-    # ... what it was given is still its own
+    # ... its delivered messages still belong to it
     for message in two_queues.messages[:2]:
         message.ack()
     # ... and the flow can go on, again and again
@@ -293,7 +293,7 @@ def test_a_callback_may_stop_the_flow_while_more_is_on_the_way(inbound: Inbound)
     inbound.entities.until_ready(inbound.queue, 50)
     consumer.consume()
     drain(inbound.connection, lambda: inbound.bodies)
-    # What was on the way came in their order, and nothing twice.
+    # Messages that were already sent arrived in their order, and none twice.
     came = len(inbound.bodies)
     assert inbound.bodies == list(range(came))
     inbound.entities.until_ready(inbound.queue, 50 - came)
@@ -304,7 +304,7 @@ def test_a_callback_may_stop_the_flow_while_more_is_on_the_way(inbound: Inbound)
     assert inbound.bodies == list(range(50))
 
 
-def test_the_flow_goes_on_as_it_was(two_queues: Inbound) -> None:
+def test_resuming_the_flow_restores_each_consumer(two_queues: Inbound) -> None:
     # Given one queue with acknowledgements and one without, and a third that is not consumed from
     # before the flow is stopped
     one, two = two_queues.queues
@@ -320,17 +320,17 @@ def test_the_flow_goes_on_as_it_was(two_queues: Inbound) -> None:
         two_queues.send("x", queue=queue)
         two_queues.entities.until_ready(queue, 1)
     assert two_queues.bodies == []
-    # When one is cancelled, and the flow goes on
+    # When one is cancelled, and the flow is resumed
     consumer.cancel_by_queue(three)
     consumer.flow(True)
     two_queues.drain(2)
-    # Then each is consumed from as before
+    # Then the others are consumed from as before
     two_queues.channel.close()
     channel = two_queues.entities.channel()
     assert [bodies(queue.bind(channel)) for queue in (one, two, three)] == [[], ["x"], ["x"]]
 
 
-def test_a_flow_that_was_stopped_stays_so_on_another_channel(inbound: Inbound) -> None:
+def test_a_stopped_flow_stays_stopped_on_another_channel(inbound: Inbound) -> None:
     consumer = inbound.consumer()
     consumer.consume()
     consumer.flow(False)
@@ -343,7 +343,7 @@ def test_a_flow_that_was_stopped_stays_so_on_another_channel(inbound: Inbound) -
     inbound.entities.until_ready(inbound.queue, 1)
     consumer.flow(True)
     inbound.drain(1)
-    # What is cancelled does not begin again.
+    # A cancelled queue does not start again.
     consumer.flow(False)
     consumer.cancel()
     consumer.flow(True)
@@ -351,7 +351,7 @@ def test_a_flow_that_was_stopped_stays_so_on_another_channel(inbound: Inbound) -
     inbound.entities.until_ready(inbound.queue, 1)
 
 
-def test_the_flow_is_not_stopped_where_the_queue_would_go_with_it(inbound: Inbound) -> None:
+def test_stopping_the_flow_is_refused_where_it_would_delete_the_queue(inbound: Inbound) -> None:
     going = inbound.entities.declared_queue(inbound.channel, auto_delete=True)
     consumer = inbound.consumer(queues=[inbound.queue, going])
     consumer.consume()
@@ -369,7 +369,7 @@ def test_qos_limits_what_is_sent_in_advance(inbound: Inbound) -> None:
     consumer.consume()
     inbound.drain(2)
     inbound.entities.until_ready(inbound.queue, 3)
-    # Each one that is finished makes place for the next.
+    # Each acknowledged message makes room for the next.
     inbound.messages[0].ack()
     inbound.drain(3)
     inbound.entities.until_ready(inbound.queue, 2)
@@ -412,11 +412,11 @@ def test_qos_is_for_each_consumer_or_for_the_channel(
     consumer = two_queues.consumer(queues=two_queues.queues)
     consumer.qos(prefetch_count=2, apply_global=apply_global)
     consumer.consume()
-    # RabbitMQ has one limit for all consumers of the channel then, and not of the connection; from
-    # 4.3 on it knows no such limit, and takes it for that of each consumer.
+    # RabbitMQ then has one limit for all consumers of the channel, not of the connection. Since
+    # 4.3 it has no such limit, and applies the value to each consumer.
     shared = apply_global and version_of(two_queues.connection) < (4, 3)
     two_queues.drain(2 if shared else 4)
-    # Whatever is not with the consumer can be purged.
+    # Messages that are not delivered can be purged.
     assert consumer.purge() == (4 if shared else 2)
 
 
@@ -430,12 +430,12 @@ def test_prefetch_count_is_the_first_limit(inbound: Inbound) -> None:
     inbound.entities.until_ready(inbound.queue, 2)
 
 
-def test_purge_deletes_what_is_ready(two_queues: Inbound) -> None:
+def test_purge_deletes_ready_messages(two_queues: Inbound) -> None:
     consumer = two_queues.consumer(queues=two_queues.queues, prefetch_count=1)
     first, second = two_queues.queues
     two_queues.send(1, 2, 3, queue=first)
     two_queues.send(4, queue=second)
-    # One is with a consumer, and so is not touched.
+    # One message is delivered to a consumer, so purging does not touch it.
     holder = two_queues.consumer(prefetch_count=1)
     holder.consume()
     two_queues.drain(1)
@@ -478,7 +478,7 @@ def test_queues_channel_and_connection(two_queues: Inbound) -> None:
     assert [queue.name for queue in consumer.queues] == [q.name for q in two_queues.queues]
     assert consumer.channel is two_queues.channel
     assert consumer.connection is two_queues.connection
-    # One queue need not be in a list, and a connection will do for a channel.
+    # A single queue need not be in a list, and a connection is accepted for a channel.
     consumer = Consumer(two_queues.connection, two_queues.queue)
     assert [queue.name for queue in consumer.queues] == [two_queues.queue.name]
     assert consumer.channel is two_queues.connection.default_channel
@@ -497,8 +497,8 @@ def test_tag_prefix_begins_the_consumer_tags(two_queues: Inbound) -> None:
     assert len(set(tags)) == 2
 
 
-def test_revive_goes_on_after_the_connection_is_lost(inbound: Inbound) -> None:
-    # Given a consumer with a limit of one, that holds a message
+def test_revive_resumes_after_the_connection_is_lost(inbound: Inbound) -> None:
+    # Given a consumer with a limit of one that holds a message
     consumer = inbound.consumer(prefetch_count=1)
     inbound.send(1, 2)
     consumer.consume()
@@ -510,7 +510,7 @@ def test_revive_goes_on_after_the_connection_is_lost(inbound: Inbound) -> None:
     inbound.connection.collect()
     channel = inbound.connection.channel()
     consumer.revive(channel)
-    # Then it is given that message again, and has its limit again
+    # Then it gets that message again, and its limit still applies
     assert consumer.channel is channel
     inbound.drain(2)
     assert inbound.bodies == [1, 1]
@@ -520,7 +520,7 @@ def test_revive_goes_on_after_the_connection_is_lost(inbound: Inbound) -> None:
     assert inbound.bodies[2] == 2
 
 
-# -- what is called ------------------------------------------------------------------------------
+# -- callbacks -------------------------------------------------------------------------------------
 
 
 def test_receive_calls_all_callbacks_in_their_order(inbound: Inbound) -> None:
@@ -551,13 +551,13 @@ def test_receive_without_callbacks_is_an_error(inbound: Inbound) -> None:
         inbound.consume_and_drain(consumer)
 
 
-def test_on_message_is_called_in_the_place_of_receive(inbound: Inbound) -> None:
+def test_on_message_is_called_instead_of_receive(inbound: Inbound) -> None:
     assert Consumer.on_message is None
     got: List[Any] = []
     consumer = inbound.consumer(on_message=got.append)
     inbound.send({"a": 1})
     inbound.send({"b": 2}, compression="gzip")
-    # Not decoded, so that nobody minds.
+    # The body is never decoded, so the bad content type does no harm.
     inbound.send(b"{", content_type="application/json", content_encoding="utf-8")
     consumer.consume()
     drain(inbound.connection, lambda: len(got) == 3)
@@ -569,7 +569,7 @@ def test_on_message_is_called_in_the_place_of_receive(inbound: Inbound) -> None:
     assert inbound.bodies == []
 
 
-def test_on_decode_error_gets_what_cannot_be_decoded(inbound: Inbound) -> None:
+def test_on_decode_error_gets_undecodable_messages(inbound: Inbound) -> None:
     assert Consumer.on_decode_error is None
     errors: List[Tuple[Any, Exception]] = []
 
@@ -589,7 +589,7 @@ def test_on_decode_error_gets_what_cannot_be_decoded(inbound: Inbound) -> None:
     ] * 2
 
 
-def test_without_on_decode_error_it_is_raised(inbound: Inbound) -> None:
+def test_without_on_decode_error_the_error_is_raised(inbound: Inbound) -> None:
     inbound.send(b"{", content_type="application/json", content_encoding="utf-8")
     with pytest.raises(kombu.exceptions.DecodeError):
         inbound.consume_and_drain(inbound.consumer())
@@ -603,13 +603,13 @@ def test_content_disallowed_is_an_attribute() -> None:
 @pytest.mark.parametrize(
     ("accept", "content_type", "body"),
     [
-        # By default, what can run code while it is read is not accepted.
+        # By default, formats that can run code while they are decoded are refused.
         (None, "application/x-python-serialize", pickle.dumps(1)),
         (["text/plain"], "application/json", b"1"),
         (["json"], "text/plain", b"x"),
     ],
 )
-def test_what_is_not_accepted_is_disallowed(
+def test_content_that_is_not_accepted_is_disallowed(
     inbound: Inbound, accept: Any, content_type: str, body: bytes
 ) -> None:
     encoding = "binary" if "python" in content_type else "utf-8"
@@ -619,7 +619,7 @@ def test_what_is_not_accepted_is_disallowed(
     assert inbound.bodies == []
 
 
-def test_on_decode_error_gets_what_is_disallowed(inbound: Inbound) -> None:
+def test_on_decode_error_gets_disallowed_content(inbound: Inbound) -> None:
     errors: List[Exception] = []
     consumer = inbound.consumer(accept=["json"], on_decode_error=lambda m, e: errors.append(e))
     inbound.send(pickle.dumps(1), content_type="application/x-python-serialize")
@@ -628,7 +628,7 @@ def test_on_decode_error_gets_what_is_disallowed(inbound: Inbound) -> None:
     assert isinstance(errors[0], ContentDisallowed)
 
 
-def test_what_is_accepted_is_named_by_serializer_or_type(inbound: Inbound) -> None:
+def test_accept_takes_serializer_names_or_content_types(inbound: Inbound) -> None:
     consumer = inbound.consumer(accept=["pickle", "text/plain"])
     inbound.send((1, 2), serializer="pickle")
     inbound.send("text", content_type="text/plain", content_encoding="utf-8")

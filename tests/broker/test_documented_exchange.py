@@ -1,4 +1,4 @@
-"""What the reference page says of ``AMQPBackend.Exchange``, statement by statement."""
+"""The reference page's statements about ``AMQPBackend.Exchange``, one by one."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def published(exchange: kombu.Exchange, keys: List[str]) -> None:
 # -- the four types ------------------------------------------------------------------------------
 
 
-def test_it_is_kombus() -> None:
+def test_it_is_a_kombu_exchange() -> None:
     assert issubclass(Exchange, kombu.Exchange)
 
 
-def test_direct_routes_by_the_very_key(entities: Entities) -> None:
+def test_direct_routes_by_the_exact_key(entities: Entities) -> None:
     channel = entities.channel()
     exchange = entities.exchange("direct")(channel)
     one = entities.declared_queue(channel, exchange, "one")
@@ -44,7 +44,7 @@ def test_direct_is_the_default_type(entities: Entities) -> None:
     exchange = entities.exchange()(channel)
     assert exchange.type == Exchange.type == "direct"
     exchange.declare()
-    # It is what the broker has, too: another type would be refused.
+    # The broker has that type too: it would refuse a declaration with another.
     channel.exchange_declare(exchange.name, "direct", durable=True, auto_delete=False)
 
 
@@ -64,7 +64,7 @@ def test_topic_hash_is_any_number_of_words(entities: Entities) -> None:
     assert bodies(queue) == ["usd.stock", "eur.stock.db", "eur.stock.db.x"]
 
 
-def test_fanout_routes_to_all_queues_whatever_the_key(entities: Entities) -> None:
+def test_fanout_routes_to_all_queues_regardless_of_the_key(entities: Entities) -> None:
     channel = entities.channel()
     exchange = entities.exchange("fanout")(channel)
     queues = [entities.declared_queue(channel, exchange, key) for key in ("", "a", "b")]
@@ -85,7 +85,7 @@ HEADERS = [
 
 
 @pytest.mark.parametrize(("match", "taken"), [("all", [0, 4]), ("any", [0, 1, 3, 4])])
-def test_headers_are_matched_all_or_any(entities: Entities, match: str, taken: List[int]) -> None:
+def test_headers_match_all_or_any(entities: Entities, match: str, taken: List[int]) -> None:
     channel = entities.channel()
     exchange = entities.exchange("headers")(channel)
     arguments = {"x-match": match, "format": "pdf", "type": "report"}
@@ -95,12 +95,12 @@ def test_headers_are_matched_all_or_any(entities: Entities, match: str, taken: L
     assert bodies(queue) == [str(number) for number in taken]
 
 
-def test_no_name_is_the_default_exchange(entities: Entities) -> None:
+def test_an_empty_name_is_the_default_exchange(entities: Entities) -> None:
     channel = entities.channel()
     queue = entities.declared_queue(channel)
     exchange = Exchange()(channel)
     assert exchange.name == Exchange.name == ""
-    # It is there always, and must not be declared.
+    # It always exists, and must not be declared.
     exchange.declare()
     exchange.publish("to the queue of that name", queue.name)
     assert bodies(queue) == ["to the queue of that name"]
@@ -120,7 +120,7 @@ def test_declare_with_nowait_does_not_wait_for_an_answer(entities: Entities) -> 
     channel = entities.channel()
     exchange = entities.exchange()(channel)
     assert exchange.declare(nowait=True) is None
-    # What comes next on the channel finds it.
+    # The next request on the channel finds it.
     exchange.declare(passive=True)
 
 
@@ -151,11 +151,13 @@ def test_no_declare_declares_nothing(entities: Entities) -> None:
 
 
 @pytest.mark.parametrize(("option", "default"), [("durable", True), ("auto_delete", False)])
-def test_the_broker_gets_what_is_declared(entities: Entities, option: str, default: bool) -> None:
+def test_the_broker_gets_the_declared_arguments(
+    entities: Entities, option: str, default: bool
+) -> None:
     assert getattr(Exchange, option) is default
     exchange = entities.exchange(**{option: not default})
     exchange(entities.channel()).declare()
-    # The broker refuses another declaration than the one that it has.
+    # The broker refuses a declaration that differs from the existing one.
     exchange(entities.channel()).declare()
     other = Exchange(exchange.name)
     assert getattr(other, option) is default
@@ -175,7 +177,7 @@ def test_auto_delete_deletes_with_the_last_queue(
     eventually(lambda: not entities.has_exchange(exchange))
 
 
-def test_without_auto_delete_it_stays(entities: Entities) -> None:
+def test_without_auto_delete_the_exchange_stays(entities: Entities) -> None:
     channel = entities.channel()
     exchange = entities.exchange()(channel)
     entities.declared_queue(channel, exchange).delete()
@@ -192,7 +194,7 @@ def test_arguments_go_with_the_declaration(entities: Entities) -> None:
     assert bodies(queue) == ["no queue takes it"]
 
 
-def test_a_declaration_is_cached_unless_the_exchange_goes_by_itself(entities: Entities) -> None:
+def test_a_declaration_is_cached_unless_the_exchange_is_auto_delete(entities: Entities) -> None:
     connection = entities.connection()
     producer = Producer(connection)
     lasting, passing = entities.exchange(), entities.exchange(auto_delete=True)
@@ -207,7 +209,7 @@ def test_a_declaration_is_cached_unless_the_exchange_goes_by_itself(entities: En
     assert entities.has_exchange(passing)
 
 
-def test_channel_is_the_one_that_it_is_bound_to(entities: Entities) -> None:
+def test_channel_is_the_bound_channel(entities: Entities) -> None:
     channel = entities.channel()
     exchange = entities.exchange()
     with pytest.raises(NotBoundError):
@@ -217,7 +219,7 @@ def test_channel_is_the_one_that_it_is_bound_to(entities: Entities) -> None:
     assert not exchange.is_bound
 
 
-def test_attrs_are_what_a_copy_keeps(entities: Entities) -> None:
+def test_attrs_are_copied(entities: Entities) -> None:
     names = {name for name, _ in Exchange.attrs}
     assert names == {
         "name", "type", "arguments", "durable", "passive", "auto_delete", "delivery_mode",
@@ -233,7 +235,7 @@ def test_attrs_are_what_a_copy_keeps(entities: Entities) -> None:
     assert copied == exchange
 
 
-def test_delete_deletes_it(entities: Entities) -> None:
+def test_delete_deletes_the_exchange(entities: Entities) -> None:
     channel = entities.channel()
     exchange = entities.exchange()(channel)
     entities.declared_queue(channel, exchange)
@@ -330,14 +332,14 @@ def test_binding_has_arguments_to_bind_and_to_unbind_with(entities: Entities) ->
 # -- messages ------------------------------------------------------------------------------------
 
 
-def test_the_delivery_modes_are_numbers_one_and_two() -> None:
+def test_the_delivery_modes_are_one_and_two() -> None:
     assert (Exchange.TRANSIENT_DELIVERY_MODE, Exchange.PERSISTENT_DELIVERY_MODE) == (1, 2)
 
 
 @pytest.mark.parametrize(
     ("mode", "number"), [(None, 2), (1, 1), ("transient", 1), (2, 2), ("persistent", 2)]
 )
-def test_delivery_mode_is_that_of_the_messages(entities: Entities, mode: Any, number: int) -> None:
+def test_delivery_mode_applies_to_messages(entities: Entities, mode: Any, number: int) -> None:
     channel = entities.channel()
     exchange = entities.exchange("fanout", delivery_mode=mode)(channel)
     queue = entities.declared_queue(channel, exchange)
@@ -346,7 +348,7 @@ def test_delivery_mode_is_that_of_the_messages(entities: Entities, mode: Any, nu
     assert [m.properties["delivery_mode"] for m in messages(queue)] == [number, number]
 
 
-def test_message_takes_another_delivery_mode(entities: Entities) -> None:
+def test_message_accepts_another_delivery_mode(entities: Entities) -> None:
     channel = entities.channel()
     exchange = entities.exchange("fanout")(channel)
     queue = entities.declared_queue(channel, exchange)
@@ -355,7 +357,7 @@ def test_message_takes_another_delivery_mode(entities: Entities) -> None:
     assert [m.properties["delivery_mode"] for m in messages(queue)] == [1, 1, 2]
 
 
-def test_message_takes_everything_documented(entities: Entities) -> None:
+def test_message_accepts_all_documented_arguments(entities: Entities) -> None:
     channel = entities.channel()
     exchange = entities.exchange("fanout")(channel)
     queue = entities.declared_queue(channel, exchange)
@@ -381,7 +383,7 @@ def test_message_takes_everything_documented(entities: Entities) -> None:
 
 
 @pytest.mark.parametrize("body", ["text, ä", b"\x00\xff bytes"])
-def test_publish_takes_text_and_bytes(entities: Entities, body: Any) -> None:
+def test_publish_accepts_text_and_bytes(entities: Entities, body: Any) -> None:
     channel = entities.channel()
     exchange = entities.exchange("fanout")(channel)
     queue = entities.declared_queue(channel, exchange)
@@ -390,7 +392,7 @@ def test_publish_takes_text_and_bytes(entities: Entities, body: Any) -> None:
 
 
 @pytest.mark.parametrize("compression", [None, "gzip"])
-def test_publish_takes_a_message_that_was_received(entities: Entities, compression: Any) -> None:
+def test_publish_accepts_a_received_message(entities: Entities, compression: Any) -> None:
     channel = entities.channel()
     queues = [entities.declared_queue(channel) for _ in range(2)]
     Producer(channel).publish(
@@ -411,7 +413,7 @@ def test_publish_takes_a_message_that_was_received(entities: Entities, compressi
         assert forwarded.properties[name] == message.properties[name]
 
 
-def test_publish_takes_another_exchange(entities: Entities) -> None:
+def test_publish_accepts_another_exchange(entities: Entities) -> None:
     channel = entities.channel()
     exchange, other = (entities.exchange("fanout")(channel) for _ in range(2))
     queues = [entities.declared_queue(channel, e) for e in (exchange, other)]
@@ -419,7 +421,7 @@ def test_publish_takes_another_exchange(entities: Entities) -> None:
     assert [bodies(queue) for queue in queues] == [[], ["x"]]
 
 
-def test_publish_with_mandatory_returns_what_no_queue_takes(entities: Entities) -> None:
+def test_publish_with_mandatory_returns_unroutable_messages(entities: Entities) -> None:
     connection = entities.connection()
     channel = connection.channel()
     exchange = entities.exchange()(channel)
@@ -442,6 +444,6 @@ def test_publish_with_immediate_is_an_error_before_anything_is_sent(entities: En
     queue = entities.declared_queue(channel, exchange)
     with pytest.raises(NotImplementedError, match="'immediate'"):
         exchange.publish("1", immediate=True)
-    # The connection lives on.
+    # The connection is not closed.
     exchange.publish("2")
     assert bodies(queue) == ["2"]

@@ -1,4 +1,4 @@
-"""The permissions that docs/operations.md asks for are enough."""
+"""The permissions that docs/operations.md lists are sufficient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "operations.md"
 
 
 def documented(prefix: str) -> Dict[str, str]:
-    """Return the patterns on the page, for another *prefix* than the one there."""
+    """Return the page's patterns, for another *prefix* than the page's."""
     patterns = dict(re.findall(r"^(configure|write|read) +(\S+)$", PAGE.read_text(), re.M))
     assert patterns.keys() == {"configure", "write", "read"}
     return {name: pattern.replace("celeryresults", prefix) for name, pattern in patterns.items()}
@@ -56,9 +56,9 @@ def documented_roles(prefix: str) -> Dict[str, List[str]]:
 
 @pytest.fixture
 def role_urls(make_app: Apps, node: rabbitmq.Node) -> Dict[str, str]:
-    """URLs of users who have the permissions of the roles on the page, and no others.
+    """Return URLs of users that have exactly the permissions of the roles on the page.
 
-    They go with the node.
+    The users disappear with the node.
     """
 
     def make_user(role: str, patterns: List[str]) -> str:
@@ -74,12 +74,12 @@ def role_urls(make_app: Apps, node: rabbitmq.Node) -> Dict[str, str]:
         return dict(zip(roles, pool.map(make_user, roles, roles.values())))
 
 
-def test_each_role_can_do_its_work_with_what_is_documented_for_it(
+def test_each_role_can_do_its_work_with_its_documented_permissions(
     make_app: Apps, role_urls: Dict[str, str]
 ) -> None:
     worker, reader, sender = (make_app(role_urls[role]) for role in ("worker", "reader", "sender"))
     task_id = uuid.uuid4().hex
-    # A worker stores, on the way and at the end; a reader waits, polls, looks up and forgets
+    # A worker stores intermediate and final states; a reader waits, polls, looks up and forgets
     waiting = Waiting(lambda: reader.AsyncResult(task_id).get(timeout=PATIENCE))
     worker.backend.store_result(task_id, {"n": 1}, "PROGRESS")
     worker.backend.store_result(task_id, 42, "SUCCESS")
@@ -117,7 +117,7 @@ def test_each_role_can_do_its_work_with_what_is_documented_for_it(
             if working.publish_part(group_id, part, number, known):
                 working.settle(group_id, fired.append)
         assert [gathered.plan.id for gathered in fired] == [group_id]
-        # It is over: the sender, who may look after it, finds nothing
+        # The chord has finished: the sender, which may check on it, finds no queue
         assert not sending.settle(group_id, fired.append)
 
     # And a sender can do no more
@@ -154,10 +154,10 @@ def test_a_user_with_the_documented_permissions_stores_waits_and_looks_up(
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-def test_a_user_who_may_not_declare_shares_what_an_administrator_has_declared(
+def test_a_user_without_configure_rights_uses_what_an_administrator_declared(
     make_app: Apps, node: rabbitmq.Node, queue_type: str
 ) -> None:
-    # Given a user who may declare what comes and goes, as documented, and nothing else
+    # Given a user that may declare temporary queues, as documented, and nothing else
     pattern = re.search(r"`configure` may then be `(\S+)`", PAGE.read_text())
     assert pattern is not None
     configure = pattern.group(1).replace("celeryresults", make_app.prefix)
@@ -166,12 +166,12 @@ def test_a_user_who_may_not_declare_shares_what_an_administrator_has_declared(
     with user_with(node, {**documented(make_app.prefix), "configure": configure}) as url:
         apart = {"result_backend_transport_options": {**options, "declare": False}}
         writer, reader = make_app(url, **apart), make_app(url, **apart)
-        # Where nothing is declared, reading finds nothing, and storing says what is missing
+        # While nothing is declared, reading finds nothing, and storing names what is missing
         assert reader.AsyncResult(task_id).state == "PENDING"
         with pytest.raises(errors.DeclarationRefused, match="definitions"):
             writer.backend.store_result(task_id, 42, "SUCCESS")
 
-        # When an administrator imports the definitions, which are what others would declare
+        # When an administrator imports the definitions, which normal processes would declare
         import_definitions(node, make_app.prefix, "--shards", "2", "--queue-type", queue_type)
         make_app(result_backend_transport_options=options).backend.store_result(
             uuid.uuid4().hex, 1, "SUCCESS"
@@ -183,7 +183,7 @@ def test_a_user_who_may_not_declare_shares_what_an_administrator_has_declared(
         reader.backend.forget(task_id)
         assert reader.AsyncResult(task_id).state == "PENDING"
 
-        # And hears of a shard that is missing, although an inbox takes what is published to it
+        # And gets an error for a missing shard, even if an inbox receives the copy
         writer.backend.close()
         shard = f"{make_app.prefix}.shard.{writer.backend._topology.shard(task_id)}"
         node.ctl("delete_queue", shard)
@@ -194,7 +194,7 @@ def test_a_user_who_may_not_declare_shares_what_an_administrator_has_declared(
 
 
 def import_definitions(node: rabbitmq.Node, prefix: str, *arguments: str) -> None:
-    """Do what docs/operations.md tells an administrator to do."""
+    """Follow docs/operations.md as an administrator would."""
     module = "celery_amqp_results.definitions"
     path = node.log_path.with_name("results.json")
     path.write_bytes(

@@ -1,4 +1,4 @@
-"""What the reference page says of ``AMQPBackend.Producer``, statement by statement."""
+"""The reference page's statements about ``AMQPBackend.Producer``, one by one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Outbound:
         return message
 
     def wait_for(self, count: int) -> List[Any]:
-        """Take so many messages out of the queue, which are all."""
+        """Take exactly *count* messages out of the queue."""
         self.entities.until_ready(self.queue, count)
         found = messages(self.queue)
         assert len(found) == count
@@ -54,7 +54,7 @@ def outbound(entities: Entities) -> Outbound:
     return Outbound(entities)
 
 
-def test_it_is_kombus() -> None:
+def test_it_is_a_kombu_producer() -> None:
     assert issubclass(Producer, kombu.Producer)
 
 
@@ -87,13 +87,13 @@ def test_the_exchange_may_be_given_by_name(entities: Entities) -> None:
     channel = entities.channel()
     exchange = entities.exchange("fanout")(channel)
     queue = entities.declared_queue(channel, exchange)
-    # A name does not say of what type it is, so that it cannot be declared.
+    # A name does not say which type the exchange has, so it cannot be declared.
     Producer(channel, exchange.name).publish("x")
     assert bodies(queue) == ["x"]
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-def test_publish_takes_another_exchange(entities: Entities, by_name: bool) -> None:
+def test_publish_accepts_another_exchange(entities: Entities, by_name: bool) -> None:
     channel = entities.channel()
     exchange, other = entities.exchange("fanout"), entities.exchange("fanout")
     queues = [entities.declared_queue(channel, e) for e in (exchange, other)]
@@ -137,7 +137,7 @@ def test_declare_of_the_default_exchange_does_nothing(entities: Entities) -> Non
 
 
 @pytest.mark.parametrize("sequence", [list, tuple])
-def test_publish_declares_what_it_is_told_to(entities: Entities, sequence: Any) -> None:
+def test_publish_declares_the_given_entities(entities: Entities, sequence: Any) -> None:
     channel = entities.channel()
     exchange, source = entities.exchange("fanout"), entities.exchange("direct")
     queue = entities.queue(exchange)
@@ -145,11 +145,11 @@ def test_publish_declares_what_it_is_told_to(entities: Entities, sequence: Any) 
     Producer(channel, exchange).publish("x", declare=declare)
     assert bodies(queue(channel)) == ["x"]
     assert entities.has_exchange(source)
-    # The sequence stays the caller's.
+    # The caller's sequence is not changed.
     assert len(declare) == 2
 
 
-def test_maybe_declare_declares_once_a_connection(entities: Entities) -> None:
+def test_maybe_declare_declares_once_per_connection(entities: Entities) -> None:
     connection = entities.connection()
     producer = Producer(connection)
     exchange = entities.exchange()
@@ -176,7 +176,7 @@ def test_maybe_declare_with_retry_connects_again(entities: Entities, bound: bool
     assert entities.has_exchange(exchange)
 
 
-def test_maybe_declare_with_retry_names_a_queue_of_the_brokers(entities: Entities) -> None:
+def test_maybe_declare_with_retry_learns_a_server_named_queue(entities: Entities) -> None:
     producer = Producer(entities.connection())
     queue = AMQPBackend.Queue(exclusive=True)
     assert producer.maybe_declare(queue, retry=True, max_retries=1) is True
@@ -212,8 +212,8 @@ def test_serializer_of_the_producer_and_of_a_message(outbound: Outbound) -> None
     assert (first.decode(), second.decode()) == ((1, 2), [1, 2])
 
 
-def test_content_type_and_encoding_are_found_out(outbound: Outbound) -> None:
-    # With raw, nothing is done to the body.
+def test_content_type_and_encoding_are_detected(outbound: Outbound) -> None:
+    # With raw, the body is not touched.
     message = outbound.published("ä".encode("latin-1"), serializer="raw")
     assert (message.content_type, message.content_encoding) == ("application/data", "binary")
     assert message.body == b"\xe4"
@@ -277,7 +277,7 @@ def test_compression_of_the_producer_and_of_a_message(outbound: Outbound) -> Non
         raw = channel.basic_get(outbound.queue.name, no_ack=True)
         sizes.append(len(raw.body))
         assert channel.message_to_python(raw).decode() == body
-        # The dict stays the caller's, for the next message.
+        # The caller's dict is not changed, and serves for the next message.
         assert headers == {"mine": 1}
     assert sizes[0] == 5000
     assert max(sizes[1:]) < 500
@@ -288,13 +288,13 @@ def test_expiration_is_a_ttl_in_seconds(outbound: Outbound) -> None:
     assert outbound.published("x", expiration=12.5).properties["expiration"] == "12500"
     assert "expiration" not in outbound.published("x").properties
     producer.publish("soon", expiration=0.2)
-    # The broker drops it by itself.
+    # The broker drops the message by itself.
     outbound.entities.until_ready(outbound.queue, 1)
     outbound.entities.until_ready(outbound.queue, 0)
 
 
-def test_expiration_zero_is_for_a_consumer_that_is_there(outbound: Outbound) -> None:
-    # What the error for 'immediate' says to use in its place.
+def test_expiration_zero_delivers_only_to_a_ready_consumer(outbound: Outbound) -> None:
+    # The error about 'immediate' recommends this instead.
     producer = outbound.producer()
     producer.publish("dropped", expiration=0)
     got: List[Any] = []
@@ -308,7 +308,7 @@ def test_expiration_zero_is_for_a_consumer_that_is_there(outbound: Outbound) -> 
     assert got == ["taken"]
 
 
-def test_more_properties_arrive(outbound: Outbound) -> None:
+def test_other_properties_arrive(outbound: Outbound) -> None:
     given = {
         "correlation_id": "c",
         "reply_to": "r",
@@ -325,9 +325,7 @@ def test_more_properties_arrive(outbound: Outbound) -> None:
 
 
 @pytest.mark.parametrize("by_channel", [False, True])
-def test_on_return_gets_what_is_mandatory_and_no_queue_takes(
-    entities: Entities, by_channel: bool
-) -> None:
+def test_on_return_gets_unroutable_mandatory_messages(entities: Entities, by_channel: bool) -> None:
     assert Producer.on_return is None
     connection = entities.connection()
     exchange = entities.exchange("direct")
@@ -353,14 +351,16 @@ def test_on_return_gets_what_is_mandatory_and_no_queue_takes(
     assert bodies(queue) == ["taken"]
 
 
-def test_without_on_return_draining_raises_what_is_returned(entities: Entities) -> None:
+def test_without_on_return_draining_raises_an_error_for_returned_messages(
+    entities: Entities,
+) -> None:
     connection = entities.connection()
     Producer(connection, entities.exchange()).publish("x", mandatory=True)
     with pytest.raises(connection.channel_errors, match="NO_ROUTE"):
         drain(connection, lambda: False)
 
 
-def test_mandatory_with_confirms_is_known_when_publish_returns(entities: Entities) -> None:
+def test_with_confirms_publish_itself_reports_an_unroutable_message(entities: Entities) -> None:
     connection = entities.connection(transport_options={"confirm_publish": True})
     returned: List[Any] = []
     producer = Producer(
@@ -397,7 +397,7 @@ def test_immediate_is_an_error_before_anything_is_sent(entities: Entities) -> No
     with pytest.raises(NotImplementedError, match="'immediate'"):
         producer.publish("1", immediate=True, declare=[other])
     assert not entities.has_queue(other)
-    # The connection lives on; RabbitMQ would have closed it.
+    # The connection still works; RabbitMQ would have closed it.
     producer.publish("2")
     entities.until_ready(queue, 1)
     assert bodies(queue) == ["2"]
@@ -432,13 +432,13 @@ def test_retry_publishes_and_declares_on_a_new_connection(outbound: Outbound) ->
     assert outbound.entities.has_queue(other)
 
 
-def test_retry_policy_says_how_often_and_how_long(outbound: Outbound) -> None:
+def test_retry_policy_limits_attempts_and_delays(outbound: Outbound) -> None:
     producer = outbound.producer()
     producer.publish("before")
     # Given a broker that is gone for good
     cut(outbound.connection)
     with socket.socket() as closed:
-        # Bound, but not listening: whoever connects is refused.
+        # Bound, but not listening: every connection is refused.
         closed.bind(("127.0.0.1", 0))
         outbound.connection.hostname, outbound.connection.port = closed.getsockname()
         intervals: List[float] = []
@@ -451,14 +451,14 @@ def test_retry_policy_says_how_often_and_how_long(outbound: Outbound) -> None:
         }
         with pytest.raises(OperationalError):
             producer.publish("lost", retry=True, retry_policy=policy)
-    # The first is for the connection that was lost, the others are for new ones.
+    # The first attempt is on the lost connection, the others on new ones.
     assert intervals[0] == 0
     assert 2 <= len(intervals) <= 5
     assert sorted(intervals) == intervals
     assert 0 < intervals[-1] <= 0.02
 
 
-def test_revive_goes_on_after_the_connection_is_lost(outbound: Outbound) -> None:
+def test_revive_resumes_after_the_connection_is_lost(outbound: Outbound) -> None:
     producer = outbound.producer()
     producer.publish("before")
     cut(outbound.connection)

@@ -23,14 +23,14 @@ def test_a_declaration_is_never_cached(entities: Entities) -> None:
     producer.publish(1, routing_key=queue.name, declare=[queue])
     entities.connection().channel().queue_delete(queue.name)
     assert not entities.has_queue(queue)
-    # When it is to be declared again on the same connection
+    # When it is declared again on the same connection
     producer.publish(2, routing_key=queue.name, declare=[queue])
-    # Then it is
+    # Then it exists again
     assert bodies(queue(producer.channel)) == [2]
 
 
 def test_the_declaration_of_a_plain_queue_is_cached(entities: Entities) -> None:
-    # What the one above would do if it were kombu's.
+    # The contrast to the test above: kombu's own queue behaves like this.
     producer = AMQPBackend.Producer(entities.connection())
     queue = kombu.Queue(entities.queue().name)
     producer.publish(1, routing_key=queue.name, declare=[queue])

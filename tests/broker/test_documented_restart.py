@@ -1,4 +1,4 @@
-"""What the reference page says of restarts of the server: durable, transient, persistent."""
+"""The reference page's statements about restarts: durable, transient, persistent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def restarted(
 ) -> Iterator[Tuple[Entities, kombu.Exchange, kombu.Exchange, kombu.Queue]]:
     """A durable and a transient exchange, and a queue, declared before a restart.
 
-    The queue was given a persistent and a transient message. One restart is for all tests.
+    The queue holds a persistent and a transient message. All tests share one restart.
     """
     if _session_node is None:
         pytest.skip("the broker of AMQP_URL is not ours to control")
@@ -42,21 +42,21 @@ def restarted(
 Restarted = Tuple[Entities, kombu.Exchange, kombu.Exchange, kombu.Queue]
 
 
-def test_a_durable_exchange_is_there_after_a_restart(restarted: Restarted) -> None:
+def test_a_durable_exchange_survives_a_restart(restarted: Restarted) -> None:
     entities, durable, _, _ = restarted
     assert entities.has_exchange(durable)
 
 
-def test_a_transient_exchange_is_purged_by_a_restart(
+def test_a_transient_exchange_is_removed_by_a_restart(
     restarted: Restarted, node: rabbitmq.Node
 ) -> None:
     entities, _, transient, _ = restarted
-    # Not where RabbitMQ keeps what is declared in Khepri, as from 4.3 on it always does: a
-    # transient exchange is there until it is deleted then.
+    # Except where RabbitMQ keeps its metadata in Khepri, as it always does since 4.3: there a
+    # transient exchange stays until it is deleted.
     kept = node.eval("rabbit_feature_flags:is_enabled(khepri_db).") == "true"
     assert entities.has_exchange(transient) is kept
 
 
-def test_of_the_messages_the_persistent_ones_are_preserved(restarted: Restarted) -> None:
+def test_only_persistent_messages_survive_a_restart(restarted: Restarted) -> None:
     entities, _, _, queue = restarted
     assert bodies(kombu.Queue(queue.name)(entities.channel())) == ["persistent"]

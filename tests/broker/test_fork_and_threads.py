@@ -1,4 +1,4 @@
-"""Forks and threads: after use, on both sides, at any moment."""
+"""Forks and threads: after use, on both sides of the fork, at any moment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def bare(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Run *function* in a child made by ``os.fork``; return what returns its answer."""
+    """Run *function* in a child made by ``os.fork``; return a function that returns its answer."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -85,12 +85,12 @@ def billiards(function: Callable[[], Any]) -> Callable[[], Any]:
 
 @pytest.fixture(params=[bare, billiards], ids=["os.fork", "billiard"])
 def fork(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Runs a function in a forked child; what it returns returns the child's answer."""
+    """Runs a function in a forked child; returns a function that returns the child's answer."""
     return request.param  # type: ignore[no-any-return]
 
 
 def use(app: Celery, name: str) -> Tuple[str, Any]:
-    """Store, look up, wait, and be pushed to."""
+    """Store, look up, wait, and receive a pushed result."""
     task_id, later = new_id(), new_id()
     app.backend.store_result(task_id, name, states.SUCCESS)
     assert app.AsyncResult(task_id).state == states.SUCCESS
@@ -108,18 +108,18 @@ def test_a_child_forked_after_use_works_and_so_does_its_parent(
     # Given a backend whose connections are all open.
     mine, _ = use(app, "parent")
     with caplog.at_level(logging.WARNING, logger="celery_amqp_results"):
-        # When a child uses it, and the parent goes on meanwhile.
+        # When a child uses it while the parent goes on.
         answer = fork(lambda: (app.AsyncResult(mine).get(timeout=LONG), use(app, "child")))
         again, _ = use(app, "parent again")
         found, (theirs, name) = answer()
-    # Then each reads what the other has stored, and the parent's connections are the same.
+    # Then each reads what the other stored, and the parent's connections are unchanged.
     assert found == "parent"
     assert app.AsyncResult(theirs).get(timeout=LONG) == name == "child"
     assert app.AsyncResult(again).get(timeout=LONG) == "parent again"
     assert not caplog.records
 
 
-def test_connections_of_the_parent_outlive_a_child_that_collects_its_garbage_and_exits(
+def test_the_parent_s_connections_survive_a_child_that_collects_garbage_and_exits(
     make_app: Apps, fork: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app()
@@ -144,7 +144,7 @@ def test_connections_of_the_parent_outlive_a_child_that_collects_its_garbage_and
     assert not caplog.records
 
 
-def test_a_wait_goes_on_while_children_come_and_go(
+def test_a_wait_continues_while_children_are_forked_and_exit(
     app: Celery, make_app: Apps, fork: Callable[..., Any], eventually: Callable[..., Any]
 ) -> None:
     task_id = new_id()
@@ -157,7 +157,9 @@ def test_a_wait_goes_on_while_children_come_and_go(
     assert waiting.result() == "still here"
 
 
-def test_a_child_waits_for_what_its_parent_stores(app: Celery, fork: Callable[..., Any]) -> None:
+def test_a_child_waits_for_a_result_that_its_parent_stores(
+    app: Celery, fork: Callable[..., Any]
+) -> None:
     use(app, "parent")
     task_id = new_id()
     answer = fork(lambda: app.AsyncResult(task_id).get(timeout=LONG))
@@ -168,9 +170,9 @@ def test_a_child_waits_for_what_its_parent_stores(app: Celery, fork: Callable[..
 def test_a_child_forked_while_threads_are_busy_does_not_hang(
     app: Celery, fork: Callable[..., Any], eventually: Callable[..., Any]
 ) -> None:
-    # Given threads that store, poll and wait all the time, so that any lock may be held. (Those
+    # Given threads that store, poll and wait all the time, so that any lock may be held. (The locks
     # that Celery and kombu hold while they start or open connections are not ours, so the
-    # connections are open before.)
+    # connections are opened before.)
     done = threading.Event()
     errors: List[BaseException] = []
     rounds: List[int] = []
@@ -207,8 +209,8 @@ def test_a_child_of_a_child_works(app: Celery) -> None:
     assert bare(lambda: bare(lambda: use(app, "grandchild"))()[1])() == "grandchild"
 
 
-def test_a_child_has_a_client_word_of_its_own(app: Celery) -> None:
-    # Its tasks have another origin: being pushed to as the parent would miss them.
+def test_a_child_has_its_own_client_word(app: Celery) -> None:
+    # Its tasks carry another sender: with the parent's client word it would miss their states.
     use(app, "parent")
     mine = app.backend.layout.inbox._client
     assert bare(lambda: app.backend.layout.inbox._client)() != mine
@@ -232,11 +234,11 @@ def test_threads_store_and_read_through_one_backend(app: Celery) -> None:
     assert found == [True] * 320
 
 
-def test_first_results_of_a_shard_that_threads_store_at_the_same_moment_are_all_kept(
+def test_results_that_threads_store_at_once_in_an_undeclared_shard_are_all_kept(
     app: Celery, make_app: Apps, eventually: Callable[..., Any]
 ) -> None:
-    # Given shards that are not there yet, and an inbox that is bound to all of them: what is
-    # published before its shard is there reaches the inbox, and comes back to its publisher.
+    # Given shards that are not declared yet, and an inbox bound to all of them: a copy published
+    # before its shard exists reaches the inbox, and the state is returned to its publisher.
     ids = [new_id() for _ in range(64)]
     watcher = make_app()
     watching = Waiting(lambda: dict(watcher.backend.get_many(ids, timeout=LONG)))
@@ -258,7 +260,7 @@ def test_first_results_of_a_shard_that_threads_store_at_the_same_moment_are_all_
     assert [reader.AsyncResult(i).state for i in ids] == [states.SUCCESS] * 64
 
 
-def test_threads_that_use_a_new_backend_at_the_same_moment_open_one_inbox(app: Celery) -> None:
+def test_threads_that_use_a_new_backend_at_once_open_one_inbox(app: Celery) -> None:
     ids = [new_id() for _ in range(20)]
     start = threading.Barrier(21)
 
@@ -293,7 +295,7 @@ def test_closing_ends_all_threads(
     assert other.AsyncResult(new_id()).state == states.PENDING
 
 
-def test_an_app_that_is_dropped_leaves_no_thread(
+def test_a_garbage_collected_app_leaves_no_thread(
     make_app: Apps, eventually: Callable[..., Any]
 ) -> None:
     def names() -> int:

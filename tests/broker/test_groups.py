@@ -25,7 +25,7 @@ def succeed(app: Celery, group: ResultSet) -> None:
         app.backend.store_result(node.id, number, states.SUCCESS)
 
 
-def test_a_group_that_is_ready_is_got_in_its_order(app: Celery, make_app: Apps) -> None:
+def test_a_finished_group_returns_its_results_in_order(app: Celery, make_app: Apps) -> None:
     group = make_group(app, 50)
     for number, node in reversed(list(enumerate(group))):
         app.backend.store_result(node.id, number, states.SUCCESS)
@@ -35,7 +35,7 @@ def test_a_group_that_is_ready_is_got_in_its_order(app: Celery, make_app: Apps) 
     assert again.join(timeout=LONG) == again.join_native(timeout=LONG) == list(range(50))
 
 
-def test_a_group_is_pushed_while_it_is_waited_for(
+def test_results_of_a_group_are_pushed_to_its_waiter(
     app: Celery, make_app: Apps, eventually: Callable[..., Any]
 ) -> None:
     group, worker = make_group(app, 50), make_app()
@@ -52,7 +52,7 @@ def test_a_group_of_a_thousand_is_joined(app: Celery, make_app: Apps) -> None:
     assert waiting.result() == list(range(1000))
 
 
-def test_ten_thousand_of_another_sender_are_joined_with_little_memory(
+def test_ten_thousand_results_of_another_sender_are_joined_in_little_memory(
     make_app: Apps, app: Celery
 ) -> None:
     writer = make_app(result_backend_transport_options={"shards": 8, "confirm": False})
@@ -68,7 +68,7 @@ def test_ten_thousand_of_another_sender_are_joined_with_little_memory(
     finally:
         tracemalloc.stop()
     assert [joined[node.id] for node in group] == list(range(10_000))
-    # The results are 10 MB. Celery keeps them in the group; here they are no more than once.
+    # The results are 10 MB. Celery keeps them in the group; the backend must not add a copy.
     assert most < 60_000_000
     assert app.backend.layout.inbox._waiters == {}
 
@@ -84,18 +84,18 @@ def test_an_empty_group_is_ready(app: Celery, kind: Any) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, 0.2])
-def test_a_group_that_is_not_ready_ends_at_its_timeout(app: Celery, timeout: float) -> None:
+def test_waiting_for_an_unfinished_group_times_out(app: Celery, timeout: float) -> None:
     group = make_group(app, 3)
     app.backend.store_result(group[0].id, 1, states.SUCCESS)
     begun = time.monotonic()
-    # A broker that is busy may not have said in time that one is ready.
+    # A busy broker may not have reported in time that one is ready.
     with pytest.raises(TimeoutError, match=r"[23] of 3" if timeout else "2 of 3"):
         group.get(timeout=timeout)
     assert timeout <= time.monotonic() - begun < LONG
 
 
-def test_the_timeout_of_a_group_is_for_all_of_it(app: Celery, make_app: Apps) -> None:
-    # Given members that come one by one, each well before the timeout would be over anew.
+def test_the_timeout_of_a_group_covers_all_members_together(app: Celery, make_app: Apps) -> None:
+    # Given members that finish one by one, at intervals shorter than the timeout.
     group, worker = make_group(app, 1000), make_app()
 
     def produce() -> None:
@@ -112,14 +112,14 @@ def test_the_timeout_of_a_group_is_for_all_of_it(app: Celery, make_app: Apps) ->
     producing.result()
 
 
-def test_a_member_that_failed_raises_and_need_not_be_waited_past(app: Celery) -> None:
+def test_a_failed_member_raises_without_waiting_for_the_others(app: Celery) -> None:
     group = make_group(app, 3)
     app.backend.store_result(group[1].id, KeyError("second"), states.FAILURE)
     with pytest.raises(KeyError, match="second"):
         group.get(timeout=LONG)
 
 
-def test_propagate_false_gives_the_exception_in_its_place(app: Celery) -> None:
+def test_propagate_false_returns_the_exception_in_its_place(app: Celery) -> None:
     group = make_group(app, 3)
     app.backend.store_result(group[0].id, 0, states.SUCCESS)
     app.backend.store_result(group[1].id, KeyError("second"), states.FAILURE)
@@ -147,7 +147,7 @@ def test_on_message_gets_every_state_of_every_member(app: Celery, make_app: Apps
     assert list(seen.values()) == [["STARTED", "SUCCESS"]] * 5
 
 
-def test_on_interval_is_called_while_a_group_is_waited_for(app: Celery) -> None:
+def test_on_interval_is_called_while_waiting_for_a_group(app: Celery) -> None:
     group = make_group(app, 2)
     calls: List[int] = []
 
@@ -172,7 +172,7 @@ def test_iter_native_yields_members_as_they_become_ready(app: Celery) -> None:
     assert list(ready) == []
 
 
-def test_iterating_may_stop_at_any_point(app: Celery) -> None:
+def test_iteration_can_stop_at_any_point(app: Celery) -> None:
     group = make_group(app, 10)
     succeed(app, group)
     ready = group.iter_native(timeout=LONG)
@@ -194,7 +194,7 @@ def test_a_group_within_a_group_is_joined(app: Celery) -> None:
     assert waiting.result() == [[0, 1, 2], "leaf", [[0, 1]]]
 
 
-def test_iter_native_yields_a_nested_group_when_all_of_it_is_ready(app: Celery) -> None:
+def test_iter_native_yields_a_nested_group_once_it_is_complete(app: Celery) -> None:
     inner, leaf = make_group(app, 2), app.AsyncResult(new_id())
     outer = GroupResult(new_id(), [inner, leaf], app=app)
     app.backend.store_result(inner[0].id, 0, states.SUCCESS)
@@ -223,14 +223,14 @@ def test_a_failure_within_a_nested_group_raises(app: Celery) -> None:
         outer.get(timeout=LONG)
 
 
-def test_the_same_group_can_be_got_by_several_threads(app: Celery) -> None:
+def test_several_threads_can_get_the_same_group(app: Celery) -> None:
     group = make_group(app, 30)
     waits = [Waiting(lambda: group.get(timeout=LONG)) for _ in range(5)]
     succeed(app, group)
     assert [waiting.result() for waiting in waits] == [list(range(30))] * 5
 
 
-def test_a_member_that_was_got_before_is_not_waited_for(app: Celery) -> None:
+def test_a_member_fetched_before_is_not_waited_for(app: Celery) -> None:
     group = make_group(app, 3)
     succeed(app, group)
     assert group[1].get(timeout=LONG) == 1
@@ -296,7 +296,7 @@ def test_get_many_ends_at_its_timeout(app: Celery) -> None:
     found: List[str] = []
     with pytest.raises(TimeoutError):
         found.extend(task_id for task_id, _ in app.backend.get_many(ids, timeout=0.3))
-    # A broker that is busy may not have said in time that one is ready.
+    # A busy broker may not have reported in time that one is ready.
     assert found in ([], [ids[0]])
 
 
@@ -327,7 +327,7 @@ def test_a_saved_nested_group_with_parents_is_restored_whole(app: Celery, make_a
     assert restored[0].parent.id == parent.id
 
 
-def test_a_deleted_group_is_gone_for_everybody(app: Celery, make_app: Apps) -> None:
+def test_a_deleted_group_is_gone_for_all_processes(app: Celery, make_app: Apps) -> None:
     group, kept = make_group(app, 2), make_group(app, 2)
     for each in (group, kept):
         each.save()
@@ -348,7 +348,7 @@ def test_another_process_may_delete_a_group(app: Celery) -> None:
     assert GroupResult.restore(group.id, app=app) is None
 
 
-def test_a_group_that_is_saved_again_is_restored_as_saved_last(app: Celery) -> None:
+def test_a_group_saved_twice_is_restored_as_saved_last(app: Celery) -> None:
     first = make_group(app, 2)
     first.save()
     second = GroupResult(first.id, [app.AsyncResult(new_id())], app=app)
@@ -362,9 +362,7 @@ def test_an_unknown_group_is_none(app: Celery) -> None:
     GroupResult(new_id(), [], app=app).delete()
 
 
-def test_a_group_and_a_task_of_one_id_do_not_disturb_each_other(
-    app: Celery, make_app: Apps
-) -> None:
+def test_a_group_and_a_task_may_share_an_id(app: Celery, make_app: Apps) -> None:
     group = make_group(app, 2)
     app.backend.store_result(group.id, "task", states.SUCCESS)
     group.save()
@@ -375,7 +373,7 @@ def test_a_group_and_a_task_of_one_id_do_not_disturb_each_other(
     assert GroupResult.restore(group.id, app=reader) is not None
 
 
-def test_reload_group_result_reads_anew(make_app: Apps) -> None:
+def test_reload_group_result_bypasses_the_cache(make_app: Apps) -> None:
     app = make_app(result_cache_max=100)
     group = make_group(app, 1)
     group.save()

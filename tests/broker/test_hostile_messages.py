@@ -1,7 +1,7 @@
-"""Messages of other programs, and damaged ones, in every queue that the backend reads.
+"""Foreign and damaged messages in every queue that the backend reads.
 
-None of them blocks a queue, none hides a good result, none is executed; each is counted, and
-logged once.
+None of them blocks a queue, hides a good result, or is executed. Each is counted, and logged
+once.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import PART, PLAN, StateMessage
+from celery_amqp_results.protocol.names import Route
 from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.store import lookup as store
 from tests.broker.helpers import LONG, Waiting, new_id, until_stored, until_watched
 from tests.conftest import Apps
 
-#: Longer ago than any result that the tests store, so that a forged SUCCESS would count.
+#: Older than any result that the tests store, so that a forged SUCCESS would become current.
 LONG_AGO = 1
 
 
 class Trap:
-    """A pickle that leaves a trace where it is read."""
+    """An object whose pickle leaves a trace when it is loaded."""
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return pytest.fail, ("a pickle was read",)
 
 
 def state_properties(task_id: str, state: str = states.SUCCESS, **changes: Any) -> Dict[str, Any]:
-    """Return the properties of a state as it should be, with *changes*."""
+    """Return the properties of a valid state, with *changes*."""
     properties = StateMessage(
         task_id, state, LONG_AGO, b"", "application/json", "utf-8"
     ).properties(True)
@@ -61,7 +62,7 @@ def bomb(compress: Callable[[bytes], bytes]) -> bytes:
 
 
 def hostile_states(task_id: str) -> Iterator[Tuple[str, Dict[str, Any], bytes]]:
-    """Yield messages about *task_id* with what is wrong: properties and body."""
+    """Yield messages about *task_id*: what is wrong with each, its properties and its body."""
     good = state_body(task_id)
     properties = state_properties
 
@@ -165,7 +166,7 @@ def publish_to(raw: amqp.Connection, queue: str, messages: Any) -> int:
 def publish_raw(
     raw: amqp.Connection, queue: bytes, exchange: bytes, flags: int, properties: bytes, body: bytes
 ) -> None:
-    """Publish with properties that are bytes: py-amqp would not write these."""
+    """Publish with properties given as bytes, which py-amqp would not write."""
     channel = raw.channel()
     channel.confirm_select()
 
@@ -186,7 +187,7 @@ def publish_raw(
     channel.close()
 
 
-#: Property flags and bytes that RabbitMQ passes on and py-amqp cannot read.
+#: Property flags and bytes that RabbitMQ forwards and py-amqp cannot decode.
 UNREADABLE = {
     "an id that is no UTF-8": (1 << 10, b"\x03\xff\xfe\xfd"),
     "a time that is no date": (1 << 6, struct.pack(">Q", 2**62)),
@@ -217,8 +218,8 @@ def make(make_app: Apps, **options: Any) -> Celery:
     )  # fmt: skip
 
 
-def read_anew(app: Celery, ids: List[str]) -> Dict[str, Any]:
-    """Return what the store has, unmoved by what was pushed."""
+def read_from_store(app: Celery, ids: List[str]) -> Dict[str, Any]:
+    """Return what a new process finds in the store, independent of pushed states."""
     found = app.backend.layout.store.read(ids)
     return {
         task_id: None if state is None else app.backend._decode_state(state)["result"]
@@ -243,21 +244,21 @@ def test_nothing_in_a_shard_hides_a_good_result(
     for flags, octets in UNREADABLE.values():
         publish_raw(raw, queue.encode(), b"", flags, octets, state_body(task_id))
         publish_raw(raw, queue.encode(), b"", flags, octets, b"")
-    # When it is read, often enough for the shard to be packed
+    # When it is read often enough for the shard to be packed
     with caplog.at_level(logging.WARNING, "celery_amqp_results"):
         for _ in range(3):
-            assert read_anew(app, [task_id, other]) == {task_id: "good", other: "other"}
-    # Then each bad one was counted and logged, once, shortly, with where it is
+            assert read_from_store(app, [task_id, other]) == {task_id: "good", other: "other"}
+    # Then each bad message was counted, and logged once, briefly, with its queue
     told = [r.getMessage() for r in caplog.records if "foreign or damaged" in r.getMessage()]
     assert len(told) == len(set(told)) >= 25
     assert all(queue in text and len(text) < 600 for text in told)
     assert app.backend.layout.store.rejected > 60
-    # And what is good can be stored, read and forgotten as ever
+    # And good results can be stored, read and forgotten as before
     app.AsyncResult(task_id).forget()
-    assert read_anew(app, [other]) == {other: "other"}
+    assert read_from_store(app, [other]) == {other: "other"}
 
 
-def test_what_is_plainly_not_ours_is_taken_out_of_a_shard_and_the_rest_is_left(
+def test_clearly_foreign_messages_are_removed_from_a_shard_and_others_stay(
     make_app: Apps, raw: amqp.Connection
 ) -> None:
     app = make(make_app, shards=1)
@@ -266,13 +267,13 @@ def test_what_is_plainly_not_ours_is_taken_out_of_a_shard_and_the_rest_is_left(
     queue = shard_of(app, task_id)
     publish_to(raw, queue, [("", {}, b"event") for _ in range(40)])
     publish_to(raw, queue, [("", state_properties(task_id, type="of-a-later-version"), b"x")])
-    assert read_anew(app, [task_id]) == {task_id: 1}
+    assert read_from_store(app, [task_id]) == {task_id: 1}
     app.backend.close()
     length = raw.channel().queue_declare(queue, passive=True).message_count
     assert length == 2
 
 
-def test_an_id_in_the_wrong_shard_is_not_found_and_says_so(
+def test_a_state_in_the_wrong_shard_is_not_found_and_is_reported(
     make_app: Apps, raw: amqp.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make(make_app)
@@ -282,12 +283,12 @@ def test_an_id_in_the_wrong_shard_is_not_found_and_says_so(
     app.backend.store_result(other, "other", states.SUCCESS)
     publish_to(raw, shard_of(app, other), [("", state_properties(task_id), state_body(task_id))])
     with caplog.at_level(logging.WARNING, "celery_amqp_results"):
-        assert read_anew(app, [task_id, other]) == {task_id: None, other: "other"}
+        assert read_from_store(app, [task_id, other]) == {task_id: None, other: "other"}
     assert f"belongs to shard {shard}" in caplog.text
 
 
 @pytest.mark.parametrize("state", [states.FAILURE, "PROGRESS"])
-def test_a_state_from_the_far_future_hides_nothing_but_counts_alone(
+def test_a_state_from_the_far_future_loses_to_every_other_state(
     make_app: Apps, raw: amqp.Connection, state: str
 ) -> None:
     app = make(make_app, shards=1)
@@ -299,7 +300,7 @@ def test_a_state_from_the_far_future_hides_nothing_but_counts_alone(
         ("", state_properties(i, state, headers={"published": 2**62}), state_body(i, "x", state))
         for i in (task_id, alone)
     ]
-    # A worker whose clock is wrong has expiring results, and enough of them to be packed.
+    # A worker with a wrong clock stores expiring results, enough of them to be packed.
     for _, properties, _ in future:
         properties["expiration"] = "86400000"
     publish_to(raw, shard_of(app, task_id), future)
@@ -310,7 +311,7 @@ def test_a_state_from_the_far_future_hides_nothing_but_counts_alone(
         current = fold(found[task_id])
         assert current is not None
         assert 10**15 < current.published < 2**61
-        # Nothing was lost of the one of which nothing else is known, but for what was packed.
+        # Nothing was lost of the task without other states, except what packing removed.
         alone_state = fold(found[alone])
         assert alone_state is not None
         assert (alone_state.state == states.FAILURE) == (state == states.FAILURE)
@@ -326,13 +327,13 @@ def test_a_hostile_push_does_not_end_the_inbox(
     topology = app.backend._topology
     exchange = topology.exchange
     channel = raw.channel()
-    key = topology.routing_key(other, states.SUCCESS, "all")
+    key = topology.routing_key(other, states.SUCCESS, Route("all"))
     inbox = app.backend.layout.inbox
     for _, properties, body in hostile_states(other):
         channel.basic_publish(amqp.Message(body, **properties), exchange, key)
     for flags, octets in UNREADABLE.values():
         publish_raw(raw, key.encode(), exchange.encode(), flags, octets, b"x")
-    # A routing key that is no UTF-8
+    # A routing key that is not valid UTF-8
     for body in (b"", b"x"):
         publish_raw(raw, key.encode() + b"\xff", exchange.encode(), 0, b"", body)
     app.backend.store_result(task_id, "good", states.SUCCESS)
@@ -341,7 +342,7 @@ def test_a_hostile_push_does_not_end_the_inbox(
     assert inbox._epochs == 1
 
 
-def test_who_asks_for_a_damaged_result_is_told_and_nothing_is_executed(
+def test_reading_a_damaged_result_raises_and_executes_nothing(
     make_app: Apps, raw: amqp.Connection
 ) -> None:
     app = make(make_app, shards=1)
@@ -374,7 +375,7 @@ def test_who_asks_for_a_damaged_result_is_told_and_nothing_is_executed(
         (17, errors.ForeignMessage),
     ],
 )
-def test_a_failure_that_names_no_exception_is_refused(
+def test_a_failure_without_an_exception_type_is_refused(
     make_app: Apps, raw: amqp.Connection, result: Any, expected: Any
 ) -> None:
     app = make(make_app, shards=1)
@@ -387,7 +388,7 @@ def test_a_failure_that_names_no_exception_is_refused(
         app.AsyncResult(task_id).get(timeout=LONG)
 
 
-def test_a_very_large_foreign_message_is_read_past_and_taken_out(
+def test_a_very_large_foreign_message_is_skipped_and_removed(
     make_app: Apps, raw: amqp.Connection
 ) -> None:
     app = make(make_app, shards=1)
@@ -395,15 +396,15 @@ def test_a_very_large_foreign_message_is_read_past_and_taken_out(
     app.backend.store_result(task_id, "small", states.SUCCESS)
     queue = shard_of(app, task_id)
     version = int(raw.server_properties["version"].split(".")[0])
-    # Since 4.0 a broker takes 16 MiB at most.
+    # Since 4.0 a broker accepts 16 MiB at most.
     body = bytes(100_000_000 if version < 4 else 16_000_000)
     publish_to(raw, queue, [("", {}, body)])
-    assert read_anew(app, [task_id]) == {task_id: "small"}
+    assert read_from_store(app, [task_id]) == {task_id: "small"}
     app.backend.close()
     assert raw.channel().queue_declare(queue, passive=True).message_count == 1
 
 
-def test_a_pointer_to_somebody_elses_queue_neither_reads_nor_deletes_it(
+def test_a_pointer_to_a_foreign_queue_neither_reads_nor_deletes_it(
     make_app: Apps, raw: amqp.Connection
 ) -> None:
     app = make(make_app, shards=1)
@@ -445,7 +446,7 @@ def test_hostile_messages_in_the_queue_of_a_task_hide_no_good_one(
     assert app.backend.layout.rejected >= 2 * len(wrong)
     told = [r.getMessage() for r in caplog.records if "foreign or damaged" in r.getMessage()]
     assert len(told) == len(set(told)) >= 8
-    # One that is alone is said to whoever asks
+    # A damaged message without a good one is reported to its reader
     lonely = new_id()
     app.backend.store_result(lonely, 1, states.SUCCESS)
     channel = raw.channel()

@@ -1,4 +1,4 @@
-"""Results over ``inline_limit``: kept out of the shards, read by many, and nothing left behind."""
+"""Results over ``inline_limit``: kept out of the shards, readable by many, and cleaned up."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.conftest import Apps, raw_connection
 
 LIMIT = 4096
 BODY = "x" * 20_000
-#: More than a reader leaves loose.
+#: Enough loose messages for a reader to pack them.
 WORTH_PACKING = 40
 
 
 class Queues:
-    """The queues of large results that an app has made; they are deleted after the test."""
+    """The body queues that an app has declared; they are deleted after the test."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.names: List[str] = []
 
     def exists(self, name: str) -> bool:
-        """Return whether there is such a queue, without using it: that would prolong its life."""
+        """Return whether the queue exists, without using it, which would postpone its expiry."""
         returned: List[Any] = []
         with raw_connection(self.url) as connection:
             channel = connection.channel()
@@ -40,14 +40,14 @@ class Queues:
             try:
                 channel.basic_publish_confirm(fence, routing_key=name, mandatory=True)
             except amqp.exceptions.MessageNacked:
-                # It was deleted in this moment.
+                # It was deleted at this moment.
                 return False
         return not returned
 
 
 @pytest.fixture
 def queues(amqp_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queues]:
-    """Notes the names of the queues."""
+    """Records the names of the body queues."""
     queues = Queues(amqp_url)
     apart = publisher.Publisher.publish_apart
 
@@ -69,7 +69,7 @@ def make(make_app: Apps, **conf: Any) -> Celery:
 
 
 def messages_in_shard(app: Celery, url: str) -> List[Any]:
-    """Take out what is in the only shard."""
+    """Take all messages out of the only shard."""
     found: List[Any] = []
     with raw_connection(url) as connection:
         channel = connection.channel()
@@ -82,7 +82,7 @@ def messages_in_shard(app: Celery, url: str) -> List[Any]:
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-def test_a_large_result_is_read_by_many_and_the_shard_has_only_a_pointer(
+def test_a_large_result_has_many_readers_and_only_a_pointer_in_the_shard(
     make_app: Apps, queues: Queues, amqp_url: str, queue_type: str
 ) -> None:
     # Given a large result
@@ -92,7 +92,7 @@ def test_a_large_result_is_read_by_many_and_the_shard_has_only_a_pointer(
     app.backend.store_result(task_id, BODY, states.SUCCESS)
     assert len(queues.names) == 1
 
-    # When several read it at once, each more than once
+    # When several processes read it at once, each more than once
     others = [make(make_app, **conf) for _ in range(3)]
 
     def read(reader: Celery) -> List[Any]:
@@ -100,7 +100,7 @@ def test_a_large_result_is_read_by_many_and_the_shard_has_only_a_pointer(
 
     readers = [Waiting(lambda reader=reader: read(reader)) for reader in others]
 
-    # Then all see it
+    # Then all of them get it
     for reader in readers:
         assert reader.result() == [BODY] * 3
     # And the message in the shard is small
@@ -109,7 +109,9 @@ def test_a_large_result_is_read_by_many_and_the_shard_has_only_a_pointer(
     assert pointer.headers["body-queue"] == queues.names[0]
 
 
-def test_waiters_get_large_results_and_large_progress(make_app: Apps, queues: Queues) -> None:
+def test_waiters_get_large_results_and_large_intermediate_states(
+    make_app: Apps, queues: Queues
+) -> None:
     waiter, worker = make(make_app), make(make_app)
     task_id = new_id()
     seen: List[Any] = []
@@ -146,12 +148,12 @@ def test_forget_deletes_the_queue(make_app: Apps, queues: Queues, packed: bool) 
     assert [queues.exists(name) for name in queues.names] == [False, True]
 
 
-def test_what_is_superseded_is_deleted_where_it_would_not_expire(
+def test_the_body_of_a_superseded_state_is_deleted_if_it_never_expires(
     make_app: Apps, queues: Queues
 ) -> None:
     app = make(make_app, result_expires=None)
     task_id = new_id()
-    # Given a task that ran twice, and failed at length before
+    # Given a task that ran twice, and before that failed with a large error
     app.backend.store_result(task_id, Exception(BODY), states.FAILURE)
     app.backend.store_result(task_id, BODY, states.SUCCESS)
     app.backend.store_result(task_id, BODY + "late", states.SUCCESS)
@@ -162,11 +164,11 @@ def test_what_is_superseded_is_deleted_where_it_would_not_expire(
     for _ in range(2):
         assert app.backend._get_task_meta_for(task_id)["result"] == BODY
 
-    # Then the first success is what is left
+    # Then only the first success is left
     assert [queues.exists(name) for name in queues.names] == [False, True, False]
 
 
-def test_what_crashed_between_body_and_pointer_is_pending_and_expires(
+def test_a_body_without_a_pointer_expires_and_the_task_stays_pending(
     make_app: Apps, queues: Queues, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
     app = make(make_app, result_expires=0.5)
@@ -190,7 +192,7 @@ def test_what_crashed_between_body_and_pointer_is_pending_and_expires(
     eventually(lambda: not queues.exists(name))
 
 
-def test_a_pointer_without_a_body_is_taken_for_expired(
+def test_a_pointer_without_a_body_counts_as_an_expired_result(
     make_app: Apps, queues: Queues, amqp_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make(make_app)
@@ -210,12 +212,12 @@ def test_a_pointer_without_a_body_is_taken_for_expired(
     assert meta["status"] == states.PENDING
     assert task_id in caplog.text
     assert app.backend.restore_group(group_id) is None
-    # Who waits is not left to wait for what cannot come any more
+    # A waiter gets an error, since the value can never arrive
     with pytest.raises(errors.ResultExpired, match=task_id):
         app.AsyncResult(task_id).get(timeout=LONG)
 
 
-def test_the_queue_is_deleted_while_readers_wait_in_line(
+def test_deleting_the_body_queue_does_not_hang_waiting_readers(
     make_app: Apps, queues: Queues, amqp_url: str
 ) -> None:
     app = make(make_app)
@@ -223,7 +225,7 @@ def test_the_queue_is_deleted_while_readers_wait_in_line(
     app.backend.store_result(task_id, BODY, states.SUCCESS)
     (name,) = queues.names
     with raw_connection(amqp_url) as connection:
-        # Given somebody who holds the queue, and readers behind
+        # Given a consumer that holds the queue, and readers waiting behind it
         channel = connection.channel()
         held = threading.Event()
         channel.basic_consume(
@@ -240,7 +242,7 @@ def test_the_queue_is_deleted_while_readers_wait_in_line(
         assert reader.result()["status"] == states.PENDING
 
 
-def test_pointers_that_are_no_text_are_foreign() -> None:
+def test_pointers_that_are_not_text_are_foreign() -> None:
     from celery_amqp_results.protocol.message import StateMessage
 
     with pytest.raises(errors.ForeignMessage, match="body-queue"):

@@ -1,4 +1,4 @@
-"""Looking up while the shards are being declared by somebody else."""
+"""Looking up while another process declares the shards."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from tests.conftest import Apps
 ROUNDS = 30
 
 
-def test_a_look_up_is_answered_although_its_shard_comes_into_being_meanwhile(
+def test_a_look_up_is_answered_while_its_shard_is_being_declared(
     make_app: Apps,
 ) -> None:
-    # A fence that is published before the queue is there is lost. If the queue is there when the
-    # reader consumes, it would wait for that fence until lookup_timeout: once in about 15 rounds.
+    # A fence that is published before the queue exists is lost. If the queue exists when the
+    # reader consumes, the reader would wait for that fence until lookup_timeout: once in about
+    # 15 rounds.
     for _ in range(ROUNDS):
         name = f"{make_app.prefix}-{uuid.uuid4().hex[:8]}"
         options = {"shards": 4, "lookup_timeout": 30}
@@ -34,7 +35,7 @@ def test_a_look_up_is_answered_although_its_shard_comes_into_being_meanwhile(
         thread = threading.Thread(target=store)
         thread.start()
         try:
-            # Then another that looks them up meanwhile gets its answers in time
+            # Then another process that looks them up meanwhile gets its answers in time
             while thread.is_alive():
                 for task_id in ids:
                     reader.backend.task_result_exists(task_id)

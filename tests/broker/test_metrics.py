@@ -1,4 +1,4 @@
-"""Counts of what was done, and their exporters."""
+"""The counters of the backend, and their exporters."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tests.broker.helpers import LONG, Waiting, new_id, until_stored, until_watc
 from tests.conftest import Apps, eventually
 from tools import rabbitmq
 
-#: More than a reader leaves loose.
+#: Enough loose messages for a reader to pack them.
 WORTH_PACKING = 40
 
 
 def difference(app: Celery, before: Metrics) -> Dict[str, int]:
-    """Return what has changed since."""
+    """Return the counters that have changed since *before*."""
     after, then = app.backend.metrics().as_dict(), before.as_dict()
     return {name: after[name] - then[name] for name in after if after[name] != then[name]}
 
 
-def test_nothing_was_done_yet_and_asking_does_nothing(app: Celery) -> None:
+def test_counters_start_at_zero_and_reading_them_has_no_effect(app: Celery) -> None:
     assert app.backend.metrics() == Metrics()
     assert not app.backend._layouts._layouts
 
 
-def test_what_is_done_is_counted(make_app: Apps) -> None:
+def test_stores_look_ups_and_packing_are_counted(make_app: Apps) -> None:
     app = make_app(
         result_backend_transport_options={"shards": 1, "inline_limit": 4096, "track_sent": True}
     )
@@ -58,13 +58,13 @@ def test_what_is_done_is_counted(make_app: Apps) -> None:
     changed = difference(app, before)
     assert changed["packed"] >= WORTH_PACKING
     assert changed["messages_read"] >= WORTH_PACKING
-    # Closing ends nothing
+    # Closing does not reset the counters
     total = backend.metrics()
     backend.close()
     assert backend.metrics() == total
 
 
-def test_waiting_and_what_is_pushed(make_app: Apps) -> None:
+def test_waits_and_pushed_states_are_counted(make_app: Apps) -> None:
     app, worker = make_app(), make_app()
     task_id = new_id()
     waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG))
@@ -77,7 +77,7 @@ def test_waiting_and_what_is_pushed(make_app: Apps) -> None:
     assert (metrics.waiting, metrics.pushed) == (0, 1)
 
 
-def test_no_count_is_lost_among_threads(app: Celery) -> None:
+def test_no_count_is_lost_between_threads(app: Celery) -> None:
     def store() -> None:
         for _ in range(50):
             app.backend.store_result(new_id(), None, "PROGRESS")
@@ -93,7 +93,7 @@ def test_no_count_is_lost_among_threads(app: Celery) -> None:
 
 # Python 3.12 and later warn of a fork in a process with threads.
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_counts_for_itself(app: Celery) -> None:
+def test_a_forked_child_has_its_own_counters(app: Celery) -> None:
     app.backend.store_result(new_id(), 1, states.SUCCESS)
     reading, writing = os.pipe()
     child = os.fork()
@@ -113,7 +113,7 @@ def test_a_child_counts_for_itself(app: Celery) -> None:
     assert app.backend.metrics().stored == 1
 
 
-def test_retries_and_what_is_given_up_or_refused(make_app: Apps, node: rabbitmq.Node) -> None:
+def test_retries_failures_and_refusals_are_counted(make_app: Apps, node: rabbitmq.Node) -> None:
     app = make_app()
     app.backend.store_result(new_id(), 1, states.SUCCESS)
     node.ctl("close_all_connections", "for a test")

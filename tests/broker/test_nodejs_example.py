@@ -22,7 +22,7 @@ TIMEOUT = 60
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example, with what it needs."""
+    """The example program, with its dependencies."""
     if not shutil.which("node") or not shutil.which("npm"):
         pytest.skip("Node.js is not installed")
     folder = tmp_path_factory.mktemp("nodejs")
@@ -57,7 +57,7 @@ def get(app: Celery, program: Path, ids: List[str]) -> List[Dict[str, Any]]:
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-def test_results_are_read_from_messages_and_from_pages(
+def test_the_example_reads_results_from_messages_and_from_pages(
     make_app: Apps, program: Path, queue_type: str
 ) -> None:
     options = {"shards": 2, "queue_type": queue_type}
@@ -73,15 +73,15 @@ def test_results_are_read_from_messages_and_from_pages(
         assert [found[i]["status"] for i in ids[:10]] == [states.SUCCESS] * 10
         assert [found[i]["result"]["number"] for i in ids[:10]] == list(range(10))
         assert found[unknown]["status"] == states.PENDING
-        # A reader of ours packs what it finds.
+        # A reader of this package packs the results.
         assert app.AsyncResult(ids[-1]).get(timeout=TIMEOUT) == {"number": 99}
         assert app.AsyncResult(unknown).state == states.PENDING
-    # Nothing was taken away.
+    # The example removed nothing.
     assert app.backend.get_task_meta(ids[0], cache=False)["status"] == states.SUCCESS
 
 
-def test_failures_are_followed(app: Celery, program: Path) -> None:
-    # The exchange has to be there.
+def test_the_example_follows_failures(app: Celery, program: Path) -> None:
+    # The exchange has to exist.
     app.backend.store_result(new_id(), 1, states.SUCCESS)
     watcher = subprocess.Popen(
         ["node", str(program), "watch", "FAILURE"],

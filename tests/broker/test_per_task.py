@@ -1,7 +1,7 @@
-"""The layout ``per-task`` on RabbitMQ: Celery 4 on the wire, read without taking away.
+"""The layout ``per-task`` on RabbitMQ: Celery 4 on the wire, with non-destructive reads.
 
-``CELERY4_PYTHON`` names a Python that has Celery 4.4: tests with a real Celery 4 are skipped
-without. What it was seen to write is compared with in any case.
+``CELERY4_PYTHON`` names a Python that has Celery 4.4; without it, tests with a real Celery 4 are
+skipped. Messages recorded from it are compared in any case.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests import subprocess_jobs, subprocesses
 from tests.conftest import PATIENCE, PATIENT, Apps, raw_connection
 from tools import rabbitmq
 
-#: A wait that is not over by then hangs.
+#: Seconds after which a wait counts as hanging.
 LONG = PATIENCE
 
 CELERY4 = """
@@ -58,7 +58,7 @@ print(json.dumps(out))
 
 
 class Broker:
-    """What the tests know of the broker, and clean up there."""
+    """A direct view of the broker; it deletes the queues of its ids after the test."""
 
     def __init__(self, url: str, exchange: str) -> None:
         self.url = url
@@ -95,14 +95,14 @@ class Broker:
                 return None
 
     def declare(self, task_id: str, **kwargs: Any) -> None:
-        """Declare a task's queue; fail if it is there and differs."""
+        """Declare a task's queue; fail if it exists with other arguments."""
         with raw_connection(self.url) as connection:
             name = task_id.replace("-", "")
             channel = connection.channel()
             channel.queue_declare(name, **kwargs)
 
     def celery4(self, do: str, task_id: str, conf: Dict[str, Any], **job: Any) -> Any:
-        """Have a real Celery 4 store, poll or wait; skip where there is none."""
+        """Make a real Celery 4 store, poll or wait; skip the test if there is none."""
         python = os.environ.get("CELERY4_PYTHON")
         if not python:
             pytest.skip("CELERY4_PYTHON names no Python with Celery 4.4")
@@ -148,7 +148,7 @@ def broker(make_app: Apps) -> Iterator[Broker]:
 
 
 def request_for(task_id: str) -> Context:
-    """The request of a task as a worker has it."""
+    """Return the request of a task as a worker has it."""
     return Context(
         {
             "id": task_id,
@@ -226,7 +226,7 @@ def test_exchange_and_queue_are_declared_as_celery_4_did(app: Celery, broker: Br
     task_id = broker.new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     with raw_connection(broker.url) as connection:
-        # The broker refuses to declare again what differs.
+        # The broker refuses a declaration that differs from the existing queue.
         channel = connection.channel()
         channel.exchange_declare(broker.exchange, "direct", durable=True, auto_delete=False)
         channel.queue_declare(
@@ -289,7 +289,7 @@ def test_compression_has_no_effect(
     app = make(result_compression="gzip")
     task_id = broker.new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
-    # Celery says so, from version 5.7 on.
+    # Celery 5.7 and later warn about it.
     assert all("result_compression" in str(w.message) for w in recwarn)
     ((properties, body),) = broker.messages(task_id)
     assert (properties["application_headers"], json.loads(body)["result"]) == ({}, 1)
@@ -313,7 +313,7 @@ def test_transient_results_are_transient_where_the_broker_permits(
 
 @pytest.fixture(scope="module")
 def strict_node() -> Iterator[rabbitmq.Node]:
-    """A node that does not permit transient queues."""
+    """A node that forbids transient queues."""
     name = os.environ.get("RABBITMQ_DISTRIBUTION", "system")
     try:
         rabbitmq.ensure_installed(name)
@@ -402,7 +402,7 @@ def test_a_real_celery_4_writes_the_same_into_the_same_queue(
     assert ours == theirs
 
 
-def test_a_real_celery_4_reads_what_is_written_here_and_the_other_way_round(
+def test_a_real_celery_4_and_this_backend_read_each_other_s_results(
     app: Celery, broker: Broker
 ) -> None:
     mine, theirs = broker.new_id(), broker.new_id()
@@ -413,36 +413,36 @@ def test_a_real_celery_4_reads_what_is_written_here_and_the_other_way_round(
         assert app.AsyncResult(mine).get(timeout=LONG) == [1]
         assert broker.celery4("state", theirs, {}) == states.SUCCESS
         assert app.AsyncResult(theirs).get(timeout=LONG) == [2]
-    # A Celery 4 that waits takes the result with it.
+    # A Celery 4 that waits consumes the result.
     assert broker.celery4("get", mine, {}) == [1]
     assert app.AsyncResult(mine).state == states.PENDING
 
 
-def test_what_is_left_behind_is_cleaned_up_by_a_policy(
+def test_a_policy_cleans_up_queues_that_were_left_behind(
     make: Callable[..., Celery],
     make_app: Apps,
     broker: Broker,
     node: rabbitmq.Node,
     eventually: Callable[..., Any],
 ) -> None:
-    # As on the page about coming from Celery 4. Given results that never expire
+    # Given results that never expire, as on the page about moving from Celery 4
     ids = [broker.new_id() for _ in range(3)]
     old, new = make(result_expires=None), make_app()
     for task_id in ids:
         old.backend.store_result(task_id, 1, states.SUCCESS)
     new.backend.store_result(ids[0], 2, states.SUCCESS)
-    # When there is a policy for queues that are named as Celery 4 named them
+    # When a policy applies to all queues with names that Celery 4 used
     definition = '{"expires": 1000}'
     node.ctl(
         "set_policy", "--apply-to", "queues", "old-results", "^[0-9a-f]{32}$", definition
     )  # fmt: skip
     try:
-        # Declaring them passively, to see whether they are there, would be a use.
+        # Declaring them passively, to see whether they exist, would count as a use.
         names = {task_id.replace("-", "") for task_id in ids}
         eventually(lambda: not names & set(node.ctl("-q", "list_queues", "name").split()))
     finally:
         node.ctl("clear_policy", "old-results")
-    # Then they are gone, and nothing else is.
+    # Then these queues are gone, and no others are.
     assert make_app().AsyncResult(ids[0]).get(timeout=LONG) == 2
 
 
@@ -479,7 +479,7 @@ def test_a_queue_that_celery_4_has_declared_is_pending(app: Celery, broker: Brok
     assert task_id.replace("-", "") not in app.backend.layout._empty
 
 
-def test_history_is_fast_forwarded_to_the_state_that_counts(app: Celery, broker: Broker) -> None:
+def test_history_is_fast_forwarded_to_the_current_state(app: Celery, broker: Broker) -> None:
     task_id = broker.new_id()
     for step in range(10):
         app.backend.store_result(task_id, step, "PROGRESS")
@@ -501,9 +501,7 @@ def test_more_history_than_the_limit_raises(app: Celery, broker: Broker) -> None
     assert app.AsyncResult(task_id).info == 5
 
 
-def test_two_ids_that_differ_in_dashes_only_share_a_queue_in_peace(
-    app: Celery, broker: Broker
-) -> None:
+def test_two_ids_that_differ_only_in_dashes_can_share_a_queue(app: Celery, broker: Broker) -> None:
     one = broker.new_id()
     two = one.replace("-", "", 1)
     app.backend.store_result(one, 1, states.SUCCESS)
@@ -513,7 +511,9 @@ def test_two_ids_that_differ_in_dashes_only_share_a_queue_in_peace(
         assert app.AsyncResult(two).get(timeout=LONG) == 2
 
 
-def test_a_damaged_message_is_an_error_and_stays(app: Celery, broker: Broker) -> None:
+def test_a_damaged_message_raises_an_error_and_stays_in_the_queue(
+    app: Celery, broker: Broker
+) -> None:
     task_id = broker.new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     broker.messages(task_id)
@@ -529,7 +529,7 @@ def test_a_damaged_message_is_an_error_and_stays(app: Celery, broker: Broker) ->
     assert broker.count(task_id) == 1
 
 
-def test_a_content_type_that_is_not_accepted_is_an_error_and_stays(
+def test_a_refused_content_type_raises_an_error_and_stays_in_the_queue(
     make: Callable[..., Celery], broker: Broker
 ) -> None:
     writer = make(result_serializer="pickle", accept_content=["pickle"])
@@ -545,7 +545,7 @@ def test_a_content_type_that_is_not_accepted_is_an_error_and_stays(
 
 
 def declare_as(kind: str, broker: Broker, task_id: str) -> None:
-    """Declare a task's queue beforehand, as a policy or another version would have it."""
+    """Declare a task's queue in advance, as a policy or another version would."""
     arguments: Dict[str, Any] = {"x-expires": 86_400_000}
     if kind == "quorum":
         arguments["x-queue-type"] = "quorum"
@@ -566,8 +566,8 @@ def test_a_result_survives_any_number_of_polls(
     assert broker.count(task_id) == 1
 
 
-def poll_for(app: Celery, task_id: str, seconds: float) -> Dict[str, int]:
-    """Poll for some time; return how often each state was seen. Runs in other processes."""
+def poll_in_process(app: Celery, task_id: str, seconds: float) -> Dict[str, int]:
+    """Poll for *seconds*; return how often each state was seen. Runs in another process."""
     seen: Dict[str, int] = {}
     deadline = time.monotonic() + seconds
     subprocesses.say("polling")
@@ -578,7 +578,7 @@ def poll_for(app: Celery, task_id: str, seconds: float) -> Dict[str, int]:
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-def test_readers_at_once_all_see_the_state_while_others_are_killed(
+def test_concurrent_readers_all_see_the_state_while_others_are_killed(
     app: Celery, broker: Broker, kind: str
 ) -> None:
     task_id = broker.new_id()
@@ -586,12 +586,12 @@ def test_readers_at_once_all_see_the_state_while_others_are_killed(
     app.backend.store_result(task_id, 1, states.SUCCESS)
     job = {"task_id": task_id, "seconds": 4.0}
     with (
-        subprocesses.start(app, poll_for, **job) as one,
-        subprocesses.start(app, poll_for, **job) as two,
+        subprocesses.start(app, poll_in_process, **job) as one,
+        subprocesses.start(app, poll_in_process, **job) as two,
     ):
         assert (one.readline(), two.readline()) == ("polling", "polling")
         for _ in range(4):
-            with subprocesses.start(app, poll_for, **job) as victim:
+            with subprocesses.start(app, poll_in_process, **job) as victim:
                 assert victim.readline() == "polling"
                 assert app.AsyncResult(task_id).state == states.SUCCESS
                 os.kill(victim.pid, signal.SIGKILL)
@@ -617,7 +617,7 @@ def test_readers_in_threads_all_see_the_state(app: Celery, broker: Broker) -> No
     assert seen == [states.SUCCESS] * 200
 
 
-def test_a_reader_that_holds_the_message_is_waited_for(
+def test_a_reader_waits_for_another_one_that_holds_the_message(
     app: Celery, broker: Broker, raw: amqp.Connection
 ) -> None:
     task_id = broker.new_id()
@@ -634,7 +634,7 @@ def test_a_reader_that_holds_the_message_is_waited_for(
         back.join()
 
 
-def test_another_process_reads_waits_and_forgets(app: Celery, broker: Broker) -> None:
+def test_another_process_can_read_wait_and_forget(app: Celery, broker: Broker) -> None:
     task_id = broker.new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert subprocesses.run(app, subprocess_jobs.states, ids=[task_id]) == [states.SUCCESS]
@@ -647,7 +647,7 @@ def test_another_process_reads_waits_and_forgets(app: Celery, broker: Broker) ->
 # -- waiting -----------------------------------------------------------------------------------
 
 
-def test_states_are_pushed_to_all_who_wait_and_stay(
+def test_states_are_pushed_to_all_waiters_and_stay_in_the_queue(
     app: Celery, make: Callable[..., Celery], broker: Broker, eventually: Callable[..., Any]
 ) -> None:
     task_id = broker.new_id()
@@ -671,13 +671,13 @@ def test_states_are_pushed_to_all_who_wait_and_stay(
         thread.join(LONG)
     assert values == [7] * 4
     assert seen == [[states.STARTED, states.SUCCESS]] * 4
-    # Nobody has consumed the task's own queue. What was read is put back a moment later; whoever
-    # has looked there late has taken out the first state, which does not count any more.
+    # Waiters do not consume the task's own queue. A read message is put back a moment later, so a
+    # late reader may have removed the first state, which is superseded.
     eventually(lambda: broker.count(task_id) in (1, 2))
     assert app.AsyncResult(task_id).get(timeout=LONG) == 7
 
 
-def test_waiting_goes_on_when_the_connection_is_lost(
+def test_waiting_continues_after_the_connection_is_lost(
     app: Celery, broker: Broker, node: rabbitmq.Node, eventually: Callable[..., Any]
 ) -> None:
     task_id = broker.new_id()
@@ -706,7 +706,7 @@ def test_a_wait_that_times_out_leaves_nothing_behind(app: Celery, broker: Broker
     assert app.backend.layout._followers == set()
 
 
-def test_many_are_waited_for_while_they_are_stored(
+def test_many_tasks_are_waited_for_while_they_are_stored(
     app: Celery, make: Callable[..., Celery], broker: Broker
 ) -> None:
     ids = [broker.new_id() for _ in range(40)]
@@ -725,7 +725,7 @@ def test_many_are_waited_for_while_they_are_stored(
     assert {task_id: meta["result"] for task_id, meta in found.items()} == {i: i for i in ids}
 
 
-def test_a_callback_is_called_although_nobody_waits(
+def test_a_callback_runs_without_a_waiter(
     app: Celery, broker: Broker, eventually: Callable[..., Any]
 ) -> None:
     task_id = broker.new_id()
@@ -736,9 +736,7 @@ def test_a_callback_is_called_although_nobody_waits(
     eventually(lambda: called == [3])
 
 
-def test_whoever_waits_while_the_backend_is_closed_gets_an_error(
-    app: Celery, broker: Broker
-) -> None:
+def test_closing_the_backend_raises_an_error_in_its_waiters(app: Celery, broker: Broker) -> None:
     raised: List[BaseException] = []
     waiting = threading.Event()
     task_id = broker.new_id()
@@ -760,7 +758,9 @@ def test_whoever_waits_while_the_backend_is_closed_gets_an_error(
 # -- groups and deleting -----------------------------------------------------------------------
 
 
-def test_a_group_is_saved_restored_elsewhere_and_deleted(app: Celery, broker: Broker) -> None:
+def test_a_group_is_saved_restored_in_another_process_and_deleted(
+    app: Celery, broker: Broker
+) -> None:
     ids = [broker.new_id() for _ in range(3)]
     for task_id in ids:
         app.backend.store_result(task_id, 1, states.SUCCESS)
@@ -784,7 +784,7 @@ def test_forgetting_deletes_the_queue(app: Celery, broker: Broker) -> None:
     app.AsyncResult(task_id).forget()
 
 
-def test_a_queue_that_goes_before_the_message_comes_is_declared_again(
+def test_a_queue_deleted_just_before_publishing_is_declared_again(
     app: Celery, broker: Broker
 ) -> None:
     task_id = broker.new_id()
@@ -795,7 +795,7 @@ def test_a_queue_that_goes_before_the_message_comes_is_declared_again(
         queue = declare(session, declared)
         times.append(1)
         if len(times) == 1:
-            # As it happens when the last consumer of Celery 4 ends at this moment.
+            # This happens when the last consumer of Celery 4 stops at this moment.
             session.channel.queue_delete(queue.name)
         return queue
 

@@ -1,4 +1,4 @@
-"""Nothing is left behind: threads, connections, queues, descriptors, result objects."""
+"""No leaks: threads, connections, queues, file descriptors, result objects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def descriptors() -> int:
 
 
 def use_everything(app: Celery) -> None:
-    """Have the backend open all that it ever opens."""
+    """Make the backend open everything that it can open."""
     backend = app.backend
     task_id, later = new_id(), new_id()
     backend.store_result(task_id, 1, states.SUCCESS)
@@ -47,13 +47,13 @@ def use_everything(app: Celery) -> None:
 
 
 def use_and_leave(app: Celery) -> None:
-    """As a program that ends without closing anything."""
+    """Use the backend as a program that exits without closing anything."""
     use_everything(app)
     app.backend.close = lambda: None
     app.close = lambda: None  # type: ignore[method-assign]
 
 
-def test_nothing_is_left_after_closing_and_after_a_process_has_ended(
+def test_nothing_is_left_after_closing_or_after_the_process_exits(
     make_app: Apps, node: rabbitmq.Node, eventually: Callable[..., Any]
 ) -> None:
     def on_broker() -> List[str]:
@@ -67,14 +67,14 @@ def test_nothing_is_left_after_closing_and_after_a_process_has_ended(
         return len(on_broker()) <= len(before)
 
     before = on_broker()
-    # Other tests may have left some.
+    # Other tests may have left some queues.
     others = threads()
     app = make_app(shards=1)
     use_everything(app)
     app.backend.close()
     gc.collect()
     base = descriptors()
-    # Once more: what Python itself opens on first use is open by now
+    # Once more: by now Python has opened everything that it opens on first use
     for _ in range(3):
         use_everything(app)
         assert threads() - others
@@ -86,7 +86,7 @@ def test_nothing_is_left_after_closing_and_after_a_process_has_ended(
     eventually(nothing_more, 40)
 
 
-def test_descriptors_stay_the_same_over_many_reconnects(
+def test_the_number_of_descriptors_is_constant_over_many_reconnects(
     make_app: Apps, eventually: Callable[..., Any]
 ) -> None:
     app = make_app(shards=1)
@@ -117,7 +117,7 @@ def test_descriptors_stay_the_same_over_many_reconnects(
 def test_ten_thousand_results_are_collected_while_locks_are_held(make_app: Apps) -> None:
     app = make_app(shards=1)
     backend = app.backend
-    # Given results with and without callbacks, each in a circle that only the collector can break
+    # Given results with and without callbacks, each in a cycle that only the collector can break
     gc.disable()
     try:
         watched = []

@@ -1,4 +1,4 @@
-"""No password is shown: not in a log record of any logger, not in an error, a URI or a repr()."""
+"""Passwords are never shown: not in log records, errors, URIs or a repr()."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps, eventually
 from tools import rabbitmq
 
-#: A password that has to be escaped in a URL.
+#: A password with characters that must be escaped in a URL.
 PASSWORD = "s3cr:t/@?#%"
 
-#: Errors are to come soon, and connecting is to be tried again once.
+#: Fail soon, after connecting has been retried once.
 OPTIONS = {
     "shards": 1,
     "track_sent": True,
@@ -30,7 +30,7 @@ OPTIONS = {
 
 
 class Shown:
-    """Everything that a user or an operator may come to see."""
+    """Collects everything that a user or an operator may see."""
 
     def __init__(self) -> None:
         self.texts: List[str] = []
@@ -38,7 +38,7 @@ class Shown:
 
     @contextlib.contextmanager
     def error(self) -> Iterator[None]:
-        """Expect an error, and keep all that can be seen of it."""
+        """Expect an error, and record everything that it shows."""
         with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is not the point
             yield
         exc = caught.value
@@ -62,7 +62,7 @@ class Shown:
 
 @pytest.fixture
 def user(node: rabbitmq.Node) -> Iterator[str]:
-    """A user with :data:`PASSWORD` who may do everything, and who is deleted after the test."""
+    """A user with :data:`PASSWORD` and all permissions; it is deleted after the test."""
     user = f"user-{uuid.uuid4().hex[:8]}"
     node.ctl("add_user", user, PASSWORD)
     node.ctl("set_permissions", user, ".*", ".*", ".*")
@@ -70,7 +70,7 @@ def user(node: rabbitmq.Node) -> Iterator[str]:
     node.ctl("delete_user", user)
 
 
-def test_passwords_are_shown_nowhere(
+def test_passwords_are_never_shown(
     make_app: Apps, node: rabbitmq.Node, user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -80,19 +80,19 @@ def test_passwords_are_shown_nowhere(
     place = f"{broker.hostname}:{broker.port}"
     good = f"amqp://{credentials}@{place}//"
 
-    # Nobody is there; the user is another one; there is no such virtual host
+    # No broker listens; the user is unknown; the virtual host does not exist
     for url in (
         f"amqp://{credentials}@127.0.0.1:1//",
         f"amqp://nobody:{quote(PASSWORD, safe='')}@{place}//",
         f"amqp://{credentials}@{place}/nowhere",
         f"amqp://{credentials}@127.0.0.1:1//;{credentials}@127.0.0.1:2//",
     ):
-        # The same broker for tasks, so that what connects there is seen as well
+        # The same broker for tasks, so that errors of task connections are checked too
         app = make_app(
             url,
             broker_url=url,
             result_backend_transport_options=OPTIONS,
-            # kombu tries for so long.
+            # The time for which kombu tries.
             broker_connection_timeout=1,
         )
         with shown.error():
@@ -105,14 +105,14 @@ def test_passwords_are_shown_nowhere(
             app.send_task("task", retry=False)
         shown.backend(app.backend)
 
-    # Options and URLs that are wrong
+    # Invalid options and URLs
     for url in (f"{good}?shards=x", f"{good}?nothing=1", f"amqp://{user}:{PASSWORD}@{place}//"):
         with shown.error():
             _ = make_app(url).backend
     with shown.error():
         _ = make_app(good, result_backend_transport_options=OPTIONS, broker_url=f"{good}x").backend
 
-    # The connection is lost while somebody waits
+    # The connection is lost during a wait
     app = make_app(good, broker_url=good, result_backend_transport_options=OPTIONS)
     task_id = new_id()
     waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG))
@@ -120,13 +120,13 @@ def test_passwords_are_shown_nowhere(
     node.ctl("close_all_connections", "for a test")
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert waiting.result() == 1
-    # Others count the shards differently
+    # Another app uses a different number of shards
     other = make_app(
         good, broker_url=good, result_backend_transport_options={**OPTIONS, "shards": 2}
     )
     with shown.error():
         other.backend.store_result(new_id(), 1, states.SUCCESS)
-    # Permissions are taken away
+    # Permissions are revoked
     node.ctl("set_permissions", user, "", "", "")
     fresh = make_app(good, broker_url=good, result_backend_transport_options=OPTIONS)
     with shown.error():
@@ -138,7 +138,7 @@ def test_passwords_are_shown_nowhere(
     shown.records(caplog.records)
     assert {"BackendUnavailable", "InvalidOption", "DeclarationRefused"} <= set(shown.kinds)
     assert any(record.levelno >= logging.WARNING for record in caplog.records)
-    # It was seen who it was, and where
+    # The user and the host were shown
     assert any(f"{user}:**@{place}" in text for text in shown.texts)
     for text in shown.texts:
         assert PASSWORD not in text

@@ -1,4 +1,4 @@
-"""Celery's settings for results, each shown to be honoured."""
+"""Celery's settings for results: each is honoured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.conftest import Apps
 
 
 class Tap:
-    """A queue of our own that gets everything that is published, as ``docs/wire.md`` says."""
+    """A queue that receives every published state, as ``docs/wire.md`` describes."""
 
     def __init__(self, connection: amqp.Connection, app: Celery) -> None:
         self._channel = connection.channel()
@@ -85,7 +85,7 @@ def test_result_serializer(
     assert tapped.message(eventually).properties["content_type"] == content_type
 
 
-def test_pickle_keeps_what_json_cannot(make_app: Apps) -> None:
+def test_pickle_preserves_types_that_json_cannot(make_app: Apps) -> None:
     conf = {"result_serializer": "pickle", "result_accept_content": ["pickle"]}
     app, task_id = make_app(**conf), new_id()
     value = {("a", 1): {2, 3}, "when": datetime.date(2026, 11, 22)}
@@ -96,13 +96,13 @@ def test_pickle_keeps_what_json_cannot(make_app: Apps) -> None:
 # -- result_accept_content -----------------------------------------------------------------------
 
 
-def in_shard_of(app: Celery, task_id: str) -> str:
-    """Return a new id that is kept in the same shard."""
+def id_in_shard_of(app: Celery, task_id: str) -> str:
+    """Return a new id whose state goes to the same shard."""
     shard = app.backend._topology.shard
     return next(i for i in iter(new_id, None) if shard(i) == shard(task_id))
 
 
-def test_content_that_is_not_accepted_is_refused_to_the_one_who_asks_for_it(
+def test_reading_content_that_is_not_accepted_raises(
     make_app: Apps,
 ) -> None:
     pickles = make_app(result_serializer="pickle", result_accept_content=["pickle"])
@@ -117,16 +117,16 @@ def test_content_that_is_not_accepted_is_refused_to_the_one_who_asks_for_it(
     ):
         with pytest.raises(ContentDisallowed):
             ask()
-    # It is there all the same, and whoever accepts it reads it.
+    # It is stored nevertheless, and a process that accepts it can read it.
     assert reader.backend.task_result_exists(bad)
     assert pickles.AsyncResult(bad).get(timeout=LONG) == {1, 2}
 
 
-def test_content_that_is_not_accepted_disturbs_no_neighbour_in_the_shard(make_app: Apps) -> None:
+def test_content_that_is_not_accepted_does_not_affect_its_shard(make_app: Apps) -> None:
     pickles = make_app(result_serializer="pickle", result_accept_content=["pickle"])
     writer, reader = make_app(), make_app(result_accept_content=["json"])
     bad = new_id()
-    before, after = in_shard_of(reader, bad), in_shard_of(reader, bad)
+    before, after = id_in_shard_of(reader, bad), id_in_shard_of(reader, bad)
     writer.backend.store_result(before, 1, states.SUCCESS)
     pickles.backend.store_result(bad, 0, states.SUCCESS)
     writer.backend.store_result(after, 2, states.SUCCESS)
@@ -136,13 +136,13 @@ def test_content_that_is_not_accepted_disturbs_no_neighbour_in_the_shard(make_ap
     assert dict(reader.backend.get_many([before, after], timeout=LONG)).keys() == {before, after}
 
 
-def test_content_that_is_not_accepted_is_raised_to_the_one_who_waits_and_to_nobody_else(
+def test_content_that_is_not_accepted_fails_only_its_own_waiter(
     make_app: Apps, eventually: Callable[..., Any]
 ) -> None:
     pickles = make_app(result_serializer="pickle", result_accept_content=["pickle"])
     writer, reader = make_app(), make_app(result_accept_content=["json"])
     bad = new_id()
-    good = in_shard_of(reader, bad)
+    good = id_in_shard_of(reader, bad)
     for_bad = Waiting(lambda: reader.AsyncResult(bad).get(timeout=LONG))
     for_good = Waiting(lambda: reader.AsyncResult(good).get(timeout=LONG))
     until_watched(reader, bad, eventually)
@@ -154,7 +154,7 @@ def test_content_that_is_not_accepted_is_raised_to_the_one_who_waits_and_to_nobo
     assert for_good.result() == 2
 
 
-def test_accept_content_is_what_counts_where_result_accept_content_is_not_given(
+def test_accept_content_applies_if_result_accept_content_is_not_set(
     make_app: Apps,
 ) -> None:
     app = make_app(result_serializer="pickle", accept_content=["pickle", "json"])
@@ -205,7 +205,7 @@ def test_an_expired_result_is_pending_and_its_neighbours_are_kept(
     for keep, go in zip(kept, gone):
         long.backend.store_result(keep, 1, states.SUCCESS)
         short.backend.store_result(go, 1, states.SUCCESS)
-    # When the time is over, nobody finds them, who has read them before or not.
+    # After the expiry no process finds them, whether it has read them before or not.
     readers = [short, long, make_app(shards=1)]
     for reader in readers:
         eventually(lambda r=reader: all(r.AsyncResult(i).state == "PENDING" for i in gone))
@@ -231,7 +231,7 @@ def test_many_expired_results_are_pending_after_they_have_been_packed(
 
 @pytest.mark.parametrize("expires", [4_294_968, 10**12, datetime.timedelta(days=60), -1])
 @pytest.mark.parametrize("name", ["result_expires", "result_failure_expires"])
-def test_an_expiry_that_the_broker_does_not_take_is_refused(
+def test_an_expiry_beyond_the_broker_s_limit_is_refused(
     make_app: Apps, name: str, expires: Any
 ) -> None:
     app = make_app(**{name: expires})
@@ -263,7 +263,7 @@ def test_result_failure_expires_of_zero_keeps_failures(
 
 
 @pytest.mark.parametrize(("persistent", "mode"), [(None, 2), (True, 2), (False, 1)])
-def test_result_persistent_is_about_messages_while_queues_are_durable(
+def test_result_persistent_affects_messages_but_not_queues(
     make_app: Apps,
     raw: amqp.Connection,
     tap: Callable[[Celery], Tap],
@@ -276,7 +276,7 @@ def test_result_persistent_is_about_messages_while_queues_are_durable(
     app.backend.store_result(new_id(), 1, states.SUCCESS)
     assert tapped.message(eventually).properties["delivery_mode"] == mode
     assert app.backend.persistent is (persistent is not False)
-    # Declaring them durable is no contradiction to what is there.
+    # Declaring them durable does not conflict with the existing queues.
     channel = raw.channel()
     channel.queue_declare(
         f"{app.conf.result_exchange}.shard.0",
@@ -329,7 +329,7 @@ def test_result_compression(
     assert len(message.body) < 1000
     assert json.loads(zlib.decompress(message.body))["result"] == "x" * 10_000
     assert message.properties["application_headers"]["compression"] == "application/x-gzip"
-    # Whoever does not compress reads it all the same, and the reverse.
+    # A reader without compression can read it, and vice versa.
     plain = make_app()
     assert plain.AsyncResult(task_id).get(timeout=LONG) == "x" * 10_000
     other = new_id()
@@ -348,14 +348,14 @@ def test_without_result_cache_max_nothing_is_cached(app: Celery) -> None:
     assert not app.backend.is_cached(task_id)
 
 
-def test_result_cache_max_keeps_so_many_results(make_app: Apps) -> None:
+def test_result_cache_max_limits_the_cache(make_app: Apps) -> None:
     app = make_app(result_cache_max=2)
     ids = [new_id() for _ in range(3)]
     for task_id in ids:
         app.backend.store_result(task_id, 1, states.SUCCESS)
         assert app.AsyncResult(task_id).state == states.SUCCESS
     assert [app.backend.is_cached(i) for i in ids] == [False, True, True]
-    # What is cached is not asked for; reloading it is asking.
+    # Cached results are not requested again; reloading requests them.
     subprocesses.run(app, subprocess_jobs.forget, ids=ids)
     assert app.AsyncResult(ids[2]).state == states.SUCCESS
     app.backend.reload_task_result(ids[2])
@@ -406,7 +406,7 @@ def test_result_exchange_keeps_apps_apart(make_app: Apps, raw: amqp.Connection) 
 
 
 class Door:
-    """A port that refuses connections until it is opened; then it leads to the broker."""
+    """A port that refuses connections until it is opened, then forwards to the broker."""
 
     def __init__(self, host: str, port: int) -> None:
         self._broker = (host, port)
@@ -417,7 +417,7 @@ class Door:
         self._threads: List[threading.Thread] = []
 
     def open(self) -> None:
-        """Let connections through from now on."""
+        """Forward connections from now on."""
         self._server.listen()
         self._start(self._accept)
 
@@ -447,7 +447,7 @@ class Door:
             pass
 
     def close(self) -> None:
-        """Close everything."""
+        """Close all sockets."""
         for sock in self._sockets:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -468,7 +468,7 @@ def door(amqp_url: str) -> Iterator[Door]:
 
 
 def behind(door: Door, url: str) -> str:
-    """Return the URL of the broker behind the door."""
+    """Return the URL of the broker through the door."""
     import kombu
 
     broker = kombu.Connection(url)
@@ -476,11 +476,11 @@ def behind(door: Door, url: str) -> str:
     return f"amqp://{userid}:{password}@127.0.0.1:{door.port}/{broker.virtual_host}"
 
 
-#: The backend itself gives up at once, so that what is tried again is Celery's doing.
+#: The backend itself gives up immediately, so every retry is Celery's.
 IMPATIENT = {"shards": 8, "retry_policy": {"max_retries": 0}, "lookup_timeout": 1.0}
 
 
-def test_result_backend_always_retry_stores_when_the_broker_is_there_again(
+def test_result_backend_always_retry_stores_once_the_broker_is_back(
     make_app: Apps, amqp_url: str, door: Door, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app(
@@ -502,7 +502,7 @@ def test_result_backend_always_retry_stores_when_the_broker_is_there_again(
     assert make_app().AsyncResult(task_id).get(timeout=LONG) == 1
 
 
-def test_result_backend_max_retries_ends_the_trying(
+def test_result_backend_max_retries_limits_the_retries(
     make_app: Apps, amqp_url: str, door: Door
 ) -> None:
     app = make_app(
@@ -519,7 +519,7 @@ def test_result_backend_max_retries_ends_the_trying(
         app.backend.get_task_meta(new_id())
 
 
-def test_without_result_backend_always_retry_the_error_comes_at_once(
+def test_without_result_backend_always_retry_the_error_is_raised_immediately(
     make_app: Apps, amqp_url: str, door: Door
 ) -> None:
     app = make_app(behind(door, amqp_url), result_backend_transport_options=IMPATIENT)
@@ -529,7 +529,7 @@ def test_without_result_backend_always_retry_the_error_comes_at_once(
         app.backend.get_task_meta(new_id())
 
 
-def test_the_retry_policy_of_the_backend_bridges_an_absence_of_the_broker(
+def test_the_retry_policy_of_the_backend_covers_a_broker_outage(
     make_app: Apps, amqp_url: str, door: Door
 ) -> None:
     policy = {"max_retries": 1000, "interval_start": 0.01, "interval_step": 0}
@@ -547,9 +547,7 @@ def test_the_retry_policy_of_the_backend_bridges_an_absence_of_the_broker(
     assert getting.result() == 1
 
 
-def test_a_get_ends_at_its_timeout_although_the_broker_is_away(
-    make_app: Apps, amqp_url: str, door: Door
-) -> None:
+def test_get_times_out_while_the_broker_is_down(make_app: Apps, amqp_url: str, door: Door) -> None:
     app = make_app(behind(door, amqp_url))
     begun = time.monotonic()
     with pytest.raises(Exception, match=r"timed out|cannot be reached"):

@@ -20,12 +20,12 @@ from tests.conftest import Apps
 
 
 def sign_and_forge(app: Celery, folder: str) -> List[str]:
-    """Store a signed result, one signed by nobody we know, and altered ones; read them all.
+    """Store a valid result, one with an unknown signer, and altered ones; read all of them.
 
-    Setting up security changes kombu for the whole process, so that this one is of its own.
+    Setting up security changes kombu for the whole process, so this runs in a process of its own.
     """
 
-    # Celery 5.3 asks for the time in a way that newer versions of cryptography warn of.
+    # Celery 5.3 calls an API that newer versions of cryptography warn about.
     warnings.filterwarnings("ignore", "Properties that return a na")
 
     def sign_with(name: str) -> Any:
@@ -71,7 +71,7 @@ def sign_and_forge(app: Celery, folder: str) -> List[str]:
 def test_a_forged_or_altered_result_is_refused(make_app: Apps, tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
     for name in ("known", "stranger"):
-        # An authority of its own, so that serial numbers and issuers differ.
+        # A separate authority, so that serial numbers and issuers differ.
         issued = trustme.CA().issue_cert(f"{name}.example", key_type=trustme.KeyType.RSA)
         issued.private_key_pem.write_to_path(str(tmp_path / f"{name}.key"))
         issued.cert_chain_pems[0].write_to_path(str(tmp_path / f"{name}.pem"))

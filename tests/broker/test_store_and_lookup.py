@@ -1,4 +1,4 @@
-"""Storing states and looking them up, by the process that stored them and by others."""
+"""Storing states and looking them up, in the same process and in others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_result_reads_back_as_it_was_stored(app: Celery, value: Any) -> None:
     assert result.get(timeout=LONG) == value
 
 
-def test_store_result_returns_what_it_was_given(app: Celery) -> None:
+def test_store_result_returns_its_argument(app: Celery) -> None:
     assert app.backend.store_result(new_id(), 5, states.SUCCESS) == 5
 
 
@@ -54,7 +54,7 @@ def test_an_unknown_task_is_pending(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("state", ["STARTED", "RETRY", "PROGRESS", "RECEIVED", "MY-OWN.state #1"])
-def test_every_state_on_the_way_can_be_stored_and_read(app: Celery, state: str) -> None:
+def test_every_intermediate_state_can_be_stored_and_read(app: Celery, state: str) -> None:
     task_id = new_id()
     value: Any = ValueError("again") if state == states.RETRY else {"step": 1}
     app.backend.store_result(task_id, value, state)
@@ -81,7 +81,7 @@ def test_a_failure_reads_back_as_its_exception_with_its_traceback(app: Celery) -
         result.get(timeout=LONG)
 
 
-def test_the_small_accessors_agree_with_the_meta(app: Celery) -> None:
+def test_the_accessors_agree_with_the_meta(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, "value", states.SUCCESS)
     backend = app.backend
@@ -109,7 +109,7 @@ def test_a_failure_can_be_stored_with_a_nearly_empty_request(app: Celery) -> Non
 
 
 @pytest.mark.parametrize("late", ["STARTED", "PROGRESS", "RETRY", "FAILURE", "REVOKED"])
-def test_nothing_takes_success_back(app: Celery, make_app: Apps, late: str) -> None:
+def test_no_state_replaces_success(app: Celery, make_app: Apps, late: str) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     value = ValueError("late") if late in states.EXCEPTION_STATES else None
@@ -120,8 +120,8 @@ def test_nothing_takes_success_back(app: Celery, make_app: Apps, late: str) -> N
     assert app.AsyncResult(task_id).state == states.SUCCESS
 
 
-def test_a_failure_yields_to_a_success_but_not_to_a_late_start(app: Celery, make_app: Apps) -> None:
-    # Given a task whose worker was taken for lost, and which was run again.
+def test_success_replaces_failure_but_a_late_started_does_not(app: Celery, make_app: Apps) -> None:
+    # Given a task whose worker was considered lost, and which ran again.
     task_id = new_id()
     app.backend.store_result(task_id, ValueError("lost"), states.FAILURE)
     app.backend.store_result(task_id, None, states.STARTED)
@@ -130,14 +130,14 @@ def test_a_failure_yields_to_a_success_but_not_to_a_late_start(app: Celery, make
     assert make_app().AsyncResult(task_id).get(timeout=LONG) == 2
 
 
-def test_revokes_by_many_workers_amount_to_one(app: Celery, make_app: Apps) -> None:
+def test_revokes_by_many_workers_count_as_one(app: Celery, make_app: Apps) -> None:
     task_id = new_id()
     for worker in [app, make_app(), make_app()]:
         worker.backend.mark_as_revoked(task_id, reason="revoked")
     assert make_app().AsyncResult(task_id).state == states.REVOKED
 
 
-def test_an_aborted_task_stays_aborted_whatever_it_reports(app: Celery, make_app: Apps) -> None:
+def test_an_aborted_task_stays_aborted_until_its_final_state(app: Celery, make_app: Apps) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, None, "ABORTED")
     app.backend.store_result(task_id, {"current": 1}, "PROGRESS")
@@ -147,7 +147,7 @@ def test_an_aborted_task_stays_aborted_whatever_it_reports(app: Celery, make_app
     assert make_app().AsyncResult(task_id).state == states.SUCCESS
 
 
-def test_looking_up_never_uses_a_result_up(app: Celery, make_app: Apps) -> None:
+def test_a_result_can_be_looked_up_any_number_of_times(app: Celery, make_app: Apps) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, 7, states.SUCCESS)
     readers = [app, make_app(), make_app()]
@@ -157,7 +157,7 @@ def test_looking_up_never_uses_a_result_up(app: Celery, make_app: Apps) -> None:
             assert reader.AsyncResult(task_id).get(timeout=LONG) == 7
 
 
-def test_several_processes_read_the_same_results_several_times_at_once(app: Celery) -> None:
+def test_several_processes_read_the_same_results_concurrently(app: Celery) -> None:
     ids = [new_id() for _ in range(20)]
     for number, task_id in enumerate(ids):
         app.backend.store_result(task_id, number, states.SUCCESS)
@@ -166,13 +166,13 @@ def test_several_processes_read_the_same_results_several_times_at_once(app: Cele
         assert theirs == mine
 
 
-def test_a_result_outlives_the_process_that_stored_it(app: Celery) -> None:
+def test_a_result_survives_the_process_that_stored_it(app: Celery) -> None:
     task_id = new_id()
     subprocesses.run(app, subprocess_jobs.store, results=[(task_id, "kept", states.SUCCESS)])
     assert app.AsyncResult(task_id).get(timeout=LONG) == "kept"
 
 
-def test_exists_tells_stored_from_unknown(app: Celery, make_app: Apps) -> None:
+def test_exists_distinguishes_stored_from_unknown_tasks(app: Celery, make_app: Apps) -> None:
     started, done, unknown = new_id(), new_id(), new_id()
     app.backend.store_result(started, None, states.STARTED)
     app.backend.store_result(done, None, states.SUCCESS)
@@ -188,8 +188,8 @@ def test_exists_tells_stored_from_unknown(app: Celery, make_app: Apps) -> None:
         assert not app.AsyncResult(unknown).exists()
 
 
-def test_forget_deletes_for_everybody(app: Celery, make_app: Apps) -> None:
-    # Given two results that have been read by this process and by another.
+def test_forget_deletes_a_result_for_all_processes(app: Celery, make_app: Apps) -> None:
+    # Given two results that this process and another have read.
     gone, kept = new_id(), new_id()
     reader = make_app()
     for task_id in (gone, kept):
@@ -198,7 +198,7 @@ def test_forget_deletes_for_everybody(app: Celery, make_app: Apps) -> None:
         assert reader.AsyncResult(task_id).get(timeout=LONG) == 1
     # When one is forgotten.
     app.AsyncResult(gone).forget()
-    # Then nobody finds it, however they ask, and the other is as it was.
+    # Then no process finds it by any method, and the other is unchanged.
     for asker in (app, reader, make_app()):
         assert asker.AsyncResult(gone).state == states.PENDING
         assert asker.AsyncResult(gone).result is None
@@ -215,7 +215,7 @@ def test_another_process_may_forget(app: Celery) -> None:
     assert app.AsyncResult(task_id).state == states.PENDING
 
 
-def test_forgetting_what_is_unknown_or_forgotten_is_no_error(app: Celery) -> None:
+def test_forgetting_an_unknown_or_forgotten_task_is_no_error(app: Celery) -> None:
     task_id = new_id()
     app.AsyncResult(task_id).forget()
     app.backend.store_result(task_id, 1, states.SUCCESS)
@@ -244,7 +244,7 @@ def test_process_cleanup_and_cleanup_change_nothing(app: Celery) -> None:
     assert app.AsyncResult(task_id).result == 1
 
 
-def test_a_poll_after_a_change_shows_the_change(app: Celery, make_app: Apps) -> None:
+def test_polling_shows_each_change_and_never_goes_back(app: Celery, make_app: Apps) -> None:
     # Given a process that polls a task that it has not sent.
     task_id, reader = new_id(), make_app()
     for _ in range(3):
@@ -262,22 +262,22 @@ def test_a_poll_after_a_change_shows_the_change(app: Celery, make_app: Apps) -> 
 
     thread = threading.Thread(target=poll)
     thread.start()
-    # When the task goes its way.
+    # When the task runs through its states.
     for state in (states.STARTED, "PROGRESS", states.SUCCESS):
         app.backend.store_result(task_id, None, state)
     thread.join(LONG)
     done.set()
-    # Then the poller gets there, never a step back.
+    # Then the polling process reaches the final state, and never goes back.
     order = ["PENDING", "STARTED", "PROGRESS", "SUCCESS"]
     assert seen[-1] == states.SUCCESS
     assert [order.index(s) for s in seen] == sorted(order.index(s) for s in seen)
 
 
-def test_a_poll_that_meets_the_end_of_a_wait_does_not_keep_an_old_state(
+def test_a_poll_that_overlaps_the_end_of_a_wait_keeps_no_old_state(
     app: Celery, make_app: Apps
 ) -> None:
-    # Given a task that is running, a thread that waits for it, and threads that poll it at the
-    # same time, so that looking up and being pushed overlap in every way.
+    # Given a running task, a thread that waits for it, and threads that poll it at the same time,
+    # so that look-ups and pushes overlap in every way.
     reader = make_app()
     for _ in range(20):
         task_id = new_id()
@@ -301,14 +301,14 @@ def test_a_poll_that_meets_the_end_of_a_wait_does_not_keep_an_old_state(
         for thread in threads:
             thread.join(LONG)
             assert not thread.is_alive()
-        # Then all have seen the end, and nobody is stuck with what was before.
+        # Then every thread has seen the final state, and none is stuck at an earlier one.
         assert values == [1]
         assert polled[-1] == states.SUCCESS
         assert reader.AsyncResult(task_id).state == states.SUCCESS
 
 
-class Paused:
-    """Lets a look-up go as far as having read the store, and holds it there."""
+class PausedLookUp:
+    """A look-up that is paused after it has read the store."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, app: Celery) -> None:
         self.reached = threading.Event()
@@ -340,17 +340,17 @@ class Paused:
 
 
 @pytest.mark.parametrize("reader_is", ["a wait", "a poll"])
-def test_a_slow_look_up_does_not_bring_back_a_state_that_others_saw_pass(
+def test_a_slow_look_up_does_not_restore_a_superseded_state(
     app: Celery, make_app: Apps, monkeypatch: pytest.MonkeyPatch, reader_is: str
 ) -> None:
-    # Given a look-up that has read STARTED, and then is held up.
+    # Given a look-up that has read STARTED, and then is paused.
     task_id, reader = new_id(), make_app()
     app.backend.store_result(task_id, None, states.STARTED)
     until_stored(app)
     assert reader.AsyncResult(task_id).state == states.STARTED
-    paused = Paused(monkeypatch, reader)
+    paused = PausedLookUp(monkeypatch, reader)
     paused.run(lambda: reader.AsyncResult(task_id).state)
-    # When the task ends, and somebody else in this process sees that meanwhile.
+    # When the task finishes, and another thread of this process sees that.
     app.backend.store_result(task_id, 1, states.SUCCESS)
     if reader_is == "a wait":
         assert reader.AsyncResult(task_id).get(timeout=LONG) == 1
@@ -358,12 +358,12 @@ def test_a_slow_look_up_does_not_bring_back_a_state_that_others_saw_pass(
         assert reader.AsyncResult(task_id).state == states.SUCCESS
         assert reader.AsyncResult(task_id).state == states.SUCCESS
     paused.finish()
-    # Then what the slow one has read does not become the truth.
+    # Then the slow look-up's state does not become the current one.
     for _ in range(3):
         assert reader.AsyncResult(task_id).state == states.SUCCESS
 
 
-def test_many_results_are_read_in_one_go(app: Celery, make_app: Apps) -> None:
+def test_many_results_are_read_in_one_request(app: Celery, make_app: Apps) -> None:
     ids = [new_id() for _ in range(500)]
     for number, task_id in enumerate(ids):
         app.backend.store_result(task_id, number, states.SUCCESS)
@@ -374,7 +374,7 @@ def test_many_results_are_read_in_one_go(app: Celery, make_app: Apps) -> None:
 def test_a_shard_with_more_messages_than_a_channel_may_hold_is_read_and_packed(
     make_app: Apps,
 ) -> None:
-    # Given a classic queue with more loose results than a prefetch can say, which nobody has read
+    # Given a classic queue with more loose results than a prefetch count can express, never read
     writer = make_app(shards=1, lookup_timeout=60)
     first, last = new_id(), new_id()
     writer.backend.store_result(first, "first", states.SUCCESS)
@@ -386,13 +386,13 @@ def test_a_shard_with_more_messages_than_a_channel_may_hold_is_read_and_packed(
             state = dataclasses.replace(loose, id=f"{loose.id}-{number}")
             message = amqp.Message(state.body, **state.properties(persistent=False))
             channel.basic_publish(message, "", queue)
-        # It is answered when the broker has what was sent before.
+        # The broker answers this once it has processed everything sent before.
         channel.queue_declare(queue, passive=True)
     writer.backend.store_result(last, "last", states.SUCCESS)
-    # When somebody looks something up
+    # When a process looks up one of them
     reader = make_app(shards=1, lookup_timeout=60)
     assert reader.AsyncResult(last).result == "last"
-    # Then what was read is packed for the next one
+    # Then the messages that were read are packed for the next reader
     assert reader.backend.metrics().packed > 1000
     another = make_app(shards=1, lookup_timeout=60)
     assert another.AsyncResult(first).result == "first"

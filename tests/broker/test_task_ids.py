@@ -43,13 +43,15 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_id_of_this_shape_works(app: Celery, make_app: Apps, shape: str) -> None:
-    # Given a neighbour that could be taken for it.
+def test_an_id_of_any_shape_can_be_stored_awaited_and_forgotten(
+    app: Celery, make_app: Apps, shape: str
+) -> None:
+    # Given a similar id that must not be confused with it.
     task_id, other = SHAPES[shape], SHAPES[shape] + "x"
     app.backend.store_result(other, "other", states.SUCCESS)
     reader = make_app()
     assert reader.AsyncResult(task_id).state == states.PENDING
-    # When there is a result.
+    # When a result is stored.
     app.backend.store_result(task_id, "mine", states.SUCCESS)
     # Then it is found, waited for, and forgotten.
     assert reader.AsyncResult(task_id).state == states.SUCCESS

@@ -1,4 +1,4 @@
-"""Results over TLS: a private authority, host names, client certificates."""
+"""Results over TLS: a private certificate authority, host names, client certificates."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Secure:
         }
 
     def url(self, scheme: str = "amqps") -> str:
-        """Return the URL of the listener with TLS."""
+        """Return the URL of the TLS listener."""
         return f"{scheme}://guest:guest@localhost:{self.node.amqps_port}//"
 
 
@@ -83,7 +83,7 @@ def make_app(broker: str, backend: str, **conf: Any) -> Celery:
 def test_results_are_stored_looked_up_and_pushed_over_tls(
     secure: Secure, broker: str, backend: str | None
 ) -> None:
-    # None stands for a URL that names the server itself.
+    # None stands for a URL that contains the host name.
     app = make_app(secure.url(broker), backend or secure.url(), broker_use_ssl=secure.ssl())
     task_id, later = new_id(), new_id()
     try:
@@ -105,7 +105,7 @@ def test_results_are_stored_looked_up_and_pushed_over_tls(
         pytest.param({"certfile": None, "keyfile": None}, id="client certificate"),
     ],
 )
-def test_who_cannot_be_trusted_is_a_clear_error(secure: Secure, wrong: Dict[str, Any]) -> None:
+def test_an_untrusted_peer_raises_a_clear_error(secure: Secure, wrong: Dict[str, Any]) -> None:
     if wrong.get("ca_certs"):
         wrong = {"ca_certs": secure.another_authority}
     app = make_app(secure.url(), "amqp://", broker_use_ssl=secure.ssl(**wrong))

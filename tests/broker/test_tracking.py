@@ -1,4 +1,4 @@
-"""What became of a task of which no state is kept."""
+"""The fate of a task that has no stored state."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from celery_amqp_results.store.marks import Fate
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps, eventually
 
-#: More than a reader leaves loose.
+#: Enough loose messages for a reader to pack them.
 WORTH_PACKING = 40
 
 
 @pytest.fixture(autouse=True)
 def fresh_connections() -> None:
-    """Have tasks sent on connections that no test before has seen die: the mark would be lost."""
+    """Make tasks use connections that no earlier test has broken, which would lose the mark."""
     kombu.pools.reset()
 
 
@@ -30,7 +30,7 @@ def make(make_app: Apps, **conf: Any) -> Celery:
 
 
 def until(app: Celery, task_id: str, status: str) -> Fate:
-    """Wait until that is what is known of a task: marks are not waited for by their publishers."""
+    """Wait until the task has that fate: publishers do not wait for their marks."""
 
     def fate() -> Any:
         found = app.backend.fate(task_id)
@@ -40,12 +40,12 @@ def until(app: Celery, task_id: str, status: str) -> Fate:
     return found
 
 
-def test_never_sent_waiting_stored_forgotten(make_app: Apps) -> None:
+def test_the_fate_of_a_task_is_never_sent_waiting_stored_or_forgotten(make_app: Apps) -> None:
     sender, worker, other = make(make_app), make(make_app), make(make_app)
     before = datetime.datetime.now(datetime.timezone.utc)
-    # Nobody has sent it
+    # It was never sent
     assert other.backend.fate(new_id()) == Fate("unknown")
-    # It was sent, and no process has stored anything so far: not even the exchange is there
+    # It was sent, and no process has stored anything so far: not even the exchange exists
     result = sender.send_task("task")
     assert (
         sender._backend_cache.layout.publisher._idle
@@ -57,7 +57,7 @@ def test_never_sent_waiting_stored_forgotten(make_app: Apps) -> None:
         assert before - datetime.timedelta(seconds=1) <= fate.since
         assert app.backend.task_result_exists(result.id)
         assert app.AsyncResult(result.id).state == states.PENDING
-    # It ends
+    # It finishes
     worker.backend.store_result(result.id, 3, states.SUCCESS)
     for app in (sender, other):
         assert app.backend.fate(result.id).status == "stored"
@@ -71,7 +71,7 @@ def test_never_sent_waiting_stored_forgotten(make_app: Apps) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_expired(make_app: Apps, packed: bool) -> None:
+def test_the_fate_of_an_expired_result_is_expired(make_app: Apps, packed: bool) -> None:
     app, worker = make(make_app), make(make_app, result_expires=3)
     result = app.send_task("task")
     worker.backend.store_result(result.id, 3, states.SUCCESS)
@@ -86,7 +86,7 @@ def test_expired(make_app: Apps, packed: bool) -> None:
     assert not app.backend.task_result_exists(result.id)
 
 
-def test_marks_are_pushed_to_nobody(make_app: Apps) -> None:
+def test_marks_are_not_pushed(make_app: Apps) -> None:
     app, worker = make(make_app), make(make_app)
     seen = []
     task_id = new_id()
@@ -101,47 +101,47 @@ def test_marks_are_pushed_to_nobody(make_app: Apps) -> None:
 def test_a_broker_that_refuses_marks_does_not_refuse_tasks(
     make_app: Apps, raw: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Given an exchange that others have made for another number of shards
+    # Given an exchange that was declared for another number of shards
     make_app(shards=4).backend.store_result(new_id(), 1, states.SUCCESS)
     app = make(make_app)
-    # When tasks are sent, on one connection that is read from
+    # When tasks are sent on a connection that is read
     with app.connection_for_write(transport_options={"confirm_publish": True}) as connection:
         for _ in range(5):
             app.send_task("task", connection=connection)
-    # Then they are there, and the log says what is wrong
+    # Then they arrive, and the log says what is wrong
     channel = raw.channel()
     count = channel.queue_declare(app.conf.task_default_queue, passive=True).message_count
     assert count == 5
     assert "not tracked any more" in caplog.text
 
 
-def test_a_shard_that_a_mark_did_not_get_declared_is_refused_to_who_stores(
+def test_a_shard_that_a_mark_failed_to_declare_raises_for_the_storing_process(
     make_app: Apps, raw: Any
 ) -> None:
-    # Given a shard that differs, and a process whose mark for it was refused
+    # Given an incompatible shard, and a process whose mark for it was refused
     app = make(make_app)
     with raw.channel() as channel:
         channel.queue_declare(
             app.backend._topology.shard_queue_name(0), durable=True, auto_delete=False
         )
     app.send_task("task")
-    # Then it is told so when it stores
+    # Then storing raises the error
     with pytest.raises(errors.DeclarationRefused):
         app.backend.store_result(new_id(), 1, states.SUCCESS)
 
 
-def test_marks_declare_nothing_where_nothing_is_to_be_declared(make_app: Apps, raw: Any) -> None:
+def test_marks_declare_nothing_if_declaring_is_turned_off(make_app: Apps, raw: Any) -> None:
     app = make_app(
         result_backend_transport_options={"shards": 1, "track_sent": True, "declare": False}
     )
     topology = app.backend._topology
-    # Given the shard, and no exchange
+    # Given the shard, but no exchange
     spec = topology.shard_queue(0)
     channel = raw.channel()
     channel.queue_declare(spec.name, durable=True, auto_delete=False, arguments=spec.arguments)
-    # When a task is sent, and its mark is there
+    # When a task is sent, and its mark has arrived
     until(app, app.send_task("task").id, "sent")
-    # Then there is still none, which the user may not have been allowed to declare
+    # Then the exchange was not declared, since the user may lack the permission
     with pytest.raises(amqp.NotFound):
         channel.exchange_declare(topology.exchange, "topic", passive=True)
 
@@ -162,7 +162,7 @@ def test_a_task_that_is_sent_to_another_broker_is_not_marked_there(make_app: App
     with app.connection_for_write("amqp://guest:guest@127.0.0.1:1/other") as connection:
         producer = app.amqp.Producer(connection, auto_declare=False)
         assert not app.backend._sends_to_us(producer)
-        # Connects to nothing
+        # This connects to nothing
         app.backend.on_task_call(producer, new_id())
         assert not connection.connected
 

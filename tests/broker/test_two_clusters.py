@@ -16,7 +16,7 @@ from tools import rabbitmq
 def test_results_of_two_clusters_do_not_mix(make_app: Apps, node: rabbitmq.Node) -> None:
     name = os.environ.get("RABBITMQ_DISTRIBUTION", "system")
     with rabbitmq.Node(rabbitmq.distribution(name)) as second:
-        # Both have the same broker for their tasks, and the same names for their results
+        # Both use the same broker for tasks, and the same names for results
         here = make_app()
         there = Celery("there", broker=make_app.url, backend=second.url(), set_as_current=False)
         there.conf.update(here.conf.changes, result_backend=second.url())
@@ -24,7 +24,7 @@ def test_results_of_two_clusters_do_not_mix(make_app: Apps, node: rabbitmq.Node)
         ids = [new_id() for _ in range(20)]
         later = new_id()
         try:
-            # When both wait for the same task, and store others under the same ids, in threads
+            # When both wait for the same task, and store results under the same ids in threads
             waiting = {
                 where: Waiting(lambda app=app: app.AsyncResult(later).get(timeout=LONG))
                 for where, app in apps.items()
@@ -43,7 +43,7 @@ def test_results_of_two_clusters_do_not_mix(make_app: Apps, node: rabbitmq.Node)
                 thread.start()
             for thread in threads:
                 thread.join(2 * LONG)
-            # Then each has its own
+            # Then each has its own results
             assert sorted(found) == [("here", {"here"}), ("there", {"there"})]
             for where, app in apps.items():
                 app.backend.store_result(later, where, states.SUCCESS)

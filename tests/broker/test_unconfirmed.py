@@ -1,4 +1,4 @@
-"""Results that are stored without waiting for their confirms, many at a time."""
+"""Results that are stored without waiting for confirms, many at a time."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def few_unconfirmed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_unconfirmed")
-def test_all_are_kept_and_few_are_unconfirmed(make_app: Apps) -> None:
+def test_all_results_are_kept_and_the_number_of_unconfirmed_ones_is_limited(make_app: Apps) -> None:
     # Given a backend that does not wait for each confirm
     options = {"confirm": False, "shards": 8}
     app = make_app(result_backend_transport_options=options)
     ids = [str(uuid.uuid4()) for _ in range(300)]
     channels = app.backend.layout.publisher._idle
-    # When it stores more than may be unconfirmed
+    # When it stores more than the limit of unconfirmed results
     for number, task_id in enumerate(ids):
         app.backend.store_result(task_id, number, "SUCCESS")
-        # Then no more are ever unconfirmed
+        # Then the limit is never exceeded
         assert len(channels[0].unconfirmed) <= 20
-    # And it knows of all shards that they are there, long before it waits for all confirms
+    # And it knows that all shards exist, long before it waits for all confirms
     declarations = app.backend.layout.publisher._declarations
     assert all(declarations.has_shard(shard) for shard in range(8))
-    # And everything is there
+    # And every result is stored
     app.backend.close()
     reader = make_app(result_backend_transport_options={"shards": 8})
     found = reader.backend.layout.poll(ids)
@@ -46,10 +46,10 @@ def test_all_are_kept_and_few_are_unconfirmed(make_app: Apps) -> None:
 
 
 @pytest.mark.usefixtures("few_unconfirmed")
-def test_what_comes_back_among_the_confirms_is_published_again(
+def test_returned_messages_between_confirms_are_published_again(
     make_app: Apps, raw: amqp.Connection, caplog: Any
 ) -> None:
-    # Given shards that the backend has declared, and that somebody has deleted since
+    # Given shards that the backend has declared, and an operator has deleted
     app = make_app(result_backend_transport_options={"confirm": False, "shards": 8})
     first = [str(uuid.uuid4()) for _ in range(100)]
     for task_id in first:
@@ -59,18 +59,18 @@ def test_what_comes_back_among_the_confirms_is_published_again(
     channel = raw.channel()
     for shard in range(8):
         channel.queue_delete(topology.shard_queue_name(shard))
-    # When more is stored, so that confirms and returned messages come in turn
+    # When more results are stored, so that confirms and returned messages alternate
     second = [str(uuid.uuid4()) for _ in range(100)]
     for task_id in second:
         app.backend.store_result(task_id, 2, "SUCCESS")
     app.backend.close()
-    # Then all of that is kept
+    # Then all of them are kept
     reader = make_app(result_backend_transport_options={"shards": 8})
     assert None not in reader.backend.layout.poll(second).values()
     assert "a shard queue is not there" in caplog.text
 
 
-def test_what_comes_back_is_not_taken_for_what_was_published_before(make_app: Apps) -> None:
+def test_a_returned_message_is_not_confused_with_an_earlier_one(make_app: Apps) -> None:
     # Given states in a shard that the broker has not confirmed
     app = make_app(shards=1)
     app.backend.store_result(str(uuid.uuid4()), 0, "SUCCESS")
@@ -79,7 +79,7 @@ def test_what_comes_back_is_not_taken_for_what_was_published_before(make_app: Ap
     channel = ConfirmChannel(link)
     names = [f"{when} {number}" for when in ("before", "after") for number in range(5)]
     states = [
-        # Among them several with the same body
+        # Some of them have the same body
         StateMessage(name, "STARTED", number % 3, b"{}", "application/json", "utf-8")
         for number, name in enumerate(names)
     ]
@@ -87,20 +87,20 @@ def test_what_comes_back_is_not_taken_for_what_was_published_before(make_app: Ap
     with link.corked():
         for message in messages[:5]:
             channel.publish(message)
-        # When somebody deletes it, and more is published
+        # When the shard is deleted, and more states are published
         channel.channel.queue_delete(queue, nowait=True)
         for message in messages[5:]:
             channel.publish(message)
     channel.wait(list(channel.unconfirmed))
     link.close()
-    # Then it is known what was not kept
+    # Then the publisher knows which messages were not stored
     assert [message.what for message in channel.returned] == names[5:]
 
 
-def test_what_nobody_waits_for_and_the_broker_refuses_is_no_error_of_somebody_else(
+def test_a_refused_state_without_a_waiter_fails_no_other_store(
     make_app: Apps, raw: amqp.Connection, caplog: Any
 ) -> None:
-    # Given two shards, one of which takes a single message
+    # Given two shards, one of which accepts a single message
     options = {"shards": 2, "declare": False, "retry_policy": {"max_retries": 0}}
     app = make_app(result_backend_transport_options=options)
     topology = app.backend._topology
@@ -115,17 +115,17 @@ def test_what_nobody_waits_for_and_the_broker_refuses_is_no_error_of_somebody_el
     while min(map(len, by_shard.values())) < 9:
         task_id = str(uuid.uuid4())
         by_shard[topology.shard(task_id)].append(task_id)
-    # When more is published to that one without waiting
+    # When more states are published to that one without waiting
     for task_id in by_shard[1]:
         app.backend.store_result(task_id, {}, "PROGRESS")
-    # Then what is stored in the other is stored
+    # Then results for the other shard are stored
     app.backend.store_result(by_shard[0][0], 1, "SUCCESS")
     assert app.AsyncResult(by_shard[0][0]).state == "SUCCESS"
     assert "lost, since the broker refused it 6 times" in caplog.text
-    # And what is stored in that one is an error
+    # And a result for the full shard raises an error
     with pytest.raises(errors.NotConfirmed, match="nack"):
         app.backend.store_result(by_shard[1][0], 1, "SUCCESS")
-    # Nor is it an error of somebody else that the queue is gone and nobody is to declare it
+    # Nor does it fail another result that the queue is deleted and may not be declared
     queue = topology.shard_queue_name(1)
     channel.queue_delete(queue)
     app.backend.store_result(by_shard[1][1], {}, "PROGRESS")
@@ -136,10 +136,10 @@ def test_what_nobody_waits_for_and_the_broker_refuses_is_no_error_of_somebody_el
         app.backend.store_result(by_shard[1][1], 1, "SUCCESS")
 
 
-def test_what_the_broker_refuses_for_a_while_is_kept_when_a_later_result_is(
+def test_a_temporarily_refused_state_is_stored_with_a_later_result(
     make_app: Apps, raw: amqp.Connection
 ) -> None:
-    # Given a shard that takes a single message, and has it
+    # Given a shard that accepts a single message, and is full
     options = {"shards": 1, "declare": False}
     app = make_app(result_backend_transport_options=options)
     topology, channel = app.backend._topology, raw.channel()
@@ -149,15 +149,15 @@ def test_what_the_broker_refuses_for_a_while_is_kept_when_a_later_result_is(
     channel.queue_declare(spec.name, durable=True, auto_delete=False, arguments=arguments)
     first, second = (str(uuid.uuid4()) for _ in range(2))
     app.backend.store_result(str(uuid.uuid4()), 0, "SUCCESS")
-    # When it refuses a state that nobody waits for
+    # When it refuses a state whose confirm is not awaited
     app.backend.store_result(first, {}, "PROGRESS")
     confirms = app.backend.layout.publisher._idle[0]
     confirms.wait(list(confirms.unconfirmed))
     assert confirms.nacked
-    # And takes messages again
+    # And accepts messages again
     channel.queue_delete(spec.name)
     channel.queue_declare(spec.name, durable=True, auto_delete=False, arguments=spec.arguments)
-    # Then that is kept when the next result is
+    # Then that state is stored together with the next result
     app.backend.store_result(second, 1, "SUCCESS")
     reader = make_app(shards=1)
     assert reader.AsyncResult(first).state == "PROGRESS"

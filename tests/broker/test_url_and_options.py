@@ -1,4 +1,4 @@
-"""The result URL, and options that are wrong or lead nowhere."""
+"""The result URL, and options that are invalid or point to nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.broker.helpers import LONG, new_id
 from tests.conftest import Apps
 from tools import rabbitmq
 
-#: A password that has to be escaped in a URL.
+#: A password with characters that must be escaped in a URL.
 PASSWORD = "s3cr:t/@?#%"
 
 
@@ -60,7 +60,7 @@ def test_results_go_to_the_broker_of_the_url_with_its_user_and_virtual_host(
     assert ".shard." in node.ctl("list_queues", "-p", vhost, "name")
 
 
-def test_a_user_without_permissions_is_told_so(
+def test_missing_permissions_raise_a_clear_error(
     make_app: Apps, amqp_url: str, account: Tuple[str, str], node: rabbitmq.Node
 ) -> None:
     user, vhost = account
@@ -93,8 +93,8 @@ def shown(exc: BaseException) -> str:
     ],
     ids=["store", "store on the way", "state", "get", "get for ever", "forget", "get_many"],
 )
-class TestABrokerThatCannotBeUsed:
-    def test_a_wrong_password_is_an_error_that_does_not_show_it(
+class TestUnusableBroker:
+    def test_a_wrong_password_raises_an_error_without_showing_it(
         self, make_app: Apps, amqp_url: str, ask: Callable[[Any], Any]
     ) -> None:
         app = make_app(url_of(amqp_url, "guest", "wr0ng-secret", "/"))
@@ -104,14 +104,14 @@ class TestABrokerThatCannotBeUsed:
         assert "password" in str(caught.value)
         assert "guest:**@" in str(caught.value)
 
-    def test_an_unknown_virtual_host_is_an_error(
+    def test_an_unknown_virtual_host_raises_an_error(
         self, make_app: Apps, amqp_url: str, ask: Callable[[Any], Any]
     ) -> None:
         app = make_app(url_of(amqp_url, "guest", "guest", "/no-such-vhost"))
         with pytest.raises(OperationalError, match="virtual host"):
             ask(app)
 
-    def test_a_broker_that_is_not_there_is_an_error_and_no_hang(
+    def test_a_missing_broker_raises_an_error_instead_of_hanging(
         self, make_app: Apps, ask: Callable[[Any], Any]
     ) -> None:
         app = make_app(
@@ -127,10 +127,10 @@ class TestABrokerThatCannotBeUsed:
         assert time.monotonic() - begun < LONG
         assert "wr0ng-secret" not in shown(caught.value)
 
-    def test_a_port_where_nobody_answers_is_an_error_and_no_hang(
+    def test_a_silent_port_raises_an_error_instead_of_hanging(
         self, make_app: Apps, ask: Callable[[Any], Any]
     ) -> None:
-        # Connections are accepted by the kernel, and never spoken to.
+        # The kernel accepts connections, but no process answers on them.
         with socket.create_server(("127.0.0.1", 0)) as silent:
             app = make_app(
                 f"amqp://guest:guest@127.0.0.1:{silent.getsockname()[1]}//",
@@ -146,7 +146,7 @@ class TestABrokerThatCannotBeUsed:
             assert time.monotonic() - begun < LONG
 
 
-def test_of_several_hosts_the_first_that_answers_is_used(make_app: Apps, amqp_url: str) -> None:
+def test_the_first_of_several_hosts_that_answers_is_used(make_app: Apps, amqp_url: str) -> None:
     dead = "amqp://guest:guest@127.0.0.1:1//"
     app = make_app(f"{dead};{amqp_url};{dead}")
     task_id = new_id()
@@ -155,9 +155,7 @@ def test_of_several_hosts_the_first_that_answers_is_used(make_app: Apps, amqp_ur
     assert subprocesses.run(app, subprocess_jobs.states, ids=[task_id]) == ["SUCCESS"]
 
 
-def test_the_url_is_shown_without_password_wherever_it_is_shown(
-    make_app: Apps, amqp_url: str
-) -> None:
+def test_the_url_is_always_shown_without_its_password(make_app: Apps, amqp_url: str) -> None:
     url = url_of(amqp_url, "guest", PASSWORD, "/")
     app = make_app(url + "?shards=4")
     backend = app.backend
@@ -168,14 +166,14 @@ def test_the_url_is_shown_without_password_wherever_it_is_shown(
     assert backend.as_uri() == url + "?shards=4"
 
 
-def test_options_of_the_url_win_over_the_setting(make_app: Apps, amqp_url: str) -> None:
+def test_options_in_the_url_override_the_setting(make_app: Apps, amqp_url: str) -> None:
     app = make_app(amqp_url + "?shards=3&confirm=false", shards=5)
     assert app.backend.options.shards == 3
     assert app.backend.options.confirm is False
 
 
 @pytest.mark.parametrize("scheme", ["amqp", "pyamqp"])
-def test_the_schemes_that_mean_the_app_s_broker(make_app: Apps, scheme: str) -> None:
+def test_these_schemes_mean_the_app_s_broker(make_app: Apps, scheme: str) -> None:
     app = make_app(f"{scheme}://")
     task_id = new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
@@ -195,7 +193,7 @@ def test_the_schemes_that_mean_the_app_s_broker(make_app: Apps, scheme: str) -> 
         ({"layout": "both"}, ["'layout'", "'both'", "'shared' and 'per-task'"]),
     ],
 )
-def test_a_wrong_option_names_itself_its_value_and_what_is_allowed(
+def test_the_error_for_an_invalid_option_names_it_its_value_and_the_allowed_values(
     make_app: Apps, options: Any, said: Any
 ) -> None:
     app = make_app(result_backend_transport_options=options)
@@ -205,15 +203,15 @@ def test_a_wrong_option_names_itself_its_value_and_what_is_allowed(
         assert part in str(caught.value)
 
 
-def test_the_backend_is_made_without_a_broker(make_app: Apps) -> None:
-    # The worker makes it in its main process, for its banner.
+def test_creating_the_backend_needs_no_broker(make_app: Apps) -> None:
+    # The worker's main process creates it for its banner.
     app = make_app("amqp://guest:guest@127.0.0.1:1//")
     assert app.backend.as_uri(include_password=False) == "amqp://guest:**@127.0.0.1:1//"
     assert app.backend.thread_safe
     assert app.backend.on_task_call(None, new_id()) == {}
 
 
-def test_celery_4_s_module_can_be_imported() -> None:
+def test_the_module_of_celery_4_can_be_imported() -> None:
     from celery.backends.amqp import AMQPBackend as Old
 
     from celery_amqp_results import AMQPBackend
@@ -236,10 +234,8 @@ def test_all_threads_share_one_backend(make_app: Apps) -> None:
 
 
 @pytest.mark.parametrize("layout", ["shared", "per-task"])
-def test_a_wait_whose_timeout_is_over_before_the_broker_answers_has_timed_out(
-    make_app: Apps, layout: str
-) -> None:
-    # Connections are accepted by the kernel, and never spoken to.
+def test_a_wait_times_out_even_if_the_broker_never_answers(make_app: Apps, layout: str) -> None:
+    # The kernel accepts connections, but no process answers on them.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         app = make_app(
             f"amqp://guest:guest@127.0.0.1:{silent.getsockname()[1]}//",

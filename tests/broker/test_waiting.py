@@ -1,4 +1,4 @@
-"""Waiting for one task: timeouts, states pushed on the way, and many waiters."""
+"""Waiting for one task: timeouts, intermediate states, and many waiters."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.broker.helpers import LONG, Waiting, new_id, open_inbox, until_watche
 from tests.conftest import Apps, eventually
 
 
-def test_a_result_that_is_there_is_got_at_once(app: Celery, make_app: Apps) -> None:
+def test_a_stored_result_is_returned_immediately(app: Celery, make_app: Apps) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert make_app().AsyncResult(task_id).get() == 1
 
 
-def test_a_result_that_comes_later_is_pushed(app: Celery, make_app: Apps) -> None:
+def test_a_later_result_is_pushed(app: Celery, make_app: Apps) -> None:
     task_id, worker = new_id(), make_app()
     waiting = Waiting(app.AsyncResult(task_id).get)
     until_watched(app, task_id, eventually)
@@ -34,11 +34,11 @@ def test_a_result_that_comes_later_is_pushed(app: Celery, make_app: Apps) -> Non
     assert app.backend.layout.inbox.received == received + 1
 
 
-def test_timeout_none_waits_for_as_long_as_it_takes(app: Celery) -> None:
+def test_timeout_none_waits_without_a_limit(app: Celery) -> None:
     task_id = new_id()
     waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=None))
     until_watched(app, task_id, eventually)
-    # Longer than the interval at which waiting looks around.
+    # Longer than the interval between look-ups during a wait.
     waiting.thread.join(1.2)
     assert waiting.thread.is_alive()
     app.backend.store_result(task_id, 1, states.SUCCESS)
@@ -46,7 +46,7 @@ def test_timeout_none_waits_for_as_long_as_it_takes(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, 0.0, -1, 0.01, 0.3, 1])
-def test_a_wait_for_nothing_ends_at_its_timeout(app: Celery, timeout: float) -> None:
+def test_a_wait_without_a_result_times_out(app: Celery, timeout: float) -> None:
     result = app.AsyncResult(new_id())
     begun = time.monotonic()
     with pytest.raises(TimeoutError):
@@ -55,7 +55,7 @@ def test_a_wait_for_nothing_ends_at_its_timeout(app: Celery, timeout: float) -> 
     assert max(0, timeout) <= passed < LONG
 
 
-def test_timeout_zero_returns_what_is_there(app: Celery, make_app: Apps) -> None:
+def test_timeout_zero_returns_a_stored_result(app: Celery, make_app: Apps) -> None:
     done, failed, running = new_id(), new_id(), new_id()
     app.backend.store_result(done, 1, states.SUCCESS)
     app.backend.store_result(failed, KeyError("k"), states.FAILURE)
@@ -68,8 +68,8 @@ def test_timeout_zero_returns_what_is_there(app: Celery, make_app: Apps) -> None
             reader.AsyncResult(running).get(timeout=0)
 
 
-def test_the_timeout_is_for_the_whole_wait_however_many_states_come(app: Celery) -> None:
-    # Given a task that reports progress all the time, and never ends.
+def test_the_timeout_covers_the_whole_wait_however_many_states_arrive(app: Celery) -> None:
+    # Given a task that reports progress all the time, and never finishes.
     task_id, done = new_id(), threading.Event()
 
     def report() -> None:
@@ -82,7 +82,7 @@ def test_the_timeout_is_for_the_whole_wait_however_many_states_come(app: Celery)
     thread.start()
     seen: List[Any] = []
     try:
-        # A broker that is busy may take longer to bring the first.
+        # A busy broker may take longer to deliver the first state.
         for timeout in (1, LONG / 2):
             begun = time.monotonic()
             with pytest.raises(TimeoutError):
@@ -96,7 +96,7 @@ def test_the_timeout_is_for_the_whole_wait_however_many_states_come(app: Celery)
     assert seen
 
 
-def test_a_timeout_leaves_the_task_as_it_is(app: Celery) -> None:
+def test_a_timeout_does_not_affect_the_task(app: Celery) -> None:
     task_id = new_id()
     result = app.AsyncResult(task_id)
     with pytest.raises(TimeoutError):
@@ -106,7 +106,7 @@ def test_a_timeout_leaves_the_task_as_it_is(app: Celery) -> None:
 
 
 def test_on_message_gets_every_state_in_order(app: Celery, make_app: Apps) -> None:
-    # Given somebody who waits.
+    # Given a waiter.
     task_id, worker = new_id(), make_app()
     seen: List[Tuple[str, Any]] = []
     waiting = Waiting(
@@ -150,7 +150,7 @@ def test_on_message_gets_the_failure_before_it_is_raised(app: Celery) -> None:
     assert [(m["status"], m["traceback"]) for m in seen] == [("FAILURE", "tb")]
 
 
-def test_what_on_message_raises_ends_the_wait(app: Celery) -> None:
+def test_an_exception_in_on_message_ends_the_wait(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, None, states.STARTED)
 
@@ -163,7 +163,7 @@ def test_what_on_message_raises_ends_the_wait(app: Celery) -> None:
     assert app.AsyncResult(task_id).get(timeout=LONG) == 1
 
 
-def test_on_interval_is_called_again_and_again(app: Celery) -> None:
+def test_on_interval_is_called_repeatedly(app: Celery) -> None:
     # AsyncResult.get wraps the function in a promise that calls it once, whatever the backend.
     task_id = new_id()
     calls: List[int] = []
@@ -178,7 +178,7 @@ def test_on_interval_is_called_again_and_again(app: Celery) -> None:
     assert len(calls) >= 5
 
 
-def test_on_interval_of_get_is_called_and_may_end_the_wait(app: Celery) -> None:
+def test_on_interval_of_get_is_called_and_can_end_the_wait(app: Celery) -> None:
     def stop() -> None:
         raise InterruptedError
 
@@ -204,7 +204,7 @@ def test_propagate_false_returns_the_exception(app: Celery) -> None:
     assert value.args == ("k",)
 
 
-def test_a_revoked_task_raises_for_the_one_who_waits(app: Celery) -> None:
+def test_a_revoked_task_raises_for_its_waiter(app: Celery) -> None:
     from celery.exceptions import TaskRevokedError
 
     task_id = new_id()
@@ -215,7 +215,7 @@ def test_a_revoked_task_raises_for_the_one_who_waits(app: Celery) -> None:
         waiting.result()
 
 
-def test_a_task_that_failed_cannot_be_got_as_a_value_the_second_time(app: Celery) -> None:
+def test_get_raises_the_error_of_a_failed_task_every_time(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, KeyError("k"), states.FAILURE)
     result = app.AsyncResult(task_id)
@@ -240,7 +240,7 @@ def test_many_threads_wait_for_one_task_through_one_result_object(app: Celery) -
     assert [waiting.result() for waiting in waits] == ["all"] * 10
 
 
-def test_many_threads_wait_for_one_task_through_result_objects_of_their_own(app: Celery) -> None:
+def test_many_threads_wait_for_one_task_through_separate_result_objects(app: Celery) -> None:
     task_id = new_id()
     waits = [Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG)) for _ in range(10)]
     until_watched(app, task_id, eventually, 10)
@@ -248,9 +248,9 @@ def test_many_threads_wait_for_one_task_through_result_objects_of_their_own(app:
     assert [waiting.result() for waiting in waits] == ["all"] * 10
 
 
-def test_waits_of_different_ends_do_not_disturb_each_other(app: Celery) -> None:
-    # Given one that gives up soon, one that is interrupted by its own callback, and one that
-    # waits on.
+def test_waits_that_end_differently_do_not_disturb_each_other(app: Celery) -> None:
+    # Given one wait that times out soon, one that its own callback interrupts, and one that
+    # continues.
     task_id = new_id()
     patient = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG))
     hasty = Waiting(lambda: app.AsyncResult(task_id).get(timeout=0.2))
@@ -266,7 +266,7 @@ def test_waits_of_different_ends_do_not_disturb_each_other(app: Celery) -> None:
     assert patient.result() == 1
 
 
-def test_a_result_that_somebody_else_got_can_be_got(app: Celery) -> None:
+def test_a_result_can_be_fetched_after_another_process_fetched_it(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, "for all", states.SUCCESS)
     assert subprocesses.run(app, subprocess_jobs.values, ids=[task_id], times=2) == ["for all"] * 2
@@ -274,7 +274,7 @@ def test_a_result_that_somebody_else_got_can_be_got(app: Celery) -> None:
     assert subprocesses.run(app, subprocess_jobs.values, ids=[task_id]) == ["for all"]
 
 
-def test_several_processes_wait_for_one_task_that_none_of_them_sent(app: Celery) -> None:
+def test_several_processes_wait_for_a_task_that_none_of_them_sent(app: Celery) -> None:
     task_id = new_id()
     waiter = subprocesses.start(app, subprocess_jobs.wait_and_say, task_id=task_id)
     another = subprocesses.start(app, subprocess_jobs.wait_and_say, task_id=task_id)
@@ -285,7 +285,7 @@ def test_several_processes_wait_for_one_task_that_none_of_them_sent(app: Celery)
         assert one.answer() == two.answer() == [1, 2]
 
 
-def test_a_process_that_dies_while_it_waits_takes_nothing_with_it(app: Celery) -> None:
+def test_a_process_killed_during_a_wait_loses_no_result(app: Celery) -> None:
     task_id = new_id()
     with subprocesses.start(app, subprocess_jobs.wait_and_say, task_id=task_id) as process:
         assert process.readline() == "waiting"
@@ -295,15 +295,15 @@ def test_a_process_that_dies_while_it_waits_takes_nothing_with_it(app: Celery) -
 
 
 def test_garbage_collection_of_thousands_of_results_disturbs_no_wait(app: Celery) -> None:
-    # Given threads that wait, and results of unknown tasks that come and go meanwhile, some in
-    # reference cycles so that the collector finds them at any point.
+    # Given threads that wait, while results of unknown tasks are created and dropped, some in
+    # reference cycles that the collector may find at any moment.
     ids = [new_id() for _ in range(20)]
     waits = [Waiting(lambda i=i: app.AsyncResult(i).get(timeout=LONG)) for i in ids]  # type: ignore[misc]
     for task_id in ids:
         until_watched(app, task_id, eventually)
     stop = threading.Event()
 
-    def litter() -> None:
+    def create_garbage() -> None:
         while not stop.is_set():
             for _ in range(200):
                 result = app.AsyncResult(new_id())
@@ -314,7 +314,7 @@ def test_garbage_collection_of_thousands_of_results_disturbs_no_wait(app: Celery
                 cycle.myself = cycle
             gc.collect()
 
-    litterers = [threading.Thread(target=litter) for _ in range(2)]
+    litterers = [threading.Thread(target=create_garbage) for _ in range(2)]
     for thread in litterers:
         thread.start()
     for number, task_id in enumerate(ids):
@@ -324,7 +324,7 @@ def test_garbage_collection_of_thousands_of_results_disturbs_no_wait(app: Celery
     for thread in litterers:
         thread.join(LONG)
         assert not thread.is_alive()
-    # Then nothing of them is kept.
+    # Then no trace of the dropped ones is left.
     eventually(lambda: not app.backend._pending._results)
 
 
@@ -352,7 +352,7 @@ def test_a_backend_survives_pickling_with_its_url(make_app: Apps, amqp_url: str)
         Celery(set_as_current=True)
 
 
-def test_a_closed_backend_tells_those_who_wait_and_opens_anew(app: Celery) -> None:
+def test_closing_the_backend_fails_its_waiters_and_it_can_reopen(app: Celery) -> None:
     from kombu.exceptions import OperationalError
 
     task_id = new_id()
@@ -365,10 +365,10 @@ def test_a_closed_backend_tells_those_who_wait_and_opens_anew(app: Celery) -> No
     assert app.AsyncResult(task_id).get(timeout=LONG) == 1
 
 
-def test_a_task_that_is_sent_after_the_inbox_stands_is_polled_without_asking_the_broker(
+def test_polling_an_own_task_needs_no_request_once_the_inbox_is_open(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Given an inbox that stands, and a task sent by this process.
+    # Given an open inbox, and a task sent by this process.
     open_inbox(app)
     result = app.send_task("tests.nothing")
     reads: List[Any] = []
@@ -386,22 +386,20 @@ def test_a_task_that_is_sent_after_the_inbox_stands_is_polled_without_asking_the
 
 
 @pytest.mark.parametrize("task_id", ["daily-2026-11-22", None])
-def test_a_task_that_is_sent_again_still_has_the_result_it_had(
-    app: Celery, task_id: Optional[str]
-) -> None:
-    # Given an inbox that stands, and a task that has ended before it is sent with the same id.
+def test_a_task_sent_again_keeps_its_stored_result(app: Celery, task_id: Optional[str]) -> None:
+    # Given an open inbox, and a finished task that is sent again with the same id.
     open_inbox(app)
     if task_id is None:
         task_id = app.send_task("tests.nothing").id
     app.backend.store_result(task_id, "before", states.SUCCESS)
     assert app.AsyncResult(task_id).get(timeout=LONG) == "before"
     app.send_task("tests.nothing", task_id=task_id)
-    # Then the sender sees what everybody sees.
+    # Then the sender sees the same state as other processes.
     assert app.AsyncResult(task_id).state == states.SUCCESS
     assert subprocesses.run(app, subprocess_jobs.states, ids=[task_id]) == ["SUCCESS"]
 
 
-def test_an_inbox_that_hears_nothing_is_replaced(
+def test_an_inbox_that_receives_nothing_is_replaced(
     app: Celery, make_app: Apps, raw: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 0.5)
@@ -409,13 +407,13 @@ def test_an_inbox_that_hears_nothing_is_replaced(
     task_id, inbox = new_id(), app.backend.layout.inbox
     waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG))
     until_watched(app, task_id, eventually)
-    # With the exchange go the bindings; another process makes it anew, without that of the inbox.
+    # Deleting the exchange deletes its bindings; another process declares it without the inbox's.
     channel = raw.channel()
     channel.exchange_delete(app.backend._topology.exchange)
     make_app().backend.store_result(task_id, 1, states.SUCCESS)
     assert waiting.result() == 1
     eventually(lambda: inbox._epochs > 1)
-    # What comes after that is pushed.
+    # Later results are pushed.
     later = new_id()
     waiting = Waiting(lambda: app.AsyncResult(later).get(timeout=LONG))
     until_watched(app, later, eventually)

@@ -1,4 +1,4 @@
-"""Watching: states as they happen, of given tasks and of everything."""
+"""Watching: states as they happen, of given tasks or of all tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seen(metas: Iterator[Dict[str, Any]]) -> List[Tuple[str, Any]]:
 
 
 def report(app: Celery, task_id: str, steps: int) -> None:
-    """Have a task report *steps*, and end."""
+    """Report *steps* of progress for a task, and finish it."""
     store = app.backend.store_result
     store(task_id, None, states.STARTED)
     for step in range(steps):
@@ -41,7 +41,7 @@ def report(app: Celery, task_id: str, steps: int) -> None:
 
 
 def until_tapped(app: Celery, eventually: Callable[..., Any], count: int = 1) -> None:
-    """Return when *count* watch everything, and are bound."""
+    """Return when *count* watchers of everything are bound."""
     taps = app.backend.layout._taps
     eventually(lambda: sum(tap._link is not None for tap in list(taps)) >= count)
 
@@ -50,7 +50,7 @@ def until_tapped(app: Celery, eventually: Callable[..., Any], count: int = 1) ->
 
 
 @both_layouts
-def test_a_task_that_has_ended_gives_its_end_alone(make_app: Apps, layout: str) -> None:
+def test_a_finished_task_yields_only_its_final_state(make_app: Apps, layout: str) -> None:
     worker, app = (make_app(result_backend_transport_options=options(layout)) for _ in range(2))
     task_id = new_id()
     report(worker, task_id, 3)
@@ -60,14 +60,14 @@ def test_a_task_that_has_ended_gives_its_end_alone(make_app: Apps, layout: str) 
 
 
 @both_layouts
-def test_the_present_state_comes_first_then_each_as_it_happens(make_app: Apps, layout: str) -> None:
-    # Given a task that has reported twice.
+def test_the_current_state_comes_first_then_each_new_state(make_app: Apps, layout: str) -> None:
+    # Given a task that has reported progress twice.
     worker, app = (make_app(result_backend_transport_options=options(layout)) for _ in range(2))
     task_id = new_id()
     worker.backend.store_result(task_id, None, states.STARTED)
     worker.backend.store_result(task_id, {"current": 1}, "PROGRESS")
     until_stored(worker)
-    # When it is watched, and goes on.
+    # When it is watched, and continues.
     watch = app.backend.watch(task_id, timeout=LONG)
     assert next(watch)["result"] == {"current": 1}
     found = []
@@ -75,7 +75,7 @@ def test_the_present_state_comes_first_then_each_as_it_happens(make_app: Apps, l
         worker.backend.store_result(task_id, {"current": step}, "PROGRESS")
         found.append(next(watch)["result"]["current"])
     worker.backend.store_result(task_id, KeyError("k"), states.FAILURE, traceback="tb")
-    # Then all that is new comes, and it ends with the task.
+    # Then every new state arrives, and the watch ends with the task.
     assert found == [2, 3, 4]
     (end,) = watch
     assert (end["status"], end["traceback"]) == ("FAILURE", "tb")
@@ -83,7 +83,7 @@ def test_the_present_state_comes_first_then_each_as_it_happens(make_app: Apps, l
 
 
 @both_layouts
-def test_no_state_is_missed_or_repeated_by_who_watches_from_the_beginning(
+def test_a_watcher_from_the_beginning_misses_and_repeats_no_state(
     make_app: Apps, layout: str
 ) -> None:
     worker, app = (make_app(result_backend_transport_options=options(layout)) for _ in range(2))
@@ -111,7 +111,7 @@ def test_no_state_is_missed_or_repeated_by_who_watches_from_the_beginning(
     assert steps == sorted(set(steps))
 
 
-def test_who_is_bound_before_the_first_state_sees_every_one(
+def test_a_watcher_bound_before_the_first_state_sees_every_state(
     app: Celery, make_app: Apps, eventually: Callable[..., Any]
 ) -> None:
     worker, task_id = make_app(), new_id()
@@ -122,16 +122,16 @@ def test_who_is_bound_before_the_first_state_sees_every_one(
     assert waiting.result() == [("STARTED", None), *steps, ("SUCCESS", 100)]
 
 
-def test_states_that_do_not_count_are_not_seen(
+def test_superseded_states_are_not_reported(
     app: Celery, make_app: Apps, eventually: Callable[..., Any]
 ) -> None:
-    # Given two tasks that are watched, so that the watch goes on when one has ended.
+    # Given two watched tasks, so that the watch continues after one has finished.
     worker, task_id, other = make_app(), new_id(), new_id()
     waiting = Waiting(lambda: seen(app.backend.watch([task_id, other], timeout=LONG)))
     until_watched(app, task_id, eventually)
     until_watched(app, other, eventually)
     store = worker.backend.store_result
-    # When one is asked to abort, reports all the same, ends, and then starts again.
+    # When one is asked to abort, reports progress, finishes, and then starts again.
     store(task_id, None, "ABORTED")
     store(task_id, {"current": 1}, "PROGRESS")
     store(task_id, "end", states.SUCCESS)
@@ -141,10 +141,10 @@ def test_states_that_do_not_count_are_not_seen(
     assert waiting.result() == [("ABORTED", None), ("SUCCESS", "end"), ("SUCCESS", "other")]
 
 
-def test_what_is_pushed_while_a_queue_is_read_does_not_come_behind_what_was_read(
+def test_states_pushed_during_a_read_do_not_follow_the_later_ones_that_were_read(
     make_app: Apps,
 ) -> None:
-    # Given a watcher whose second look, when it is bound, finds what was published meanwhile.
+    # Given a watcher whose second look-up, after binding, finds what was published meanwhile.
     worker, app = (make_app(result_backend_transport_options=options("per-task")) for _ in "12")
     task_id, looks = new_id(), itertools.count()
     layout = app.backend.layout
@@ -157,7 +157,7 @@ def test_what_is_pushed_while_a_queue_is_read_does_not_come_behind_what_was_read
         return read(*args, **kwargs)
 
     layout.read = read_late
-    # Then the first states, which are pushed, do not come behind the last, which was read.
+    # Then the first states, which are pushed, do not follow the last one, which was read.
     watch = app.backend.watch(task_id, timeout=LONG)
     first = next(watch)
     worker.backend.store_result(task_id, {"current": 5}, "PROGRESS")
@@ -182,8 +182,8 @@ def test_groups_and_lists_are_watched_as_their_tasks(app: Celery, make_app: Apps
     assert sorted(meta["result"] for meta in found) == [0, 1, 2, 3, 4]
 
 
-def test_what_has_ended_or_is_ignored_is_not_asked_for(app: Celery) -> None:
-    # Given a result that was got, one of a task that ran here, and one that is ignored.
+def test_finished_and_ignored_results_cause_no_request(app: Celery) -> None:
+    # Given a fetched result, a result of a task that ran eagerly, and an ignored one.
     got, ignored = app.AsyncResult(new_id()), app.AsyncResult(new_id())
     app.backend.store_result(got.id, 1, states.SUCCESS)
     assert got.get(timeout=LONG) == 1
@@ -195,7 +195,7 @@ def test_what_has_ended_or_is_ignored_is_not_asked_for(app: Celery) -> None:
     assert list(app.backend.watch([], timeout=LONG)) == []
 
 
-def test_only_the_states_that_are_wanted_are_seen(app: Celery, make_app: Apps) -> None:
+def test_only_the_requested_states_are_reported(app: Celery, make_app: Apps) -> None:
     task_id = new_id()
     report(make_app(), task_id, 2)
     assert seen(app.backend.watch(task_id, states="FAILURE", timeout=LONG)) == []
@@ -204,7 +204,7 @@ def test_only_the_states_that_are_wanted_are_seen(app: Celery, make_app: Apps) -
 
 @pytest.mark.parametrize("timeout", [0, -1, 0.3])
 @both_layouts
-def test_a_watch_ends_at_its_timeout(make_app: Apps, timeout: float, layout: str) -> None:
+def test_a_watch_times_out(make_app: Apps, timeout: float, layout: str) -> None:
     app = make_app(result_backend_transport_options=options(layout))
     done, running = new_id(), new_id()
     app.backend.store_result(done, 1, states.SUCCESS)
@@ -219,7 +219,7 @@ def test_a_watch_ends_at_its_timeout(make_app: Apps, timeout: float, layout: str
     assert sorted(found) == ["STARTED", "SUCCESS"]
 
 
-def test_what_cannot_be_watched_is_refused_at_once(app: Celery) -> None:
+def test_unwatchable_arguments_are_refused_immediately(app: Celery) -> None:
     with pytest.raises(TypeError, match="17 cannot be watched"):
         app.backend.watch(["an id", 17])
     with pytest.raises(ValueError, match="states is empty"):
@@ -228,7 +228,7 @@ def test_what_cannot_be_watched_is_refused_at_once(app: Celery) -> None:
         app.backend.watch("an id", states=[17])
 
 
-def test_closing_leaves_nothing_that_waits(app: Celery) -> None:
+def test_closing_a_watch_leaves_no_waiter(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, None, states.STARTED)
     until_stored(app)
@@ -238,14 +238,14 @@ def test_closing_leaves_nothing_that_waits(app: Celery) -> None:
     assert task_id in inbox._waiters
     watch.close()
     assert task_id not in inbox._waiters
-    # The same when it is just dropped.
+    # Dropping the watch has the same effect.
     watch = app.backend.watch(task_id)
     next(watch)
     del watch
     assert task_id not in inbox._waiters
 
 
-def test_nothing_is_opened_before_the_first_state_is_asked_for(app: Celery) -> None:
+def test_nothing_is_opened_before_the_first_state_is_requested(app: Celery) -> None:
     app.backend.watch(new_id())
     app.backend.watch()
     assert app.backend.layout.inbox._thread is None
@@ -263,7 +263,7 @@ def test_closing_the_backend_ends_a_watch(app: Celery, eventually: Callable[...,
             waiting.result()
 
 
-def test_a_watch_goes_on_after_the_broker_was_away(
+def test_a_watch_continues_after_a_broker_outage(
     app: Celery, make_app: Apps, node: rabbitmq.Node, eventually: Callable[..., Any]
 ) -> None:
     # Given two watchers, one of a task and one of everything.
@@ -283,10 +283,10 @@ def test_a_watch_goes_on_after_the_broker_was_away(
     tapping = Waiting(watch_everything)
     until_watched(app, task_id, eventually)
     until_tapped(app, eventually)
-    # When the broker loses all connections, and the task ends meanwhile.
+    # When the broker closes all connections, and the task finishes meanwhile.
     node.ctl("close_all_connections", "test")
     worker.backend.store_result(task_id, "end", states.SUCCESS)
-    # Then the task's watcher has it from the store, and the other goes on with what is new.
+    # Then the task's watcher gets it from the store, and the other continues with new states.
     watching.thread.join(LONG)
     assert given[-1] == ("SUCCESS", "end")
     eventually(lambda: _tell(worker, "after") and not tapping.thread.is_alive(), LONG)
@@ -302,7 +302,7 @@ def _tell(app: Celery, result: Any) -> bool:
 # -- everything ----------------------------------------------------------------------------------
 
 
-def test_everything_is_every_state_of_every_task_from_now_on(
+def test_watching_everything_yields_each_state_from_now_on(
     app: Celery, make_app: Apps, eventually: Callable[..., Any]
 ) -> None:
     # Given a watcher of everything, and one of failures.
@@ -314,7 +314,7 @@ def test_everything_is_every_state_of_every_task_from_now_on(
     failures = app.backend.watch(states=["FAILURE"])
     failing = Waiting(lambda: next(failures))
     until_tapped(app, eventually, 2)
-    # When tasks report, one of them twice to the same effect, and one fails.
+    # When tasks report states, one of them the same state twice, and one fails.
     for task_id in ids:
         report(worker, task_id, 3)
         worker.backend.store_result(task_id, None, states.STARTED)
@@ -322,7 +322,7 @@ def test_everything_is_every_state_of_every_task_from_now_on(
     failed = new_id()
     worker.backend.store_result(failed, ValueError("bad"), states.FAILURE)
     worker.backend.store_result("end", None, states.SUCCESS)
-    # Then each has seen what it wanted, each state once, and of tasks alone.
+    # Then each watcher has seen the states it asked for, once each, and states of tasks only.
     found = waiting.result()
     for task_id in ids:
         assert [m["status"] for m in found if m["task_id"] == task_id] == [
@@ -337,7 +337,7 @@ def test_everything_is_every_state_of_every_task_from_now_on(
     failures.close()
 
 
-def test_a_watch_of_everything_ends_quietly_at_its_timeout_and_leaves_nothing(
+def test_watching_everything_ends_at_its_timeout_and_cleans_up(
     app: Celery, node: rabbitmq.Node, eventually: Callable[..., Any]
 ) -> None:
     assert list(app.backend.watch(timeout=0)) == []
@@ -348,7 +348,7 @@ def test_a_watch_of_everything_ends_quietly_at_its_timeout_and_leaves_nothing(
     eventually(lambda: bindings not in node.ctl("-q", "list_bindings", "source_name"))
 
 
-def test_what_cannot_be_decoded_is_left_out_of_everything(
+def test_watching_everything_skips_undecodable_states(
     app: Celery,
     make_app: Apps,
     amqp_url: str,
@@ -357,7 +357,7 @@ def test_what_cannot_be_decoded_is_left_out_of_everything(
 ) -> None:
     waiting = Waiting(lambda: next(app.backend.watch()))
     until_tapped(app, eventually)
-    # When somebody writes what this app may not read, and something that is no state.
+    # When a state that this app may not read is published, and a message that is no state.
     pickled = make_app(result_serializer="pickle", accept_content=["pickle"])
     pickled.backend.store_result("pickled", 1, states.SUCCESS)
     with raw_connection(amqp_url) as connection:
@@ -367,24 +367,24 @@ def test_what_cannot_be_decoded_is_left_out_of_everything(
         channel = connection.channel()
         channel.basic_publish_confirm(amqp.Message("rubbish"), exchange, "0.-.-.-.SUCCESS")
     app.backend.store_result("plain", 2, states.SUCCESS)
-    # Then a watcher is told of that by the log.
+    # Then the log reports that to the watcher's process.
     assert waiting.result()["task_id"] == "plain"
     assert "left out the SUCCESS of pickled" in caplog.text
     assert "foreign or damaged" in caplog.text
-    # Who watches that very task has to know.
+    # A watcher of that task gets the error.
     from kombu.exceptions import ContentDisallowed
 
     with pytest.raises(ContentDisallowed):
         list(app.backend.watch("pickled", timeout=LONG))
 
 
-def test_everything_cannot_be_watched_in_the_layout_per_task(make_app: Apps) -> None:
+def test_the_layout_per_task_cannot_watch_everything(make_app: Apps) -> None:
     app = make_app(result_backend_transport_options={"layout": "per-task"})
     with pytest.raises(errors.Unsupported, match="per-task"):
         app.backend.watch()
 
 
-def test_a_watch_that_is_carried_over_a_fork_says_so(app: Celery) -> None:
+def test_a_watch_used_after_a_fork_raises_an_error(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, None, states.STARTED)
     until_stored(app)
@@ -398,14 +398,14 @@ def test_a_watch_that_is_carried_over_a_fork_says_so(app: Celery) -> None:
             os._exit(0 if "before a fork" in str(exc) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    # The parent goes on as if nothing had happened.
+    # The parent is not affected.
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert [meta["result"] for meta in watch] == [1]
 
 
 # -- gevent --------------------------------------------------------------------------------------
 
-#: Run in a process of its own, since it patches everything.
+#: Runs in a process of its own, since it patches everything.
 GREENLETS = """
 from gevent import monkey
 monkey.patch_all()
@@ -440,7 +440,7 @@ app.backend.close()
 """
 
 
-def test_greenlets_watch_and_let_others_run(app: Celery, amqp_url: str) -> None:
+def test_greenlets_can_watch_while_others_run(app: Celery, amqp_url: str) -> None:
     pytest.importorskip("gevent")
     done = subprocess.run(
         [sys.executable, "-c", GREENLETS, amqp_url, app.conf.result_exchange],

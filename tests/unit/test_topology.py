@@ -13,10 +13,13 @@ from celery_amqp_results.protocol.names import (
     ABSENT,
     BROADCAST,
     MAX_WORD,
+    PLAN_QUEUES,
     QueueSpec,
+    Route,
     Topology,
     client_word,
     encode_word,
+    plan_queue,
 )
 
 #: Any text that Python can hold, lone surrogates among it.
@@ -98,17 +101,19 @@ def test_the_word_of_a_client_is_a_digest_and_no_other_word(one: str, other: str
     st.none() | texts,
     st.just(BROADCAST) | st.builds(client_word, st.none() | texts),
     st.integers(1, 4096),
+    st.booleans(),
 )
-def test_a_routing_key_has_five_words_and_fits(
-    task_id: str, state: str, group_id: str | None, client: str, shards: int
+def test_routing_key_has_six_words_and_fits(
+    task_id: str, state: str, group_id: str | None, client: str, shards: int, in_chord: bool
 ) -> None:
     here = Topology("celeryresults", shards, "classic")
-    key = here.routing_key(task_id, state, client, group_id)
+    key = here.routing_key(task_id, state, Route(client, group_id, in_chord))
     assert len(key.encode("ascii")) <= 255
     words = key.split(".")
     assert words == [
         str(here.shard(task_id)),
         client,
+        str(plan_queue(group_id)) if in_chord and group_id else ABSENT,
         encode_word(group_id),
         encode_word(task_id),
         encode_word(state),
@@ -126,7 +131,7 @@ def test_bindings_bring_what_they_are_for_and_nothing_else(
     task_id: str, other: str, state: str, origin: str, group_id: str
 ) -> None:
     client = client_word(origin)
-    key = topology.routing_key(task_id, state, client, group_id)
+    key = topology.routing_key(task_id, state, Route(client, group_id, in_chord=True))
     assert matches(topology.shard_binding(topology.shard(task_id)), key)
     assert not matches(topology.shard_binding((topology.shard(task_id) + 1) % 256), key)
     assert matches(topology.client_binding(client), key)
@@ -135,8 +140,12 @@ def test_bindings_bring_what_they_are_for_and_nothing_else(
     assert matches(topology.task_binding(other), key) == (other == task_id)
     # Whoever did not say who sent it reaches every inbox.
     assert matches(
-        topology.client_binding(BROADCAST), topology.routing_key(task_id, state, BROADCAST)
+        topology.client_binding(BROADCAST),
+        topology.routing_key(task_id, state, Route(BROADCAST)),
     )
+    for number in range(PLAN_QUEUES):
+        leads = bool(group_id) and number == plan_queue(group_id)
+        assert matches(topology.plan_binding(number), key) == leads
 
 
 @given(texts, st.integers(1, 4096))
@@ -196,14 +205,20 @@ def test_routing_keys_and_bindings_are_what_they_always_were() -> None:
     task_id = "0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e90"
     assert client_word("gen1@host") == "06ba4474b85f26a1"
     assert (
-        topology.routing_key(task_id, "SUCCESS", client_word("gen1@host"), "g")
-        == f"230.06ba4474b85f26a1.g.{task_id}.SUCCESS"
+        topology.routing_key(task_id, "SUCCESS", Route(client_word("gen1@host"), "g"))
+        == f"230.06ba4474b85f26a1.-.g.{task_id}.SUCCESS"
     )
-    assert topology.routing_key(task_id, "STARTED") == f"230.-.-.{task_id}.STARTED"
+    assert (
+        topology.routing_key(task_id, "SUCCESS", Route(client_word("gen1@host"), "g", True))
+        == f"230.06ba4474b85f26a1.6.g.{task_id}.SUCCESS"
+    )
+    assert topology.routing_key(task_id, "STARTED") == f"230.-.-.-.{task_id}.STARTED"
     assert topology.shard_binding(230) == "230.#"
     assert topology.client_binding("06ba4474b85f26a1") == "*.06ba4474b85f26a1.#"
     assert topology.client_binding(BROADCAST) == "*.all.#"
-    assert topology.task_binding(task_id) == f"230.*.*.{task_id}.*"
+    assert topology.task_binding(task_id) == f"230.*.*.*.{task_id}.*"
+    assert topology.plan_binding(3) == "*.*.3.#"
+    assert topology.state_binding("FAILURE") == "*.*.*.*.*.FAILURE"
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
