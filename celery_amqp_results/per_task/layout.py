@@ -867,7 +867,8 @@ class _Reader:
                 f"more than {self._limit} states of {self._task_id} are to be fast-forwarded; "
                 "asking again goes on with the rest"
             )
-        if current is None and damage is not None:
+        if damage is not None and (current is None or not is_final(current.state)):
+            # It may be the end of the task, which would seem to run for ever.
             raise damage
         return current
 
