@@ -395,7 +395,6 @@ def test_what_is_foreign_is_said(name: str, wrong: Any, message: str) -> None:
     ("name", "wrong"),
     [
         ("state", None),
-        ("state", ""),
         ("state", b"SUCCESS"),
         ("published", None),
         ("published", -1),
