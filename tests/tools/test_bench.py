@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from bench import __main__ as command
 from bench import compare, figures, processes, report
 from bench.figures import LESS, MORE, Row, Run, percentile, ratios
-from bench.peers import PEERS, Ticks, ticking
+from bench.peers import PEERS
+from bench.ticks import Ticks, ticking
 
 ABOUT: Dict[str, Any] = {
     "date": "2026-01-01", "rabbitmq": "3.10.8", "celery": "5.7.0", "cores": 2, "quick": True,

@@ -13,7 +13,7 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from celery_amqp_results import errors
 from celery_amqp_results.waiting.background import MAX_LOOKS, BackgroundFollower
 from celery_amqp_results.waiting.follower import Update
-from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
+from tests.unit.tables import FakeStore, Table, new_id, push, state, timed_out
 from tests.unit.test_follower import Events, Followed, ids
 
 
@@ -54,7 +54,7 @@ def settle(follower: BackgroundFollower, later: ManualExecutor) -> List[Update]:
 
 def test_pushes_are_delivered_while_another_task_is_looked_up(inbox: Table) -> None:
     # Given a task that is covered, and one whose look-up has not been answered.
-    store, later = Kept(), ManualExecutor()
+    store, later = FakeStore(), ManualExecutor()
     follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
     mine, other = new_id(), new_id()
     inbox.note_sent(mine)
@@ -72,7 +72,7 @@ def test_pushes_are_delivered_while_another_task_is_looked_up(inbox: Table) -> N
 
 
 def test_states_pushed_during_a_look_up_follow_its_findings(inbox: Table) -> None:
-    store, later = Kept(), ManualExecutor()
+    store, later = FakeStore(), ManualExecutor()
     follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
     task_id = new_id()
     first, second, third = (state(task_id, "PROGRESS") for _ in range(3))
@@ -93,7 +93,7 @@ def test_states_pushed_during_a_look_up_follow_its_findings(inbox: Table) -> Non
 
 
 def test_a_look_up_is_repeated_if_states_may_have_been_missed(inbox: Table) -> None:
-    store, later = Kept(), ManualExecutor()
+    store, later = FakeStore(), ManualExecutor()
     follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
     task_id = new_id()
     inbox._bound.add(inbox.shard(task_id))
@@ -110,7 +110,7 @@ def test_a_look_up_is_repeated_if_states_may_have_been_missed(inbox: Table) -> N
 
 
 def test_the_number_of_concurrent_look_ups_is_limited(inbox: Table) -> None:
-    store, later = Kept(), ManualExecutor()
+    store, later = FakeStore(), ManualExecutor()
     follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
     wanted = [new_id() for _ in range(20)]
     for task_id in wanted:
@@ -127,7 +127,7 @@ def test_the_number_of_concurrent_look_ups_is_limited(inbox: Table) -> None:
 
 @pytest.mark.parametrize("where", ["cover", "read"])
 def test_only_permanent_errors_are_raised(inbox: Table, where: str) -> None:
-    store, later = Kept(), ManualExecutor()
+    store, later = FakeStore(), ManualExecutor()
     follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
     task_id = new_id()
     inbox._bound.add(inbox.shard(task_id))
