@@ -470,8 +470,12 @@ class AMQPBackend(NativeChords, Celery4API):
 
     # -- reading -----------------------------------------------------------------------------
 
+    def _read_content(self, state: StateMessage) -> Meta:
+        """Return what the serializer makes of *state*; its body may have to be fetched."""
+        return self._codec.decode(self._complete(state))
+
     def _decode_state(self, state: StateMessage) -> Meta:
-        meta = self._codec.decode(self._complete(state))
+        meta = self._read_content(state)
         try:
             decoded: Meta = self.meta_from_decoded(meta)
         except SecurityError:
@@ -837,10 +841,14 @@ class AMQPBackend(NativeChords, Celery4API):
 
     def _resolve(self, result: Any, state: StateMessage) -> None:
         """Give a result object its final state and have its callbacks called, once."""
+        if result._cache is not None:
+            return
+        # Reading may take a look-up, which others must not wait for.
+        meta = self._decode_state(state)
         with self._resolving:
             if result._cache is not None:
                 return
-            result._set_cache(self._decode_state(state))
+            result._set_cache(meta)
         result.on_ready(result)
 
     def iter_native(
