@@ -37,7 +37,6 @@ from celery.exceptions import ImproperlyConfigured, SecurityError, TimeoutError
 from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
 from kombu.compression import encoders, get_encoder
-from kombu.utils.encoding import bytes_to_str
 from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors, options
@@ -52,6 +51,7 @@ from celery_amqp_results.per_task.layout import PerTaskLayout, Wire
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.ids import id_text, plain_ids, state_name
 from celery_amqp_results.protocol.message import GROUP, STATE, StateMessage
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topology, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
@@ -157,6 +157,9 @@ class AMQPBackend(NativeChords, Celery4API):
         self.supports_result_compression = self.layout_name == "shared"
         self.supports_failure_expires = self.layout_name == "shared"
         super().__init__(app, serializer=serializer, **kwargs)
+        self.expires: Optional[float] = _expiry(
+            "result_expires", self.prepare_expires(kwargs.get("expires"))
+        )
         self._arguments = dict(
             kwargs,
             exchange=exchange,
@@ -177,7 +180,7 @@ class AMQPBackend(NativeChords, Celery4API):
             exchange_type or conf.result_exchange_type,
             self.persistent,
             auto_delete,
-            self.expires or None,
+            self.expires,
             self._extended,
         )
         self._codec = Codec(
@@ -186,18 +189,18 @@ class AMQPBackend(NativeChords, Celery4API):
             _compression_of(self) if self.layout_name == "shared" else None,
             self.options.max_decompressed_size,
         )
-        self._expiration = _milliseconds("result_expires", self.expires)
+        self._expiration = expiry.milliseconds(self.expires)
         failure_expires = conf.get("result_failure_expires")
         self._failure_expiration = (
             self._expiration
             if failure_expires is None
-            else _milliseconds("result_failure_expires", self.prepare_expires(failure_expires))
+            else expiry.milliseconds(_expiry("result_failure_expires", failure_expires))
         )
         chord_expires = conf.get("result_chord_expires")
         self._chord_expiration = (
             self._expiration
             if chord_expires is None
-            else _milliseconds("result_chord_expires", self.prepare_expires(chord_expires))
+            else expiry.milliseconds(_expiry("result_chord_expires", chord_expires))
         )
         self._layouts = _registry_of(app)
         # Layouts have to decode what they read, so that they know what may be decoded.
@@ -287,7 +290,7 @@ class AMQPBackend(NativeChords, Celery4API):
         With ``track_sent`` that is published, on the connection that sends the task; nothing is
         waited for. Without it this does no I/O.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         current = self.app.current_worker_task
         # A task that is retried or replaced stays the task of the one who sent it first.
         retried = current is not None and current.request.id == task_id
@@ -334,7 +337,7 @@ class AMQPBackend(NativeChords, Celery4API):
             BackendUnavailable: when the broker did not confirm it; it may be stored or not.
             DeclarationRefused: when something on the broker exists with other properties.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         try:
             self._store(task_id, result, state, traceback, request)
         except errors.ResultTooLarge as exc:
@@ -356,7 +359,7 @@ class AMQPBackend(NativeChords, Celery4API):
         brief: bool = False,
     ) -> None:
         """Publish a state; a *brief* one without the arguments of the task, which may be long."""
-        layout = self.layout
+        layout, name = self.layout, state_name(state)
         if brief:
             result = self.encode_result(result, state)
         meta = self._get_result_meta(result, state, traceback, request)
@@ -364,7 +367,7 @@ class AMQPBackend(NativeChords, Celery4API):
         if brief:
             meta.update({name: None for name in ("args", "kwargs") if name in meta})
         message = self._encode_state(
-            task_id, state, layout.shape(meta), STATE, self._expiration_of(state, request)
+            task_id, name, layout.shape(meta), STATE, self._expiration_of(name, request)
         )
         route = _route_of(request)
         stored = layout.detach(message)
@@ -470,8 +473,12 @@ class AMQPBackend(NativeChords, Celery4API):
 
     # -- reading -----------------------------------------------------------------------------
 
+    def _read_content(self, state: StateMessage) -> Meta:
+        """Return what the serializer makes of *state*; its body may have to be fetched."""
+        return self._codec.decode(self._complete(state))
+
     def _decode_state(self, state: StateMessage) -> Meta:
-        meta = self._codec.decode(self._complete(state))
+        meta = self._read_content(state)
         try:
             decoded: Meta = self.meta_from_decoded(meta)
         except SecurityError:
@@ -491,6 +498,7 @@ class AMQPBackend(NativeChords, Celery4API):
         Celery's task that polls for chords finds so which task of a header has failed. Failures
         are not in the cache itself, as a task that is delivered again may still succeed.
         """
+        task_id = id_text(task_id)
         return task_id in self._cache or task_id in self._failed
 
     def _complete(self, state: StateMessage) -> StateMessage:
@@ -528,7 +536,7 @@ class AMQPBackend(NativeChords, Celery4API):
                 accepted.
             ForeignMessage: when the meta is damaged.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         state = self.layout.poll((task_id,))[task_id]
         meta = None if state is None else self._decode_if_kept(state)
         if meta is None:
@@ -550,7 +558,7 @@ class AMQPBackend(NativeChords, Celery4API):
         Raises:
             LookupTimeout, BackendUnavailable: as every look-up.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         state = self.layout.poll((task_id,))[task_id]
         mark = None
         if state is None and self.options.track_sent:
@@ -561,9 +569,16 @@ class AMQPBackend(NativeChords, Celery4API):
             state = self.layout.kept(task_id)
         return tracking.Fate.read(state, mark)
 
+    def forget(self, task_id: Any) -> None:
+        """Delete all that is kept of a task.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
+        super().forget(id_text(task_id))
+
     def _forget(self, task_id: str) -> None:
         self._failed.pop(task_id, None)
-        task_id = bytes_to_str(task_id)
         self.layout.forget((task_id,))
         if self.options.track_sent:
             self.layout.mark(
@@ -608,7 +623,8 @@ class AMQPBackend(NativeChords, Celery4API):
             Exception: the exception of a parent that failed.
         """
         ids = list(dict.fromkeys(ids))
-        before = {parent.id: parent for parent in parents if parent.id not in ids}
+        before = {id_text(parent.id): parent for parent in parents}
+        before = {task_id: before[task_id] for task_id in before if task_id not in ids}
         with contextlib.closing(
             self._updates(ids, timeout, interval, on_interval, before)
         ) as updates:
@@ -792,7 +808,7 @@ class AMQPBackend(NativeChords, Celery4API):
             celery.exceptions.TimeoutError: when *timeout* is over.
             Exception: the exception of the task, if it failed.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         meta = self._cache.get(task_id) if cache else None
         if not meta or meta["status"] not in READY_STATES:
             ((_, state),) = self._follow((task_id,), timeout, interval, on_interval)
@@ -820,16 +836,22 @@ class AMQPBackend(NativeChords, Celery4API):
             Exception: the exception of the task, if it failed and *propagate* is true.
         """
         self._ensure_not_eager()
-        for _, state in self._follow((result.id,), timeout, interval, on_interval, on_message):
+        for _, state in self._follow(
+            (id_text(result.id),), timeout, interval, on_interval, on_message
+        ):
             self._resolve(result, state)
         return result.maybe_throw(callback=callback, propagate=propagate)
 
     def _resolve(self, result: Any, state: StateMessage) -> None:
         """Give a result object its final state and have its callbacks called, once."""
+        if result._cache is not None:
+            return
+        # Reading may take a look-up, which others must not wait for.
+        meta = self._decode_state(state)
         with self._resolving:
             if result._cache is not None:
                 return
-            result._set_cache(self._decode_state(state))
+            result._set_cache(meta)
         result.on_ready(result)
 
     def iter_native(
@@ -859,14 +881,14 @@ class AMQPBackend(NativeChords, Celery4API):
         for node in result.results:
             if isinstance(node, ResultSet):
                 unready = [leaf for leaf in trees.leaves(node) if not _is_ready(leaf)]
-                groups.append((node, {leaf.id for leaf in unready}))
+                groups.append((node, {id_text(leaf.id) for leaf in unready}))
             else:
                 unready = [] if _is_ready(node) else [node]
                 if not unready:
                     yield node.id, _meta_of(node)
             for leaf in unready:
-                waited.setdefault(leaf.id, []).append(leaf)
-        members = {node.id for node in result.results if not isinstance(node, ResultSet)}
+                waited.setdefault(id_text(leaf.id), []).append(leaf)
+        members = {id_text(n.id): n for n in result.results if not isinstance(n, ResultSet)}
         for node, missing in groups:
             if not missing:
                 yield node.id, node.results
@@ -878,7 +900,7 @@ class AMQPBackend(NativeChords, Celery4API):
             for leaf in waited.pop(task_id):
                 self._resolve(leaf, state)
             if task_id in members:
-                yield task_id, _meta_of(leaf)
+                yield members[task_id].id, _meta_of(leaf)
             for node, missing in groups:
                 if task_id in missing:
                     missing.discard(task_id)
@@ -932,7 +954,7 @@ class AMQPBackend(NativeChords, Celery4API):
             celery.exceptions.TimeoutError: when *timeout* is over.
         """
         self._ensure_not_eager()
-        ids = [bytes_to_str(task_id) for task_id in task_ids]
+        ids = [id_text(task_id) for task_id in task_ids]
         missing = []
         for task_id in ids:
             meta = self._cache.get(task_id)
@@ -983,8 +1005,19 @@ class AMQPBackend(NativeChords, Celery4API):
 
     # -- groups ------------------------------------------------------------------------------
 
-    def _save_group(self, group_id: str, result: Any) -> Any:
-        meta = {"status": GROUP_STATE, "group_id": group_id, "result": result.as_tuple()}
+    def get_group_meta(self, group_id: Any, cache: bool = True) -> Optional[Meta]:
+        """Return the meta of a group that was saved, or ``None``."""
+        found: Optional[Meta] = super().get_group_meta(id_text(group_id), cache)
+        return found
+
+    def delete_group(self, group_id: Any) -> Any:
+        """Delete a group that was saved; its members are kept."""
+        return super().delete_group(id_text(group_id))
+
+    def _save_group(self, group_id: Any, result: Any) -> Any:
+        group_id = id_text(group_id)
+        members = plain_ids(result.as_tuple())
+        meta = {"status": GROUP_STATE, "group_id": group_id, "result": members}
         self.layout.save_group(
             self._encode_state(
                 group_id, GROUP_STATE, self.layout.shape(meta), GROUP, self._expiration
@@ -1002,7 +1035,7 @@ class AMQPBackend(NativeChords, Celery4API):
             logger.warning("taken for expired: %s", exc)
             return None
         try:
-            meta["result"] = result_from_tuple(meta["result"], self.app)
+            meta["result"] = result_from_tuple(plain_ids(meta["result"]), self.app)
         except Exception as exc:
             raise errors.ForeignMessage(
                 f"the group {group_id!r} has no members as its result: {exc!r:.300}"
@@ -1118,10 +1151,10 @@ def _client_of(request: Any) -> str:
     return BROADCAST
 
 
-def _milliseconds(name: str, seconds: Optional[float]) -> Optional[int]:
-    """Return an expiration in milliseconds, ``None`` for never."""
+def _expiry(name: str, value: Any) -> Optional[float]:
+    """Return the expiry that the setting *name* gives in seconds, ``None`` for never."""
     try:
-        return expiry.milliseconds(seconds)
+        return expiry.seconds(value)
     except ValueError as exc:
         raise ImproperlyConfigured(f"{name}: {exc}") from None
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+import uuid
 from typing import (
     Any,
     AsyncIterator,
@@ -27,12 +28,12 @@ from typing import (
 import celery
 from celery import states as celery_states
 from celery.result import AsyncResult, EagerResult, ResultSet, assert_will_not_block
-from kombu.utils.encoding import bytes_to_str
 
 from celery_amqp_results import errors
 from celery_amqp_results.aio import bridge
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.errors import WaitTimeout
+from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.waiting import results as trees
@@ -88,8 +89,8 @@ def _checked(node: Any) -> Any:
     Raises:
         TypeError: when it is neither.
     """
-    if isinstance(node, (str, bytes)):
-        return bytes_to_str(node)
+    if isinstance(node, (str, bytes, uuid.UUID)):
+        return id_text(node)
     if isinstance(node, (AsyncResult, EagerResult, ResultSet)):
         return node
     raise TypeError(
@@ -99,7 +100,7 @@ def _checked(node: Any) -> Any:
 
 
 def _id(leaf: Any) -> str:
-    return leaf if isinstance(leaf, str) else str(leaf.id)
+    return leaf if isinstance(leaf, str) else id_text(leaf.id)
 
 
 def _is_known(leaf: Any) -> bool:
@@ -119,10 +120,20 @@ def _known_value(leaf: Any) -> Tuple[str, Any]:
 
 
 async def _decoded(backend: Any, state: StateMessage) -> StateMessage:
-    """Return *state*, decoded on another thread if that may take long."""
-    if state.decoded is None and (state.compression or len(state.body) > LARGE_BODY):
-        content = await bridge.run_blocking(backend._codec.decode, state)
-        state = dataclasses.replace(state, decoded=content)
+    """Return *state*, decoded on another thread if that may take long.
+
+    The body of a large result is fetched from the broker there as well.
+
+    Raises:
+        ResultExpired: when the body is gone.
+        LookupTimeout, BackendUnavailable: when it could not be read.
+        kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
+    """
+    if state.decoded is not None:
+        return state
+    if state.body_queue is not None or state.compression or len(state.body) > LARGE_BODY:
+        content = await bridge.run_blocking(backend._read_content, state)
+        state = dataclasses.replace(state, decoded=content, body_queue=None)
     return state
 
 
@@ -596,16 +607,10 @@ class _Stream(Generic[_T]):
             while feed.arrived:
                 # Taken out only when it is decoded: who is cancelled meanwhile has lost nothing.
                 state = feed.arrived[0]
-                try:
-                    decoded = await _decoded(self._backend, state)
-                except Exception:
-                    if self._ids is not None:
-                        await self.aclose()
-                        raise
-                    decoded = state
+                decoded = await self._decoded_or_none(state)
                 if feed.arrived and feed.arrived[0] is state:
                     feed.arrived.popleft()
-                item = await self._item(decoded)
+                item = None if decoded is None else await self._item(decoded)
                 if item is not None:
                     return item[0]
             if self._ended:
@@ -623,6 +628,20 @@ class _Stream(Generic[_T]):
                     raise StopAsyncIteration
                 raise _timed_out(self._timeout, len(feed.missing), len(self._ids))
             await feed.wait(seconds)
+
+    async def _decoded_or_none(self, state: StateMessage) -> Optional[StateMessage]:
+        """Return *state*, decoded; ``None`` where one among those of everybody cannot be."""
+        try:
+            return await _decoded(self._backend, state)
+        except watching.UNREADABLE as exc:
+            if self._ids is None:
+                watching.leave_out(state, exc)
+                return None
+            await self.aclose()
+            raise
+        except Exception:
+            await self.aclose()
+            raise
 
     async def _begin(self) -> None:
         feed = _Feed(self._ids, celery_states.READY_STATES if self._final_only else self._wanted)
@@ -809,13 +828,16 @@ async def get_meta(target: Any, *, app: Any = None) -> Meta:
     if isinstance(leaf, ResultSet):
         raise TypeError(f"{target!r} is a group, which has no state: ask for its members")
     if not isinstance(leaf, str) and leaf._cache is not None:
-        return {"task_id": leaf.id, **leaf._cache}
+        return {"task_id": _id(leaf), **leaf._cache}
     task_id = _id(leaf)
     backend = _backend_of(leaf, app)
     state = (await bridge.bridge_of(backend).poll((task_id,)))[task_id]
-    if state is None:
-        return {"task_id": task_id, "status": celery_states.PENDING, "result": None}
-    return {"task_id": task_id, **backend._decode_state(await _decoded(backend, state))}
+    if state is not None:
+        try:
+            return {"task_id": task_id, **backend._decode_state(await _decoded(backend, state))}
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+    return {"task_id": task_id, "status": celery_states.PENDING, "result": None}
 
 
 async def state(target: Any, *, app: Any = None) -> str:

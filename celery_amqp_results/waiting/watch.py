@@ -20,6 +20,7 @@ import os
 import selectors
 import socket
 import time
+import uuid
 from typing import (
     Any,
     Callable,
@@ -39,20 +40,22 @@ from typing import (
 import amqp
 from celery.result import AsyncResult, EagerResult, ResultSet
 from kombu.exceptions import ContentDisallowed
-from kombu.utils.encoding import bytes_to_str
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
 from celery_amqp_results.waiting.follower import Update
 
 __all__ = (
+    "UNREADABLE",
     "Newest",
     "Tap",
     "Target",
     "decode_or_none",
+    "leave_out",
     "nodes",
     "read_states",
     "read_target",
@@ -76,6 +79,9 @@ MAX_REMEMBERED = 20_000
 
 #: The longest that a tap waits at once while nothing happens, in seconds.
 LONGEST_STEP = 3600.0
+
+#: What is wrong with a state alone, and not with reading.
+UNREADABLE = (ContentDisallowed, errors.ForeignMessage, errors.ResultExpired)
 
 _FORKED = "a watch was begun before a fork and goes on in the child: begin it in the child"
 
@@ -107,9 +113,10 @@ def read_target(target: Any) -> Target:
         elif node.ignored:
             continue
         elif node._cache is not None and is_final(node._cache["status"]):
-            ended[node.id] = {"task_id": node.id, **node._cache}
+            task_id = id_text(node.id)
+            ended[task_id] = {"task_id": task_id, **node._cache}
         else:
-            ids[node.id] = None
+            ids[id_text(node.id)] = None
     return Target([i for i in ids if i not in ended], list(ended.values()))
 
 
@@ -119,8 +126,8 @@ def nodes(target: Any) -> Iterator[Any]:
     Raises:
         TypeError: when it is no such thing.
     """
-    if isinstance(target, (str, bytes)):
-        yield bytes_to_str(target)
+    if isinstance(target, (str, bytes, uuid.UUID)):
+        yield id_text(target)
     elif isinstance(target, (AsyncResult, EagerResult)):
         yield target
     elif isinstance(target, ResultSet):
@@ -446,6 +453,11 @@ def decode_or_none(state: StateMessage, decode: Callable[[StateMessage], Meta]) 
     """Return the meta of *state* with its id, or ``None``, with a warning, if it has none."""
     try:
         return {"task_id": state.id, **decode(state)}
-    except (ContentDisallowed, errors.ForeignMessage) as exc:
-        logger.warning("left out the %s of %s: %s", state.state, state.id, exc)
+    except UNREADABLE as exc:
+        leave_out(state, exc)
         return None
+
+
+def leave_out(state: StateMessage, exc: Exception) -> None:
+    """Log that *state*, one among those of everybody, is left out."""
+    logger.warning("left out the %s of %s: %s", state.state, state.id, exc)

@@ -393,7 +393,6 @@ def test_the_reason_for_a_foreign_message_is_reported(name: str, wrong: Any, mes
     ("name", "wrong"),
     [
         ("state", None),
-        ("state", ""),
         ("state", b"SUCCESS"),
         ("published", None),
         ("published", -1),
