@@ -78,7 +78,7 @@ def ended_expiration(expiration: Optional[int]) -> Optional[int]:
     """Return the milliseconds that :data:`ENDED` is kept: twice as long as the result."""
     if expiration is None:
         return None
-    return min(2 * expiration, expiry.MAX_EXPIRES * 1000)
+    return min(2 * expiration, expiry.MAX_MILLISECONDS)
 
 
 class _Side:
