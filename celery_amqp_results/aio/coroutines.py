@@ -781,7 +781,7 @@ class Completed(_Stream[Tuple[str, Any]]):
 def as_completed(
     target: Any, timeout: Optional[float] = None, propagate: bool = True, *, app: Any = None
 ) -> Completed:
-    """Iterate over tasks as they end: ``async for task_id, value in as_completed(group)``.
+    """Iterate over tasks as they finish, by ``async for task_id, value in``.
 
     Parameters:
         target: a group or another result set, a list of results and ids, or one of them. Members

@@ -164,4 +164,5 @@ class Marker:
                 side = self._sides[established] = _Side(established, self._declarations)
             side.publish(message)
         except connections.TRANSIENT as exc:
+            connections.raise_if_from_signal_handler(exc)
             logger.info("%s was not published: %r", message.what, exc)
