@@ -19,6 +19,8 @@ STATE = "state"
 GROUP = "group"
 #: What became of a task, see :mod:`~celery_amqp_results.store.marks`.
 MARK = "mark"
+#: The mark of a task whose states were deleted. It is also published to the exchange.
+FORGOTTEN = "FORGOTTEN"
 #: Kinds of messages in the queue of a chord: what its header task returned, and what is to be done.
 PART = "part"
 PLAN = "plan"

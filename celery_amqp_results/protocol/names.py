@@ -8,6 +8,7 @@
                      <result_exchange>.chord.<group>.size  not bound; of a generator as header
     large results    <result_exchange>.large.<task>.<mark> not bound; the body of one result
     inbox            named by the broker, exclusive        bound with  *.<client>.#, *.all.#, <n>.#
+                                                            or *.*.*.#
     routing key      <shard>.<client>.<group>.<task>.<STATE>
 
 This module does no I/O and knows nothing of connections. ``docs/wire.md`` describes the same for
@@ -219,6 +220,12 @@ class Topology:
     def shard_binding(self, shard: int) -> str:
         """Return the binding key for every message of shard number *shard*."""
         return f"{shard}.#"
+
+    @staticmethod
+    def every_binding() -> str:
+        """Return the binding key for every message of all shards."""
+        # Not "#", which an inbox that overflows would match.
+        return "*.*.*.#"
 
     def definitions(self, vhost: str) -> Dict[str, Any]:
         """Return what is declared once, in the format of RabbitMQ's definitions.

@@ -13,7 +13,7 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from celery_amqp_results import errors
 from celery_amqp_results.waiting.background import MAX_LOOKS, BackgroundFollower
 from celery_amqp_results.waiting.follower import Update
-from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
+from tests.unit.fakes import FakeInbox, FakeStore, new_id, push, reads_of, state, timed_out
 from tests.unit.test_follower import Events, Followed, ids
 
 
@@ -34,10 +34,14 @@ class Later:
 
 
 @pytest.fixture
-def inbox() -> Table:
-    table = Table()
+def inbox() -> FakeInbox:
+    table = FakeInbox()
     table.open()
     return table
+
+
+def background(inbox: FakeInbox, store: FakeStore, later: Later) -> BackgroundFollower:
+    return BackgroundFollower(inbox, reads_of(inbox, store), store.lookup_timeout, later)
 
 
 def step(follower: BackgroundFollower) -> List[Update]:
@@ -52,10 +56,10 @@ def settle(follower: BackgroundFollower, later: Later) -> List[Update]:
     return updates + step(follower)
 
 
-def test_pushes_are_handed_out_while_another_task_is_looked_up(inbox: Table) -> None:
+def test_pushes_are_handed_out_while_another_task_is_looked_up(inbox: FakeInbox) -> None:
     # Given a task that is covered, and one whose look-up is not answered.
-    store, later = Kept(), Later()
-    follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
+    store, later = FakeStore(), Later()
+    follower = background(inbox, store, later)
     mine, other = new_id(), new_id()
     inbox.note_sent(mine)
     follower.add([mine, other])
@@ -71,9 +75,11 @@ def test_pushes_are_handed_out_while_another_task_is_looked_up(inbox: Table) -> 
     follower.close()
 
 
-def test_what_was_pushed_before_the_look_up_ends_is_put_behind_what_it_finds(inbox: Table) -> None:
-    store, later = Kept(), Later()
-    follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
+def test_what_was_pushed_before_the_look_up_ends_is_put_behind_what_it_finds(
+    inbox: FakeInbox,
+) -> None:
+    store, later = FakeStore(), Later()
+    follower = background(inbox, store, later)
     task_id = new_id()
     first, second, third = (state(task_id, "PROGRESS") for _ in range(3))
     store.add(first)
@@ -92,11 +98,11 @@ def test_what_was_pushed_before_the_look_up_ends_is_put_behind_what_it_finds(inb
     follower.close()
 
 
-def test_a_look_up_is_done_again_if_states_may_have_been_missed_meanwhile(inbox: Table) -> None:
-    store, later = Kept(), Later()
-    follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
+def test_a_look_up_is_done_again_if_states_may_have_been_missed_meanwhile(inbox: FakeInbox) -> None:
+    store, later = FakeStore(), Later()
+    follower = background(inbox, store, later)
     task_id = new_id()
-    inbox._bound.add(inbox.shard(task_id))
+    inbox.cover([task_id], None)
     follower.add([task_id])
     step(follower)
     later.run()
@@ -109,16 +115,16 @@ def test_a_look_up_is_done_again_if_states_may_have_been_missed_meanwhile(inbox:
     follower.close()
 
 
-def test_no_more_look_ups_are_begun_than_there_may_be(inbox: Table) -> None:
-    store, later = Kept(), Later()
-    follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
+def test_no_more_look_ups_are_begun_than_there_may_be(inbox: FakeInbox) -> None:
+    store, later = FakeStore(), Later()
+    follower = background(inbox, store, later)
     wanted = [new_id() for _ in range(20)]
     for task_id in wanted:
         follower.add([task_id])
         step(follower)
     assert len(later.jobs) <= MAX_LOOKS
     assert settle(follower, later) == []
-    assert inbox._known.keys() == set(wanted)
+    assert all(map(inbox.covers, wanted))
     # Nor is anything looked up once more when it is known.
     step(follower)
     assert not later.jobs
@@ -127,12 +133,12 @@ def test_no_more_look_ups_are_begun_than_there_may_be(inbox: Table) -> None:
 
 @pytest.mark.parametrize("where", ["cover", "read"])
 def test_what_trying_again_does_not_change_is_raised_and_the_rest_is_not(
-    inbox: Table, where: str
+    inbox: FakeInbox, where: str
 ) -> None:
-    store, later = Kept(), Later()
-    follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
+    store, later = FakeStore(), Later()
+    follower = background(inbox, store, later)
     task_id = new_id()
-    inbox._bound.add(inbox.shard(task_id))
+    inbox.cover([task_id], None)
     follower.add([task_id])
     store.failure = timed_out()
     assert settle(follower, later) == []
@@ -171,7 +177,7 @@ class BackgroundEvents(Events):
     @rule(wanted=st.sets(ids, min_size=1))
     def follow(self, wanted: Set[str]) -> None:
         if len(self.all) < 3:
-            follower = BackgroundFollower(self.table, self.store, self.later)  # type: ignore[arg-type]
+            follower = background(self.table, self.store, self.later)
             followed = Followed(follower)
             followed.follower.add(sorted(wanted))
             self.all.append(followed)
@@ -179,7 +185,7 @@ class BackgroundEvents(Events):
     @precondition(something_is_looked_up)
     @rule(count=st.integers(1, 3))
     def look_up(self, count: int) -> None:
-        if self.table.reachable or self.table._epoch:
+        if self.table.reachable or self.table.table.epoch:
             self.later.run(count)
 
     def everything_is_known_in_the_end(self) -> None:
