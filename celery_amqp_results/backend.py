@@ -16,6 +16,7 @@ from typing import (
     Any,
     Callable,
     ClassVar,
+    Collection,
     Dict,
     Generator,
     Iterable,
@@ -36,7 +37,6 @@ from celery.exceptions import ImproperlyConfigured, SecurityError, TimeoutError
 from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
 from kombu.compression import encoders, get_encoder
-from kombu.utils.encoding import bytes_to_str
 from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors, options
@@ -51,11 +51,13 @@ from celery_amqp_results.per_task.layout import PerTaskLayout, Wire
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.ids import id_text, plain_ids, state_name
 from celery_amqp_results.protocol.message import GROUP, STATE, StateMessage
-from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Topology, client_word
+from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topology, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.shared_layout import SharedLayout
 from celery_amqp_results.store import marks as tracking
+from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
 from celery_amqp_results.waiting.follower import FIRST_CHORD_CHECK, LAST_CHORD_CHECK, Update
@@ -285,7 +287,7 @@ class AMQPBackend(NativeChords, Celery4API):
         With ``track_sent`` that is published, on the connection that sends the task; nothing is
         waited for. Without it this does no I/O.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         current = self.app.current_worker_task
         # A task that is retried or replaced stays the task of the one who sent it first.
         retried = current is not None and current.request.id == task_id
@@ -332,7 +334,7 @@ class AMQPBackend(NativeChords, Celery4API):
             BackendUnavailable: when the broker did not confirm it; it may be stored or not.
             DeclarationRefused: when something on the broker exists with other properties.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         try:
             self._store(task_id, result, state, traceback, request)
         except errors.ResultTooLarge as exc:
@@ -354,7 +356,7 @@ class AMQPBackend(NativeChords, Celery4API):
         brief: bool = False,
     ) -> None:
         """Publish a state; a *brief* one without the arguments of the task, which may be long."""
-        layout = self.layout
+        layout, name = self.layout, state_name(state)
         if brief:
             result = self.encode_result(result, state)
         meta = self._get_result_meta(result, state, traceback, request)
@@ -362,15 +364,14 @@ class AMQPBackend(NativeChords, Celery4API):
         if brief:
             meta.update({name: None for name in ("args", "kwargs") if name in meta})
         message = self._encode_state(
-            task_id, state, layout.shape(meta), STATE, self._expiration_of(state, request)
+            task_id, name, layout.shape(meta), STATE, self._expiration_of(name, request)
         )
-        client = _client_of(request)
+        route = _route_of(request)
         stored = layout.detach(message)
-        if not is_final(state) or not self._publish_with_part(task_id, message, stored, client):
+        if not is_final(state) or not self._publish_with_part(task_id, message, stored, route):
             layout.publish(
                 stored,
-                client,
-                getattr(request, "group", None),
+                route,
                 # ABORTED as well: who asked a task to stop relies on it.
                 is_final(state) or state == ABORTED,
             )
@@ -490,6 +491,7 @@ class AMQPBackend(NativeChords, Celery4API):
         Celery's task that polls for chords finds so which task of a header has failed. Failures
         are not in the cache itself, as a task that is delivered again may still succeed.
         """
+        task_id = id_text(task_id)
         return task_id in self._cache or task_id in self._failed
 
     def _complete(self, state: StateMessage) -> StateMessage:
@@ -527,7 +529,7 @@ class AMQPBackend(NativeChords, Celery4API):
                 accepted.
             ForeignMessage: when the meta is damaged.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         state = self.layout.poll((task_id,))[task_id]
         meta = None if state is None else self._decode_if_kept(state)
         if meta is None:
@@ -549,7 +551,7 @@ class AMQPBackend(NativeChords, Celery4API):
         Raises:
             LookupTimeout, BackendUnavailable: as every look-up.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         state = self.layout.poll((task_id,))[task_id]
         mark = None
         if state is None and self.options.track_sent:
@@ -560,9 +562,16 @@ class AMQPBackend(NativeChords, Celery4API):
             state = self.layout.kept(task_id)
         return tracking.Fate.read(state, mark)
 
+    def forget(self, task_id: Any) -> None:
+        """Delete all that is kept of a task.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
+        super().forget(id_text(task_id))
+
     def _forget(self, task_id: str) -> None:
         self._failed.pop(task_id, None)
-        task_id = bytes_to_str(task_id)
         self.layout.forget((task_id,))
         if self.options.track_sent:
             self.layout.mark(
@@ -589,6 +598,7 @@ class AMQPBackend(NativeChords, Celery4API):
         interval: Optional[float] = None,
         on_interval: Optional[Callable[[], Any]] = None,
         on_message: Optional[Callable[[Meta], Any]] = None,
+        parents: Collection[Any] = (),
     ) -> Iterator[Tuple[str, StateMessage]]:
         """Wait for tasks; yield the final state of each as it comes.
 
@@ -596,14 +606,28 @@ class AMQPBackend(NativeChords, Celery4API):
             ids: the tasks.
             timeout: seconds for all of them; ``None`` for no end, 0 to poll once.
             interval: seconds between calls of *on_interval*, 0.5 by default.
-            on_interval: called now and then while waiting.
+            on_interval: called now and then while waiting, and once more when all have ended.
             on_message: called with the meta of every state, in the order of publishing.
+            parents: result objects of tasks before these in a chain. The tasks are not waited for
+                any more when one of the parents fails.
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* is over.
+            Exception: the exception of a parent that failed.
         """
-        with contextlib.closing(self._updates(ids, timeout, interval, on_interval)) as updates:
+        ids = list(dict.fromkeys(ids))
+        before = {id_text(parent.id): parent for parent in parents}
+        before = {task_id: before[task_id] for task_id in before if task_id not in ids}
+        with contextlib.closing(
+            self._updates(ids, timeout, interval, on_interval, before)
+        ) as updates:
             for update in updates:
+                parent = before.get(update.task_id)
+                if parent is not None:
+                    if update.final is not None:
+                        self._resolve(parent, update.final)
+                        parent.maybe_throw()
+                    continue
                 if on_message is not None:
                     for state in update.states:
                         self._call(on_message, state)
@@ -616,36 +640,60 @@ class AMQPBackend(NativeChords, Celery4API):
         timeout: Optional[float] = None,
         interval: Optional[float] = None,
         on_interval: Optional[Callable[[], Any]] = None,
+        parents: Collection[str] = (),
     ) -> Generator[Update, None, None]:
-        """Follow tasks until they end; yield what is new. The parameters are those of _follow.
+        """Follow tasks until they end; yield what is new of them and of their parents.
+
+        The parameters are those of _follow; *parents* are ids.
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* is over.
         """
         ids = list(dict.fromkeys(ids))
         if timeout is not None and timeout <= 0:
-            missing = 0
-            for task_id, state in self.layout.poll(ids).items():
-                final = state if state is not None and is_final(state.state) else None
-                if final is None:
-                    missing += 1
-                if state is not None:
-                    yield Update(task_id, [state], final)
-            if missing:
-                raise _timed_out(timeout, missing, len(ids))
-            return
+            yield from self._poll_once(ids, timeout, parents)
+        else:
+            yield from self._updates_until(ids, timeout, interval, on_interval, parents)
+        if on_interval is not None:
+            # Celery raises the errors of parents from here. A header that has failed is known
+            # to have before its body is.
+            on_interval()
+
+    def _poll_once(
+        self, ids: List[str], timeout: float, parents: Collection[str]
+    ) -> Iterator[Update]:
+        missing = 0
+        found = self.layout.poll(list(dict.fromkeys((*parents, *ids))))
+        for task_id, state in found.items():
+            final = state if state is not None and is_final(state.state) else None
+            if final is None and task_id not in parents:
+                missing += 1
+            if state is not None:
+                yield Update(task_id, [state], final)
+        if missing:
+            raise _timed_out(timeout, missing, len(ids))
+
+    def _updates_until(
+        self,
+        ids: List[str],
+        timeout: Optional[float],
+        interval: Optional[float],
+        on_interval: Optional[Callable[[], Any]],
+        parents: Collection[str],
+    ) -> Iterator[Update]:
         deadline = None if timeout is None else time.monotonic() + timeout
         interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
         follower, pid = self.layout.follower(), os.getpid()
+        missing = set(ids)
         try:
-            follower.add(ids)
+            follower.add((*parents, *ids))
             next_interval = time.monotonic() + interval
             pause = FIRST_CHORD_CHECK
             next_check = time.monotonic() + pause
-            while follower.pending:
+            while missing:
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
-                    raise _timed_out(timeout, len(follower.pending), len(ids))
+                    raise _timed_out(timeout, len(missing), len(ids))
                 try:
                     updates = follower.step(deadline, max(0.0, next_interval - now))
                 except errors.BackendUnavailable as exc:
@@ -653,7 +701,8 @@ class AMQPBackend(NativeChords, Celery4API):
                     if refused or not connections.is_over(deadline):
                         raise
                     # Reaching the broker has taken all the time there was.
-                    raise _timed_out(timeout, len(follower.pending), len(ids)) from exc
+                    raise _timed_out(timeout, len(missing), len(ids)) from exc
+                missing.difference_update(u.task_id for u in updates if u.final is not None)
                 yield from updates
                 if time.monotonic() >= next_check and follower.pending:
                     # A chord whose last worker died before it fired has nobody else.
@@ -661,7 +710,7 @@ class AMQPBackend(NativeChords, Celery4API):
                         self.settle_body(task_id)
                     pause = min(2 * pause, LAST_CHORD_CHECK)
                     next_check = time.monotonic() + pause
-                if time.monotonic() >= next_interval:
+                if missing and time.monotonic() >= next_interval:
                     next_interval = time.monotonic() + interval
                     if on_interval is not None:
                         on_interval()
@@ -752,7 +801,7 @@ class AMQPBackend(NativeChords, Celery4API):
             celery.exceptions.TimeoutError: when *timeout* is over.
             Exception: the exception of the task, if it failed.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         meta = self._cache.get(task_id) if cache else None
         if not meta or meta["status"] not in READY_STATES:
             ((_, state),) = self._follow((task_id,), timeout, interval, on_interval)
@@ -780,7 +829,9 @@ class AMQPBackend(NativeChords, Celery4API):
             Exception: the exception of the task, if it failed and *propagate* is true.
         """
         self._ensure_not_eager()
-        for _, state in self._follow((result.id,), timeout, interval, on_interval, on_message):
+        for _, state in self._follow(
+            (id_text(result.id),), timeout, interval, on_interval, on_message
+        ):
             self._resolve(result, state)
         return result.maybe_throw(callback=callback, propagate=propagate)
 
@@ -810,35 +861,55 @@ class AMQPBackend(NativeChords, Celery4API):
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* seconds are over.
+            Exception: the exception of a task before the group in its chain, when that has failed:
+                the members will never run.
         """
         self._ensure_not_eager()
         waited: Dict[str, List[Any]] = {}
         groups = []
         for node in result.results:
             if isinstance(node, ResultSet):
-                leaves = [leaf for leaf in _leaves(node) if not _is_ready(leaf)]
-                groups.append((node, {leaf.id for leaf in leaves}))
+                unready = [leaf for leaf in trees.leaves(node) if not _is_ready(leaf)]
+                groups.append((node, {id_text(leaf.id) for leaf in unready}))
             else:
-                leaves = [] if _is_ready(node) else [node]
-                if not leaves:
+                unready = [] if _is_ready(node) else [node]
+                if not unready:
                     yield node.id, _meta_of(node)
-            for leaf in leaves:
-                waited.setdefault(leaf.id, []).append(leaf)
-        members = {node.id for node in result.results if not isinstance(node, ResultSet)}
+            for leaf in unready:
+                waited.setdefault(id_text(leaf.id), []).append(leaf)
+        members = {id_text(n.id): n for n in result.results if not isinstance(n, ResultSet)}
         for node, missing in groups:
             if not missing:
                 yield node.id, node.results
         groups = [(node, missing) for node, missing in groups if missing]
-        for task_id, state in self._follow(waited, timeout, interval, on_interval, on_message):
+        parents = self._unfailed_parents(result) if waited else []
+        for task_id, state in self._follow(
+            waited, timeout, interval, on_interval, on_message, parents
+        ):
             for leaf in waited.pop(task_id):
                 self._resolve(leaf, state)
             if task_id in members:
-                yield task_id, _meta_of(leaf)
+                yield members[task_id].id, _meta_of(leaf)
             for node, missing in groups:
                 if task_id in missing:
                     missing.discard(task_id)
                     if not missing:
                         yield node.id, node.results
+
+    @staticmethod
+    def _unfailed_parents(result: Any) -> List[Any]:
+        """Return the tasks before a group in a chain that are not known to have ended.
+
+        Raises:
+            Exception: the exception of one that has failed.
+        """
+        unknown = []
+        for parent in trees.parents(result):
+            if not _is_ready(parent):
+                unknown.append(parent)
+            elif not parent.ignored:
+                parent.maybe_throw()
+        return unknown
 
     def get_many(
         self,
@@ -872,7 +943,7 @@ class AMQPBackend(NativeChords, Celery4API):
             celery.exceptions.TimeoutError: when *timeout* is over.
         """
         self._ensure_not_eager()
-        ids = [bytes_to_str(task_id) for task_id in task_ids]
+        ids = [id_text(task_id) for task_id in task_ids]
         missing = []
         for task_id in ids:
             meta = self._cache.get(task_id)
@@ -923,8 +994,19 @@ class AMQPBackend(NativeChords, Celery4API):
 
     # -- groups ------------------------------------------------------------------------------
 
-    def _save_group(self, group_id: str, result: Any) -> Any:
-        meta = {"status": GROUP_STATE, "group_id": group_id, "result": result.as_tuple()}
+    def get_group_meta(self, group_id: Any, cache: bool = True) -> Optional[Meta]:
+        """Return the meta of a group that was saved, or ``None``."""
+        found: Optional[Meta] = super().get_group_meta(id_text(group_id), cache)
+        return found
+
+    def delete_group(self, group_id: Any) -> Any:
+        """Delete a group that was saved; its members are kept."""
+        return super().delete_group(id_text(group_id))
+
+    def _save_group(self, group_id: Any, result: Any) -> Any:
+        group_id = id_text(group_id)
+        members = plain_ids(result.as_tuple())
+        meta = {"status": GROUP_STATE, "group_id": group_id, "result": members}
         self.layout.save_group(
             self._encode_state(
                 group_id, GROUP_STATE, self.layout.shape(meta), GROUP, self._expiration
@@ -942,7 +1024,7 @@ class AMQPBackend(NativeChords, Celery4API):
             logger.warning("taken for expired: %s", exc)
             return None
         try:
-            meta["result"] = result_from_tuple(meta["result"], self.app)
+            meta["result"] = result_from_tuple(plain_ids(meta["result"]), self.app)
         except Exception as exc:
             raise errors.ForeignMessage(
                 f"the group {group_id!r} has no members as its result: {exc!r:.300}"
@@ -1039,6 +1121,12 @@ def _compression_of(backend: Any) -> Optional[str]:
     return name or None
 
 
+def _route_of(request: Any) -> Route:
+    """Return what the routing key of a state says of the task of *request*."""
+    group_id = getattr(request, "group", None)
+    return Route(_client_of(request), group_id, bool(group_id and getattr(request, "chord", None)))
+
+
 def _client_of(request: Any) -> str:
     """Return the routing key's word for the process that sent the task of *request*."""
     origin = getattr(request, "origin", None)
@@ -1080,14 +1168,6 @@ def _own_expiries(app: Any, request: Any) -> Iterator[Tuple[str, Any]]:
 def _timed_out(timeout: Optional[float], missing: int, total: int) -> TimeoutError:
     what = "The task is" if total == 1 else f"{missing} of {total} tasks are"
     return TimeoutError(f"The operation timed out: {what} not ready after {timeout:g} seconds.")
-
-
-def _leaves(result: Any) -> Iterator[Any]:
-    for node in result.results:
-        if isinstance(node, ResultSet):
-            yield from _leaves(node)
-        else:
-            yield node
 
 
 def _is_ready(node: Any) -> bool:

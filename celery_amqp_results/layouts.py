@@ -24,6 +24,7 @@ from typing import (
 from celery_amqp_results.chords.parts import Chords
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.names import Route
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.watch import Tap
 
@@ -45,9 +46,7 @@ class Layout(Protocol):
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
 
-    def publish(
-        self, state: StateMessage, client: str, group_id: Optional[str], final: bool
-    ) -> None:
+    def publish(self, state: StateMessage, route: Route, final: bool) -> None:
         """Publish a state; of a *final* one, return only when the broker has it."""
 
     def mark_sent(self, connection: Any, sent: StateMessage) -> None:

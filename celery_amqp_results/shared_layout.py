@@ -15,7 +15,7 @@ from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import GROUP, MARK, StateMessage
-from celery_amqp_results.protocol.names import ABSENT, Topology
+from celery_amqp_results.protocol.names import Route, Topology
 from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.store import marks as tracking
 from celery_amqp_results.store.large_bodies import LargeBodies
@@ -163,21 +163,17 @@ class SharedLayout:
         """Return the state that a pointer stands for, or ``None`` where the body is gone."""
         return self._large.fetch(pointer)
 
-    def publish(
-        self, state: StateMessage, client: str, group_id: Optional[str], final: bool
-    ) -> None:
+    def publish(self, state: StateMessage, route: Route, final: bool) -> None:
         """Publish a state; of a *final* one, return only when the broker has it.
 
         Raises:
             BackendUnavailable, ResultTooLarge, DeclarationRefused: see
                 :meth:`~celery_amqp_results.store.publisher.Publisher.publish`.
         """
-        self.publisher.publish(
-            (self._outgoing(state, client, group_id),), final and self._options.confirm
-        )
+        self.publisher.publish((self._outgoing(state, route),), final and self._options.confirm)
         self.inbox.note_stored(state)
 
-    def _outgoing(self, state: StateMessage, client: str, group_id: Optional[str]) -> Outgoing:
+    def _outgoing(self, state: StateMessage, route: Route) -> Outgoing:
         topology = self._topology
         shard = topology.shard(state.id)
         return Outgoing(
@@ -186,7 +182,7 @@ class SharedLayout:
             state.body,
             shard,
             f"the {state.state} of {state.id}",
-            (topology.exchange, topology.routing_key(state.id, state.state, client, group_id)),
+            (topology.exchange, topology.routing_key(state.id, state.state, route)),
         )
 
     def poll(
@@ -229,7 +225,7 @@ class SharedLayout:
 
     def save_group(self, group: StateMessage) -> None:
         """Keep a group: in the shard of its id, and in no inbox."""
-        self.publisher.publish((self._outgoing(self.detach(group), ABSENT, group.id),))
+        self.publisher.publish((self._outgoing(self.detach(group), Route(group_id=group.id)),))
 
     def read_group(self, group_id: str) -> Optional[StateMessage]:
         """Return the group as it was kept last, or ``None``."""

@@ -32,6 +32,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import transports
 from celery_amqp_results.chords.parts import MAX_QUORUM_PARTS, Gathered, Part, Receipt
 from celery_amqp_results.protocol.message import PART, PLAN, StateMessage
+from celery_amqp_results.protocol.names import Route
 
 if TYPE_CHECKING:
     from celery_amqp_results.layouts import Layout
@@ -331,7 +332,7 @@ class NativeChords(Backend):
         return Returning(request.id, request.group, request.group_index, size)
 
     def _publish_with_part(
-        self, task_id: str, part: StateMessage, state: StateMessage, client: str
+        self, task_id: str, part: StateMessage, state: StateMessage, route: Route
     ) -> bool:
         """Publish a final state together with the part that the task returns, if it returns one.
 
@@ -341,19 +342,19 @@ class NativeChords(Backend):
             task_id: the task.
             part: what the task returns.
             state: its state, which is *part* or a pointer to it.
-            client: routing key's word for the process that sent it.
+            route: the route of the state.
         """
         returning = _returning.get()
         if returning is None or returning.task_id != task_id or returning.published:
             return False
-        self._publish_part(returning, part, (state, client))
+        self._publish_part(returning, part, (state, route))
         return True
 
     def _publish_part(
         self,
         returning: Returning,
         part: StateMessage,
-        state: Optional[Tuple[StateMessage, str]] = None,
+        state: Optional[Tuple[StateMessage, Route]] = None,
     ) -> None:
         chords = self.layout.chords
         assert chords is not None

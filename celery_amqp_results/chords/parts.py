@@ -53,7 +53,7 @@ from amqp import exceptions as amqp_errors
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.protocol.message import PART, PLAN, StateMessage
-from celery_amqp_results.protocol.names import Topology
+from celery_amqp_results.protocol.names import Route, Topology
 from celery_amqp_results.store.checkout import PREFETCH, Checkout, longest_prefetch
 from celery_amqp_results.store.publisher import Outgoing, Publisher, QueueLength, Receipt
 
@@ -112,8 +112,7 @@ class Chords:
         pool: connections for reading the queues of chords, with heartbeats of :data:`HEARTBEAT`.
         topology: names and queue arguments.
         persistent: whether messages survive a restart of the broker.
-        outgoing: returns the message for a state, the word of the client that sent its task, and
-            the id of its group.
+        outgoing: returns the message for a state and its route.
 
     Thread-safe. After a fork the child must make a new one.
     """
@@ -124,7 +123,7 @@ class Chords:
         pool: connections.Pool,
         topology: Topology,
         persistent: bool,
-        outgoing: Callable[[StateMessage, str, Optional[str]], Outgoing],
+        outgoing: Callable[[StateMessage, Route], Outgoing],
     ) -> None:
         self._outgoing = outgoing
         self._publisher = publisher
@@ -250,7 +249,7 @@ class Chords:
         part: StateMessage,
         group_index: Optional[int],
         size: Optional[int],
-        state: Optional[Tuple[StateMessage, str]] = None,
+        state: Optional[Tuple[StateMessage, Route]] = None,
     ) -> bool:
         """Publish a part, with the task's state, and return whether the chord may be complete.
 
@@ -261,8 +260,7 @@ class Chords:
             part: what the task returned, of the kind ``part``.
             group_index: the task's place in the header.
             size: the size that the task was told, or ``None``.
-            state: what is to be stored of the task, and the word of the client that sent it. Both
-                messages wait for one confirm.
+            state: the state to store, and its route. Both messages wait for one confirm.
 
         Raises:
             BackendUnavailable, ResultTooLarge, DeclarationRefused: see
@@ -270,7 +268,7 @@ class Chords:
         """
         messages = [self._part(group_id, part, group_index)]
         if state is not None:
-            messages.insert(0, self._outgoing(*state, group_id))
+            messages.insert(0, self._outgoing(*state))
         queue = self._queue(group_id)
         if size is None:
             size = self._sizes.get(group_id)

@@ -21,7 +21,7 @@ from celery_amqp_results.cli.common import (
     shared_only,
 )
 from celery_amqp_results.protocol.message import STATE
-from celery_amqp_results.protocol.names import BROADCAST
+from celery_amqp_results.protocol.names import BROADCAST, Route
 from celery_amqp_results.protocol.ranking import is_final
 
 __all__ = ("migrate", "old_queues")
@@ -153,6 +153,6 @@ def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) 
         message = new._encode_state(task_id, state.state, found, STATE, new._expiration)
 
         # Not deleted before the broker has it.
-        new.layout.publish(new.layout.detach(message), BROADCAST, None, True)
+        new.layout.publish(new.layout.detach(message), Route(BROADCAST), True)
     old.layout.forget((task_id,))
     return "deleted" if delete else "moved"

@@ -9,7 +9,7 @@
     large results    <result_exchange>.large.<task>.<mark> not bound; the body of one result
     inbox            named by the broker, exclusive        bound with  *.<client>.#, *.all.#, <n>.#
                                                             or *.*.*.#
-    routing key      <shard>.<client>.<group>.<task>.<STATE>
+    routing key      <shard>.<client>.<plan queue>.<group>.<task>.<STATE>
 
 This module does no I/O and knows nothing of connections. ``docs/wire.md`` describes the same for
 programs in other languages: what changes here changes there.
@@ -30,7 +30,9 @@ __all__ = (
     "ABSENT",
     "BROADCAST",
     "OVERFLOW",
+    "PLAN_QUEUES",
     "QueueSpec",
+    "Route",
     "Topology",
     "client_word",
     "encode_word",
@@ -51,8 +53,11 @@ BROADCAST = "all"
 #: First word of the key under which an inbox that was full says so: no number of a shard.
 OVERFLOW = "overflow"
 
-#: A word of a routing key is at most this long; a longer one is replaced by its digest. Five
-#: words, of which one is a number and one a digest of 16, then always fit the 255 bytes of a key.
+#: Number of queues for the plans of chords. Every process must use the same number.
+PLAN_QUEUES = 8
+
+#: A word of a routing key is at most this long; a longer one is replaced by its digest. Six words,
+#: of which two are numbers and one is a digest of 16, then always fit the 255 bytes of a key.
 MAX_WORD = 72
 
 _SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -108,6 +113,30 @@ class QueueSpec:
     exclusive: bool
     auto_delete: bool
     arguments: Mapping[str, Any]
+
+
+def plan_queue(group_id: str) -> int:
+    """Return the number of the plan queue for the chord whose header has the id *group_id*."""
+    return zlib.crc32(group_id.encode("utf-8", "surrogatepass")) % PLAN_QUEUES
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """What a routing key says of a task besides its id: who waits for its states."""
+
+    #: Word of the process that sent the task, see :func:`client_word`.
+    client: str = ABSENT
+    #: Id of the group that the task belongs to.
+    group_id: Optional[str] = None
+    #: Whether that group is the header of a chord.
+    in_chord: bool = False
+
+    @property
+    def plan_queue(self) -> str:
+        """The word for the plan queue of the task's chord."""
+        if not self.in_chord or not self.group_id:
+            return ABSENT
+        return str(plan_queue(self.group_id))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,25 +294,27 @@ class Topology:
 
     def task_binding(self, task_id: str) -> str:
         """Return the binding key for every state of *task_id*."""
-        return f"{self.shard(task_id)}.*.*.{encode_word(task_id)}.*"
+        return f"{self.shard(task_id)}.*.*.*.{encode_word(task_id)}.*"
 
     @staticmethod
     def state_binding(state: str) -> str:
         """Return the binding key for *state* of every task."""
-        return f"*.*.*.*.{encode_word(state)}"
+        return f"*.*.*.*.*.{encode_word(state)}"
 
-    def routing_key(
-        self, task_id: str, state: str, client: str = ABSENT, group_id: Optional[str] = None
-    ) -> str:
+    @staticmethod
+    def plan_binding(number: int) -> str:
+        """Return the binding key for every state of the chords in plan queue *number*."""
+        return f"*.*.{number}.#"
+
+    def routing_key(self, task_id: str, state: str, route: Route = Route()) -> str:
         """Return the routing key of a state.
 
         Parameters:
             task_id: the task's id, of any length and shape.
             state: name of the state.
-            client: word of the process that sent the task, see :func:`client_word`.
-            group_id: id of the group that the task belongs to.
+            route: what else is known of the task.
         """
         return (
-            f"{self.shard(task_id)}.{client}.{encode_word(group_id)}"
-            f".{encode_word(task_id)}.{encode_word(state)}"
+            f"{self.shard(task_id)}.{route.client}.{route.plan_queue}"
+            f".{encode_word(route.group_id)}.{encode_word(task_id)}.{encode_word(state)}"
         )

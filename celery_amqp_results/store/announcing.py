@@ -14,7 +14,7 @@ import amqp
 
 from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
-from celery_amqp_results.protocol.names import BROADCAST, Topology
+from celery_amqp_results.protocol.names import BROADCAST, Route, Topology
 
 __all__ = ("announce",)
 
@@ -63,7 +63,7 @@ def _frames(
     return frames.publish_frames(
         channel.channel_id,
         topology.exchange,
-        topology.routing_key(mark.id, mark.state, BROADCAST),
+        topology.routing_key(mark.id, mark.state, Route(BROADCAST)),
         False,
         mark.properties(persistent=False),
         mark.body,

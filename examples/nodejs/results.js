@@ -128,7 +128,7 @@ async function get(connection, ids) {
 async function watch(connection, state = "*") {
   const channel = await connection.createChannel();
   const { queue } = await channel.assertQueue("", { exclusive: true, durable: false, autoDelete: true });
-  await channel.bindQueue(queue, `${prefix}.states`, `*.*.*.*.${state}`);
+  await channel.bindQueue(queue, `${prefix}.states`, `*.*.*.*.*.${state}`);
   await channel.consume(queue, (message) => {
     for (const each of states(message)) console.log(JSON.stringify(meta(each)));
   }, { noAck: true });

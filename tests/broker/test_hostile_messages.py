@@ -23,6 +23,7 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import PART, PLAN, StateMessage
+from celery_amqp_results.protocol.names import Route
 from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.store import lookup as store
 from tests.broker.helpers import LONG, Waiting, new_id, until_stored, until_watched
@@ -326,7 +327,7 @@ def test_a_hostile_push_does_not_end_the_inbox(
     topology = app.backend._topology
     exchange = topology.exchange
     channel = raw.channel()
-    key = topology.routing_key(other, states.SUCCESS, "all")
+    key = topology.routing_key(other, states.SUCCESS, Route("all"))
     inbox = app.backend.layout.inbox
     for _, properties, body in hostile_states(other):
         channel.basic_publish(amqp.Message(body, **properties), exchange, key)
