@@ -125,7 +125,7 @@ class Reads:
             for shard in self._inbox.uncounted():
                 self._look_up((), None, (shard,))
         except (errors.BackendUnavailable, errors.DeclarationRefused) as exc:
-            logger.info("shards are counted when they are read: %s", exc)
+            logger.info("shards could not be read ahead: %s", exc)
         finally:
             with self._lock:
                 self._counting = None

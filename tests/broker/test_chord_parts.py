@@ -578,7 +578,7 @@ def test_a_body_keeps_the_process_that_sent_its_chord(make_app: Apps, group_id: 
     sender, app = make_app(), make_app()
     body = send(sender, group_id, ["a"])
     assert body.options["origin"] == anon_nodename()
-    assert body.id in sender.backend.layout.inbox._sent
+    assert sender.backend.layout.inbox.is_own(body.id)
     forwarded = dict(body, options=dict(body.options, origin="gen1@elsewhere"))
     # When it sends the body, and a task of its own
     noted: Dict[str, Any] = {}
@@ -594,8 +594,8 @@ def test_a_body_keeps_the_process_that_sent_its_chord(make_app: Apps, group_id: 
         signals.before_task_publish.disconnect(note)
     # Then the body's states go to who sent the chord, and it counts on getting its own only
     assert noted == {body.id: "gen1@elsewhere", own.id: anon_nodename()}
-    assert own.id in app.backend.layout.inbox._sent
-    assert body.id not in app.backend.layout.inbox._sent
+    assert app.backend.layout.inbox.is_own(own.id)
+    assert not app.backend.layout.inbox.is_own(body.id)
 
 
 def test_a_body_of_several_tasks_or_of_a_task_is_not_counted_on(
@@ -610,7 +610,7 @@ def test_a_body_of_several_tasks_or_of_a_task_is_not_counted_on(
     monkeypatch.setattr(type(app), "current_worker_task", property(lambda self: running))
     body = send(app, group_id, ["a"])
     assert "origin" not in body.options
-    assert not app.backend.layout.inbox._sent
+    assert not app.backend.layout.inbox._table._sent
 
 
 def test_a_chord_too_large_for_a_quorum_queue(make_app: Apps, group_id: str) -> None:
