@@ -115,7 +115,7 @@ class NativeChords(Backend):
         _chord_expiration: Optional[int]
 
         @property
-        def layout(self) -> Layout: ...
+        def layout(self) -> Layout: ...  # noqa: D102
 
         def _encode_state(
             self, message_id: str, state: str, meta: Any, kind: str, expiration: Optional[int]

@@ -40,6 +40,8 @@ from amqp import spec
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.amqp.once import OnceLogger
+from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.feed.barriers import Barrier, Barriers
 from celery_amqp_results.feed.table import ALL, Look, Table, Unread
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
@@ -163,6 +165,8 @@ class Inbox:
         # Guards everything below. No I/O is done while holding it.
         self._changed = threading.Condition(threading.RLock())
         self._thread: Optional[threading.Thread] = None
+        #: For what is the same at each try to open a connection.
+        self._once = OnceLogger(logger)
         self._closing = False
         #: Why the reader thread gave up, and when, until it is started again.
         self._failure: Optional[Exception] = None
@@ -380,6 +384,7 @@ class Inbox:
                     number = self._barriers.publish(barrier)
                 session.publish_barrier(number)
         except connections.TRANSIENT as exc:
+            connections.raise_if_from_signal_handler(exc)
             # The connection is about to be lost, or a part of a frame has been written.
             self.suspect(f"a barrier could not be published: {exc!r}")
         finally:
@@ -462,10 +467,7 @@ class Inbox:
     def _start(self) -> None:
         if self._thread is None and not self._closing:
             self._failure = None
-            self._thread = threading.Thread(
-                target=self._run, name="celery-results-inbox", daemon=True
-            )
-            self._thread.start()
+            self._thread = start_thread(self._run, "inbox")
 
     def _wake_if_restless(self) -> None:
         if self._table.restless:
@@ -484,6 +486,7 @@ class Inbox:
                 session = _Session(self)
                 opened = True
                 attempt = 0
+                self._once = OnceLogger(logger)
                 session.read()
             except Exception as exc:
                 lost = isinstance(exc, connections.TRANSIENT)
@@ -500,12 +503,15 @@ class Inbox:
                 # Before the first success, what is wrong may well be the URL: give up as the
                 # policy says. Later the broker has been seen, and will be back.
                 pause = self._connector.policy.pause(attempt)
-                if opened and pause is None:
+                limited = self._connector.is_limited(exc)
+                if (opened or limited) and pause is None:
                     pause = self._connector.policy.interval_max
                 if refused or not lost or pause is None:
                     self._give_up(exc, attempt)
                     return
-                logger.warning(
+                self._once.log(
+                    logging.DEBUG if limited else logging.WARNING,
+                    type(exc).__name__,
                     "the connection that results are pushed on is lost, opening another in "
                     "%.1f s [%d]: %r",
                     pause,

@@ -12,6 +12,7 @@ from typing import Collection, Dict, Iterable, List, Optional
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.page import Census
@@ -115,10 +116,7 @@ class Reads:
             return
         with self._lock:
             if self._counting is None:
-                self._counting = threading.Thread(
-                    target=self._count, name="celery-results-views", daemon=True
-                )
-                self._counting.start()
+                self._counting = start_thread(self._count, "views")
 
     def _count(self) -> None:
         try:

@@ -69,6 +69,7 @@ from typing import (
     Tuple,
 )
 
+from celery_amqp_results.amqp.once import BoundedDict
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.page import Census, number_of
@@ -260,7 +261,7 @@ class Table:
         self._recent: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
         self._recent_bytes = 0
         self._digest_count = 0
-        self._sent: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._sent: BoundedDict[str, None] = BoundedDict(MAX_SENT)
         self._own_read_at: Optional[float] = None
         self._looks: List[Look] = []
         #: Keys to be bound; keys that were asked for; keys that stand, with the times.
@@ -361,8 +362,6 @@ class Table:
         """This process is about to send a task."""
         again = task_id in self._sent
         self._sent[task_id] = None
-        if len(self._sent) > MAX_SENT:
-            self._sent.popitem(last=False)
         # Of an id that is not plainly new the store may hold a state.
         if self.epoch and not again and task_id not in self._recent and _NEW_ID.fullmatch(task_id):
             self._remember(task_id, None, now, now - self._opened_at >= STEADY)

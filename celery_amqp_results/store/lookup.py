@@ -547,6 +547,7 @@ class Store:
                 logger.info("other processes are not told what was forgotten: %s", exc)
                 return
             except connections.TRANSIENT as exc:
+                connections.raise_if_from_signal_handler(exc)
                 tries.wait(exc, "what was forgotten")
 
     def readable(self, queue: str, found: List[StateMessage]) -> List[StateMessage]:
@@ -643,7 +644,7 @@ class Store:
         packed = packed_last = 0.0
         while waiting or running:
             with link.corked():
-                while waiting and len(running) < PARALLEL:
+                while waiting and len(running) < PARALLEL and link.has_room():
                     running.append(_Read(self, link, waiting.popleft(), request))
             now = time.monotonic()
             if now >= end:

@@ -28,6 +28,7 @@ from typing import (
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.once import OnceLogger
 from celery_amqp_results.feed.inbox import Inbox, Waiter
 from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.protocol.message import StateMessage
@@ -36,6 +37,10 @@ from celery_amqp_results.protocol.ranking import fold, is_final
 __all__ = ("Follower", "Update")
 
 logger = logging.getLogger(__name__)
+
+#: What happens at each poll while a broker is away is logged once, until it is back.
+once = OnceLogger(logger)
+LOOK_UP_FAILED = "look-up failed"
 
 #: Seconds after which the store is asked again although nothing was pushed; doubled each time, up
 #: to the most. It costs next to nothing, and ends a wait whose push went astray for a reason that
@@ -277,7 +282,8 @@ class Follower:
             return
         try:
             self._inbox.cover(self._unsettled, min(until, self._held_until()))
-        except TimeoutError:
+        except TimeoutError as exc:
+            connections.raise_if_from_signal_handler(exc)
             return
         found = self._read(self._unsettled, deadline)
         if found is None:
@@ -297,8 +303,14 @@ class Follower:
             if exc.__cause__ is not None and connections.is_refusal(exc.__cause__):
                 raise
             if deadline is None or time.monotonic() < deadline:
-                logger.warning("waiting goes on although a look-up failed: %s", exc)
+                once.log(
+                    logging.WARNING,
+                    LOOK_UP_FAILED,
+                    "waiting goes on although a look-up failed: %s",
+                    exc,
+                )
             return None
+        once.forget(LOOK_UP_FAILED)
         self._found.update(task_id for task_id, states in found.items() if states)
         return found
 
