@@ -21,7 +21,7 @@ from typing import (
     Sequence,
 )
 
-from celery_amqp_results.chords.parts import Chords
+from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Route
@@ -34,7 +34,7 @@ __all__ = ("Layout", "LayoutRegistry")
 class Layout(Protocol):
     """Keeps results on a broker. Thread-safe; made anew after a fork."""
 
-    #: Collects the parts of chords; ``None`` where a task has to poll for them.
+    #: Sends and leads chords; ``None`` where a task has to poll for their parts.
     chords: Optional[Chords]
 
     def metrics(self) -> Metrics:
@@ -46,8 +46,10 @@ class Layout(Protocol):
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
 
-    def publish(self, state: StateMessage, route: Route, final: bool) -> None:
-        """Publish a state; of a *final* one, return only when the broker has it."""
+    def publish(
+        self, states: Sequence[StateMessage], route: Route, final: bool
+    ) -> None:
+        """Publish states of one task; return when the broker has them if the last is *final*."""
 
     def mark_sent(self, connection: Any, sent: StateMessage) -> None:
         """Publish a mark on a connection that sends tasks. Waits for nothing."""

@@ -87,7 +87,7 @@ from kombu.transport.virtual.base import NotEquivalentError
 
 from celery_amqp_results import errors, options
 from celery_amqp_results.amqp import connections, transports
-from celery_amqp_results.chords.parts import Chords
+from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task.following import PollingFollower, PushFollower
 from celery_amqp_results.protocol.codec import Codec

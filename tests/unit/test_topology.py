@@ -19,7 +19,7 @@ from celery_amqp_results.protocol.names import (
     Topology,
     client_word,
     encode_word,
-    plan_queue,
+    plan_number,
 )
 
 #: Any text that Python can hold, lone surrogates among it.
@@ -113,7 +113,7 @@ def test_routing_key_has_six_words_and_fits(
     assert words == [
         str(here.shard(task_id)),
         client,
-        str(plan_queue(group_id)) if in_chord and group_id else ABSENT,
+        str(plan_number(group_id)) if in_chord and group_id else ABSENT,
         encode_word(group_id),
         encode_word(task_id),
         encode_word(state),
@@ -144,7 +144,7 @@ def test_bindings_bring_what_they_are_for_and_nothing_else(
         topology.routing_key(task_id, state, Route(BROADCAST)),
     )
     for number in range(PLAN_QUEUES):
-        leads = bool(group_id) and number == plan_queue(group_id)
+        leads = bool(group_id) and number == plan_number(group_id)
         assert matches(topology.plan_binding(number), key) == leads
 
 
