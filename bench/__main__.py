@@ -86,11 +86,9 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
     rows: List[Row] = []
     with contextlib.ExitStack() as stack:
         node = stack.enter_context(services.private_rabbitmq(options.distribution))
-        servers = peers.Servers(
-            node.url(),
-            stack.enter_context(services.private_redis()),
-            stack.enter_context(services.private_redis(lasting=True)),
-        )
+        redis = stack.enter_context(services.private_redis())
+        lasting = stack.enter_context(services.private_redis(lasting=True))
+        servers = peers.Servers(node.url(), redis.address, lasting.address)
         here = []
         for name in wanted:
             if peers.available(name):
@@ -99,7 +97,7 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
                 reporter.line(f"{name} is left out: pip install -e '.[bench]' installs it")
         about = _about(node, options.quick)
         reporter.line(", ".join(f"{name} {value}" for name, value in about.items()))
-        place = Place(node, servers, options.quick, kept, here)
+        place = Place(node, servers, options.quick, kept, here, (redis.pid, lasting.pid))
         stack.callback(place.close)
         started = time.monotonic()
         short = [name for name in measures.ALL if name not in measures.THOROUGH]

@@ -1,4 +1,4 @@
-"""A process that stores results, or waits for them, as it is told by lines of JSON.
+"""A process that stores results or waits for them; its commands are lines of JSON.
 
 Commands:
 
@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import uuid
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Type
 
 from celery import Celery
 from celery.result import AsyncResult, ResultSet
@@ -32,7 +32,7 @@ TIMEOUT = 600
 
 
 class Server:
-    """Does what is asked for.
+    """Executes commands.
 
     Parameters:
         app: the app whose result backend is used.
@@ -137,10 +137,10 @@ def answer(what: Dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
-    """Serve until standard input ends."""
+def serve(server_class: Type[Server]) -> None:
+    """Obey commands until standard input ends."""
     app = peers.app_from_environment()
-    server = Server(app)
+    server = server_class(app)
     for line in sys.stdin:
         command = json.loads(line)
         answer(getattr(server, command.pop("command"))(**command))
@@ -148,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Server)

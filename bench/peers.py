@@ -1,42 +1,32 @@
-"""The result backends that are measured beside each other, workers for them, and assistants."""
+"""The result backends that are measured beside each other, and apps that use them."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
-import json
-import mmap
 import os
-import signal
-import struct
-import subprocess
-import sys
-import tempfile
-import time
-import uuid
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 from celery import Celery
 from celery.app.task import Context
 
-from bench import processes
+from bench import ticks
 
 __all__ = (
     "PEERS",
+    "VARIANTS",
     "WITH_WORKER",
-    "Assistant",
     "Peer",
     "Servers",
-    "Ticks",
-    "Worker",
+    "app_from_environment",
     "available",
     "close",
     "close_backend",
     "context",
+    "environment",
     "make_app",
-    "ticking",
+    "named",
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,13 +77,30 @@ PEERS: Dict[str, Peer] = {
     )
 }
 
-#: Those that are measured with a worker that stores results, and waits until they are kept.
+#: This backend with options that only some measures use.
+VARIANTS: Dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("amqp, quorum", "amqp://", {"queue_type": "quorum", "shards": 16}),
+        *(
+            Peer(f"amqp, {shards} shards", "amqp://", {"shards": shards})
+            for shards in (16, 64, 256)
+        ),
+    )
+}
+
+#: Those that are measured with a worker that stores results and waits for their confirms.
 WITH_WORKER = tuple(name for name in PEERS if name not in ("amqp, confirm=False", "ignored"))
 
 
+def named(name: str) -> Peer:
+    """Return the peer *name*, of :data:`PEERS` or :data:`VARIANTS`."""
+    return PEERS.get(name) or VARIANTS[name]
+
+
 def available(name: str) -> bool:
-    """Return whether what the peer *name* needs is installed."""
-    module = PEERS[name].module
+    """Return whether the module is installed that the peer *name* needs."""
+    module = named(name).module
     return module is None or importlib.util.find_spec(module) is not None
 
 
@@ -116,12 +123,12 @@ def make_app(name: str, servers: Servers, queue: str, **conf: Any) -> Celery:
     """Return an app with the result backend of the peer *name*.
 
     Parameters:
-        name: of :data:`PEERS`.
+        name: of :data:`PEERS` or :data:`VARIANTS`.
         servers: where the servers are.
         queue: name of the queue of tasks; names for the results are made from it.
         **conf: further settings.
     """
-    peer = PEERS[name]
+    peer = named(name)
     app = Celery("bench", broker=servers.broker, set_as_current=False)
     app.conf.update(
         result_backend=peer.backend.format(redis=servers.redis, lasting=servers.lasting),
@@ -142,7 +149,7 @@ def make_app(name: str, servers: Servers, queue: str, **conf: Any) -> Celery:
 
     @app.task(name="bench.tick", shared=False)
     def tick(path: str) -> None:
-        _ticks(path).add()
+        ticks.of_file(path).add()
 
     @app.task(name="bench.count", shared=False)
     def count(results: List[Any]) -> int:
@@ -159,165 +166,6 @@ def context(task_id: str, reply_to: str = "", origin: str = "gen1@bench") -> Con
     )  # fmt: skip
 
 
-class Ticks:
-    """Counts in a file that several processes map, each in a place of its own."""
-
-    SLOTS = 4096
-    SLOT = struct.Struct("=Q")
-
-    def __init__(self, path: str) -> None:
-        with open(path, "r+b") as file:
-            file.truncate(self.SLOTS * self.SLOT.size)
-            self._map = mmap.mmap(file.fileno(), 0)
-        self.path = path
-        # Of two processes with the same place one would not be counted: they start at about the
-        # same time, so that their numbers differ by less.
-        self._at = os.getpid() % self.SLOTS * self.SLOT.size
-
-    def add(self) -> None:
-        """Count one more."""
-        (count,) = self.SLOT.unpack_from(self._map, self._at)
-        self.SLOT.pack_into(self._map, self._at, count + 1)
-
-    def total(self) -> int:
-        """Return what all have counted."""
-        return sum(count for (count,) in self.SLOT.iter_unpack(self._map))
-
-
-_opened: Dict[str, Ticks] = {}
-
-
-def _ticks(path: str) -> Ticks:
-    if path not in _opened:
-        # Made in the process that counts: the pool has forked by then.
-        _opened[path] = Ticks(path)
-    return _opened[path]
-
-
-class Worker:
-    """A worker process for a peer, and the app of the sending side.
-
-    Parameters:
-        name: of :data:`PEERS`.
-        servers: where the servers are.
-        concurrency: how many processes work.
-
-    Starting is not waited for: :meth:`wait` does.
-    """
-
-    def __init__(self, name: str, servers: Servers, concurrency: int = 2) -> None:
-        self.name = name
-        queue = f"bench-{uuid.uuid4().hex[:8]}"
-        self.hostname = f"{queue}@localhost"
-        self.queue = queue
-        self.app = make_app(name, servers, queue)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "celery", "--quiet", "-A", "bench.worker_app", "worker",
-             "--pool", "prefork", "--concurrency", str(concurrency), "--loglevel", "ERROR",
-             "--without-gossip", "--without-mingle", "--hostname", self.hostname],
-            env=_environment(name, servers, queue),
-            cwd=ROOT, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-
-    def wait(self) -> None:
-        """Wait until it works.
-
-        Raises:
-            RuntimeError: when it does not.
-        """
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and self._process.poll() is None:
-            if self.app.control.ping([self.hostname], timeout=0.5):
-                return
-        raise RuntimeError(f"the worker for {self.name} does not start")
-
-    def cpu_seconds(self) -> float:
-        """Return the processor time that it and its processes have used so far."""
-        return processes.cpu_seconds(*processes.family(self._process.pid))
-
-    def stop(self) -> None:
-        """End it."""
-        self._process.terminate()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(30)
-        close(self.app)
-
-
-class Assistant:
-    """A process that stores results, or waits for them, as it is told.
-
-    Parameters:
-        name: of :data:`PEERS`.
-        servers: where the servers are.
-        queue: what names for the results are made from.
-    """
-
-    def __init__(self, name: str, servers: Servers, queue: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.assistant"],
-            env=_environment(name, servers, queue),
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-        )  # fmt: skip
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    def tell(self, command: str, **arguments: Any) -> None:
-        """Give it a command."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> Dict[str, Any]:
-        """Return its next answer.
-
-        Raises:
-            RuntimeError: when it has ended instead.
-        """
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("an assistant of the benchmarks has failed, see above")
-        answered: Dict[str, Any] = json.loads(line)
-        return answered
-
-    def ask(self, command: str, **arguments: Any) -> Dict[str, Any]:
-        """Give it a command and return the answer."""
-        self.tell(command, **arguments)
-        return self.answer()
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Freeze it for the duration of a ``with`` block."""
-        self._process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self._process.send_signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(30)
-
-
-@contextlib.contextmanager
-def ticking() -> Iterator[Ticks]:
-    """Yield a counter in a file that goes away."""
-    with tempfile.NamedTemporaryFile(prefix="bench-") as file:
-        yield Ticks(file.name)
-
-
 def close(app: Celery) -> None:
     """Close an app and what its result backend has opened."""
     close_backend(app)
@@ -331,7 +179,8 @@ def close_backend(app: Celery) -> None:
         shut()
 
 
-def _environment(name: str, servers: Servers, queue: str) -> Dict[str, str]:
+def environment(name: str, servers: Servers, queue: str) -> Dict[str, str]:
+    """Return the environment in which :func:`app_from_environment` makes an app."""
     return dict(
         os.environ,
         PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
@@ -342,7 +191,7 @@ def _environment(name: str, servers: Servers, queue: str) -> Dict[str, str]:
 
 
 def app_from_environment() -> Celery:
-    """Return the app that a process serves that was started here."""
+    """Return the app that the environment of this process describes."""
     servers = {
         field.name: os.environ[f"BENCH_{field.name.upper()}"]
         for field in dataclasses.fields(Servers)

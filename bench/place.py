@@ -9,8 +9,8 @@ import gc
 import uuid
 from typing import Any, Callable, DefaultDict, Dict, Iterator, List, Mapping, Optional, Sequence
 
-from bench import peers
-from bench.figures import Figures
+from bench import peers, processes, programs
+from bench.figures import OURS, Figures
 from tools import rabbitmq
 
 __all__ = ("Place",)
@@ -23,9 +23,10 @@ class Place:
     Parameters:
         node: the private RabbitMQ.
         servers: where it and the private Redis servers are.
-        quick: whether sizes and rounds are to be small.
-        kept: how many results are kept for look-ups; empty for what the measure takes by itself.
-        peers: names of the peers to be measured, of those that are there.
+        quick: whether sizes and rounds are small.
+        kept: how many results are kept for look-ups; empty for the measure's own sizes.
+        peers: names of the peers that are installed and wanted.
+        redis_pids: processes of the Redis servers.
     """
 
     node: rabbitmq.Node
@@ -33,7 +34,8 @@ class Place:
     quick: bool
     kept: Sequence[int]
     peers: Sequence[str]
-    _workers: Dict[str, peers.Worker] = dataclasses.field(default_factory=dict)
+    redis_pids: Sequence[int] = ()
+    _workers: Dict[str, programs.Worker] = dataclasses.field(default_factory=dict)
 
     @property
     def rounds(self) -> int:
@@ -41,19 +43,27 @@ class Place:
         return 3 if self.quick else 5
 
     def chosen(self, *names: str) -> List[str]:
-        """Return those of *names* that are to be measured."""
+        """Return those of *names* that are measured in this run.
+
+        A variant of this backend is measured wherever this backend is.
+        """
         return [
             name
             for name in names
-            if name in self.peers and not (self.quick and peers.PEERS[name].thorough)
+            if (name in self.peers or (name in peers.VARIANTS and OURS in self.peers))
+            and not (self.quick and peers.named(name).thorough)
         ]
 
-    def workers(self, *names: str) -> Dict[str, peers.Worker]:
-        """Return a worker for each of *names* that are to be measured; they live until the end."""
+    def broker_seconds(self) -> float:
+        """Return the processor time that RabbitMQ and Redis have used so far."""
+        return processes.cpu_seconds(self.node.pid, *self.redis_pids)
+
+    def workers(self, *names: str) -> Dict[str, programs.Worker]:
+        """Return a worker for each of *names* that is measured; they live until the end."""
         names_here = self.chosen(*names)
         new = [name for name in names_here if name not in self._workers]
         for name in new:
-            self._workers[name] = peers.Worker(name, self.servers)
+            self._workers[name] = programs.Worker(name, self.servers)
         for name in new:
             self._workers[name].wait()
         return {name: self._workers[name] for name in names_here}
@@ -64,9 +74,11 @@ class Place:
         return peers.make_app(name, self.servers, queue, **conf)
 
     @contextlib.contextmanager
-    def assistant(self, name: str, queue: str) -> Iterator[peers.Assistant]:
+    def assistant(
+        self, name: str, queue: str, module: str = "bench.assistant"
+    ) -> Iterator[programs.Assistant]:
         """Run an assistant of the peer *name* for the duration of a ``with`` block."""
-        assistant = peers.Assistant(name, self.servers, queue)
+        assistant = programs.Assistant(name, self.servers, queue, module)
         try:
             yield assistant
         finally:
@@ -86,7 +98,7 @@ class Place:
             warm_up: whether there is a round before that does not count.
 
         Returns:
-            By the names of the figures, those of each peer.
+            By the names of the figures, the figures of each peer.
         """
         if warm_up:
             for measure in measures.values():

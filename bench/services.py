@@ -8,25 +8,35 @@ import socket
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from typing import Iterator
 
 from tools import rabbitmq
 
-__all__ = ("private_rabbitmq", "private_redis")
+__all__ = ("RedisServer", "private_rabbitmq", "private_redis")
 
 #: Seconds until a server has to answer.
 PATIENCE = 30.0
 
 
+@dataclass(frozen=True)
+class RedisServer:
+    """A private Redis server."""
+
+    #: Host and port.
+    address: str
+    pid: int
+
+
 @contextlib.contextmanager
 def private_rabbitmq(distribution: str) -> Iterator[rabbitmq.Node]:
-    """Run a RabbitMQ node of our own, which is installed where it has to be.
+    """Run a RabbitMQ node of our own, and install RabbitMQ first if necessary.
 
     Parameters:
         distribution: ``system``, or a Debian suite such as ``forky``.
 
     Raises:
-        NotAvailable: when it cannot be had.
+        NotAvailable: when it cannot be installed.
     """
     rabbitmq.ensure_installed(distribution)
     with rabbitmq.Node(rabbitmq.distribution(distribution)) as node:
@@ -34,15 +44,15 @@ def private_rabbitmq(distribution: str) -> Iterator[rabbitmq.Node]:
 
 
 @contextlib.contextmanager
-def private_redis(lasting: bool = False) -> Iterator[str]:
-    """Run a Redis server of our own, and yield its address.
+def private_redis(lasting: bool = False) -> Iterator[RedisServer]:
+    """Run a Redis server of our own.
 
     Parameters:
-        lasting: whether what it has confirmed is on the disk; without that it keeps everything in
-            memory only.
+        lasting: whether it writes to the disk before it confirms; without that it keeps
+            everything in memory only.
 
     Raises:
-        NotAvailable: when it cannot be had.
+        NotAvailable: when it cannot be installed.
     """
     program = shutil.which("redis-server")
     if not program:
@@ -53,7 +63,7 @@ def private_redis(lasting: bool = False) -> Iterator[str]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
-            # A client that is frozen on purpose is not to be thrown out meanwhile.
+            # Measures freeze clients on purpose; Redis must not disconnect them meanwhile.
             [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder,
              "--client-output-buffer-limit", "pubsub 0 0 0",
              "--appendonly", "yes" if lasting else "no", "--appendfsync", "always"],
@@ -68,7 +78,7 @@ def private_redis(lasting: bool = False) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise rabbitmq.NotAvailable("redis-server does not answer")
                 time.sleep(0.05)
-            yield f"127.0.0.1:{port}"
+            yield RedisServer(f"127.0.0.1:{port}", process.pid)
         finally:
             process.terminate()
             process.wait(PATIENCE)

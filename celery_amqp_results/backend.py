@@ -16,6 +16,7 @@ from typing import (
     Any,
     Callable,
     ClassVar,
+    Collection,
     Dict,
     Generator,
     Iterable,
@@ -56,6 +57,7 @@ from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topolog
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.shared_layout import SharedLayout
 from celery_amqp_results.store import marks as tracking
+from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
 from celery_amqp_results.waiting.follower import FIRST_CHORD_CHECK, LAST_CHORD_CHECK, Update
@@ -588,6 +590,7 @@ class AMQPBackend(NativeChords, Celery4API):
         interval: Optional[float] = None,
         on_interval: Optional[Callable[[], Any]] = None,
         on_message: Optional[Callable[[Meta], Any]] = None,
+        parents: Collection[Any] = (),
     ) -> Iterator[Tuple[str, StateMessage]]:
         """Wait for tasks; yield the final state of each as it comes.
 
@@ -595,14 +598,27 @@ class AMQPBackend(NativeChords, Celery4API):
             ids: the tasks.
             timeout: seconds for all of them; ``None`` for no end, 0 to poll once.
             interval: seconds between calls of *on_interval*, 0.5 by default.
-            on_interval: called now and then while waiting.
+            on_interval: called now and then while waiting, and once more when all have ended.
             on_message: called with the meta of every state, in the order of publishing.
+            parents: result objects of tasks before these in a chain. The tasks are not waited for
+                any more when one of the parents fails.
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* is over.
+            Exception: the exception of a parent that failed.
         """
-        with contextlib.closing(self._updates(ids, timeout, interval, on_interval)) as updates:
+        ids = list(dict.fromkeys(ids))
+        before = {parent.id: parent for parent in parents if parent.id not in ids}
+        with contextlib.closing(
+            self._updates(ids, timeout, interval, on_interval, before)
+        ) as updates:
             for update in updates:
+                parent = before.get(update.task_id)
+                if parent is not None:
+                    if update.final is not None:
+                        self._resolve(parent, update.final)
+                        parent.maybe_throw()
+                    continue
                 if on_message is not None:
                     for state in update.states:
                         self._call(on_message, state)
@@ -615,36 +631,60 @@ class AMQPBackend(NativeChords, Celery4API):
         timeout: Optional[float] = None,
         interval: Optional[float] = None,
         on_interval: Optional[Callable[[], Any]] = None,
+        parents: Collection[str] = (),
     ) -> Generator[Update, None, None]:
-        """Follow tasks until they end; yield what is new. The parameters are those of _follow.
+        """Follow tasks until they end; yield what is new of them and of their parents.
+
+        The parameters are those of _follow; *parents* are ids.
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* is over.
         """
         ids = list(dict.fromkeys(ids))
         if timeout is not None and timeout <= 0:
-            missing = 0
-            for task_id, state in self.layout.poll(ids).items():
-                final = state if state is not None and is_final(state.state) else None
-                if final is None:
-                    missing += 1
-                if state is not None:
-                    yield Update(task_id, [state], final)
-            if missing:
-                raise _timed_out(timeout, missing, len(ids))
-            return
+            yield from self._poll_once(ids, timeout, parents)
+        else:
+            yield from self._updates_until(ids, timeout, interval, on_interval, parents)
+        if on_interval is not None:
+            # Celery raises the errors of parents from here. A header that has failed is known
+            # to have before its body is.
+            on_interval()
+
+    def _poll_once(
+        self, ids: List[str], timeout: float, parents: Collection[str]
+    ) -> Iterator[Update]:
+        missing = 0
+        found = self.layout.poll(list(dict.fromkeys((*parents, *ids))))
+        for task_id, state in found.items():
+            final = state if state is not None and is_final(state.state) else None
+            if final is None and task_id not in parents:
+                missing += 1
+            if state is not None:
+                yield Update(task_id, [state], final)
+        if missing:
+            raise _timed_out(timeout, missing, len(ids))
+
+    def _updates_until(
+        self,
+        ids: List[str],
+        timeout: Optional[float],
+        interval: Optional[float],
+        on_interval: Optional[Callable[[], Any]],
+        parents: Collection[str],
+    ) -> Iterator[Update]:
         deadline = None if timeout is None else time.monotonic() + timeout
         interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
         follower, pid = self.layout.follower(), os.getpid()
+        missing = set(ids)
         try:
-            follower.add(ids)
+            follower.add((*parents, *ids))
             next_interval = time.monotonic() + interval
             pause = FIRST_CHORD_CHECK
             next_check = time.monotonic() + pause
-            while follower.pending:
+            while missing:
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
-                    raise _timed_out(timeout, len(follower.pending), len(ids))
+                    raise _timed_out(timeout, len(missing), len(ids))
                 try:
                     updates = follower.step(deadline, max(0.0, next_interval - now))
                 except errors.BackendUnavailable as exc:
@@ -652,7 +692,8 @@ class AMQPBackend(NativeChords, Celery4API):
                     if refused or not connections.is_over(deadline):
                         raise
                     # Reaching the broker has taken all the time there was.
-                    raise _timed_out(timeout, len(follower.pending), len(ids)) from exc
+                    raise _timed_out(timeout, len(missing), len(ids)) from exc
+                missing.difference_update(u.task_id for u in updates if u.final is not None)
                 yield from updates
                 if time.monotonic() >= next_check and follower.pending:
                     # A chord whose last worker died before it fired has nobody else.
@@ -660,7 +701,7 @@ class AMQPBackend(NativeChords, Celery4API):
                         self.settle_body(task_id)
                     pause = min(2 * pause, LAST_CHORD_CHECK)
                     next_check = time.monotonic() + pause
-                if time.monotonic() >= next_interval:
+                if missing and time.monotonic() >= next_interval:
                     next_interval = time.monotonic() + interval
                     if on_interval is not None:
                         on_interval()
@@ -809,26 +850,31 @@ class AMQPBackend(NativeChords, Celery4API):
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* seconds are over.
+            Exception: the exception of a task before the group in its chain, when that has failed:
+                the members will never run.
         """
         self._ensure_not_eager()
         waited: Dict[str, List[Any]] = {}
         groups = []
         for node in result.results:
             if isinstance(node, ResultSet):
-                leaves = [leaf for leaf in _leaves(node) if not _is_ready(leaf)]
-                groups.append((node, {leaf.id for leaf in leaves}))
+                unready = [leaf for leaf in trees.leaves(node) if not _is_ready(leaf)]
+                groups.append((node, {leaf.id for leaf in unready}))
             else:
-                leaves = [] if _is_ready(node) else [node]
-                if not leaves:
+                unready = [] if _is_ready(node) else [node]
+                if not unready:
                     yield node.id, _meta_of(node)
-            for leaf in leaves:
+            for leaf in unready:
                 waited.setdefault(leaf.id, []).append(leaf)
         members = {node.id for node in result.results if not isinstance(node, ResultSet)}
         for node, missing in groups:
             if not missing:
                 yield node.id, node.results
         groups = [(node, missing) for node, missing in groups if missing]
-        for task_id, state in self._follow(waited, timeout, interval, on_interval, on_message):
+        parents = self._unfailed_parents(result) if waited else []
+        for task_id, state in self._follow(
+            waited, timeout, interval, on_interval, on_message, parents
+        ):
             for leaf in waited.pop(task_id):
                 self._resolve(leaf, state)
             if task_id in members:
@@ -838,6 +884,21 @@ class AMQPBackend(NativeChords, Celery4API):
                     missing.discard(task_id)
                     if not missing:
                         yield node.id, node.results
+
+    @staticmethod
+    def _unfailed_parents(result: Any) -> List[Any]:
+        """Return the tasks before a group in a chain that are not known to have ended.
+
+        Raises:
+            Exception: the exception of one that has failed.
+        """
+        unknown = []
+        for parent in trees.parents(result):
+            if not _is_ready(parent):
+                unknown.append(parent)
+            elif not parent.ignored:
+                parent.maybe_throw()
+        return unknown
 
     def get_many(
         self,
@@ -1085,14 +1146,6 @@ def _own_expiries(app: Any, request: Any) -> Iterator[Tuple[str, Any]]:
 def _timed_out(timeout: Optional[float], missing: int, total: int) -> TimeoutError:
     what = "The task is" if total == 1 else f"{missing} of {total} tasks are"
     return TimeoutError(f"The operation timed out: {what} not ready after {timeout:g} seconds.")
-
-
-def _leaves(result: Any) -> Iterator[Any]:
-    for node in result.results:
-        if isinstance(node, ResultSet):
-            yield from _leaves(node)
-        else:
-            yield node
 
 
 def _is_ready(node: Any) -> bool:

@@ -1,8 +1,8 @@
 """Fixtures for all tests: a private RabbitMQ node, and apps that use it.
 
-``RABBITMQ_DISTRIBUTION`` names what the node is made of: ``system`` (the default) for the package
-that is installed, or a Debian suite such as ``forky``. With ``AMQP_URL`` set that broker is used,
-and tests that have to stop or kill it are skipped.
+``RABBITMQ_DISTRIBUTION`` selects the RabbitMQ of the node: ``system`` (the default) for the
+installed package, or a Debian suite such as ``forky``. If ``AMQP_URL`` is set, that broker is used
+and tests that must stop or kill it are skipped.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tools import rabbitmq
 
 _T = TypeVar("_T")
 
-#: Seconds that anything may take which is to succeed: an operation of a broker that is busy, on a
-#: machine that is busy. What takes longer hangs.
+#: Seconds within which every operation that should succeed does, even on a busy broker and machine.
+#: Anything slower counts as hanging.
 PATIENCE = 60.0
 
-#: Settings of apps for such brokers and machines. By default a connection has to be open within 4
-#: seconds, and a look-up to be answered within 10.
+#: Settings of apps for such brokers and machines. The defaults are 4 seconds to open a connection
+#: and 10 for a look-up.
 PATIENT: Dict[str, Any] = {"broker_connection_timeout": PATIENCE}
 PATIENT_OPTIONS: Dict[str, Any] = {"lookup_timeout": PATIENCE}
 
@@ -42,10 +42,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """Keep the tests of a file together where several processes run tests.
+    """Keep the tests of a file in one process when several processes run tests.
 
-    Each process has a node of its own, and each file may have a worker for all its tests. Tests
-    with a ``world`` are kept together by its parameter.
+    Each process has its own node, and a file may share one worker between all its tests. Tests with
+    a ``world`` fixture are kept together by its parameter.
     """
     for item in items:
         world = getattr(item, "callspec", None) and item.callspec.params.get("world", "")
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
 
 
 def eventually(condition: Callable[[], _T], timeout: float = PATIENCE) -> _T:
-    """Return what *condition* returns once that is true; fail after *timeout* seconds."""
+    """Return the value of *condition* once it is true; fail after *timeout* seconds."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
@@ -89,7 +89,7 @@ def _session_node() -> Iterator[Optional[rabbitmq.Node]]:
 
 @pytest.fixture
 def node(_session_node: Optional[rabbitmq.Node]) -> rabbitmq.Node:
-    """The private RabbitMQ node, to be stopped, killed and asked."""
+    """The private RabbitMQ node, which tests may stop, kill and query."""
     if _session_node is None:
         pytest.skip("the broker of AMQP_URL is not ours to control")
     return _session_node
@@ -102,13 +102,13 @@ def amqp_url(_session_node: Optional[rabbitmq.Node]) -> str:
 
 
 def connect(url: str, **options: Any) -> kombu.Connection:
-    """Return a kombu connection to *url* that is given :data:`PATIENCE` to be opened."""
+    """Return a kombu connection to *url* that has :data:`PATIENCE` to open."""
     return kombu.Connection(url, **{"connect_timeout": PATIENCE, **options})
 
 
 @contextlib.contextmanager
 def raw_connection(url: str) -> Iterator[amqp.Connection]:
-    """A plain py-amqp connection to *url*: what the tests look at the broker with."""
+    """A plain py-amqp connection to *url*, with which tests inspect the broker."""
     connection = connect(url)
     try:
         yield connection.connection
@@ -118,7 +118,7 @@ def raw_connection(url: str) -> Iterator[amqp.Connection]:
 
 @pytest.fixture
 def raw(amqp_url: str) -> Iterator[amqp.Connection]:
-    """A plain py-amqp connection: what the tests look at the broker with."""
+    """A plain py-amqp connection, with which tests inspect the broker."""
     with raw_connection(amqp_url) as connection:
         yield connection
 
@@ -128,7 +128,7 @@ class Apps:
 
     def __init__(self, url: str, options: Optional[Dict[str, Any]] = None) -> None:
         self.url = url
-        #: Options of the backend where a test gives no others.
+        #: The default options of the backend.
         self.options = {**PATIENT_OPTIONS, **(options or {})}
         self.prefix = f"test-{uuid.uuid4().hex[:12]}"
         self.made: List[Celery] = []
@@ -172,7 +172,7 @@ class Apps:
         with raw_connection(self.url) as connection:
             channel = connection.channel()
             for number in range(max(shards)):
-                # Deleting what is not there is no error.
+                # Deleting what does not exist is no error.
                 channel.queue_delete(f"{self.prefix}.shard.{number}")
             channel.queue_delete(f"{self.prefix}-tasks")
             channel.exchange_delete(f"{self.prefix}.states")

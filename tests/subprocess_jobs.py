@@ -1,4 +1,4 @@
-"""What tests have other processes do, see :mod:`tests.subprocesses`. Imports no test machinery."""
+"""Functions that tests run in other processes, see :mod:`tests.subprocesses`. No test imports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.subprocesses import say
 
 
 def metas(app: Celery, ids: List[str], times: int = 1) -> List[Dict[str, Any]]:
-    """Look up each of *ids* so many times; return the metas of all."""
+    """Look up each of *ids* *times* times; return the metas of all."""
     return [app.backend.get_task_meta(i, cache=False) for _ in range(times) for i in ids]
 
 
@@ -23,12 +23,12 @@ def states(app: Celery, ids: List[str]) -> List[str]:
 
 
 def values(app: Celery, ids: List[str], times: int = 1, timeout: float = 60) -> List[Any]:
-    """Wait for each of *ids* so many times; return the values of all."""
+    """Wait for each of *ids* *times* times; return the values of all."""
     return [app.AsyncResult(i).get(timeout=timeout) for _ in range(times) for i in ids]
 
 
 def store(app: Celery, results: List[Tuple[str, Any, str]]) -> None:
-    """Store (id, result, state) of each."""
+    """Store each (id, result, state)."""
     for task_id, result, state in results:
         app.backend.store_result(task_id, result, state)
 
@@ -40,7 +40,7 @@ def forget(app: Celery, ids: List[str]) -> None:
 
 
 def wait_and_say(app: Celery, task_id: str, timeout: float = 60) -> Any:
-    """Say "waiting" once the inbox stands, then wait for the task."""
+    """Say "waiting" once the inbox is open, then wait for the task."""
     result = app.AsyncResult(task_id)
     assert (result.state, result.state) == ("PENDING", "PENDING")
     say("waiting")
@@ -48,7 +48,7 @@ def wait_and_say(app: Celery, task_id: str, timeout: float = 60) -> Any:
 
 
 def states_until_ready(app: Celery, task_id: str, timeout: float = 60) -> List[Tuple[str, Any]]:
-    """Wait for a task and return its states as they were pushed; say "waiting" at the second."""
+    """Wait for a task and return its states as they arrive; say "waiting" at the second."""
     seen: List[Tuple[str, Any]] = []
 
     def on_message(meta: Dict[str, Any]) -> None:
@@ -61,9 +61,9 @@ def states_until_ready(app: Celery, task_id: str, timeout: float = 60) -> List[T
 
 
 def poll_until_final(app: Celery, ids: List[str], timeout: float = 90) -> Dict[str, Any]:
-    """Poll *ids* by fresh result objects until all are final.
+    """Poll *ids* with fresh result objects until all are final.
 
-    Returns for each id the states in the order seen, repetitions left out, and the final meta.
+    Returns for each id the states in the order seen, without repetitions, and the final meta.
     """
     seen: Dict[str, List[Any]] = {i: [] for i in ids}
     final: Dict[str, Any] = {}
@@ -81,7 +81,7 @@ def poll_until_final(app: Celery, ids: List[str], timeout: float = 90) -> Dict[s
                 seen[task_id].append(step)
             if meta["status"] in app.backend.READY_STATES:
                 final[task_id] = meta
-    # Final states have to stay what they are, too.
+    # Final states must not change either.
     for task_id, meta in final.items():
         again = app.backend.get_task_meta(task_id)
         assert again == meta, (again, meta)
@@ -89,7 +89,7 @@ def poll_until_final(app: Celery, ids: List[str], timeout: float = 90) -> Dict[s
 
 
 def restore_and_join(app: Celery, group_id: str) -> Tuple[List[str], Any]:
-    """Restore a group that was saved elsewhere; return its members' ids and values."""
+    """Restore a group that another process saved; return its members' ids and values."""
     group = GroupResult.restore(group_id, app=app)
     assert group is not None
     return [node.id for node in group], group.get(timeout=60)
@@ -114,7 +114,7 @@ def get_pickled(app: Celery, pickled: bytes) -> Any:
 
 
 def only_send(app: Celery, times: int) -> Dict[str, Any]:
-    """Send tasks; return the connections to the broker and the threads there are afterwards."""
+    """Send tasks; return the broker connections and the threads that exist afterwards."""
     for number in range(times):
         app.send_task("tests.nothing", (number,))
     return {
@@ -157,7 +157,7 @@ def count_and_revoke(
 ) -> Tuple[List[int], List[Any]]:
     """Wait for three members of a group, revoke the others, and join it.
 
-    Returns how many are completed, of how many, and the values; of an exception its name.
+    Returns how many are completed, of how many, and the values, or the name of the exception.
     """
     restored = GroupResult.restore(group_id, app=app)
     deadline = time.monotonic() + timeout

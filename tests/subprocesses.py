@@ -1,4 +1,4 @@
-"""Runs functions in processes of their own: fresh interpreters that share nothing with the test.
+"""Runs functions in separate processes: fresh interpreters that share nothing with the test.
 
 ::
 
@@ -7,9 +7,9 @@
         ...
         process.answer()
 
-The function is looked up by its name in its module, which the process imports. It is called with
-an app of the same settings, which is the current app there, and with the keyword arguments. What
-it takes and returns has to survive pickling.
+The child process imports the function by its module and name. It calls the function with an app
+of the same settings, which becomes the current app, and with the keyword arguments. Arguments and
+return value must be picklable.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def settings(app: Celery) -> Dict[str, Any]:
-    """Return the settings with which another process makes an equal app."""
+    """Return the settings from which another process can make an equal app."""
     chosen = {
         name: value
         for name, value in app.conf.changes.items()
@@ -64,11 +64,11 @@ class Process:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended, and waits for :meth:`answer`."""
+        """Whether it has ended and :meth:`answer` will not block."""
         return self._process.poll() is not None
 
     def signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal to the process, unless it has ended."""
         self._process.send_signal(number)
 
     def readline(self) -> str:
@@ -77,13 +77,13 @@ class Process:
         return self._process.stdout.readline().decode().rstrip("\n")
 
     def write_line(self, text: str) -> None:
-        """Give the function a line, for :func:`hear`."""
+        """Send the function a line, for :func:`hear`."""
         assert self._process.stdin is not None
         self._process.stdin.write(text.encode() + b"\n")
         self._process.stdin.flush()
 
     def answer(self, timeout: float = 120.0) -> Any:
-        """Wait for the function and return what it returns; fail if it has raised."""
+        """Wait for the function and return its value; fail if it raised."""
         self._answered = True
         try:
             out, err = self._process.communicate(timeout=timeout)
@@ -94,7 +94,7 @@ class Process:
         return pickle.loads(out)
 
     def kill(self) -> None:
-        """End it by force."""
+        """Kill the process."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         self._process.communicate()
@@ -102,7 +102,7 @@ class Process:
 
 @contextlib.contextmanager
 def start(app: Celery, function: Callable[..., Any], **kwargs: Any) -> Iterator[Process]:
-    """Start *function* in another process, which is ended at the end of the block."""
+    """Start *function* in another process, which is killed at the end of the block."""
     process = Process(app, function, kwargs)
     try:
         yield process
@@ -111,26 +111,26 @@ def start(app: Celery, function: Callable[..., Any], **kwargs: Any) -> Iterator[
 
 
 def run(app: Celery, function: Callable[..., Any], **kwargs: Any) -> Any:
-    """Run *function* in another process and return what it returns."""
+    """Run *function* in another process and return its value."""
     with start(app, function, **kwargs) as process:
         return process.answer()
 
 
 def run_many(app: Celery, function: Callable[..., Any], kwargs: List[Dict[str, Any]]) -> List[Any]:
-    """Run *function* in as many processes at once as there are *kwargs*."""
+    """Run *function* concurrently in one process for each of *kwargs*."""
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(start(app, function, **each)) for each in kwargs]
         return [process.answer() for process in processes]
 
 
 def say(text: str) -> None:
-    """Within the function: write a line for :meth:`Process.readline`."""
+    """In the function: write a line for :meth:`Process.readline`."""
     sys.stdout.buffer.write(text.encode() + b"\n")
     sys.stdout.flush()
 
 
 def hear() -> str:
-    """Within the function: wait for a line of :meth:`Process.write_line`."""
+    """In the function: wait for a line of :meth:`Process.write_line`."""
     return sys.stdin.buffer.readline().decode().rstrip("\n")
 
 

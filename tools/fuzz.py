@@ -1,12 +1,12 @@
-"""Feeds the decoders with what no program of ours writes, for a bounded time.
+"""Feeds the decoders with malformed input for a limited time.
 
 ::
 
     python -m tools.fuzz --seconds 60
 
-With `atheris <https://github.com/google/atheris>`_ installed the bytes follow what they reach in
-the code; without it Hypothesis makes them. Anything but the errors that the decoders promise ends
-the run with the input that caused it.
+If `atheris <https://github.com/google/atheris>`_ is installed, it guides the input by code
+coverage; otherwise Hypothesis generates it. Any error that the decoders do not promise stops the
+run and prints the input that caused it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from celery_amqp_results.protocol import codec, compression, message, page
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import StateMessage, dated
 
-#: What a decoder may answer to bytes that are not ours.
+#: The errors that a decoder may raise for malformed input.
 REFUSALS = (errors.ForeignMessage, ContentDisallowed)
 
 CODECS = (Codec("json", ["application/json"], None, 100_000), Codec("json", None, None, 100_000))
@@ -48,7 +48,7 @@ def one_input(data: bytes) -> None:
         damaged: List[Exception] = []
         with contextlib.suppress(*REFUSALS):
             list(page.find(rest, [wanted], damaged.append))
-    # A page whose entries are whole but for their heads and bodies
+    # A page whose entries are intact except for their headers and bodies
     with contextlib.suppress(*REFUSALS):
         entry = struct.pack(">I", min(choice, len(rest))) + rest
         head = b"CARpage1" + struct.pack(">I8sII", 1, bytes(8), 28, len(entry))
@@ -79,7 +79,7 @@ def _decode(state: StateMessage) -> None:
 
 
 def _header(properties: bytes) -> None:
-    """Have a header frame with these properties read, as from the broker."""
+    """Read a header frame with these properties, as from the broker."""
     seen: List[Any] = []
 
     def on_frame(frame: Any) -> bool:
@@ -108,7 +108,7 @@ def with_atheris(seconds: int) -> None:
 
 
 def with_hypothesis(seconds: int) -> int:
-    """Fuzz with Hypothesis; return how many inputs there were."""
+    """Fuzz with Hypothesis; return the number of inputs."""
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
@@ -134,7 +134,7 @@ def with_hypothesis(seconds: int) -> int:
 
 
 def main() -> None:
-    """Read the command line and fuzz."""
+    """Parse the command line and fuzz."""
     parser = argparse.ArgumentParser(description="Fuzz the decoders for a bounded time.")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--hypothesis", action="store_true", help="even if atheris is there")

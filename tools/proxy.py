@@ -1,11 +1,11 @@
-"""A TCP proxy for tests, which can do to connections what networks do to them.
+"""A TCP proxy for tests, which can do to connections what networks do.
 
     with Proxy(node.amqp_port) as proxy:
         connect_to(proxy.port)
         proxy.reset()
 
-Connections go through unharmed until told otherwise. All methods may be called by any thread. The
-proxy runs in a thread of its own and needs nothing but the standard library.
+Connections are forwarded unchanged until told otherwise. All methods are thread-safe. The proxy
+runs in a thread of its own and needs only the standard library.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any, Coroutine, List, Optional, Set
 
 __all__ = ("Proxy",)
 
-#: Bytes that are read at once; a slow proxy takes fewer.
+#: Bytes to read at once; a slow proxy reads fewer.
 _CHUNK = 64 * 1024
 
-#: Closing a socket with this set sends a reset instead of an orderly end.
+#: Closing a socket with this option sends a reset instead of an orderly end.
 _RESET = struct.pack("ii", 1, 0)
 
 
 class _Pair:
-    """A client's connection, and the one to the server that belongs to it."""
+    """A client's connection, and the matching one to the server."""
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self.client = client
         self.server: Optional[asyncio.StreamWriter] = None
-        #: Whether what comes is thrown away.
+        #: Whether received bytes are discarded.
         self.deaf = False
 
     def reset(self, writer: Optional[asyncio.StreamWriter]) -> None:
@@ -50,11 +50,11 @@ class _Pair:
 
 
 class Proxy:
-    """Passes connections on to a port of this machine.
+    """Forwards connections to a port of this machine.
 
     Parameters:
-        target: the port to pass on to.
-        port: the port to listen on; chosen by the system by default.
+        target: the port to forward to.
+        port: the port to listen on; by default the system chooses one.
     """
 
     def __init__(self, target: int, port: int = 0) -> None:
@@ -81,7 +81,7 @@ class Proxy:
         self.close()
 
     def url(self, url: str) -> str:
-        """Return *url*, which names the target's port, with this one's in its place."""
+        """Return *url* with the proxy's port instead of the target's."""
         old, new = f":{self._target}/", f":{self.port}/"
         if old not in url:
             raise ValueError(f"{url!r} does not name port {self._target}")
@@ -90,7 +90,7 @@ class Proxy:
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
-    # -- what can be done to connections -----------------------------------------------------
+    # -- faults --------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Reset all connections, on both sides, as a firewall does."""
@@ -102,7 +102,7 @@ class Proxy:
             pair.reset(pair.server)
 
     def halve(self) -> None:
-        """Close all connections to the server, without telling the clients: half-open."""
+        """Close all connections to the server without telling the clients: half-open."""
         self._run(self._halve())
 
     async def _halve(self) -> None:
@@ -111,9 +111,9 @@ class Proxy:
             pair.reset(pair.server)
 
     def swallow(self) -> None:
-        """Be a black hole: throw away all that comes, on these connections and on new ones.
+        """Be a black hole: discard everything received, on existing and new connections.
 
-        Nobody is told. After :meth:`resume` those that lost something stay deaf until
+        Neither side is notified. After :meth:`resume`, connections that lost bytes stay dead until
         they are closed, by either side or by :meth:`reset`.
         """
         self._run(self._swallow())
@@ -124,18 +124,18 @@ class Proxy:
             pair.deaf = True
 
     def stall(self) -> None:
-        """Hold back all that comes until :meth:`resume`; nothing is lost."""
+        """Hold back everything received until :meth:`resume`; nothing is lost."""
         self._run(self._stall())
 
     async def _stall(self) -> None:
         self._flowing.clear()
 
     def slow(self, rate: float) -> None:
-        """Pass on at most so many bytes a second on each connection, in each direction."""
+        """Forward at most *rate* bytes a second on each connection, in each direction."""
         self._rate = rate
 
     def refuse(self) -> None:
-        """Reset all connections and take no new ones, as a server that is down."""
+        """Reset all connections and accept no new ones, like a server that is down."""
         self._run(self._refuse())
 
     async def _refuse(self) -> None:
@@ -143,7 +143,7 @@ class Proxy:
         await self._reset()
 
     def resume(self) -> None:
-        """Pass everything on again."""
+        """Forward everything again."""
         self._run(self._resume())
 
     async def _resume(self) -> None:
@@ -155,10 +155,10 @@ class Proxy:
 
     @property
     def open(self) -> int:
-        """How many connections there are."""
+        """The number of open connections."""
         return len(self._pairs)
 
-    # -- inner parts -------------------------------------------------------------------------
+    # -- internals -------------------------------------------------------------------------------
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(
@@ -196,7 +196,7 @@ class Proxy:
                 self._loop.create_task(self._pump(pair, from_server, writer)),
             ]
             try:
-                # Who is deaf hears of no end either: only that of the client is one.
+                # A black hole hides the server's end of stream too: only the client can end it.
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
                 if pair.deaf:
                     await pumps[0]
@@ -217,7 +217,7 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 rate = self._rate
-                # A tenth of a second's worth at once.
+                # At most a tenth of a second's worth at once.
                 data = await reader.read(_CHUNK if rate is None else max(1, int(rate / 10)))
                 if not data:
                     return
@@ -230,7 +230,7 @@ class Proxy:
                 await writer.drain()
 
     def close(self) -> None:
-        """Close all connections and end the thread. Does nothing the second time."""
+        """Close all connections and end the thread. Calling it twice is harmless."""
         if self._loop.is_closed():
             return
         self._run(self._close())
@@ -245,5 +245,5 @@ class Proxy:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        # Transports close their sockets in the next round.
+        # Transports close their sockets in the next iteration of the loop.
         await asyncio.sleep(0)

@@ -1,7 +1,7 @@
 """Finds the Python interpreters of this machine, for the Makefile. Standard library only.
 
-python tools/pythons.py check     whether this interpreter can make a virtual environment
-python tools/pythons.py oldest    path of the oldest supported interpreter that is here
+python tools/pythons.py check     whether this interpreter can create a virtual environment
+python tools/pythons.py oldest    path of the oldest supported interpreter on this machine
 python tools/pythons.py newest    path of the newest one
 """
 
@@ -22,7 +22,7 @@ Version = Tuple[int, int]
 
 
 def check() -> int:
-    """Say what is missing for a virtual environment; return an exit code."""
+    """Report what a virtual environment would need; return an exit code."""
     if sys.version_info < OLDEST:
         print(f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, {sys.version}", file=sys.stderr)
         return 2
@@ -45,13 +45,13 @@ def _candidates() -> Iterator[str]:
         found = shutil.which(f"python3.{minor}")
         if found:
             yield found
-    # pyenv's python3.x on the path works only for the versions that were selected.
+    # pyenv's python3.x on the PATH works only for the selected versions.
     root = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
     yield from sorted(glob.glob(os.path.join(root, "versions", "*", "bin", "python3")))
 
 
 def supported() -> Dict[Version, str]:
-    """Return the supported interpreters that work and can make virtual environments."""
+    """Return the supported interpreters that work and can create virtual environments."""
     found: Dict[Version, str] = {}
     for path in _candidates():
         done = subprocess.run(
@@ -70,7 +70,7 @@ def supported() -> Dict[Version, str]:
 
 
 def main(what: str) -> int:
-    """Do what the command line says."""
+    """Run the command line."""
     if what == "check":
         return check()
     found = supported()

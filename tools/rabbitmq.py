@@ -1,9 +1,8 @@
 """Private RabbitMQ nodes for the demo, the tests and the benchmarks.
 
-A node has a name, ports, an epmd, an Erlang cookie and a folder of its own, and listens on
-127.0.0.1 only, so a broker that was there before is never touched. It goes away with the process
-that started it, even when that is killed with SIGKILL. Needs Linux, and nothing but the standard
-library.
+A node has its own name, ports, epmd, Erlang cookie and folder, and listens on 127.0.0.1 only, so
+other brokers of the machine are never touched. It ends together with the process that started it,
+even if that is killed with SIGKILL. Needs Linux, and only the standard library.
 
     with rabbitmq.Node(rabbitmq.distribution("system")) as node:
         print(node.url())
@@ -14,10 +13,10 @@ On the command line (``--help`` has the rest)::
     python tools/rabbitmq.py start
     python tools/rabbitmq.py install [--distribution ...]
 
-How it hangs together: a *guard*, a small child process, is the parent of all Erlang processes and
-the owner of their folder. It does what its owner says through a pipe. When the owner is gone it
-kills what it has started and removes the folder. The guard has a session of its own, so Ctrl-C in a
-terminal reaches the owner alone, which can then clean up in its own order.
+How it works: a *guard*, a small child process, is the parent of all Erlang processes and the owner
+of their folder. Its owner sends it commands through a pipe. When the owner is gone, the guard
+kills what it has started and removes the folder. The guard has a session of its own, so Ctrl-C in
+a terminal reaches only the owner, which can then clean up in order.
 """
 
 from __future__ import annotations
@@ -83,19 +82,19 @@ __all__ = (
     "parse_apt_list",
 )
 
-#: Seconds until a node must answer; a cold start on a busy machine takes some ten.
+#: Seconds until a node must answer; a cold start on a busy machine takes about ten.
 START_TIMEOUT = 90.0
 #: Seconds an orderly stop may take before the node is killed.
 STOP_TIMEOUT = 30.0
 #: Seconds a command of rabbitmqctl may take; longer than rabbitmqctl's own limit of 60 for most.
 CTL_TIMEOUT = 90.0
-#: Seconds between two looks at a condition. A look costs far less.
+#: Seconds between two checks of a condition. A check takes far less.
 _POLL = 0.02
-#: Seconds between two looks of the guard at whether its owner is still there.
+#: Seconds between the guard's checks that its owner still exists.
 _GUARD_POLL = 0.25
-#: Seconds the guard gives processes to vanish after SIGKILL.
+#: Seconds the guard waits for processes to disappear after SIGKILL.
 _KILL_TIMEOUT = 10.0
-#: How often a node that finds its ports taken is given others.
+#: How often a node whose ports are taken is given new ones.
 _PORT_ATTEMPTS = 5
 #: Characters of a log that an error message shows; a failed start takes some 6000 of them.
 _TAIL = 8000
@@ -104,15 +103,15 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class NotAvailable(RuntimeError):
-    """Raised when a RabbitMQ is not here and cannot be had; the message has the line to run."""
+    """Raised when a RabbitMQ is not installed and cannot be; the message has the command to run."""
 
 
 class StartError(RuntimeError):
-    """Raised when a node does not start; the message has the end of its log."""
+    """Raised when a node does not start; the message shows the end of its log."""
 
 
 class CtlError(RuntimeError):
-    """Raised when a command fails on a node; the message has what it printed."""
+    """Raised when a command fails on a node; the message shows its output."""
 
 
 # -- distributions ---------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ class CtlError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """A RabbitMQ that nodes can be made of: see :meth:`system` and :meth:`debian_suite`."""
+    """A RabbitMQ from which nodes can be run: see :meth:`system` and :meth:`debian_suite`."""
 
     #: ``system``, or the name of a Debian suite such as ``forky``.
     name: str
@@ -133,15 +132,15 @@ class Distribution:
     def system(cls) -> Distribution:
         """Return the RabbitMQ that is installed on this machine.
 
-        A ``rabbitmq-server`` on the ``PATH`` that lies in an unpacked release comes first, then
-        the place where the packages of Debian and of RabbitMQ put theirs.
+        A ``rabbitmq-server`` on the ``PATH`` that belongs to an unpacked release takes precedence
+        over the place where the packages of Debian and of RabbitMQ install theirs.
 
         Raises:
-            NotAvailable: when there is none.
+            NotAvailable: if none is installed.
         """
         script = shutil.which("rabbitmq-server")
         if script is not None:
-            # Packages put a wrapper there instead that changes to the user rabbitmq.
+            # Packages install a wrapper there that changes to the user rabbitmq.
             release = Path(script).resolve().parent.parent
             if (release / "sbin/rabbitmq-env").exists():
                 return cls("system", Path("/"), release)
@@ -149,18 +148,18 @@ class Distribution:
 
     @classmethod
     def debian_suite(cls, suite: str) -> Distribution:
-        """Return the RabbitMQ of a Debian suite, made with debootstrap at the first use.
+        """Return the RabbitMQ of a Debian suite, installed with debootstrap on first use.
 
-        It is put into ``rabbitmq-SUITE`` of the cache folder: ``$CELERY_AMQP_RESULTS_CACHE``, or
-        ``celery-amqp-results`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. Making it takes about half a
-        minute and 600 MB, and needs root or a ``sudo`` that asks for no password. Remove the folder
-        to get a newer one.
+        Its folder is ``rabbitmq-SUITE`` in the cache: ``$CELERY_AMQP_RESULTS_CACHE``, or
+        ``celery-amqp-results`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. Installing it takes about
+        half a minute and 600 MB, and needs root or a ``sudo`` without a password. Remove the folder
+        to get a newer version.
 
         Parameters:
             suite: such as ``forky``.
 
         Raises:
-            NotAvailable: when *suite* is no name of a suite, or it cannot be made.
+            NotAvailable: if *suite* is not the name of a suite, or it cannot be installed.
         """
         return _debian_suite(suite)
 
@@ -192,11 +191,11 @@ class Distribution:
         return sorted(names)
 
     def outside(self, path: Path) -> Path:
-        """Return where a path that a node sees is for this process."""
+        """Return this process's path for a path of a node."""
         return self.root / path.relative_to("/")
 
     def inside(self, path: Path) -> str:
-        """Return what a node sees a path of this process as."""
+        """Return a node's path for a path of this process."""
         return str(Path("/") / path.relative_to(self.root))
 
     def command(self, program: str, *arguments: str, env: Mapping[str, str]) -> List[str]:
@@ -213,15 +212,15 @@ class Distribution:
         line = ["/usr/bin/env", "-i", *(f"{k}={v}" for k, v in env.items()), program, *arguments]
         if self.root == Path("/"):
             return line
-        # As the user who asks for it, so that the node can be signalled and its files removed.
+        # Run as the current user, so that the node can be signalled and its files removed.
         who = f"--userspec={os.geteuid()}:{os.getegid()}"
         line = ["chroot", who, str(self.root), *line]
         become = [] if os.geteuid() == 0 else ["sudo", "-n"]
         if not _can_unshare():
             return [*become, *line]
-        # A node reads from /proc how much memory and disk it has. Mounted in a name space of its
-        # own, that is nowhere else to be seen, ends with the node, and no removal of a folder can
-        # walk into it. Without it a node runs too, but "rabbitmqctl status" and its like fail.
+        # A node reads from /proc how much memory and disk it has. /proc is mounted in a separate
+        # namespace, so it is invisible elsewhere, ends with the node, and is never walked into
+        # when a folder is removed. A node also runs without it, but "rabbitmqctl status" fails.
         mount = f"mount -t proc proc {shlex.quote(str(self.root / 'proc'))} 2> /dev/null"
         return [*become, "unshare", "--mount", "sh", "-c", f'{mount}; exec "$@"', "sh", *line]
 
@@ -230,19 +229,19 @@ def distribution(name: str = "system") -> Distribution:
     """Return the distribution *name*: ``system`` or a Debian suite.
 
     Raises:
-        NotAvailable: when it is not here and cannot be made; see :class:`Distribution`.
+        NotAvailable: if it is not installed and cannot be; see :class:`Distribution`.
     """
     return Distribution.system() if name == "system" else Distribution.debian_suite(name)
 
 
 def ensure_installed(name: str = "system") -> None:
-    """Install the distribution *name* unless it is here.
+    """Install the distribution *name* unless it is installed.
 
-    The system's package is installed with apt-get, if the user may do so without being asked for a
-    password. Its service is neither started nor enabled.
+    The system's package is installed with apt-get if the user may do so without a password. Its
+    service is neither started nor enabled.
 
     Raises:
-        NotAvailable: when that is not possible; the message has the one line to run.
+        NotAvailable: if that is not possible; the message has the command to run.
     """
     if name != "system":
         Distribution.debian_suite(name)
@@ -255,13 +254,13 @@ def ensure_installed(name: str = "system") -> None:
 
 
 def available() -> List[str]:
-    """Return the names of the distributions that are here, without making or installing any."""
+    """Return the names of the installed distributions, without installing any."""
     names = []
     with contextlib.suppress(NotAvailable):
         names.append(Distribution.system().name)
     for folder in sorted(cache_folder().glob("rabbitmq-*/usr")):
         suite = folder.parent.name[len("rabbitmq-") :]
-        # What is not a name of a suite is unfinished.
+        # A folder that is not named after a suite is an unfinished one.
         if _SUITE.fullmatch(suite):
             with contextlib.suppress(NotAvailable):
                 names.append(Distribution._in_root(suite, folder.parent).name)
@@ -269,7 +268,7 @@ def available() -> List[str]:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what is costly to make; it may not exist."""
+    """Return the folder for downloads and installations; it may not exist."""
     given = os.environ.get("CELERY_AMQP_RESULTS_CACHE")
     if given:
         return Path(given).absolute()
@@ -281,9 +280,9 @@ def cache_folder() -> Path:
 
 _SUITE = re.compile(r"[a-z]+")
 
-#: Installs $1 and leaves the machine's services alone. While it runs, a policy keeps the package
-#: from starting its service. The policy is void once this shell is gone, should it be killed before
-#: it removes the file. A policy that is there already stays, and is asked for nothing.
+#: Installs $1 and leaves the machine's services alone. While it runs, a policy prevents the package
+#: from starting its service. The policy has no effect once this shell is gone, in case it is killed
+#: before it removes the file. An existing policy stays in place and is never called.
 _INSTALL_SCRIPT = r"""
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
@@ -313,7 +312,7 @@ def _install_line(package: str) -> str:
 
 
 def _become_root() -> Optional[List[str]]:
-    """Return what to put before a command that needs root; None when the user cannot be root."""
+    """Return the prefix for a command that needs root; None if the user cannot become root."""
     if os.geteuid() == 0:
         return []
     if shutil.which("sudo") and _run(["sudo", "-n", "true"]).returncode == 0:
@@ -323,7 +322,7 @@ def _become_root() -> Optional[List[str]]:
 
 @functools.cache
 def _can_unshare() -> bool:
-    """Whether a process may have its own mounts here; containers often forbid that."""
+    """Return whether a process may have its own mounts here; containers often forbid that."""
     become = [] if os.geteuid() == 0 else ["sudo", "-n"]
     if not shutil.which("unshare"):
         return False
@@ -346,10 +345,10 @@ def _run(
 
 
 def apt_install(package: str) -> None:
-    """Install a Debian package, without its service.
+    """Install a Debian package, without starting its service.
 
     Raises:
-        NotAvailable: when that is not possible.
+        NotAvailable: if that is not possible.
     """
     hint = f"{package} is not installed"
     if not shutil.which("apt-get"):
@@ -369,7 +368,7 @@ def apt_install(package: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class AptSource:
-    """An archive of packages that apt is told to use."""
+    """A package archive in apt's configuration."""
 
     uri: str
     suites: Tuple[str, ...]
@@ -410,8 +409,8 @@ def parse_apt_deb822(text: str) -> List[AptSource]:
 def debian_mirrors(sources: Iterable[AptSource]) -> List[str]:
     """Return the addresses among *sources* that may be a full archive of Debian, best first.
 
-    That is a guess, for nothing in a source says so. It does no harm: debootstrap refuses what the
-    keys of Debian have not signed, and the next one is tried.
+    This is a guess, since a source does not say so. A wrong guess does no harm: debootstrap refuses
+    packages that are not signed with Debian's keys, and the next address is tried.
     """
     scores: Dict[str, int] = {}
     suites: Dict[str, Set[str]] = {}
@@ -422,7 +421,7 @@ def debian_mirrors(sources: Iterable[AptSource]) -> List[str]:
     for uri, names in suites.items():
         if "security" in uri or all("security" in name for name in names):
             continue
-        # Few others than Debian have both a release and its updates in one place.
+        # Hardly any other distribution has both a release and its updates in one place.
         updates = any(f"{name}-updates" in names for name in names)
         scores[uri] = 2 * bool(re.search(r"/debian\b", uri)) + updates
     return sorted((uri for uri, score in scores.items() if score), key=lambda uri: -scores[uri])
@@ -438,7 +437,7 @@ def _apt_sources(folder: Path = Path("/etc/apt")) -> List[AptSource]:
                 found += parse_apt_deb822(path.read_text(errors="replace"))
     resolved = []
     for source in found:
-        # Images of Debian for clouds name a file that lists the mirrors.
+        # Debian's cloud images name a file that lists the mirrors.
         listed = re.fullmatch(r"mirror\+file:/*(/.+)", source.uri)
         uris = [source.uri.split("+", 1)[1] if "mirror+http" in source.uri else source.uri]
         if listed:
@@ -459,7 +458,7 @@ def _debian_suite(suite: str) -> Distribution:
     root = folder / f"rabbitmq-{suite}"
     if not root.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        # Whoever comes second waits here and then finds the work done.
+        # A concurrent process waits here for the lock and then finds the work done.
         with (folder / f"rabbitmq-{suite}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not root.exists():
@@ -491,7 +490,7 @@ def _debootstrap(suite: str, root: Path) -> None:
     unfinished = root.with_name(root.name + ".unfinished")
     for mirror in mirrors:
         _remove_root(unfinished, become)
-        # The instructions for sid are right for each suite to come.
+        # The instructions for sid are right for every future suite.
         command = ["debootstrap", "--variant=minbase", "--include=rabbitmq-server", suite]
         command += [str(unfinished), mirror, "sid"]
         variables = [f"{name}={value}" for name, value in environment.items()]
@@ -499,9 +498,9 @@ def _debootstrap(suite: str, root: Path) -> None:
         if done.returncode == 0:
             hosts = "printf '127.0.0.1 localhost\\n::1 localhost\\n' > \"$1\""
             _run([*become, "sh", "-c", hosts, "sh", str(unfinished / "etc/hosts")])
-            # The packages that were downloaded are of no more use.
+            # The downloaded packages are no longer needed.
             _run([*become, "chroot", str(unfinished), "/usr/bin/apt-get", "clean"])
-            # Within one folder this needs no right to the folder that is renamed.
+            # Within one folder this needs no permission for the renamed folder itself.
             unfinished.rename(root)
             return
         output += f"\n$ {' '.join(command)}\n{done.stdout[-_TAIL:]}"
@@ -510,7 +509,7 @@ def _debootstrap(suite: str, root: Path) -> None:
 
 
 def _proxies() -> Dict[str, str]:
-    """Return the variables that tell debootstrap of the proxies that apt uses."""
+    """Return the variables that tell debootstrap which proxies apt uses."""
     found = {}
     for name in ("http", "https"):
         value = os.environ.get(f"{name}_proxy")
@@ -525,10 +524,10 @@ def _proxies() -> Dict[str, str]:
 
 
 def _remove_root(root: Path, become: Sequence[str]) -> None:
-    """Remove the root folder that a killed debootstrap has left, without what is mounted there."""
+    """Remove the root folder that a killed debootstrap has left, but nothing mounted there."""
     if not root.exists():
         return
-    # debootstrap mounts /proc and /sys of the machine there. Neither may be walked into.
+    # debootstrap mounts the machine's /proc and /sys there. Neither may be walked into.
     for line in Path("/proc/mounts").read_text().splitlines():
         where = line.split()[1].encode().decode("unicode_escape")
         if where.startswith(f"{root}/"):
@@ -543,7 +542,7 @@ def _remove_root(root: Path, become: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Tls:
-    """Files in PEM format for a listener with TLS; they are copied to the node."""
+    """Files in PEM format for a TLS listener; they are copied to the node."""
 
     #: Certificates of the authorities that the node trusts.
     ca: Path
@@ -551,30 +550,30 @@ class Tls:
     certificate: Path
     #: The private key of the node, without a passphrase.
     key: Path
-    #: Whether a client has to present a certificate.
+    #: Whether a client must present a certificate.
     verify_peer: bool = False
 
 
 class Node:
     """A private RabbitMQ node.
 
-    Use it as a context manager, or call :meth:`start` and :meth:`stop`. One that is forgotten goes
-    away with the process that made it. A child process made by fork may use :meth:`url` and
-    connect, but must leave the node's life to its parent. The methods may be called from several
-    threads, but those that start and end the node not at the same time.
+    Use it as a context manager, or call :meth:`start` and :meth:`stop`. A node that is never
+    stopped ends with the process that created it. A forked child process may use :meth:`url` and
+    connect, but must leave starting and stopping the node to its parent. The methods may be called
+    from several threads, except that starting and stopping must not overlap.
 
     Parameters:
         distribution: the RabbitMQ to run; the system's by default.
         name: the part of the node's name before ``@localhost``; random by default.
         plugins: names of plugins to enable, such as ``rabbitmq_management``; none by default.
-        config: further lines for ``rabbitmq.conf``; they come last, and so override those of ours.
+        config: more lines for ``rabbitmq.conf``; they come last, and so override the others.
         advanced_config: content of ``advanced.config``, an Erlang term; none by default.
-        env: further environment variables for the node.
+        env: more environment variables for the node.
         tls: makes the node listen on :attr:`amqps_port` too.
 
     Raises:
-        ValueError: when *name* or one of *plugins* cannot be.
-        NotAvailable: when *distribution* is not given and none is installed.
+        ValueError: if *name* or one of *plugins* is invalid.
+        NotAvailable: if *distribution* is not given and none is installed.
     """
 
     def __init__(
@@ -611,7 +610,7 @@ class Node:
         self._env = dict(env or {})
         self._tls = tls
         self._choose_ports()
-        # A home of its own is made by start() and unmade by stop(); that of a cluster is not.
+        # start() creates a home and stop() removes it; a cluster passes in its own.
         self._shared = _home is not None
         self._home = _home
         self._process: Optional[int] = None
@@ -647,7 +646,7 @@ class Node:
 
     @property
     def running(self) -> bool:
-        """Whether the process of the node is there, be it paused."""
+        """Whether the process of the node exists, even if it is paused."""
         if self._process is None or self._home is None:
             return False
         return self._home.guard.running(self._process)
@@ -665,13 +664,13 @@ class Node:
 
     @property
     def log_path(self) -> Path:
-        """The log, with all that the node prints; it goes away with :meth:`stop`."""
+        """The log, with everything that the node prints; :meth:`stop` removes it."""
         return self._folder / "rabbit.log"
 
     def url(
         self, user: str = "guest", password: str = "guest", vhost: str = "/", *, tls: bool = False
     ) -> str:
-        """Return the URL for a user and a virtual host; final once the node was started.
+        """Return the URL for a user and a virtual host; it is final once the node was started.
 
         Parameters:
             user: name of the user.
@@ -681,7 +680,7 @@ class Node:
         """
         scheme, port = ("amqps", self.amqps_port) if tls else ("amqp", self.amqp_port)
         user, password = (urllib.parse.quote(part, safe="") for part in (user, password))
-        # Celery's world writes the default virtual host as it is.
+        # Celery's convention is to write the default virtual host unquoted.
         path = vhost if vhost == "/" else urllib.parse.quote(vhost, safe="")
         return f"{scheme}://{user}:{password}@127.0.0.1:{port}/{path}"
 
@@ -714,15 +713,15 @@ class Node:
     def start(self, timeout: float = START_TIMEOUT) -> None:
         """Start the node, with the data of its last run, and return when a client can log in.
 
-        Does nothing when the node runs.
+        Does nothing if the node is running.
 
         Parameters:
             timeout: seconds.
 
         Raises:
-            StartError: when it does not answer in time, or ends. It is killed then; data of an
+            StartError: if it does not answer in time, or exits. It is killed then; data of an
                 earlier run is kept.
-            NotAvailable: when the distribution does not work here.
+            NotAvailable: if the distribution does not work here.
         """
         if self.running:
             return
@@ -736,7 +735,7 @@ class Node:
                     return
                 self.kill()
                 tail = self._log_tail()
-                # Somebody else took the port since we found it free. Others serve as well, unless
+                # Another process took the port after the check that it was free. Try others, unless
                 # clients know this one already.
                 if not (first and "eaddrinuse" in tail and attempt < _PORT_ATTEMPTS):
                     raise StartError(f"{self!r} {problem}; its log ends:\n{tail}")
@@ -749,9 +748,9 @@ class Node:
             raise
 
     def stop(self) -> None:
-        """Stop the node in order, and remove its data and its folder. Does nothing the second time.
+        """Stop the node cleanly, and remove its data and its folder. Calling it twice is harmless.
 
-        :meth:`start` then makes an empty node on the same port.
+        A later :meth:`start` creates an empty node on the same port.
         """
         if self._home is None:
             return
@@ -767,21 +766,21 @@ class Node:
             home.close()
 
     def halt(self, timeout: float = STOP_TIMEOUT) -> None:
-        """Stop the node in order, as an operator would; :meth:`start` goes on with its data.
+        """Stop the node cleanly, as an operator would; :meth:`start` continues with its data.
 
         Parameters:
             timeout: seconds until the node is killed.
         """
         if not self.running:
             return
-        # A paused process would not see the other signal.
+        # A paused process would not handle the other signal.
         self._signal(signal.SIGCONT)
         self._signal(signal.SIGTERM)
         if not _until(lambda: not self.running, timeout):
             self.kill()
 
     def kill(self) -> None:
-        """Kill the node with SIGKILL, as a crash would; :meth:`start` goes on with its data."""
+        """Kill the node with SIGKILL, as a crash would; :meth:`start` continues with its data."""
 
         def gone() -> bool:
             self._signal(signal.SIGKILL)
@@ -791,7 +790,7 @@ class Node:
             raise RuntimeError(f"{self!r} is still there after SIGKILL")
 
     def restart(self, timeout: float = START_TIMEOUT) -> None:
-        """Stop the node in order and start it again with its data, on the same port.
+        """Stop the node cleanly and start it again with its data, on the same port.
 
         Parameters:
             timeout: seconds until it must answer again.
@@ -807,35 +806,35 @@ class Node:
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused node go on (SIGCONT)."""
+        """Resume a paused node (SIGCONT)."""
         self._signal(signal.SIGCONT)
 
-    # -- questions and orders --
+    # -- commands --
 
     def ctl(self, *arguments: str, timeout: float = CTL_TIMEOUT) -> str:
-        """Run rabbitmqctl for this node and return what it prints; takes one or two seconds.
+        """Run rabbitmqctl for this node and return its output; takes one or two seconds.
 
         Parameters:
             *arguments: the command and its arguments, such as ``"list_queues", "name"``.
             timeout: seconds.
 
         Raises:
-            CtlError: when the command fails, or takes too long.
+            CtlError: if the command fails, or takes too long.
         """
         return self._command("rabbitmqctl", "--quiet", *arguments, timeout=timeout)
 
     def eval(self, expression: str, timeout: float = CTL_TIMEOUT) -> str:
-        """Evaluate Erlang on the node and return the value as Erlang writes it, in one line.
+        """Evaluate Erlang on the node and return the value as Erlang prints it, in one line.
 
-        Faster than ``rabbitmqctl eval``, for it does without most of rabbitmqctl.
+        Faster than ``rabbitmqctl eval``, because it skips most of rabbitmqctl.
 
         Parameters:
             expression: one or more expressions, such as ``"rabbit_vhost:list_names()."``; the last
-                stop may be left out.
+                full stop is optional.
             timeout: seconds.
 
         Raises:
-            CtlError: when it fails, or takes too long.
+            CtlError: if it fails, or takes too long.
         """
         expression = expression.rstrip().rstrip(".") + "."
         name = f"eval-{secrets.token_hex(6)}@localhost"
@@ -848,7 +847,7 @@ class Node:
         )
 
     def queue_count(self) -> int:
-        """Return how many queues there are in all virtual hosts, those of other nodes included."""
+        """Return the number of queues in all virtual hosts, including those of other nodes."""
         return int(self.eval("rabbit_amqqueue:count()"))
 
     def memory(self) -> int:
@@ -856,7 +855,7 @@ class Node:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    # -- inner parts --
+    # -- internals --
 
     @property
     def _folder(self) -> Path:
@@ -887,12 +886,12 @@ class Node:
             "TMPDIR": inside(folder),
             "ERL_EPMD_PORT": str(self._home.epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
-            # None: the folder goes away before anybody could read it.
+            # None: the folder is removed before anyone could read a dump.
             "ERL_CRASH_DUMP_SECONDS": "0",
             "RABBITMQ_NODENAME": self.name,
             "RABBITMQ_DIST_PORT": str(self._dist_port),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": loopback,
-            # rabbitmqctl listens too. Several at a time would fight for its default ports.
+            # rabbitmqctl listens too. Concurrent calls would compete for its default ports.
             "RABBITMQ_CTL_ERL_ARGS": loopback,
             "RABBITMQ_CTL_DIST_PORT_MIN": "0",
             "RABBITMQ_CTL_DIST_PORT_MAX": "0",
@@ -904,10 +903,10 @@ class Node:
             "RABBITMQ_ENABLED_PLUGINS_FILE": inside(folder / "enabled_plugins"),
             "RABBITMQ_CONFIG_FILE": inside(folder / "rabbitmq.conf"),
             "RABBITMQ_ADVANCED_CONFIG_FILE": inside(folder / "advanced.config"),
-            # There are none. Without these the machine's own would be read.
+            # These files do not exist. Otherwise the machine's own would be read.
             "RABBITMQ_CONFIG_FILES": inside(folder / "conf.d/*.conf"),
             "RABBITMQ_CONF_ENV_FILE": inside(folder / "rabbitmq-env.conf"),
-            # Makes the script become the Erlang virtual machine instead of its parent.
+            # Makes the script replace itself with the Erlang virtual machine.
             "RUNNING_UNDER_SYSTEMD": "true",
             **self._env,
         }
@@ -915,7 +914,7 @@ class Node:
     def _configuration(self) -> str:
         lines = [
             f"listeners.tcp.1 = 127.0.0.1:{self.amqp_port}",
-            # The defaults depend on the machine, and block publishers without a word.
+            # The defaults depend on the machine, and block publishers silently.
             "disk_free_limit.absolute = 50MB",
             f"vm_memory_high_watermark.absolute = {_total_memory() * 4 // 5}",
             # A changed root has no /proc to read these from.
@@ -957,10 +956,10 @@ class Node:
         )
 
     def _problem_until(self, deadline: float, timeout: float) -> Optional[str]:
-        """Wait for the node to answer; return what is wrong with it, or None."""
+        """Wait for the node to answer; return the problem, or None."""
         assert self._home is not None
         assert self._process is not None
-        # Each listener starts at a time of its own.
+        # Each listener starts at its own time.
         ports = [self._management_port] if "rabbitmq_management" in self.plugins else []
         ports += [self._tls_port] if self._tls is not None else []
         while not (_amqp_answers(self.amqp_port) and all(map(_port_answers, ports))):
@@ -969,7 +968,7 @@ class Node:
             if time.monotonic() >= deadline:
                 return f"did not answer within {timeout:g} s"
             time.sleep(_POLL)
-        # It may be another process that answers, on a port that ours could not have.
+        # A different process may have answered, on a port that this node could not bind.
         self._beam = self._home.guard.find_beam(self._process)
         return None if self._beam is not None else "has no Erlang process"
 
@@ -989,8 +988,8 @@ class Node:
         line = self.distribution.command(*command, env=self._environment())
         shown = " ".join(command[:1] + command[-2:])
         guard = self._home.guard
-        # Not a child of this process: helpers that Erlang forgets would be left to the init of the
-        # machine, and that of a container may take no care of them.
+        # The guard runs it, not this process: helpers that Erlang leaves behind would otherwise be
+        # adopted by the machine's init, and a container's init may not reap them.
         with tempfile.TemporaryDirectory(prefix="ctl-", dir=guard.folder) as folder:
             output, errors = Path(folder, "output"), Path(folder, "errors")
             process = guard.spawn(line, output, errors)
@@ -1034,12 +1033,12 @@ class Cluster:
 
     Parameters:
         distribution: the RabbitMQ to run; the system's by default.
-        size: how many nodes.
-        config: further lines for each ``rabbitmq.conf``.
+        size: the number of nodes.
+        config: more lines for each ``rabbitmq.conf``.
         **options: more parameters of :class:`Node`, the same for all nodes.
 
     Raises:
-        ValueError: when *size* is not positive, or a parameter of the nodes is wrong.
+        ValueError: if *size* is not positive, or a parameter of the nodes is invalid.
     """
 
     def __init__(
@@ -1074,7 +1073,7 @@ class Cluster:
             timeout: seconds, for the first node and again for all others.
 
         Raises:
-            StartError: when a node does not start, or does not join. All are gone then.
+            StartError: if a node does not start, or does not join. All nodes are gone then.
         """
         if self.nodes:
             return
@@ -1087,8 +1086,8 @@ class Cluster:
 
     def _form(self, home: _Home, timeout: float) -> None:
         names = [f"rabbit{number}" for number in range(1, self._size + 1)]
-        # The others find the first one running. Nodes that all start at once could each find that
-        # there is no cluster yet, and found one.
+        # The others find the first one running. If all started at once, each could find no
+        # cluster and create one.
         for name in names:
             members = dict.fromkeys([names[0], name])
             discovery = "cluster_formation.peer_discovery_backend = classic_config\n" + "".join(
@@ -1115,14 +1114,14 @@ class Cluster:
             )
 
     def stop(self) -> None:
-        """Stop all nodes and remove their folder. Does nothing the second time."""
+        """Stop all nodes and remove their folder. Calling it twice is harmless."""
         home, self._home = self._home, None
         nodes, self.nodes = self.nodes, []
         if home is None:
             return
         try:
-            # Nobody will see the data again, so there is no need to leave it in order. Each that
-            # goes in order would first hand over to those that are next.
+            # The data is removed anyway, so a clean shutdown is unnecessary. It would also make
+            # each node hand over to the ones that are stopped next.
             for node in nodes:
                 node.kill()
         finally:
@@ -1147,14 +1146,14 @@ class Cluster:
 def _free_ports(count: int) -> List[int]:
     """Return ports of 127.0.0.1 that were free a moment ago.
 
-    They are not among those that the kernel gives to clients. While a node is down for a restart,
-    a client that keeps knocking at such a port could be given that same port to knock from. It
-    would then be connected to itself, and the node could not come back.
+    They are outside the kernel's range of client ports. While a node is down for a restart, a
+    client that keeps connecting to such a port could be given that same port as its own. It would
+    then be connected to itself, and the node could not come back.
     """
     low = 32768
     with contextlib.suppress(OSError, ValueError):
         low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    # Where nearly all ports are for clients there is no better choice than any.
+    # If nearly all ports are client ports, any port is as good as another.
     candidates = range(10000, low) if low > 11000 else range(10000, 65536)
     with contextlib.ExitStack() as stack:
         found: List[int] = []
@@ -1176,16 +1175,16 @@ def _port_answers(port: int) -> bool:
     return True
 
 
-#: Client properties {"capabilities": {"authentication_failure_close": true}}: the node then says
-#: that it refuses a user instead of hanging up after a second.
+#: Client properties {"capabilities": {"authentication_failure_close": true}}: the node then reports
+#: that it refuses a user instead of closing the connection after a second.
 _CAPABILITY = b"\x1cauthentication_failure_closet\x01"
 _PROPERTIES = b"\x0ccapabilitiesF" + struct.pack(">I", len(_CAPABILITY)) + _CAPABILITY
 
 
 def _amqp_answers(port: int, timeout: float = 5.0) -> bool:
-    """Whether a node on *port* of 127.0.0.1 lets clients log in, or refuses them for good.
+    """Return whether a node on *port* of 127.0.0.1 accepts logins, or refuses them permanently.
 
-    An open port is not enough: it may be open before the default virtual host is there.
+    An open port is not enough: it may open before the default virtual host exists.
     """
     try:
         with socket.create_connection(("127.0.0.1", port), timeout) as one:
@@ -1220,8 +1219,8 @@ def _amqp_answers(port: int, timeout: float = 5.0) -> bool:
                 send(10, 40, short(b"/") + short(b"") + b"\x00")
                 class_id, method_id, arguments = receive()
             if (class_id, method_id) == (10, 50):  # Connection.Close
-                # With another default user or virtual host than usual the node is none the worse:
-                # ACCESS_REFUSED, NOT_ALLOWED.
+                # A node with another default user or virtual host works as well: ACCESS_REFUSED,
+                # NOT_ALLOWED.
                 return bool(struct.unpack(">H", arguments[:2])[0] in (403, 530))
             if (class_id, method_id) != (10, 41):  # Connection.OpenOk
                 return False
@@ -1250,10 +1249,10 @@ def _total_memory() -> int:
 
 
 class _Home:
-    """What the nodes of a cluster share: a guard with its folder, a cookie, an epmd."""
+    """The shared parts of a cluster's nodes: a guard with its folder, a cookie, an epmd."""
 
     def __init__(self, made_of: Distribution) -> None:
-        # In a changed root, nodes see no other folder than those below that root.
+        # In a changed root, nodes see only folders below that root.
         base = tempfile.gettempdir() if made_of.root == Path("/") else str(made_of.root / "tmp")
         self.guard = _Guard(base)
         try:
@@ -1277,7 +1276,7 @@ class _Home:
             alive = functools.partial(self.guard.running, process)
             if _until(lambda: _port_answers(port) or not alive(), 10.0) and alive():  # noqa: B023
                 return port
-            # It ends where it finds the port taken.
+            # It exits if the port is taken.
         raise StartError(f"epmd does not start; it says:\n{log.read_text(errors='replace')}")
 
     def close(self) -> None:
@@ -1289,9 +1288,9 @@ class _GuardGone(RuntimeError):
 
 
 class _Guard:
-    """The owner's side of a guard process. Safe to use from several threads.
+    """The owner's side of a guard process. Thread-safe.
 
-    A guard that is forgotten is closed with the interpreter.
+    A guard that is never closed is closed at interpreter exit.
     """
 
     def __init__(self, base: str) -> None:
@@ -1312,35 +1311,35 @@ class _Guard:
             raise
 
     def spawn(self, command: Sequence[str], output: Path, errors: Optional[Path] = None) -> int:
-        """Start a process that writes to the end of files; return its process id."""
+        """Start a process that appends its output to files; return its process id."""
         return int(self._ask("spawn", list(command), str(output), str(errors or output)))
 
     def running(self, pid: int) -> bool:
-        """Whether a process that was spawned is there."""
+        """Return whether a spawned process exists."""
         try:
             return self._close.alive and bool(self._ask("running", pid))
         except _GuardGone:
             return False  # It goes with the guard.
 
     def exit_code(self, pid: int) -> Optional[int]:
-        """Return how a process that was spawned has ended; None while it runs."""
+        """Return the exit code of a spawned process; None while it runs."""
         code = self._ask("exit_code", pid)
         return None if code is None else int(code)
 
     def signal(self, pid: int, number: int) -> None:
-        """Signal the Erlang process of a process that was spawned; does nothing if it is gone."""
+        """Signal the Erlang process of a spawned process; does nothing if it is gone."""
         if self.running(pid):
             self._ask("signal", pid, int(number))
 
     def find_beam(self, pid: int) -> Optional[int]:
-        """Return the Erlang process among a process that was spawned and its descendants."""
+        """Return the Erlang process among a spawned process and its descendants."""
         found = self._ask("find_beam", pid)
         return None if found is None else int(found)
 
     def close(self) -> None:
-        """Kill all processes, remove the folder and end the guard. Does nothing the second time."""
+        """Kill all processes, remove the folder and end the guard. Calling it twice is harmless."""
         self._close()
-        # There is something left only if somebody has killed the guard.
+        # The folder still exists only if the guard itself was killed.
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _ask(self, question: str, *arguments: Any) -> Any:
@@ -1353,7 +1352,7 @@ class _Guard:
                 stdin.write(json.dumps([self._number, question, arguments]).encode() + b"\n")
                 stdin.flush()
                 number, answer, problem = 0, None, ""
-                # After an interrupt there may be an answer that nobody has read.
+                # After an interrupt an unread answer may be left in the pipe.
                 while number != self._number:
                     number, answer, problem = json.loads(stdout.readline())
             except (OSError, ValueError) as exc:
@@ -1367,13 +1366,13 @@ class _Guard:
 
 
 def _close_guard(process: subprocess.Popen[bytes], owner: int) -> None:
-    # A child made by fork has a copy of this object; its parent has the guard.
+    # A forked child has a copy of this object, but the guard belongs to its parent.
     if os.getpid() != owner:
         process.returncode = 0  # Spares the child a warning that the process still runs.
         return
     assert process.stdin is not None
     assert process.stdout is not None
-    # The guard ends at the end of its input, but a child made by fork may hold that open.
+    # The guard exits at the end of its input, but a forked child may hold the pipe open.
     with contextlib.suppress(OSError):
         process.terminate()
     with contextlib.suppress(OSError):
@@ -1398,18 +1397,18 @@ def _prctl(option: int, value: int) -> None:
 
 
 class _GuardProcess:
-    """The guard's side: does what it is asked, until its owner is gone or it is terminated."""
+    """The guard's side: executes commands until its owner is gone or it is terminated."""
 
     def __init__(self, owner: int, base: str) -> None:
         self._owner = owner
-        # Whatever its children leave behind becomes a child of the guard: it has no other place to
-        # hide, for a group or a session can be left.
+        # Orphans of its children become children of the guard, which can then kill them: a process
+        # can leave its group or session, but not this.
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._folder = tempfile.mkdtemp(prefix="rabbitmq-", dir=base)
-        #: Kept because a forgotten one waits for its process, whose end is then not ours to note.
+        #: Kept because a garbage-collected Popen reaps its process, and the guard must do that.
         self._spawned: List[subprocess.Popen[bytes]] = []
         self._children: Set[int] = set()
-        #: Exit codes of those that have ended, negative for a signal.
+        #: Exit codes of finished processes, negative for a signal.
         self._ended: Dict[int, int] = {}
 
     def run(self) -> None:
@@ -1423,15 +1422,15 @@ class _GuardProcess:
                     problem = f"{type(exc).__name__}: {exc}"
                 os.write(1, json.dumps([number, answer, problem]).encode() + b"\n")
         finally:
-            # From here on there is nothing that should interrupt.
+            # From here on nothing should interrupt.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._end_all()
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _lines(self) -> Iterator[bytes]:
         buffer = b""
-        # The end of the input is not enough to go by: a child that the owner has made by fork
-        # holds the pipe open.
+        # The end of the input is not sufficient: a forked child of the owner may hold the pipe
+        # open.
         while os.getppid() == self._owner:
             self._reap()
             if not select.select([0], [], [], _GUARD_POLL)[0]:
@@ -1451,8 +1450,9 @@ class _GuardProcess:
         as_root = command[0] == "sudo"
         pid_path = Path(self._folder, "sudo.pid")
         if as_root:
-            # A sudo that stays the parent of a process stops with it, and being root's, cannot be
-            # told to go on. Without it the process is a child of the guard: see __init__.
+            # If sudo stayed the parent, it would stop together with a paused process, and being
+            # root's, it could not be resumed. The script detaches the process, which becomes a
+            # child of the guard.
             script = f'"$@" & echo $! > {shlex.quote(str(pid_path))}'
             command = [*command[:2], "sh", "-c", script, "sh", *command[2:]]
         with open(output, "ab") as stdout, open(errors, "ab") as stderr:
@@ -1462,7 +1462,7 @@ class _GuardProcess:
                 stdout=stdout,
                 stderr=stderr,
                 cwd=self._folder,
-                # Should the guard itself be killed.
+                # In case the guard itself is killed.
                 preexec_fn=functools.partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGKILL),
             )
         self._spawned.append(child)
@@ -1472,7 +1472,7 @@ class _GuardProcess:
                 raise RuntimeError(f"sudo failed: {Path(errors).read_text(errors='replace')}")
             pid = int(pid_path.read_text())
         self._children.add(pid)
-        self._ended.pop(pid, None)  # Of an earlier process with this number.
+        self._ended.pop(pid, None)  # An earlier process may have had this number.
         return pid
 
     def on_running(self, pid: int) -> bool:
@@ -1482,11 +1482,11 @@ class _GuardProcess:
         return self._ended.get(pid)
 
     def on_signal(self, pid: int, number: int) -> None:
-        # The guard alone takes note of ends, so a pid that is not gone is still of that process.
+        # Only the guard reaps, so a pid that exists still belongs to that process.
         if self.on_running(pid):
             beam = self.on_find_beam(pid)
             for target in [beam] if beam is not None else [pid, *_descendants(pid)]:
-                # It may be root's as yet; who means it tries again.
+                # The process may still be root's; the caller tries again.
                 with contextlib.suppress(OSError):
                     os.kill(target, number)
 
@@ -1500,7 +1500,7 @@ class _GuardProcess:
         return None
 
     def _reap(self) -> bool:
-        """Take note of what has ended; return whether there is any process left."""
+        """Reap finished processes; return whether any process is left."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -1525,7 +1525,7 @@ def _descendants(pid: int) -> List[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
-                # A command's name may have blanks and parentheses in it.
+                # The name of a command may contain blanks and parentheses.
                 parent = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1]
                 children.setdefault(int(parent), []).append(int(entry))
     found: List[int] = []
@@ -1628,8 +1628,8 @@ def _run_command(command: Sequence[str], nodes: Sequence[Node]) -> int:
     environment = dict(
         os.environ, AMQP_URL=urls[0], AMQP_URLS=";".join(urls), RABBITMQ_VERSION=nodes[0].version
     )
-    # Ctrl-C reaches the command as well, and it is for the command to say when it is done. A
-    # handler, unlike SIG_IGN, is not inherited by the command.
+    # Ctrl-C reaches the command too, and the command decides when it is done. Unlike SIG_IGN, a
+    # handler is not inherited by the command.
     signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         process = subprocess.Popen(command, env=environment)

@@ -2,8 +2,8 @@
 
     python -m tools.screenshots
 
-What is shown is what the commands print: they run against the node, with a console of rich's that
-records, and tasks whose states are stored as a worker stores them.
+The pictures show the real output of the commands, recorded by a rich console. The states are
+stored as a worker stores them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WIDTH = 100
 
 
 def recorder() -> Console:
-    """Return a console that records, and shows nothing."""
+    """Return a console that records and prints nothing."""
     return Console(
         record=True,
         width=WIDTH,
@@ -47,7 +47,7 @@ def save(console: Console, name: str, title: str) -> None:
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.svg"
     svg = console.export_svg(title=title, unique_id=name)
-    # Who looks at a picture fetches no font from elsewhere.
+    # Viewers must not fetch fonts from elsewhere.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S)
     path.write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n", encoding="utf-8")
     print(f"{path} ({path.stat().st_size // 1024} KiB)")
@@ -70,7 +70,7 @@ def shot(app: Celery, name: str, *arguments: str) -> None:
 
 
 def shot_of_watch(app: Celery, store: Callable[..., str]) -> None:
-    """Watch tasks that report their progress, and write the picture of the moment."""
+    """Watch tasks that report their progress, and save a picture of that moment."""
     board = Board()
     bars = [str(uuid.uuid4()) for _ in range(6)]
 

@@ -14,10 +14,12 @@ from bench.measures import (
     chord,
     collect,
     end_to_end,
+    fleet,
     large,
     memory,
     round_trip,
     store,
+    storm,
     stranger,
 )
 from bench.place import Place
@@ -31,10 +33,12 @@ ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
     "roundtrip": round_trip.measure,
     "endtoend": end_to_end.measure,
     "chord": chord.measure,
+    "storm": storm.measure,
+    "fleet": fleet.measure,
     "lookup": stranger.measure,
     "large": large.measure,
     "memory": memory.measure,
 }
 
-#: Those that are left out where there is little time, unless they are asked for.
+#: Measures that a quick run leaves out unless the command line names them.
 THOROUGH = ("broker", "large")

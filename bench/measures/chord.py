@@ -31,7 +31,7 @@ def measure(place: Place) -> Iterator[Row]:
         polled = {
             name: _chord(worker.app, size)
             for name, worker in workers.items()
-            if peers.PEERS[name].queue_per_task
+            if peers.named(name).queue_per_task
         }
         pushed = {
             name: _chord(worker.app, size) for name, worker in workers.items() if name not in polled

@@ -17,8 +17,8 @@ import kombu
 
 from bench import peers
 from bench.figures import LESS, MORE, Row
-from bench.peers import Assistant
 from bench.place import Place
+from bench.programs import Assistant
 
 #: Bytes of the text in each result.
 SIZE = 50

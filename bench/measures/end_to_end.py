@@ -10,8 +10,9 @@ from celery import group
 from bench import peers, processes
 from bench.figures import LESS, MORE, Row
 from bench.measures import round_trip
-from bench.peers import Ticks, Worker, ticking
 from bench.place import Place
+from bench.programs import Worker
+from bench.ticks import Ticks, ticking
 
 #: Seconds until all tasks have to be done.
 PATIENCE = 300.0
@@ -24,7 +25,7 @@ def measure(place: Place) -> Iterator[Row]:
     round_trip.warm(place)
 
     def size(name: str) -> int:
-        return count // 10 if peers.PEERS[name].queue_per_task else count
+        return count // 10 if peers.named(name).queue_per_task else count
 
     found = place.alternate(
         {

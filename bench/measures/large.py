@@ -9,8 +9,8 @@ from typing import Callable, Dict, Iterator, List, Mapping
 
 from bench.figures import LESS, OURS, Row, percentile
 from bench.measures.stranger import SIZE
-from bench.peers import Assistant
 from bench.place import Place
+from bench.programs import Assistant
 
 #: Bytes of the text in a large result.
 LARGE = 1_000_000

@@ -11,8 +11,8 @@ from bench import peers
 from bench.figures import LESS, Row, percentile
 from bench.place import Place
 
-#: Shards are declared when they are first used, which takes milliseconds once in a broker's life:
-#: so many tasks are run before anything is measured.
+#: Number of tasks that run before anything is measured: a shard is declared when it is first used,
+#: which takes milliseconds once in a broker's life.
 FIRST = 1500
 
 
@@ -23,7 +23,7 @@ def measure(place: Place) -> Iterator[Row]:
     warm(place)
     found = place.alternate(
         {
-            name: _one_by_one(worker.app, count // 4 if peers.PEERS[name].queue_per_task else count)
+            name: _one_by_one(worker.app, count // 4 if peers.named(name).queue_per_task else count)
             for name, worker in workers.items()
         }
     )
@@ -35,9 +35,9 @@ def measure(place: Place) -> Iterator[Row]:
     )
 
 
-def warm(place: Place) -> None:
-    """Have every shard declared by the processes of the workers."""
-    for worker in place.workers("amqp", "amqp, transient").values():
+def warm(place: Place, *extra: str) -> None:
+    """Have every shard declared by the workers of this backend, and of the variants *extra*."""
+    for worker in place.workers("amqp", "amqp, transient", *extra).values():
         tasks = group(worker.app.signature("bench.noop") for _ in range(FIRST))
         tasks.apply_async().get(timeout=300)
 

@@ -51,7 +51,7 @@ def measure(place: Place) -> Iterator[Row]:
 
 
 def _count(name: str, count: int) -> int:
-    if peers.PEERS[name].queue_per_task:
+    if peers.named(name).queue_per_task:
         return count // FEWER
     return count * MORE_OF_THEM if name in ("rpc", "amqp, confirm=False") else count
 

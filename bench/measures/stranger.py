@@ -15,8 +15,8 @@ import kombu
 
 from bench import peers, processes
 from bench.figures import LESS, OURS, Row, percentile
-from bench.peers import Assistant
 from bench.place import Place
+from bench.programs import Assistant
 
 #: Bytes of the text in each result, so that a body has 300.
 SIZE = 300 - 144
@@ -48,9 +48,9 @@ def measure(place: Place) -> Iterator[Row]:
 def _with_kept(place: Place, kept: int) -> Iterator[Row]:
     names = place.chosen("amqp", "amqp, per-task", "redis")
     if kept > LARGEST_OF_OTHERS or place.quick:
-        names = [name for name in names if not peers.PEERS[name].queue_per_task]
+        names = [name for name in names if not peers.named(name).queue_per_task]
     if kept > LARGEST_PER_TASK:
-        names = [name for name in names if not peers.PEERS[name].queue_per_task]
+        names = [name for name in names if not peers.named(name).queue_per_task]
     if kept > LARGEST_OF_OTHERS:
         names = [name for name in names if name == OURS]
     ids = [str(uuid.uuid4()) for _ in range(kept)]
@@ -166,7 +166,7 @@ def _looking_up(place: Place, readers: Dict[str, Assistant], ids: List[str]) -> 
     batches = {
         name: together(reader)
         for name, reader in readers.items()
-        if not peers.PEERS[name].queue_per_task
+        if not peers.named(name).queue_per_task
     }
     found = place.alternate(batches)
     yield Row("lookup.batch", f"look-up of {BATCH:,} ids at once, {end}", "ms", LESS, found["ms"],

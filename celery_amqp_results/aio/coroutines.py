@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import logging
 import time
@@ -15,7 +16,6 @@ from typing import (
     Dict,
     Generic,
     Iterable,
-    Iterator,
     List,
     Optional,
     Set,
@@ -29,11 +29,13 @@ from celery import states as celery_states
 from celery.result import AsyncResult, EagerResult, ResultSet, assert_will_not_block
 from kombu.utils.encoding import bytes_to_str
 
+from celery_amqp_results import errors
 from celery_amqp_results.aio import bridge
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.errors import WaitTimeout
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.follower import Update
 
@@ -94,15 +96,6 @@ def _checked(node: Any) -> Any:
         f"{node!r} cannot be waited for: give a task id, a result object, or a group. For several, "
         "use gather()"
     )
-
-
-def _leaves(node: Any) -> Iterator[Any]:
-    """Return the ids and result objects that *node* stands for, members of groups one by one."""
-    if isinstance(node, ResultSet):
-        for member in node.results:
-            yield from _leaves(member)
-    else:
-        yield node
 
 
 def _id(leaf: Any) -> str:
@@ -287,7 +280,7 @@ async def _values(
     app: Any,
     follow_parents: bool,
 ) -> List[Any]:
-    leaves = [leaf for node in nodes for leaf in _leaves(node)]
+    leaves = [leaf for node in nodes for leaf in trees.leaves(node)]
     known: Dict[str, Tuple[str, Any]] = {}
     waited: Dict[str, List[Any]] = {}
     for leaf in leaves:
@@ -303,7 +296,8 @@ async def _values(
         waited.pop(task_id, None)
     if waited:
         backend = _common_backend((leaf for same in waited.values() for leaf in same), app)
-        known.update(await _wait_for(backend, waited, timeout, propagate, follow_parents))
+        parents = _unfailed_parents([*nodes, *leaves]) if propagate and follow_parents else {}
+        known.update(await _wait_for(backend, waited, timeout, propagate, parents))
     return [_value(node, known) for node in nodes]
 
 
@@ -319,25 +313,43 @@ def _common_backend(leaves: Iterable[Any], app: Any) -> Any:
     return backends[0]
 
 
+def _unfailed_parents(nodes: Iterable[Any]) -> Dict[str, Any]:
+    """Return the tasks before *nodes* in a chain that are not known to have ended, first to last.
+
+    Raises:
+        Exception: the exception of one that has failed.
+    """
+    unknown: Dict[str, Any] = {}
+    for node in nodes:
+        for parent in reversed(list(trees.parents(node))):
+            if _is_known(parent):
+                _raise_failure(parent, *_known_value(parent))
+            else:
+                unknown.setdefault(_id(parent), parent)
+    return unknown
+
+
 async def _wait_for(
     backend: Any,
     waited: Dict[str, List[Any]],
     timeout: Optional[float],
     propagate: bool,
-    follow_parents: bool,
+    parents: Dict[str, Any],
 ) -> Dict[str, Tuple[str, Any]]:
-    """Wait for tasks, and return the state and value of each."""
-    failing: Dict[str, List[Any]] = {}
-    if propagate:
-        failing.update(waited)
-        if follow_parents:
-            for same in waited.values():
-                for parent in _parents(same[0]):
-                    if _is_known(parent):
-                        _raise_failure(parent, *_known_value(parent))
-                    else:
-                        failing.setdefault(_id(parent), [parent])
+    """Wait for tasks, and return the state and value of each.
+
+    Parameters:
+        waited: result objects and ids, by id.
+        parents: tasks whose failure means that these will never run.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    failing: Dict[str, List[Any]] = dict(waited) if propagate else {}
+    for task_id, parent in parents.items():
+        failing.setdefault(task_id, [parent])
     found, failed = await _ends(backend, list(waited), timeout, failing)
+    if failed is not None and failed not in parents:
+        # Celery raises the error of the header, not that of the body: the former came first.
+        found.update(await _failures(backend, parents, deadline))
     known: Dict[str, Tuple[str, Any]] = {}
     pause = _Pause()
     for task_id, state in found.items():
@@ -346,8 +358,28 @@ async def _wait_for(
         for leaf in waited.get(task_id) or failing[task_id]:
             known[task_id] = _resolve(backend, leaf, decoded)
     if failed is not None:
-        _raise_failure(failing[failed][0], *known[failed])
+        for task_id in (*parents, failed):
+            if task_id in known:
+                _raise_failure(failing[task_id][0], *known[task_id])
     return known
+
+
+async def _failures(
+    backend: Any, parents: Dict[str, Any], deadline: Optional[float]
+) -> Dict[str, StateMessage]:
+    """Return the final states of those of *parents* that have failed, if there is time to ask."""
+    seconds = None if deadline is None else deadline - time.monotonic()
+    if not parents or (seconds is not None and seconds <= 0):
+        return {}
+    polled: Dict[str, Optional[StateMessage]] = {}
+    with contextlib.suppress(asyncio.TimeoutError, errors.BackendUnavailable):
+        poll = bridge.bridge_of(backend).poll(list(parents))
+        polled = await asyncio.wait_for(poll, seconds)
+    return {
+        task_id: state
+        for task_id, state in polled.items()
+        if state is not None and state.state in celery_states.PROPAGATE_STATES
+    }
 
 
 def _resolve(backend: Any, leaf: Any, state: StateMessage) -> Tuple[str, Any]:
@@ -372,13 +404,6 @@ class _Pause:
         if time.monotonic() >= self._until:
             await asyncio.sleep(0)
             self._until = time.monotonic() + self.SLICE
-
-
-def _parents(leaf: Any) -> Iterator[Any]:
-    node = None if isinstance(leaf, str) else leaf.parent
-    while node is not None:
-        yield from _leaves(node)
-        node = node.parent
 
 
 def _raise_failure(leaf: Any, state: str, value: Any) -> None:
@@ -815,11 +840,11 @@ async def forget(target: Any, *, app: Any = None) -> None:
     """
     ids: Dict[str, None] = {}
     backend = None
-    for leaf in _leaves(_checked(target)):
+    for leaf in trees.leaves(_checked(target)):
         if isinstance(leaf, EagerResult):
             continue
         backend = backend or _backend_of(leaf, app)
-        for each in (leaf, *_parents(leaf)):
+        for each in (leaf, *trees.parents(leaf)):
             if not isinstance(each, (str, EagerResult)):
                 each._cache = None
             ids[_id(each)] = None

@@ -66,10 +66,10 @@ ALARM_TIMEOUT = 10.0
 
 
 def broker_findings(properties: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield what is to be said of the broker.
+    """Judge the version and the features of the broker.
 
     Parameters:
-        properties: what it says of itself when a connection is opened.
+        properties: the server properties that it sends when a connection is opened.
     """
     version = str(properties.get("version", "?"))
     cluster = properties.get("cluster_name", "")
@@ -112,9 +112,9 @@ def broker_findings(properties: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def alarm_findings(broker: Any) -> Iterator[Finding]:
-    """Yield whether the broker blocks publishers: it tells that who publishes, and nobody else.
+    """Find out whether the broker blocks publishers.
 
-    What is published goes nowhere.
+    It says so only to a connection that publishes. The messages published here have no queue.
 
     Raises:
         amqp.AccessRefused: when we may not publish to the default exchange.
@@ -128,7 +128,7 @@ def alarm_findings(broker: Any) -> Iterator[Finding]:
         channel.events["basic_ack"].add(lambda tag, multiple: settled.append(tag))
         nowhere = f"doctor-{uuid.uuid4()}"
         end = time.monotonic() + ALARM_TIMEOUT
-        # The first message is still taken, and may be confirmed before we are told.
+        # The broker still takes the first message, and may confirm it before it says so.
         for number in (1, 2):
             channel.basic_publish(amqp.Message(b"", delivery_mode=1), routing_key=nowhere)
             while len(settled) < number and link.blocked is None:
@@ -187,8 +187,8 @@ def declaration_findings(session: Session, broker: Any) -> Iterator[Finding]:
                 "queue-type",
                 "error",
                 str(exc),
-                "set the option 'queue_type' to what the queues are, or see 'Changing shards or "
-                "the queue type' in docs/operations.md",
+                "set the option 'queue_type' to what the queues are; to change it, give this app "
+                "another result_exchange",
             )
             return
         except amqp_errors.AccessRefused:
@@ -212,7 +212,7 @@ def declaration_findings(session: Session, broker: Any) -> Iterator[Finding]:
 
 _DEFINITIONS = (
     "import what `python -m celery_amqp_results.definitions` prints with `rabbitmqctl "
-    "import_definitions`, see 'Users who may not declare' in docs/operations.md"
+    "import_definitions`, as a user who may declare"
 )
 
 
@@ -239,24 +239,23 @@ def _not_compared(check: str, name: str) -> Finding:
 
 
 def refused(topology: Any, exc: BaseException) -> Finding:
-    """Return what is to be said when the broker has refused something."""
+    """Return the finding that the broker refused an operation."""
     return Finding("permissions", "error", f"the broker refuses us: {exc}", permissions(topology))
 
 
 def permissions(topology: Any) -> str:
-    """Return which permissions are to be given."""
+    """Return the permissions that the user lacks, as advice."""
     prefix = re.escape(topology.prefix).replace("\\-", "-")
     return (
         f"allow the user configure and read on ^({prefix}\\..*|amq\\.gen-.*)$ and write on "
-        f"^({prefix}\\..*|amq\\.gen-.*|amq\\.default)$ besides what it has, or the part of that "
-        "which docs/operations.md has for its role"
+        f"^({prefix}\\..*|amq\\.gen-.*|amq\\.default)$ besides what it has"
     )
 
 
 def growth_finding(
     results: float, seconds: float, expires: float, shards: int
 ) -> Optional[Finding]:
-    """Return what is to be said of the number of results that will be kept, if anything.
+    """Warn where more results will be kept than a shard can hold.
 
     Parameters:
         results: how many are kept now.
@@ -371,7 +370,7 @@ def probe_findings(session: Session) -> Iterator[Finding]:
         took.append((name, time.monotonic() - started))
         return value
 
-    # What is left of it where this process is killed goes by itself.
+    # The result expires by itself if this process is killed.
     request = Context(id=task_id, **{expiry.NAME: PROBE_EXPIRES})
     waiter = _Waiter(backend, task_id)
     try:
@@ -408,9 +407,9 @@ def probe_findings(session: Session) -> Iterator[Finding]:
 
 
 class _Waiter(threading.Thread):
-    """Waits for a result: what is stored before somebody waits is looked up, and not pushed.
+    """A thread that waits for a result before it is stored, so that the result is pushed.
 
-    One that is left alone ends with the backend.
+    It ends with the backend.
     """
 
     def __init__(self, backend: Any, task_id: str) -> None:

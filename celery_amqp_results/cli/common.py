@@ -23,7 +23,7 @@ __all__ = ("Exit", "Failed", "Session", "command", "management_options", "shared
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-#: Who sits before a terminal is told soon that the broker is away.
+#: Short, since a user waits for the answer: an unreachable broker is reported soon.
 RETRY_POLICY = RetryPolicy(max_retries=2, interval_start=0.2, interval_step=0.5)
 
 
@@ -57,6 +57,17 @@ class Session:
     backend: Any
     output: Output
 
+    @property
+    def expires(self) -> Optional[float]:
+        """Seconds for which results are kept; ``None`` for ever."""
+        return self.backend.expires or None
+
+    @property
+    def chord_expires(self) -> Optional[float]:
+        """Seconds for which chords are kept; ``None`` for ever."""
+        value = self.app.conf.get("result_chord_expires")
+        return self.expires if value is None else self.backend.prepare_expires(value) or None
+
     def end(self, code: Exit) -> NoReturn:
         """End the command with an exit code."""
         click.get_current_context().exit(int(code))
@@ -73,7 +84,7 @@ def told() -> Iterator[None]:
         click.echo(err=True)
         click.get_current_context().exit(int(Exit.INTERRUPTED))
     except BrokenPipeError:
-        # Who read what we print has seen enough.
+        # The reader of our output has closed it.
         with contextlib.suppress(OSError):
             sys.stdout.close()
         click.get_current_context().exit(int(Exit.OK))

@@ -90,5 +90,6 @@ def _told(check: Callable[[], Iterable[Finding]], broker: Any) -> Iterator[Findi
             "contents",
             "error",
             exc.message,
-            "try again later; if it stays so, see 'LookupTimeout' in docs/troubleshooting.md",
+            "try again later; if it stays so, find the reader that holds the queue (`rabbitmqctl "
+            "list_consumers`), shorten result_expires or use more shards",
         )

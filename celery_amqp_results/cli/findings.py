@@ -9,7 +9,7 @@ from celery_amqp_results.cli.output import STYLES, Output, clean, counted
 
 __all__ = ("CLOCK_TOLERANCE", "Finding", "show")
 
-#: Clocks may differ by so many seconds.
+#: Seconds by which clocks may differ.
 CLOCK_TOLERANCE = 5.0
 
 _WORDS = {"ok": "ok", "info": "info", "warning": "WARN", "error": "ERROR"}

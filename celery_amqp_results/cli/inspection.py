@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from typing import Any, Dict, Iterable, List, Optional, Set
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Set
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -23,6 +24,14 @@ __all__ = ("Broker", "Contents")
 
 #: None: a user may be asked something while the connection is open.
 HEARTBEAT = 0.0
+
+#: By default shards are read until this number of messages, and this number of shards, is reached.
+ENOUGH = 2000
+FEWEST = 8
+
+#: Reading bodies of large results stops at this number of bodies or of bytes.
+MAX_BODIES = 16
+MAX_BODY_BYTES = 16 * 2**20
 
 #: Seconds between two looks at the time while reading.
 STEP = 5.0
@@ -130,7 +139,7 @@ class Broker:
 
     @property
     def properties(self) -> Dict[str, Any]:
-        """What the broker says of itself."""
+        """The properties that the broker announces."""
         return dict(self.link.amqp.server_properties)
 
     @property
@@ -190,12 +199,46 @@ class Broker:
     def _read(self, shard: int, contents: Contents) -> None:
         seen: Dict[str, bool] = {}
         queue = self.topology.shard_queue_name(shard)
+        self._check_out(queue, lambda message: contents.take(queue, message, seen, time.time()))
+        contents.finish(seen)
+
+    def body_bytes(self, queues: Iterable[str]) -> Optional[int]:
+        """Return how many bytes the bodies of large results have, estimated where they are many.
+
+        Parameters:
+            queues: what :attr:`Contents.body_queues` names.
+
+        Returns:
+            ``None`` where we may not read them.
+
+        Raises:
+            Failed: when a body could not be read within ``lookup_timeout``.
+        """
+        names = sorted(queues)
+        total = read = 0
+
+        def take(message: amqp.Message) -> None:
+            nonlocal total
+            total += len(message.body)
+
+        for name in names:
+            try:
+                self._check_out(name, take)
+            except amqp_errors.AccessRefused:
+                return None
+            read += 1
+            if read >= MAX_BODIES or total >= MAX_BODY_BYTES:
+                break
+        return round(total * len(names) / read) if read else 0
+
+    def _check_out(self, queue: str, take: Callable[[amqp.Message], None]) -> None:
+        """Hand each message of a queue to *take*, and have the broker put all of them back."""
         seconds = self.session.backend.options.lookup_timeout
         end = time.monotonic() + seconds
         checkout = Checkout(
             self.link,
             queue,
-            lambda message: contents.take(queue, message, seen, time.time()),
+            take,
             longest_prefetch(self.topology.queue_type),
             arguments=longest_hold(self.topology.queue_type, seconds),
         )
@@ -206,13 +249,12 @@ class Broker:
                 Exit.UNAVAILABLE,
             )
         checkout.close(wait=True)
-        contents.finish(seen)
 
     def management(self, url: Optional[str], guess: bool) -> Optional[management.Management]:
         """Return the management API, or ``None``.
 
         Raises:
-            Failed: when it was asked for and does not answer.
+            Failed: when *url* is given and does not answer.
         """
         backend = self.session.backend
         connection = self.session.app.connection_for_write(backend._url.broker)
@@ -220,6 +262,21 @@ class Broker:
             return management.find(connection, url, guess)
         except management.ManagementError as exc:
             raise Failed(str(exc), Exit.UNAVAILABLE) from exc
+
+
+def choose(lengths: Mapping[int, int], count: Optional[int]) -> List[int]:
+    """Return the shards to look into.
+
+    Parameters:
+        lengths: the messages in each shard.
+        count: how many shards; ``None`` for as many as have :data:`ENOUGH` messages, and at least
+            :data:`FEWEST`.
+    """
+    filled = sorted(shard for shard, length in lengths.items() if length)
+    if count is None:
+        total = sum(lengths.values())
+        count = max(FEWEST, math.ceil(len(filled) * min(1.0, ENOUGH / total))) if total else 0
+    return spread(filled, count)
 
 
 def spread(shards: List[int], count: int) -> List[int]:

@@ -27,7 +27,7 @@ GUESS_TIMEOUT = 2.0
 PORT = 15672
 TLS_PORT = 15671
 
-#: Queues are asked for so many at a time.
+#: Queues per request.
 PAGE_SIZE = 500
 
 
@@ -51,7 +51,7 @@ class Management:
 
     Parameters:
         url: its address, without user and password.
-        user, password: who asks.
+        user, password: the credentials.
         vhost: the virtual host.
         timeout: seconds that an answer may take.
         proxies: whether the environment's proxies are used.
@@ -150,8 +150,7 @@ def guess_url(connection: kombu.Connection) -> str:
 def find(connection: kombu.Connection, url: Optional[str], guess: bool) -> Optional[Management]:
     """Return the management API, or ``None`` where it was only guessed and is not there.
 
-    What is guessed is encrypted where the connection to the broker is: a password that is kept
-    from those who listen there is not to be heard here.
+    A guessed address is encrypted where the connection to the broker is, to protect the password.
 
     Parameters:
         connection: of the broker; it is not opened.

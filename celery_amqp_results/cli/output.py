@@ -1,4 +1,4 @@
-"""What the commands print: rich on a terminal, plain text where it is piped, or JSON.
+"""The output of the commands: rich on a terminal, plain text in a pipe, or JSON.
 
 rich is optional. Without it, where the output is piped, and where ``NO_COLOR`` is set, the same is
 printed as plain text.
@@ -96,7 +96,7 @@ class Output:
     """Where a command prints.
 
     Parameters:
-        json_lines: whether only JSON is to be printed.
+        json_lines: whether the command prints only JSON.
         console: a rich console to print to; by default one for standard output, where that is a
             terminal, ``NO_COLOR`` is not set and rich is installed.
     """

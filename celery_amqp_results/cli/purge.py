@@ -38,7 +38,7 @@ def purge(session: Session, yes: bool) -> None:
             contents = broker.read((shard,))
             prefix = f"{broker.topology.prefix}.large."
             for queue in contents.body_queues:
-                # What a message says is not to have any queue deleted.
+                # A message must not name just any queue for deletion.
                 if queue.startswith(prefix):
                     broker.channel.queue_delete(queue)
                     bodies += 1

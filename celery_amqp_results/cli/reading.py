@@ -16,11 +16,11 @@ from celery_amqp_results.protocol.ranking import fold, is_final
 
 __all__ = ("describe", "forget", "get", "group_ids")
 
-#: What a meta of ``result_extended`` has besides.
+#: Further keys of a meta with ``result_extended``.
 EXTENDED = ("name", "args", "kwargs", "worker", "retries", "queue")
 
 
-#: What is known of a task of which no state is kept.
+#: Descriptions of a task without a stored state.
 FATES = {
     "untracked": "nothing is known of it: not started, expired, forgotten or never sent",
     "unknown": "nobody has sent it, or that was too long ago",
@@ -78,13 +78,12 @@ def group_ids(session: Session, group_id: str) -> Optional[List[str]]:
 
 def present(
     session: Session, ids: List[str], timeout: Optional[float]
-) -> Tuple[Dict[str, Dict[str, Any]], bool]:
-    """Return the metas of tasks by id, and whether all have ended within *timeout*.
+) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """Yield the id and the meta of each task that is known, and again whenever it changes.
 
-    What cannot be read has the error in ``unreadable``.
+    A meta that cannot be read has the error in ``unreadable``. Ends when all have ended, or when
+    *timeout* is over.
     """
-    found: Dict[str, Dict[str, Any]] = {}
-    complete = True
     backend = session.backend
     try:
         for update in backend._updates(ids, timeout):
@@ -94,16 +93,55 @@ def present(
             try:
                 decoded = backend._decode_if_kept(state)
                 if decoded is not None:
-                    found[update.task_id] = decoded
+                    yield update.task_id, decoded
             except (KombuError, SecurityError, errors.ForeignMessage) as exc:
-                found[update.task_id] = {
-                    "status": state.state,
-                    "result": None,
-                    "unreadable": f"{type(exc).__name__}: {exc}",
-                }
+                yield (
+                    update.task_id,
+                    {
+                        "status": state.state,
+                        "result": None,
+                        "unreadable": f"{type(exc).__name__}: {exc}",
+                    },
+                )
     except TimeoutError:
-        complete = False
-    return found, complete
+        return
+
+
+class _Answers:
+    """Prints each task once, in the order in which they were given, and as soon as it has ended."""
+
+    def __init__(self, session: Session, ids: List[str]) -> None:
+        self._session = session
+        self._left = list(ids)
+        self._known: Dict[str, Dict[str, Any]] = {}
+        #: Whether one failed or cannot be read, and whether one has not ended.
+        self.failed = self.unready = False
+
+    def take(self, task_id: str, meta: Dict[str, Any]) -> Dict[str, Any]:
+        """Note what is known of a task, and print what may be printed; return what is printed."""
+        described = describe(task_id, meta)
+        if "unreadable" in meta:
+            described["unreadable"] = meta["unreadable"]
+        self._known[task_id] = described
+        while self._left and self._known.get(self._left[0], {}).get("ready"):
+            self._print(self._left.pop(0))
+        return described
+
+    def finish(self) -> None:
+        """Print the others as they are."""
+        for task_id in self._left:
+            self._print(task_id)
+
+    def _print(self, task_id: str) -> None:
+        backend = self._session.backend
+        described = self._known.get(task_id)
+        if described is None:
+            described = describe(task_id, None)
+            if backend.options.track_sent:
+                described["fate"] = backend.fate(task_id).status
+        show(self._session, described, known=task_id in self._known)
+        self.failed |= described["state"] in states.PROPAGATE_STATES or "unreadable" in described
+        self.unready |= not described["ready"]
 
 
 @command(name="get")
@@ -115,27 +153,25 @@ def present(
 def get(session: Session, ids: Tuple[str, ...], wait: bool, timeout: Optional[float]) -> None:
     """Show the state, result, traceback and children of tasks.
 
-    Reading removes nothing. With --json there is a line for each task. Exits with 1 when one has
-    failed, and otherwise with 3 when one has not ended or is not known.
+    Reading removes nothing. With --json there is a line for each task. With --wait each task is
+    shown as soon as it and those before it have ended, and the states of those that go on are
+    shown on standard error. Exits with 1 when one has failed, and otherwise with 3 when one has not
+    ended or is not known.
     """
+    from celery_amqp_results.cli.watch import Waiting
+
     check_ids(ids)
     if timeout is not None and not wait:
         raise click.UsageError("--timeout is how long to --wait")
     unique = list(dict.fromkeys(ids))
-    found, _ = present(session, unique, timeout if wait else 0)
-    described = []
-    for task_id in unique:
-        what = describe(task_id, found.get(task_id))
-        if task_id not in found and session.backend.options.track_sent:
-            what["fate"] = session.backend.fate(task_id).status
-        unreadable = found.get(task_id, {}).get("unreadable")
-        if unreadable is not None:
-            what["unreadable"] = unreadable
-        described.append(what)
-        show(session, what, known=task_id in found)
-    if any(d["state"] in states.PROPAGATE_STATES or "unreadable" in d for d in described):
+    answers = _Answers(session, unique)
+    with Waiting(session.output, len(unique), wait) as waiting:
+        for task_id, meta in present(session, unique, timeout if wait else 0):
+            waiting.take(answers.take(task_id, meta))
+    answers.finish()
+    if answers.failed:
         session.end(Exit.FAILED)
-    if not all(d["ready"] for d in described):
+    if answers.unready:
         session.end(Exit.NOT_READY)
 
 

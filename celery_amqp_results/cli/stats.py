@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Mapping, Optional
 
 import click
 
@@ -26,9 +26,10 @@ __all__ = ("stats",)
     "--read",
     "count",
     metavar="N",
-    default="8",
+    default="auto",
     show_default=True,
-    help="Look into so many shards, or 'all'; 0 for none. A shard is held while it is read.",
+    help="Look into N shards, or 'all'; 0 for none; 'auto' for some 2,000 messages. A shard is "
+    "held while it is read.",
 )
 @click.option(
     "--rate",
@@ -47,59 +48,78 @@ def stats(
 ) -> None:
     """Show how many results are kept, in how many shards, how old and how large.
 
-    Messages are counted exactly. What is in them is counted in some shards and estimated for all,
-    see --read. Inboxes and memory are known from RabbitMQ's management API alone.
+    Messages are counted exactly. Their contents are counted in some shards and estimated for all,
+    see --read. Only RabbitMQ's management API knows inboxes and memory.
     """
     from celery_amqp_results.cli import inspection
 
     shared_only(session, "stats")
-    wanted = _number(count)
     with inspection.Broker(session) as broker:
         api = broker.management(management_url, guess=not no_management)
-        lengths = broker.lengths()
-        filled = sorted(shard for shard, length in lengths.items() if length)
-        chosen = filled if wanted is None else inspection.spread(filled, wanted)
-        contents = broker.read(chosen)
-        messages = sum(lengths.values())
-        inside = sum(lengths[shard] for shard in chosen)
-        # The messages weigh the shards that were not read.
-        scale = messages / inside if inside else 0.0
-        found: Dict[str, Any] = {
-            "broker": broker.version,
-            "exchange": broker.topology.exchange,
-            "queue_type": broker.topology.queue_type,
-            "shards": broker.topology.shards,
-            "shards_declared": len(lengths),
-            "messages": messages,
-            "longest_shard": max(lengths.values(), default=0),
-            "shards_read": contents.shards,
-            "exact": len(chosen) == len(filled),
-            "results": round(contents.results * scale) if chosen or not filled else None,
-            "running": round(contents.running * scale) if chosen or not filled else None,
-            "groups": round(contents.groups * scale) if chosen or not filled else None,
-            "pages": round(contents.pages * scale) if chosen or not filled else None,
-            "bytes": round(contents.bytes * scale) if chosen or not filled else None,
-            "large": round(len(contents.body_queues) * scale) if chosen or not filled else None,
-            "foreign": contents.foreign,
-            "oldest_seconds": None
-            if contents.oldest is None
-            else max(0.0, time.time() - contents.oldest),
-            "expires_seconds": session.backend.expires or None,
-            "published_per_second": None,
-            "ended_per_second": None,
-            "management": None if api is None else _from_management(session, broker, api),
-        }
+        found = _kept(session, broker, broker.lengths(), count)
+        found["management"] = None if api is None else _from_management(session, broker, api)
+        # The API may not have heard of the newest ones.
+        found["large_bytes"] = (found["management"] or {}).get("large_bytes") or found[
+            "large_bytes"
+        ]
     if seconds is not None:
         found.update(_rates(session, seconds))
     _show(session, found)
 
 
-def _number(text: str) -> Optional[int]:
-    if text == "all":
-        return None
+def _number(text: str, shards: int) -> Optional[int]:
+    """Return how many shards to look into; ``None`` for as many as give a good estimate."""
+    if text in ("all", "auto"):
+        return shards if text == "all" else None
     if not text.isdecimal():
-        raise click.UsageError(f"--read is a number of shards or 'all', not {text!r}")
+        raise click.UsageError(f"--read is a number of shards, 'all' or 'auto', not {text!r}")
     return int(text)
+
+
+def _kept(session: Session, broker: Any, lengths: Mapping[int, int], count: str) -> Dict[str, Any]:
+    """Return what is kept, counted in some shards and estimated for all.
+
+    Results are spread evenly over the shards by their ids, whereas a message may hold one or many:
+    so the shards are the measure.
+    """
+    from celery_amqp_results.cli import inspection
+
+    topology = broker.topology
+    filled = sum(1 for length in lengths.values() if length)
+    chosen = inspection.choose(lengths, _number(count, topology.shards))
+    contents = broker.read(chosen)
+    bodies = broker.body_bytes(contents.body_queues)
+
+    def estimate(number: Optional[int]) -> Optional[int]:
+        if number is None or (filled and not chosen):
+            return None
+        return round(number * filled / len(chosen)) if chosen else 0
+
+    return {
+        "broker": broker.version,
+        "exchange": topology.exchange,
+        "queue_type": topology.queue_type,
+        "shards": topology.shards,
+        "shards_declared": len(lengths),
+        "messages": sum(lengths.values()),
+        "longest_shard": max(lengths.values(), default=0),
+        "shards_read": contents.shards,
+        "exact": len(chosen) == filled,
+        "results": estimate(contents.results),
+        "running": estimate(contents.running),
+        "groups": estimate(contents.groups),
+        "pages": estimate(contents.pages),
+        "bytes": estimate(contents.bytes),
+        "large": estimate(len(contents.body_queues)),
+        "large_bytes": estimate(bodies),
+        "foreign": contents.foreign,
+        "oldest_seconds": None
+        if contents.oldest is None
+        else max(0.0, time.time() - contents.oldest),
+        "expires_seconds": session.backend.expires or None,
+        "published_per_second": None,
+        "ended_per_second": None,
+    }
 
 
 def _rates(session: Session, seconds: float) -> Dict[str, float]:
@@ -152,6 +172,18 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
     }
 
 
+def _sizes(found: Dict[str, Any], about: str) -> str:
+    """Return what results take on the broker, for people."""
+    if found["bytes"] is None:
+        return "not read"
+    text = f"{about}{size(found['bytes'])} in shards"
+    if found["large"]:
+        bodies = found["large_bytes"]
+        text += ", " + ("an unknown size" if bodies is None else f"{about}{size(bodies)}")
+        text += " in queues of large results"
+    return text
+
+
 def _show(session: Session, found: Dict[str, Any]) -> None:
     output = session.output
     if output.json:
@@ -171,7 +203,7 @@ def _show(session: Session, found: Dict[str, Any]) -> None:
         "messages": f"{found['messages']:,} in {found['shards_declared']} of {found['shards']} "
         f"{found['queue_type']} shards, at most {found['longest_shard']:,} in one",
         "pages": number("pages"),
-        "size": "not read" if found["bytes"] is None else f"{about}{size(found['bytes'])}",
+        "size": _sizes(found, about),
         "oldest": age(found["oldest_seconds"]),
         "expire after": age(found["expires_seconds"]) if found["expires_seconds"] else "never",
     }

@@ -12,18 +12,18 @@ from celery import states as celery_states
 from celery.exceptions import TimeoutError
 
 from celery_amqp_results.cli.common import Exit, Session, check_ids, command
-from celery_amqp_results.cli.output import STYLES, Output, age, clean
+from celery_amqp_results.cli.output import STYLES, Output, age, clean, counted
 from celery_amqp_results.cli.reading import describe, group_ids
 from celery_amqp_results.protocol.ranking import is_final
 
-__all__ = ("Board", "watch")
+__all__ = ("Board", "Waiting", "watch")
 
-#: Throughput is the mean over so many seconds.
+#: Seconds over which throughput is averaged.
 RATE_SECONDS = 10.0
 #: Tasks with a progress bar, and lines of recent states, on a terminal.
 MAX_BARS = 12
 MAX_RECENT = 12
-#: A task that has ended keeps its bar for so many seconds.
+#: Seconds for which a task that has ended keeps its bar.
 LINGER_SECONDS = 3.0
 #: Tasks whose progress is remembered, at most.
 MAX_REMEMBERED = 1000
@@ -48,7 +48,7 @@ def progress_of(described: Described) -> Optional[Tuple[float, float]]:
 
 
 class Board:
-    """What is known of all that was watched so far. Does no I/O.
+    """A summary of all states seen so far. Does no I/O.
 
     Parameters:
         clock: monotonic seconds.
@@ -239,9 +239,56 @@ class _Screen:
         if self._output.json:
             self._output.data(described)
         elif self._output.console is None:
-            now = time.strftime("%H:%M:%S")
-            line = f"{now} {described['id']} {described['state']} {saying(described, 100)}"
-            self._output.line(line.rstrip())
+            self._output.line(line_of(described))
+
+
+class Waiting:
+    """Shows how far tasks are while a command waits for them: used by a ``with`` statement.
+
+    On a terminal it is the live picture, which goes away at the end. Otherwise each state of a task
+    that goes on is a line on standard error. With ``--json`` there is nothing.
+
+    Parameters:
+        output: the command's.
+        count: how many tasks are waited for.
+        shown: whether anything is shown at all.
+    """
+
+    def __init__(self, output: Output, count: int, shown: bool) -> None:
+        self._output = output
+        self._board = Board(count)
+        self._shown = shown and not output.json
+        self._live: Any = None
+
+    def __enter__(self) -> Waiting:
+        if self._shown and self._output.console is not None:
+            from rich.live import Live
+
+            title = f"waiting for {counted(self._board.expected or 0, 'task')}"
+            self._live = Live(
+                get_renderable=lambda: picture(self._board, title),
+                console=self._output.console,
+                refresh_per_second=FRAMES,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def take(self, described: Described) -> None:
+        """Note a state."""
+        self._board.take(described)
+        if self._shown and self._live is None and not described["ready"]:
+            self._output.note(line_of(described))
+
+
+def line_of(described: Described) -> str:
+    """Return a state as one line, for people."""
+    now = time.strftime("%H:%M:%S")
+    return f"{now} {described['id']} {described['state']} {saying(described, 100)}".rstrip()
 
 
 @command(name="watch")

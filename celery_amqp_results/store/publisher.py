@@ -527,11 +527,12 @@ class Publisher:
         try:
             self._publish(channel, (), True)
         except _FAILURES as exc:
-            logger.warning(
-                "%d states were not confirmed when their connection was closed: %r",
-                len(channel.unconfirmed),
-                exc,
-            )
+            if channel.unconfirmed:
+                logger.warning(
+                    "%d states were not confirmed when their connection was closed: %r",
+                    len(channel.unconfirmed),
+                    exc,
+                )
         channel.link.close()
 
 

@@ -1,6 +1,6 @@
-"""A node with RabbitMQ's management API, and users and policies made by it.
+"""A node with RabbitMQ's management API, and users and policies created through it.
 
-``rabbitmqctl`` takes seconds for each command, the API some milliseconds.
+``rabbitmqctl`` takes seconds for each command, the API milliseconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tools import rabbitmq
 
 
 class Administrator:
-    """Changes a broker by its management API.
+    """Administers a broker through its management API.
 
     Parameters:
         node: a node with the plugin ``rabbitmq_management``.
@@ -58,10 +58,10 @@ class Administrator:
 
     @contextlib.contextmanager
     def user(self, tags: str = "") -> Iterator[str]:
-        """Make a user without permissions for the duration of a ``with`` block.
+        """Create a user without permissions for the duration of a ``with`` block.
 
         Yields:
-            The name, which is the password as well.
+                The name, which is also the password.
         """
         name = f"u{uuid.uuid4().hex[:8]}"
         self.ask("PUT", "users", name, body={"password": name, "tags": tags})

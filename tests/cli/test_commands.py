@@ -57,7 +57,7 @@ def test_get_shows_a_result_and_a_failure_with_its_traceback(app: Celery) -> Non
     assert result.exit_code == Exit.OK
     assert good in result.stdout
     assert "{'sum': 3}" in result.stdout
-    # Piped: no colour, no frame
+    # Piped output has no colour and no frame
     assert "\x1b" not in result.stdout
     assert "╭" not in result.stdout
 
@@ -81,7 +81,7 @@ def test_get_shows_a_result_and_a_failure_with_its_traceback(app: Celery) -> Non
     assert first.keys() == second.keys() == third.keys()
 
 
-def test_get_waits_for_a_result_no_longer_than_it_is_told(make_app: Apps) -> None:
+def test_get_waits_for_a_result_up_to_its_timeout(make_app: Apps) -> None:
     worker, app = make_app(), make_app()
     task_id = store(worker, {"current": 1, "total": 2}, "PROGRESS")
     result = run(app, "get", "--wait", "--timeout", "0.2", "--json", task_id)
@@ -96,13 +96,54 @@ def test_get_waits_for_a_result_no_longer_than_it_is_told(make_app: Apps) -> Non
     assert lines(result)[0]["result"] == 7
 
 
-def test_what_a_task_returns_does_not_control_the_terminal(app: Celery) -> None:
+def test_get_shows_the_progress_of_a_task_while_it_waits(make_app: Apps) -> None:
+    # Given an unfinished task, and a finished one that is requested after it
+    worker, app = make_app(), make_app()
+    first, second = new_id(), store(worker, "second")
+    store_progress = worker.backend.store_result
+    store_progress(first, {"current": 1, "total": 3}, "PROGRESS")
+    script = [({"current": 2, "total": 3}, "PROGRESS"), ("first", states.SUCCESS)]
+    # When the command waits while the task reports progress
+    timers = [
+        threading.Timer(0.5 * (n + 1), store_progress, (first, value, state))
+        for n, (value, state) in enumerate(script)
+    ]
+    for timer in timers:
+        timer.start()
+    result = run(app, "get", "--wait", "--timeout", "60", first, second)
+    for timer in timers:
+        timer.join()
+    # Then its states are shown apart from the output, which has the requested order
+    assert result.exit_code == Exit.OK
+    progress = [line for line in result.stderr.splitlines() if "PROGRESS" in line]
+    assert any("1 of 3" in line for line in progress) or any("2 of 3" in line for line in progress)
+    assert all(first in line for line in progress)
+    assert "PROGRESS" not in result.stdout
+    assert result.stdout.index("'first'") < result.stdout.index("'second'")
+    # And JSON output is the same as without waiting
+    result = run(app, "get", "--wait", "--json", first, second)
+    assert (len(lines(result)), result.stderr) == (2, "")
+
+
+def test_get_prints_finished_tasks_before_the_others_finish(make_app: Apps) -> None:
+    worker, app = make_app(), make_app()
+    done, waits, late = store(worker, "done"), new_id(), store(worker, "late")
+    result = run(app, "get", "--wait", "--timeout", "0.5", "--json", done, waits, late)
+    assert result.exit_code == Exit.NOT_READY
+    assert [(line["id"], line["state"]) for line in lines(result)] == [
+        (done, "SUCCESS"),
+        (waits, "PENDING"),
+        (late, "SUCCESS"),
+    ]
+
+
+def test_a_task_s_value_cannot_send_control_sequences_to_the_terminal(app: Celery) -> None:
     task_id = store(app, KeyError("\x1b[2J"), states.FAILURE, traceback="\x1b]0;title\x07")
     result = run(app, "get", task_id)
     assert "\x1b" not in result.stdout
 
 
-def test_get_decodes_only_what_is_accepted(make_app: Apps) -> None:
+def test_get_decodes_only_accepted_content(make_app: Apps) -> None:
     worker = make_app(
         result_serializer="pickle", accept_content=["pickle"], result_accept_content=["pickle"]
     )
@@ -138,7 +179,7 @@ def test_forget_deletes_results_and_groups(app: Celery) -> None:
 # -- watch ---------------------------------------------------------------------------------------
 
 
-def test_watch_ends_when_the_given_tasks_have_ended(make_app: Apps) -> None:
+def test_watch_ends_when_the_given_tasks_have_finished(make_app: Apps) -> None:
     worker, app = make_app(), make_app()
     done = store(worker, 1)
     failing = store(worker, {"current": 1, "total": 4}, "PROGRESS")
@@ -156,7 +197,7 @@ def test_watch_ends_when_the_given_tasks_have_ended(make_app: Apps) -> None:
     assert "1 ended, 0 failed" in result.stdout
 
 
-def test_watch_of_a_group_and_of_a_task_that_goes_on(app: Celery) -> None:
+def test_watch_of_a_group_and_of_an_unfinished_task(app: Celery) -> None:
     ids = [store(app, n) for n in range(2)]
     group = GroupResult(new_id(), [AsyncResult(i, app=app) for i in ids], app=app)
     group.save()
@@ -167,7 +208,7 @@ def test_watch_of_a_group_and_of_a_task_that_goes_on(app: Celery) -> None:
     assert result.exit_code == Exit.NOT_READY
 
 
-def test_watch_of_everything_shows_what_is_published_and_reads_nothing(make_app: Apps) -> None:
+def test_watch_of_everything_shows_published_states_without_reading_shards(make_app: Apps) -> None:
     worker, app = make_app(), make_app()
     stop = threading.Event()
 
@@ -179,7 +220,7 @@ def test_watch_of_everything_shows_what_is_published_and_reads_nothing(make_app:
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        # A busy machine may take long until it listens.
+        # A busy machine may take long to start listening.
         for seconds in (2, 10, 60):
             result = run(app, "watch", "--json", "--state", "failure", "--timeout", str(seconds))
             if result.stdout:
@@ -194,7 +235,7 @@ def test_watch_of_everything_shows_what_is_published_and_reads_nothing(make_app:
 # -- stats, purge --------------------------------------------------------------------------------
 
 
-def test_stats_count_what_is_kept(app: Celery) -> None:
+def test_stats_count_stored_results(app: Celery) -> None:
     for n in range(20):
         store(app, n)
     store(app, None, states.STARTED)
@@ -214,7 +255,41 @@ def test_stats_count_what_is_kept(app: Celery) -> None:
     assert run(app, "stats", "--read", "some").exit_code == Exit.USAGE
 
 
-def test_purge_asks_and_deletes_large_results_as_well(app: Celery) -> None:
+def test_stats_of_few_results_are_exact_in_however_many_shards(make_app: Apps) -> None:
+    app = make_app(shards=256)
+    for n in range(400):
+        store(app, n)
+    (found,) = lines(run(app, "stats", "--json", "--no-management"))
+    assert (found["results"], found["exact"]) == (400, True)
+
+
+def test_stats_estimate_by_the_number_of_shards(make_app: Apps) -> None:
+    # Given shards of which some are packed: one message of these holds many results
+    app = make_app(shards=16)
+    ids = [store(app, n) for n in range(1600)]
+    topology = app.backend._topology
+    packed = [task_id for task_id in ids if topology.shard(task_id) % 2]
+    for task_id in packed[:64]:
+        app.backend.layout.store.read((task_id,))
+    # When half of them are looked into
+    (found,) = lines(run(app, "stats", "--json", "--read", "8", "--no-management"))
+    # Then the estimate is that of shards: those that were read have about half of all
+    assert found["exact"] is False
+    assert 1300 < found["results"] < 1900
+
+
+def test_stats_show_the_size_of_large_results(app: Celery) -> None:
+    for _ in range(3):
+        store(app, "x" * 200_000)
+    (found,) = lines(run(app, "stats", "--json", "--no-management"))
+    assert 600_000 < found["large_bytes"] < 620_000
+    assert found["bytes"] < 10_000
+    text = run(app, "stats", "--no-management").stdout
+    assert "in shards, 58" in text
+    assert "KiB in queues of large results" in text
+
+
+def test_purge_asks_first_and_also_deletes_large_results(app: Celery) -> None:
     small, large = store(app, 1), store(app, "x" * 200_000)
     result = run(app, "purge", stdin="n\n")
     assert result.exit_code == Exit.FAILED
@@ -232,14 +307,14 @@ def findings(result: Result) -> Dict[str, str]:
     return {f["check"]: f["severity"] for f in found["findings"]}
 
 
-def test_doctor_finds_nothing_wrong_on_a_broker_that_is_well(app: Celery) -> None:
+def test_doctor_finds_nothing_wrong_on_a_healthy_broker(app: Celery) -> None:
     store(app, 1)
     result = run(app, "doctor", "--json", "--no-management")
     assert result.exit_code == Exit.OK, result.stdout
     found = findings(result)
     assert (found["broker"], found["declarations"], found["probe"]) == ("ok", "ok", "ok")
     assert found["expiry"] == "ok"
-    # The probe leaves nothing behind
+    # The probe cleans up after itself
     (counted,) = lines(run(app, "stats", "--json", "--read", "all", "--no-management"))
     assert counted["results"] == 1
     plain = run(app, "doctor", "--no-management", "--no-probe").stdout
@@ -247,8 +322,8 @@ def test_doctor_finds_nothing_wrong_on_a_broker_that_is_well(app: Celery) -> Non
     assert "probe" not in plain
 
 
-def test_get_and_doctor_know_what_was_sent(make_app: Apps) -> None:
-    # With a connection that a test before has seen die the first mark would be lost.
+def test_get_and_doctor_know_which_tasks_were_sent(make_app: Apps) -> None:
+    # On a connection that an earlier test broke, the first mark would be lost.
     kombu.pools.reset()
     app = make_app(result_backend_transport_options={"shards": 1, "track_sent": True})
     waits, done, forgotten, unknown = (new_id() for _ in range(4))
@@ -262,7 +337,7 @@ def test_get_and_doctor_know_what_was_sent(make_app: Apps) -> None:
         return {line["id"]: line.get("fate") for line in lines(run(app, "get", "--json", *ids))}
 
     ids = [waits, done, forgotten, unknown]
-    # Marks are not waited for by those who publish them.
+    # Marks are published without waiting for confirms.
     wanted = {waits: "sent", done: None, forgotten: "forgotten", unknown: "unknown"}
     eventually(lambda: fates() == wanted)
     assert "has stored nothing so far" in run(app, "get", waits).stdout
@@ -272,7 +347,9 @@ def test_get_and_doctor_know_what_was_sent(make_app: Apps) -> None:
     assert json.loads(run(app, "stats", "--json", "--no-management").stdout)["running"] == 0
 
 
-def test_doctor_finds_other_shards_another_queue_type_and_no_expiry(make_app: Apps) -> None:
+def test_doctor_finds_different_shards_a_different_queue_type_and_missing_expiry(
+    make_app: Apps,
+) -> None:
     store(make_app(), 1)
     result = run(make_app(shards=4), "doctor", "--json", "--no-management")
     assert result.exit_code == Exit.FAILED
@@ -288,7 +365,7 @@ def test_doctor_finds_other_shards_another_queue_type_and_no_expiry(make_app: Ap
     assert result.exit_code == Exit.FAILED
 
 
-def test_doctor_tells_of_missing_permissions(make_app: Apps, node: rabbitmq.Node) -> None:
+def test_doctor_reports_missing_permissions(make_app: Apps, node: rabbitmq.Node) -> None:
     user = f"u{uuid.uuid4().hex[:8]}"
     node.ctl("add_user", user, "secret")
     node.ctl("set_permissions", user, "^$", "^$", "^$")
@@ -307,7 +384,7 @@ def test_doctor_tells_of_missing_permissions(make_app: Apps, node: rabbitmq.Node
 # -- migrate -------------------------------------------------------------------------------------
 
 
-def test_migrate_collects_results_of_single_queues(make_app: Apps) -> None:
+def test_migrate_collects_results_from_per_task_queues(make_app: Apps) -> None:
     old = make_app(result_backend_transport_options={"layout": "per-task"})
     app = make_app()
     moved, failed, deleted = store(old, 5), store(old, KeyError("k"), states.FAILURE), store(old)
@@ -332,7 +409,7 @@ def test_migrate_collects_results_of_single_queues(make_app: Apps) -> None:
                 connection.channel().queue_declare(task_id.replace("-", ""), passive=True)
 
 
-# -- what users get wrong ------------------------------------------------------------------------
+# -- usage errors --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -346,7 +423,7 @@ def test_migrate_collects_results_of_single_queues(make_app: Apps) -> None:
         ["nothing"],
     ],
 )
-def test_wrong_usage(app: Celery, arguments: List[str]) -> None:
+def test_wrong_usage_shows_an_error_and_an_exit_code(app: Celery, arguments: List[str]) -> None:
     result = run(app, *arguments)
     assert result.exit_code == Exit.USAGE
     assert "Usage" in result.output
@@ -365,7 +442,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
-def test_another_result_backend(arguments: List[str]) -> None:
+def test_commands_refuse_another_result_backend(arguments: List[str]) -> None:
     app = Celery("other", backend="cache+memory://", set_as_current=False)
     result = run(app, *arguments)
     assert result.exit_code == Exit.CONFIGURATION
@@ -374,8 +451,8 @@ def test_another_result_backend(arguments: List[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
-def test_the_broker_is_down(make_app: Apps, arguments: List[str]) -> None:
-    # Nothing listens on that port.
+def test_commands_report_that_the_broker_is_down(make_app: Apps, arguments: List[str]) -> None:
+    # No process listens on that port.
     app = make_app("amqp://me:secret@127.0.0.1:1//")
     result = run(app, *arguments)
     assert result.exit_code == Exit.UNAVAILABLE, result.output
@@ -383,7 +460,7 @@ def test_the_broker_is_down(make_app: Apps, arguments: List[str]) -> None:
     assert "secret" not in result.output
 
 
-def test_a_wrong_option_and_the_other_layout(make_app: Apps) -> None:
+def test_commands_report_an_invalid_option_and_an_unsupported_layout(make_app: Apps) -> None:
     app = make_app("amqp://?shards=many")
     result = run(app, "stats")
     assert result.exit_code == Exit.CONFIGURATION
@@ -394,7 +471,7 @@ def test_a_wrong_option_and_the_other_layout(make_app: Apps) -> None:
     app.conf.result_backend = "amqp://"
 
 
-def test_every_command_has_help_and_json() -> None:
+def test_every_command_has_a_help_text_and_json_output() -> None:
     for name, command in results.commands.items():
         assert isinstance(command, click.Command)
         assert command.help, name

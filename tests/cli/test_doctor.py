@@ -1,4 +1,4 @@
-"""``results doctor``: each finding that a live broker can be made to cause."""
+"""``results doctor``: every finding that can be provoked on a live broker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DAY = 86_400_000
 
 
 class Report:
-    """What a run of the doctor has found."""
+    """The findings of one run of the doctor."""
 
     def __init__(self, app: Celery, *arguments: str) -> None:
         result = run(app, "doctor", "--json", *arguments)
@@ -29,19 +29,19 @@ class Report:
         (found,) = lines(result)
         self.findings: List[Dict[str, str]] = found["findings"]
         for finding in self.findings:
-            # Each that is not just well says what to do.
+            # Every finding other than "ok" says what to do.
             assert finding["severity"] == "ok" or finding["advice"], finding
         failed = any(finding["severity"] == "error" for finding in self.findings)
         assert self.exit_code == (Exit.FAILED if failed else Exit.OK)
 
     def __getitem__(self, check: str) -> Dict[str, str]:
-        """Return the finding of a check that found one thing."""
+        """Return the finding of a check that has exactly one."""
         found = [finding for finding in self.findings if finding["check"] == check]
         assert len(found) == 1, self.findings
         return found[0]
 
     def said(self, check: str, severity: str) -> str:
-        """Return all that a check found with that severity."""
+        """Return all findings of a check with that severity."""
         return " ".join(
             f"{finding['text']} -> {finding['advice']}"
             for finding in self.findings
@@ -49,7 +49,7 @@ class Report:
         )
 
     def worst(self) -> List[str]:
-        """Return the checks that found a warning or an error."""
+        """Return the checks with a warning or an error."""
         return [f["check"] for f in self.findings if f["severity"] in ("warning", "error")]
 
 
@@ -60,7 +60,7 @@ def amqp_only(app: Celery, *arguments: str) -> Report:
 def publish(
     url: str, queue: str, published: float, expiration: Optional[int] = DAY, count: int = 1
 ) -> None:
-    """Put states of tasks into a shard, as another process with another clock would.
+    """Publish states into a shard as a process with another clock would.
 
     Parameters:
         published: seconds since 1970.
@@ -72,7 +72,7 @@ def publish(
         channel.confirm_select()
         for _ in range(count - 1):
             channel.basic_publish(message(published, expiration), routing_key=queue)
-        # All before it are there when it is confirmed.
+        # When this one is confirmed, all before it have arrived.
         channel.basic_publish_confirm(message(published, expiration), routing_key=queue)
 
 
@@ -93,8 +93,8 @@ def message(published: float, expiration: Optional[int]) -> amqp.Message:
 # -- AMQP alone ----------------------------------------------------------------------------------
 
 
-def test_a_new_user_is_not_alarmed(make_app: Apps) -> None:
-    # Before anything was stored
+def test_a_new_installation_causes_no_warning(make_app: Apps) -> None:
+    # Before any result was stored
     app = make_app(shards=256)
     report = amqp_only(app, "--no-probe")
     assert report.worst() == []
@@ -102,7 +102,7 @@ def test_a_new_user_is_not_alarmed(make_app: Apps) -> None:
     assert "0 of 256 classic shards are there; each is declared when" in report.said(
         "declarations", "ok"
     )
-    # And after some results, when most shards are not there
+    # And after some results, while most shards do not exist
     for n in range(3):
         store(app, n)
     report = amqp_only(app)
@@ -114,7 +114,7 @@ def test_a_new_user_is_not_alarmed(make_app: Apps) -> None:
     assert "open an inbox" in report["probe"]["text"]
 
 
-def test_long_shards(make_app: Apps, amqp_url: str) -> None:
+def test_long_shards_are_reported(make_app: Apps, amqp_url: str) -> None:
     app = make_app(shards=1)
     store(app, 1)
     queue = app.backend._topology.shard_queue(0).name
@@ -125,7 +125,7 @@ def test_long_shards(make_app: Apps, amqp_url: str) -> None:
     assert "or use 2 shards" in report["shards"]["advice"]
 
 
-def test_results_that_come_too_fast_for_their_expiry(make_app: Apps, amqp_url: str) -> None:
+def test_a_rate_too_high_for_the_expiry_is_reported(make_app: Apps, amqp_url: str) -> None:
     app = make_app(shards=1)
     store(app, 1)
     queue = app.backend._topology.shard_queue(0).name
@@ -135,13 +135,13 @@ def test_results_that_come_too_fast_for_their_expiry(make_app: Apps, amqp_url: s
     assert report["growth"]["severity"] == "warning"
     assert "0.5 results a second" in report["growth"]["text"]
     assert "result_expires" in report["growth"]["advice"]
-    # With fewer, nothing is said
+    # With fewer, no warning appears
     run(app, "purge", "--yes")
     publish(amqp_url, queue, time.time() - 601, count=200)
     assert amqp_only(app, "--no-probe").worst() == []
 
 
-def test_messages_that_are_damaged_never_expire_or_come_from_the_future(
+def test_damaged_never_expiring_and_future_messages_are_reported(
     make_app: Apps, amqp_url: str
 ) -> None:
     app = make_app(shards=1)
@@ -161,13 +161,13 @@ def test_messages_that_are_damaged_never_expire_or_come_from_the_future(
     assert "1 state in 1 shard" in report["everlasting"]["text"]
 
 
-def test_a_shard_that_somebody_holds(make_app: Apps, amqp_url: str) -> None:
+def test_a_shard_held_by_another_consumer_is_reported(make_app: Apps, amqp_url: str) -> None:
     app = make_app(result_backend_transport_options={"shards": 1, "lookup_timeout": 1})
     for n in range(3):
         store(app, n)
     queue = app.backend._topology.shard_queue(0).name
     with raw_connection(amqp_url) as connection:
-        # Who consumes first is the single active consumer, until it goes.
+        # The first consumer is the single active consumer, until it leaves.
         channel = connection.channel()
         channel.basic_qos(0, 1, False)
         channel.basic_consume(queue, callback=lambda message: None)
@@ -178,7 +178,7 @@ def test_a_shard_that_somebody_holds(make_app: Apps, amqp_url: str) -> None:
     assert eventually(lambda: "contents" not in amqp_only(app, "--no-probe").worst())
 
 
-def test_settings_with_consequences(make_app: Apps) -> None:
+def test_risky_settings_are_reported(make_app: Apps) -> None:
     app = make_app(
         result_expires=None,
         result_persistent=False,
@@ -194,7 +194,7 @@ def test_settings_with_consequences(make_app: Apps) -> None:
     assert report["pickle"]["severity"] == "warning"
 
 
-def test_what_is_missing_where_nothing_is_declared(make_app: Apps) -> None:
+def test_missing_declarations_are_reported_if_declaring_is_turned_off(make_app: Apps) -> None:
     apart = {"result_backend_transport_options": {"shards": 2, "declare": False}}
     app, other = make_app(**apart), make_app(shards=2)
     report = amqp_only(app)
@@ -207,7 +207,7 @@ def test_what_is_missing_where_nothing_is_declared(make_app: Apps) -> None:
     )
 
 
-def test_leftovers_are_seen_without_the_management_api(make_app: Apps) -> None:
+def test_leftovers_are_found_without_the_management_api(make_app: Apps) -> None:
     store(make_app(result_backend_transport_options={"layout": "per-task"}))
     report = amqp_only(make_app(), "--no-probe")
     assert repr(make_app.prefix) in report.said("leftovers", "info")
@@ -231,13 +231,13 @@ def managed(app: Celery, admin: Administrator, *arguments: str) -> Report:
         ({"expires": 10**7}, "error", "expires"),
         ({"message-ttl": 3_600_000}, "warning", "message-ttl = 3600000"),
         ({"dead-letter-exchange": "amq.fanout"}, "warning", "dead-letter-exchange"),
-        # Longer than result_expires; and of no consequence for these queues
+        # Longer than result_expires, and without effect on these queues
         ({"message-ttl": 2 * DAY}, None, ""),
         ({"queue-leader-locator": "balanced"}, None, ""),
     ],
     ids=str,
 )
-def test_policies(
+def test_policies_that_affect_results_are_reported(
     managed_apps: Apps,
     admin: Administrator,
     definition: Dict[str, Any],
@@ -253,7 +253,7 @@ def test_policies(
 
         def found() -> Optional[Report]:
             report = managed(app, admin, "--no-probe")
-            # The management API learns of it some moments later.
+            # The management API sees it a few moments later.
             told = [finding["severity"] for finding in report.findings]
             return report if severity is None or severity in told else None
 
@@ -268,7 +268,9 @@ def test_policies(
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["before", "after"])
-def test_a_policy_of_the_operator(managed_apps: Apps, admin: Administrator, stored: bool) -> None:
+def test_operator_policies_are_reported(
+    managed_apps: Apps, admin: Administrator, stored: bool
+) -> None:
     app = managed_apps(shards=1)
     if stored:
         store(app)
@@ -281,7 +283,7 @@ def test_a_policy_of_the_operator(managed_apps: Apps, admin: Administrator, stor
         assert name in told
 
 
-def test_a_limit_on_deliveries_harms_quorum_queues_alone(
+def test_a_delivery_limit_is_reported_for_quorum_queues_only(
     managed_apps: Apps, admin: Administrator
 ) -> None:
     quorum = {"result_backend_transport_options": {"shards": 1, "queue_type": "quorum"}}
@@ -293,7 +295,9 @@ def test_a_limit_on_deliveries_harms_quorum_queues_alone(
         assert report["policy"]["severity"] == "ok"
 
 
-def test_the_probe_notices_what_a_policy_drops(managed_apps: Apps, admin: Administrator) -> None:
+def test_the_probe_notices_results_that_a_policy_drops(
+    managed_apps: Apps, admin: Administrator
+) -> None:
     app = managed_apps(shards=1)
     store(app)
     pattern = f"^{managed_apps.prefix}\\.shard"
@@ -303,7 +307,7 @@ def test_the_probe_notices_what_a_policy_drops(managed_apps: Apps, admin: Admini
         assert "message-ttl" in report["probe"]["advice"]
 
 
-def test_an_alarm_is_told_of_with_and_without_the_management_api(
+def test_an_alarm_is_reported_with_and_without_the_management_api(
     managed_apps: Apps, admin: Administrator
 ) -> None:
     app = managed_apps()
@@ -314,9 +318,9 @@ def test_an_alarm_is_told_of_with_and_without_the_management_api(
         text = report.said("alarm", "error")
         assert "blocks publishers" in text
         assert "free memory or disk space" in text
-        # What would hang is left out
+        # Checks that would hang are skipped
         assert report.said("probe", "ok") == report.said("shards", "ok") == ""
-        # The node's own alarm reaches the management API some seconds later
+        # The node's own alarm reaches the management API a few seconds later
         eventually(
             lambda: (
                 f"{admin.node.name} has a disk alarm" in managed(app, admin).said("alarm", "error")
@@ -327,7 +331,9 @@ def test_an_alarm_is_told_of_with_and_without_the_management_api(
     eventually(lambda: managed(app, admin).worst() == [])
 
 
-def test_leftovers_and_large_results_that_stay(managed_apps: Apps, admin: Administrator) -> None:
+def test_leftovers_and_large_results_that_never_expire_are_reported(
+    managed_apps: Apps, admin: Administrator
+) -> None:
     old = managed_apps(result_backend_transport_options={"layout": "per-task"})
     for _ in range(2):
         store(old)
@@ -335,7 +341,7 @@ def test_leftovers_and_large_results_that_stay(managed_apps: Apps, admin: Admini
     going, staying = str(uuid.uuid4()), str(uuid.uuid4())
     with raw_connection(managed_apps.url) as connection:
         channel = connection.channel()
-        # As rpc:// of Celery declares them
+        # As Celery's rpc:// backend declares them
         channel.queue_declare(going, durable=False, auto_delete=True, arguments={"x-expires": DAY})
         channel.queue_declare(staying, durable=True, auto_delete=False)
         try:
@@ -350,7 +356,7 @@ def test_leftovers_and_large_results_that_stay(managed_apps: Apps, admin: Admini
     assert "1 of 1 queues of large results never expire" in report["large"]["text"]
 
 
-def test_a_user_who_may_see_little_of_the_management_api(
+def test_a_user_with_little_access_to_the_management_api_gets_a_partial_report(
     managed_apps: Apps, admin: Administrator
 ) -> None:
     with admin.user(tags="management") as user:
@@ -375,7 +381,7 @@ def test_a_user_who_may_see_little_of_the_management_api(
     ],
     ids=["none", "write", "no configure", "no write"],
 )
-def test_permissions_that_are_missing(
+def test_missing_permissions_are_named(
     managed_apps: Apps, admin: Administrator, patterns: Dict[str, str], check: str, text: str
 ) -> None:
     store(managed_apps(shards=1))
@@ -386,7 +392,7 @@ def test_permissions_that_are_missing(
         report = amqp_only(app)
         assert text in report.said(check, "error")
         assert "configure and read on" in report.said(check, "error")
-        # What could not be compared for lack of permissions is told of, too
+        # Comparisons that failed for lack of permissions are reported too
         compared = "configure" not in patterns
         assert ("was not compared" in report.said("exchange", "info")) == (not compared)
         app.backend.close()

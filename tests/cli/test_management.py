@@ -1,4 +1,4 @@
-"""The commands with RabbitMQ's management API, on a node that has it."""
+"""The commands on a node that has RabbitMQ's management API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.cli.test_commands import findings, lines, run, store
 from tests.conftest import Apps
 
 
-def test_stats_doctor_and_migrate_ask_the_management_api(
+def test_stats_doctor_and_migrate_use_the_management_api(
     managed_apps: Apps, admin: Administrator
 ) -> None:
     app, url = managed_apps(), admin.url
@@ -29,13 +29,13 @@ def test_stats_doctor_and_migrate_ask_the_management_api(
     assert found["leftovers"] == "warning"
 
     with app.backend.layout.tap() as tap:
-        # Somebody listens, and somebody waits.
+        # Given a watcher of everything, and a waiting client.
         tap.step(None, 0.0)
         open_inbox(app)
         (counted,) = lines(run(app, "stats", "--json", "--management", url))
     assert counted["management"]["url"] == admin.node.management_url
     assert counted["management"]["inboxes"] == 2
-    # The inbox has the states of the tasks of its process, those for all, and word of an overflow.
+    # The inbox is bound for its own tasks, for tasks of unknown senders, and for overflow notices.
     assert counted["management"]["bindings"] == 4
 
     result = run(app, "migrate", "--yes", "--json", "--management", url)
@@ -60,7 +60,7 @@ def test_the_management_api_is_found_on_the_host_of_the_broker(
     assert counted["management"]["url"] == admin.node.management_url
     assert findings(run(app, "doctor", "--json", "--no-probe"))["policy"] == "ok"
     assert lines(run(app, "stats", "--json", "--no-management"))[0]["management"] is None
-    # A user whom it does not let in has not asked for it, and is not troubled
+    # A user without access to the API did not ask for it, and sees no complaint
     with admin.user() as user:
         admin.permit(user, {"configure": ".*", "write": ".*", "read": ".*"})
         host = managed_apps.url.rpartition("@")[2]
@@ -68,7 +68,7 @@ def test_the_management_api_is_found_on_the_host_of_the_broker(
         (counted,) = lines(run(other, "stats", "--json"))
         assert counted["management"] is None
         other.backend.close()
-    # Nobody is there
+    # No process listens
     monkeypatch.setattr(management, "PORT", 1)
     (counted,) = lines(run(app, "stats", "--json"))
     assert counted["management"] is None
@@ -85,6 +85,8 @@ def test_the_management_api_is_found_on_the_host_of_the_broker(
         ("amqp://[::1]:5672//", False, "http://[::1]:15672"),
     ],
 )
-def test_where_the_management_api_is_looked_for(url: str, ssl: object, guessed: str) -> None:
-    # What the password of the broker is not sent over is not guessed.
+def test_the_address_of_the_management_api_is_derived_from_the_broker_url(
+    url: str, ssl: object, guessed: str
+) -> None:
+    # No address is guessed that would receive the broker's password unprotected.
     assert management.guess_url(kombu.Connection(url, ssl=ssl)) == guessed

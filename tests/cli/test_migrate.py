@@ -1,7 +1,7 @@
-"""``results migrate`` with what a real Celery 4 has stored.
+"""``results migrate`` with results that a real Celery 4 has stored.
 
-``CELERY4_PYTHON`` names a Python that has Celery 4.4. Without it the queues are written as Celery 4
-was seen to write them.
+``CELERY4_PYTHON`` names a Python that has Celery 4.4. Without it the queues are filled with
+messages that were recorded from Celery 4.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Stored = List[List[Any]]
 
 
 def by_celery_4(apps: Apps, stored: Stored) -> None:
-    """Have a real Celery 4 store; skip where there is none."""
+    """Let a real Celery 4 store the results; skip the test if there is none."""
     python = os.environ.get("CELERY4_PYTHON")
     if not python:
         pytest.skip("CELERY4_PYTHON names no Python with Celery 4.4")
@@ -55,7 +55,7 @@ def by_celery_4(apps: Apps, stored: Stored) -> None:
 
 
 def as_recorded(apps: Apps, stored: Stored) -> None:
-    """Write what Celery 4.4.7 was seen to write."""
+    """Publish the messages that were recorded from Celery 4.4.7."""
     with raw_connection(apps.url) as connection:
         channel = connection.channel()
         channel.confirm_select()
@@ -96,7 +96,7 @@ def as_recorded(apps: Apps, stored: Stored) -> None:
 
 
 def queues(apps: Apps, ids: List[str]) -> List[str]:
-    """Return those of *ids* that have a queue of their own."""
+    """Return those of *ids* that have a per-task queue."""
     found = []
     with raw_connection(apps.url) as connection:
         for task_id in ids:
@@ -142,12 +142,12 @@ def test_results_of_celery_4_are_moved_and_read_afterwards(
         assert result.exit_code == Exit.OK, result.output
         return {line["id"]: line["outcome"] for line in lines(result)}
 
-    # What would be done: nothing is touched
+    # A dry run shows what would be done, and changes nothing
     would = dict.fromkeys((good, failed, other), "would be moved")
     assert migrate("--dry-run") == {**would, going: "not ended"}
     assert queues(managed_apps, ids) == ids
 
-    # All that have ended are moved, and read with the layout shared, as often as one likes
+    # All finished results are moved, and can be read repeatedly with the shared layout
     moved = dict.fromkeys((good, failed, other), "moved")
     assert migrate("--yes") == {**moved, going: "not ended"}
     assert queues(managed_apps, ids) == [going]
@@ -159,7 +159,7 @@ def test_results_of_celery_4_are_moved_and_read_afterwards(
         reader.AsyncResult(failed).get(timeout=PATIENCE)
     assert reader.AsyncResult(failed).traceback == "line 1"
 
-    # What has not ended goes only with --delete
+    # Unfinished tasks are removed only with --delete
     assert migrate("--yes", "--delete") == {going: "deleted"}
     assert queues(managed_apps, ids) == []
     assert reader.AsyncResult(going).state == states.PENDING

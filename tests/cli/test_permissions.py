@@ -1,4 +1,4 @@
-"""The permissions that docs/command-line.md asks for are enough, and all needed."""
+"""The permissions that docs/command-line.md lists are sufficient, and each is necessary."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.conftest import Apps, raw_connection
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "command-line.md"
 KINDS = ("configure", "write", "read")
 
-#: More than ``inline_limit``: it has a queue of its own.
+#: Larger than ``inline_limit``, so it has a queue of its own.
 LARGE = "x" * 200_000
 
 Patterns = Dict[str, List[str]]
 
 
 def documented(prefix: str) -> Dict[str, Patterns]:
-    """Return configure, write and read of each command on the page, for another *prefix*.
+    """Return the page's configure, write and read patterns by command, for another *prefix*.
 
     Each is a list of alternatives.
     """
@@ -44,23 +44,23 @@ def documented(prefix: str) -> Dict[str, Patterns]:
 
 
 def joined(patterns: Patterns) -> Dict[str, str]:
-    """Return what RabbitMQ is told."""
+    """Return the patterns as RabbitMQ expects them."""
     return {kind: f"^({'|'.join(each)})$" if each else "^$" for kind, each in patterns.items()}
 
 
-class World:
-    """What the commands find on the broker.
+class Scenarios:
+    """One scenario for each use of a command, with the broker state that it needs.
 
     Parameters:
         apps: makes the apps.
-        user: who runs the commands.
-        spans: seconds for which everything is watched, until something was seen.
+        user: the user that runs the commands.
+        spans: seconds to watch everything for, in turn, until a state was seen.
     """
 
     def __init__(self, apps: Apps, user: str, spans: Sequence[float]) -> None:
         self.apps = apps
         self.spans = spans
-        # With one shard a command that is refused anything is refused it for sure.
+        # With one shard, a missing permission always causes a refusal.
         self.theirs = apps(shards=1)
         host = apps.url.rpartition("@")[2]
         self.app = apps(f"amqp://{user}:{user}@{host}", shards=1)
@@ -90,13 +90,13 @@ class World:
         return str(state.body_queue)
 
     def start_afresh(self) -> None:
-        """Leave nothing on the broker, as before the first task."""
+        """Delete everything on the broker, as before the first task."""
         with raw_connection(self.apps.url) as connection:
             channel = connection.channel()
             channel.queue_delete(f"{self.apps.prefix}.shard.0")
             channel.exchange_delete(f"{self.apps.prefix}.states")
 
-    # Each returns whether the command did what it is for.
+    # Each returns whether the command did its job.
 
     def get(self) -> bool:
         small, large = store(self.theirs, 1), store(self.theirs, LARGE)
@@ -112,7 +112,7 @@ class World:
         return self.waits(arguments) and self.waits(arguments, before=True)
 
     def waits(self, arguments: Sequence[str], before: bool = False) -> bool:
-        """Return whether a command waits for a task that ends meanwhile, or *before* it waits."""
+        """Return whether a command sees a task finish during its wait, or *before* it."""
         self.start_afresh()
         task_id = new_id()
 
@@ -129,7 +129,7 @@ class World:
 
     @contextlib.contextmanager
     def meanwhile(self, work: Callable[[], Any], every: float = 0.0) -> Iterator[None]:
-        """Have *work* done during a ``with`` block, when the command has declared the exchange.
+        """Call *work* during a ``with`` block, once the command has declared the exchange.
 
         Parameters:
             work: called on another thread.
@@ -243,21 +243,21 @@ class World:
         return result.exit_code == Exit.OK and lines(result)[0]["outcome"] == "would be moved"
 
 
-#: By the name of the command on the page, what it is used for here.
-COMMANDS: Dict[str, Callable[[World], bool]] = {
-    "get": World.get,
-    "get --wait": World.get_wait,
-    "watch ID": World.watch_ids,
-    "watch": World.watch,
-    "forget": World.forget,
-    "stats": World.stats,
-    "stats --rate": World.stats_rate,
-    "doctor": World.doctor,
-    "doctor --no-probe": World.doctor_no_probe,
-    "purge": World.purge,
-    "migrate": World.migrate,
-    "migrate --delete": World.migrate_delete,
-    "migrate --dry-run": World.migrate_dry_run,
+#: By the name of the command on the page, the scenario that uses it.
+COMMANDS: Dict[str, Callable[[Scenarios], bool]] = {
+    "get": Scenarios.get,
+    "get --wait": Scenarios.get_wait,
+    "watch ID": Scenarios.watch_ids,
+    "watch": Scenarios.watch,
+    "forget": Scenarios.forget,
+    "stats": Scenarios.stats,
+    "stats --rate": Scenarios.stats_rate,
+    "doctor": Scenarios.doctor,
+    "doctor --no-probe": Scenarios.doctor_no_probe,
+    "purge": Scenarios.purge,
+    "migrate": Scenarios.migrate,
+    "migrate --delete": Scenarios.migrate_delete,
+    "migrate --dry-run": Scenarios.migrate_dry_run,
 }
 
 
@@ -266,7 +266,7 @@ def test_the_page_names_the_permissions_of_each_command() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_works_with_what_is_documented_for_it_and_with_no_less(
+def test_each_command_needs_exactly_its_documented_permissions(
     command: str, admin: Administrator, managed_apps: Apps
 ) -> None:
     patterns = documented(managed_apps.prefix)[command]
@@ -274,11 +274,11 @@ def test_each_command_works_with_what_is_documented_for_it_and_with_no_less(
 
         def works(allowed: Patterns, spans: Sequence[float] = (1,)) -> bool:
             admin.permit(user, joined(allowed))
-            world = World(managed_apps, user, spans)
+            world = Scenarios(managed_apps, user, spans)
             try:
                 return COMMANDS[command](world)
             finally:
-                # The broker remembers for each channel what was allowed.
+                # The broker caches permissions for each channel.
                 world.theirs.backend.close()
                 world.app.backend.close()
 

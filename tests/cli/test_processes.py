@@ -62,7 +62,7 @@ def test_a_pipe_gets_plain_text_and_an_exit_code(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
-def test_a_terminal_gets_colour_unless_it_wants_none(app: Celery, no_color: str) -> None:
+def test_a_terminal_gets_colour_unless_no_color_is_set(app: Celery, no_color: str) -> None:
     pytest.importorskip("rich")
     task_id = str(uuid.uuid4())
     app.backend.store_result(task_id, {"sum": 3}, states.SUCCESS)
@@ -80,7 +80,7 @@ def test_a_terminal_gets_colour_unless_it_wants_none(app: Celery, no_color: str)
         while chunk := os.read(ours, 65536):
             output += chunk
     except OSError:
-        # So a terminal says that nobody has it open any more.
+        # The kernel reports EIO once no process has the terminal open.
         pass
     finally:
         os.close(ours)
@@ -104,12 +104,12 @@ def test_ctrl_c_ends_a_watch_of_everything_cleanly(
             env=environment(app),
             stdout=stdout,
             stderr=stderr,
-            # Whoever runs the tests in the background ignores it, and so would the process.
+            # SIGINT is ignored if a shell runs the tests in the background.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def seen() -> bool:
-        # What is published before its queue is bound is not for it.
+        # States published before the queue is bound do not reach it.
         app.backend.store_result(str(uuid.uuid4()), 1, states.SUCCESS)
         return out.read_bytes().count(b"\n") > 2
 

@@ -1,7 +1,7 @@
-"""The app of workers that are killed while they fire a chord. Not for the tests' own process.
+"""The app of workers that are killed while they fire a chord. For subprocesses only.
 
-Who fires a chord with the body ``mortal`` is killed with SIGKILL at the point that the body names,
-the first time that anybody gets there.
+A process that fires a chord with the body ``mortal`` is killed with SIGKILL at the point that the
+body names, the first time that any process reaches it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tools import rabbitmq
 
 @pytest.fixture
 def make_app(amqp_url: str) -> Iterator[Apps]:
-    """As for other tests; but a broker that is started again may take long to be there."""
+    """As for other tests, but with time for a broker that is being restarted."""
     apps = Apps(amqp_url, {"retry_policy": {"max_retries": 300}})
     yield apps
     apps.close()

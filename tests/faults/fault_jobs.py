@@ -1,4 +1,4 @@
-"""What fault tests have other processes do, see :mod:`tests.subprocesses`."""
+"""Functions that fault tests run in other processes, see :mod:`tests.subprocesses`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.subprocesses import hear, say
 
 
 def hold_shard(app: Celery, shard: int) -> int:
-    """Check a shard out, say so, and read on when told to; return how many messages were seen."""
+    """Check a shard out, say so, and read on when told; return the number of messages seen."""
     layout = app.backend.layout
     queue = app.backend._topology.shard_queue_name(shard)
     with layout.store._pool.link() as link:
@@ -35,7 +35,7 @@ CRASH_POINTS = ("before the page", "after the page", "before the acknowledgement
 
 
 def die_while_packing(app: Celery, task_id: str, point: str) -> None:
-    """Look a task up in a shard that is worth packing, and die at *point*."""
+    """Look a task up in a shard that is due for packing, and die at *point*."""
 
     def die() -> None:
         os._exit(9)
@@ -58,7 +58,7 @@ def die_while_packing(app: Celery, task_id: str, point: str) -> None:
             die()
         acknowledge(self, tags[: len(tags) // 2] if point == "half of them" else tags)
         if point == "half of them":
-            # What is written is on its way to the broker.
+            # The written bytes are already on their way to the broker.
             self.channel.queue_declare(self.queue, passive=True)
             die()
         if point == "after the acknowledgements":
@@ -73,7 +73,7 @@ def die_while_packing(app: Celery, task_id: str, point: str) -> None:
 
 
 def read_all_the_time(app: Celery, expected: Dict[str, Any], seconds: float) -> List[str]:
-    """Look all tasks up again and again, one by one; return what was wrong."""
+    """Look all tasks up repeatedly, one by one; return the wrong answers."""
     wrong = []
     end = time.monotonic() + seconds
     say("reading")

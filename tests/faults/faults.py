@@ -1,8 +1,8 @@
-"""What can go wrong with a broker, its network and its clients, as functions that make it happen.
+"""Faults of a broker, its network and its clients, as functions that provoke them.
 
-Each fault has a name and says what it does. It returns when the cause is gone again; what follows
-from it may go on. Those that call for a cluster are in :data:`CLUSTER`, the others in
-:data:`SINGLE`.
+Each fault has a name and a description. A function returns when the cause is gone; its
+consequences may continue. :data:`CLUSTER` has the faults that need a cluster, :data:`SINGLE` the
+others.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Place:
     """Where faults happen."""
 
     nodes: List[rabbitmq.Node]
-    #: Between the broker and those that store, and between it and those that read.
+    #: The proxies between the broker and the storing clients, and between it and the reading ones.
     proxies: List[Proxy]
     load: Load
-    #: What the names of all queues begin with.
+    #: The prefix of all queue names.
     prefix: str
     shards: int
     random: random.Random
@@ -48,9 +48,9 @@ class Place:
         return self.nodes[0]
 
     def hold(self, seconds: float) -> None:
-        """Let a fault last, so that it hits something."""
+        """Let a fault last long enough to have an effect."""
         self.load.check_processes()
-        # Only so long: a fault has to last for a time, there is nothing to be waited for.
+        # A plain sleep: a fault must last for a while, and there is no condition to poll.
         time.sleep(seconds)
 
     def shard_queue(self) -> str:
@@ -60,12 +60,12 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong."""
+    """A fault that can be provoked."""
 
     name: str
     provoke: Callable[[Place], None]
-    #: Whether results are to be lost: who deletes the queue that keeps them wants that. It has to
-    #: be over when the fault has been provoked.
+    #: Whether the fault loses results by design, as deleting a shard does. It must be over when
+    #: the function returns.
     loses: bool = False
     #: How often it is provoked in a round.
     times: int = 1
@@ -102,7 +102,7 @@ def _kill_node(place: Place, node: rabbitmq.Node) -> None:
 
 @_fault(SINGLE, "RabbitMQ restarted in order")
 def _restart(place: Place) -> None:
-    # What it had not confirmed it may forget as well.
+    # After a clean restart, messages without a confirm may be lost too.
     place.load.journal.crashed()
     place.node.halt()
     place.load.journal.crashed()
@@ -132,7 +132,7 @@ def _disk_alarm(place: Place) -> None:
 
 @contextlib.contextmanager
 def alarm(node: rabbitmq.Node, kind: str) -> Iterator[None]:
-    """Have a node block publishers for the duration of a ``with`` block.
+    """Make a node block publishers for the duration of a ``with`` block.
 
     Parameters:
         kind: ``memory`` or ``disk``.
@@ -146,7 +146,7 @@ def alarm(node: rabbitmq.Node, kind: str) -> Iterator[None]:
         "disk": ("rabbit_disk_monitor", "set_disk_free_limit", "get_disk_free_limit"),
     }[kind]
     before = node.eval(f"{module}:{getter}()")
-    # What rabbitmqctl's commands of these names do.
+    # This is what rabbitmqctl's commands for alarms do.
     node.eval(f"{module}:{setter}({'0.0000001' if kind == 'memory' else 10**15})")
     try:
         yield
@@ -159,12 +159,12 @@ def alarm(node: rabbitmq.Node, kind: str) -> Iterator[None]:
 
 def _proxied(name: str, work: Callable[[Place, Proxy], None]) -> None:
     def provoke(place: Place) -> None:
-        # On the side of those that store, of those that read, or both.
+        # On the storing side, on the reading side, or on both.
         chosen = place.random.choice([place.proxies, place.proxies[:1], place.proxies[1:]])
         try:
             for proxy in chosen:
                 work(place, proxy)
-            # What there is to wait for is done by the first.
+            # The first one has already waited.
         finally:
             for proxy in chosen:
                 proxy.resume()
@@ -220,7 +220,7 @@ def _close_through_management(place: Place) -> None:
     closed = 0
     deadline = time.monotonic() + 30
     while not closed and time.monotonic() < deadline:
-        # It lists them some seconds late.
+        # It lists connections a few seconds late.
         for connection in _manage(place.node, "GET", "/api/connections"):
             with contextlib.suppress(urllib.error.HTTPError):
                 name = urllib.parse.quote(connection["name"], safe="")
@@ -240,7 +240,7 @@ def _manage(node: rabbitmq.Node, method: str, path: str) -> Any:
 
 @_fault(SINGLE, "channels killed in the broker")
 def _kill_channels(place: Place) -> None:
-    # Its clients are told of an internal error (541), which closes the connection.
+    # Clients get an internal error (541), which closes the connection.
     place.node.eval("[exit(P, fault) || P <- rabbit_channel:list()]")
 
 
@@ -272,7 +272,7 @@ def _delete_shards(place: Place) -> None:
 
 @_fault(SINGLE, "inboxes deleted")
 def _delete_inboxes(place: Place) -> None:
-    # AMQP lets only their owners do that. rabbitmqctl refuses, too.
+    # AMQP lets only the owner delete an exclusive queue. rabbitmqctl refuses too.
     place.node.eval(
         '[rabbit_amqqueue:delete(Q, false, false, <<"operator">>) || Q <- rabbit_amqqueue:list(),'
         " amqqueue:get_exclusive_owner(Q) =/= none]"
@@ -366,17 +366,17 @@ def _partition(place: Place) -> None:
     node = place.random.choice([leader(place), place.random.choice(place.nodes)])
     with partitioned(place.nodes, node):
         place.hold(place.random.uniform(1, 5))
-        # Celery's own connections are not ours to move: who sends tasks through the node that is
-        # cut off stands still with it.
+        # Celery's own connections are not covered: a process that sends tasks through the node that
+        # is cut off blocks together with it.
         place.load.until_flowing(without="send")
 
 
 @contextlib.contextmanager
 def partitioned(nodes: List[rabbitmq.Node], node: rabbitmq.Node) -> Iterator[None]:
-    """Cut a node off from the others of its cluster; its clients are not."""
+    """Cut a node off from the others of its cluster, but not from its clients."""
     others = [other.name for other in nodes if other is not node]
     names = ", ".join(f"'{name}'" for name in others)
-    # With another cookie for them it can neither call them nor be called.
+    # With a different cookie for the others, it can neither call them nor be called.
     node.eval(
         f"[begin erlang:set_cookie(N, 'not-the-cookie'), erlang:disconnect_node(N) end"
         f" || N <- [{names}]]"
@@ -416,11 +416,11 @@ def _rolling_restart(place: Place) -> None:
 def make_app(
     broker: List[str], results: List[str], prefix: str, **transport_options: Any
 ) -> Celery:
-    """Return an app whose results are in queues that begin with *prefix*.
+    """Return an app whose result queues begin with *prefix*.
 
     Parameters:
-        broker: URLs for tasks. What becomes of those is Celery's business, so that there are no
-            proxies in between: a task that is lost on the way has no result.
+        broker: URLs for tasks. They go around the proxies: a task message that is lost has no
+            result, and delivering tasks is not under test.
         results: URLs for results.
     """
     app = Celery("faults", broker=";".join(broker), set_as_current=False)
@@ -446,9 +446,9 @@ def place(
     """Put a load on a broker, and clean up at the end.
 
     Parameters:
-        nodes: its nodes.
-        queue_type: of the shards.
-        seed: for what is random.
+        nodes: the nodes of the broker.
+        queue_type: the type of the shards.
+        seed: the seed of all random choices.
         expires: seconds after which results expire.
         **options: for :class:`~tests.faults.load.Load`.
     """
@@ -465,7 +465,7 @@ def place(
                 [node.url() for node in nodes], urls, prefix, shards=shards, queue_type=queue_type
             )
             app.conf.result_expires = expires
-            # The queue of tasks has to outlive a node like those of results.
+            # The queue of tasks must survive a node failure as those of results do.
             app.conf.task_default_queue_type = "quorum" if len(nodes) > 1 else "classic"
             apps.append(app)
         stack.callback(_clean_up, nodes, prefix, shards)

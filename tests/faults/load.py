@@ -1,6 +1,6 @@
 """A load for faults to hit: processes that store, and others that wait, join, poll and look up.
 
-With *worker* there is a Celery worker, too, and a process that sends tasks to it.
+With *worker* there is also a Celery worker, and a process that sends tasks to it.
 
 with Load(app) as load:
     since = load.now()
@@ -34,15 +34,15 @@ __all__ = ("Load",)
 
 
 class Load:
-    """Two processes that store results, and four that read them in their ways.
+    """Two processes that store results, and four that read them in different ways.
 
     Parameters:
-        storing: the app of those that store.
-        reading: the app of those that read; *storing* by default.
+        storing: the app of the storing processes.
+        reading: the app of the reading processes; *storing* by default.
         timeout: seconds that each wait may take.
         pause: seconds between two tasks of a storing process.
-        forks: whether a waiting process is forked now and then.
-        worker: whether there is a Celery worker as well.
+        forks: whether a waiting process forks now and then.
+        worker: whether there is a Celery worker too.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Load:
         self._has_worker = worker
         self._worker: Optional[subprocess.Popen[bytes]] = None
         self._common: Dict[str, Any] = {"run": self.run, "folder": str(self.folder)}
-        #: By role.
+        #: The processes by role.
         self.processes: Dict[str, subprocesses.Process] = {}
 
     def __enter__(self) -> Load:
@@ -108,22 +108,22 @@ class Load:
 
     @staticmethod
     def now() -> float:
-        """Return the time of the journals."""
+        """Return the current time on the clock of the journals."""
         return time.monotonic()
 
     def position(self, slot: int) -> int:
-        """Return how many tasks were stored in a slot."""
+        """Return the number of tasks stored in a slot."""
         return load_clients.read_number(self.folder / f"position-{slot}")
 
     def progress(self) -> Dict[str, int]:
-        """Return how often each process has come to an end of something."""
+        """Return the number of operations that each process has finished."""
         roles = ["store0", "store1", "wait", "join", "poll", "look"]
         if self._has_worker:
             roles.append("send")
         return {role: load_clients.read_number(self.folder / f"progress-{role}") for role in roles}
 
     def until_stored(self, count: int, timeout: float = 120.0) -> None:
-        """Return when each of those that store has stored *count* more results."""
+        """Return when each storing process has stored *count* more results."""
         before = [self.position(slot) for slot in (0, 1)]
         self._until(
             lambda: all(self.position(slot) >= before[slot] + count for slot in (0, 1)),
@@ -132,7 +132,7 @@ class Load:
         )
 
     def until_flowing(self, timeout: float = 180.0, without: str = "") -> None:
-        """Return when each process has come to a new end of something.
+        """Return when each process has finished a new operation.
 
         Parameters:
             timeout: seconds until that is an error.
@@ -143,7 +143,7 @@ class Load:
 
         def stuck() -> List[str]:
             now = self.progress()
-            # What began before the fault was over may end once; the next one is new.
+            # Operations that began before the fault was over may end once; the next one is new.
             return [role for role, count in before.items() if now[role] < count + 2]
 
         self._until(lambda: not stuck(), timeout, lambda: f"nothing goes on in {stuck()}")
@@ -159,7 +159,7 @@ class Load:
             time.sleep(0.05)
 
     def check_processes(self) -> None:
-        """Raise if one of the processes has ended by itself."""
+        """Raise an error if one of the processes has exited by itself."""
         for role, process in list(self.processes.items()):
             if process.ended:
                 del self.processes[role]
@@ -167,12 +167,12 @@ class Load:
                 raise AssertionError(f"{role} has ended")
 
     def keep(self) -> Path:
-        """Keep the journals and logs, and return where they are."""
+        """Keep the journals and logs, and return their folder."""
         kept = self.folder.with_name(f"kept-{self.folder.name}")
         shutil.copytree(self.folder, kept, dirs_exist_ok=True)
         return kept
 
-    # -- what can be done to the processes -----------------------------------------------------
+    # -- controlling the processes ---------------------------------------------------------------
 
     def kill_storing(self, slot: int) -> None:
         """Kill a storing process with SIGKILL, and start another in its place."""
@@ -216,7 +216,7 @@ class Load:
             )
 
     def kill_children(self) -> int:
-        """Kill the worker's children with SIGKILL; return how many there were."""
+        """Kill the worker's children with SIGKILL; return their number."""
         assert self._worker is not None
         parent = self._worker.pid
         listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
@@ -226,7 +226,7 @@ class Load:
         return len(listed)
 
     def kill_worker(self) -> None:
-        """Kill the worker's parent process with SIGKILL, and then what it leaves behind."""
+        """Kill the worker's parent process with SIGKILL, and then its orphans."""
         worker, self._worker = self._worker, None
         if worker is None:
             return
@@ -254,7 +254,7 @@ class Load:
         patience: float = 60.0,
         deleted: float = 0.0,
     ) -> Verdict:
-        """Have all that was stored since read back by a fresh process, and judge everything."""
+        """Read everything stored since then back in a new process, and check all journals."""
         record = recorder.load(self.folder)
         ids = record.promised(since)
         subprocesses.run(
@@ -264,7 +264,7 @@ class Load:
         return recorder.check(recorder.load(self.folder), limits, since, until, deleted=deleted)
 
     def stop(self) -> None:
-        """End all processes in order: first those that wait, so that all they wait for comes."""
+        """Stop all processes in order: waiting ones first, so that all awaited results arrive."""
         (self.folder / load_clients.STOP_WAITING).touch()
         storing = [role for role in self.processes if role.startswith("store")]
         for role in [*(role for role in self.processes if role not in storing), *storing]:
@@ -273,7 +273,7 @@ class Load:
             self.processes.pop(role).answer(2 * self._timeout + 60)
 
     def kill(self) -> None:
-        """End all processes by force and remove the journals."""
+        """Kill all processes and remove the journals."""
         self.kill_worker()
         while self.processes:
             _, process = self.processes.popitem()

@@ -1,7 +1,7 @@
-"""What the processes of a load do, see :mod:`tests.faults.load`. Imports no test machinery.
+"""The processes of a load, see :mod:`tests.faults.load`. Imports no test machinery.
 
-The ids of tasks follow from a name and a number, and so do their states, so that who waits need
-not be told by who stores: it reads from a small file how far that one is.
+Ids and states of tasks are derived from a name and a number. Waiting processes therefore need no
+message from storing ones: they read from a small file which number is being stored.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tests.faults.recorder import Journal, value
 _NAMESPACE = uuid.UUID("6f1b4b0e-43a0-4f5e-9f0b-0d8f6f1d5a77")
 _POSITION = struct.Struct("<q")
 
-#: Files whose being there ends the waiting, and the storing processes.
+#: Files whose existence stops the waiting processes, and the storing ones.
 STOP_WAITING = "stop-waiting"
 STOP_STORING = "stop-storing"
 
-#: By the last digit of a task's number to the base 16, the states that are stored; else SUCCESS.
+#: The states that are stored, by the last hexadecimal digit of a task's number; else SUCCESS.
 _STATES: Dict[int, Tuple[str, ...]] = {
     1: ("STARTED", "PROGRESS", "SUCCESS"),
     2: ("FAILURE",),
     3: ("FAILURE", "SUCCESS"),
-    # It never ends.
+    # It never finishes.
     5: ("PROGRESS", "PROGRESS"),
-    # Other runs of the same task come too late.
+    # Later runs of the same task finish too late.
     6: ("SUCCESS", "FAILURE", "STARTED", "SUCCESS"),
     9: ("STARTED", "PROGRESS", "SUCCESS"),
     11: ("REVOKED",),
@@ -52,17 +52,17 @@ def task_id(run: str, slot: int, number: int) -> str:
 
 
 def ends(number: int) -> bool:
-    """Return whether the task has an end."""
+    """Return whether the task finishes."""
     return number % 16 != 5
 
 
 def is_forgotten(number: int) -> bool:
-    """Return whether the task is forgotten some time."""
+    """Return whether the task is forgotten at some point."""
     return number % 32 == 7
 
 
-class Player:
-    """One of the processes of a load."""
+class LoadProcess:
+    """State of a process of the load: its journal, its progress, its random choices."""
 
     def __init__(self, role: str, run: str, folder: str) -> None:
         self.run = run
@@ -81,11 +81,11 @@ class Player:
         self._lock = threading.Lock()
 
     def stopped(self, name: str = STOP_WAITING) -> bool:
-        """Return whether it is told to end, or nobody is there any more to do that."""
+        """Return whether the process must stop: it was asked to, or its parent has gone."""
         return (self.folder / name).exists() or os.getppid() != self._parent
 
     def made_progress(self) -> None:
-        """Say that something came to its end."""
+        """Report a finished operation."""
         with self._lock:
             self._progress += 1
             write_number(self.folder / f"progress-{self.role}", self._progress)
@@ -95,7 +95,7 @@ class Player:
         return read_number(self.folder / f"position-{slot}")
 
     def tasks(self, before: int, after: int, end: bool = True) -> List[str]:
-        """Return the ids of tasks around what is being stored in some slot."""
+        """Return the ids of tasks around the number that is being stored in a random slot."""
         slot = self.random.randrange(2)
         here = self.position(slot)
         return [
@@ -105,7 +105,7 @@ class Player:
         ]
 
     def threads(self, *works: Callable[[], None]) -> None:
-        """Do all *works* again and again until told to end; raise what one of them raises."""
+        """Repeat all *works* in threads until asked to stop; raise the first error of any."""
         failures: List[BaseException] = []
 
         def run(work: Callable[[], None]) -> None:
@@ -113,7 +113,7 @@ class Player:
                 while not self.stopped() and not failures:
                     work()
             except BaseException as exc:
-                logging.exception("a player has failed")
+                logging.exception("a process has failed")
                 failures.append(exc)
 
         running = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
@@ -126,7 +126,7 @@ class Player:
 
     @contextlib.contextmanager
     def waiting(self, ids: List[str], timeout: float) -> Iterator[int]:
-        """Note a wait, and how it ends. Errors go no further, but for those of the tests."""
+        """Record a wait and its outcome. Swallows errors of the backend, but not of the tests."""
         number = self.journal.began_to_wait(ids, timeout)
         try:
             yield number
@@ -135,7 +135,7 @@ class Player:
             if isinstance(exc, (AssertionError, TypeError, KeyError, AttributeError)):
                 raise
             if not isinstance(exc, TimeoutError):
-                # The broker is away: as any program would, do not ask it all the time.
+                # The broker is down: pause before the next attempt, as any program would.
                 time.sleep(0.2)
         else:
             self.journal.waited(number)
@@ -143,7 +143,7 @@ class Player:
 
     @contextlib.contextmanager
     def reading(self, timeout: float) -> Iterator[float]:
-        """Note a read that raises; its errors go no further."""
+        """Record a read that raises; swallows its error."""
         began = time.monotonic()
         try:
             yield began
@@ -157,7 +157,7 @@ class Player:
 
 
 def write_number(path: Path, number: int) -> None:
-    """Write a number that others read meanwhile."""
+    """Write a number that other processes read concurrently."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.pwrite(file, _POSITION.pack(number), 0)
@@ -166,7 +166,7 @@ def write_number(path: Path, number: int) -> None:
 
 
 def read_number(path: Path) -> int:
-    """Return what :func:`write_number` has written; 0 for nothing yet."""
+    """Return the number that :func:`write_number` has written; 0 before the first."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -176,21 +176,21 @@ def read_number(path: Path) -> int:
 
 
 def store(app: Celery, run: str, folder: str, slot: int, life: int, pause: float) -> None:
-    """Store results of one task after the other.
+    """Store the results of one task after another.
 
     Parameters:
-        slot: which of the storing processes it is.
-        life: how many processes were in this slot before; they were killed.
+        slot: the number of the storing process.
+        life: how many earlier processes in this slot were killed.
         pause: seconds between two tasks.
     """
-    player = Player(f"store{slot}", run, folder)
-    path = player.folder / f"position-{slot}"
-    # The task that was being stored when its process was killed is run again.
+    process = LoadProcess(f"store{slot}", run, folder)
+    path = process.folder / f"position-{slot}"
+    # A task whose process was killed during the store is run again.
     number = read_number(path)
-    while not player.stopped(STOP_STORING):
+    while not process.stopped(STOP_STORING):
         write_number(path, number)
         this = task_id(run, slot, number)
-        # Half of them are of senders that nobody here is, so that they come with the shard.
+        # Half of them name a sender that does not exist, so they are pushed by shard.
         request = (
             Context(
                 id=this, correlation_id=this, reply_to="", hostname="storer", children=[],
@@ -204,38 +204,38 @@ def store(app: Celery, run: str, folder: str, slot: int, life: int, pause: float
             result: Any = value(this, version, 20_000 if number % 64 == 10 else 60)
             if state in states.EXCEPTION_STATES:
                 result = ValueError(result)
-            with player.journal.storing(this, state, result):
+            with process.journal.storing(this, state, result):
                 app.backend.store_result(this, result, state, request=request)
         number += 1
-        player.made_progress()
+        process.made_progress()
         time.sleep(pause)
 
 
 def wait(app: Celery, run: str, folder: str, timeout: float, forks: bool = True) -> None:
-    """Wait for single tasks in several threads; fork now and then, and wait in the child, too."""
-    player = Player("wait", run, folder)
+    """Wait for single tasks in several threads; now and then fork, and wait in the child too."""
+    process = LoadProcess("wait", run, folder)
 
-    def get(player: Player, before: int, after: int) -> None:
-        ids = player.tasks(before, after)
+    def get(process: LoadProcess, before: int, after: int) -> None:
+        ids = process.tasks(before, after)
         if not ids:
             time.sleep(0.01)
             return
-        this = player.random.choice(ids)
+        this = process.random.choice(ids)
         result = app.AsyncResult(this)
-        with player.waiting([this], timeout) as number:
-            result.get(timeout=timeout, propagate=False, on_message=_hear(player, number))
-            player.journal.got(number, this, result.state, result.result)
+        with process.waiting([this], timeout) as number:
+            result.get(timeout=timeout, propagate=False, on_message=_hear(process, number))
+            process.journal.got(number, this, result.state, result.result)
 
     def fork() -> None:
-        # In step with the others, who are within a wait most of the time.
-        get(player, 0, 40)
+        # In step with the other threads, which are in a wait most of the time.
+        get(process, 0, 40)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if not child:
             code = 1
             try:
-                own = Player("forked", run, folder)
+                own = LoadProcess("forked", run, folder)
                 for _ in range(2):
                     get(own, 10, 5)
                 code = 0
@@ -253,140 +253,140 @@ def wait(app: Celery, run: str, folder: str, timeout: float, forks: bool = True)
         assert code == 0, f"a forked process has failed: {code}"
         time.sleep(0.5)
 
-    works = [lambda: get(player, 0, 40), lambda: get(player, 20, 20), lambda: get(player, 0, 5)]
-    player.threads(*works, *([fork] if forks else []))
+    works = [lambda: get(process, 0, 40), lambda: get(process, 20, 20), lambda: get(process, 0, 5)]
+    process.threads(*works, *([fork] if forks else []))
 
 
 def join(app: Celery, run: str, folder: str, timeout: float) -> None:
-    """Wait for many tasks at once, half of which have ended before."""
-    player = Player("join", run, folder)
+    """Wait for many tasks at once, half of which have finished before."""
+    process = LoadProcess("join", run, folder)
 
     def get() -> None:
-        ids = player.tasks(100, 100)
+        ids = process.tasks(100, 100)
         results = {i: app.AsyncResult(i) for i in ids}
         if not ids:
             return
-        with player.waiting(ids, timeout) as number:
+        with process.waiting(ids, timeout) as number:
             ResultSet(list(results.values()), app=app).get(
                 timeout=timeout,
                 propagate=False,
-                on_message=_hear(player, number),
-                callback=lambda i, _: player.journal.got(
+                on_message=_hear(process, number),
+                callback=lambda i, _: process.journal.got(
                     number, i, results[i].state, results[i].result
                 ),
             )
 
     def iterate() -> None:
-        ids = player.tasks(100, 100)
+        ids = process.tasks(100, 100)
         if not ids:
             return
-        with player.waiting(ids, timeout) as number:
+        with process.waiting(ids, timeout) as number:
             together = ResultSet([app.AsyncResult(i) for i in ids], app=app)
             for this, meta in together.iter_native(timeout=timeout):
-                player.journal.got(number, this, meta["status"], meta["result"])
+                process.journal.got(number, this, meta["status"], meta["result"])
 
-    player.threads(get, iterate)
+    process.threads(get, iterate)
 
 
 def poll(app: Celery, run: str, folder: str) -> None:
-    """Ask for the states of tasks again and again, until they have ended."""
-    player = Player("poll", run, folder)
+    """Poll the states of tasks until they are final."""
+    process = LoadProcess("poll", run, folder)
     budget = app.backend.options.lookup_timeout
 
     def watch() -> None:
-        ids = player.tasks(5, 15, end=False)
+        ids = process.tasks(5, 15, end=False)
         deadline = time.monotonic() + 3
         while ids and time.monotonic() < deadline:
             for this in list(ids):
-                with player.reading(budget) as began:
+                with process.reading(budget) as began:
                     meta = app.backend.get_task_meta(this, cache=False)
-                    player.journal.read("poll", began, this, meta["status"], meta["result"])
+                    process.journal.read("poll", began, this, meta["status"], meta["result"])
                     if meta["status"] in states.READY_STATES:
                         ids.remove(this)
             time.sleep(0.02)
 
-    player.threads(watch)
+    process.threads(watch)
 
 
 def look_up(app: Celery, run: str, folder: str) -> None:
-    """Look up tasks that were never asked for here, in batches, and forget some."""
-    player = Player("look", run, folder)
+    """Look up tasks that this process never read before, in batches, and forget some."""
+    process = LoadProcess("look", run, folder)
     asked: Dict[str, None] = {}
     lock = threading.Lock()
 
     def read() -> None:
-        ids = player.tasks(player.random.choice((10, 100, 1000)), 0, end=False)
+        ids = process.tasks(process.random.choice((10, 100, 1000)), 0, end=False)
         with lock:
-            # What was pending when it was asked for is covered the second time.
-            ids = [i for i in player.random.sample(ids, min(60, len(ids))) if i not in asked]
+            # A task that was pending at the first read would be covered by the inbox at the second.
+            ids = [i for i in process.random.sample(ids, min(60, len(ids))) if i not in asked]
             asked.update(dict.fromkeys(ids))
         if ids:
-            read_batch(app, player, ids)
+            read_batch(app, process, ids)
         time.sleep(0.01)
 
     done: Dict[int, int] = {}
 
     def forget() -> None:
         for slot in (0, 1):
-            until = player.position(slot) - 64
+            until = process.position(slot) - 64
             for number in range(done.get(slot, max(0, until)), until):
                 if not is_forgotten(number):
                     continue
                 this = task_id(run, slot, number)
-                player.journal.began_to_forget(this)
-                with player.reading(app.backend.options.lookup_timeout):
+                process.journal.began_to_forget(this)
+                with process.reading(app.backend.options.lookup_timeout):
                     app.AsyncResult(this).forget()
             done[slot] = max(until, 0)
         time.sleep(0.1)
 
-    player.threads(read, read, forget)
+    process.threads(read, read, forget)
 
 
 def send(app: Celery, run: str, folder: str, timeout: float) -> None:
     """Send tasks to a worker and wait for them together."""
-    player = Player("send", run, folder)
+    process = LoadProcess("send", run, folder)
 
     def work() -> None:
         ids = [str(uuid.uuid4()) for _ in range(10)]
-        with player.waiting(ids, timeout) as number:
+        with process.waiting(ids, timeout) as number:
             results = {i: app.send_task("faults.compute", task_id=i) for i in ids}
             ResultSet(list(results.values()), app=app).get(
                 timeout=timeout,
                 propagate=False,
-                callback=lambda i, _: player.journal.got(
+                callback=lambda i, _: process.journal.got(
                     number, i, results[i].state, results[i].result
                 ),
             )
         time.sleep(0.02)
 
-    player.threads(work)
+    process.threads(work)
 
 
-def read_batch(app: Celery, player: Player, ids: List[str]) -> Optional[int]:
-    """Look up many tasks at once; return how many had a state, ``None`` after an error."""
+def read_batch(app: Celery, process: LoadProcess, ids: List[str]) -> Optional[int]:
+    """Look up many tasks at once; return how many had a state, or ``None`` after an error."""
     found: Dict[str, Dict[str, Any]] = {}
-    with player.reading(app.backend.options.lookup_timeout) as began:
+    with process.reading(app.backend.options.lookup_timeout) as began:
         with contextlib.suppress(TimeoutError):
-            # It raises when some have not ended.
+            # It raises if some have not finished.
             for _ in app.backend.get_many(
                 ids, timeout=0, on_message=lambda meta: found.update({meta["task_id"]: meta})
             ):
                 pass
         for this in ids:
             meta = found.get(this, {"status": states.PENDING, "result": None})
-            player.journal.read("look-up", began, this, meta["status"], meta["result"])
+            process.journal.read("look-up", began, this, meta["status"], meta["result"])
         return len(found)
     return None
 
 
 def read_back(app: Celery, run: str, folder: str, ids: List[str], patience: float) -> int:
-    """Look up *ids* in a process that has seen nothing; return how many had a state."""
-    player = Player("back", run, folder)
+    """Look up *ids* in a new process that has no memory of them; return how many had a state."""
+    process = LoadProcess("back", run, folder)
     deadline = time.monotonic() + patience
     total = 0
     for start in range(0, len(ids), 400):
         while True:
-            count = read_batch(app, player, ids[start : start + 400])
+            count = read_batch(app, process, ids[start : start + 400])
             if count is not None:
                 total += count
                 break
@@ -394,7 +394,7 @@ def read_back(app: Celery, run: str, folder: str, ids: List[str], patience: floa
     return total
 
 
-def _hear(player: Player, number: int) -> Callable[[Dict[str, Any]], None]:
-    return lambda meta: player.journal.heard(
+def _hear(process: LoadProcess, number: int) -> Callable[[Dict[str, Any]], None]:
+    return lambda meta: process.journal.heard(
         number, meta["task_id"], meta["status"], meta["result"]
     )

@@ -1,27 +1,27 @@
-"""What storing and waiting processes saw, and whether that keeps the promises of a result backend.
+"""Records what storing and waiting processes observe, and checks the promises of a result backend.
 
-This knows nothing of the backend. Every process writes what it calls and what comes of it into a
-journal, a file of its own, line by line and unbuffered, so that even what a process did that was
-killed is known. Times are those of ``time.monotonic``, which is one clock for all processes of a
-machine. :func:`check` reads the journals and says what was broken:
+This module knows nothing of the backend. Every process writes its calls and their outcomes into a
+journal: a file of its own, line by line and unbuffered, so that the journal of a killed process is
+complete up to its last line. Times are those of ``time.monotonic``, which is one clock for all
+processes of a machine. :func:`check` reads the journals and reports violations:
 
 ``lost``
-    A final state whose ``store_result`` had returned was not found by who looked for it.
+    A reader did not find a final state whose ``store_result`` had returned.
 ``older``
-    Something older was read than what had been read, or stored, before.
+    A read returned an older state than an earlier read, or than had been stored before.
 ``replaced``
     SUCCESS, or its value, has changed.
 ``wrong``
-    What was read had never been stored.
+    A read returned a state that had never been stored.
 ``late``
-    A wait, or a look-up, was not over in its time.
+    A wait or a look-up exceeded its timeout.
 ``twice``
-    A wait was given the same thing a second time.
+    A wait was given the same state a second time.
 ``missed``
     A wait ended without a result that had long been stored.
 
-Not promised is what the broker had not confirmed when it was killed: somebody may have read it
-before, and not find it afterwards until its publisher has published it again.
+States that the broker had not confirmed when it was killed are not promised: a process may have
+read such a state before the crash, and not find it until its publisher has published it again.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ KINDS = ("lost", "older", "replaced", "wrong", "late", "twice", "missed")
 
 
 def value(task_id: str, version: int, size: int = 60) -> Dict[str, Any]:
-    """Return what is stored as state number *version* of a task: no other state has the same."""
+    """Return the value of state number *version* of a task; no other state has the same."""
     text = hashlib.sha256(f"{task_id} {version}".encode()).hexdigest()
     return {"v": version, "text": (text * (size // len(text) + 1))[:size]}
 
 
 class _Content(NamedTuple):
-    """A state and what came with it, in short."""
+    """A state and its value, in short form."""
 
     state: str
-    #: Number of the state among those of its task; -1 of a state that was made by nobody.
+    #: Number of the state among those of its task; -1 for a state that no process stored.
     version: int
     digest: str
 
@@ -75,13 +75,13 @@ def _content(state: str, result: Any) -> _Content:
 
 
 class Journal:
-    """Writes down what a process does. May be used by several threads.
+    """Records what a process does. Thread-safe.
 
     Parameters:
-        folder: where the journals are.
+        folder: the folder of the journals.
         role: what the process does; part of the file's name.
 
-    After a fork the child has to make one of its own.
+    After a fork the child must create one of its own.
     """
 
     def __init__(self, folder: Path, role: str) -> None:
@@ -92,34 +92,34 @@ class Journal:
         self._waits = 0
 
     def _note(self, *event: Any) -> None:
-        # One write each: the kernel keeps it, whatever becomes of the process.
+        # One write per event: the kernel keeps it even if the process is killed.
         os.write(self._file, json.dumps(event).encode() + b"\n")
 
     def began_to_store(self, task_id: str, state: str, result: Any) -> None:
-        """Note that ``store_result`` is about to be called."""
+        """Record that ``store_result`` is about to be called."""
         self._note("store", task_id, *_content(state, result), time.monotonic())
 
     def stored(self, task_id: str, state: str, result: Any, error: Optional[str] = None) -> None:
-        """Note that ``store_result`` has returned, or raised *error*."""
+        """Record that ``store_result`` has returned, or raised *error*."""
         self._note("stored", task_id, *_content(state, result), time.monotonic(), error)
 
     def read(self, kind: str, began: float, task_id: str, state: str, result: Any) -> None:
-        """Note what was read.
+        """Record a read.
 
         Parameters:
-            kind: ``look-up`` where the broker was asked, ``poll`` where what was pushed before
-                may have been the answer.
+            kind: ``look-up`` if the broker was asked, ``poll`` if pushed states may have been the
+                answer.
             began: when the read began (``time.monotonic``).
         """
         content = _content(state, result)
         self._note("read", kind, task_id, *content, began, time.monotonic())
 
     def failed_to_read(self, began: float, timeout: float, error: str) -> None:
-        """Note that a read raised, and in what time it had to be answered."""
+        """Record that a read raised, and how long it was allowed to take."""
         self._note("unread", began, time.monotonic(), timeout, error)
 
     def began_to_wait(self, task_ids: Iterable[str], timeout: float) -> int:
-        """Note that a wait for *task_ids* begins; return its number."""
+        """Record that a wait for *task_ids* begins; return its number."""
         self._waits += 1
         number = self._waits
         now = time.monotonic()
@@ -127,28 +127,28 @@ class Journal:
         return number
 
     def got(self, number: int, task_id: str, state: str, result: Any) -> None:
-        """Note that a wait was given the final state of a task."""
+        """Record that a wait was given the final state of a task."""
         self._note("got", number, task_id, *_content(state, result), time.monotonic())
 
     def heard(self, number: int, task_id: str, state: str, result: Any) -> None:
-        """Note that a wait was given a state of a task, whichever, by ``on_message``."""
+        """Record that a wait was given any state of a task by ``on_message``."""
         self._note("heard", number, task_id, *_content(state, result), time.monotonic())
 
     def waited(self, number: int, error: Optional[str] = None) -> None:
-        """Note that a wait has returned, or raised *error*."""
+        """Record that a wait has returned, or raised *error*."""
         self._note("waited", number, time.monotonic(), error)
 
     def began_to_forget(self, task_id: str) -> None:
-        """Note that a task is about to be forgotten."""
+        """Record that a task is about to be forgotten."""
         self._note("forget", task_id, time.monotonic())
 
     def crashed(self) -> None:
-        """Note that the broker is about to be killed, and again that it was."""
+        """Record that the broker is about to be killed, and again that it was killed."""
         self._note("crash", time.monotonic())
 
     @contextlib.contextmanager
     def storing(self, task_id: str, state: str, result: Any) -> Iterator[None]:
-        """Note what the block stores, and whether it raises; the error goes no further."""
+        """Record what the block stores, and whether it raises; swallows the error."""
         self.began_to_store(task_id, state, result)
         try:
             yield
@@ -158,7 +158,7 @@ class Journal:
             self.stored(task_id, state, result)
 
 
-# -- what the journals say -----------------------------------------------------------------------
+# -- reading the journals ------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -170,14 +170,14 @@ class Store:
     began: float
     ended: Optional[float] = None
     error: Optional[str] = None
-    #: Since when everybody has to find it, or ``None``. A state on the way is only promised when
-    #: a final one that the same process stored after it is.
+    #: When every process must be able to find it from, or ``None``. An intermediate state is only
+    #: promised once the same process has stored a final state after it.
     kept: Optional[float] = None
 
 
 @dataclasses.dataclass
 class Read:
-    """A state that was read."""
+    """A read and the state that it returned."""
 
     process: str
     kind: str
@@ -196,27 +196,27 @@ class Wait:
     deadline: float
     ended: Optional[float] = None
     error: Optional[str] = None
-    #: By task, the final states that it was given, with their times.
+    #: The final states that it was given, with their times, by task.
     got: Dict[str, List[Tuple[_Content, float]]] = dataclasses.field(default_factory=dict)
     heard: List[Tuple[str, _Content]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
 class Record:
-    """All that is in a folder of journals."""
+    """The contents of a folder of journals."""
 
     stores: Dict[str, List[Store]] = dataclasses.field(default_factory=dict)
     reads: Dict[str, List[Read]] = dataclasses.field(default_factory=dict)
     waits: List[Wait] = dataclasses.field(default_factory=list)
-    #: When forgetting a task began.
+    #: When forgetting each task began.
     forgotten: Dict[str, float] = dataclasses.field(default_factory=dict)
-    #: Of reads that raised: process, begin, end, seconds allowed, error.
+    #: Reads that raised: process, begin, end, seconds allowed, error.
     unread: List[Tuple[str, float, float, float, str]] = dataclasses.field(default_factory=list)
     #: When the broker was killed.
     crashes: List[float] = dataclasses.field(default_factory=list)
 
     def promised(self, since: float = 0.0, until: float = float("inf")) -> List[str]:
-        """Return the tasks that have to be found and were stored between two times."""
+        """Return the tasks that readers must find and that were stored between two times."""
         return [
             task_id
             for task_id, stores in self.stores.items()
@@ -226,7 +226,7 @@ class Record:
 
 
 def load(folder: Path) -> Record:
-    """Read all journals of a folder. A last line that was not written to its end is left out."""
+    """Read all journals of a folder. An incomplete last line is ignored."""
     record = Record()
     for path in sorted(folder.glob("*.journal")):
         process = path.name[: -len(".journal")]
@@ -284,12 +284,12 @@ def load(folder: Path) -> Record:
 
 
 class Limits(NamedTuple):
-    """What is still within the promises."""
+    """Deviations that do not break a promise."""
 
-    #: Seconds by which an answer from what was pushed may lag behind what is stored. While its
-    #: connection is dead and nobody has said so, a process cannot know better.
+    #: Seconds by which an answer from pushed states may lag behind the store. A process cannot
+    #: know better while its connection is dead and has not been reported as lost.
     lag: float = 45.0
-    #: Seconds by which a wait or a look-up may overrun its time on a busy machine.
+    #: Seconds by which a wait or a look-up may exceed its timeout on a busy machine.
     grace: float = 15.0
     #: Seconds after which results expire; ``None`` for never.
     expires: Optional[float] = None
@@ -303,35 +303,35 @@ class Violation(NamedTuple):
 
     kind: str
     task_id: str
-    #: When what was broken had been promised: when it was stored, or when a wait began.
+    #: When the promise was made: when the state was stored, or when the wait began.
     at: float
     what: str
 
 
 @dataclasses.dataclass
 class Verdict:
-    """What a record comes to."""
+    """The outcome of a check."""
 
     violations: List[Violation]
-    #: Tasks that had to be found.
+    #: The number of tasks that readers had to find.
     at_stake: int
-    #: Calls of ``store_result`` that raised.
+    #: The number of ``store_result`` calls that raised.
     refused: int
-    #: Reads and waits that came to an answer, and those that raised in their time.
+    #: The numbers of reads and waits that returned, and that raised within their timeout.
     answers: int
     raised: int
-    #: Longest time between the end of a ``store_result`` and a wait being given the result.
+    #: Longest time from the end of a ``store_result`` until a wait was given the result.
     longest_wait: float
     #: Longest ``store_result`` that returned, and longest look-up.
     longest_store: float
     longest_read: float
 
     def count(self, *kinds: str) -> int:
-        """Return how many violations there are of some kinds."""
+        """Return the number of violations of some kinds."""
         return sum(violation.kind in kinds for violation in self.violations)
 
     def text(self, most: int = 20) -> str:
-        """Return the violations as lines."""
+        """Return the violations as lines of text."""
         lines = [f"{v.kind}: {v.task_id}: {v.what}" for v in self.violations[:most]]
         if len(self.violations) > most:
             kinds: Counter[str] = collections.Counter(v.kind for v in self.violations)
@@ -340,7 +340,7 @@ class Verdict:
 
 
 def _rank(content: _Content) -> Tuple[int, int]:
-    """Return how much a state counts: more may follow less, never the other way."""
+    """Return the rank of a state: a reader may see ranks rise, but never fall."""
     if content.state == PENDING:
         return (0, 0)
     if content.state == SUCCESS:
@@ -349,7 +349,7 @@ def _rank(content: _Content) -> Tuple[int, int]:
 
 
 class _Floor:
-    """The most that was known at each time."""
+    """The highest-ranking state that was known at each time."""
 
     def __init__(self, known: Iterable[Tuple[float, _Content, str]]) -> None:
         self._times: List[float] = []
@@ -362,18 +362,18 @@ class _Floor:
             self._best.append(best)
 
     def before(self, at: float) -> Optional[Tuple[_Content, str]]:
-        """Return what was known before *at*, and why."""
+        """Return the state that was known before *at*, and how it was known."""
         index = bisect.bisect_left(self._times, at)
         return self._best[index - 1] if index else None
 
 
 class _ReadFloor:
-    """The most that had been read at each time, and that the broker was bound to keep.
+    """The highest-ranking state that had been read at each time, and that the broker had to keep.
 
     Parameters:
-        reads: what was read.
-        why: how it was read, for messages.
-        promised: since when the broker was bound to keep what it had.
+        reads: the reads.
+        why: how they were made, for messages.
+        promised: when the broker had to keep each state from.
         crashes: when the broker was killed.
     """
 
@@ -388,7 +388,7 @@ class _ReadFloor:
         known: Dict[int, List[Tuple[float, _Content, str]]] = {}
         for read in reads:
             first = bisect.bisect_right(crashes, read.ended)
-            # What was promised when the broker was killed is to be found afterwards, too.
+            # A state that was promised when the broker was killed must be found afterwards too.
             sure = promised.get(read.content, float("inf"))
             last = first
             while last < len(crashes) and sure < crashes[last]:
@@ -398,7 +398,7 @@ class _ReadFloor:
         self._floors = {life: _Floor(items) for life, items in known.items()}
 
     def before(self, read: Read, lag: float) -> Optional[Tuple[_Content, str]]:
-        """Return what had been read *lag* before *read* began, and why that matters."""
+        """Return the state that had been read *lag* before *read* began, and how."""
         floor = self._floors.get(bisect.bisect_right(self._crashes, read.ended))
         return None if floor is None else floor.before(read.began - lag)
 
@@ -411,15 +411,14 @@ def check(
     now: Optional[float] = None,
     deleted: float = 0.0,
 ) -> Verdict:
-    """Say which promises were broken.
+    """Report broken promises.
 
     Parameters:
-        since: tasks and waits that began before are left out.
-        until: those that began after are left out.
-        now: when the journals ended (``time.monotonic``); waits that had to be over by then and
-            are not count as late. ``None`` for the present.
-        deleted: when somebody deleted what was kept: who waits later for what was stored before
-            misses nothing.
+        since: tasks and waits that began earlier are ignored.
+        until: tasks and waits that began later are ignored.
+        now: when the journals ended (``time.monotonic``); unfinished waits whose timeout was over
+            by then count as late. ``None`` for the current time.
+        deleted: when a shard was deleted: later waits may miss results stored before.
     """
     now = time.monotonic() if now is None else now
     violations: List[Violation] = []
@@ -502,7 +501,7 @@ def _check_task(
 ) -> Iterator[Violation]:
     written: Dict[_Content, float] = {}
     promised: Dict[_Content, float] = {}
-    # A task that was run twice is in two journals, in any order.
+    # A task that ran twice is in two journals, in any order.
     for store in stores:
         content = store.content
         written[content] = min(store.began, written.get(content, store.began))
@@ -511,7 +510,7 @@ def _check_task(
     first = min(store.began for store in stores)
     by_stores = _Floor((at, content, "stored before") for content, at in promised.items())
     by_others = _ReadFloor(
-        # What was pushed may not have reached the store yet.
+        # A pushed state may not have reached the store yet.
         (read for read in reads if read.kind == "look-up"),
         "read before",
         promised,
@@ -541,7 +540,7 @@ def _check_task(
             if success is not None and success.content != content:
                 yield Violation("replaced", task_id, first, f"{read} after {success}")
             success = success or read
-        # What came by a push, or was kept from one, may lag behind what others know.
+        # A process that answers from pushed states may lag behind others.
         lag = 0.0 if read.kind == "look-up" else limits.lag
         for known in (
             by_stores.before(read.began - lag),

@@ -1,9 +1,9 @@
-"""Provokes faults at random for some minutes while results are stored and waited for.
+"""Provokes random faults for some minutes while results are stored and waited for.
 
     python -m tests.faults.soak --minutes 30 [--seed N] [--distribution system|forky] [FAULT ...]
 
-The seed that chooses is printed first. At the end there is a table, fault by fault; the exit code
-is 1 when anything was lost or wrong, or took too long.
+The seed of the random choices is printed first. A table at the end has a row for each fault. The
+exit code is 1 if a result was lost, wrong or late.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tools import rabbitmq
 
 @dataclasses.dataclass
 class Row:
-    """What is known of one fault."""
+    """The statistics of one fault."""
 
     provoked: int = 0
     at_stake: int = 0
@@ -37,7 +37,7 @@ class Row:
     longest_store: float = 0.0
 
     def add(self, verdict: Verdict) -> None:
-        """Count a round."""
+        """Add the verdict of a round."""
         self.provoked += 1
         self.at_stake += verdict.at_stake
         self.refused += verdict.refused
@@ -85,13 +85,13 @@ def _nodes(kind: str, name: str) -> Iterator[List[rabbitmq.Node]]:
             yield [node]
 
 
-#: What RabbitMQ recommends for three nodes. Of a cluster that keeps its metadata in Khepri, which
-#: is always so in 4.3, it has nothing to decide.
+#: RabbitMQ's recommendation for three nodes. It has no effect on a cluster that keeps its metadata
+#: in Khepri, as 4.3 always does.
 CLUSTER_CONFIG = "cluster_partition_handling = pause_minority"
 
 
 def soak(kind: str, options: argparse.Namespace, minutes: float, rows: Dict[str, Row]) -> int:
-    """Provoke faults of one kind of place for some minutes; return how many rounds went wrong."""
+    """Provoke faults in one kind of place for some minutes; return the number of failed rounds."""
     catalogue = faults.CLUSTER if kind == "cluster" else faults.SINGLE
     chosen = [fault for name, fault in catalogue.items() if _wanted(name, options.faults)]
     if not chosen:
@@ -104,7 +104,7 @@ def soak(kind: str, options: argparse.Namespace, minutes: float, rows: Dict[str,
         end = time.monotonic() + 60 * minutes
         queue: List[faults.Fault] = []
         while time.monotonic() < end:
-            # A new load now and then: what it has stored is all looked at again and again.
+            # Start a new load now and then: every check reads back all that the load has stored.
             queue_type = "quorum" if kind == "cluster" else chance.choice(["classic", "quorum"])
             seed = chance.getrandbits(32)
             print(f"-- {kind}, {queue_type} queues, seed of the load {seed}", flush=True)
@@ -113,7 +113,7 @@ def soak(kind: str, options: argparse.Namespace, minutes: float, rows: Dict[str,
                     if time.monotonic() >= end:
                         break
                     if not queue:
-                        # Each of them once before any of them twice.
+                        # Each fault once before any of them twice.
                         queue = chance.sample(chosen, len(chosen))
                     bad += _round(place, queue.pop(), rows)
     return bad
@@ -131,7 +131,7 @@ def _round(place: faults.Place, fault: faults.Fault, rows: Dict[str, Row]) -> in
         load.until_stored(30)
         fault.provoke(place)
     if fault.loses:
-        # What lay in what an operator deletes is gone: only what came later counts.
+        # Deleted results are lost by design: only later ones are checked.
         began = load.now()
         load.until_stored(100)
     load.until_stored(30)
@@ -170,7 +170,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("faults", nargs="*", help="parts of the names of faults; all by default")
     options = parser.parse_args(arguments)
-    # Ended in order, so that nothing is left behind.
+    # Raise SystemExit, so that everything is cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.seed is None:
         options.seed = random.randrange(2**32)
@@ -189,7 +189,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
                 traceback.print_exc()
                 bad += 1
     finally:
-        # What was found until Ctrl-C counts, too.
+        # Rounds before Ctrl-C are reported too.
         print()
         print(table(rows))
     if bad:

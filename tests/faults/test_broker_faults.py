@@ -17,16 +17,16 @@ from tests import subprocesses
 from tests.conftest import Apps, eventually
 from tests.faults import fault_jobs
 from tests.faults.faults import alarm
-from tests.faults.test_store_faults import WORTH_PACKING, new_ids, read_anew
+from tests.faults.test_store_faults import WORTH_PACKING, new_ids, read_from_store
 from tools import rabbitmq
 from tools.proxy import Proxy
 
-#: A call that is not over by then hangs.
+#: Seconds after which a call counts as hanging.
 LONG = 60.0
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_an_alarm_delays_what_is_stored_and_look_ups_name_it(
+def test_an_alarm_delays_stores_and_is_named_by_look_ups(
     make_app: Apps, node: rabbitmq.Node, kind: str
 ) -> None:
     conf = {"result_backend_transport_options": {"shards": 1, "lookup_timeout": 1.5}}
@@ -54,20 +54,20 @@ def test_an_alarm_delays_what_is_stored_and_look_ups_name_it(
     storing = threading.Thread(target=store, daemon=True)
     with alarm(node, kind):
         storing.start()
-        # Then a look-up ends in its time, with an error that names the alarm
+        # Then a look-up times out with an error that names the alarm
         with pytest.raises(errors.LookupTimeout, match="memory or disk alarm"):
             look_up()
-        # And those who store and wait go on doing that
+        # And the storing and waiting threads continue to block
         assert storing.is_alive()
         assert waiter.is_alive()
-    # And when the alarm is over, everything goes on where it was
+    # And when the alarm is over, everything continues
     storing.join(LONG)
     waiter.join(LONG)
     assert got == [2, 3]
-    assert [read_anew(app, [i])[i]["result"] for i in (first, second, third)] == [1, 2, 3]
+    assert [read_from_store(app, [i])[i]["result"] for i in (first, second, third)] == [1, 2, 3]
 
 
-def test_a_look_up_that_packs_when_the_broker_blocks_publishers_is_answered_all_the_same(
+def test_a_look_up_is_answered_even_if_the_broker_blocks_its_packing(
     make_app: Apps, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app, writer = (
@@ -81,13 +81,13 @@ def test_a_look_up_that_packs_when_the_broker_blocks_publishers_is_answered_all_
     publish = confirms.ConfirmChannel.publish
     blocked: List[str] = []
 
-    # Given an alarm that begins when a reader has read its shard and is about to pack it
+    # Given an alarm that starts when a reader has read its shard and is about to pack it
     with contextlib.ExitStack() as stack:
 
         def publish_blocked(self: Any, message: Any) -> int:
             stack.enter_context(alarm(node, "memory"))
             monkeypatch.setattr(confirms.ConfirmChannel, "publish", publish)
-            # The first message is taken by the broker, and the connection blocked then.
+            # The broker accepts the first message, and then blocks the connection.
             publish(self, message)
             tag = publish(self, message)
             eventually(lambda: self.link.drain(0.1) and self.link.blocked)
@@ -97,14 +97,14 @@ def test_a_look_up_that_packs_when_the_broker_blocks_publishers_is_answered_all_
         monkeypatch.setattr(confirms.ConfirmChannel, "publish", publish_blocked)
         assert app.backend._get_task_meta_for(ids[5])["result"] == 5
         assert blocked
-    found = read_anew(app, ids)
+    found = read_from_store(app, ids)
     assert [found[i]["result"] for i in ids] == list(range(len(ids)))
 
 
-def test_a_connection_that_turns_into_a_black_hole_delays_results_and_loses_none(
+def test_a_black_hole_connection_delays_results_but_loses_none(
     make_app: Apps, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So that the test need not wait for half a minute.
+    # A short heartbeat, so that the test need not wait for half a minute.
     monkeypatch.setattr(confirms, "CONFIRM_TIMEOUT", 2.0)
     with Proxy(node.amqp_port) as proxy:
         app = make_app(
@@ -112,11 +112,11 @@ def test_a_connection_that_turns_into_a_black_hole_delays_results_and_loses_none
         )
         first, second = new_ids(2)
         app.backend.store_result(first, 1, states.SUCCESS)
-        assert read_anew(app, [first])[first]["result"] == 1
+        assert read_from_store(app, [first])[first]["result"] == 1
         app.backend.store_result(first, 1, states.SUCCESS)
-        # When nothing that is sent arrives, and nobody says so
+        # When nothing that is sent arrives, and no error is reported
         proxy.swallow()
-        # Then a look-up ends, and storing waits
+        # Then a look-up times out, and storing blocks
         with pytest.raises(errors.BackendUnavailable):
             app.backend._get_task_meta_for(first)
         storing = threading.Thread(
@@ -130,11 +130,11 @@ def test_a_connection_that_turns_into_a_black_hole_delays_results_and_loses_none
         app.backend.close()
 
 
-def test_who_failed_on_one_host_goes_on_on_another_and_stays_there(
+def test_clients_fail_over_to_another_host_and_stay_there(
     make_app: Apps, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(confirms, "CONFIRM_TIMEOUT", 2.0)
-    # Given a node that was cut off from its cluster: connections stand, and nothing happens
+    # Given a node that is cut off from its cluster: connections stay open, and nothing happens
     with Proxy(node.amqp_port) as one, Proxy(node.amqp_port) as two:
         app = make_app(
             ";".join(proxy.url(node.url()) for proxy in (one, two)),
@@ -145,11 +145,11 @@ def test_who_failed_on_one_host_goes_on_on_another_and_stays_there(
         assert app.backend._get_task_meta_for(first)["result"] == 1
         assert (one.accepted, two.accepted) == (2, 0)
         one.swallow()
-        # When it is noticed by who stores, and by who looks up
+        # When a storing and a reading client notice that
         app.backend.store_result(second, 2, states.SUCCESS)
         with pytest.raises(errors.LookupTimeout):
             app.backend._get_task_meta_for(second)
-        # Then they go on through the other, without asking the first again
+        # Then they continue through the other node, without trying the first one again
         assert app.backend._get_task_meta_for(second)["result"] == 2
         assert app.AsyncResult(second).get(timeout=LONG) == 2
         assert one.accepted == 2
@@ -167,7 +167,7 @@ def limited(node: rabbitmq.Node, **limits: int) -> Iterator[None]:
         node.ctl("clear_vhost_limits", "-p", "/")
 
 
-def test_a_queue_that_the_broker_refuses_to_have_is_an_error_that_says_why(
+def test_a_refused_queue_declaration_raises_an_error_with_the_reason(
     make_app: Apps, node: rabbitmq.Node
 ) -> None:
     app = make_app()
@@ -177,12 +177,12 @@ def test_a_queue_that_the_broker_refuses_to_have_is_an_error_that_says_why(
         pytest.raises(errors.BackendUnavailable, match="queue limit"),
     ):
         app.backend.store_result(task_id, 1, states.SUCCESS)
-    # It is no lasting harm.
+    # The backend works again once the limit is lifted.
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert app.AsyncResult(task_id).get(timeout=LONG) == 1
 
 
-def test_a_policy_that_refuses_messages_is_an_error_for_who_stores(
+def test_storing_raises_if_a_policy_refuses_the_message(
     make_app: Apps, node: rabbitmq.Node
 ) -> None:
     app = make_app(
@@ -193,7 +193,7 @@ def test_a_policy_that_refuses_messages_is_an_error_for_who_stores(
     policy = json.dumps({"max-length": 1, "overflow": "reject-publish"})
 
     def store_often() -> None:
-        # A queue takes note of its policy a moment later.
+        # A queue applies its policy a moment later.
         for _ in range(200):
             app.backend.store_result(second, 2, states.SUCCESS)
 
@@ -205,30 +205,26 @@ def test_a_policy_that_refuses_messages_is_an_error_for_who_stores(
         node.ctl("clear_policy", make_app.prefix)
 
 
-def test_a_queue_of_somebody_else_that_refuses_messages_keeps_nothing_from_being_stored(
-    make_app: Apps, raw: Any
-) -> None:
+def test_a_full_third_party_queue_never_blocks_storing(make_app: Apps, raw: Any) -> None:
     app = make_app(result_backend_transport_options={"retry_policy": {"max_retries": 0}})
     ids = new_ids(20)
     app.backend.store_result(ids[0], 0, states.SUCCESS)
-    # Given a queue that is bound to all states, and full
+    # Given a full queue that is bound to all states
     channel = raw.channel()
     full = channel.queue_declare(
         "", exclusive=True, arguments={"x-max-length": 1, "x-overflow": "reject-publish"}
     ).queue
     channel.queue_bind(full, f"{make_app.prefix}.states", "#")
     for number, task_id in enumerate(ids):
-        # When states are stored, which that queue does not take
+        # When states are stored, whose copies that queue refuses
         app.backend.store_result(task_id, number, states.STARTED)
         app.backend.store_result(task_id, number, states.SUCCESS)
-    # Then they are kept
-    found = read_anew(app, ids)
+    # Then they are stored
+    found = read_from_store(app, ids)
     assert [found[i]["result"] for i in ids] == list(range(len(ids)))
 
 
-def test_results_are_not_dropped_however_often_they_are_read(
-    make_app: Apps, node: rabbitmq.Node
-) -> None:
+def test_results_survive_any_number_of_reads(make_app: Apps, node: rabbitmq.Node) -> None:
     conf = {"result_backend_transport_options": {"shards": 1, "queue_type": "quorum"}}
     app = make_app(**conf)
     ids = new_ids(5)
@@ -236,10 +232,10 @@ def test_results_are_not_dropped_however_often_they_are_read(
         app.backend.store_result(task_id, "kept", states.SUCCESS)
     for number in range(300):
         assert app.backend._get_task_meta_for(ids[number % 5])["result"] == "kept"
-    # Readers that are killed while they hold the shard return it, too.
+    # Readers that are killed while they hold the shard return its messages too.
     for _ in range(3):
         with subprocesses.start(app, fault_jobs.hold_shard, shard=0) as process:
             assert process.readline() == "holding"
             process.kill()
-    found = read_anew(app, ids)
+    found = read_from_store(app, ids)
     assert {meta["result"] for meta in found.values()} == {"kept"}

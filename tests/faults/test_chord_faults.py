@@ -1,4 +1,4 @@
-"""Chords whose workers are killed, whose tasks are delivered twice, whose broker is restarted."""
+"""Chords during worker crashes, redelivered tasks and broker restarts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.worker.conftest import Worker, launch_worker
 from tests.worker.test_chords import exists, lines
 from tools import rabbitmq
 
-#: How often each of the tests is repeated.
+#: The number of repetitions of each test.
 LOOPS = int(os.environ.get("CHORD_FAULT_LOOPS", "3"))
 
 TIMEOUT = 60
@@ -26,7 +26,7 @@ POINTS = ["published", "before", "between", "after"]
 
 
 class Fleet:
-    """Workers, of which those that were killed are replaced."""
+    """Workers, with a replacement for each one that is killed."""
 
     def __init__(self, app: Celery, tmp_path: Path, size: int, **kwargs: Any) -> None:
         self._start = lambda: launch_worker(
@@ -37,12 +37,12 @@ class Fleet:
         self.refill()
 
     def replace_the_killed(self) -> None:
-        """Wait until a worker has died, and start another in its place."""
+        """Wait until a worker has died, and start another one."""
         eventually(lambda: any(worker.process.poll() is not None for worker in self.workers))
         self.refill()
 
     def refill(self) -> None:
-        """Start as many workers as are missing."""
+        """Start workers until all are running."""
         self.workers = [worker for worker in self.workers if worker.process.poll() is None]
         while len(self.workers) < self._size:
             self.workers.append(self._start())
@@ -91,30 +91,30 @@ def assert_over(app: Celery, group_id: str, raw: Any) -> None:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_the_worker_that_fires_is_killed(
+def test_a_chord_survives_the_worker_that_fires_it(
     app: Celery, t: SimpleNamespace, fleet: Any, tmp_path: Path, raw: Any, point: str
 ) -> None:
-    """Its task is delivered again, to another worker, and so is the part."""
+    """The task is redelivered to another worker, and so is the part."""
     workers = fleet(app, 2, pool="solo")
     for number in range(LOOPS):
         result = chord([t.late.s(i) for i in range(6)], mortal(t, tmp_path, point, number)).delay()
         assert result.get(timeout=TIMEOUT) == list(range(6))
         eventually((tmp_path / f"killed-{number}").exists)
         assert_over(app, result.parent.id, raw)
-        # Whoever was given the task again is done with it when the next chord is.
+        # The redelivered task has finished before the next chord begins.
         workers.replace_the_killed()
         assert chord([t.late.s(1)], t.same.s()).delay().get(timeout=TIMEOUT) == [1]
         ran = lines(tmp_path / f"ran-{number}")
         assert set(ran) == {result.id}
-        # Between sending the body and deleting the queue nobody can say whether it was sent.
+        # A crash between sending the body and deleting the queue may send the body twice.
         assert len(ran) <= (2 if point == "between" else 1)
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_child_of_the_worker_that_fires_is_killed(
+def test_a_chord_survives_the_child_process_that_fires_it(
     app: Celery, t: SimpleNamespace, fleet: Any, tmp_path: Path, raw: Any, point: str
 ) -> None:
-    """Nothing is delivered again, and nobody waits: the main process of the worker takes over."""
+    """Nothing is redelivered or awaited: the main process of the worker takes over."""
     fleet(app, 1, pool="prefork", concurrency=2)
     for number in range(LOOPS):
         header = [t.same.s(i) for i in range(6)]
@@ -127,7 +127,7 @@ def test_a_child_of_the_worker_that_fires_is_killed(
 
 
 @pytest.mark.parametrize("point", ["published", "before", "between"])
-def test_the_worker_is_killed_and_nothing_is_delivered_again(
+def test_a_chord_survives_its_worker_without_redelivery(
     app: Celery,
     t: SimpleNamespace,
     fleet: Any,
@@ -148,12 +148,12 @@ def test_the_worker_is_killed_and_nothing_is_delivered_again(
         assert set(lines(tmp_path / f"ran-{number}")) == {result.id}
 
 
-def test_a_header_task_that_is_delivered_again_counts_once(
+def test_a_redelivered_header_task_counts_once(
     app: Celery, t: SimpleNamespace, fleet: Any, tmp_path: Path, raw: Any
 ) -> None:
-    """Workers are killed in the middle of a chord, each with a task that has run and is not acked.
+    """Workers are killed during a chord, each with a finished task that it has not acknowledged.
 
-    The chord must not fire before its slow task has returned, however often the others do.
+    The chord must not fire before its slow task has returned, however often the others return.
     """
     workers = fleet(app, 3, pool="solo")
     for number in range(LOOPS):
@@ -168,7 +168,7 @@ def test_a_header_task_that_is_delivered_again_counts_once(
         assert lines(log) == [result.id]
 
 
-def test_the_broker_is_restarted_in_the_middle_of_a_large_chord(
+def test_a_large_chord_survives_a_broker_restart(
     app: Celery, t: SimpleNamespace, fleet: Any, tmp_path: Path, node: rabbitmq.Node
 ) -> None:
     workers = fleet(app, 1, pool="prefork", concurrency=2)

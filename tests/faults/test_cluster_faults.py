@@ -1,4 +1,4 @@
-"""Three nodes with quorum queues, of which one is killed, or cut off, under load."""
+"""Three nodes with quorum queues, one of which is killed or cut off under load."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ def place(cluster: rabbitmq.Cluster) -> Iterator[faults.Place]:
 
 
 @pytest.mark.parametrize("name", ["leader of shards killed with -9", "node partitioned away"])
-def test_nothing_is_lost_and_waiting_goes_on_through_the_others_when(
-    place: faults.Place, name: str
-) -> None:
+def test_nothing_is_lost_and_clients_fail_over_when(place: faults.Place, name: str) -> None:
     load = place.load
     since = load.now()
     load.until_stored(40)
-    # The fault lasts until everybody goes on through the nodes that are left.
+    # The fault lasts until every client has failed over to the remaining nodes.
     faults.CLUSTER[name].provoke(place)
     load.until_stored(40)
     load.until_flowing()

@@ -1,4 +1,4 @@
-"""A cluster of three nodes, of which the one dies that a reader is connected to."""
+"""A cluster of three nodes where the node dies that a reader is connected to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.faults import fault_jobs
 from tools import rabbitmq
 
 
-def test_nobody_waits_in_line_behind_a_reader_whose_node_is_killed(
+def test_no_reader_waits_behind_one_whose_node_was_killed(
     cluster: rabbitmq.Cluster,
 ) -> None:
-    # RabbitMQ 4.3 waits a minute for what was connected to a node that is gone, if it is let.
+    # By default, RabbitMQ 4.3 keeps the consumers of a lost node for a minute.
     options = {"shards": 1, "queue_type": "quorum", "lookup_timeout": 40}
     conf = {"result_backend_transport_options": options}
     doomed, *others_left = cluster.nodes
@@ -25,12 +25,12 @@ def test_nobody_waits_in_line_behind_a_reader_whose_node_is_killed(
     app, reader = there(**conf), here(**conf)
     try:
         app.backend.store_result(task_id, "kept", states.SUCCESS)
-        # Given a reader that has the shard, through one node
+        # Given a reader that holds the shard, connected to one node
         with subprocesses.start(app, fault_jobs.hold_shard, shard=0) as process:
             assert process.readline() == "holding"
             # When that node is killed
             doomed.kill()
-            # Then it keeps no other reader waiting
+            # Then it blocks no other reader
             assert reader.backend._get_task_meta_for(task_id)["result"] == "kept"
     finally:
         app.backend.close()

@@ -13,7 +13,7 @@ from tools import rabbitmq
 
 
 class Writer:
-    """Stores large results until told to stop, and records those that were confirmed."""
+    """Stores large results until told to stop, and records the confirmed ones."""
 
     def __init__(self, app: Celery) -> None:
         self.confirmed: Dict[str, str] = {}
@@ -40,7 +40,7 @@ class Writer:
         assert not self.errors
 
 
-def test_large_results_that_were_confirmed_survive_a_broker_that_is_killed(
+def test_confirmed_large_results_survive_a_killed_broker(
     make_app: Apps, node: rabbitmq.Node
 ) -> None:
     app = make_app(result_backend_transport_options={"shards": 2, "inline_limit": 1024})

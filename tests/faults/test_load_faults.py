@@ -1,6 +1,6 @@
-"""A broker under load, and everything that breaks meanwhile; see :mod:`tests.faults.recorder`.
+"""Faults of a broker under load; see :mod:`tests.faults.recorder`.
 
-The same faults, and more of them, are provoked at random by ``make soak``.
+``make soak`` provokes these and more at random.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not os.environ.get("LOAD"), reason="takes minutes and a quiet machine: make test-faults"
 )
 
-#: By name, what is provoked here. What needs long, or little else than luck, is left to the soak.
+#: The faults provoked here, by name. Slow ones, and those that rarely hit, are left to the soak.
 NAMES = [
     "RabbitMQ killed with -9",
     "connections reset",
@@ -40,17 +40,17 @@ def place(_session_node: rabbitmq.Node) -> Iterator[faults.Place]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_lost_or_wrong_when(place: faults.Place, name: str) -> None:
+def test_nothing_is_lost_or_wrong_during(place: faults.Place, name: str) -> None:
     fault = faults.SINGLE[name]
     load = place.load
     # Given results that are stored, waited for, joined, polled and looked up
     since = load.now()
     load.until_stored(40)
-    # When something breaks, and is there again
+    # When the fault occurs and is over
     fault.provoke(place)
     load.until_stored(40)
     load.until_flowing()
-    # Then every process sees what it has to, in its time, and once
+    # Then every process sees the right states, in time, and once
     verdict = load.verdict(since)
     assert not verdict.violations, f"{verdict.text()}\njournals are in {load.keep()}"
     assert verdict.at_stake

@@ -1,4 +1,4 @@
-"""The checker finds what it is there to find: each test plants one broken promise."""
+"""The checker finds violations: each test plants one broken promise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.faults.recorder import Journal, Limits, Verdict, check, load, value
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -26,7 +26,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    # Not in the module time itself, by which everybody goes.
+    # Replacing it in the module time would affect all other code too.
     monkeypatch.setattr(recorder, "time", types.SimpleNamespace(monotonic=clock))
     return clock
 
@@ -68,7 +68,7 @@ def kinds(verdict: Verdict) -> List[str]:
     return [violation.kind for violation in verdict.violations]
 
 
-def test_a_life_without_faults_breaks_nothing(
+def test_a_faultless_history_has_no_violations(
     storer: Journal, reader: Journal, other: Journal, judge: Callable[..., Verdict]
 ) -> None:
     number = reader.began_to_wait(["t"], 10)
@@ -77,7 +77,7 @@ def test_a_life_without_faults_breaks_nothing(
         result = store(storer, state, version)
         look_up(other, state, result)
         reader.heard(number, "t", state, result)
-    # Another try that comes too late.
+    # Another run that finishes too late.
     store(storer, "FAILURE", 4)
     look_up(other, "SUCCESS", value("t", 3))
     reader.got(number, "t", "SUCCESS", value("t", 3))
@@ -88,7 +88,7 @@ def test_a_life_without_faults_breaks_nothing(
 
 
 @pytest.mark.parametrize("state", ["SUCCESS", "FAILURE"])
-def test_it_finds_a_result_that_is_lost(
+def test_it_finds_a_lost_result(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict], state: str
 ) -> None:
     store(storer, state, 0)
@@ -96,13 +96,13 @@ def test_it_finds_a_result_that_is_lost(
     assert kinds(judge()) == ["lost"]
 
 
-def test_a_result_whose_store_raised_or_never_returned_is_not_promised(
+def test_a_failed_or_unfinished_store_promises_nothing(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
     with storer.storing("t", "SUCCESS", value("t", 0)):
         raise OSError("the broker is away")
     look_up(reader, "PENDING", None)
-    # It may be there all the same.
+    # A reader may find it nevertheless.
     look_up(reader, "SUCCESS", value("t", 0))
     storer.began_to_store("t", "SUCCESS", value("t", 1))
     verdict = judge()
@@ -110,7 +110,7 @@ def test_a_result_whose_store_raised_or_never_returned_is_not_promised(
     assert (verdict.at_stake, verdict.refused) == (0, 1)
 
 
-def test_a_read_that_began_before_the_store_returned_may_find_either(
+def test_a_read_concurrent_with_a_store_may_find_either_state(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
     began = recorder.time.monotonic()
@@ -119,7 +119,7 @@ def test_a_read_that_began_before_the_store_returned_may_find_either(
     assert kinds(judge()) == []
 
 
-def test_a_state_on_the_way_is_promised_when_a_final_one_after_it_is(
+def test_an_intermediate_state_is_promised_once_a_later_final_one_is(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
     store(storer, "PROGRESS", 0)
@@ -131,7 +131,7 @@ def test_a_state_on_the_way_is_promised_when_a_final_one_after_it_is(
 
 
 @pytest.mark.parametrize("kind", ["look-up", "poll"])
-def test_it_finds_a_process_that_reads_something_older_than_it_has_read(
+def test_it_finds_a_process_whose_reads_go_back(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict], kind: str
 ) -> None:
     older, newer = store(storer, "PROGRESS", 0), store(storer, "PROGRESS", 1)
@@ -140,7 +140,7 @@ def test_it_finds_a_process_that_reads_something_older_than_it_has_read(
     assert kinds(judge()) == ["older"]
 
 
-def test_it_finds_a_look_up_that_is_older_than_that_of_another_process(
+def test_it_finds_a_look_up_older_than_one_of_another_process(
     storer: Journal, reader: Journal, other: Journal, judge: Callable[..., Verdict]
 ) -> None:
     older, newer = store(storer, "PROGRESS", 0), store(storer, "PROGRESS", 1)
@@ -149,7 +149,7 @@ def test_it_finds_a_look_up_that_is_older_than_that_of_another_process(
     assert kinds(judge()) == ["older"]
 
 
-def test_what_was_pushed_may_lag_so_long_and_no_longer(
+def test_a_pushed_state_may_lag_up_to_the_limit(
     storer: Journal, reader: Journal, clock: Clock, judge: Callable[..., Verdict]
 ) -> None:
     store(storer, "SUCCESS", 0)
@@ -159,7 +159,7 @@ def test_what_was_pushed_may_lag_so_long_and_no_longer(
     assert kinds(judge(lag=4)) == ["lost"]
 
 
-def test_it_finds_a_success_that_is_replaced(
+def test_it_finds_a_replaced_success(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
     store(storer, "SUCCESS", 0)
@@ -178,7 +178,7 @@ def test_it_finds_a_success_whose_value_changes(
 
 
 @pytest.mark.parametrize("result", [value("t", 1), {**value("t", 0), "text": "x"}, None])
-def test_it_finds_what_was_never_stored(
+def test_it_finds_a_state_that_was_never_stored(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict], result: Any
 ) -> None:
     store(storer, "SUCCESS", 0)
@@ -186,7 +186,7 @@ def test_it_finds_what_was_never_stored(
     assert kinds(judge()) == ["wrong"]
 
 
-def test_it_finds_a_result_of_a_task_that_nobody_stored(
+def test_it_finds_a_result_of_an_unknown_task(
     reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
     look_up(reader, "SUCCESS", value("t", 0))
@@ -194,7 +194,7 @@ def test_it_finds_a_result_of_a_task_that_nobody_stored(
 
 
 @pytest.mark.parametrize("error", [None, "TimeoutError()"])
-def test_it_finds_a_wait_that_overruns_its_deadline(
+def test_it_finds_a_wait_that_exceeds_its_timeout(
     reader: Journal, clock: Clock, judge: Callable[..., Verdict], error: Optional[str]
 ) -> None:
     number = reader.began_to_wait(["t"], 10)
@@ -236,7 +236,7 @@ def test_it_finds_a_wait_that_is_given_a_result_twice(
     assert kinds(judge()) == ["twice"]
 
 
-def test_it_finds_a_wait_that_hears_a_state_twice(
+def test_it_finds_a_wait_that_is_given_a_state_twice(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
     number = reader.began_to_wait(["t"], 10)
@@ -246,7 +246,7 @@ def test_it_finds_a_wait_that_hears_a_state_twice(
     assert kinds(judge()) == ["twice"]
 
 
-def test_two_waits_may_be_given_the_same_result(
+def test_two_waits_may_get_the_same_result(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
     result = store(storer, "SUCCESS", 0)
@@ -257,7 +257,7 @@ def test_two_waits_may_be_given_the_same_result(
     assert kinds(judge()) == []
 
 
-def test_it_finds_a_wait_that_ends_without_a_result_that_had_long_been_stored(
+def test_it_finds_a_wait_that_misses_a_stored_result(
     storer: Journal, reader: Journal, clock: Clock, judge: Callable[..., Verdict]
 ) -> None:
     number = reader.began_to_wait(["t"], 60)
@@ -276,7 +276,7 @@ def test_it_finds_a_wait_that_returns_without_its_result(
     assert kinds(judge()) == ["missed"]
 
 
-def test_what_was_stored_before_it_was_deleted_is_not_missed(
+def test_a_deleted_result_is_not_missed(
     storer: Journal, reader: Journal, clock: Clock, tmp_path: Path
 ) -> None:
     store(storer, "SUCCESS", 0)
@@ -289,7 +289,7 @@ def test_what_was_stored_before_it_was_deleted_is_not_missed(
     assert [violation.task_id for violation in verdict.violations] == ["later"]
 
 
-def test_what_is_forgotten_or_expired_is_not_missed(
+def test_a_forgotten_or_expired_result_is_not_missed(
     storer: Journal, reader: Journal, clock: Clock, judge: Callable[..., Verdict]
 ) -> None:
     store(storer, "SUCCESS", 0)
@@ -301,7 +301,7 @@ def test_what_is_forgotten_or_expired_is_not_missed(
     assert kinds(judge(expires=15)) == ["lost"]
 
 
-def test_what_is_forgotten_is_not_lost(
+def test_a_forgotten_result_is_not_lost(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
     store(storer, "SUCCESS", 0)
@@ -310,7 +310,7 @@ def test_what_is_forgotten_is_not_lost(
     assert kinds(judge()) == []
 
 
-def test_what_a_killed_broker_had_not_confirmed_may_be_read_before_and_not_afterwards(
+def test_an_unconfirmed_state_may_disappear_when_the_broker_is_killed(
     storer: Journal, reader: Journal, other: Journal, judge: Callable[..., Verdict]
 ) -> None:
     storer.began_to_store("t", "SUCCESS", value("t", 0))
@@ -319,13 +319,13 @@ def test_what_a_killed_broker_had_not_confirmed_may_be_read_before_and_not_after
     look_up(reader, "PENDING", None)
     look_up(other, "PENDING", None)
     assert kinds(judge()) == []
-    # When it is there again, that counts again.
+    # Once it is found again, it counts again.
     look_up(reader, "SUCCESS", value("t", 0))
     look_up(reader, "PENDING", None)
     assert kinds(judge()) == ["lost"]
 
 
-def test_what_a_killed_broker_had_confirmed_has_to_be_there_afterwards(
+def test_a_confirmed_state_must_survive_a_killed_broker(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
     store(storer, "SUCCESS", 0)
@@ -336,7 +336,7 @@ def test_what_a_killed_broker_had_confirmed_has_to_be_there_afterwards(
     assert kinds(judge()) == ["lost"]
 
 
-def test_what_a_killed_process_wrote_is_read_up_to_its_last_line(
+def test_the_journal_of_a_killed_process_is_read_up_to_its_last_line(
     tmp_path: Path, storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
     store(storer, "SUCCESS", 0)
@@ -346,17 +346,17 @@ def test_what_a_killed_process_wrote_is_read_up_to_its_last_line(
     assert kinds(judge()) == ["lost"]
 
 
-def test_a_task_that_two_processes_ran_was_stored_when_the_first_of_them_did(
+def test_a_task_that_ran_twice_was_stored_at_its_first_store(
     storer: Journal, reader: Journal, other: Journal, judge: Callable[..., Verdict]
 ) -> None:
-    # The order of their journals is that of their names.
+    # The journals are read in the order of their names.
     store(storer, "SUCCESS", 0)
     look_up(reader, "SUCCESS", value("t", 0))
     store(other, "SUCCESS", 0)
     assert kinds(judge()) == []
 
 
-def test_only_what_began_in_the_time_asked_for_counts(
+def test_only_operations_within_the_given_times_are_checked(
     tmp_path: Path, storer: Journal, reader: Journal, clock: Clock
 ) -> None:
     store(storer, "SUCCESS", 0)

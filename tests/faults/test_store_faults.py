@@ -1,4 +1,4 @@
-"""The store while brokers are killed, readers freeze, and packing is cut short."""
+"""The store during broker crashes, frozen readers and interrupted packing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import Apps, eventually
 from tests.faults import fault_jobs
 from tools import rabbitmq
 
-#: More than a reader leaves loose.
+#: Enough loose messages for a reader to pack them.
 WORTH_PACKING = 60
 
 
@@ -28,14 +28,14 @@ def new_ids(count: int) -> List[str]:
     return [str(uuid.uuid4()) for _ in range(count)]
 
 
-def read_anew(app: Celery, ids: List[str]) -> Dict[str, Any]:
-    """Return what the store says of *ids*, asked as if for the first time."""
+def read_from_store(app: Celery, ids: List[str]) -> Dict[str, Any]:
+    """Return what the store has for *ids*, independent of pushed states."""
     app.backend.close()
     return {task_id: app.backend._get_task_meta_for(task_id) for task_id in ids}
 
 
 class Writer:
-    """Stores results until told to stop, and records those that were confirmed."""
+    """Stores results until told to stop, and records the confirmed ones."""
 
     def __init__(self, app: Celery) -> None:
         self.confirmed: Dict[str, int] = {}
@@ -63,13 +63,14 @@ class Writer:
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-def test_what_was_confirmed_survives_a_broker_that_is_killed_again_and_again(
+def test_confirmed_results_survive_a_broker_that_is_killed_repeatedly(
     make_app: Apps, node: rabbitmq.Node, queue_type: str
 ) -> None:
     conf = {"result_backend_transport_options": {"shards": 4, "queue_type": queue_type}}
     if queue_type == "quorum":
-        # RabbitMQ writes down that a quorum queue exists some moments after it says so: of one
-        # that is killed before, and is its only replica, the queue comes back empty.
+        # RabbitMQ writes the record of a new quorum queue to disk some moments after it has
+        # confirmed the declaration. If the only replica is killed before, the queue comes back
+        # empty.
         app = make_app(**conf)
         for task_id in new_ids(40):
             app.backend.store_result(task_id, None, states.SUCCESS)
@@ -83,13 +84,13 @@ def test_what_was_confirmed_survives_a_broker_that_is_killed_again_and_again(
     for _ in range(3):
         # Given results that are being stored
         more_are_confirmed(50)
-        # When the broker dies without a word, and is started again
+        # When the broker is killed without warning, and is started again
         node.kill()
         node.start()
     more_are_confirmed(10)
     for writer in writers:
         writer.stop()
-    # Then everything that was confirmed is there
+    # Then every confirmed result is found
     reader = make_app(**conf)
     expected = {i: v for writer in writers for i, v in writer.confirmed.items()}
     found = reader.backend.layout.poll(list(expected))
@@ -97,7 +98,7 @@ def test_what_was_confirmed_survives_a_broker_that_is_killed_again_and_again(
     assert not lost, f"{len(lost)} of {len(expected)} are lost"
 
 
-def test_those_who_wait_notice_only_a_delay_when_the_broker_is_killed(
+def test_waiters_notice_only_a_delay_when_the_broker_is_killed(
     make_app: Apps, node: rabbitmq.Node
 ) -> None:
     app, worker = make_app(), make_app()
@@ -109,7 +110,7 @@ def test_those_who_wait_notice_only_a_delay_when_the_broker_is_killed(
     waiter.start()
     inbox = app.backend.layout.inbox
     eventually(lambda: all(inbox.covers(i) for i in ids))
-    # Given results of which some came before, and some while the broker was coming back
+    # Given results stored before the crash, and some while the broker was coming back
     for task_id in ids[:10]:
         worker.backend.store_result(task_id, "before", states.SUCCESS)
     node.kill()
@@ -121,7 +122,7 @@ def test_those_who_wait_notice_only_a_delay_when_the_broker_is_killed(
     assert {meta["result"] for i, meta in got.items() if i in ids[:10]} == {"before"}
 
 
-def test_waiting_goes_on_after_a_clean_restart(make_app: Apps, node: rabbitmq.Node) -> None:
+def test_waiting_continues_after_a_clean_restart(make_app: Apps, node: rabbitmq.Node) -> None:
     app, worker = make_app(), make_app()
     task_id = new_ids(1)[0]
     got: List[Any] = []
@@ -154,20 +155,20 @@ def test_nothing_is_lost_when_a_reader_dies_while_it_packs(
         app, fault_jobs.die_while_packing, task_id=ids[0], point=point
     ) as process:
         eventually(lambda: not os.path.exists(f"/proc/{process.pid}/fd") or _ended(process))
-    # Then all is there, each time it is asked for
+    # Then every look-up finds all results
     for _ in range(2):
-        found = read_anew(app, ids)
+        found = read_from_store(app, ids)
         assert [found[i]["result"] for i in ids] == list(range(len(ids)))
-    # And what was forgotten stays so, in whatever form it was kept
+    # And a forgotten result stays forgotten, whether it was loose or packed
     app.AsyncResult(ids[3]).forget()
-    assert read_anew(app, ids[3:4])[ids[3]]["status"] == states.PENDING
+    assert read_from_store(app, ids[3:4])[ids[3]]["status"] == states.PENDING
 
 
 def _ended(process: subprocesses.Process) -> bool:
     return process._process.poll() is not None
 
 
-def test_a_frozen_reader_keeps_others_waiting_for_seconds_and_wakes_without_harm(
+def test_a_frozen_reader_delays_others_for_seconds_and_does_no_harm_later(
     make_app: Apps,
 ) -> None:
     app = make_app(result_backend_transport_options={"shards": 1})
@@ -176,22 +177,22 @@ def test_a_frozen_reader_keeps_others_waiting_for_seconds_and_wakes_without_harm
         app.backend.store_result(task_id, "kept", states.SUCCESS)
     with subprocesses.start(app, fault_jobs.hold_shard, shard=0) as process:
         assert process.readline() == "holding"
-        # When the process that has the shard checked out stands still
+        # When the process that has checked out the shard is frozen
         os.kill(process.pid, signal.SIGSTOP)
         try:
-            # Then a look-up is answered within its time, and truly
+            # Then a look-up is answered in time, and correctly
             assert app.backend._get_task_meta_for(ids[0])["result"] == "kept"
         finally:
             os.kill(process.pid, signal.SIGCONT)
         process.write_line("go on")
-        # What it does on its lost connection fails, and changes nothing
+        # When it wakes, its operations on the lost connection fail, and change nothing
         with pytest.raises(AssertionError, match="Error"):
             process.answer()
-    found = read_anew(app, ids)
+    found = read_from_store(app, ids)
     assert {meta["result"] for meta in found.values()} == {"kept"}
 
 
-def test_many_readers_of_many_shards_at_once_all_get_everything(make_app: Apps) -> None:
+def test_many_concurrent_readers_of_many_shards_find_everything(make_app: Apps) -> None:
     app = make_app(result_backend_transport_options={"shards": 12})
     ids = new_ids(400)
     for number, task_id in enumerate(ids):
@@ -224,7 +225,7 @@ def test_readers_never_miss_a_result_while_others_pack(make_app: Apps) -> None:
         subprocesses.start(app, fault_jobs.read_all_the_time, **job) as two,
     ):
         assert (one.readline(), two.readline()) == ("reading", "reading")
-        # When so much is stored meanwhile that the readers pack again and again
+        # When enough is stored meanwhile for the readers to pack repeatedly
         writer = Writer(make_app(result_backend_transport_options={"shards": 2}))
         wrong = [*one.answer(), *two.answer()]
         writer.stop()
@@ -234,18 +235,18 @@ def test_readers_never_miss_a_result_while_others_pack(make_app: Apps) -> None:
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.parametrize("how", ["packed", "cut"])
-def test_the_first_success_counts_although_it_is_moved_behind_a_reader_in_line(
+def test_the_first_success_stays_current_when_packing_moves_it_behind_a_reader(
     make_app: Apps, monkeypatch: pytest.MonkeyPatch, queue_type: str, how: str
 ) -> None:
     conf = {"result_backend_transport_options": {"shards": 1, "queue_type": queue_type}}
     app, writer, second = make_app(**conf), make_app(**conf), make_app(**conf)
     monkeypatch.setattr(store_module, "PACK_SECONDS", 10.0)
-    # Given the result of a task, in a page or worth being packed into one
+    # Given the result of a task, packed or due for packing
     wanted, forgotten, *others_ids = new_ids(WORTH_PACKING)
     for task_id in (wanted, forgotten, *others_ids):
         writer.backend.store_result(task_id, "first", states.SUCCESS)
     if how == "cut":
-        read_anew(app, others_ids[:1])
+        read_from_store(app, others_ids[:1])
     finish = store_module._Read.finish
     got: List[Any] = []
     in_line = threading.Thread(
@@ -263,7 +264,7 @@ def test_the_first_success_counts_although_it_is_moved_behind_a_reader_in_line(
             receive(message)
 
         self.checkout.channel.callbacks["r"] = spy
-        # When, while a reader has the shard, the task is stored again, and another gets in line
+        # When a reader has the shard, the task is stored again, and another reader gets in line
         writer.backend.store_result(wanted, "second", states.SUCCESS)
         in_line.start()
         deadline = time.monotonic() + 20
@@ -273,15 +274,15 @@ def test_the_first_success_counts_although_it_is_moved_behind_a_reader_in_line(
         finish(self, pack_until, end)
 
     monkeypatch.setattr(store_module._Read, "finish", finish_late)
-    # And the first moves the first result behind the second one
+    # And the first reader moves the first result behind the second one
     if how == "cut":
         app.AsyncResult(forgotten).forget()
     else:
         assert app.AsyncResult(wanted).state == states.SUCCESS
     in_line.join(30)
-    # Then both know which one counts
+    # Then both readers know the current state
     assert got == ["first"]
-    assert read_anew(app, [wanted])[wanted]["result"] == "first"
+    assert read_from_store(app, [wanted])[wanted]["result"] == "first"
 
 
 def test_a_shard_queue_that_is_deleted_is_declared_again(make_app: Apps, raw: Any) -> None:
@@ -311,7 +312,7 @@ def test_an_inbox_that_is_deleted_is_replaced(make_app: Apps, raw: Any) -> None:
     assert got == [3]
 
 
-def test_a_reader_that_does_not_let_go_of_a_quorum_queue_loses_it(
+def test_a_reader_that_holds_a_quorum_queue_too_long_is_evicted(
     make_app: Apps, node: rabbitmq.Node
 ) -> None:
     if node.version.startswith("3."):
@@ -321,15 +322,15 @@ def test_a_reader_that_does_not_let_go_of_a_quorum_queue_loses_it(
     app.backend.store_result(task_id, 1, states.SUCCESS)
     queue = app.backend._topology.shard_queue_name(0)
     with app.backend.layout.store._pool.link() as link:
-        # Given a reader that lives, and holds the shard for longer than two seconds
+        # Given a live reader that holds the shard for longer than two seconds
         hold = longest_hold("quorum", 2 - GRACE)
         held = Checkout(link, queue, lambda message: None, arguments=hold)
         assert held.wait(time.monotonic() + 30, 1.0)
-        # Then others get it, with all that is in it
+        # Then other readers get the shard with all its messages
         options = {"shards": 1, "queue_type": "quorum", "lookup_timeout": 60}
         other = make_app(result_backend_transport_options=options)
-        assert read_anew(other, [task_id])[task_id]["result"] == 1
-        # And it is told
+        assert read_from_store(other, [task_id])[task_id]["result"] == 1
+        # And the evicted reader receives basic.cancel
 
         def hear() -> None:
             for _ in range(60):

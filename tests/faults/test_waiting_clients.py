@@ -1,4 +1,4 @@
-"""Clients of each kind of concurrency, while what they wait on is reset or restarted."""
+"""Clients of each kind of concurrency while their connections are reset or the broker restarts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def client(kind: str, url: str, prefix: str) -> Iterator[subprocess.Popen[str]]:
         ("asyncio", "connections reset"),
     ],
 )
-def test_all_that_is_waited_for_comes_although_connections_are_lost(
+def test_all_awaited_results_arrive_despite_lost_connections(
     make_app: Apps, node: rabbitmq.Node, kind: str, fault: str
 ) -> None:
     if kind in ("gevent", "eventlet") and importlib.util.find_spec(kind) is None:
@@ -57,14 +57,14 @@ def test_all_that_is_waited_for_comes_although_connections_are_lost(
     ):
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
-        # When results come before, between and after
+        # When results are stored before, between and after the faults
         for number, task_id in enumerate(ids):
             app.backend.store_result(task_id, number, states.SUCCESS)
             if number in (3, 6) and fault == "connections reset":
                 proxy.reset()
             elif number == 5 and fault == "RabbitMQ restarted":
                 node.restart()
-        # Then each of those who wait has its own
+        # Then each waiter has its own result
         out, err = process.communicate(timeout=2 * waiting_clients.PATIENCE)
         assert process.returncode == 0, err
         assert json.loads(out.splitlines()[-1]) == {i: n for n, i in enumerate(ids)}, err

@@ -4,10 +4,10 @@
 
     python -m tests.faults.waiting_clients KIND URL PREFIX
 
-Writes ``waiting`` when all that it waits for would be pushed, and at the end what it was given.
+Writes ``waiting`` once all awaited results would be pushed, and at the end the results.
 """
 
-# What is patched has to be before anything is imported that uses it.
+# Monkey patching must happen before anything is imported that uses the patched modules.
 # ruff: noqa: E402
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from typing import Any, Dict, List
 
 from celery import Celery
 
-#: How many results are waited for at once.
+#: The number of results that are awaited at once.
 COUNT = 10
 
-#: Seconds that all of it may take.
+#: Seconds that the whole run may take.
 PATIENCE = 120.0
 
 
 def task_ids(prefix: str) -> List[str]:
-    """Return the tasks that a process waits for which was given *prefix*."""
+    """Return the tasks that a process with *prefix* waits for."""
     return [str(uuid.uuid5(uuid.NAMESPACE_OID, f"{prefix}/{n}")) for n in range(COUNT)]
 
 
@@ -65,7 +65,7 @@ def _in_threads(app: Celery, ids: List[str]) -> Dict[str, Any]:
     def wait(task_id: str) -> None:
         found[task_id] = app.AsyncResult(task_id).get(timeout=PATIENCE)
 
-    # Greenlets, where everything is patched.
+    # These are greenlets if threading is patched.
     threads = [threading.Thread(target=wait, args=(task_id,), daemon=True) for task_id in ids]
     for thread in threads:
         thread.start()
@@ -86,7 +86,7 @@ async def _in_coroutines(app: Celery, ids: List[str]) -> Dict[str, Any]:
 
 
 def main() -> None:
-    """Wait, and write what came."""
+    """Wait for the results, and write them."""
     url, prefix = sys.argv[2:]
     app = Celery("waiting", broker=url, backend="amqp://")
     app.conf.update(

@@ -1,6 +1,6 @@
-"""The app of a worker whose children, and which itself, are killed. Not for the tests' own process.
+"""The app of a worker that is killed, alone or with its children. For subprocesses only.
 
-Its tasks are acknowledged late, so that what a killed process was doing is done again.
+Its tasks are acknowledged late, so a killed process's task is run again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ app.conf.update(
     task_acks_late=True,
     task_reject_on_worker_lost=True,
     worker_prefetch_multiplier=2,
-    # Its exclusive queue has a name: on a killed node of a cluster it may still be locked when the
-    # worker comes back, which ends the worker.
+    # Its exclusive queue has a fixed name: when a cluster node is killed, the queue may still be
+    # locked at the worker's reconnect, which ends the worker.
     worker_enable_remote_control=False,
 )
 
@@ -44,5 +44,5 @@ def compute(self: Any) -> Any:
 
 @signals.task_success.connect(weak=False)
 def _stored(sender: Any, result: Any, **_: Any) -> None:
-    # It is sent when the backend has returned.
+    # Celery sends this signal after the backend has returned.
     journal().stored(sender.request.id, "SUCCESS", result)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from bench import __main__ as command
 from bench import compare, figures, processes, report
 from bench.figures import LESS, MORE, Row, Run, percentile, ratios
-from bench.peers import PEERS, Ticks, ticking
+from bench.peers import PEERS
+from bench.ticks import Ticks, ticking
 
 ABOUT: Dict[str, Any] = {
     "date": "2026-01-01", "rabbitmq": "3.10.8", "celery": "5.7.0", "cores": 2, "quick": True,
@@ -42,7 +43,7 @@ def test_percentiles_by_nearest_rank() -> None:
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1), st.floats(0.01, 100))
-def test_a_percentile_is_a_value_that_so_many_do_not_exceed(
+def test_a_percentile_is_a_value_that_this_share_does_not_exceed(
     values: List[float], percent: float
 ) -> None:
     found = percentile(values, percent)
@@ -52,17 +53,17 @@ def test_a_percentile_is_a_value_that_so_many_do_not_exceed(
 
 
 @pytest.mark.parametrize(("values", "percent"), [([], 50), ([1.0], 0), ([1.0], 101)])
-def test_there_is_no_such_percentile(values: List[float], percent: float) -> None:
+def test_a_percentile_out_of_range_is_refused(values: List[float], percent: float) -> None:
     with pytest.raises(ValueError, match="percentile"):
         percentile(values, percent)
 
 
-def test_ratios_say_how_many_times_better_round_by_round() -> None:
+def test_ratios_are_computed_round_by_round() -> None:
     more = make_row(MORE, amqp=[200.0, 100.0], rpc=[100.0, 200.0])
     less = make_row(LESS, amqp=[200.0, 100.0], rpc=[100.0, 200.0])
     assert ratios(more, "amqp", "rpc") == [2.0, 0.5]
     assert ratios(less, "amqp", "rpc") == [0.5, 2.0]
-    # One that was too fast for the clock says nothing.
+    # A round that was too fast for the clock has no ratio.
     assert ratios(make_row(LESS, amqp=[0.0, 2.0], rpc=[1.0, 2.0]), "amqp", "rpc") == [1.0]
 
 
@@ -83,7 +84,7 @@ def test_ratios_say_how_many_times_better_round_by_round() -> None:
         )
     )
 )
-def test_a_run_is_read_as_it_was_written(rows: List[Row]) -> None:
+def test_a_saved_run_reads_back_unchanged(rows: List[Row]) -> None:
     run = make_run(*rows)
     assert Run.from_json(run.to_json()) == run
 
@@ -93,7 +94,7 @@ def test_a_run_is_read_as_it_was_written(rows: List[Row]) -> None:
     ["[]", "{}", '{"format": 99, "about": {}, "rows": []}', '{"format": 1, "rows": []}',
      '{"format": 1, "about": {}, "rows": [{"key": "x"}]}', "nonsense"],
 )  # fmt: skip
-def test_another_file_is_refused(text: str) -> None:
+def test_a_file_of_another_format_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Run.from_json(text)
 
@@ -109,7 +110,7 @@ def test_recorded_runs_can_be_read_and_agree_with_their_names() -> None:
         assert command.recorded_path(run) == path
         assert run.rows
         assert {"date", "rabbitmq", "celery", "python", "cores", "memory"} <= set(run.about)
-        # It is of use for a comparison.
+        # The run can serve as a baseline.
         assert list(compare.changes(run, run))
 
 
@@ -125,7 +126,7 @@ def test_a_slower_machine_is_no_regression() -> None:
 
 
 @pytest.mark.parametrize("better", [LESS, MORE])
-def test_a_ratio_that_is_worse_in_every_round_is_a_regression(better: str) -> None:
+def test_a_ratio_worse_in_every_round_is_a_regression(better: str) -> None:
     good, bad = (100.0, 50.0) if better == MORE else (50.0, 100.0)
     recorded = make_run(make_row(better, amqp=[good] * 3, redis=[70.0] * 3))
     now = make_run(make_row(better, amqp=[bad] * 3, redis=[70.0] * 3))
@@ -135,14 +136,14 @@ def test_a_ratio_that_is_worse_in_every_round_is_a_regression(better: str) -> No
 
 
 def test_noise_is_no_regression() -> None:
-    # Half as good in the median, but one round was as good as a recorded one.
+    # The median is half as good, but one round was as good as a recorded one.
     recorded = make_run(make_row(amqp=[100.0, 100.0, 40.0], rpc=[50.0] * 3))
     now = make_run(make_row(amqp=[50.0, 45.0, 50.0], rpc=[50.0] * 3))
     assert compare.regressions(recorded, now) == []
     assert statistics.median(next(compare.changes(recorded, now)).now) == 1.0
 
 
-def test_what_was_not_measured_both_times_is_not_compared() -> None:
+def test_only_measures_of_both_runs_are_compared() -> None:
     recorded = make_run(
         make_row(size=10, amqp=[1.0], rpc=[1.0]),
         Row("memory", "memory", "MB", LESS, {"amqp": [1.0], "rpc": [1.0]}, absolute=True),
@@ -155,7 +156,7 @@ def test_what_was_not_measured_both_times_is_not_compared() -> None:
     assert list(compare.changes(recorded, now)) == []
 
 
-def test_on_a_busy_machine_only_processor_time_is_compared() -> None:
+def test_only_processor_time_is_compared_on_a_busy_machine() -> None:
     rows = [
         Row(key, key, "µs", LESS, {"amqp": [1.0], "rpc": [1.0]})
         for key in ("store", "store.cpu", "worker.broker")
@@ -167,7 +168,7 @@ def test_on_a_busy_machine_only_processor_time_is_compared() -> None:
     assert len(list(compare.changes(quiet, quiet))) == 3
 
 
-def test_variants_of_ours_are_compared_with_the_others_only() -> None:
+def test_variants_of_this_backend_are_compared_only_with_other_backends() -> None:
     values = {"amqp": [1.0], "amqp, confirm=False": [1.0], "amqp, per-task": [1.0], "rpc": [1.0]}
     run = make_run(Row("store", "results stored", "/s", MORE, values))
     pairs = {(change.ours, change.peer) for change in compare.changes(run, run)}
@@ -188,13 +189,13 @@ def write(tmp_path: Path, run: Run) -> str:
     return str(path)
 
 
-def test_the_command_fails_when_a_ratio_became_worse(
+def test_the_command_fails_if_a_ratio_became_worse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "RECORDED", tmp_path / "recorded")
     good = make_run(make_row(amqp=[100.0, 100.0], rpc=[50.0, 50.0]))
     bad = make_run(make_row(amqp=[20.0, 20.0], rpc=[50.0, 50.0]))
-    # Nothing to compare with is no failure, but said.
+    # A missing baseline is reported, but is no failure.
     assert command.main(["--from", write(tmp_path, good), "--compare"]) == 0
     assert "no run of this kind is recorded" in capsys.readouterr().out
     assert command.main(["--from", write(tmp_path, good), "--record"]) == 0
@@ -205,7 +206,7 @@ def test_the_command_fails_when_a_ratio_became_worse(
     assert "WORSE  results stored: amqp beside rpc was 2 times" in capsys.readouterr().out
 
 
-def test_the_command_refuses_a_measure_that_there_is_not(
+def test_the_command_refuses_an_unknown_measure(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
@@ -259,12 +260,12 @@ def test_plots_are_svg_and_the_same_for_the_same_run(tmp_path: Path) -> None:
 # -- processes -------------------------------------------------------------------------------------
 
 
-def test_ticks_of_several_processes_are_added_up() -> None:
+def test_processor_time_of_several_processes_is_added_up() -> None:
     with ticking() as ticks:
         Ticks(ticks.path).add()
         child = os.fork()
         if child == 0:
-            # Without any of the interpreter's ends.
+            # os._exit skips the interpreter's own shutdown.
             try:
                 mine = Ticks(ticks.path)
                 mine.add()
@@ -276,12 +277,12 @@ def test_ticks_of_several_processes_are_added_up() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_what_the_kernel_knows_of_this_process() -> None:
+def test_memory_and_processor_time_of_this_process_are_read() -> None:
     assert os.getpid() in processes.family(os.getppid())
     assert processes.family(os.getpid())[0] == os.getpid()
     assert processes.cpu_seconds(os.getpid()) >= 0
     assert processes.resident_bytes(os.getpid()) > 2**20
 
 
-def test_ours_is_a_peer() -> None:
+def test_this_backend_is_one_of_the_peers() -> None:
     assert figures.OURS in PEERS

@@ -1,4 +1,4 @@
-"""The proxy does to connections what it says."""
+"""The proxy does to connections what its methods say."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def is_silent(connection: socket.socket) -> bool:
     return False
 
 
-def test_it_passes_on_everything_in_both_directions(proxy: Proxy) -> None:
+def test_it_forwards_everything_in_both_directions(proxy: Proxy) -> None:
     sent = bytes(range(256)) * 4096
     with connect(proxy) as one, connect(proxy) as two:
         threading.Thread(target=one.sendall, args=(sent,), daemon=True).start()
@@ -116,13 +116,13 @@ def test_a_half_open_connection_is_silent_to_the_client(proxy: Proxy, echo: Echo
         proxy.halve()
         connection.sendall(b"y")
         assert is_silent(connection)
-        # New ones are whole.
+        # New connections work.
         with connect(proxy) as another:
             another.sendall(b"z")
             assert receive(another, 1) == b"z"
 
 
-def test_a_black_hole_answers_nobody_until_it_is_gone(proxy: Proxy) -> None:
+def test_a_black_hole_answers_no_client_until_it_is_turned_off(proxy: Proxy) -> None:
     with connect(proxy) as before:
         proxy.swallow()
         before.sendall(b"x")
@@ -136,7 +136,7 @@ def test_a_black_hole_answers_nobody_until_it_is_gone(proxy: Proxy) -> None:
         assert receive(after, 1) == b"z"
 
 
-def test_what_is_stalled_comes_later(proxy: Proxy) -> None:
+def test_stalled_bytes_arrive_later(proxy: Proxy) -> None:
     with connect(proxy) as connection:
         proxy.stall()
         connection.sendall(b"x")
@@ -145,7 +145,7 @@ def test_what_is_stalled_comes_later(proxy: Proxy) -> None:
         assert receive(connection, 1) == b"x"
 
 
-def test_a_slow_line_brings_everything(proxy: Proxy) -> None:
+def test_a_slow_connection_delivers_everything(proxy: Proxy) -> None:
     proxy.slow(20_000)
     with connect(proxy) as connection:
         began = time.monotonic()
@@ -155,7 +155,7 @@ def test_a_slow_line_brings_everything(proxy: Proxy) -> None:
         assert time.monotonic() - began > 0.3
 
 
-def test_who_refuses_takes_no_connections_until_it_resumes(proxy: Proxy) -> None:
+def test_a_refusing_proxy_accepts_no_connections_until_it_resumes(proxy: Proxy) -> None:
     proxy.refuse()
     with pytest.raises(ConnectionRefusedError):
         connect(proxy)
@@ -165,14 +165,14 @@ def test_who_refuses_takes_no_connections_until_it_resumes(proxy: Proxy) -> None
         assert receive(connection, 1) == b"x"
 
 
-def test_a_server_that_is_away_is_a_reset_for_the_client() -> None:
+def test_a_client_is_reset_if_the_server_is_down() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with Proxy(port) as proxy, connect(proxy) as connection, pytest.raises(ConnectionResetError):
         connection.recv(1)
 
 
-def test_its_address_takes_the_place_of_the_targets() -> None:
+def test_its_url_replaces_the_target_s_port() -> None:
     with Proxy(5672) as proxy:
         assert proxy.url("amqp://u:p@127.0.0.1:5672//") == f"amqp://u:p@127.0.0.1:{proxy.port}//"
         with pytest.raises(ValueError, match="5672"):

@@ -1,7 +1,7 @@
 """Tests of the tool that runs private RabbitMQ nodes.
 
-``RABBITMQ_DISTRIBUTIONS`` names the distributions to test with, separated by commas; the default is
-``system``.
+``RABBITMQ_DISTRIBUTIONS`` is a comma-separated list of the distributions to test with; the default
+is ``system``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHOSEN = [
 
 @pytest.fixture(scope="module", params=list(dict.fromkeys(["system", "forky", *CHOSEN])))
 def made_of(request: pytest.FixtureRequest) -> rabbitmq.Distribution:
-    """A distribution; the tests run with each that was asked for."""
+    """A distribution; the tests run with each selected one."""
     name = request.param
     if name not in CHOSEN:
         pytest.skip(f"RABBITMQ_DISTRIBUTIONS does not name {name}")
@@ -60,13 +60,13 @@ def node(made_of: rabbitmq.Distribution) -> Iterator[rabbitmq.Node]:
 
 @contextlib.contextmanager
 def channel_of(port: int) -> Iterator[Any]:
-    """A channel of a plain connection as guest."""
+    """A channel on a plain connection as guest."""
     with amqp.Connection(f"127.0.0.1:{port}", read_timeout=20, connect_timeout=20) as connection:
         yield connection.channel()
 
 
 def traces(node: rabbitmq.Node) -> Tuple[List[int], Path]:
-    """Return the processes of a node, that of its guard included, and the folder of it all."""
+    """Return the processes of a node, including its guard, and its folder."""
     assert node._home is not None
     guard = node._home.guard
     pids = [guard._process.pid, *rabbitmq._descendants(guard._process.pid)]
@@ -76,13 +76,13 @@ def traces(node: rabbitmq.Node) -> Tuple[List[int], Path]:
 
 def alive(pid: int) -> bool:
     try:
-        # One that has ended, but whose parent has not taken note, is not alive.
+        # A zombie, which has exited but was not reaped, is not alive.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-# -- what apt knows --------------------------------------------------------------------------------
+# -- apt's sources ---------------------------------------------------------------------------------
 
 
 def test_one_line_sources_are_parsed() -> None:
@@ -147,7 +147,7 @@ components: main
     ]
 
 
-def test_the_archive_of_debian_is_told_from_others() -> None:
+def test_the_archive_of_debian_is_recognised() -> None:
     sources = rabbitmq.parse_apt_list(
         """
 deb https://packages.example/apt cloud-sdk-bookworm main
@@ -166,7 +166,7 @@ deb cdrom:[Debian]/ bookworm main
     ]
 
 
-def test_a_file_of_mirrors_is_looked_into(tmp_path: Path) -> None:
+def test_a_mirror_list_file_is_read(tmp_path: Path) -> None:
     listed = tmp_path / "mirrors" / "debian.list"
     listed.parent.mkdir()
     listed.write_text("https://first.example/debian\thigh\nhttps://second.example/debian\n")
@@ -185,11 +185,11 @@ def test_a_file_of_mirrors_is_looked_into(tmp_path: Path) -> None:
     ]
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "Forky", "../forky", "forky sid"])
-def test_a_wrong_name_of_a_distribution_is_refused(name: str) -> None:
+def test_an_invalid_distribution_name_is_refused(name: str) -> None:
     with pytest.raises(rabbitmq.NotAvailable, match="is no distribution: use 'system'"):
         rabbitmq.distribution(name)
 
@@ -199,12 +199,12 @@ def test_an_unknown_plugin_is_refused(made_of: rabbitmq.Distribution) -> None:
         rabbitmq.Node(made_of, plugins=["rabbitmq_managment"])
 
 
-def test_a_wrong_name_of_a_node_is_refused(made_of: rabbitmq.Distribution) -> None:
+def test_an_invalid_node_name_is_refused(made_of: rabbitmq.Distribution) -> None:
     with pytest.raises(ValueError, match="'@localhost' is added"):
         rabbitmq.Node(made_of, name="rabbit@localhost")
 
 
-def test_a_configuration_that_is_wrong_is_shown(
+def test_a_configuration_error_is_shown(
     made_of: rabbitmq.Distribution, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if made_of.name == "system":
@@ -221,7 +221,7 @@ def test_a_configuration_that_is_wrong_is_shown(
 # -- a node ----------------------------------------------------------------------------------------
 
 
-def test_a_node_lets_clients_work(node: rabbitmq.Node) -> None:
+def test_clients_can_use_a_node(node: rabbitmq.Node) -> None:
     with channel_of(node.amqp_port) as channel:
         queue, *_ = channel.queue_declare(exclusive=True)
         channel.basic_publish(amqp.Message("hello"), routing_key=queue)
@@ -232,7 +232,7 @@ def test_a_node_lets_clients_work(node: rabbitmq.Node) -> None:
     assert message.body == "hello"
 
 
-def test_a_node_tells_about_itself(node: rabbitmq.Node) -> None:
+def test_a_node_reports_its_facts(node: rabbitmq.Node) -> None:
     assert node.eval("rabbit_misc:version()") == json.dumps(node.version)
     assert node.name in node.ctl("cluster_status")
     assert 10e6 < node.memory() < 2e9
@@ -245,7 +245,7 @@ def test_a_node_tells_about_itself(node: rabbitmq.Node) -> None:
     assert "Starting RabbitMQ" in node.log_path.read_text(errors="replace")
 
 
-def test_what_fails_on_a_node_is_shown(node: rabbitmq.Node) -> None:
+def test_an_error_on_a_node_is_shown(node: rabbitmq.Node) -> None:
     with pytest.raises(rabbitmq.CtlError, match="no_such_command"):
         node.ctl("no_such_command")
     with pytest.raises(rabbitmq.CtlError, match="badarith"):
@@ -274,7 +274,7 @@ def test_a_node_listens_on_the_loopback_interface_only(node: rabbitmq.Node) -> N
     # AMQP, the distribution, and epmd.
     assert len(ports) == 3
     assert node.amqp_port in ports
-    # No client is ever given one of them while the node is down.
+    # Clients must never be given one of these ports while the node is down.
     assert max(ports) < first
 
 
@@ -303,7 +303,7 @@ def test_a_killed_node_keeps_its_durable_queue(made_of: rabbitmq.Distribution) -
         assert node.queue_count() == 1
 
 
-def test_a_stopped_node_leaves_nothing(made_of: rabbitmq.Distribution) -> None:
+def test_a_stopped_node_leaves_nothing_behind(made_of: rabbitmq.Distribution) -> None:
     node = rabbitmq.Node(made_of)
     node.start()
     with channel_of(node.amqp_port) as channel:
@@ -339,7 +339,7 @@ def test_a_paused_node_can_be_stopped(made_of: rabbitmq.Distribution) -> None:
     assert not folder.exists()
 
 
-def test_nodes_of_one_name_live_side_by_side(
+def test_nodes_with_the_same_name_can_run_side_by_side(
     made_of: rabbitmq.Distribution, node: rabbitmq.Node
 ) -> None:
     with rabbitmq.Node(made_of, name=node.name.partition("@")[0]) as other:
@@ -349,7 +349,7 @@ def test_nodes_of_one_name_live_side_by_side(
     assert node.running
 
 
-def test_a_taken_port_is_exchanged(made_of: rabbitmq.Distribution) -> None:
+def test_a_taken_port_is_replaced(made_of: rabbitmq.Distribution) -> None:
     node = rabbitmq.Node(made_of)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", node.amqp_port))
@@ -412,7 +412,7 @@ if sys.argv[3] == "wait":
 
 
 @pytest.mark.parametrize("end", ["exit", "killed"])
-def test_an_owner_that_goes_away_leaves_nothing(
+def test_an_owner_that_exits_leaves_nothing_behind(
     made_of: rabbitmq.Distribution, end: str, eventually: Eventually
 ) -> None:
     owner = subprocess.Popen(
@@ -431,7 +431,7 @@ def test_an_owner_that_goes_away_leaves_nothing(
             owner.kill()
         owner.wait(60)
 
-        # The child that holds a copy of the owner's pipe keeps nothing alive.
+        # A child that holds a copy of the owner's pipe keeps nothing alive.
         assert alive(child)
         eventually(lambda: not any(map(alive, pids)))
         eventually(lambda: not Path(folder).exists())
@@ -448,11 +448,11 @@ def test_a_fork_leaves_the_node_to_its_parent(node: rabbitmq.Node) -> None:
     assert node._home is not None
     guard = node._home.guard
     with warnings.catch_warnings():
-        # Newer Pythons warn of threads, of which the child here uses none.
+        # Newer Pythons warn about threads, which the child here does not use.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        # What the end of the child's interpreter would do.
+        # As the end of the child's interpreter would do.
         guard._close()
         os._exit(0)
     os.waitpid(child, 0)
@@ -508,7 +508,7 @@ def run_tool(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
     )
 
 
-def test_run_gives_the_command_a_broker_and_its_exit_code_back(
+def test_run_gives_the_command_a_broker_and_returns_its_exit_code(
     made_of: rabbitmq.Distribution,
 ) -> None:
     script = (
@@ -546,20 +546,20 @@ def test_ctrl_c_leaves_the_node_to_the_command(made_of: rabbitmq.Distribution) -
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
 
-        # What a terminal does.
+        # A terminal sends SIGINT to the whole group.
         os.killpg(process.pid, signal.SIGINT)
 
         assert process.wait(60) == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_start_runs_until_it_is_told_to_end(
+def test_start_runs_until_it_is_interrupted(
     made_of: rabbitmq.Distribution, number: signal.Signals
 ) -> None:
     with subprocess.Popen(
         [sys.executable, str(TOOL), "start", "--distribution", made_of.name],
         stdout=subprocess.PIPE,
-        # Whoever runs the tests in the background ignores it, and so would the process.
+        # SIGINT is ignored if a shell runs the tests in the background.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
@@ -589,7 +589,7 @@ def test_wrong_arguments_are_explained() -> None:
     assert done.returncode == 2
 
 
-def test_a_command_that_is_not_there_is_explained(made_of: rabbitmq.Distribution) -> None:
+def test_a_missing_command_is_explained(made_of: rabbitmq.Distribution) -> None:
     done = run_tool("run", "--distribution", made_of.name, "--", "/no/such/command")
 
     assert done.returncode == 127

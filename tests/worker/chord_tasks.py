@@ -1,4 +1,4 @@
-"""Tasks of the tests of chords; for the app of a worker and for the one of the sender alike."""
+"""Tasks of the chord tests, for the worker's app and for the sender's alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.worker.tasks import app_from_environment
 
 
 def note(path: str, what: str) -> None:
-    """Append a line to a file, in one step."""
+    """Append a line to a file atomically."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         os.write(handle, f"{what}\n".encode())
@@ -23,11 +23,11 @@ def note(path: str, what: str) -> None:
 
 
 def register(app: Celery) -> SimpleNamespace:
-    """Make the tasks for *app* and return them by name."""
+    """Create the tasks for *app* and return them by name."""
 
     def task(**options: Any) -> Any:
         def decorate(function: Any) -> Any:
-            # Shared tasks would be made for every app of the process.
+            # Shared tasks would be created for every app of the process.
             name = f"chords.{function.__name__}"
             return app.task(name=name, shared=False, **options)(function)
 
@@ -47,7 +47,7 @@ def register(app: Celery) -> SimpleNamespace:
 
     @task(bind=True)
     def record(self: Any, results: Any, path: str) -> Any:
-        """Body: note that it has run, and return what it was given."""
+        """Body: record that it has run, and return its argument."""
         note(path, self.request.id)
         return results
 
@@ -132,7 +132,7 @@ def register(app: Celery) -> SimpleNamespace:
 
     @task(bind=True)
     def mortal(self: Any, results: Any, path: str, point: str, once: str) -> Any:
-        """Body like ``record``; who fires it is killed at the point of that name, once."""
+        """Body like ``record``; the process that fires it is killed at *point*, once."""
         note(path, self.request.id)
         return results
 

@@ -31,11 +31,11 @@ class Worker:
         return self.process.pid
 
     def output(self) -> str:
-        """What the worker has logged so far."""
+        """The worker's log so far."""
         return self.log.read_text(errors="replace")
 
     def stop(self) -> None:
-        """End the worker warmly, or by force where it does not end."""
+        """Stop the worker warmly, or kill it if it does not stop."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -50,7 +50,7 @@ class Worker:
 
 
 def environment_of(app: Celery) -> dict[str, str]:
-    """Return what :func:`tests.worker.tasks.app_from_environment` reads, for an app like *app*."""
+    """Return the environment for :func:`tests.worker.tasks.app_from_environment` to copy *app*."""
     return {
         "TEST_BROKER_URL": str(app.conf.broker_url),
         "TEST_RESULT_BACKEND": str(app.conf.result_backend),
@@ -72,7 +72,7 @@ def launch_worker(
 ) -> Worker:
     """Start ``celery worker`` for the tasks of *module* with the settings of *app*.
 
-    The module makes its app with :func:`tests.worker.tasks.app_from_environment`. Returns when
+    The module creates its app with :func:`tests.worker.tasks.app_from_environment`. Returns when
     the worker is ready.
     """
     log = tmp_path / f"worker-{uuid.uuid4().hex[:8]}.log"
@@ -110,7 +110,7 @@ def launch_worker(
 
 @pytest.fixture
 def start_worker(make_app: Apps, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
-    """Starts ``celery worker`` processes, see :func:`launch_worker`; ends them after the test."""
+    """Starts ``celery worker`` processes, see :func:`launch_worker`; stops them after the test."""
     workers: List[Worker] = []
 
     def start(app: Celery, **kwargs: Any) -> Worker:

@@ -1,4 +1,4 @@
-"""Tasks for tests with real workers. The sending side imports them, too."""
+"""Tasks for tests with real workers. The sending side imports them too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def app_from_environment() -> Celery:
         result_backend_transport_options={
             "shards": int(os.environ.get("TEST_SHARDS", "8")),
             "lookup_timeout": 60,
-            # A broker that is restarted on a busy machine takes its time.
+            # A broker that restarts on a busy machine may take long.
             "retry_policy": {"max_retries": 300},
         },
         broker_connection_retry_on_startup=True,
@@ -30,7 +30,7 @@ def app_from_environment() -> Celery:
         broker_connection_timeout=60,
         worker_hijack_root_logger=True,
     )
-    # Settings of one test, as JSON.
+    # Settings of a single test, as JSON.
     app.conf.update(json.loads(os.environ.get("TEST_CONF", "{}")))
     return app
 

@@ -26,18 +26,18 @@ World = Tuple[Celery, SimpleNamespace]
 
 
 def canvas_of(*version: int) -> Any:
-    """Skip a test with older versions of Celery, whose canvas has it wrong with any backend.
+    """Skip a test for older versions of Celery, whose canvas fails with any backend.
 
-    That was tried with Redis and Celery 5.3.6, 5.4.0, 5.5.3 and 5.6.3: there these chords end
-    otherwise as well, or never.
+    Checked with Redis and Celery 5.3.6, 5.4.0, 5.5.3 and 5.6.3: there these chords also end
+    differently, or never.
     """
     said = ".".join(map(str, version))
     reason = f"before {said} Celery's canvas has it wrong"
     return pytest.mark.skipif(celery.VERSION[: len(version)] < version, reason=reason)
 
 
-#: Pools of workers. CI tries all on one RabbitMQ, since that alone takes minutes; POOLS=all does on
-#: any.
+#: Pools of workers. CI tries all of them on one RabbitMQ, which alone takes minutes; POOLS=all
+#: tries them on any.
 POOLS = ["prefork"]
 in_ci = os.environ.get("CI") and os.environ.get("RABBITMQ_DISTRIBUTION", "system") == "system"
 if in_ci or os.environ.get("POOLS") == "all":
@@ -87,7 +87,7 @@ def lines(path: Path) -> List[str]:
 
 @pytest.fixture(autouse=True)
 def leaves_no_queue(world: World) -> Iterator[None]:
-    """Nothing of a chord is left behind by any test."""
+    """No test leaves any queue of a chord behind."""
     groups: List[str] = []
     backend = world[0].backend
     declare = backend.layout.chords.declare
@@ -143,7 +143,7 @@ SHAPES: List[Tuple[str, Callable[[Any], Any], Any]] = [
     ("chord in a group", lambda t: group([chord([t.add.s(1, 1)], t.total.s()), t.same.s(7)]),
      [2, 7]),
     ("chords in groups in chords", lambda t: chord(
-        # Celery turns round the order of a group in a header.
+        # Celery reverses the order of a group in a header.
         [group([chord([t.add.s(1, 1), t.add.s(2, 2)], t.total.s()), t.same.s(1)])],
         t.total.s()), 7),
     ("chord in a header", lambda t: chord(
@@ -194,7 +194,7 @@ SHAPES: List[Tuple[str, Callable[[Any], Any], Any]] = [
 ]  # fmt: skip
 
 
-#: The tasks of a generator are not numbered before Celery 5.3.6: nobody knows their order.
+#: Before Celery 5.3.6 the tasks of a generator are not numbered, so their order is unknown.
 GENERATED = ("generator", "group of a generator")
 
 
@@ -205,7 +205,9 @@ GENERATED = ("generator", "group of a generator")
         for name, make, want in SHAPES
     ],
 )
-def test_shape(t: SimpleNamespace, make: Callable[[Any], Any], expected: Any) -> None:
+def test_a_chord_of_any_shape_returns_its_value(
+    t: SimpleNamespace, make: Callable[[Any], Any], expected: Any
+) -> None:
     assert make(t).delay().get(timeout=TIMEOUT) == expected
 
 
@@ -215,12 +217,12 @@ def test_the_body_runs_once(t: SimpleNamespace, log: Path, size: int, lazy: bool
     header: Any = (t.same.s(i) for i in range(size))
     result = chord(header if lazy else list(header), t.record.s(str(log))).delay()
     assert result.get(timeout=TIMEOUT) == list(range(size))
-    # A chord sent later runs later: a second run of the first body would be there by then.
+    # A later chord runs later: by then, a second run of the first body would have happened.
     assert chord([t.same.s(1)], t.same.s()).delay().get(timeout=TIMEOUT) == [1]
     assert lines(log) == [result.id]
 
 
-def test_many_chords_at_once(t: SimpleNamespace, log: Path) -> None:
+def test_many_chords_run_concurrently(t: SimpleNamespace, log: Path) -> None:
     results = [
         chord([t.same.s(i) for i in range(5)], t.record.s(str(log))).delay() for _ in range(30)
     ]
@@ -235,7 +237,7 @@ def test_a_generator_is_sent_while_it_runs(t: SimpleNamespace) -> None:
 
     def header() -> Iterator[Any]:
         task = t.same.s(1)
-        # Celery looks ahead by a few.
+        # Celery looks ahead by a few tasks.
         yield from (t.same.s(0) for _ in range(10))
         sent = world_sent[0]
         first.append(sent)
@@ -259,7 +261,7 @@ def test_a_generator_is_sent_while_it_runs(t: SimpleNamespace) -> None:
 
 
 @canvas_of(5, 3, 6)
-def test_a_slow_generator_whose_parts_are_all_back_before_its_size_is_known(
+def test_a_slow_generator_whose_parts_finish_before_its_size_is_known(
     t: SimpleNamespace,
 ) -> None:
     early: List[Any] = []
@@ -276,15 +278,15 @@ def test_a_slow_generator_whose_parts_are_all_back_before_its_size_is_known(
 
 
 @pytest.mark.parametrize("more", [1, 10])
-def test_tasks_added_to_a_running_chord(t: SimpleNamespace, more: int) -> None:
+def test_tasks_can_be_added_to_a_running_chord(t: SimpleNamespace, more: int) -> None:
     result = chord([t.adds.s(1, more), t.same.s(2)], t.same.s()).delay()
     found = result.get(timeout=TIMEOUT)
-    # The added ones have the place of the task that added them.
+    # Added tasks take the place of the task that added them.
     assert sorted(found) == sorted([1, 2, *range(1000, 1000 + more)])
     assert found[-1] == 2
 
 
-def test_added_tasks_that_add_tasks(t: SimpleNamespace, log: Path) -> None:
+def test_added_tasks_can_add_tasks(t: SimpleNamespace, log: Path) -> None:
     result = chord([t.adds_one_that_adds.s(8)], t.record.s(str(log))).delay()
     assert sorted(result.get(timeout=TIMEOUT)) == list(range(9))
     assert lines(log) == [result.id]
@@ -301,7 +303,7 @@ def test_a_failed_part_fails_the_body(t: SimpleNamespace, log: Path) -> None:
     assert lines(log) == []
 
 
-def test_a_failure_is_reported_when_all_parts_are_in(t: SimpleNamespace, log: Path) -> None:
+def test_a_failure_is_reported_once_all_parts_have_finished(t: SimpleNamespace, log: Path) -> None:
     header = [t.fail.s(), t.slow.s(1, 0.7)]
     result = chord(header, t.record.s(str(log))).delay()
     eventually(result.parent[0].ready)
@@ -323,15 +325,15 @@ def test_errbacks_of_the_body_run_once(t: SimpleNamespace, tmp_path: Path) -> No
     assert lines(old) == [result.id]
 
 
-def test_errbacks_of_the_header(t: SimpleNamespace, log: Path) -> None:
+def test_errbacks_of_the_header_run(t: SimpleNamespace, log: Path) -> None:
     failing = t.fail.s().on_error(t.on_error.s(str(log)))
     result = chord([failing, t.same.s(1)], t.same.s()).delay()
     eventually(result.ready)
-    # A part is returned before the errbacks of its task are called.
+    # A task's part is published before its errbacks are called.
     eventually(lambda: lines(log) == [f"{result.parent[0].id} KeyError"])
 
 
-def test_links(t: SimpleNamespace, tmp_path: Path) -> None:
+def test_links_of_the_body_run(t: SimpleNamespace, tmp_path: Path) -> None:
     header, body = tmp_path / "header", tmp_path / "body"
     linked = t.same.s(1)
     linked.link(t.linked.s(str(header)))
@@ -341,7 +343,7 @@ def test_links(t: SimpleNamespace, tmp_path: Path) -> None:
     eventually(lambda: lines(header) == ["1"] and lines(body) == ["[1, 2]"])
 
 
-def test_a_body_that_fails(t: SimpleNamespace, log: Path) -> None:
+def test_a_failing_body_raises(t: SimpleNamespace, log: Path) -> None:
     body = t.fail_with.s().on_error(t.on_error.s(str(log)))
     result = chord([t.same.s(1)], body).delay()
     with pytest.raises(KeyError, match="body"):
@@ -350,14 +352,14 @@ def test_a_body_that_fails(t: SimpleNamespace, log: Path) -> None:
 
 
 @canvas_of(5, 7)
-def test_a_group_as_body_of_a_chord_that_fails(t: SimpleNamespace) -> None:
+def test_a_failed_chord_with_a_group_as_its_body(t: SimpleNamespace) -> None:
     result = chord([t.fail.s("no"), t.same.s(1)], group([t.same.s(), t.total.s()])).delay()
     eventually(result.ready)
     assert [member.state for member in result] == ["FAILURE", "FAILURE"]
 
 
 @canvas_of(5, 6)
-def test_a_chain_goes_no_further_than_a_chord_that_fails(t: SimpleNamespace, log: Path) -> None:
+def test_a_chain_stops_at_a_failed_chord(t: SimpleNamespace, log: Path) -> None:
     whole = chord([t.fail.s(), t.same.s(1)], t.same.s()) | t.record.s(str(log))
     result = whole.delay()
     eventually(result.ready)
@@ -368,7 +370,7 @@ def test_a_chain_goes_no_further_than_a_chord_that_fails(t: SimpleNamespace, log
 @pytest.mark.parametrize(
     "inner_body", ["task", pytest.param("chain", marks=canvas_of(5, 6)), "group", "chord"]
 )
-def test_a_failure_reaches_the_chord_around(t: SimpleNamespace, inner_body: str) -> None:
+def test_a_failure_reaches_the_enclosing_chord(t: SimpleNamespace, inner_body: str) -> None:
     bodies = {
         "task": t.same.s(),
         "chain": t.same.s() | t.same.s(),
@@ -381,13 +383,13 @@ def test_a_failure_reaches_the_chord_around(t: SimpleNamespace, inner_body: str)
     assert "deep" in str(result.result)
 
 
-def test_a_chain_in_the_header_that_fails_at_its_start(t: SimpleNamespace) -> None:
+def test_a_header_chain_that_fails_at_its_first_task(t: SimpleNamespace) -> None:
     result = chord([t.fail.s("first") | t.same.s() | t.same.s(), t.same.s(2)], t.same.s()).delay()
     eventually(lambda: result.state == "FAILURE")
     assert "first" in str(result.result)
 
 
-def test_revoked_header_task(world: World, t: SimpleNamespace) -> None:
+def test_a_revoked_header_task_fails_the_chord(world: World, t: SimpleNamespace) -> None:
     app = world[0]
     revoked = t.same.s(1)
     task_id = str(uuid.uuid4())
@@ -400,7 +402,7 @@ def test_revoked_header_task(world: World, t: SimpleNamespace) -> None:
     assert str(result.result) == f"Dependency {task_id} raised {TaskRevokedError('revoked')!r}"
 
 
-def test_a_header_task_whose_process_is_killed(world: World, t: SimpleNamespace) -> None:
+def test_a_killed_header_task_fails_the_chord(world: World, t: SimpleNamespace) -> None:
     if world[0].test_pool != "prefork":
         pytest.skip("only the children of a prefork pool can be lost")
     result = chord([t.killed.s(), t.same.s(2)], t.same.s()).delay()
@@ -408,33 +410,33 @@ def test_a_header_task_whose_process_is_killed(world: World, t: SimpleNamespace)
     assert "WorkerLostError" in str(result.result)
 
 
-def test_a_result_that_cannot_be_encoded(t: SimpleNamespace) -> None:
+def test_an_unencodable_result_fails_the_chord(t: SimpleNamespace) -> None:
     result = chord([t.unserializable.s(), t.same.s(2)], t.same.s()).delay()
     eventually(lambda: result.state == "FAILURE")
     assert "EncodeError" in str(result.result)
 
 
-def test_large_results(t: SimpleNamespace) -> None:
+def test_large_results_reach_the_body(t: SimpleNamespace) -> None:
     size = 300_000
     result = chord([t.payload.s(size) for _ in range(8)], t.length.s()).delay()
     assert result.get(timeout=TIMEOUT) == 8 * size
 
 
-def test_a_signature_used_twice_in_a_header(t: SimpleNamespace) -> None:
+def test_a_signature_can_be_used_twice_in_a_header(t: SimpleNamespace) -> None:
     signature = t.same.s(5)
     signature.freeze()
     assert chord([signature, signature], t.same.s()).delay().get(timeout=TIMEOUT) == [5, 5]
 
 
 @canvas_of(5, 7)
-def test_the_same_chord_sent_twice(t: SimpleNamespace, log: Path) -> None:
+def test_the_same_chord_can_be_sent_twice(t: SimpleNamespace, log: Path) -> None:
     whole = chord([t.same.s(1), t.same.s(2)], t.record.s(str(log)))
     assert whole.delay().get(timeout=TIMEOUT) == [1, 2]
     assert whole.delay().get(timeout=TIMEOUT) == [1, 2]
     assert len(lines(log)) == 2
 
 
-def test_a_frozen_chord_sent_again(t: SimpleNamespace, log: Path) -> None:
+def test_a_frozen_chord_can_be_sent_again(t: SimpleNamespace, log: Path) -> None:
     whole = chord([t.same.s(1), t.same.s(2)], t.record.s(str(log)))
     whole.freeze()
     for number in range(1, 11):
@@ -448,13 +450,15 @@ class Stamps(StampingVisitor):  # type: ignore[misc]
         return {"tenant": ["t1"]}
 
 
-def test_stamping(t: SimpleNamespace) -> None:
+def test_chords_can_be_stamped(t: SimpleNamespace) -> None:
     whole = chord([t.same.s(1), t.same.s(2)], t.stamps.s())
     whole.stamp(visitor=Stamps())
     assert whole.delay().get(timeout=TIMEOUT)["tenant"] == ["t1"]
 
 
-def test_a_process_that_did_not_send_the_chord_waits(world: World, t: SimpleNamespace) -> None:
+def test_a_process_that_did_not_send_the_chord_can_wait_for_it(
+    world: World, t: SimpleNamespace
+) -> None:
     result = chord([t.slow.s(1, 0.2), t.same.s(2)], t.same.s()).delay()
     other = Celery(broker=world[0].conf.broker_url, backend="amqp://", set_as_current=False)
     other.conf.update(
@@ -472,12 +476,12 @@ def test_a_process_that_did_not_send_the_chord_waits(world: World, t: SimpleName
 def test_the_body_is_pushed_to_the_process_that_sent_the_chord(
     world: World, t: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Given a process that waits already, and will not look for what is late
+    # Given a process that is waiting already, and whose next look-up is far away
     monkeypatch.setattr(waiting, "FIRST_RECHECK", 10.0 * TIMEOUT)
     assert t.same.delay(1).get(timeout=TIMEOUT) == 1
     backend = world[0].backend
     read, bound = backend.metrics().shards_read, set(backend.layout.inbox._bound)
-    # When it sends chords, which a worker fires, succeed or not
+    # When it sends chords that a worker fires, successfully or not
     result = chord([t.same.s(1), t.same.s(2)], t.same.s()).delay()
     assert result.get(timeout=TIMEOUT) == [1, 2]
     body = chord([t.same.s(1), t.fail.s("no")], t.same.s()).delay()
@@ -486,13 +490,13 @@ def test_the_body_is_pushed_to_the_process_that_sent_the_chord(
         body.get(timeout=TIMEOUT)
     with pytest.raises(KeyError, match="body"):
         chord([t.same.s(1), t.same.s(2)], t.fail_with.s()).delay().get(timeout=TIMEOUT)
-    # Then nothing was looked up for that, and nothing of others is received
+    # Then no look-up was needed, and no results of other senders were received
     assert backend.metrics().shards_read == read
     assert backend.layout.inbox._bound == bound
 
 
 @canvas_of(5, 3, 6)
-def test_a_thousand_parts(t: SimpleNamespace, log: Path) -> None:
+def test_a_chord_of_a_thousand_parts(t: SimpleNamespace, log: Path) -> None:
     result = chord((t.same.s(i) for i in range(1000)), t.record.s(str(log))).delay()
     assert result.get(timeout=4 * TIMEOUT) == list(range(1000))
     assert lines(log) == [result.id]

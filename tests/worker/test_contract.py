@@ -1,4 +1,4 @@
-"""The backend as real prefork workers use it, seen by the sender and by other processes."""
+"""The backend with real prefork workers, seen by the sender and by other processes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def contract(
         yield Contract(app, worker, apps)
 
 
-# -- what a task comes to ------------------------------------------------------------------------
+# -- outcomes of a task --------------------------------------------------------------------------
 
 
 def test_a_task_returns_its_value_to_the_sender_and_to_others(contract: Contract) -> None:
@@ -83,7 +83,7 @@ def test_a_task_that_fails_raises_with_its_traceback(contract: Contract) -> None
     assert "tasks.py" in contract.app.AsyncResult(result.id).traceback
 
 
-def test_states_on_the_way_are_pushed_in_order(contract: Contract) -> None:
+def test_intermediate_states_are_pushed_in_order(contract: Contract) -> None:
     seen: List[Any] = []
     result = contract.send("steps", 20)
     value = result.get(timeout=LONG, on_message=lambda m: seen.append((m["status"], m["result"])))
@@ -94,36 +94,36 @@ def test_states_on_the_way_are_pushed_in_order(contract: Contract) -> None:
 
 
 def _check_end(seen: List[Any], all_of_them: List[Any]) -> None:
-    """Check that *seen* is all from some point on.
+    """Check that *seen* is a suffix of all states.
 
-    Of what a task does before anybody waits for it, only the last state is known. On a busy machine
-    a worker may be faster than the one who sends the task.
+    Before the first wait only the last state of a task is known. On a busy machine a worker may be
+    faster than the sender.
     """
     assert seen == all_of_them[len(all_of_them) - len(seen) :]
 
 
-def test_a_task_that_is_retried_shows_each_retry_and_then_succeeds(contract: Contract) -> None:
-    # Celery sends the task again before it stores that it does: without a countdown the end may
-    # overtake the last retry.
+def test_a_retried_task_shows_each_retry_and_then_succeeds(contract: Contract) -> None:
+    # Celery sends the retry before it stores RETRY: without a countdown the final state may
+    # overtake the last RETRY.
     seen: List[str] = []
     result = contract.send("retried", 2, 0.3)
     assert result.get(timeout=LONG, on_message=lambda m: seen.append(m["status"])) == 2
     _check_end(seen, ["RETRY", "RETRY", "SUCCESS"])
 
 
-def test_a_task_that_was_replaced_gives_the_result_of_its_replacement(contract: Contract) -> None:
+def test_a_replaced_task_returns_the_result_of_its_replacement(contract: Contract) -> None:
     result = contract.send("replaced", 4, 5)
     assert result.get(timeout=LONG) == 9
     assert subprocesses.run(contract.app, subprocess_jobs.values, ids=[result.id]) == [9]
 
 
-def test_a_task_that_was_replaced_by_a_group_gives_the_group_s_results(contract: Contract) -> None:
+def test_a_task_replaced_by_a_group_returns_the_group_s_results(contract: Contract) -> None:
     assert contract.send("replaced_by_group", 4).get(timeout=LONG) == [0, 2, 4, 6]
 
 
 def test_a_task_that_ignores_its_result_stores_none(contract: Contract) -> None:
     results = [contract.send(n, ignore_result=True) for n in ("ignored", "ignored_failure")]
-    # What is sent after it, to one worker, is done after it has begun at least.
+    # A task sent later to the same worker finishes after this one has at least begun.
     assert contract.send("add", 1, 1).get(timeout=LONG) == 2
     for result in results:
         assert result.get(timeout=LONG) is None
@@ -131,7 +131,7 @@ def test_a_task_that_ignores_its_result_stores_none(contract: Contract) -> None:
         assert not contract.app.backend.task_result_exists(result.id)
 
 
-def test_a_result_that_cannot_be_serialized_is_a_failure_that_says_so(contract: Contract) -> None:
+def test_an_unserializable_result_is_a_failure_with_the_reason(contract: Contract) -> None:
     result = contract.send("unserializable")
     with pytest.raises(Exception, match=r"(?i)serializ"):
         result.get(timeout=LONG)
@@ -147,7 +147,7 @@ def test_children_are_listed(contract: Contract) -> None:
     assert [child.id for child in again.children] == ids
 
 
-def test_result_extended_tells_what_ran(contract: Contract) -> None:
+def test_result_extended_describes_the_task(contract: Contract) -> None:
     result = contract.send("add", 1, 2)
     result.get(timeout=LONG)
     (meta,) = subprocesses.run(contract.app, subprocess_jobs.metas, ids=[result.id])
@@ -160,10 +160,10 @@ def test_result_extended_tells_what_ran(contract: Contract) -> None:
 # -- chains and groups ---------------------------------------------------------------------------
 
 
-def test_a_chain_is_waited_for_by_its_sender_although_a_worker_sends_its_last_task(
+def test_the_sender_of_a_chain_is_notified_although_a_worker_sends_its_last_task(
     contract: Contract,
 ) -> None:
-    # Given an inbox that stands, so that nothing but a push tells of the end.
+    # Given an open inbox, so that only a push reports the final state.
     assert contract.send("add", 0, 0).get(timeout=LONG) == 0
     result = chain(contract.s("add", 1, 1), contract.s("add", 2), contract.s("add", 3))()
     assert result.get(timeout=LONG) == 7
@@ -171,7 +171,7 @@ def test_a_chain_is_waited_for_by_its_sender_although_a_worker_sends_its_last_ta
     assert result.parent.parent.get(timeout=LONG) == 2
 
 
-def test_a_chain_whose_first_task_fails_raises_for_the_one_who_waits_for_the_last(
+def test_waiting_for_a_chain_raises_the_failure_of_its_first_task(
     contract: Contract,
 ) -> None:
     result = chain(contract.s("fail", "first"), contract.s("add", 2), contract.s("add", 3))()
@@ -191,7 +191,7 @@ def test_a_group_of_a_thousand_is_joined_and_read_by_another_process(contract: C
     assert values == expected
 
 
-def test_a_group_with_a_member_that_fails_raises(contract: Contract) -> None:
+def test_a_group_with_a_failed_member_raises(contract: Contract) -> None:
     result = group(contract.s("add", 1, 1), contract.s("fail", "member")).apply_async()
     with pytest.raises(KeyError, match="member"):
         result.get(timeout=LONG)
@@ -200,7 +200,7 @@ def test_a_group_with_a_member_that_fails_raises(contract: Contract) -> None:
     assert isinstance(error, KeyError)
 
 
-# -- what the worker's main process writes -------------------------------------------------------
+# -- states that the worker's main process stores ------------------------------------------------
 
 
 def test_a_task_past_its_time_limit_is_a_failure(contract: Contract) -> None:
@@ -227,7 +227,7 @@ def test_an_unknown_task_is_a_failure(contract: Contract) -> None:
     assert result.state == states.FAILURE
 
 
-def test_a_queued_task_that_is_revoked_is_revoked_for_all(contract: Contract) -> None:
+def test_a_revoked_queued_task_is_revoked_for_all_processes(contract: Contract) -> None:
     result = contract.send("add", 1, 1, countdown=1)
     contract.app.control.revoke(result.id)
     with pytest.raises(TaskRevokedError):
@@ -235,7 +235,7 @@ def test_a_queued_task_that_is_revoked_is_revoked_for_all(contract: Contract) ->
     assert subprocesses.run(contract.app, subprocess_jobs.states, ids=[result.id]) == ["REVOKED"]
 
 
-def test_a_running_task_that_is_terminated_is_revoked_for_all(
+def test_a_terminated_running_task_is_revoked_for_all_processes(
     contract: Contract, eventually: Callable[..., Any]
 ) -> None:
     result = contract.send("started_for", 60)
@@ -282,7 +282,7 @@ def test_a_task_waits_for_tasks_of_another_sender(contract: Contract) -> None:
 # -- many processes ------------------------------------------------------------------------------
 
 
-def test_a_different_process_forgets(contract: Contract) -> None:
+def test_another_process_can_forget_a_result(contract: Contract) -> None:
     result = contract.send("add", 1, 1)
     assert result.get(timeout=LONG) == 2
     subprocesses.run(contract.app, subprocess_jobs.forget, ids=[result.id])
@@ -290,7 +290,7 @@ def test_a_different_process_forgets(contract: Contract) -> None:
     assert subprocesses.run(contract.app, subprocess_jobs.states, ids=[result.id]) == ["PENDING"]
 
 
-def test_processes_that_sent_nothing_read_results_again_and_again_at_once(
+def test_processes_that_sent_no_task_read_results_concurrently(
     contract: Contract,
 ) -> None:
     sent = [contract.send("add", n, 1) for n in range(20)]
@@ -301,12 +301,12 @@ def test_processes_that_sent_nothing_read_results_again_and_again_at_once(
     assert [result.get(timeout=LONG) for result in sent] == expected[:20]
 
 
-def test_sixteen_processes_that_poll_while_a_worker_writes_see_one_story(
+def test_sixteen_polling_processes_see_consistent_states(
     contract: Contract,
 ) -> None:
     ids = [str(uuid.uuid4()) for _ in range(6)]
     with contextlib.ExitStack() as stack:
-        # Given sixteen processes that poll tasks that nobody has sent yet.
+        # Given sixteen processes that poll tasks before they are sent.
         pollers = [
             stack.enter_context(
                 subprocesses.start(contract.app, subprocess_jobs.poll_until_final, ids=ids)
@@ -315,44 +315,44 @@ def test_sixteen_processes_that_poll_while_a_worker_writes_see_one_story(
         ]
         for poller in pollers:
             assert poller.readline() == "polling"
-        # When the worker does them.
+        # When the worker runs the tasks.
         for task_id in ids:
             contract.send("steps", 100, task_id=task_id)
         answers: List[Dict[str, Any]] = [poller.answer() for poller in pollers]
-    # Then nobody has seen a state go backwards, nor PENDING after any other state.
+    # Then no process has seen a state go backwards, nor PENDING after any other state.
     order: List[Any] = ["PENDING", "STARTED", *(("PROGRESS", n) for n in range(100)), "SUCCESS"]
     for answer in answers:
         for task_id in ids:
             seen = [order.index(state) for state in answer["seen"][task_id]]
             assert seen == sorted(set(seen)), (task_id, answer["seen"][task_id])
-    # And all have seen the same end.
+    # And all have seen the same final state.
     assert [answer["final"] for answer in answers] == [answers[0]["final"]] * 16
     assert {meta["result"] for meta in answers[0]["final"].values()} == {100}
 
 
-def test_a_task_sent_and_never_waited_for_is_there_later(contract: Contract) -> None:
-    # A program that sends, and ends; another asks for the result.
+def test_a_result_can_be_read_after_its_sender_has_exited(contract: Contract) -> None:
+    # A program sends a task and exits; another one reads the result.
     (task_id,) = subprocesses.run(
         contract.app, subprocess_jobs.send_and_end, name="tests.worker.tasks.add"
     )
     assert contract.app.AsyncResult(task_id).get(timeout=LONG) == 3
 
 
-def test_timeout_zero_while_the_task_runs(contract: Contract) -> None:
+def test_timeout_zero_raises_while_the_task_runs(contract: Contract) -> None:
     result = contract.send("started_for", 1)
     with pytest.raises(TimeoutError):
         result.get(timeout=0)
     assert result.get(timeout=LONG) == "done"
 
 
-def test_the_worker_has_logged_no_error_of_the_backend(contract: Contract) -> None:
-    # After nearly all tests of the module: what they have made the worker log.
+def test_the_worker_has_logged_no_backend_error(contract: Contract) -> None:
+    # Runs after nearly all tests of the module, so it covers what they made the worker log.
     output = contract.worker.output()
     assert [name for name in errors.__all__ if name in output] == []
     assert " is lost" not in output
 
 
-def test_a_worker_that_is_stopped_has_stored_what_it_did(
+def test_a_stopped_worker_has_stored_all_its_results(
     start_worker: Callable[..., Worker], make_app: Apps
 ) -> None:
     app = make_app()

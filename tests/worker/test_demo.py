@@ -1,4 +1,4 @@
-"""The demo, as ``make demo`` runs it but smaller."""
+"""The demo, as ``make demo`` runs it, but smaller."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-#: Seconds in which the demo surely ends, on a busy machine too.
+#: Seconds within which the demo finishes even on a busy machine.
 PATIENCE = 150
 
 
@@ -24,7 +24,7 @@ def command(*arguments: str) -> List[str]:
 
 
 def environment(tmp_path: Path) -> Dict[str, str]:
-    """What the demo's processes get; the mark tells them from all others."""
+    """The environment of the demo's processes; the mark identifies them."""
     return dict(os.environ, TMPDIR=str(tmp_path), DEMO_MARK=uuid.uuid4().hex)
 
 
@@ -41,7 +41,7 @@ def processes_with(mark: str) -> List[str]:
 
 
 def check_readers(output: str, readers: int) -> None:
-    # Every reader has seen the same as the sender, and nothing pending.
+    # Every reader has seen the same as the sender, and no pending task.
     lines = re.findall(r"^ +(?:pid|thread) \d.* in 2 rounds .*$", output, re.MULTILINE)
     assert len(lines) == readers, output
     for line in lines:
@@ -50,7 +50,7 @@ def check_readers(output: str, readers: int) -> None:
     assert "All as it should be" in output
 
 
-def test_the_demo_shows_what_readers_saw_and_leaves_nothing(
+def test_the_demo_shows_what_readers_saw_and_cleans_up(
     amqp_url: str, raw: Any, tmp_path: Path
 ) -> None:
     variables = environment(tmp_path)
@@ -67,11 +67,11 @@ def test_the_demo_shows_what_readers_saw_and_leaves_nothing(
 
     assert done.returncode == 0, done.stdout + done.stderr
     check_readers(done.stdout, readers=3)
-    # Piped: plain text, without a terminal's control sequences.
+    # Piped output is plain text, without a terminal's control sequences.
     assert "\x1b" not in done.stdout
     assert processes_with(variables["DEMO_MARK"]) == []
     assert list(tmp_path.iterdir()) == []
-    # Nothing that it declared is left.
+    # Everything that it declared is deleted.
     (name,) = set(re.findall(r"celery-results-demo-[0-9a-f]{8}", done.stdout))
     for exchange in (f"{name}.states", f"{name}.tasks"):
         assert not exists(raw, "exchange_declare", exchange)
@@ -113,10 +113,10 @@ def test_the_demo_runs_without_rabbitmq(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "moment", ["celery-amqp-results", "Celery", "  failing", "Reading by id", "What ran"]
 )
-def test_ctrl_c_leaves_nothing(
+def test_the_demo_cleans_up_after_ctrl_c(
     moment: str, amqp_url: str, tmp_path: Path, eventually: Callable[..., Any]
 ) -> None:
-    # Given a demo that has come to the line that begins so
+    # Given a demo that has printed a line that begins with this text
     variables = environment(tmp_path)
     demo = subprocess.Popen(
         command("--broker", amqp_url),
@@ -139,7 +139,7 @@ def test_ctrl_c_leaves_nothing(
         demo.kill()
         demo.wait()
 
-    # Then it says so and leaves no process, no folder. At the very end it may be done already.
+    # Then it says so and leaves no process and no folder. Near the end it may finish first.
     assert demo.returncode in ((130,) if moment != "What ran" else (130, 0)), output + complaints
     assert "Traceback" not in complaints
     eventually(lambda: not processes_with(variables["DEMO_MARK"]))

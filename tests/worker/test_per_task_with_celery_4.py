@@ -1,6 +1,6 @@
-"""Celery 4 and this backend side by side: each one's workers, with the other one's senders.
+"""Celery 4 and this backend side by side: each one's workers with the other one's senders.
 
-``CELERY4_PYTHON`` names a Python with Celery 4.4; without it there is nothing to do here.
+``CELERY4_PYTHON`` names a Python with Celery 4.4; without it these tests are skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not PYTHON, reason="CELERY4_PYTHON names no Pyth
 CONF: Dict[str, Any] = {
     "result_backend_transport_options": {"layout": "per-task", **PATIENT_OPTIONS},
     "result_expires": 600,
-    # Celery 4 declares a transient queue for it, which the newest RabbitMQ may refuse.
+    # Celery 4 declares a transient queue for events, which the newest RabbitMQ may refuse.
     "worker_enable_remote_control": False,
 }
 
@@ -67,7 +67,9 @@ def start(app: Celery, tmp_path: Path, **kwargs: Any) -> Worker:
     )
 
 
-def test_a_worker_with_celery_4_and_a_sender_with_this(make_app: Apps, tmp_path: Path) -> None:
+def test_a_celery_4_worker_with_a_sender_that_uses_this_backend(
+    make_app: Apps, tmp_path: Path
+) -> None:
     app = make_app(**CONF)
     app.set_current()
     worker = start(app, tmp_path, python=PYTHON)
@@ -75,7 +77,7 @@ def test_a_worker_with_celery_4_and_a_sender_with_this(make_app: Apps, tmp_path:
     seen: List[Any] = []
     try:
         value = t.add.delay(2, 3)
-        # Again and again, as nothing is taken away.
+        # Repeatedly, since reading removes nothing.
         assert [value.get(timeout=PATIENCE) for _ in range(2)] == [5, 5]
         with pytest.raises(KeyError, match="gone"):
             t.fail.delay("gone").get(timeout=PATIENCE)
@@ -91,7 +93,9 @@ def test_a_worker_with_celery_4_and_a_sender_with_this(make_app: Apps, tmp_path:
         worker.stop()
 
 
-def test_a_worker_with_this_and_a_sender_with_celery_4(make_app: Apps, tmp_path: Path) -> None:
+def test_a_worker_that_uses_this_backend_with_a_celery_4_sender(
+    make_app: Apps, tmp_path: Path
+) -> None:
     app = make_app(**CONF)
     worker = start(app, tmp_path)
     try:
@@ -112,7 +116,7 @@ def test_a_worker_with_this_and_a_sender_with_celery_4(make_app: Apps, tmp_path:
             "chord": 6,
             "steps": [20, []],
         }
-        # That of the task that fails.
+        # The result of the task that fails.
         assert worker.output().count("Traceback") == 1
     finally:
         worker.stop()

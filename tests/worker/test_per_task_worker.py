@@ -1,6 +1,6 @@
-"""The layout ``per-task`` as real prefork workers use it over RabbitMQ.
+"""The layout ``per-task`` with real prefork workers over RabbitMQ.
 
-What is written and read is the matter of ``tests/broker/test_per_task.py``.
+``tests/broker/test_per_task.py`` covers the messages themselves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tools import rabbitmq
 
 OPTIONS = {"layout": "per-task", **PATIENT_OPTIONS}
 
-#: Tasks of chords are polled for, so that their queues are left behind. Not for a day.
+#: Queues of header tasks are polled, not consumed, so they stay until they expire: soon.
 EXPIRES = 600
 
 STEPS = 20
@@ -94,7 +94,7 @@ def queue_exists(world: World, name: str) -> bool:
 # -- results of tasks ----------------------------------------------------------------------------
 
 
-def test_a_value_is_there_for_the_sender_and_for_others_again_and_again(world: World) -> None:
+def test_the_sender_and_others_can_read_a_value_repeatedly(world: World) -> None:
     result = world.send("add", 2, 3)
     assert result.get(timeout=PATIENCE) == 5
     assert subprocesses.run(world.app, subprocess_jobs.values, ids=[result.id], times=3) == [
@@ -107,11 +107,11 @@ def test_a_value_is_there_for_the_sender_and_for_others_again_and_again(world: W
         == [states.SUCCESS] * 3
     )
     assert world.app.AsyncResult(result.id).get(timeout=PATIENCE) == 5
-    # The worker has written it into a queue of its own.
+    # The worker has published it to a per-task queue.
     assert queue_exists(world, result.id.replace("-", ""))
 
 
-def test_a_failure_is_there_for_the_sender_and_for_others(world: World) -> None:
+def test_the_sender_and_others_can_read_a_failure(world: World) -> None:
     result = world.send("fail", "gone")
     with pytest.raises(KeyError, match="gone"):
         result.get(timeout=PATIENCE)
@@ -122,7 +122,7 @@ def test_a_failure_is_there_for_the_sender_and_for_others(world: World) -> None:
     assert "tasks.py" in meta["traceback"]
 
 
-def test_several_processes_wait_for_one_task_and_all_get_it(world: World) -> None:
+def test_several_processes_wait_for_one_task_and_all_get_its_result(world: World) -> None:
     task_id = "waited-for-by-four"
     with contextlib.ExitStack() as stack:
         waiters = [
@@ -138,7 +138,7 @@ def test_several_processes_wait_for_one_task_and_all_get_it(world: World) -> Non
         assert [waiter.answer() for waiter in waiters] == [3] * 3
 
 
-def test_states_on_the_way_are_pushed_in_order_to_sender_and_another(
+def test_intermediate_states_are_pushed_in_order_to_the_sender_and_to_others(
     world: World, eventually: Callable[..., Any]
 ) -> None:
     task_id = "steps-seen-by-two"
@@ -157,8 +157,8 @@ def test_states_on_the_way_are_pushed_in_order_to_sender_and_another(
         waiting, heard = Waiting(wait), Waiting(other.readline)
 
         def both_wait() -> bool:
-            # The first one may be found by looking; the second is found, or comes, when the
-            # binding stands by which everything else comes.
+            # The first state may be found by the look-up. Once the second one has arrived, the
+            # binding exists through which all later states arrive.
             backend.store_result(task_id, next(knocks), "KNOCK")
             return len(seen) >= 2 and not heard.thread.is_alive()
 
@@ -174,7 +174,7 @@ def test_states_on_the_way_are_pushed_in_order_to_sender_and_another(
         assert set(story[0][1]) == {"pid", "hostname"}
 
 
-def test_processes_that_poll_while_a_worker_writes_see_one_story(world: World) -> None:
+def test_polling_processes_see_consistent_states(world: World) -> None:
     ids = [f"polled-{number}" for number in range(3)]
     with contextlib.ExitStack() as stack:
         pollers = [
@@ -188,8 +188,8 @@ def test_processes_that_poll_while_a_worker_writes_see_one_story(world: World) -
         for task_id in ids:
             world.send("steps", STEPS, task_id=task_id)
         answers = [poller.answer() for poller in pollers]
-    # Nobody has seen PENDING after any other state, nor another after the end. Between them a state
-    # may once be seen a step back, while another process has the latest one in its hands.
+    # No process has seen PENDING after any other state, nor another state after the final one.
+    # Intermediate states may once go a step back, while another process holds the latest one.
     order: List[Any] = ["PENDING", "STARTED", *(("PROGRESS", n) for n in range(STEPS)), "SUCCESS"]
     for answer in answers:
         for task_id in ids:
@@ -200,7 +200,7 @@ def test_processes_that_poll_while_a_worker_writes_see_one_story(world: World) -
             assert answer["final"][task_id]["result"] == STEPS
 
 
-def test_what_the_main_process_of_the_worker_writes(world: World) -> None:
+def test_states_stored_by_the_worker_s_main_process(world: World) -> None:
     killed = world.send("die")
     with pytest.raises(WorkerLostError):
         killed.get(timeout=PATIENCE)
@@ -217,10 +217,10 @@ def test_what_the_main_process_of_the_worker_writes(world: World) -> None:
 
 def test_a_retried_and_a_replaced_task(world: World) -> None:
     seen: List[str] = []
-    # With a countdown: the end may overtake the last retry otherwise.
+    # With a countdown: otherwise the final state may overtake the last RETRY.
     retried = world.send("retried", 2, 0.3)
     assert retried.get(timeout=PATIENCE, on_message=lambda m: seen.append(m["status"])) == 2
-    # A worker may be faster than the one who sends the task and then waits.
+    # The worker may be faster than the sender, which only then starts to wait.
     assert seen == ["RETRY", "RETRY", "SUCCESS"][-len(seen) :]
     assert world.send("replaced", 4, 5).get(timeout=PATIENCE) == 9
 
@@ -231,7 +231,7 @@ def test_a_task_waits_for_tasks_of_another_sender(world: World) -> None:
     assert [wait.get(timeout=PATIENCE) for wait in waits] == ["done"] * 2
 
 
-def test_another_process_forgets(world: World) -> None:
+def test_another_process_can_forget_a_result(world: World) -> None:
     result = world.send("add", 1, 1)
     assert result.get(timeout=PATIENCE) == 2
     subprocesses.run(world.app, subprocess_jobs.forget, ids=[result.id])
@@ -255,7 +255,7 @@ def test_a_group_is_joined_by_the_sender_and_by_another_process(world: World) ->
     assert GroupResult.restore(result.id, app=world.app) is None
 
 
-def test_a_group_with_a_member_that_fails(world: World) -> None:
+def test_a_group_with_a_failed_member_raises(world: World) -> None:
     result = group(world.s("add", 1, 1), world.s("fail", "member")).apply_async()
     with pytest.raises(KeyError, match="member"):
         result.get(timeout=PATIENCE)
@@ -263,7 +263,7 @@ def test_a_group_with_a_member_that_fails(world: World) -> None:
     assert (two, type(error)) == (2, KeyError)
 
 
-def test_a_chain_is_waited_for_although_a_worker_sends_its_last_task(world: World) -> None:
+def test_the_sender_of_a_chain_can_wait_although_a_worker_sends_its_last_task(world: World) -> None:
     result = chain(world.s("add", 1, 1), world.s("add", 2), world.s("add", 3))()
     assert result.get(timeout=PATIENCE) == 7
     assert result.parent.get(timeout=PATIENCE) == 4
@@ -272,7 +272,7 @@ def test_a_chain_is_waited_for_although_a_worker_sends_its_last_task(world: Worl
         failing.get(timeout=PATIENCE, interval=0.1)
 
 
-# -- chords: Celery's task that polls ------------------------------------------------------------
+# -- chords: Celery's polling task ---------------------------------------------------------------
 
 SHAPES = [
     ("one", lambda t: chord([t.add.s(1, 1)], t.same.s()), [2]),
@@ -300,13 +300,13 @@ SHAPES = [
 
 
 def test_chords_of_many_shapes(world: World) -> None:
-    # All at once: each takes a second or more, in which its header is waited for.
+    # Concurrently: each takes a second or more, while its header is polled.
     sent = [(name, make(world.t).delay(), expected) for name, make, expected in SHAPES]
     for name, result, expected in sent:
         assert result.get(timeout=PATIENCE) == expected, name
 
 
-def test_a_chord_is_waited_for_by_another_process_and_its_body_runs_once(
+def test_another_process_can_wait_for_a_chord_and_its_body_runs_once(
     world: World, tmp_path: Path
 ) -> None:
     log = tmp_path / "notes"
@@ -315,12 +315,12 @@ def test_a_chord_is_waited_for_by_another_process_and_its_body_runs_once(
     result = chord(header, t.record.s(str(log))).delay()
     assert subprocesses.run(world.app, subprocess_jobs.values, ids=[result.id]) == [[0, 1, 2, 3]]
     assert result.get(timeout=PATIENCE) == [0, 1, 2, 3]
-    # A chord sent later runs later: a second run of the first body would be there by then.
+    # A later chord runs later: by then, a second run of the first body would have happened.
     assert chord([t.same.s(1)], t.same.s()).delay().get(timeout=PATIENCE) == [1]
     assert lines(log) == [result.id]
 
 
-def test_a_part_that_fails_fails_the_chord(
+def test_a_failed_part_fails_the_chord(
     world: World, tmp_path: Path, eventually: Callable[..., Any]
 ) -> None:
     t = world.t
@@ -338,7 +338,7 @@ def test_a_part_that_fails_fails_the_chord(
     assert lines(ran) == []
 
 
-def test_a_body_that_fails_and_a_header_task_whose_process_is_killed(
+def test_a_failing_body_and_a_killed_header_task(
     world: World, eventually: Callable[..., Any]
 ) -> None:
     t = world.t
@@ -351,8 +351,8 @@ def test_a_body_that_fails_and_a_header_task_whose_process_is_killed(
     assert "WorkerLostError" in str(killed.result)
 
 
-def test_the_worker_has_logged_no_error_of_the_backend(world: World) -> None:
-    # After all tests of the module: what they have made the worker log.
+def test_the_worker_has_logged_no_backend_error(world: World) -> None:
+    # Runs after all tests of the module, so it covers what they made the worker log.
     output = world.worker.output()
     assert [name for name in errors.__all__ if f"{name}(" in output] == []
     assert "cannot be" not in output

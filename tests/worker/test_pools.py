@@ -1,6 +1,6 @@
-"""Every pool of workers stores plain results, progress, failures, groups and chords.
+"""Every worker pool stores plain results, progress, failures, groups and chords.
 
-Prefork, which is what most use, has :mod:`tests.worker.test_contract` for itself.
+Prefork, the most common pool, has its own :mod:`tests.worker.test_contract`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LONG = 60
 
 
 @pytest.mark.parametrize("pool", ["threads", "gevent", "eventlet", "solo"])
-def test_a_pool_does_all_that_there_is(
+def test_a_pool_supports_every_kind_of_result(
     pool: str, make_app: Apps, start_worker: Callable[..., Any]
 ) -> None:
     if pool in ("gevent", "eventlet") and importlib.util.find_spec(pool) is None:

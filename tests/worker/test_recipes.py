@@ -1,4 +1,4 @@
-"""The programs in ``examples/`` that the documentation shows, with real servers and a worker."""
+"""The documented programs in ``examples/``, with real servers and a worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conftest import eventually
 from tests.worker.conftest import ROOT, launch_worker
 from tools import rabbitmq
 
-# Where they can be installed they have to be.
+# Where these packages can be installed, they must be.
 if os.environ.get("CI") and sys.version_info >= (3, 10):
     for name in ("django", "fastapi", "httpx", "uvicorn", "websockets"):
         importlib.import_module(name)
@@ -30,7 +30,7 @@ connect = pytest.importorskip("websockets.sync.client").connect
 for name in ("django", "fastapi", "uvicorn"):
     pytest.importorskip(name)
 
-#: A request that is not answered by then hangs.
+#: Seconds after which a request counts as hanging.
 LONG = 60.0
 
 FINAL = ("SUCCESS", "FAILURE", "REVOKED")
@@ -40,9 +40,9 @@ FINAL = ("SUCCESS", "FAILURE", "REVOKED")
 def environment(
     _session_node: Optional[rabbitmq.Node], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Dict[str, str]]:
-    """Environment of the examples, while their worker runs.
+    """The environment of the examples, while their worker runs.
 
-    They have a virtual host of their own, so that they can keep their plain names.
+    They have their own virtual host, so they can keep their plain names.
     """
     if _session_node is None:
         pytest.skip("the broker of AMQP_URL is not ours to control")
@@ -64,7 +64,7 @@ def environment(
 
 @contextlib.contextmanager
 def serve(environment: Dict[str, str], log: Path, *command: str) -> Iterator[str]:
-    """Run a server; yield where it listens, without the scheme."""
+    """Run a server; yield its address, without the scheme."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -109,7 +109,7 @@ def events(url: str) -> List[Dict[str, Any]]:
 
 
 def check_count(found: List[Dict[str, Any]], total: int) -> None:
-    """Check that a task was seen at work: what is over is not told, so it was seen as it was."""
+    """Check that a task was seen at work: past states are not reported, so it was seen live."""
     assert found[-1]["state"] == "SUCCESS"
     assert found[-1]["result"] == total
     steps = [each["result"]["current"] for each in found[:-1]]
@@ -129,12 +129,12 @@ def test_fastapi_server_sent_events(environment: Dict[str, str], tmp_path: Path)
         task_id = client.post("/tasks", params={"total": 30}).json()["id"]
         check_count(events(f"http://{address}/tasks/{task_id}/events"), 30)
         assert client.get(f"/tasks/{task_id}").json() == {"value": 30}
-        # Who comes when it is over is told the end.
+        # A client that connects after the end gets the final state.
         (end,) = events(f"http://{address}/tasks/{task_id}/events")
         assert (end["state"], end["result"]) == ("SUCCESS", 30)
         waiting = client.get(f"/tasks/{uuid.uuid4()}", params={"timeout": 0.1})
         assert waiting.status_code == 504
-        # A browser that goes while nothing happens leaves the server as it was.
+        # A browser that disconnects while nothing happens does not harm the server.
         with client.stream("GET", f"/tasks/{uuid.uuid4()}/events"):
             pass
         assert client.get("/").status_code == 200
@@ -153,7 +153,7 @@ def test_fastapi_websocket(environment: Dict[str, str], tmp_path: Path) -> None:
             client.send("30")
             check_count([json.loads(message) for message in client], 30)
         with connect(f"ws://{address}/failures", open_timeout=LONG) as failures:
-            # Nobody says when everything is watched: so there are failures until one is seen.
+            # There is no event for a watch that is ready, so tasks fail until one failure is seen.
             found: List[Dict[str, Any]] = []
 
             def seen() -> bool:

@@ -1,4 +1,4 @@
-"""Large results, results that the broker refuses, and expiry by task, with a real worker."""
+"""Large and refused results, and expiry by task, with a real worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tools import rabbitmq
 
 LONG = 60.0
 
-#: What the broker of these tests takes, at most.
+#: The broker's limit for messages, in bytes.
 BROKER_LIMIT = 1024 * 1024
 
 OPTIONS = {"shards": 2, "inline_limit": 2048}
@@ -82,7 +82,7 @@ def test_large_results_of_tasks_and_of_chords(setup: Setup) -> None:
     assert [len(value) for value in body.parent.get(timeout=LONG)] == [100_000, 5, 300_000]
 
 
-def test_a_result_that_the_broker_refuses_is_a_failure_that_says_so(setup: Setup) -> None:
+def test_a_refused_result_becomes_a_failure_with_the_reason(setup: Setup) -> None:
     size = 2 * BROKER_LIMIT
     result = setup.send("text", size)
     with pytest.raises(errors.ResultTooLarge) as caught:
@@ -93,15 +93,15 @@ def test_a_result_that_the_broker_refuses_is_a_failure_that_says_so(setup: Setup
     assert result.state == states.FAILURE
     eventually(lambda: f"[{result.id}] raised unexpected: ResultTooLarge" in setup.worker.output())
     assert "trying again" not in setup.worker.output()
-    # The worker goes on
+    # The worker continues
     assert setup.send("text", 1).get(timeout=LONG) == "x"
 
 
-def test_a_failure_that_the_broker_refuses_is_stored_without_its_details(setup: Setup) -> None:
+def test_a_refused_failure_is_stored_without_its_details(setup: Setup) -> None:
     result = setup.send("fail_at_length", 2 * BROKER_LIMIT)
     with pytest.raises(errors.ResultTooLarge, match=str(BROKER_LIMIT)):
         result.get(timeout=LONG)
-    # And so it is where the arguments are what is large
+    # The same applies if the arguments are what is too large
     argument = "y" * (BROKER_LIMIT - 1000)
     long = setup.send("add", argument, 1)
     with pytest.raises((errors.ResultTooLarge, TypeError)):
@@ -109,7 +109,7 @@ def test_a_failure_that_the_broker_refuses_is_stored_without_its_details(setup: 
     assert setup.send("report_at_length", 2 * BROKER_LIMIT).get(timeout=LONG) == "ResultTooLarge"
 
 
-def test_a_chord_with_a_part_that_the_broker_refuses_fails(setup: Setup) -> None:
+def test_a_chord_with_a_refused_part_fails(setup: Setup) -> None:
     header = group(
         [setup.s("text", 1), setup.s("text", 2 * BROKER_LIMIT), setup.s("text", 2)], app=setup.app
     )
@@ -133,7 +133,7 @@ def test_a_chord_with_a_part_that_the_broker_refuses_fails(setup: Setup) -> None
         ("kept_for_an_hour", (), {"result_expires": 0}, None),
     ],
 )
-def test_expiry_of_a_single_result(
+def test_a_single_result_can_have_its_own_expiry(
     setup: Setup,
     name: str,
     args: Any,
@@ -154,7 +154,7 @@ def test_expiry_of_a_single_result(
         ("kept_for_nonsense", None, 86_400_000, "tests.worker.tasks.kept_for_nonsense"),
     ],
 )
-def test_expiry_that_is_none_is_logged_and_the_setting_applies(
+def test_an_invalid_expiry_is_logged_and_the_setting_applies(
     setup: Setup,
     name: str,
     headers: Optional[Dict[str, Any]],
@@ -168,8 +168,8 @@ def test_expiry_that_is_none_is_logged_and_the_setting_applies(
     eventually(lambda: complaint in setup.worker.output())
 
 
-def test_the_broker_has_no_queue_of_a_result_that_it_refused(setup: Setup) -> None:
-    # Declared in vain, and deleted at once
+def test_a_refused_result_leaves_no_queue_behind(setup: Setup) -> None:
+    # The queue is declared, and deleted at once when the message is refused
     result = setup.send("text", 2 * BROKER_LIMIT)
     with pytest.raises(errors.ResultTooLarge):
         result.get(timeout=LONG)
