@@ -47,9 +47,23 @@ class Layout(Protocol):
         """Note that this process is about to send a task. Does no I/O."""
 
     def publish(
-        self, states: Sequence[StateMessage], route: Route, final: bool
+        self,
+        state: StateMessage,
+        route: Route,
+        final: bool,
+        part: Optional[StateMessage] = None,
     ) -> None:
-        """Publish states of one task; return when the broker has them if the last is *final*."""
+        """Publish a state; of a *final* one, return only when the broker has it.
+
+        Parameters:
+            state: the state.
+            route: what its routing key says.
+            final: whether the broker has to have it.
+            part: what the leader of a chord counts, where the state itself is not kept as long.
+        """
+
+    def publish_part(self, part: StateMessage, group_id: str) -> None:
+        """Publish what a task of a chord's header returned, whose state is not stored."""
 
     def mark_sent(self, connection: Any, sent: StateMessage) -> None:
         """Publish a mark on a connection that sends tasks. Waits for nothing."""

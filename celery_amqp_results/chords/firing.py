@@ -12,7 +12,7 @@ import contextvars
 import logging
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Tuple, Type
 
 from celery import states
 from celery.canvas import _chain, chord, group, maybe_signature
@@ -23,7 +23,6 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.chords import plan as plans
 from celery_amqp_results.chords.leader import Fire
-
 from celery_amqp_results.chords.service import NotSent, read_ends
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store.lookup import Store
@@ -34,6 +33,13 @@ logger = logging.getLogger(__name__)
 
 #: Message of a :class:`ChordError`; that of Celery's Redis backend.
 DEPENDENCY = "Dependency {} raised {!r}"
+
+#: What is raised while the broker does not answer.
+UNAVAILABLE: Tuple[Type[Exception], ...] = (
+    errors.BackendUnavailable,
+    errors.LookupTimeout,
+    *connections.TRANSIENT,
+)
 
 #: A body that cannot be sent because the broker does not answer is tried this many times.
 TRIES = 5
@@ -91,7 +97,7 @@ class Firing:
         group_id = action.plan.group_id
         try:
             results = self._results(app.backend, action)
-        except (errors.BackendUnavailable, errors.LookupTimeout, *connections.TRANSIENT) as exc:
+        except UNAVAILABLE as exc:
             raise NotSent(f"its results could not be read: {exc}") from exc
         except ChordError as exc:
             logger.error("Chord %r raised: %r", group_id, exc)
@@ -120,7 +126,7 @@ class Firing:
     def _fail(app: Any, signature: Any, exc: ChordError) -> None:
         try:
             app.backend.chord_error_from_stack(signature, exc)
-        except (errors.BackendUnavailable, *connections.TRANSIENT) as unavailable:
+        except UNAVAILABLE as unavailable:
             raise NotSent(f"its failure could not be stored: {unavailable}") from unavailable
 
     def _results(self, backend: Any, action: Fire) -> List[Any]:

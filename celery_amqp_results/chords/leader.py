@@ -318,6 +318,9 @@ class Leader:
             found: the ends of tasks that have ended.
             bodies: the states of tasks of bodies.
         """
+        if request is not self._asking:
+            # It was read before the connection was lost.
+            return
         self._asking = None
         self._ask_failures = 0
         self._ask_at = now
@@ -338,6 +341,8 @@ class Leader:
 
     def look_up_failed(self, request: LookUp, now: float) -> None:
         """Note that the store could not be asked."""
+        if request is not self._asking:
+            return
         self._asking = None
         self._tasks |= request.tasks & self._waiting.keys()
         self._bodies |= request.bodies & self._proving.keys()

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 import weakref
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 from celery import signals
 from celery.canvas import _chain, chord, group
@@ -21,18 +21,16 @@ from celery.utils.nodenames import anon_nodename
 from kombu import serialization
 from kombu.exceptions import EncodeError
 
-from celery_amqp_results import errors
 from celery_amqp_results.chords import plan as plans
-from celery_amqp_results.chords.bell import bell
-from celery_amqp_results.chords.firing import Firing
 from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.chords.service import Service
+from celery_amqp_results.chords.workers import bell
 from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.message import PLAN, StateMessage
-from celery_amqp_results.protocol.names import PLAN_QUEUES, Topology, plan_number
+from celery_amqp_results.protocol.names import PLAN_QUEUES, QueueSpec, Topology, plan_number
 from celery_amqp_results.store.publisher import Outgoing, Publisher
 
-__all__ = ("Chords",)
+__all__ = ("Chords", "Plans", "expect_body")
 
 #: State in the message of a plan, and of an amendment.
 CHORD_STATE = "CHORD"
@@ -67,42 +65,122 @@ class _Lazy(threading.local):
 
     def __init__(self) -> None:
         self.results: List[Tuple[str, Any]] = []
-        self.ready: Dict[str, int] = {}
+        #: How many tasks were published, and what a generator has raised, by header.
+        self.published: Dict[str, int] = {}
+        self.failed: Dict[str, Exception] = {}
 
 
-class Chords:
-    """Sends plans, and leads chords where this process is to.
+class Plans:
+    """Writes and reads the messages in plan queues. Thread-safe, does no I/O.
 
     Parameters:
         app: returns the Celery app, or ``None`` when it is gone.
-        publisher: publishes plans.
         topology: names.
         persistent: whether plans survive a restart of the broker.
-        service: makes the leader's service, from what reads a plan and what fires it.
-        firing: sends bodies.
+    """
+
+    def __init__(self, app: Callable[[], Any], topology: Topology, persistent: bool) -> None:
+        self._app = app
+        self._topology = topology
+        self._persistent = persistent
+
+    @property
+    def queues(self) -> List[QueueSpec]:
+        """All plan queues."""
+        return [self._topology.plan_queue(number) for number in range(PLAN_QUEUES)]
+
+    def queue(self, group_id: str) -> str:
+        """Return the name of the queue for the plan of the chord with the header *group_id*."""
+        return self._topology.plan_queue(plan_number(group_id)).name
+
+    def write(
+        self,
+        group_id: str,
+        state: str,
+        content: Mapping[str, Any],
+        serializers: Tuple[str, ...] = (),
+    ) -> Outgoing:
+        """Return the message of a plan or amendment, encoded as the app encodes its tasks.
+
+        A body may have arguments that a result may not have.
+
+        Parameters:
+            group_id: id of the header.
+            state: :data:`CHORD_STATE` or :data:`AMENDMENT_STATE`.
+            content: what the message says.
+            serializers: others to try.
+
+        Raises:
+            kombu.exceptions.EncodeError: when no serializer can encode it.
+        """
+        names = list(dict.fromkeys((self._app().conf.task_serializer, *serializers)))
+        while True:
+            try:
+                kind, encoding, body = serialization.dumps(content, serializer=names[0])
+                break
+            except EncodeError:
+                if len(names) == 1:
+                    raise
+                del names[0]
+        if isinstance(body, str):
+            body = body.encode("utf-8")
+        message = StateMessage(group_id, state, _clock.now(), body, kind, encoding, kind=PLAN)
+        return Outgoing(
+            self.queue(group_id),
+            message.properties(self._persistent),
+            body,
+            what=f"the {state} of the header {group_id}",
+        )
+
+    def content(self, message: StateMessage) -> Mapping[str, Any]:
+        """Return what the message of a plan or amendment says.
+
+        Raises:
+            Exception: what the serializer raises.
+            kombu.exceptions.ContentDisallowed: when its content type is not accepted.
+        """
+        conf = self._app().conf
+        content: Mapping[str, Any] = serialization.loads(
+            message.body,
+            content_type=message.content_type,
+            content_encoding=message.content_encoding,
+            accept=serialization.prepare_accept_content(
+                {*conf.accept_content, conf.task_serializer}
+            ),
+        )
+        return content
+
+    def read(self, message: StateMessage) -> Union[Plan, Amendment]:
+        """Return the plan or the amendment that *message* holds.
+
+        Raises:
+            ForeignMessage: when it holds neither.
+            Exception: as :meth:`content`.
+        """
+        if message.state == AMENDMENT_STATE:
+            return Amendment.read(self.content(message), message)
+        return Plan.read(self.content(message), message)
+
+
+class Chords:
+    """Publishes plans, and has chords led.
+
+    Parameters:
+        publisher: publishes plans.
+        messages: writes their messages.
+        service: leads chords, where this process is to.
 
     Thread-safe. After a fork the child must make a new one.
     """
 
-    def __init__(
-        self,
-        app: Callable[[], Any],
-        publisher: Publisher,
-        topology: Topology,
-        persistent: bool,
-        declare: bool,
-    ) -> None:
-        self._app = app
+    def __init__(self, publisher: Publisher, messages: Plans, service: Service) -> None:
         self._publisher = publisher
-        self._topology = topology
-        self._persistent = persistent
-        self._declare = declare
+        self._messages = messages
+        self.service = service
         self._lock = threading.Lock()
         self._sending: collections.OrderedDict[str, _Sending] = collections.OrderedDict()
         self._sent: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._check_at = 0.0
-        self.service: Service
-        self.firing: Firing
 
     # -- the sender --------------------------------------------------------------------------------
 
@@ -157,13 +235,15 @@ class Chords:
         results = sending.results
         if isinstance(results, weakref.ref):
             results = results()
-            _forget_generator(group_id)
+            failure = _forget_generator(group_id)
+            if failure is not None:
+                raise failure
             if results is None:
                 return
         plan = dataclasses.replace(sending.plan, results=plans.tree(results))
         content = plan.content(sending.body)
-        message = self._message(group_id, CHORD_STATE, content, _serializers(sending.body))
-        self._publish(message, f"the plan of chord {group_id}")
+        serializers = _serializers(sending.body)
+        self._publish(self._messages.write(group_id, CHORD_STATE, content, serializers), group_id)
 
     def publish_amendment(
         self, group_id: str, result: Any, after: Optional[str], expires: Optional[int]
@@ -187,70 +267,13 @@ class Chords:
             result.id if isinstance(result, ResultSet) else None,
             expires=expires,
         )
-        message = self._message(group_id, AMENDMENT_STATE, amendment.content(), ())
-        self._publish(message, f"an amendment of chord {group_id}")
+        content = amendment.content()
+        self._publish(self._messages.write(group_id, AMENDMENT_STATE, content), group_id)
 
-    def _message(
-        self, group_id: str, state: str, content: Mapping[str, Any], serializers: Tuple[str, ...]
-    ) -> StateMessage:
-        """Return *content* as a message, encoded as the app encodes its tasks.
-
-        A body may have arguments that a result may not have.
-        """
-        task_serializer = self._app().conf.task_serializer
-        names = list(dict.fromkeys((task_serializer, *serializers)))
-        while True:
-            try:
-                content_type, encoding, body = serialization.dumps(content, serializer=names[0])
-                break
-            except EncodeError:
-                if len(names) == 1:
-                    raise
-                del names[0]
-        if isinstance(body, str):
-            body = body.encode("utf-8")
-        return StateMessage(
-            group_id, state, _clock.now(), body, content_type, encoding, kind=PLAN
-        )
-
-    def _publish(self, message: StateMessage, what: str) -> None:
-        spec = self._topology.plan_queue(plan_number(message.id))
-        outgoing = Outgoing(
-            spec.name, message.properties(self._persistent), message.body, what=what
-        )
-        queues = [self._topology.plan_queue(number) for number in range(PLAN_QUEUES)]
-        self._publisher.publish_to(queues, outgoing)
+    def _publish(self, message: Outgoing, group_id: str) -> None:
+        self._publisher.publish_to(self._messages.queues, message)
         if bell.in_main or bell.in_child:
-            self.note_chord(message.id)
-
-    def content(self, message: StateMessage) -> Mapping[str, Any]:
-        """Return what the message of a plan or amendment holds.
-
-        Raises:
-            Exception: what the serializer raises.
-            kombu.exceptions.ContentDisallowed: when its content type is not accepted.
-        """
-        conf = self._app().conf
-        content: Mapping[str, Any] = serialization.loads(
-            message.body,
-            content_type=message.content_type,
-            content_encoding=message.content_encoding,
-            accept=serialization.prepare_accept_content(
-                {*conf.accept_content, conf.task_serializer, "json"}
-            ),
-        )
-        return content
-
-    def read(self, message: StateMessage) -> Union[Plan, Amendment]:
-        """Return the plan or the amendment that *message* holds.
-
-        Raises:
-            ForeignMessage: when it holds neither.
-            Exception: as :meth:`content`.
-        """
-        if message.state == AMENDMENT_STATE:
-            return Amendment.read(self.content(message), message)
-        return Plan.read(self.content(message), message)
+            self.note_chord(group_id)
 
     # -- leading -----------------------------------------------------------------------------------
 
@@ -262,19 +285,13 @@ class Chords:
             self.service.start(met=True)
         elif not self.service.running and time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + CHECK_SECONDS
-            queue = self._topology.plan_queue(plan_number(group_id)).name
-            length = self._publisher.publish((), count=queue)
+            length = self._publisher.publish((), count=self._messages.queue(group_id))
             if length is None or not length.consumers:
                 self.service.start(met=True)
 
     def start_if_needed(self) -> None:
         """Lead chords if there are any. To be called by the main process of a worker."""
         self.service.start(met=False)
-
-    def close(self, wait: bool = True) -> None:
-        """Stop to lead, and close the connections."""
-        self.service.close(wait)
-        self.firing.close()
 
 
 def expect_body(app: Any, body: Any, note_sent: Callable[[str], None]) -> None:
@@ -310,9 +327,9 @@ def _follow_generator(group_id: str, results: Any) -> None:
     original was given one before. So each time that a task is published the results are taken a
     few tasks ahead of it, and the generator still runs while its tasks are sent.
     """
-    signals.before_task_publish.connect(_take_ahead, weak=False, dispatch_uid=__name__)
+    signals.after_task_publish.connect(_take_ahead, weak=False, dispatch_uid=__name__)
     _lazy.results.append((group_id, weakref.ref(results)))
-    _lazy.ready[group_id] = 0
+    _lazy.published[group_id] = 0
     _take_ahead()
 
 
@@ -321,19 +338,25 @@ def _take_ahead(**kwargs: Any) -> None:
         group_id, reference = _lazy.results[-1]
         results = reference()
         if results is not None:
-            taken = _lazy.ready[group_id] = _lazy.ready[group_id] + 1
+            published = _lazy.published[group_id]
+            _lazy.published[group_id] += 1
             try:
-                results[taken + LOOK_AHEAD - 1]
+                results[published + LOOK_AHEAD - 1]
             except IndexError:
                 pass
+            except Exception as exc:
+                # To Celery the generator seems to have ended there.
+                _lazy.failed[group_id] = exc
             return
         # The generator has raised an error.
         _forget_generator(group_id)
 
 
-def _forget_generator(group_id: str) -> None:
+def _forget_generator(group_id: str) -> Optional[Exception]:
+    """Stop to follow a generator, and return the error that it has raised, if any."""
     _lazy.results[:] = [entry for entry in _lazy.results if entry[0] != group_id]
-    _lazy.ready.pop(group_id, None)
+    _lazy.published.pop(group_id, None)
+    return _lazy.failed.pop(group_id, None)
 
 
 def _serializers(body: Any) -> Tuple[str, ...]:

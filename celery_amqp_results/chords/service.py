@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import queue
 import selectors
@@ -24,8 +25,8 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations, declare_queue
 from celery_amqp_results.chords import leader
-from celery_amqp_results.chords.bell import bell
 from celery_amqp_results.chords.plan import Amendment, Plan
+from celery_amqp_results.chords.workers import bell
 from celery_amqp_results.protocol.message import (
     PART,
     PLAN,
@@ -315,9 +316,9 @@ class Service:
                 elif isinstance(action, leader.Acknowledge):
                     session.acknowledge(action.deliveries)
                 elif isinstance(action, leader.LookUp):
-                    self._helpers.submit(lambda action=action: self._look_up(action))
+                    self._helpers.submit(functools.partial(self._look_up, action))
                 elif isinstance(action, leader.Fire):
-                    self._helpers.submit(lambda action=action: self._send(action))
+                    self._helpers.submit(functools.partial(self._send, action))
                 else:
                     self.abandoned += 1
                     logger.error("chord %s is given up: %s", action.group_id, action.why)
@@ -368,8 +369,10 @@ class Service:
         except Exception as exc:
             # Whatever a serializer raises.
             self.rejected += 1
-            logger.error("ignored a foreign or damaged plan of a chord: %r", exc)
-            return True
+            logger.error(
+                "a plan of a chord cannot be read here, and is left to another leader: %r", exc
+            )
+            return bool(message.properties.get("type") != PLAN)
         redelivered = bool(message.delivery_info.get("redelivered"))
         if isinstance(plan, Plan):
             self._leader.plan_delivered(plan, message.delivery_tag, redelivered, now)
@@ -508,7 +511,7 @@ class _Session:
             while not self._finished():
                 now = time.monotonic()
                 service.perform(self, now)
-                pause = min(self.link.idle_time(), service._leader.next_event() - now, 1.0)
+                pause = min(self.link.idle_time(), service._leader.next_event() - now)
                 ready = {key.fileobj for key, _ in selector.select(max(0.0, pause))}
                 if self._wakeup in ready:
                     _empty(self._wakeup)

@@ -348,7 +348,17 @@ class PerTaskLayout:
         """Return *pointer*, which is none."""
         return pointer
 
-    def publish(self, state: StateMessage, route: Route, final: bool) -> None:
+    def publish_part(self, part: StateMessage, group_id: str) -> None:
+        """Raise: this layout has no chords of its own."""
+        raise errors.Unsupported("the layout 'per-task' has no parts of chords")
+
+    def publish(
+        self,
+        state: StateMessage,
+        route: Route,
+        final: bool,
+        part: Optional[StateMessage] = None,
+    ) -> None:
         """Publish a state, and return when the broker has it.
 
         States that are not final are waited for as well: two states of a task must not overtake

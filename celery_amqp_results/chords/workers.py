@@ -11,11 +11,11 @@ import contextlib
 import os
 import threading
 import time
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 from celery import signals
 
-__all__ = ("Bell", "bell")
+__all__ = ("Bell", "bell", "on_ready")
 
 #: Seconds between two bytes of a child: the main process remembers the first.
 RING_SECONDS = 30.0
@@ -89,10 +89,18 @@ class Bell:
 bell = Bell()
 
 
-
 def _hang(**kwargs: Any) -> None:
     bell.hang()
 
 
 signals.worker_init.connect(_hang, weak=False)
 os.register_at_fork(after_in_child=bell.after_fork_in_child)
+
+
+def on_ready(function: Callable[[Any], None]) -> None:
+    """Have *function* called with the app in the main process of a worker when that is ready."""
+
+    def call(sender: Any = None, **kwargs: Any) -> None:
+        function(sender.app)
+
+    signals.worker_ready.connect(call, weak=False)
