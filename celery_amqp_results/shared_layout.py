@@ -96,6 +96,7 @@ class SharedLayout:
     def metrics(self) -> Metrics:
         """Return what was done so far. Does no I/O."""
         publisher, store, inbox = self.publisher, self.store, self.inbox
+        leading = self._leading
         return Metrics(
             stored=publisher.stored,
             confirmed=publisher.confirmed,
@@ -111,6 +112,11 @@ class SharedLayout:
             packed=store.packed,
             rejected=store.rejected + inbox.rejected,
             waiting=inbox.waited_for,
+            chords_fired=leading.fired,
+            chords_abandoned=leading.abandoned,
+            chords_open=leading.open,
+            chords_led=leading.leads,
+            oldest_chord=int(leading.oldest_age()),
         )
 
     def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, Optional
 
 import amqp
 from amqp import exceptions as amqp_errors
+from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
@@ -75,7 +76,7 @@ class Helpers:
         self._lock = threading.Lock()
         self._threads = 0
         self._busy = 0
-        self._queue: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._queue: queue.Queue[Optional[Callable[[], None]]] = queue.Queue()
 
     def submit(self, function: Callable[[], None]) -> None:
         """Have *function* called soon."""
@@ -91,6 +92,13 @@ class Helpers:
         """Whether something is running or waiting to be run."""
         return self._busy > 0
 
+    def close(self) -> None:
+        """End the threads that have nothing to do, and the others as soon as they have not."""
+        with self._lock:
+            for _ in range(self._threads):
+                self._queue.put(None)
+            self._threads = 0
+
     def _run(self) -> None:
         while True:
             try:
@@ -101,6 +109,8 @@ class Helpers:
                         self._threads -= 1
                         return
                 continue
+            if function is None:
+                return
             try:
                 function()
             except Exception:
@@ -263,6 +273,7 @@ class Service:
                     if not self._closing:
                         self._wait_for_chord(mine)
         finally:
+            self._helpers.close()
             with self._lock:
                 self._wakeup = None
             mine.close()
@@ -359,7 +370,7 @@ class Service:
     # -- what is delivered -------------------------------------------------------------------------
 
     def on_plan(self, message: amqp.Message) -> bool:
-        """Take a message of a plan queue; return whether it is none of ours."""
+        """Take a message of a plan queue; return whether nobody can read it."""
         now = time.monotonic()
         try:
             state = StateMessage.from_properties(message.properties, message.body)
@@ -369,10 +380,8 @@ class Service:
         except Exception as exc:
             # Whatever a serializer raises.
             self.rejected += 1
-            logger.error(
-                "a plan of a chord cannot be read here, and is left to another leader: %r", exc
-            )
-            return bool(message.properties.get("type") != PLAN)
+            logger.error("a plan of a chord cannot be read here: %r", exc)
+            return not isinstance(exc, ContentDisallowed)
         redelivered = bool(message.delivery_info.get("redelivered"))
         if isinstance(plan, Plan):
             self._leader.plan_delivered(plan, message.delivery_tag, redelivered, now)

@@ -233,21 +233,8 @@ def test_queues_are_declared_as_the_documentation_says(queue_type: str) -> None:
         return QueueSpec(name, True, False, False, {**arguments, **more})
 
     assert here.shard_queue(7) == durable("celeryresults.shard.7")
-    assert here.chord_queue("g.1") == durable("celeryresults.chord.g%2E1")
-    assert here.chord_queue("g", 60_000) == durable("celeryresults.chord.g", **{"x-expires": 60000})
-    assert here.chord_size_queue("g", 5) == durable(
-        "celeryresults.chord.g.size", **{"x-expires": 5}
-    )
-
-
-@given(texts, texts)
-def test_no_two_chords_share_a_queue(one: str, other: str) -> None:
-    names = [
-        make(group_id).name
-        for group_id in {one, other}
-        for make in (topology.chord_queue, topology.chord_size_queue)
-    ]
-    assert len(set(names)) == len(names)
+    timeout = {"x-consumer-timeout": 2**31 - 1}
+    assert here.plan_queue(7) == durable("celeryresults.chords.7", **timeout)
 
 
 def test_the_exchange_tells_how_many_shards_there_are() -> None:
