@@ -2,7 +2,8 @@
 
 - ``figures`` what is measured, and its statistics; ``compare`` the regression check; ``report``
   the table; ``plots`` the SVG files. None of them does more I/O than to write its file.
-- ``services`` starts RabbitMQ and Redis; ``peers`` knows the backends, and runs workers for them;
-  ``assistant`` is a process that stores or waits for results as it is told.
-- ``measures`` one module for each thing that is measured.
+- ``services`` starts RabbitMQ and Redis; ``peers`` lists the backends; ``programs`` starts workers
+  and assistants, which are processes that store, wait or poll on command.
+- ``measures`` has a module for each measure; ``place`` gives it servers, workers and rounds.
+- ``internals`` holds everything that the benchmarks know of this backend's inside.
 """

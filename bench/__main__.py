@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import platform
 import sys
@@ -89,6 +90,12 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
         redis = stack.enter_context(services.private_redis())
         lasting = stack.enter_context(services.private_redis(lasting=True))
         servers = peers.Servers(node.url(), redis.address, lasting.address)
+        pids = [node.pid, redis.pid, lasting.pid]
+        if not options.quick and not node.version.startswith("3."):
+            tuned = services.private_rabbitmq(options.distribution, services.TUNED)
+            other = stack.enter_context(tuned)
+            servers = dataclasses.replace(servers, tuned=other.url())
+            pids.append(other.pid)
         here = []
         for name in wanted:
             if peers.available(name):
@@ -97,8 +104,8 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
                 reporter.line(f"{name} is left out: pip install -e '.[bench]' installs it")
         about = _about(node, options.quick)
         reporter.line(", ".join(f"{name} {value}" for name, value in about.items()))
-        place = Place(node, servers, options.quick, kept, here, (redis.pid, lasting.pid))
-        stack.callback(place.close)
+        place = Place(node, servers, options.quick, kept, here, pids)
+        stack.callback(place.end_workers)
         started = time.monotonic()
         short = [name for name in measures.ALL if name not in measures.THOROUGH]
         for name in options.measures or (short if options.quick else measures.ALL):
@@ -140,7 +147,7 @@ def _busy() -> bool:
 
 
 def _load() -> str:
-    # Of the last minute; one process that computes all the time is 1.
+    # The average of the last minute; a process that computes all the time counts as 1.
     return f"{os.getloadavg()[0]:.1f}"
 
 

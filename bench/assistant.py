@@ -3,6 +3,7 @@
 Commands:
 
 - ``store``: the results *ids*, each with a text of *size* bytes, for *reply_to* and *origin*
+- ``store_together``: *count* results, in several *threads*
 - ``send``: take note of *count* tasks as sent, and answer with their ids and who sent them
 - ``join``: say that it begins, then wait for the results of all tasks sent last
 - ``look_up``: *ids* one after the other, or, with *at_once*, together
@@ -17,16 +18,17 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 import uuid
 from typing import Any, Dict, List, Type
 
 from celery import Celery
+from celery.app.task import Context
 from celery.result import AsyncResult, ResultSet
 from celery.utils.nodenames import anon_nodename
 
-from bench import peers, processes
-from celery_amqp_results.store import lookup as store
+from bench import internals, peers, processes
 
 TIMEOUT = 600
 
@@ -58,6 +60,29 @@ class Server:
             close()
         return {"seconds": time.perf_counter() - started}
 
+    def store_together(self, count: int, threads: int) -> Dict[str, Any]:
+        """Store *count* results in several threads at once."""
+        store_result = self._app.backend.store_result
+        barrier = threading.Barrier(threads + 1)
+
+        def store(requests: List[Context]) -> None:
+            barrier.wait()
+            for request in requests:
+                store_result(request.id, 42, "SUCCESS", request=request)
+
+        requests = [peers.context(str(uuid.uuid4())) for _ in range(count)]
+        running = [
+            threading.Thread(target=store, args=(requests[number::threads],))
+            for number in range(threads)
+        ]
+        for thread in running:
+            thread.start()
+        barrier.wait()
+        started = time.perf_counter()
+        for thread in running:
+            thread.join()
+        return {"seconds": time.perf_counter() - started}
+
     def send(self, count: int) -> Dict[str, Any]:
         """Do what sending tasks does in the result backend, without sending any."""
         backend = self._app.backend
@@ -86,12 +111,12 @@ class Server:
         taken, found = [], 0
         if at_once:
             started = time.perf_counter()
-            layout = getattr(backend, "layout", None)
-            if layout is not None:
-                found = sum(1 for state in layout.poll(ids).values() if state is not None)
-            else:
+            if hasattr(backend, "mget"):
+                # Redis: Celery's get_many() sleeps after it has read everything.
                 keys = [backend.get_key_for_task(task_id) for task_id in ids]
                 found = sum(1 for value in backend.mget(keys) if value is not None)
+            else:
+                found = len(dict(backend.get_many(ids, timeout=0)))
             taken.append((time.perf_counter() - started) * 1e3)
         else:
             for task_id in ids:
@@ -108,22 +133,13 @@ class Server:
         return {"forgotten": len(ids)}
 
     def pack(self, ids: List[str]) -> Dict[str, Any]:
-        """Look up an id of each shard until all are packed; that counts for no other measure.
-
-        A look-up packs for some milliseconds and leaves the rest to the next one. Here each packs
-        all that it reads, so that it takes as many look-ups as there are shards, and not many times
-        more: what is there in the end is the same.
-        """
-        layout = self._app.backend.layout
-        one_each = {self._app.backend._topology.shard(task_id): task_id for task_id in ids}
-        limit, store.PACK_SECONDS = store.PACK_SECONDS, 60.0
+        """Pack all shards, by one look-up in each."""
+        chosen = internals.one_id_a_shard(self._app, ids)
         started = time.perf_counter()
-        try:
-            for task_id in one_each.values():
-                layout.poll((task_id,))
-        finally:
-            store.PACK_SECONDS = limit
-        return {"seconds": time.perf_counter() - started, "packed": layout.store.packed}
+        with internals.packing_everything():
+            for task_id in chosen:
+                self._app.backend._get_task_meta_for(task_id)
+        return {"seconds": time.perf_counter() - started}
 
     def memory(self) -> Dict[str, Any]:
         """Return the memory of this process in bytes."""

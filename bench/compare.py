@@ -48,8 +48,8 @@ def changes(recorded: Run, now: Run) -> Iterator[Change]:
     """Yield the ratios that are in both runs.
 
     Of each row, every variant of this backend (``amqp``, ``amqp, ...``) is put beside every other
-    peer. Where the machine had other things to do in one of the runs, only processor time is
-    compared: who waits more often than others then loses more by the clock.
+    peer. If the machine was busy with other things in one of the runs, only processor time is
+    compared: by the clock, a peer that waits more often then loses more than others.
     """
     busy = recorded.busy or now.busy
     for row in now.rows:

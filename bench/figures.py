@@ -1,4 +1,4 @@
-"""What a run has measured, the statistics of it, and how it is kept in a file."""
+"""The figures of a run, their statistics, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORMAT = 1
 class Row:
     """One thing that was measured of some peers."""
 
-    #: What it is, the same in all versions of the benchmarks that measure the same.
+    #: Names the measure; the same in all versions of the benchmarks that measure the same.
     key: str
     title: str
     unit: str

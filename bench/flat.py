@@ -80,7 +80,7 @@ def a_broker(url: Optional[str], distribution: str) -> Iterator[Tuple[str, Optio
 
 
 def measure(results: int, broker: str, pid: Optional[int]) -> None:
-    """Store and wait for so many results, and print what that takes."""
+    """Store *results* results, wait for them, and print memory and descriptors meanwhile."""
     prefix = f"flat-{uuid.uuid4().hex[:8]}"
     app = make_app(broker, prefix)
     child = subprocess.Popen(

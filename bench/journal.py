@@ -26,7 +26,7 @@ class Poll:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a round of polls has shown."""
+    """The findings about a round of polls."""
 
     #: Milliseconds of each poll.
     milliseconds: Sequence[float]

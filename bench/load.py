@@ -26,6 +26,7 @@ from celery.app.task import Context
 from celery.result import ResultSet
 from celery.utils.nodenames import anon_nodename
 
+from bench import internals
 from tools import rabbitmq
 
 _NAMESPACE = uuid.UUID("e5a5f0a9-4d7c-4f8b-8a4d-0a4d6f6c9a11")
@@ -35,7 +36,7 @@ WINDOW = 4000
 #: How many results are joined at once.
 BATCH = 500
 
-#: What is in the file of how far the join has come before it begins, and when all is over.
+#: Content of the file that counts joined results before the join begins, and after the end.
 NOT_YET, OVER = -2, -1
 
 
@@ -67,7 +68,7 @@ def store(
     """Store each *step*-th result from *first* on, in several threads, until told to end.
 
     Parameters:
-        origin: who has sent the tasks, as their messages say.
+        origin: the sender of the tasks, as their messages name it.
     """
     app = _app(url, prefix)
 
@@ -131,10 +132,10 @@ def look_up(url: str, prefix: str, count: int, answer: Any) -> None:
     """Look up all results and answer how many are not what they were."""
     app = _app(url, prefix)
     # Those of one shard together: each is long by now, and read once.
-    shards: Dict[int, Dict[str, int]] = {}
+    shards: Dict[str, Dict[str, int]] = {}
     for number in range(count):
         task_id = _id(prefix, number)
-        shards.setdefault(app.backend._topology.shard(task_id), {})[task_id] = number
+        shards.setdefault(internals.shard_queue(app, task_id), {})[task_id] = number
     wrong = 0
     for ids in shards.values():
         found: Dict[str, Any] = {}

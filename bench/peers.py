@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
@@ -52,6 +53,8 @@ class Peer:
     thorough: bool = False
     #: Module that has to be there.
     module: Optional[str] = None
+    #: Whether its broker is the one with other settings.
+    tuned: bool = False
 
 
 #: In the order of tables.
@@ -82,6 +85,8 @@ VARIANTS: Dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("amqp, quorum", "amqp://", {"queue_type": "quorum", "shards": 16}),
+        # Small messages are not kept in the queue's index; see bench.services.
+        Peer("amqp, tuned broker", "amqp://", thorough=True, tuned=True),
         *(
             Peer(f"amqp, {shards} shards", "amqp://", {"shards": shards})
             for shards in (16, 64, 256)
@@ -111,12 +116,14 @@ class Servers:
     Parameters:
         broker: URL of RabbitMQ.
         redis: address of a Redis that keeps everything in memory.
-        lasting: address of a Redis that writes to the disk what it confirms.
+        lasting: address of a Redis that writes to the disk before it confirms.
+        tuned: URL of a RabbitMQ with other settings, or nothing.
     """
 
     broker: str
     redis: str
     lasting: str
+    tuned: str = ""
 
 
 def make_app(name: str, servers: Servers, queue: str, **conf: Any) -> Celery:
@@ -129,7 +136,8 @@ def make_app(name: str, servers: Servers, queue: str, **conf: Any) -> Celery:
         **conf: further settings.
     """
     peer = named(name)
-    app = Celery("bench", broker=servers.broker, set_as_current=False)
+    broker = servers.tuned if peer.tuned else servers.broker
+    app = Celery("bench", broker=broker, set_as_current=False)
     app.conf.update(
         result_backend=peer.backend.format(redis=servers.redis, lasting=servers.lasting),
         result_backend_transport_options=dict(peer.options),
@@ -179,13 +187,16 @@ def close_backend(app: Celery) -> None:
         shut()
 
 
-def environment(name: str, servers: Servers, queue: str) -> Dict[str, str]:
+def environment(
+    name: str, servers: Servers, queue: str, options: Optional[Mapping[str, Any]] = None
+) -> Dict[str, str]:
     """Return the environment in which :func:`app_from_environment` makes an app."""
     return dict(
         os.environ,
         PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         BENCH_PEER=name,
         BENCH_QUEUE=queue,
+        BENCH_OPTIONS=json.dumps({**named(name).options, **(options or {})}),
         **{f"BENCH_{key.upper()}": value for key, value in dataclasses.asdict(servers).items()},
     )
 
@@ -196,4 +207,9 @@ def app_from_environment() -> Celery:
         field.name: os.environ[f"BENCH_{field.name.upper()}"]
         for field in dataclasses.fields(Servers)
     }
-    return make_app(os.environ["BENCH_PEER"], Servers(**servers), os.environ["BENCH_QUEUE"])
+    return make_app(
+        os.environ["BENCH_PEER"],
+        Servers(**servers),
+        os.environ["BENCH_QUEUE"],
+        result_backend_transport_options=json.loads(os.environ["BENCH_OPTIONS"]),
+    )

@@ -9,6 +9,8 @@ import gc
 import uuid
 from typing import Any, Callable, DefaultDict, Dict, Iterator, List, Mapping, Optional, Sequence
 
+import kombu
+
 from bench import peers, processes, programs
 from bench.figures import OURS, Figures
 from tools import rabbitmq
@@ -26,7 +28,7 @@ class Place:
         quick: whether sizes and rounds are small.
         kept: how many results are kept for look-ups; empty for the measure's own sizes.
         peers: names of the peers that are installed and wanted.
-        redis_pids: processes of the Redis servers.
+        broker_pids: processes of all brokers and Redis servers.
     """
 
     node: rabbitmq.Node
@@ -34,7 +36,7 @@ class Place:
     quick: bool
     kept: Sequence[int]
     peers: Sequence[str]
-    redis_pids: Sequence[int] = ()
+    broker_pids: Sequence[int]
     _workers: Dict[str, programs.Worker] = dataclasses.field(default_factory=dict)
 
     @property
@@ -52,11 +54,17 @@ class Place:
             for name in names
             if (name in self.peers or (name in peers.VARIANTS and OURS in self.peers))
             and not (self.quick and peers.named(name).thorough)
+            and (self.servers.tuned or not peers.named(name).tuned)
         ]
 
     def broker_seconds(self) -> float:
         """Return the processor time that RabbitMQ and Redis have used so far."""
-        return processes.cpu_seconds(self.node.pid, *self.redis_pids)
+        return processes.cpu_seconds(*self.broker_pids)
+
+    @property
+    def port(self) -> int:
+        """The AMQP port of RabbitMQ."""
+        return int(kombu.Connection(self.servers.broker).port)
 
     def workers(self, *names: str) -> Dict[str, programs.Worker]:
         """Return a worker for each of *names* that is measured; they live until the end."""
@@ -68,6 +76,18 @@ class Place:
             self._workers[name].wait()
         return {name: self._workers[name] for name in names_here}
 
+    @contextlib.contextmanager
+    def worker(
+        self, name: str, concurrency: int, pool: str = "prefork", arguments: Sequence[str] = ()
+    ) -> Iterator[programs.Worker]:
+        """Run a worker of the peer *name* for the duration of a ``with`` block."""
+        worker = programs.Worker(name, self.servers, concurrency, pool, arguments)
+        try:
+            worker.wait()
+            yield worker
+        finally:
+            worker.stop()
+
     def app(self, name: str, queue: Optional[str] = None, **conf: Any) -> Any:
         """Return an app of the peer *name*; names on the broker are its own, or made of *queue*."""
         queue = queue or f"bench-{uuid.uuid4().hex[:8]}"
@@ -75,10 +95,13 @@ class Place:
 
     @contextlib.contextmanager
     def assistant(
-        self, name: str, queue: str, module: str = "bench.assistant"
+        self, name: str, queue: str, module: str = "bench.assistant", **options: Any
     ) -> Iterator[programs.Assistant]:
-        """Run an assistant of the peer *name* for the duration of a ``with`` block."""
-        assistant = programs.Assistant(name, self.servers, queue, module)
+        """Run an assistant of the peer *name* for the duration of a ``with`` block.
+
+        The *options* replace those of the peer.
+        """
+        assistant = programs.Assistant(name, self.servers, queue, module, options)
         try:
             yield assistant
         finally:
@@ -110,8 +133,8 @@ class Place:
                     found[name].setdefault(peer, []).append(value)
         return dict(found)
 
-    def close(self) -> None:
-        """End the workers."""
+    def end_workers(self) -> None:
+        """End the workers that :meth:`workers` has started."""
         for worker in self._workers.values():
             worker.stop()
         self._workers.clear()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from typing import Any, Dict, Iterator, Sequence
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence
 
 from bench import peers, processes
 from bench.peers import ROOT, Servers
@@ -70,7 +70,8 @@ class Worker:
 
     def cpu_seconds(self) -> float:
         """Return the processor time that it and its processes have used so far."""
-        return processes.cpu_seconds(*processes.family(self._process.pid))
+        family = processes.family(self._process.pid)
+        return processes.cpu_seconds(*family) + processes.reaped_cpu_seconds(self._process.pid)
 
     def stop(self) -> None:
         """End it."""
@@ -91,14 +92,20 @@ class Assistant:
         servers: where the servers are.
         queue: names on the broker are made from it.
         module: its program, :mod:`bench.assistant` or one that has more commands.
+        options: options of the result backend that replace those of the peer.
     """
 
     def __init__(
-        self, name: str, servers: Servers, queue: str, module: str = "bench.assistant"
+        self,
+        name: str,
+        servers: Servers,
+        queue: str,
+        module: str = "bench.assistant",
+        options: Optional[Mapping[str, Any]] = None,
     ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
-            env=peers.environment(name, servers, queue),
+            env=peers.environment(name, servers, queue, options),
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
 

@@ -11,11 +11,11 @@ when it is stored, and once after it.
 from __future__ import annotations
 
 import dataclasses
-import random
+import hashlib
 import uuid
 from typing import Iterator, List, Tuple
 
-__all__ = ("POLLS", "STORED_AFTER", "Step", "Timetable")
+__all__ = ("JITTER", "POLL", "POLLS", "SEND", "STORED_AFTER", "Step", "Timetable")
 
 #: Seconds from sending a task to storing its result.
 STORED_AFTER = 0.3
@@ -42,7 +42,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Timetable:
-    """Who does what in one round.
+    """The steps of all processes in one round.
 
     Parameters:
         seed: makes the ids; each round needs its own.
@@ -70,8 +70,7 @@ class Timetable:
 
     def task_id(self, task: int) -> str:
         """Return the id of a task; it looks like one that Celery makes."""
-        bits = random.Random(f"{self.seed}/{task}").getrandbits(128)
-        return str(uuid.UUID(int=bits, version=4))
+        return str(uuid.UUID(bytes=self._noise(task)[:16], version=4))
 
     def sender(self, task: int) -> int:
         """Return the number of the web process that sends *task*."""
@@ -94,15 +93,14 @@ class Timetable:
         for task in range(self.tasks):
             sent = self.sent_at(task)
             yield self.sender(task), Step(sent, SEND, task)
-            others = self._pollers(task)
-            for after, poller in zip(POLLS, others):
-                jitter = 0.0
-                if after == STORED_AFTER:
-                    jitter = random.Random(f"{self.seed}/{task}/jitter").uniform(0, JITTER)
-                yield poller, Step(sent + after + jitter, POLL, task)
+            jitter, *choices = self._noise(task)[16:]
+            for after, choice in zip(POLLS, choices):
+                # A number from 1 on, so that no process polls its own task.
+                other = 1 + choice % max(1, self.processes - 1)
+                poller = (self.sender(task) + other) % self.processes
+                late = JITTER * (jitter + 1) / 256 if after == STORED_AFTER else 0.0
+                yield poller, Step(sent + after + late, POLL, task)
 
-    def _pollers(self, task: int) -> List[int]:
-        """Return a web process for each poll; none is the sender, if there are others."""
-        others = [n for n in range(self.processes) if n != self.sender(task)] or [0]
-        chooser = random.Random(f"{self.seed}/{task}/pollers")
-        return [chooser.choice(others) for _ in POLLS]
+    def _noise(self, task: int) -> bytes:
+        """Return 32 bytes that look random and are the same in every process."""
+        return hashlib.sha256(f"{self.seed}/{task}".encode()).digest()

@@ -41,7 +41,6 @@ from celery.exceptions import ImproperlyConfigured, SecurityError, TimeoutError
 from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
 from kombu.compression import encoders, get_encoder
-from kombu.utils.encoding import bytes_to_str
 from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors, options
@@ -58,6 +57,7 @@ from celery_amqp_results.per_task.layout import PerTaskLayout, Wire
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.ids import id_text, plain_ids, state_name
 from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessage
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topology, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
@@ -299,7 +299,7 @@ class AMQPBackend(Celery4API, Backend):
         With ``track_sent`` that is published, on the connection that sends the task; nothing is
         waited for. Without it this does no I/O.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         current = self.app.current_worker_task
         # A task that is retried or replaced stays the task of the one who sent it first.
         retried = current is not None and current.request.id == task_id
@@ -346,7 +346,7 @@ class AMQPBackend(Celery4API, Backend):
             BackendUnavailable: when the broker did not confirm it; it may be stored or not.
             DeclarationRefused: when something on the broker exists with other properties.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         try:
             self._store(task_id, result, state, traceback, request)
         except errors.ResultTooLarge as exc:
@@ -368,7 +368,7 @@ class AMQPBackend(Celery4API, Backend):
         brief: bool = False,
     ) -> None:
         """Publish a state; a *brief* one without the arguments of the task, which may be long."""
-        layout = self.layout
+        layout, name = self.layout, state_name(state)
         if brief:
             result = self.encode_result(result, state)
         meta = self._get_result_meta(result, state, traceback, request)
@@ -376,7 +376,7 @@ class AMQPBackend(Celery4API, Backend):
         if brief:
             meta.update({name: None for name in ("args", "kwargs") if name in meta})
         message = self._encode_state(
-            task_id, state, layout.shape(meta), STATE, self._expiration_of(state, request)
+            task_id, name, layout.shape(meta), STATE, self._expiration_of(name, request)
         )
         route = _route_of(request)
         # ABORTED as well: who asked a task to stop relies on it.
@@ -505,6 +505,7 @@ class AMQPBackend(Celery4API, Backend):
         Celery's task that polls for chords finds so which task of a header has failed. Failures
         are not in the cache itself, as a task that is delivered again may still succeed.
         """
+        task_id = id_text(task_id)
         return task_id in self._cache or task_id in self._failed
 
     def _complete(self, state: StateMessage) -> StateMessage:
@@ -542,7 +543,7 @@ class AMQPBackend(Celery4API, Backend):
                 accepted.
             ForeignMessage: when the meta is damaged.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         state = self.layout.poll((task_id,))[task_id]
         meta = None if state is None else self._decode_if_kept(state)
         if meta is None:
@@ -563,7 +564,7 @@ class AMQPBackend(Celery4API, Backend):
         Raises:
             LookupTimeout, BackendUnavailable: as every look-up.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         state = self.layout.poll((task_id,))[task_id]
         mark = None
         if state is None and self.options.track_sent:
@@ -574,9 +575,16 @@ class AMQPBackend(Celery4API, Backend):
             state = self.layout.kept(task_id)
         return tracking.Fate.read(state, mark)
 
+    def forget(self, task_id: Any) -> None:
+        """Delete all that is kept of a task.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
+        super().forget(id_text(task_id))
+
     def _forget(self, task_id: str) -> None:
         self._failed.pop(task_id, None)
-        task_id = bytes_to_str(task_id)
         self.layout.forget((task_id,))
         if self.options.track_sent:
             self.layout.mark(
@@ -621,7 +629,8 @@ class AMQPBackend(Celery4API, Backend):
             Exception: the exception of a parent that failed.
         """
         ids = list(dict.fromkeys(ids))
-        before = {parent.id: parent for parent in parents if parent.id not in ids}
+        before = {id_text(parent.id): parent for parent in parents}
+        before = {task_id: before[task_id] for task_id in before if task_id not in ids}
         with contextlib.closing(
             self._updates(ids, timeout, interval, on_interval, before)
         ) as updates:
@@ -797,7 +806,7 @@ class AMQPBackend(Celery4API, Backend):
             celery.exceptions.TimeoutError: when *timeout* is over.
             Exception: the exception of the task, if it failed.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         meta = self._cache.get(task_id) if cache else None
         if not meta or meta["status"] not in READY_STATES:
             ((_, state),) = self._follow((task_id,), timeout, interval, on_interval)
@@ -825,7 +834,9 @@ class AMQPBackend(Celery4API, Backend):
             Exception: the exception of the task, if it failed and *propagate* is true.
         """
         self._ensure_not_eager()
-        for _, state in self._follow((result.id,), timeout, interval, on_interval, on_message):
+        for _, state in self._follow(
+            (id_text(result.id),), timeout, interval, on_interval, on_message
+        ):
             self._resolve(result, state)
         return result.maybe_throw(callback=callback, propagate=propagate)
 
@@ -864,14 +875,14 @@ class AMQPBackend(Celery4API, Backend):
         for node in result.results:
             if isinstance(node, ResultSet):
                 unready = [leaf for leaf in trees.leaves(node) if not _is_ready(leaf)]
-                groups.append((node, {leaf.id for leaf in unready}))
+                groups.append((node, {id_text(leaf.id) for leaf in unready}))
             else:
                 unready = [] if _is_ready(node) else [node]
                 if not unready:
                     yield node.id, _meta_of(node)
             for leaf in unready:
-                waited.setdefault(leaf.id, []).append(leaf)
-        members = {node.id for node in result.results if not isinstance(node, ResultSet)}
+                waited.setdefault(id_text(leaf.id), []).append(leaf)
+        members = {id_text(n.id): n for n in result.results if not isinstance(n, ResultSet)}
         for node, missing in groups:
             if not missing:
                 yield node.id, node.results
@@ -883,7 +894,7 @@ class AMQPBackend(Celery4API, Backend):
             for leaf in waited.pop(task_id):
                 self._resolve(leaf, state)
             if task_id in members:
-                yield task_id, _meta_of(leaf)
+                yield members[task_id].id, _meta_of(leaf)
             for node, missing in groups:
                 if task_id in missing:
                     missing.discard(task_id)
@@ -937,7 +948,7 @@ class AMQPBackend(Celery4API, Backend):
             celery.exceptions.TimeoutError: when *timeout* is over.
         """
         self._ensure_not_eager()
-        ids = [bytes_to_str(task_id) for task_id in task_ids]
+        ids = [id_text(task_id) for task_id in task_ids]
         missing = []
         for task_id in ids:
             meta = self._cache.get(task_id)
@@ -988,8 +999,19 @@ class AMQPBackend(Celery4API, Backend):
 
     # -- groups ------------------------------------------------------------------------------
 
-    def _save_group(self, group_id: str, result: Any) -> Any:
-        meta = {"status": GROUP_STATE, "group_id": group_id, "result": result.as_tuple()}
+    def get_group_meta(self, group_id: Any, cache: bool = True) -> Optional[Meta]:
+        """Return the meta of a group that was saved, or ``None``."""
+        found: Optional[Meta] = super().get_group_meta(id_text(group_id), cache)
+        return found
+
+    def delete_group(self, group_id: Any) -> Any:
+        """Delete a group that was saved; its members are kept."""
+        return super().delete_group(id_text(group_id))
+
+    def _save_group(self, group_id: Any, result: Any) -> Any:
+        group_id = id_text(group_id)
+        members = plain_ids(result.as_tuple())
+        meta = {"status": GROUP_STATE, "group_id": group_id, "result": members}
         self.layout.save_group(
             self._encode_state(
                 group_id, GROUP_STATE, self.layout.shape(meta), GROUP, self._expiration
@@ -1007,7 +1029,7 @@ class AMQPBackend(Celery4API, Backend):
             logger.warning("taken for expired: %s", exc)
             return None
         try:
-            meta["result"] = result_from_tuple(meta["result"], self.app)
+            meta["result"] = result_from_tuple(plain_ids(meta["result"]), self.app)
         except Exception as exc:
             raise errors.ForeignMessage(
                 f"the group {group_id!r} has no members as its result: {exc!r:.300}"

@@ -12,15 +12,19 @@ from bench.figures import Row
 from bench.measures import (
     broker,
     chord,
+    cold,
     collect,
+    connections,
     end_to_end,
     fleet,
     large,
     memory,
     round_trip,
+    shards,
     store,
     storm,
     stranger,
+    worker,
 )
 from bench.place import Place
 
@@ -32,13 +36,17 @@ ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
     "collect": collect.measure,
     "roundtrip": round_trip.measure,
     "endtoend": end_to_end.measure,
+    "worker": worker.measure,
+    "cold": cold.measure,
     "chord": chord.measure,
     "storm": storm.measure,
     "fleet": fleet.measure,
+    "connections": connections.measure,
+    "shards": shards.measure,
     "lookup": stranger.measure,
     "large": large.measure,
     "memory": memory.measure,
 }
 
 #: Measures that a quick run leaves out unless the command line names them.
-THOROUGH = ("broker", "large")
+THOROUGH = ("broker", "large", "cold", "shards", "connections")

@@ -1,4 +1,4 @@
-"""Chords: from ``apply_async()`` to the result of the body."""
+"""Single chords: from ``apply_async()`` to the result of the body."""
 
 from __future__ import annotations
 
@@ -12,37 +12,33 @@ from bench.figures import LESS, Row
 from bench.measures import round_trip
 from bench.place import Place
 
-#: What refuses chords.
-WITHOUT_CHORDS = ("rpc",)
+#: Measured with all sizes and this many rounds. The rounds of a chord differ more than others.
+PEERS = ("amqp", "redis")
+ROUNDS = 25
 
-#: A chord of a layout with a queue for each task is no larger than this.
-LARGEST_PER_TASK = 100
-
-#: How many times more rounds there are of the smallest, which is soon over.
-MORE_ROUNDS = 5
+#: Measured with the usual rounds, and chords up to this size.
+OTHERS = ("amqp, transient", "amqp, per-task", "redis, lasting", "celery-amqp-backend")
+LARGEST_OF_OTHERS = 100
+LARGEST_PER_TASK = 10
 
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield milliseconds for chords of several sizes."""
-    workers = place.workers(*(name for name in peers.WITH_WORKER if name not in WITHOUT_CHORDS))
+    workers = place.workers(*PEERS, *OTHERS)
     round_trip.warm(place)
-    smallest, *larger = (10, 100) if place.quick else (10, 100, 1000)
-    for size in (smallest, *larger):
-        polled = {
-            name: _chord(worker.app, size)
-            for name, worker in workers.items()
-            if peers.named(name).queue_per_task
-        }
-        pushed = {
-            name: _chord(worker.app, size) for name, worker in workers.items() if name not in polled
-        }
-        found = place.alternate(pushed, place.rounds * (MORE_ROUNDS if size == smallest else 1))[
-            "ms"
-        ]
-        # These take a second each, which no noise changes.
-        if size <= (smallest if place.quick else LARGEST_PER_TASK):
-            found.update(place.alternate(polled, warm_up=False).get("ms", {}))
+    for size in (10, 100) if place.quick else (10, 100, 1000):
+        measures = {name: _chord(worker.app, size) for name, worker in workers.items()}
+        rounds = place.rounds if place.quick else ROUNDS
+        found = place.alternate({n: m for n, m in measures.items() if n in PEERS}, rounds)["ms"]
+        others = {n: m for n, m in measures.items() if n in OTHERS and _small(n, size)}
+        found.update(place.alternate(others).get("ms", {}))
         yield Row("chord", f"chord of {size:,} no-op tasks", "ms", LESS, found, size)
+
+
+def _small(name: str, size: int) -> bool:
+    """Return whether the peer *name* is measured with chords of *size*."""
+    per_task = peers.named(name).queue_per_task
+    return size <= (LARGEST_PER_TASK if per_task else LARGEST_OF_OTHERS)
 
 
 def _chord(app: Any, size: int) -> Callable[[], Mapping[str, float]]:

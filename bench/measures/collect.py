@@ -1,8 +1,8 @@
 """Collecting: a process that sent N tasks waits for the results of all of them.
 
-It is frozen while another process stores the results. Everything that there is to do for it lies
-in its sockets and queues when it goes on, whoever reads them, and whether a thread of its own does
-that: what is measured is the time until ``join()`` returns.
+The process is frozen while another one stores the results. When it continues, all its work is
+waiting in sockets and queues, so that a background thread is no advantage. The clock runs from then
+until ``join()`` returns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 import kombu
 
-from bench import peers
+from bench import internals, peers
 from bench.figures import LESS, MORE, Row
 from bench.place import Place
 from bench.programs import Assistant
@@ -31,7 +31,7 @@ def measure(place: Place) -> Iterator[Row]:
         pairs: Dict[str, Tuple[Assistant, Assistant]] = {}
         queue = f"bench-{uuid.uuid4().hex[:8]}"
         for name in place.chosen("amqp", "rpc", "redis"):
-            # Those of this backend are stored without waiting for confirms: the same, sooner.
+            # This backend stores the same messages sooner if it does not wait for confirms.
             storer = "amqp, confirm=False" if name == "amqp" else name
             pairs[name] = (
                 stack.enter_context(place.assistant(name, queue)),
@@ -40,10 +40,10 @@ def measure(place: Place) -> Iterator[Row]:
         for name, (client, storer) in pairs.items():
             # The first wait opens connections; and every shard is there after this.
             for _ in range(2):
-                _join(name, client, storer, 1000)
+                join(name, client, storer, 1000)
         for size in sizes:
             measures: Dict[str, Callable[[], Mapping[str, float]]] = {
-                name: functools.partial(_join, name, client, storer, size)
+                name: functools.partial(join, name, client, storer, size)
                 for name, (client, storer) in pairs.items()
             }
             if size == sizes[0]:
@@ -64,7 +64,8 @@ def measure(place: Place) -> Iterator[Row]:
             yield Row("join", f"join of {size:,} results", "ms", LESS, found["ms"], size)
 
 
-def _join(name: str, client: Assistant, storer: Assistant, size: int) -> Dict[str, float]:
+def join(name: str, client: Assistant, storer: Assistant, size: int) -> Dict[str, float]:
+    """Have *client* join *size* results that *storer* stores while it is frozen."""
     sent = client.ask("send", count=size)
     client.tell("join")
     client.answer()
@@ -91,7 +92,7 @@ def _bare(place: Place, queue: str, size: int) -> Dict[str, float]:
     try:
         channel = connection.channel()
         name = channel.queue_declare("", exclusive=True).queue
-        channel.queue_bind(name, app.backend._topology.exchange, "#")
+        channel.queue_bind(name, internals.exchange(app), "#")
         bodies: List[Any] = []
         channel.basic_consume(name, no_ack=True, callback=lambda m: bodies.append(m.body))
         for _ in range(size):

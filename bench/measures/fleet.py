@@ -23,7 +23,7 @@ from bench.schedule import Timetable
 STORING = 2
 
 #: Seconds before a round begins, so that all processes have got their commands.
-AHEAD = 0.5
+AHEAD = 1.0
 
 #: Seconds of a round.
 SECONDS = 8.0

@@ -1,4 +1,4 @@
-"""Storing: ``store_result`` in one process, nobody waiting."""
+"""Storing: ``store_result`` in one process, with no client waiting."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from typing import Any, Callable, Dict, Iterator, Mapping
 import amqp
 import kombu
 
-from bench import peers
+from bench import internals, peers
 from bench.figures import LESS, MORE, Row
 from bench.place import Place
 
-#: Where a queue is declared for each task, so many times fewer are stored.
+#: A backend that declares a queue for each task stores fewer results by this factor.
 FEWER = 20
-#: Where nothing is waited for, so many times more are.
+#: A backend that waits for no confirms stores more results by this factor.
 MORE_OF_THEM = 5
 
 
 def measure(place: Place) -> Iterator[Row]:
-    """Yield results per second, and the processor time of each.
+    """Yield results a second, and the processor time of each.
 
-    Where nothing is waited for the clock runs until the broker has read all of it: otherwise what
-    is measured is how much fits into the buffers of a socket.
+    Without confirms, the clock runs until the broker has read everything. Otherwise the figures
+    would only show how much fits into the buffers of a socket.
     """
     count = 400 if place.quick else 4000
     queue = f"bench-{uuid.uuid4().hex[:8]}"
+    names = [name for name in peers.PEERS if name != "ignored"]
     apps = {
         name: place.app(name, queue if name == "rpc" else None)
-        for name in place.chosen(*(name for name in peers.PEERS if name != "ignored"))
+        for name in place.chosen(*names, "amqp, tuned broker")
     }
     measures: Dict[str, Callable[[], Mapping[str, float]]] = {
-        name: _storing(name, app, _count(name, count), queue) for name, app in apps.items()
+        name: _storing(place, name, app, _count(name, count)) for name, app in apps.items()
     }
     connection = kombu.Connection(place.node.url()).connection
     try:
@@ -46,6 +47,13 @@ def measure(place: Place) -> Iterator[Row]:
             peers.close(app)
     yield Row("store", "results stored in one process", "/s", MORE, found["per second"])
     yield Row(
+        "store.broker",
+        "processor time of RabbitMQ and Redis, each result stored",
+        "µs",
+        LESS,
+        found["broker"],
+    )
+    yield Row(
         "store.cpu", "processor time of the client, each result stored", "µs", LESS, found["cpu"]
     )
 
@@ -56,20 +64,23 @@ def _count(name: str, count: int) -> int:
     return count * MORE_OF_THEM if name in ("rpc", "amqp, confirm=False") else count
 
 
-def timed(count: int, work: Callable[[], Any]) -> Dict[str, float]:
+def timed(place: Place, count: int, work: Callable[[], Any]) -> Dict[str, float]:
     """Return how many of *count* are done in a second, and the processor time of each in µs."""
-    cpu, started = time.process_time(), time.perf_counter()
+    broker, cpu, started = place.broker_seconds(), time.process_time(), time.perf_counter()
     work()
     return {
         "per second": count / (time.perf_counter() - started),
         "cpu": (time.process_time() - cpu) / count * 1e6,
+        "broker": (place.broker_seconds() - broker) / count * 1e6,
     }
 
 
-def _storing(name: str, app: Any, count: int, reply_to: str) -> Callable[[], Mapping[str, float]]:
+def _storing(place: Place, name: str, app: Any, count: int) -> Callable[[], Mapping[str, float]]:
     backend = app.backend
+    # The queue of replies of rpc://, which has the name of its queue of tasks.
+    reply_to = app.conf.task_default_queue
 
-    def settle() -> None:
+    def wait_for_broker() -> None:
         if name == "rpc":
             # The pool gives back the channel that was used last.
             with app.amqp.producer_pool.acquire(block=True) as producer:
@@ -78,21 +89,21 @@ def _storing(name: str, app: Any, count: int, reply_to: str) -> Callable[[], Map
             backend.close()
 
     def measured() -> Mapping[str, float]:
-        # A worker has these at hand: they are not what is measured.
+        # A worker has its requests already.
         requests = [peers.context(str(uuid.uuid4()), reply_to) for _ in range(count)]
 
         def work() -> None:
             for request in requests:
                 backend.store_result(request.id, 42, "SUCCESS", request=request)
-            settle()
+            wait_for_broker()
 
-        return timed(count, work)
+        return timed(place, count, work)
 
     return measured
 
 
 class _Bare:
-    """py-amqp by itself, with the same queues, properties and body, and no copy for who listens."""
+    """py-amqp by itself, with the same queues, properties and body, and without live copies."""
 
     BODY = (
         b'{"status": "SUCCESS", "result": 42, "traceback": null, "children": [], "date_done": '
@@ -101,10 +112,10 @@ class _Bare:
 
     def __init__(self, connection: Any, place: Place, queue: str) -> None:
         self._app = place.app("amqp")
-        # What stores a result in each shard has declared them all.
-        self._topology = self._app.backend._topology
-        _fill(self._app, self._topology.shards)
+        # A result stored in each shard declares all of them.
+        _fill(self._app)
         peers.close(self._app)
+        self._place = place
         self._channel = connection.channel()
         self._queue = queue
         self._channel.queue_declare(queue, durable=True, auto_delete=False)
@@ -116,7 +127,7 @@ class _Bare:
         publish = (
             self._confirming.basic_publish_confirm if confirmed else self._channel._basic_publish
         )
-        topology = self._topology
+        app = self._app
 
         def measured() -> Mapping[str, float]:
             ids = [str(uuid.uuid4()) for _ in range(count)]
@@ -136,21 +147,17 @@ class _Bare:
                     publish(
                         message,
                         exchange="",
-                        routing_key=topology.shard_queue_name(topology.shard(task_id)),
+                        routing_key=internals.shard_queue(app, task_id),
                         mandatory=True,
                     )
                 self._channel.queue_declare(self._queue, passive=True)
 
-            return timed(count, work)
+            return timed(self._place, count, work)
 
         return measured
 
 
-def _fill(app: Any, shards: int) -> None:
-    missing = set(range(shards))
-    topology = app.backend._topology
-    while missing:
-        task_id = str(uuid.uuid4())
-        if topology.shard(task_id) in missing:
-            missing.discard(topology.shard(task_id))
-            app.backend.store_result(task_id, 42, "SUCCESS", request=peers.context(task_id))
+def _fill(app: Any) -> None:
+    ids = (str(uuid.uuid4()) for _ in range(20 * internals.shards(app)))
+    for task_id in internals.one_id_a_shard(app, ids):
+        app.backend.store_result(task_id, 42, "SUCCESS", request=peers.context(task_id))

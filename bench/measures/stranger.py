@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping
 
 import kombu
 
-from bench import peers, processes
+from bench import internals, peers, processes
 from bench.figures import LESS, OURS, Row, percentile
 from bench.place import Place
 from bench.programs import Assistant
@@ -21,13 +21,13 @@ from bench.programs import Assistant
 #: Bytes of the text in each result, so that a body has 300.
 SIZE = 300 - 144
 
-#: Other peers are measured up to so many results kept: nothing changes there.
+#: Other peers are measured with at most this many results: more change nothing for them.
 LARGEST_OF_OTHERS = 10_000
 LARGEST_PER_TASK = 1_000
 
 #: How many results are kept, where nothing else is said.
 QUICK = (10_000,)
-FULL = (1000, 10_000, 100_000)
+FULL = (1000, 100_000)
 
 #: How many ids are looked up at once.
 BATCH = 1000
@@ -58,32 +58,31 @@ def _with_kept(place: Place, kept: int) -> Iterator[Row]:
     with contextlib.ExitStack() as stack:
         for name in names:
             if name != OURS:
-                _store(place, name, queues[name], ids)
+                store(place, name, queues[name], ids)
         yield from _our_costs(place, queues[OURS], ids)
         readers: Dict[str, Assistant] = {
             name: stack.enter_context(place.assistant(name, queues[name])) for name in names
         }
         yield from _packing(place, readers[OURS], ids)
         yield from _looking_up(place, readers, ids)
-        _delete(place, queues[OURS])
+        delete(place, OURS, queues[OURS])
 
 
 def _our_costs(place: Place, queue: str, ids: List[str]) -> Iterator[Row]:
     """Store *ids*, and yield what that costs the broker."""
     node, kept = place.node, len(ids)
     app = place.app(OURS, queue)
-    topology = app.backend._topology
     before = _memory(node)
-    # What is fixed: the exchange, and all shards.
-    one_each = {topology.shard(task_id): task_id for task_id in ids}
-    for task_id in one_each.values():
+    # The exchange and all shards cost memory before there are results.
+    one_each = internals.one_id_a_shard(app, ids)
+    for task_id in one_each:
         app.backend.store_result(task_id, "x" * SIZE, "SUCCESS", request=peers.context(task_id))
     peers.close(app)
     fixed = _memory(node)
-    first = set(one_each.values())
+    first = set(one_each)
     rest = [task_id for task_id in ids if task_id not in first]
     cpu = processes.cpu_seconds(node.pid)
-    _store(place, "amqp, confirm=False", queue, rest)
+    store(place, OURS, queue, rest)
     cpu = processes.cpu_seconds(node.pid) - cpu
     after = _memory(node)
 
@@ -182,11 +181,17 @@ def _check(found: int, wanted: int) -> None:
         raise RuntimeError(f"{found} results were found, not {wanted}")
 
 
-def _store(place: Place, name: str, queue: str, ids: List[str]) -> None:
-    """Store results with several processes, and return when the broker is done with them."""
+def store(place: Place, name: str, queue: str, ids: List[str]) -> None:
+    """Store results with several processes, and return when the broker has them.
+
+    This backend does not wait for each confirm; the messages are the same.
+    """
+    options = {"confirm": False} if name.startswith(OURS) else {}
     storers = STORERS if len(ids) >= 10_000 else 1
     with contextlib.ExitStack() as stack:
-        assistants = [stack.enter_context(place.assistant(name, queue)) for _ in range(storers)]
+        assistants = [
+            stack.enter_context(place.assistant(name, queue, **options)) for _ in range(storers)
+        ]
         for number, assistant in enumerate(assistants):
             assistant.tell("store", ids=ids[number::storers], size=SIZE)
         for assistant in assistants:
@@ -204,12 +209,11 @@ def _memory(node: Any) -> int:
     )
 
 
-def _delete(place: Place, queue: str) -> None:
-    """Delete our shards: the next measure is not to find them."""
-    app = place.app(OURS, queue)
-    topology = app.backend._topology
+def delete(place: Place, name: str, queue: str) -> None:
+    """Delete the shards of a variant of this backend, so that the next measure starts empty."""
+    app = place.app(name, queue)
     with kombu.Connection(place.node.url()) as connection:
         channel = connection.channel()
-        for shard in range(topology.shards):
-            channel.queue_delete(topology.shard_queue_name(shard))
+        for shard in internals.shard_queues(app):
+            channel.queue_delete(shard)
     peers.close(app)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+import uuid
 from typing import (
     Any,
     AsyncIterator,
@@ -27,12 +28,12 @@ from typing import (
 import celery
 from celery import states as celery_states
 from celery.result import AsyncResult, EagerResult, ResultSet, assert_will_not_block
-from kombu.utils.encoding import bytes_to_str
 
 from celery_amqp_results import errors
 from celery_amqp_results.aio import bridge
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.errors import WaitTimeout
+from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.waiting import results as trees
@@ -88,8 +89,8 @@ def _checked(node: Any) -> Any:
     Raises:
         TypeError: when it is neither.
     """
-    if isinstance(node, (str, bytes)):
-        return bytes_to_str(node)
+    if isinstance(node, (str, bytes, uuid.UUID)):
+        return id_text(node)
     if isinstance(node, (AsyncResult, EagerResult, ResultSet)):
         return node
     raise TypeError(
@@ -99,7 +100,7 @@ def _checked(node: Any) -> Any:
 
 
 def _id(leaf: Any) -> str:
-    return leaf if isinstance(leaf, str) else str(leaf.id)
+    return leaf if isinstance(leaf, str) else id_text(leaf.id)
 
 
 def _is_known(leaf: Any) -> bool:
@@ -809,7 +810,7 @@ async def get_meta(target: Any, *, app: Any = None) -> Meta:
     if isinstance(leaf, ResultSet):
         raise TypeError(f"{target!r} is a group, which has no state: ask for its members")
     if not isinstance(leaf, str) and leaf._cache is not None:
-        return {"task_id": leaf.id, **leaf._cache}
+        return {"task_id": _id(leaf), **leaf._cache}
     task_id = _id(leaf)
     backend = _backend_of(leaf, app)
     state = (await bridge.bridge_of(backend).poll((task_id,)))[task_id]

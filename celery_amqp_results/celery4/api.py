@@ -25,11 +25,11 @@ from typing import (
 import kombu
 from celery import states
 from celery.backends.base import Backend
-from kombu.utils.encoding import bytes_to_str
 
 from celery_amqp_results import errors
 from celery_amqp_results.celery4 import consumer, producer
 from celery_amqp_results.per_task.layout import BACKLOG_LIMIT, NoCacheQueue, Wire
+from celery_amqp_results.protocol.ids import id_text
 
 if TYPE_CHECKING:
     from celery_amqp_results.protocol.names import Topology
@@ -80,7 +80,7 @@ class Celery4API(Backend):
         queue as well. In the layout ``shared`` the key differs with each state; what is returned
         is the key to bind a queue by that is to get all states of the task.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         if self.layout_name == "per-task":
             return self.wire.rkey(task_id)
         return self._topology.task_binding(task_id)
@@ -92,7 +92,7 @@ class Celery4API(Backend):
             task_id: the task.
             request: its request, or ``None`` where there is none.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         return self.rkey(task_id), getattr(request, "correlation_id", None) or task_id
 
     def on_reply_declare(self, task_id: str) -> List[kombu.Queue]:
@@ -100,7 +100,7 @@ class Celery4API(Backend):
 
         That is the task's queue, or in the layout ``shared`` the queue of its shard.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         if self.layout_name == "per-task":
             return [self.wire.queue_entity(task_id)]
         topology = self._topology
@@ -143,7 +143,7 @@ class Celery4API(Backend):
         Raises:
             celery.exceptions.TimeoutError: when *timeout* is over.
         """
-        task_id = bytes_to_str(task_id)
+        task_id = id_text(task_id)
         ((_, state),) = self._follow((task_id,), timeout, None, on_interval)
         meta: Meta = self._decode_state(state)
         self._cache[task_id] = meta
@@ -221,11 +221,11 @@ class Celery4API(Backend):
         """
         if isinstance(backlog_limit, bool):
             cache, backlog_limit = backlog_limit, BACKLOG_LIMIT
+        task_id = id_text(task_id)
         if backlog_limit == BACKLOG_LIMIT:
             found: Meta = super().get_task_meta(task_id, cache=cache)
             return found
         self._ensure_not_eager()
-        task_id = bytes_to_str(task_id)
         if cache:
             known: Optional[Meta] = self._cache.get(task_id)
             if known is not None:
@@ -244,6 +244,7 @@ class Celery4API(Backend):
 
     def reload_task_result(self, task_id: str) -> None:
         """Reload a result into the cache, even if it is there."""
+        task_id = id_text(task_id)
         self._cache[task_id] = self.get_task_meta(task_id, cache=False)
 
     def reload_group_result(self, task_id: str) -> None:
@@ -252,4 +253,5 @@ class Celery4API(Backend):
         Parameters:
             task_id: the id of the group.
         """
+        task_id = id_text(task_id)
         self._cache[task_id] = self.get_group_meta(task_id, cache=False)

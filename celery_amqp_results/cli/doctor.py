@@ -51,11 +51,15 @@ def doctor(
 
         api = broker.management(management_url, guess=not no_management)
         take(lambda: amqp_checks.broker_findings(broker.properties))
+        take(lambda: amqp_checks.embedding_findings(broker.properties, broker.topology.queue_type))
+        # Before anything is stored: shards cannot be changed afterwards.
+        take(lambda: management_checks.limit_findings(session, broker, api))
         # While publishers are blocked nothing can be read either: it would be waited for in vain.
         usable = take(lambda: amqp_checks.alarm_findings(broker))
         usable = take(lambda: amqp_checks.declaration_findings(session, broker)) and usable
         if usable:
             usable = take(lambda: amqp_checks.content_findings(session, broker))
+            take(lambda: amqp_checks.chord_findings(broker))
         if usable and not no_probe:
             take(lambda: amqp_checks.probe_findings(session))
         take(lambda: amqp_checks.old_exchange_findings(broker))

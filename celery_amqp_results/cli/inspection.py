@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Set
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Set, Tuple
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -147,6 +147,11 @@ class Broker:
         """Version of the broker."""
         return str(self.properties.get("version", "?"))
 
+    @property
+    def channel_max(self) -> int:
+        """Channels that a connection may have; 0 for no limit."""
+        return int(self.link.amqp.channel_max)
+
     def lengths(self) -> Dict[int, int]:
         """Return the numbers of messages in the shards that are there.
 
@@ -166,8 +171,18 @@ class Broker:
         Raises:
             Failed: when we may not ask.
         """
+        found = self.count(queue)
+        return None if found is None else found[0]
+
+    def count(self, queue: str) -> Optional[Tuple[int, int]]:
+        """Return the numbers of messages and consumers of a queue, or ``None`` if it is not there.
+
+        Raises:
+            Failed: when we may not ask.
+        """
         try:
-            return int(self.channel.queue_declare(queue, passive=True).message_count)
+            found = self.channel.queue_declare(queue, passive=True)
+            return int(found.message_count), int(found.consumer_count)
         except amqp_errors.NotFound:
             return None
         except amqp_errors.AccessRefused as exc:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from celery_amqp_results.cli import management, policies
+from celery_amqp_results.cli import limits, management, policies
 from celery_amqp_results.cli.common import Session
 from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding
 from celery_amqp_results.cli.migrate import old_queues
 from celery_amqp_results.cli.output import age, counted
 from celery_amqp_results.protocol.names import Topology
 
-__all__ = ("clock_finding", "management_findings", "node_findings")
+__all__ = ("clock_finding", "limit_findings", "management_findings", "node_findings")
 
 #: How ``rpc://`` names its queues.
 _RPC = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
@@ -34,19 +35,76 @@ def management_findings(session: Session, topology: Topology, api: Any) -> Itera
         lambda: _large_forever(topology, api),
     )
     for check in checks:
-        try:
-            yield from check()
-        except management.ManagementError as exc:
-            yield Finding(
-                "management",
-                "info",
-                str(exc),
-                "give the user the tag 'monitoring' for nodes, and 'policymaker' for policies: "
-                "`rabbitmqctl set_user_tags USER monitoring policymaker`",
-            )
+        yield from _answered(check)
     found = clock_finding(api.skew)
     if found is not None:
         yield found
+
+
+def _answered(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Yield what a check finds; a refusal by the management API is a finding as well."""
+    try:
+        yield from check()
+    except management.ManagementError as exc:
+        yield Finding(
+            "management",
+            "info",
+            str(exc),
+            "give the user the tag 'monitoring' for nodes, and 'policymaker' for policies: "
+            "`rabbitmqctl set_user_tags USER monitoring policymaker`",
+        )
+
+
+# -- limits ----------------------------------------------------------------------------------------
+
+
+def limit_findings(session: Session, broker: Any, api: Optional[Any]) -> Iterator[Finding]:
+    """Compare limits on queues, connections and channels with the needs of the app.
+
+    Parameters:
+        session: the command's.
+        broker: a :class:`celery_amqp_results.cli.inspection.Broker`.
+        api: a :class:`celery_amqp_results.cli.management.Management`, or ``None`` where only the
+            limits of the connection are known.
+    """
+
+    def check() -> Iterator[Finding]:
+        channels = broker.channel_max
+        if api is None:
+            known = limits.Limits(channel_max=channels)
+        else:
+            connections = api.get("connections")
+            known = limits.limits_from(
+                api.get("vhost-limits", api.vhost),
+                api.get("user-limits", api.user),
+                queues=int(api.get("queues", api.vhost, page=1, page_size=1)["total_count"]),
+                connections=sum(each.get("vhost") == api.vhost for each in connections),
+                user_connections=sum(each.get("user") == api.user for each in connections),
+                channel_max=channels,
+            )
+        yield from limits.findings(known, _needs(session, broker, api))
+
+    yield from _answered(check)
+
+
+def _needs(session: Session, broker: Any, api: Optional[Any]) -> limits.Needs:
+    topology, conf = broker.topology, session.app.conf
+    names = (
+        [] if api is None else [q["name"] for q in api.queues(_prefixed(topology, "shard|chords"))]
+    )
+    return limits.Needs(
+        shards=topology.shards,
+        shards_present=sum(name.startswith(f"{topology.prefix}.shard.") for name in names),
+        plans_present=sum(name.startswith(f"{topology.prefix}.chords.") for name in names),
+        stored=bool(broker.exists(topology.exchange)),
+        declare=session.backend.options.declare,
+        concurrency=conf.worker_concurrency or os.cpu_count() or 1,
+    )
+
+
+def _prefixed(topology: Topology, kinds: str) -> str:
+    """Return a regular expression for the names of our queues of some kinds."""
+    return f"^{re.escape(topology.prefix)}\\.({kinds})\\."
 
 
 def clock_finding(skew: Optional[float]) -> Optional[Finding]:
@@ -70,7 +128,7 @@ def clock_finding(skew: Optional[float]) -> Optional[Finding]:
 
 def _policies(session: Session, topology: Topology, api: Any) -> Iterator[Finding]:
     """Yield what policies do to our queues, whether these are there yet or not."""
-    queues = api.queues(f"^{re.escape(topology.prefix)}\\.(shard|large|chords?)\\.")
+    queues = api.queues(_prefixed(topology, "shard|large|chords?"))
     inboxes = set(_inboxes(topology, api))
     if inboxes:
         queues += [queue for queue in api.queues("^amq\\.gen-") if queue["name"] in inboxes]
@@ -162,7 +220,7 @@ def _rpc_queues(api: Any) -> Iterator[Finding]:
 
 
 def _large_forever(topology: Topology, api: Any) -> Iterator[Finding]:
-    large = api.queues(f"^{re.escape(topology.prefix)}\\.large\\.")
+    large = api.queues(_prefixed(topology, "large"))
     forever = [q for q in large if not (q.get("arguments") or {}).get("x-expires")]
     if forever:
         yield Finding(

@@ -12,6 +12,7 @@ from kombu.exceptions import KombuError
 
 from celery_amqp_results import errors
 from celery_amqp_results.cli.common import Exit, Failed, Session, check_ids, command
+from celery_amqp_results.protocol.ids import state_name
 from celery_amqp_results.protocol.ranking import fold, is_final
 
 __all__ = ("describe", "forget", "get", "group_ids")
@@ -43,7 +44,7 @@ def describe(task_id: str, found: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     failed = state in states.EXCEPTION_STATES
     described: Dict[str, Any] = {
         "id": task_id,
-        "state": state,
+        "state": state_name(state),
         "ready": is_final(state),
         "result": None if failed else found.get("result"),
         "error": found.get("result") if failed else None,

@@ -91,6 +91,7 @@ from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task.following import PollingFollower, PushFollower
 from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.ids import state_name
 from celery_amqp_results.protocol.message import GROUP, STATE, StateMessage
 from celery_amqp_results.protocol.names import Route
 from celery_amqp_results.protocol.ranking import is_final, supersedes
@@ -641,12 +642,12 @@ class PerTaskLayout:
             message.content_encoding or "utf-8",
         )
         decoded = self._codec.decode(bare)
-        status = decoded["status"]
+        status = state_name(decoded["status"])
         group_id = decoded.get("group_id")
         if status == GROUP_STATE and isinstance(group_id, str):
             return dataclasses.replace(bare, id=group_id, state=status, kind=GROUP, decoded=decoded)
         task_id = decoded.get("task_id")
-        if not isinstance(status, str) or not isinstance(task_id, str):
+        if not isinstance(task_id, str):
             raise errors.ForeignMessage(f"a meta without task_id and status: {decoded!r:.200}")
         return dataclasses.replace(bare, id=task_id, state=status, decoded=decoded)
 
@@ -877,7 +878,8 @@ class _Reader:
                 f"more than {self._limit} states of {self._task_id} are to be fast-forwarded; "
                 "asking again goes on with the rest"
             )
-        if current is None and damage is not None:
+        if damage is not None and (current is None or not is_final(current.state)):
+            # It may be the end of the task, which would seem to run for ever.
             raise damage
         return current
 

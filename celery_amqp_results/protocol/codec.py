@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import reprlib
+import uuid
 from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
 
 from kombu import compression as kombu_compression
@@ -11,9 +12,13 @@ from kombu import serialization
 
 from celery_amqp_results import errors
 from celery_amqp_results.protocol.compression import MAX_DECOMPRESSED, decompress
+from celery_amqp_results.protocol.ids import id_text, state_name
 from celery_amqp_results.protocol.message import STATE, StateMessage
 
 __all__ = ("Codec",)
+
+#: What of a meta are ids.
+ID_FIELDS = ("task_id", "parent_id", "group_id")
 
 
 class Codec:
@@ -93,8 +98,12 @@ class Codec:
             raise errors.ForeignMessage(
                 f"the {message.state} of {message.id!r} decodes to no meta: {reprlib.repr(meta)}"
             )
+        for name in ID_FIELDS:
+            # Some serializers make a UUID of every text that looks like one.
+            if isinstance(meta.get(name), uuid.UUID):
+                meta[name] = id_text(meta[name])
         if message.kind == STATE and message.id:
-            said = meta["status"], meta.get("task_id", message.id)
+            said = state_name(meta["status"]), meta.get("task_id", message.id)
             if said != (message.state, message.id):
                 raise errors.ForeignMessage(
                     f"the {message.state} of {message.id!r} says that it is the "

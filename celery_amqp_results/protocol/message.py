@@ -114,7 +114,7 @@ class StateMessage:
         if not isinstance(headers, Mapping):
             raise errors.ForeignMessage(f"the headers are {_short(headers)}, not a table")
         state = headers.get(STATE_HEADER)
-        if not isinstance(state, str) or not state:
+        if not isinstance(state, str):
             raise errors.ForeignMessage(f"header {STATE_HEADER!r} is {_short(state)}, not a state")
         published = headers.get(PUBLISHED)
         if isinstance(published, bool) or not isinstance(published, int) or published < 0:

@@ -499,11 +499,15 @@ class Store:
         return removed
 
     def readable(self, queue: str, found: List[StateMessage]) -> List[StateMessage]:
-        """Return *found* without what counts more than the others but cannot be decoded."""
-        while self._check is not None and len(found) > 1:
-            current = fold(found)
-            # Of a state whose body is kept elsewhere there is nothing here to decode, nor of what
-            # is no state.
+        """Return *found* without states that cannot be decoded and would hide one that can.
+
+        A final state gives way to another final state alone: with an earlier one its task would
+        seem to run for ever. The reader then gets the error.
+        """
+        decodable = found
+        while self._check is not None and len(decodable) > 1:
+            current = fold(decodable)
+            # A state whose body is elsewhere has nothing to decode here, and neither has a mark.
             if current is None or current.kind != STATE or current.body_queue is not None:
                 break
             try:
@@ -511,8 +515,10 @@ class Store:
                 break
             except (ContentDisallowed, errors.ForeignMessage) as exc:
                 self.reject(queue, str(exc))
-                found = [state for state in found if state is not current]
-        return found
+                decodable = [state for state in decodable if state is not current]
+        if any(is_final(s.state) for s in found) and not any(is_final(s.state) for s in decodable):
+            return found
+        return decodable
 
     def reject(self, where: str, why: str) -> None:
         """Count a message that is not ours; log it unless the same was logged before."""

@@ -19,6 +19,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 from vine import barrier
 
 from celery_amqp_results import errors
+from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.waiting.following import Following
 
@@ -60,18 +61,19 @@ class PendingResults:
 
     def add(self, result: Any) -> None:
         """Have *result* told of its task's end. Does no I/O."""
+        task_id = id_text(result.id)
         with self._lock:
             if self._closing:
                 return
-            results = self._results.setdefault(result.id, [])
+            results = self._results.setdefault(task_id, [])
             if not any(known is result for known in results):
                 results.append(result)
             now = time.monotonic()
-            self._added.append((result.id, now))
+            self._added.append((task_id, now))
             if self._follower is None:
                 self._follower = self._make_follower()
                 # Those that were left when a thread ended by an error.
-                self._added.extend((task_id, now) for task_id in self._results)
+                self._added.extend((left, now) for left in self._results)
                 threading.Thread(
                     target=self._run,
                     args=(self._follower,),
@@ -84,8 +86,9 @@ class PendingResults:
         """Tell *result* nothing any more. Takes no lock and does no I/O."""
         # What is registered is referred to from here, so it is not the garbage collector that
         # removes it: waking the thread, which takes a lock, can be left out.
-        if result.id in self._results:
-            self._removed.append((result.id, id(result)))
+        task_id = id_text(result.id)
+        if task_id in self._results:
+            self._removed.append((task_id, id(result)))
 
     def close(self) -> None:
         """Tell nobody anything any more. Does not wait for the thread, but it ends."""

@@ -20,6 +20,7 @@ import os
 import selectors
 import socket
 import time
+import uuid
 from typing import (
     Any,
     Callable,
@@ -39,11 +40,11 @@ from typing import (
 import amqp
 from celery.result import AsyncResult, EagerResult, ResultSet
 from kombu.exceptions import ContentDisallowed
-from kombu.utils.encoding import bytes_to_str
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
 from celery_amqp_results.waiting.follower import Update
@@ -107,9 +108,10 @@ def read_target(target: Any) -> Target:
         elif node.ignored:
             continue
         elif node._cache is not None and is_final(node._cache["status"]):
-            ended[node.id] = {"task_id": node.id, **node._cache}
+            task_id = id_text(node.id)
+            ended[task_id] = {"task_id": task_id, **node._cache}
         else:
-            ids[node.id] = None
+            ids[id_text(node.id)] = None
     return Target([i for i in ids if i not in ended], list(ended.values()))
 
 
@@ -119,8 +121,8 @@ def nodes(target: Any) -> Iterator[Any]:
     Raises:
         TypeError: when it is no such thing.
     """
-    if isinstance(target, (str, bytes)):
-        yield bytes_to_str(target)
+    if isinstance(target, (str, bytes, uuid.UUID)):
+        yield id_text(target)
     elif isinstance(target, (AsyncResult, EagerResult)):
         yield target
     elif isinstance(target, ResultSet):

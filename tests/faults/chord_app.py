@@ -1,6 +1,6 @@
 """The app of workers that are killed while they lead chords. Not for the tests' own process.
 
-The leader of a chord with the body ``mortal`` is killed with SIGKILL at the point that the body names,
+The leader of a chord with the body ``mortal`` is killed with SIGKILL at the point that it names,
 the first time that a leader gets there.
 """
 

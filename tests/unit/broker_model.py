@@ -1,12 +1,13 @@
 """A model of one RabbitMQ queue, as far as reading and packing a shard depend on it.
 
-First in, first out; what is put back goes where it was; consumers stand in line, and only the
-first of them is given messages, all there are, before it asks; what is delivered stays with it
-until it is acknowledged or its channel ends, upon which all of it is put back in one step, and the
-next in line is given it; a message that has expired is dropped when it would be delivered.
+Messages are delivered first in, first out, and a returned message goes back to its place. Consumers
+stand in line, and only the first one receives messages: all there are, without asking. Delivered
+messages stay with the consumer until it acknowledges them or its channel is closed. Then all of
+them are returned in one step, and delivered to the next consumer in line. Expired messages are
+dropped when they would be delivered.
 
-What a client does are *operations*. Between any two of them a hook is called, which may have others
-do something, or have the client die.
+Each action of a client is an *operation*. A hook is called between any two operations; it may let
+other clients act, or kill the client.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from amqp import spec
 
 
 class Killed(Exception):
-    """Raised in a client that has died."""
+    """Raised in a client that has been killed."""
 
 
 class Clock:
-    """Stands for the module ``time``: it goes on when it is told to, and a little when asked."""
+    """Stands for the module ``time``: advances on request, and a little with each reading."""
 
     def __init__(self) -> None:
         self.microseconds = 1_700_000_000_000_000
 
     def now(self) -> int:
-        """Return microseconds since 1970, never twice the same."""
+        """Return microseconds since 1970, never the same twice."""
         self.microseconds += 1
         return self.microseconds
 
@@ -75,7 +76,7 @@ class Queue:
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Give the first consumer in line all there is."""
+        """Deliver all messages to the first consumer in line."""
         if not self.consumers:
             return
         for entry in self.ready:
@@ -90,7 +91,7 @@ class Queue:
             self.ready.insert(bisect.bisect_right(positions, entry.position), entry)
 
     def leave(self, channel: Channel) -> None:
-        """Take a consumer out of the line, with what it holds."""
+        """Remove a consumer from the line, and return its messages."""
         if channel in self.consumers:
             self.consumers.remove(channel)
             self.put_back(list(channel.held.values()))
@@ -109,9 +110,9 @@ class Channel:
         self.connection: Optional[Link] = link
         self._callback: Callable[[amqp.Message], None] = lambda message: None
         self._tag = 0
-        #: What was delivered and not acknowledged, by delivery tag.
+        #: Delivered and unacknowledged messages, by delivery tag.
         self.held: Dict[int, Entry] = {}
-        #: Tags of what is on its way to the client.
+        #: Tags of messages on their way to the client.
         self.coming: Deque[int] = collections.deque()
 
     def send_method(self, method: Any, *arguments: Any) -> None:
@@ -144,11 +145,11 @@ class Channel:
         self.coming.append(self._tag)
 
     def lose(self) -> None:
-        """Have all that it holds put back."""
+        """Return all messages that the channel holds to the queue."""
         self._queue.leave(self)
 
     def receive(self) -> None:
-        """Have the client handle one message."""
+        """Let the client handle one message."""
         tag = self.coming.popleft()
         entry = self.held[tag]
         message = amqp.Message(entry.body, **entry.properties)
@@ -157,7 +158,7 @@ class Channel:
 
 
 class ConfirmChannel:
-    """What :class:`celery_amqp_results.amqp.confirms.ConfirmChannel` is for packing."""
+    """The part of :class:`celery_amqp_results.amqp.confirms.ConfirmChannel` that packing uses."""
 
     nacked = frozenset[int]()
     returned = ()
@@ -173,7 +174,7 @@ class ConfirmChannel:
         return self._tag
 
     def wait(self, tags: Any, end: Any = None) -> None:
-        # The reader is given messages while it waits for its confirms.
+        # The reader receives messages while it waits for its confirms.
         self._link.operation()
         while self._link.drain(0.0):
             pass
@@ -183,8 +184,8 @@ class Link:
     """A connection of a client.
 
     Parameters:
-        queue: the only queue there is, unless :meth:`find` knows others.
-        between: called before each operation; raises :class:`Killed` to have the client die.
+        queue: the only queue, unless :meth:`find` is overridden.
+        between: called before each operation; raises :class:`Killed` to kill the client.
     """
 
     blocked = None
@@ -212,7 +213,7 @@ class Link:
 
     @contextlib.contextmanager
     def corked(self) -> Iterator[None]:
-        # The broker sees one after the other, and may see the first only.
+        # The broker processes one after the other, and possibly only the first.
         yield
 
     def drain(self, timeout: float) -> bool:
@@ -224,14 +225,14 @@ class Link:
         return False
 
     def tick(self) -> None:
-        """Nothing: there are no heartbeats."""
+        """Do nothing: there are no heartbeats."""
 
     def die(self) -> None:
-        """Have the client die: all that it holds is put back."""
+        """Kill the client: all messages that it holds are returned."""
         self.dead = True
         self.lose_channels()
 
     def lose_channels(self) -> None:
-        """Have all that its channels hold put back."""
+        """Return all messages that its channels hold."""
         for channel in self._channels:
             channel.lose()

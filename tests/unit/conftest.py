@@ -1,4 +1,4 @@
-"""How many examples the property tests try."""
+"""The number of examples of the property tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "unit",
     max_examples=100,
-    # A machine that is busy is no failure.
+    # A slow machine is no failure.
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=bool(os.environ.get("CI")),

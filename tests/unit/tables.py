@@ -1,4 +1,4 @@
-"""An inbox and a store without a broker: what they know is what the tests tell them."""
+"""An inbox and a store without a broker: the tests decide what they know."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _times = itertools.count(1)
 
 
 def new_id() -> str:
-    """Return an id as Celery makes them."""
+    """Return an id as Celery generates them."""
     return str(uuid.uuid4())
 
 
@@ -30,19 +30,19 @@ def state(
     body: bytes = b"",
     **fields: Any,
 ) -> StateMessage:
-    """Return a state, published later than all before unless it is said when."""
+    """Return a state, published later than all earlier ones unless *published* is given."""
     when = next(_times) if published is None else published
     return StateMessage(task_id, name, when, body, "application/json", "utf-8", **fields)
 
 
 def push(inbox: Inbox, *states: StateMessage) -> None:
-    """Have the broker bring *states*."""
+    """Deliver *states* to the inbox as the broker would."""
     for each in states:
         inbox._receive(Message(each.body, **each.properties(persistent=True)))
 
 
 class _Wakeup:
-    """Stands for the socket that wakes the reader thread."""
+    """Stands for the socket that wakes the reader thread up."""
 
     def send(self, octets: bytes) -> None:
         pass
@@ -52,23 +52,23 @@ class _Wakeup:
 
 
 class Table(Inbox):
-    """An inbox whose reader thread binds at once what is wanted, and reads nothing.
+    """An inbox whose reader thread binds immediately, and reads nothing.
 
-    What is pushed is given to :func:`push`. Its connection is there from the first
-    :meth:`cover` on, until :meth:`lose`; while ``reachable`` is false it cannot be opened.
+    Tests deliver states with :func:`push`. The connection exists from the first :meth:`cover` until
+    :meth:`lose`; while ``reachable`` is false it cannot be opened.
     """
 
     def __init__(self, shards: int = 8) -> None:
         self.reachable = True
         declarations = Declarations(Topology("unit", shards, "classic"))
-        # No connection is opened, so there is nothing to open it with.
+        # No connection is opened, so no options are needed.
         super().__init__(None, declarations, "client")  # type: ignore[arg-type]
 
     def shard(self, task_id: str) -> int:
         return self._declarations.topology.shard(task_id)
 
     def open(self) -> None:
-        """Have a connection."""
+        """Open the connection."""
         self._opened(_Wakeup(), set(self._wanted))  # type: ignore[arg-type]
 
     def lose(self) -> None:
@@ -76,7 +76,7 @@ class Table(Inbox):
         self._lose(OSError("lost"))
 
     def brings(self, task_id: str, ours: bool) -> bool:
-        """Whether the broker would bring a state that is published now."""
+        """Return whether the broker would push a state that is published now."""
         return bool(self._epoch) and (ours or self.shard(task_id) in self._bound)
 
     def _start(self) -> None:
@@ -88,16 +88,16 @@ class Table(Inbox):
             self._bound |= self._wanted
 
 
-class Kept:
+class FakeStore:
     """A store in a dict, with the methods that waiting uses."""
 
     lookup_timeout = 5.0
 
     def __init__(self) -> None:
         self.states: Dict[str, List[StateMessage]] = {}
-        #: What was asked for, call by call.
+        #: The ids requested, by call.
         self.asked: List[List[str]] = []
-        #: What reading raises, if anything.
+        #: The exception that reading raises, if any.
         self.failure: Optional[Exception] = None
 
     def add(self, *states: StateMessage) -> None:
@@ -117,5 +117,5 @@ class Kept:
 
 
 def timed_out() -> errors.LookupTimeout:
-    """Return what a look-up raises that was not answered in time."""
+    """Return the error of a look-up that times out."""
     return errors.LookupTimeout("no answer")

@@ -1,4 +1,4 @@
-"""A follower that looks tasks up in the background, in any order of events."""
+"""A follower that looks tasks up in the background, with events in any order."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from celery_amqp_results import errors
 from celery_amqp_results.waiting.background import MAX_LOOKS, BackgroundFollower
 from celery_amqp_results.waiting.follower import Update
-from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
+from tests.unit.tables import FakeStore, Table, new_id, push, state, timed_out
 from tests.unit.test_follower import Events, Followed, ids
 
 
-class Later:
-    """The other thread: what it is given to do is done when the test says so."""
+class ManualExecutor:
+    """The other thread: runs its jobs when the test says so."""
 
     def __init__(self) -> None:
         self.jobs: Deque[Tuple[Callable[..., Any], Tuple[Any, ...]]] = collections.deque()
@@ -44,7 +44,7 @@ def step(follower: BackgroundFollower) -> List[Update]:
     return follower.step(None, 0.0)
 
 
-def settle(follower: BackgroundFollower, later: Later) -> List[Update]:
+def settle(follower: BackgroundFollower, later: ManualExecutor) -> List[Update]:
     updates = []
     for _ in range(4):
         updates += step(follower)
@@ -52,16 +52,16 @@ def settle(follower: BackgroundFollower, later: Later) -> List[Update]:
     return updates + step(follower)
 
 
-def test_pushes_are_handed_out_while_another_task_is_looked_up(inbox: Table) -> None:
-    # Given a task that is covered, and one whose look-up is not answered.
-    store, later = Kept(), Later()
+def test_pushes_are_delivered_while_another_task_is_looked_up(inbox: Table) -> None:
+    # Given a task that is covered, and one whose look-up has not been answered.
+    store, later = FakeStore(), ManualExecutor()
     follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
     mine, other = new_id(), new_id()
     inbox.note_sent(mine)
     follower.add([mine, other])
     assert step(follower) == []
     assert len(later.jobs) == 1
-    # When both are published, then the one is handed out, and the other when it was looked up.
+    # When both are published, then one is delivered now, and the other after its look-up.
     done, others = state(mine), state(other)
     push(inbox, done)
     assert step(follower) == [Update(mine, [done], done)]
@@ -71,15 +71,15 @@ def test_pushes_are_handed_out_while_another_task_is_looked_up(inbox: Table) -> 
     follower.close()
 
 
-def test_what_was_pushed_before_the_look_up_ends_is_put_behind_what_it_finds(inbox: Table) -> None:
-    store, later = Kept(), Later()
+def test_states_pushed_during_a_look_up_follow_its_findings(inbox: Table) -> None:
+    store, later = FakeStore(), ManualExecutor()
     follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
     task_id = new_id()
     first, second, third = (state(task_id, "PROGRESS") for _ in range(3))
     store.add(first)
     follower.add([task_id])
     assert settle(follower, later) == [Update(task_id, [first], None)]
-    # Given that the connection was lost: it is looked up again, and pushes come meanwhile.
+    # Given that the connection was lost: the task is looked up again, with pushes meanwhile.
     inbox.lose()
     inbox.open()
     store.add(second)
@@ -92,15 +92,15 @@ def test_what_was_pushed_before_the_look_up_ends_is_put_behind_what_it_finds(inb
     follower.close()
 
 
-def test_a_look_up_is_done_again_if_states_may_have_been_missed_meanwhile(inbox: Table) -> None:
-    store, later = Kept(), Later()
+def test_a_look_up_is_repeated_if_states_may_have_been_missed(inbox: Table) -> None:
+    store, later = FakeStore(), ManualExecutor()
     follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
     task_id = new_id()
     inbox._bound.add(inbox.shard(task_id))
     follower.add([task_id])
     step(follower)
     later.run()
-    # Given that it has found nothing, and the connection is lost before that is taken in.
+    # Given that it has found nothing, and the connection is lost before the answer is processed.
     inbox.lose()
     inbox.open()
     done = state(task_id)
@@ -109,8 +109,8 @@ def test_a_look_up_is_done_again_if_states_may_have_been_missed_meanwhile(inbox:
     follower.close()
 
 
-def test_no_more_look_ups_are_begun_than_there_may_be(inbox: Table) -> None:
-    store, later = Kept(), Later()
+def test_the_number_of_concurrent_look_ups_is_limited(inbox: Table) -> None:
+    store, later = FakeStore(), ManualExecutor()
     follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
     wanted = [new_id() for _ in range(20)]
     for task_id in wanted:
@@ -119,17 +119,15 @@ def test_no_more_look_ups_are_begun_than_there_may_be(inbox: Table) -> None:
     assert len(later.jobs) <= MAX_LOOKS
     assert settle(follower, later) == []
     assert inbox._known.keys() == set(wanted)
-    # Nor is anything looked up once more when it is known.
+    # And known tasks are not looked up again.
     step(follower)
     assert not later.jobs
     follower.close()
 
 
 @pytest.mark.parametrize("where", ["cover", "read"])
-def test_what_trying_again_does_not_change_is_raised_and_the_rest_is_not(
-    inbox: Table, where: str
-) -> None:
-    store, later = Kept(), Later()
+def test_only_permanent_errors_are_raised(inbox: Table, where: str) -> None:
+    store, later = FakeStore(), ManualExecutor()
     follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
     task_id = new_id()
     inbox._bound.add(inbox.shard(task_id))
@@ -146,7 +144,7 @@ def test_what_trying_again_does_not_change_is_raised_and_the_rest_is_not(
         expected = "closed"
     with pytest.raises((errors.DeclarationRefused, errors.BackendUnavailable), match=expected):
         settle(follower, later)
-    # What fails for somebody who has gone is nobody's matter.
+    # A failed look-up for a follower that was closed affects no other.
     follower.add([new_id()])
     step(follower)
     for task_id in list(follower.pending):
@@ -162,11 +160,11 @@ def something_is_looked_up(events: BackgroundEvents) -> bool:
 
 
 class BackgroundEvents(Events):
-    """The same, with look-ups that end some time later, if at all."""
+    """The same events, with look-ups that end later, or never."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.later = Later()
+        self.later = ManualExecutor()
 
     @rule(wanted=st.sets(ids, min_size=1))
     def follow(self, wanted: Set[str]) -> None:
@@ -193,7 +191,7 @@ class BackgroundEvents(Events):
         super().everything_is_known_in_the_end()
 
 
-def test_no_end_is_missed_after_any_events() -> None:
+def test_no_final_state_is_missed_after_any_events() -> None:
     run_state_machine_as_test(
         BackgroundEvents, settings=settings(max_examples=60, stateful_step_count=40)
     )

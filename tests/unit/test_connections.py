@@ -1,4 +1,4 @@
-"""What of connections can be told without one."""
+"""The parts of connections that need no broker."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from celery_amqp_results import errors, options
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.connections import TRANSIENT, is_over, is_refusal, time_left
 
-#: What a broker says no with, as py-amqp names the codes of the protocol.
+#: Refusals of a broker, under py-amqp's names for the codes of the protocol.
 REFUSALS = {403: "access refused", 406: "precondition failed", 530: "not allowed"}
 
 
 @pytest.mark.parametrize("code", sorted(amqp_errors.ERROR_MAP))
-def test_a_refusal_is_what_trying_again_does_not_change(code: int) -> None:
+def test_permanent_errors_are_refusals(code: int) -> None:
     error = amqp_errors.error_for_code(code, "text", (10, 11), amqp_errors.ConnectionError)
     assert error.code == code
     assert is_refusal(error) == (code in REFUSALS)
-    # Whoever opens a connection catches these, and then asks which it is.
+    # Callers that open a connection catch these, and then check which kind it is.
     assert isinstance(error, TRANSIENT)
 
 
@@ -45,12 +45,12 @@ def test_a_refusal_is_what_trying_again_does_not_change(code: int) -> None:
         errors.LookupTimeout,
     ],
 )
-def test_nothing_else_is_a_refusal(kind: Type[BaseException]) -> None:
+def test_other_errors_are_not_refusals(kind: Type[BaseException]) -> None:
     assert not is_refusal(kind("text"))
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, AttributeError, RuntimeError, KeyError])
-def test_a_mistake_in_a_program_is_no_lost_connection(kind: Type[Exception]) -> None:
+def test_a_programming_error_is_no_lost_connection(kind: Type[Exception]) -> None:
     assert not issubclass(kind, TRANSIENT)
 
 
@@ -73,22 +73,22 @@ def test_the_time_left_is_bounded_on_both_sides(
         assert left == min(at_most, deadline - now)
 
 
-def test_time_goes_by() -> None:
+def test_the_time_left_decreases() -> None:
     deadline = time.monotonic() + 3600
     first = time_left(deadline, 7200)
     assert 0 < time_left(deadline, 7200) <= first <= 3600
     assert time_left(deadline, 10) == 10
 
 
-def test_a_deadline_is_over_when_its_time_has_come() -> None:
+def test_a_deadline_is_over_at_its_time() -> None:
     now = time.monotonic()
     assert is_over(now)
     assert not is_over(now + 3600)
     assert not is_over(None)
 
 
-def test_connecting_is_given_up_at_the_deadline_and_not_before() -> None:
-    # However long the next pause would be: a wait that ends early has not timed out.
+def test_connecting_is_abandoned_at_the_deadline_and_not_before() -> None:
+    # However long the next pause would be: a wait that ends early would not be a timeout.
     policy = options.RetryPolicy(max_retries=None, interval_start=3600, interval_max=3600)
     nobody = connections.Connector(
         lambda heartbeat: kombu.Connection("amqp://127.0.0.1:1//"), policy, lambda: "there"
@@ -100,7 +100,7 @@ def test_connecting_is_given_up_at_the_deadline_and_not_before() -> None:
 
 
 class Transport:
-    """Hands out a stream in the pieces in which the network is said to have brought it."""
+    """Returns a stream in the pieces in which the network delivers it."""
 
     def __init__(self, pieces: List[bytes]) -> None:
         self._pieces = pieces
@@ -121,13 +121,13 @@ class Transport:
     st.lists(st.binary(min_size=1, max_size=40), max_size=8),
     st.lists(st.integers(1, 30) | st.integers(4, 6).map(lambda n: n * 16 * 1024), max_size=60),
 )
-def test_reading_in_large_pieces_changes_nothing_of_what_is_read(
+def test_reading_in_large_pieces_does_not_change_the_data(
     pieces: List[bytes], sizes: List[int]
 ) -> None:
     stream = b"".join(pieces)
     transport = Transport(pieces)
     received = connections._Received(transport)
-    # py-amqp asks its transport, not us.
+    # py-amqp calls its transport, not this class.
     assert transport._quick_recv is received
     read = b""
     for size in sizes:
@@ -136,18 +136,18 @@ def test_reading_in_large_pieces_changes_nothing_of_what_is_read(
         piece = transport._quick_recv(size)
         assert type(piece) is bytes
         assert len(piece) <= size
-        # An empty answer is the end of the stream, so it must be nothing else.
+        # An empty answer means the end of the stream, and nothing else.
         assert piece or read == stream
-        # What is there is handed out without waiting for more.
+        # Available data is returned without waiting for more.
         assert not waiting or len(transport.asked) == before
-        # What is larger than our pieces is not copied twice.
+        # Data that is larger than a piece is not copied twice.
         assert waiting or size < connections.RECEIVE_SIZE or transport.asked[-1] == size
         read += piece
         assert stream.startswith(read)
     assert all(size >= connections.RECEIVE_SIZE for size in transport.asked)
 
 
-def test_the_socket_is_asked_once_for_many_small_pieces() -> None:
+def test_many_small_reads_cause_one_read_of_the_socket() -> None:
     transport = Transport([b"0123456789"])
     received = connections._Received(transport)
     assert [received(4), received(4), received(4)] == [b"0123", b"4567", b"89"]

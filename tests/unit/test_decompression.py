@@ -1,4 +1,4 @@
-"""A compressed body is decompressed up to a limit, whatever kombu compresses with."""
+"""A compressed body is decompressed up to a limit, for every compression of kombu."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.compression import decompress
 from celery_amqp_results.protocol.message import StateMessage
 
-#: Those whose libraries are installed, as content types.
+#: The compressions whose libraries are installed, as content types.
 KNOWN: List[str] = sorted(compression.encoders())
 LIMIT = 100_000
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_what_kombu_compresses_comes_back_up_to_the_limit(name: str) -> None:
+def test_compressed_data_is_restored_up_to_the_limit(name: str) -> None:
     for size in (0, 1, 5_000, LIMIT):
         packed, content_type = compression.compress(b"x" * size, name)
         assert decompress(packed, content_type, LIMIT) == b"x" * size
@@ -31,7 +31,7 @@ def test_what_kombu_compresses_comes_back_up_to_the_limit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_bomb_takes_no_more_memory_than_the_limit(name: str) -> None:
+def test_a_decompression_bomb_takes_no_more_memory_than_the_limit(name: str) -> None:
     packed, content_type = compression.compress(bytes(80_000_000), name)
     tracemalloc.start()
     try:
@@ -46,7 +46,7 @@ def test_a_bomb_takes_no_more_memory_than_the_limit(name: str) -> None:
 @pytest.mark.parametrize("name", KNOWN)
 @settings(max_examples=40)
 @given(junk=st.binary(max_size=40), size=st.integers(1, 300), data=st.data())
-def test_damaged_data_is_an_error_or_other_data_but_never_more(
+def test_damaged_data_is_an_error_or_at_most_the_limit_of_other_data(
     name: str, junk: bytes, size: int, data: st.DataObject
 ) -> None:
     packed, content_type = compression.compress(b"ab" * size, name)
@@ -58,7 +58,7 @@ def test_damaged_data_is_an_error_or_other_data_but_never_more(
         meta.decode(message)
 
 
-def test_what_nobody_would_decompress_is_not_stored() -> None:
+def test_data_over_the_decompression_limit_is_not_stored() -> None:
     codec = Codec("json", None, "gzip", 1000)
     codec.encode({"status": "SUCCESS", "result": "x" * 500})
     with pytest.raises(errors.ResultTooLarge, match="max_decompressed_size"):
@@ -67,7 +67,7 @@ def test_what_nobody_would_decompress_is_not_stored() -> None:
 
 @pytest.mark.parametrize("encoding", ["zlib", "bz2", "hex", "rot13", "base64", "nonsense"])
 @pytest.mark.parametrize("content_type", ["application/data", "application/json", "text/plain"])
-def test_an_encoding_is_one_of_text(encoding: str, content_type: str) -> None:
+def test_only_text_encodings_are_accepted(encoding: str, content_type: str) -> None:
     body = compression.compress(bytes(1_000_000), "gzip")[0]
     message = StateMessage("t", "SUCCESS", 1, body, content_type, encoding)
     with pytest.raises(errors.ForeignMessage, match="encoding"):

@@ -45,7 +45,7 @@ def test_settings_names_every_option_with_its_default() -> None:
     # Given every option, and every entry of the retry policy
     for cls in (options.Options, options.RetryPolicy):
         for field in dataclasses.fields(cls):
-            # Then it has a row, and its default where that is a plain value
+            # Then it has a row, with its default if that is a plain value
             assert field.name in documented, field.name
             default = documented[field.name][1]
             if isinstance(field.default, (bool, int, float)):
@@ -76,7 +76,7 @@ def test_troubleshooting_has_a_section_for_every_error() -> None:
     assert set(errors.__all__) <= set(headings)
 
 
-def test_the_reference_names_only_what_there_is() -> None:
+def test_the_reference_names_only_existing_things() -> None:
     page = text("reference.md")
     names = set()
     for row in rows(page[page.index("## `AMQPBackend`") :]):
@@ -137,7 +137,7 @@ def anchors(page: Path) -> Set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_pages_work(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for address in REPOSITORY:
         # README.md has absolute addresses, because PyPI shows it too.

@@ -1,4 +1,4 @@
-"""What the doctor makes of numbers."""
+"""The doctor's conclusions from numbers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ DAY = 86_400.0
         (20_000_000, DAY, DAY),  # as many as there will be
     ],
 )
-def test_nothing_is_said_of_growth_that_is_no_risk(
-    results: float, seconds: float, expires: float
-) -> None:
+def test_harmless_growth_is_not_reported(results: float, seconds: float, expires: float) -> None:
     assert growth_finding(results, seconds, expires, 256) is None
 
 
-def test_results_that_come_too_fast_for_their_expiry_are_warned_of() -> None:
+def test_a_rate_too_high_for_the_expiry_is_a_warning() -> None:
     finding = growth_finding(1_000_000, 3600.0, DAY, 256)
     assert finding is not None
     assert finding.severity == "warning"
@@ -35,7 +33,7 @@ def test_results_that_come_too_fast_for_their_expiry_are_warned_of() -> None:
     assert "1024 shards" in finding.advice
 
 
-#: What a RabbitMQ that is well says of itself.
+#: The management API's answer of a healthy RabbitMQ.
 PROPERTIES: Dict[str, Any] = {
     "product": "RabbitMQ",
     "version": "3.10.8",
@@ -62,7 +60,7 @@ PROPERTIES: Dict[str, Any] = {
         ({"version": "4.0.1"}, "message-size", "info", "16.0 MiB", "elsewhere"),
     ],
 )
-def test_what_the_broker_says_of_itself(
+def test_the_state_of_the_broker_is_reported(
     properties: Dict[str, Any], check: str, severity: str, text: str, advice: str
 ) -> None:
     found = {f.check: f for f in broker_findings({**PROPERTIES, **properties})}
@@ -72,7 +70,7 @@ def test_what_the_broker_says_of_itself(
     assert ("features" in found) == (check == "features")
 
 
-def test_nodes_with_alarms_and_queues_of_one_copy_in_a_cluster() -> None:
+def test_alarms_and_unreplicated_queues_in_a_cluster_are_reported() -> None:
     node = {"name": "a@host", "mem_alarm": False, "disk_free_alarm": False}
     assert list(node_findings([node], "classic")) == []
     assert list(node_findings([node, node], "quorum")) == []
@@ -89,7 +87,7 @@ def test_nodes_with_alarms_and_queues_of_one_copy_in_a_cluster() -> None:
 @pytest.mark.parametrize(
     ("skew", "warned"), [(None, False), (-5.0, False), (5.1, True), (-90, True)]
 )
-def test_a_broker_with_another_time(skew: float, warned: bool) -> None:
+def test_a_different_clock_of_the_broker_is_reported(skew: float, warned: bool) -> None:
     finding = clock_finding(skew)
     assert (finding is not None) == warned
     if finding is not None:

@@ -38,7 +38,7 @@ def test_every_error_survives_pickling_and_copying(
 
 
 @every
-def test_celery_sends_every_error_as_what_it_is(kind: Type[Exception]) -> None:
+def test_celery_preserves_the_type_of_every_error(kind: Type[Exception]) -> None:
     error = kind("what was wrong, and what to do")
     assert get_pickleable_exception(error) is error
 
@@ -53,7 +53,7 @@ def test_all_errors_of_the_module_are_listed() -> None:
 
 
 @every
-def test_every_error_says_when_it_is_raised(kind: Type[Exception]) -> None:
+def test_every_error_documents_when_it_is_raised(kind: Type[Exception]) -> None:
     assert (kind.__doc__ or "").startswith("Raised when ")
 
 
@@ -70,7 +70,7 @@ def test_every_error_says_when_it_is_raised(kind: Type[Exception]) -> None:
         (errors.BacklogLimitExceeded, BackendError),
     ],
 )
-def test_errors_are_caught_as_what_callers_know(
+def test_errors_can_be_caught_as_well_known_types(
     kind: Type[Exception], base: Type[Exception]
 ) -> None:
     with pytest.raises(base):

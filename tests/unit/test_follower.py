@@ -1,4 +1,4 @@
-"""Following tasks: each state is handed out once, and the end of a task is never missed.
+"""Following tasks: each state is delivered once, and a final state is never missed.
 
 The inbox knows what the tests push, and the store is a dict.
 """
@@ -31,27 +31,27 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.waiting import follower as waiting_module
 from celery_amqp_results.waiting.follower import Follower, Update
-from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
+from tests.unit.tables import FakeStore, Table, new_id, push, state, timed_out
 
-#: Long enough for a machine that is busy; what has to come has come before.
+#: Long enough for a busy machine; expected states arrive much earlier.
 LONG = 60.0
 
 
 @pytest.fixture
 def inbox() -> Table:
-    """An inbox that has a connection, with no shard bound."""
+    """An inbox with a connection, with no shard bound."""
     table = Table()
     table.open()
     return table
 
 
 @pytest.fixture
-def store() -> Kept:
-    return Kept()
+def store() -> FakeStore:
+    return FakeStore()
 
 
 @pytest.fixture
-def follower(inbox: Table, store: Kept) -> Iterator[Follower]:
+def follower(inbox: Table, store: FakeStore) -> Iterator[Follower]:
     with Follower(inbox, store) as made:  # type: ignore[arg-type]
         yield made
 
@@ -60,7 +60,7 @@ class Clock:
     """A clock that stands still."""
 
     def __init__(self) -> None:
-        #: Seconds, for waiting, and what is written into states.
+        #: Seconds, for waiting, and for the times in states.
         self.now = 1000.0
         self.wall = 0.0
 
@@ -73,7 +73,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock that waiting goes by."""
+    """The clock that waiting uses."""
     made = Clock()
     monkeypatch.setattr(waiting_module, "time", made)
     return made
@@ -87,22 +87,24 @@ def sent(table: Table) -> str:
 
 
 def step(follower: Follower) -> List[Update]:
-    """Have *follower* do what it can without waiting."""
+    """Let *follower* do what it can without waiting."""
     return follower.step(None, 0.0)
 
 
 def settle(follower: Follower) -> List[Update]:
-    """Have *follower* do all that there is to do without anything new."""
+    """Let *follower* run until it has nothing left to do."""
     updates: List[Update] = []
     for _ in range(4):
         updates += step(follower)
     return updates
 
 
-# -- what is handed out ------------------------------------------------------------------------
+# -- delivered states --------------------------------------------------------------------------
 
 
-def test_of_a_covered_task_nobody_is_asked(inbox: Table, store: Kept, follower: Follower) -> None:
+def test_a_covered_task_causes_no_look_up(
+    inbox: Table, store: FakeStore, follower: Follower
+) -> None:
     task_id = sent(inbox)
     follower.add([task_id])
     assert settle(follower) == []
@@ -112,12 +114,12 @@ def test_of_a_covered_task_nobody_is_asked(inbox: Table, store: Kept, follower: 
     push(inbox, done)
     assert step(follower) == [Update(task_id, [done], done)]
     assert store.asked == []
-    # It has ended, and is followed no more.
+    # It has finished, and is no longer followed.
     assert follower.pending == {}
     assert not inbox.covers(task_id)
 
 
-def test_what_came_together_is_one_update_in_the_order_of_publishing(
+def test_states_that_arrive_together_are_one_update_in_publishing_order(
     inbox: Table, follower: Follower
 ) -> None:
     one, other = sent(inbox), sent(inbox)
@@ -131,7 +133,7 @@ def test_what_came_together_is_one_update_in_the_order_of_publishing(
     ]
 
 
-def test_a_state_that_comes_twice_is_handed_out_once(inbox: Table, follower: Follower) -> None:
+def test_a_state_that_arrives_twice_is_delivered_once(inbox: Table, follower: Follower) -> None:
     task_id = sent(inbox)
     follower.add([task_id])
     started = state(task_id, "STARTED")
@@ -141,7 +143,7 @@ def test_a_state_that_comes_twice_is_handed_out_once(inbox: Table, follower: Fol
     assert step(follower) == []
 
 
-def test_a_state_that_is_known_already_is_handed_out(inbox: Table, follower: Follower) -> None:
+def test_a_state_known_before_is_delivered(inbox: Table, follower: Follower) -> None:
     task_id = sent(inbox)
     done = state(task_id, "SUCCESS")
     push(inbox, done)
@@ -149,7 +151,7 @@ def test_a_state_that_is_known_already_is_handed_out(inbox: Table, follower: Fol
     assert step(follower) == [Update(task_id, [done], done)]
 
 
-def test_a_state_that_does_not_count_is_handed_out_and_counts_not(
+def test_superseded_state_is_delivered_but_does_not_become_current(
     inbox: Table, follower: Follower
 ) -> None:
     task_id = sent(inbox)
@@ -162,7 +164,7 @@ def test_a_state_that_does_not_count_is_handed_out_and_counts_not(
     assert follower.pending == {task_id: aborted}
 
 
-def test_what_comes_after_the_end_is_not_handed_out(inbox: Table, follower: Follower) -> None:
+def test_states_after_the_final_one_are_not_delivered(inbox: Table, follower: Follower) -> None:
     task_id, other = sent(inbox), sent(inbox)
     follower.add([task_id, other])
     done = state(task_id, "FAILURE")
@@ -173,7 +175,9 @@ def test_what_comes_after_the_end_is_not_handed_out(inbox: Table, follower: Foll
     assert follower.pending == {other: None}
 
 
-def test_what_comes_with_the_end_is_handed_out_with_it(inbox: Table, follower: Follower) -> None:
+def test_states_that_arrive_with_the_final_one_are_delivered_with_it(
+    inbox: Table, follower: Follower
+) -> None:
     task_id = sent(inbox)
     follower.add([task_id])
     first, second = state(task_id, "REVOKED"), state(task_id, "SUCCESS")
@@ -191,7 +195,7 @@ def test_a_task_that_is_added_twice_is_followed_once(inbox: Table, follower: Fol
     assert inbox._waiters == {}
 
 
-def test_a_task_that_is_followed_no_more_is_not_heard_of(inbox: Table, follower: Follower) -> None:
+def test_a_discarded_task_is_no_longer_reported(inbox: Table, follower: Follower) -> None:
     task_id = sent(inbox)
     follower.add([task_id])
     follower.discard(task_id)
@@ -199,29 +203,27 @@ def test_a_task_that_is_followed_no_more_is_not_heard_of(inbox: Table, follower:
     push(inbox, state(task_id))
     assert settle(follower) == []
     assert inbox._waiters == {}
-    # Its result is there for whoever asks next.
+    # Its result is still available to the next reader.
     assert inbox.covers(task_id)
 
 
-def test_a_task_that_is_followed_again_is_a_new_one(
-    inbox: Table, store: Kept, follower: Follower
+def test_a_task_that_is_followed_again_starts_over(
+    inbox: Table, store: FakeStore, follower: Follower
 ) -> None:
     task_id = new_id()
     store.add(done := state(task_id))
     for _ in range(2):
         follower.add([task_id])
-        # Asking comes before binding each time.
+        # Each time, the look-up comes before the binding.
         assert step(follower) == [Update(task_id, [done], done)]
         assert inbox.unbound([task_id]) == {task_id}
     assert store.asked == [[task_id]] * 2
 
 
-def test_what_was_put_off_of_a_task_that_is_followed_no_more_is_dropped(
-    inbox: Table, follower: Follower
-) -> None:
+def test_held_back_states_of_a_discarded_task_are_dropped(inbox: Table, follower: Follower) -> None:
     task_id = "an id of my own"
     inbox.note_sent(task_id)
-    # The task of somebody else is asked for first.
+    # A task of another sender is looked up first.
     follower.add([task_id, new_id()])
     push(inbox, state(task_id, "STARTED"))
     assert step(follower) == []
@@ -231,15 +233,13 @@ def test_what_was_put_off_of_a_task_that_is_followed_no_more_is_dropped(
     assert settle(follower) == []
 
 
-def test_nobody_is_asked_for_a_task_that_is_followed_no_more(
-    store: Kept, follower: Follower
-) -> None:
+def test_a_discarded_task_causes_no_look_up(store: FakeStore, follower: Follower) -> None:
     task_id, other = new_id(), new_id()
     follower.add([task_id])
     follower.discard(task_id)
     assert settle(follower) == []
     assert store.asked == []
-    # Nor where that was put off.
+    # A postponed look-up is dropped as well.
     follower.add([task_id, other])
     step(follower)
     follower.discard(task_id)
@@ -247,7 +247,7 @@ def test_nobody_is_asked_for_a_task_that_is_followed_no_more(
     assert store.asked == [sorted([task_id, other]), [other]]
 
 
-def test_closing_leaves_nothing_behind(inbox: Table, store: Kept) -> None:
+def test_closing_a_follower_leaves_nothing_behind(inbox: Table, store: FakeStore) -> None:
     with Follower(inbox, store) as follower:  # type: ignore[arg-type]
         follower.add([sent(inbox), new_id()])
         assert len(inbox._waiters) == 2
@@ -255,11 +255,11 @@ def test_closing_leaves_nothing_behind(inbox: Table, store: Kept) -> None:
     assert follower.pending == {}
 
 
-# -- what the store is asked -------------------------------------------------------------------
+# -- look-ups ----------------------------------------------------------------------------------
 
 
-def test_a_result_of_somebody_elses_task_is_found_without_a_binding(
-    inbox: Table, store: Kept, follower: Follower
+def test_a_result_of_another_sender_is_found_without_a_binding(
+    inbox: Table, store: FakeStore, follower: Follower
 ) -> None:
     task_id = new_id()
     started, done = state(task_id, "STARTED"), state(task_id, "SUCCESS")
@@ -270,26 +270,26 @@ def test_a_result_of_somebody_elses_task_is_found_without_a_binding(
     assert inbox.unbound([task_id]) == {task_id}
 
 
-def test_a_task_of_somebody_else_is_looked_up_again_after_it_is_covered(
-    inbox: Table, store: Kept, follower: Follower
+def test_a_task_of_another_sender_is_looked_up_again_once_it_is_covered(
+    inbox: Table, store: FakeStore, follower: Follower
 ) -> None:
     task_id = new_id()
     follower.add([task_id])
     assert step(follower) == []
     assert inbox.unbound([task_id]) == {task_id}
-    # Published between the look-up and the binding: nobody pushes it.
+    # A state published between the look-up and the binding is not pushed.
     started = state(task_id, "STARTED")
     store.add(started)
     assert step(follower) == [Update(task_id, [started], None)]
     assert inbox.covers(task_id)
     assert store.asked == [[task_id]] * 2
-    # From now on nobody is asked.
+    # From here on there are no more look-ups.
     assert settle(follower) == []
     assert store.asked == [[task_id]] * 2
 
 
-def test_an_own_task_that_is_not_covered_is_looked_up_once(
-    inbox: Table, store: Kept, follower: Follower
+def test_an_own_uncovered_task_is_looked_up_once(
+    inbox: Table, store: FakeStore, follower: Follower
 ) -> None:
     task_id = "an id of my own"
     inbox.note_sent(task_id)
@@ -300,14 +300,14 @@ def test_an_own_task_that_is_not_covered_is_looked_up_once(
     assert inbox.covers(task_id)
 
 
-def test_a_push_waits_for_an_older_state_in_the_store_that_counts_more(
-    inbox: Table, store: Kept, follower: Follower
+def test_a_push_waits_for_an_older_state_with_a_higher_rank(
+    inbox: Table, store: FakeStore, follower: Follower
 ) -> None:
     task_id = "an id of my own"
     inbox.note_sent(task_id)
     done, late = state(task_id, "SUCCESS", 5), state(task_id, "FAILURE", 6)
     store.add(done)
-    # The task of somebody else is asked for first.
+    # A task of another sender is looked up first.
     follower.add([task_id, new_id()])
     # A second run of the task fails.
     push(inbox, late)
@@ -315,8 +315,8 @@ def test_a_push_waits_for_an_older_state_in_the_store_that_counts_more(
     assert step(follower) == [Update(task_id, [done, late], done)]
 
 
-def test_after_a_lost_connection_the_store_is_asked_for_what_was_missed(
-    inbox: Table, store: Kept, follower: Follower
+def test_missed_states_are_looked_up_after_a_lost_connection(
+    inbox: Table, store: FakeStore, follower: Follower
 ) -> None:
     mine, other = sent(inbox), new_id()
     follower.add([mine, other])
@@ -328,12 +328,12 @@ def test_after_a_lost_connection_the_store_is_asked_for_what_was_missed(
     missed = [state(mine, "SUCCESS"), state(other, "FAILURE")]
     store.add(*missed)
     found = {update.task_id: update for update in settle(follower)}
-    # What was handed out before is not handed out again.
+    # Delivered states are not delivered again.
     assert found == {each.id: Update(each.id, [each], each) for each in missed}
 
 
-def test_while_there_is_no_connection_waiting_goes_on(
-    inbox: Table, store: Kept, follower: Follower
+def test_waiting_continues_without_a_connection(
+    inbox: Table, store: FakeStore, follower: Follower
 ) -> None:
     task_id = sent(inbox)
     follower.add([task_id])
@@ -346,8 +346,8 @@ def test_while_there_is_no_connection_waiting_goes_on(
     assert settle(follower) == [Update(task_id, [done], done)]
 
 
-def test_a_connection_that_is_lost_while_the_store_answers_is_no_cover(
-    inbox: Table, store: Kept, follower: Follower, monkeypatch: pytest.MonkeyPatch
+def test_losing_the_connection_during_a_look_up_ends_the_cover(
+    inbox: Table, store: FakeStore, follower: Follower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id = "an id of my own"
     inbox.note_sent(task_id)
@@ -368,8 +368,8 @@ def test_a_connection_that_is_lost_while_the_store_answers_is_no_cover(
     assert update.final is not None
 
 
-def test_a_push_that_went_astray_is_found_in_the_store(
-    inbox: Table, store: Kept, monkeypatch: pytest.MonkeyPatch
+def test_a_lost_push_is_found_by_a_look_up(
+    inbox: Table, store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 0.0)
     monkeypatch.setattr(waiting_module, "SILENCE", 0.0)
@@ -381,7 +381,7 @@ def test_a_push_that_went_astray_is_found_in_the_store(
         assert step(follower) == [Update(task_id, [done], done)]
 
 
-def test_the_store_is_asked_ever_more_seldom(inbox: Table, store: Kept, clock: Clock) -> None:
+def test_look_ups_become_less_frequent(inbox: Table, store: FakeStore, clock: Clock) -> None:
     task_id = sent(inbox)
     asked_at = []
     with Follower(inbox, store) as follower:  # type: ignore[arg-type]
@@ -396,8 +396,8 @@ def test_the_store_is_asked_ever_more_seldom(inbox: Table, store: Kept, clock: C
     assert pauses == [15, 30, 60, 120, 240, 300]
 
 
-def test_an_end_that_only_the_store_tells_of_makes_the_inbox_suspect(
-    inbox: Table, store: Kept, clock: Clock, monkeypatch: pytest.MonkeyPatch
+def test_a_final_state_without_a_push_makes_the_inbox_suspect(
+    inbox: Table, store: FakeStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock.wall = 20
     suspicions: List[str] = []
@@ -410,7 +410,7 @@ def test_an_end_that_only_the_store_tells_of_makes_the_inbox_suspect(
         store.add(done)
         push(inbox, done)
         assert step(follower)
-        # Its push may still be on its way.
+        # Its push may still be in flight.
         store.add(state(fresh, published=19_000_000))
         store.add(state(missed, published=1_000_000))
         clock.now += 15
@@ -422,10 +422,10 @@ def test_an_end_that_only_the_store_tells_of_makes_the_inbox_suspect(
 
 
 @pytest.mark.parametrize("in_order", [True, False])
-def test_while_states_come_in_the_store_is_not_asked_for_what_is_on_its_way(
-    inbox: Table, store: Kept, clock: Clock, monkeypatch: pytest.MonkeyPatch, in_order: bool
+def test_arriving_pushes_postpone_look_ups(
+    inbox: Table, store: FakeStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, in_order: bool
 ) -> None:
-    # Given a process that stood still, and has more to take in than it can
+    # Given a process that was frozen, and has a backlog of pushes
     clock.wall = 90
     suspicions: List[str] = []
     monkeypatch.setattr(inbox, "suspect", suspicions.append)
@@ -442,17 +442,17 @@ def test_while_states_come_in_the_store_is_not_asked_for_what_is_on_its_way(
             if len(store.asked) > before:
                 asked_at.append(clock.now - 1000.0)
             clock.now += 0.5
-    # Then it asks late, and only once
+    # Then it looks up late, and only once
     assert asked_at == [30.0]
-    # And does not take its connection for deaf, unless what came has overtaken what did not
+    # And it considers its connection dead only if later pushes have overtaken a missing one
     assert [waited_for in text for text in suspicions] == ([] if in_order else [True])
 
 
-# -- when the store cannot be asked ------------------------------------------------------------
+# -- failing look-ups --------------------------------------------------------------------------
 
 
-def test_a_look_up_that_fails_is_tried_again(
-    inbox: Table, store: Kept, follower: Follower, caplog: pytest.LogCaptureFixture
+def test_a_failed_look_up_is_retried(
+    inbox: Table, store: FakeStore, follower: Follower, caplog: pytest.LogCaptureFixture
 ) -> None:
     task_id = new_id()
     follower.add([task_id])
@@ -465,8 +465,8 @@ def test_a_look_up_that_fails_is_tried_again(
     assert settle(follower) == [Update(task_id, [done], done)]
 
 
-def test_while_look_ups_fail_pushes_are_held_and_handed_out_in_time(
-    inbox: Table, store: Kept, clock: Clock
+def test_pushes_are_held_back_only_briefly_while_look_ups_fail(
+    inbox: Table, store: FakeStore, clock: Clock
 ) -> None:
     one, other = "an id of my own", "another id of my own"
     inbox.note_sent(one)
@@ -482,7 +482,7 @@ def test_while_look_ups_fail_pushes_are_held_and_handed_out_in_time(
         assert settle(follower) == []
         clock.now += 1
         assert settle(follower) == [Update(one, [done], done)]
-        # At the end of the wait at once.
+        # At the end of the wait they are delivered immediately.
         done = state(other)
         push(inbox, done)
         assert settle(follower) == []
@@ -490,8 +490,8 @@ def test_while_look_ups_fail_pushes_are_held_and_handed_out_in_time(
 
 
 @pytest.mark.parametrize("connected", [True, False])
-def test_who_waits_long_wakes_up_when_what_is_held_is_due(
-    inbox: Table, store: Kept, clock: Clock, monkeypatch: pytest.MonkeyPatch, connected: bool
+def test_a_long_wait_wakes_up_when_held_back_states_are_due(
+    inbox: Table, store: FakeStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, connected: bool
 ) -> None:
     task_id = "an id of my own"
     inbox.note_sent(task_id)
@@ -520,20 +520,20 @@ def test_who_waits_long_wakes_up_when_what_is_held_is_due(
         assert clock.now == due
 
 
-def test_what_is_pushed_is_not_held_back_because_the_store_is_asked_now_and_then(
-    inbox: Table, store: Kept, clock: Clock
+def test_periodic_look_ups_do_not_hold_pushes_back(
+    inbox: Table, store: FakeStore, clock: Clock
 ) -> None:
-    # Given a task of which nothing was missed
+    # Given a task that has missed no state
     task_id = sent(inbox)
     with Follower(inbox, store) as follower:  # type: ignore[arg-type]
         follower.add([task_id])
-        # When nothing comes for long, and the store cannot be asked
+        # When nothing arrives for a long time, and look-ups fail
         store.failure = timed_out()
         while not store.asked:
             clock.now += 1
             assert step(follower) == []
         started, done = state(task_id, "STARTED"), state(task_id)
-        # Then what is pushed is handed out at once
+        # Then a push is delivered immediately
         push(inbox, started)
         assert step(follower) == [Update(task_id, [started], None)]
         # Unless the connection is lost meanwhile
@@ -546,8 +546,8 @@ def test_what_is_pushed_is_not_held_back_because_the_store_is_asked_now_and_then
 
 
 @pytest.mark.parametrize("moment", ["waiting", "reading"])
-def test_a_connection_lost_and_found_within_a_step_does_not_bring_a_later_state_first(
-    inbox: Table, store: Kept, follower: Follower, monkeypatch: pytest.MonkeyPatch, moment: str
+def test_a_reconnect_within_a_step_does_not_reorder_states(
+    inbox: Table, store: FakeStore, follower: Follower, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     task_id = new_id() if moment == "waiting" else "an id of my own"
     inbox.note_sent(task_id)
@@ -560,7 +560,7 @@ def test_a_connection_lost_and_found_within_a_step_does_not_bring_a_later_state_
     def lose_and_push(*arguments: Any) -> Any:
         answer = original(*arguments)
         monkeypatch.setattr(patched, name, original)
-        # The first run's state is missed, and another wait has the connection opened again.
+        # The first run's state is missed, and another wait reopens the connection.
         inbox.lose()
         store.add(first)
         inbox.open()
@@ -574,8 +574,8 @@ def test_a_connection_lost_and_found_within_a_step_does_not_bring_a_later_state_
     assert update.final == first
 
 
-def test_a_look_up_that_ends_with_the_wait_is_not_complained_of(
-    store: Kept, follower: Follower, caplog: pytest.LogCaptureFixture
+def test_a_look_up_that_ends_with_the_wait_logs_nothing(
+    store: FakeStore, follower: Follower, caplog: pytest.LogCaptureFixture
 ) -> None:
     follower.add([new_id()])
     store.failure = timed_out()
@@ -595,8 +595,8 @@ def refused() -> errors.BackendUnavailable:
     [refused(), errors.DeclarationRefused("differs"), errors.InvalidOption("wrong")],
     ids=["refused", "differs", "wrong"],
 )
-def test_what_trying_again_does_not_change_is_raised(
-    store: Kept, follower: Follower, failure: Exception
+def test_permanent_errors_are_raised(
+    store: FakeStore, follower: Follower, failure: Exception
 ) -> None:
     follower.add([new_id()])
     store.failure = failure
@@ -605,7 +605,7 @@ def test_what_trying_again_does_not_change_is_raised(
     assert caught.value is failure
 
 
-def test_the_end_of_the_inbox_is_raised_to_who_waits(inbox: Table, follower: Follower) -> None:
+def test_closing_the_inbox_raises_in_its_waiters(inbox: Table, follower: Follower) -> None:
     follower.add([sent(inbox)])
     inbox._give_up(refused(), attempts=3)
     with pytest.raises(errors.BackendUnavailable, match="refuses"):
@@ -621,12 +621,12 @@ def test_a_step_does_not_wait_past_its_end(
 ) -> None:
     follower.add([sent(inbox)])
     end = None if deadline is None else time.monotonic() + deadline
-    # That it returns is the test.
+    # The test is that it returns.
     assert follower.step(end, pause) == []
 
 
-def test_what_is_there_is_handed_out_although_time_is_over(
-    inbox: Table, store: Kept, follower: Follower
+def test_available_states_are_delivered_after_the_timeout(
+    inbox: Table, store: FakeStore, follower: Follower
 ) -> None:
     mine, other = sent(inbox), new_id()
     push(inbox, state(mine))
@@ -637,7 +637,7 @@ def test_what_is_there_is_handed_out_although_time_is_over(
 
 
 @pytest.mark.parametrize("what", ["a state", "a poke", "a loss"])
-def test_who_waits_is_woken_by_another_thread(inbox: Table, follower: Follower, what: str) -> None:
+def test_another_thread_can_wake_a_waiter(inbox: Table, follower: Follower, what: str) -> None:
     task_id = sent(inbox)
     follower.add([task_id])
     settle(follower)
@@ -657,13 +657,13 @@ def test_who_waits_is_woken_by_another_thread(inbox: Table, follower: Follower, 
     started = time.monotonic()
     about_to_wait.set()
     updates = follower.step(None, 100 * LONG)
-    # Far less than it would have waited.
+    # Far less than the timeout.
     assert time.monotonic() - started < 50 * LONG
     thread.join(LONG)
     assert bool(updates) == (what == "a state")
 
 
-def test_whoever_lends_a_wake_is_called(inbox: Table, store: Kept) -> None:
+def test_a_wake_function_is_called(inbox: Table, store: FakeStore) -> None:
     calls: List[None] = []
     task_id = sent(inbox)
     with Follower(inbox, store, lambda: calls.append(None)) as follower:  # type: ignore[arg-type]
@@ -683,16 +683,16 @@ names = st.sampled_from(["STARTED", "PROGRESS", "ABORTED", "RETRY", "FAILURE", "
 
 
 class Followed:
-    """A follower, and what it has handed out."""
+    """A follower, and the states that it has delivered."""
 
     def __init__(self, follower: Follower) -> None:
         self.follower = follower
         self.states: Dict[str, List[StateMessage]] = collections.defaultdict(list)
         self.ended: Set[str] = set()
-        #: What was published since it began to follow. What was before may be told by the last
-        #: state alone, where the inbox knows that.
+        #: The states published since it began to follow. The inbox may summarise earlier states by
+        #: the last one.
         self.due: Dict[str, List[StateMessage]] = collections.defaultdict(list)
-        #: The ends, in the order in which they were handed out.
+        #: The final states, in the order of delivery.
         self.ends: List[StateMessage] = []
 
     def step(self) -> None:
@@ -721,28 +721,28 @@ def something_is_under_way(events: Events) -> bool:
     return bool(events.under_way)
 
 
-def somebody_follows(events: Events) -> bool:
+def has_followers(events: Events) -> bool:
     return bool(events.all)
 
 
 class Events(RuleBasedStateMachine):
-    """Tasks that go on and end, followers that come and go, and connections that are lost."""
+    """Tasks that change, followers that come and go, and connections that are lost."""
 
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(inbox_module, "MAX_KNOWN", 3)
-        # That what counts is found without it is the test.
+        # The test is that the current state is found without it.
         self.patch.setattr(waiting_module, "FIRST_RECHECK", 1e6)
         self.patch.setattr(waiting_module.logger, "disabled", True)
         self.table = Table(shards=2)
-        self.store = Kept()
+        self.store = FakeStore()
         self.times = itertools.count(100)
         self.ours: Set[str] = set()
         self.under_way: Deque[StateMessage] = collections.deque()
         self.all: List[Followed] = []
-        #: Whether states are published in order and every look-up works: then what is handed out
-        #: first is what counts.
+        #: Whether states are published in order and every look-up works: then the first final state
+        #: delivered is the current one.
         self.tidy = False
 
     def teardown(self) -> None:
@@ -792,7 +792,7 @@ class Events(RuleBasedStateMachine):
             followed.follower.add(sorted(wanted))
             self.all.append(followed)
 
-    @precondition(somebody_follows)
+    @precondition(has_followers)
     @rule(data=st.data(), task_id=ids)
     def follow_one_more(self, data: st.DataObject, task_id: str) -> None:
         followed = data.draw(st.sampled_from(self.all))
@@ -800,7 +800,7 @@ class Events(RuleBasedStateMachine):
             followed.forget(task_id)
             followed.follower.add([task_id])
 
-    @precondition(somebody_follows)
+    @precondition(has_followers)
     @rule(data=st.data(), task_id=ids)
     def follow_one_less(self, data: st.DataObject, task_id: str) -> None:
         followed = data.draw(st.sampled_from(self.all))
@@ -808,17 +808,17 @@ class Events(RuleBasedStateMachine):
             followed.follower.discard(task_id)
             followed.forget(task_id)
 
-    @precondition(somebody_follows)
+    @precondition(has_followers)
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
         data.draw(st.sampled_from(self.all)).step()
 
-    @precondition(somebody_follows)
+    @precondition(has_followers)
     @rule(data=st.data(), task_id=ids, missed=st.booleans(), reading=st.booleans())
     def lose_within_a_step(
         self, data: st.DataObject, task_id: str, missed: bool, reading: bool
     ) -> None:
-        """Lose the connection, and have another, while somebody waits, or has just read."""
+        """Lose the connection and reconnect during a wait or a read."""
         followed = data.draw(st.sampled_from(self.all))
         place: Any = self.store if reading else followed.follower._waiter
         name = "read" if reading else "wait"
@@ -839,7 +839,7 @@ class Events(RuleBasedStateMachine):
             patch.setattr(place, name, meanwhile)
             followed.step()
 
-    @precondition(somebody_follows)
+    @precondition(has_followers)
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
         followed = data.draw(st.sampled_from(self.all))
@@ -856,11 +856,11 @@ class Events(RuleBasedStateMachine):
         self.table.reachable = reachable
 
     @rule(answers=st.booleans())
-    def have_look_ups_fail_or_not(self, answers: bool) -> None:
+    def make_look_ups_fail_or_work(self, answers: bool) -> None:
         self.store.failure = None if answers or self.tidy else timed_out()
 
     @invariant()
-    def of_several_results_the_first_is_handed_out(self) -> None:
+    def the_first_of_several_results_is_delivered(self) -> None:
         if not self.tidy:
             return
         for end in (end for followed in self.all for end in followed.ends):
@@ -868,12 +868,12 @@ class Events(RuleBasedStateMachine):
                 assert end == self.store.current(end.id)
 
     @invariant()
-    def who_has_the_end_follows_no_more(self) -> None:
+    def a_follower_with_the_final_state_has_stopped(self) -> None:
         for followed in self.all:
             assert not followed.ended & followed.follower.pending.keys()
 
     @invariant()
-    def nothing_is_kept_for_those_who_left(self) -> None:
+    def nothing_is_kept_for_closed_followers(self) -> None:
         wanted = {task_id for each in self.all for task_id in each.follower.pending}
         assert set(self.table._waiters) == wanted
         assert set(self.table._early) <= wanted
@@ -888,7 +888,7 @@ class Events(RuleBasedStateMachine):
             for _ in range(5):
                 followed.step()
             for task_id, known in followed.follower.pending.items():
-                # Nothing was missed, and nothing was made up.
+                # No state was missed, and none was invented.
                 assert known == self.store.current(task_id)
                 assert known is None or not is_final(known.state)
                 assert keys(followed.due[task_id]) <= keys(followed.states[task_id])
@@ -903,5 +903,5 @@ def keys(found: List[StateMessage]) -> Set[Tuple[int, str]]:
     return {(each.published, each.state) for each in found}
 
 
-def test_no_end_is_missed_after_any_events() -> None:
+def test_no_final_state_is_missed_after_any_events() -> None:
     run_state_machine_as_test(Events, settings=settings(stateful_step_count=40))

@@ -1,4 +1,4 @@
-"""The frames built by hand are what py-amqp would have sent."""
+"""Frames built by hand equal those that py-amqp would have sent."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def split(octets: bytes) -> List[Tuple[int, int, bytes]]:
 
 
 @given(st.integers(1, 65535), words, words, st.booleans(), properties, st.binary(max_size=500))
-def test_py_amqp_reads_what_is_built(
+def test_py_amqp_reads_the_built_frames(
     channel: int,
     exchange: str,
     routing_key: str,
@@ -77,7 +77,7 @@ def test_py_amqp_reads_what_is_built(
 
 
 @given(st.binary(max_size=5000), st.integers(64, 600), st.booleans())
-def test_a_copy_is_the_same_message_once_more_with_another_address(
+def test_a_copy_is_the_same_message_with_another_address(
     body: bytes, frame_max: int, mandatory: bool
 ) -> None:
     properties = {"type": "state", "application_headers": {"state": "SUCCESS"}}
@@ -90,14 +90,14 @@ def test_a_copy_is_the_same_message_once_more_with_another_address(
 
 
 @given(st.binary(max_size=5000), st.integers(16, 600))
-def test_a_long_body_is_divided_as_the_connection_wants_it(body: bytes, frame_max: int) -> None:
+def test_a_long_body_is_split_at_the_connection_s_frame_size(body: bytes, frame_max: int) -> None:
     octets = frames.publish_frames(3, "", "queue", False, {}, body, frame_max)
     bodies = split(octets)[2:]
     assert all(kind == 3 and len(payload) + 8 <= frame_max for kind, _, payload in bodies)
     assert b"".join(payload for _, _, payload in bodies) == body
 
 
-def test_what_does_not_fit_is_an_error_before_anything_is_sent() -> None:
+def test_an_oversized_message_is_an_error_before_anything_is_sent() -> None:
     with pytest.raises(ValueError, match="range"):
         frames.publish_frames(1, "", "k" * 256, False, {}, b"", 4096)
     with pytest.raises(TypeError, match="'odd'"):
@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_an_error_before_anything_is_sent() -> None:
 def delivered(
     channel: int, names: Sequence[str], tag: int, redelivered: bool, octets: bytes
 ) -> bytes:
-    """Return the frames of a message that is published by *octets* as they are delivered."""
+    """Return the frames of a message published by *octets*, as the broker delivers them."""
     consumer_tag, exchange, routing_key = (
         bytes((len(name.encode()),)) + name.encode() for name in names
     )
@@ -144,7 +144,7 @@ def test_a_delivery_is_read_as_py_amqp_reads_it(
     frame_max: int,
     data: st.DataObject,
 ) -> None:
-    # Given a message as it comes, some of it in pieces, with something before and behind it
+    # Given a delivery, some of it split into several frames, with other frames around it
     published = frames.publish_frames(
         channel, "", "", False, given_properties, body, max(frame_max, 16)
     )
@@ -160,7 +160,7 @@ def test_a_delivery_is_read_as_py_amqp_reads_it(
     values, _ = loads("sLbss", arguments, 4)
     # When it is read
     found = frames.read_delivery(b"xyz" + octets + octets, 3)
-    # Then it is the same
+    # Then the message is the same
     assert found is not None
     assert (found.channel, sig) == (number, spec.Basic.Deliver)
     assert found.end == 3 + len(octets)
@@ -170,7 +170,7 @@ def test_a_delivery_is_read_as_py_amqp_reads_it(
     assert [info["exchange"], info["routing_key"]] == values[3:]
     assert found.message.properties == expected.properties == given_properties
     assert found.message.body == body
-    # Of what is cut off nothing is read, and nothing that is damaged is an error
+    # A truncated delivery yields nothing, and a damaged one raises no error
     cut = data.draw(st.integers(0, len(octets) - 1))
     assert frames.read_delivery(octets[:cut], 0) is None
     damaged = bytearray(octets)
@@ -178,12 +178,12 @@ def test_a_delivery_is_read_as_py_amqp_reads_it(
     frames.read_delivery(bytes(damaged), 0)
 
 
-def test_what_is_no_delivery_is_left_to_py_amqp() -> None:
+def test_other_frames_are_left_to_py_amqp() -> None:
     published = frames.publish_frames(1, "", "queue", False, {}, b"body", 4096)
     assert frames.read_delivery(published, 0) is None
     octets = delivered(1, ("tag", "", "queue"), 1, False, published)
     assert frames.read_delivery(octets, 0) is not None
-    # Frames of another channel in between, and a body that is longer than was said
+    # Frames of another channel in between, and a body longer than announced
     other = delivered(2, ("tag", "", "queue"), 1, False, published)
     first = len(octets) - len(b"body") - 8
     assert frames.read_delivery(octets[:first] + other, 0) is None

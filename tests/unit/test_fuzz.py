@@ -1,4 +1,4 @@
-"""The fuzzer of ``make fuzz`` runs, and finds nothing in a moment."""
+"""The fuzzer of ``make fuzz`` runs, and finds nothing in a short run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tools import fuzz
 
 
 @given(st.binary(max_size=200))
-def test_decoders_refuse_or_read_whatever_comes(data: bytes) -> None:
+def test_decoders_refuse_or_read_any_input(data: bytes) -> None:
     fuzz.one_input(data)
 
 
-def test_a_fault_of_the_handler_is_not_taken_for_one_of_the_message() -> None:
+def test_a_bug_in_a_handler_is_not_mistaken_for_a_damaged_message() -> None:
     def broken(frame: frames.Frame) -> bool:
         raise ConnectionResetError
 

@@ -1,6 +1,6 @@
-"""What an inbox knows of which tasks, and when it says that it does not know.
+"""Which tasks an inbox covers, and when it reports that it does not cover them.
 
-There is no broker here: the tests say what is bound and what is pushed.
+There is no broker: the tests decide what is bound and what is pushed.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from tests.unit.tables import Table, new_id, push, state
 
 @pytest.fixture
 def inbox() -> Table:
-    """An inbox that has a connection, with no shard bound."""
+    """An inbox with a connection, with no shard bound."""
     table = Table()
     table.open()
     return table
 
 
 def known(table: Table, task_id: str) -> Any:
-    """Return the name of the state that *table* knows, or ``"?"`` where it does not."""
+    """Return the name of the state that *table* knows, or ``"?"`` if it is not covered."""
     try:
         found = table.known(task_id)
     except KeyError:
@@ -57,16 +57,16 @@ def watched(table: Table, *ids: str) -> Waiter:
 
 
 def covered(table: Table, task_id: str, *found: StateMessage) -> Waiter:
-    """Look *task_id* up as who waits does: watch, cover, read, install."""
+    """Look *task_id* up as a waiter does: watch, cover, read, install."""
     waiter = watched(table, task_id)
     table.install({task_id: list(found)}, table.cover([task_id], None))
     return waiter
 
 
-# -- what is covered ---------------------------------------------------------------------------
+# -- covered tasks -----------------------------------------------------------------------------
 
 
-def test_nothing_is_covered_before_there_is_a_connection() -> None:
+def test_nothing_is_covered_without_a_connection() -> None:
     table, task_id = Table(), new_id()
     table.note_sent(task_id)
     assert not table.covers(task_id)
@@ -74,7 +74,7 @@ def test_nothing_is_covered_before_there_is_a_connection() -> None:
         table.known(task_id)
 
 
-def test_a_new_task_is_covered_from_when_it_is_sent(inbox: Table) -> None:
+def test_a_new_task_is_covered_from_the_moment_it_is_sent(inbox: Table) -> None:
     task_id = new_id()
     assert not inbox.covers(task_id)
     inbox.note_sent(task_id)
@@ -91,7 +91,7 @@ def test_a_new_task_is_covered_from_when_it_is_sent(inbox: Table) -> None:
         "",
         "0f3b2c4e8d1a4a529a4b6f2a1c7d8e90",
         "0F3B2C4E-8D1A-4A52-9A4B-6F2A1C7D8E90",
-        # Of the version made of a clock, and of one made of a name.
+        # A time-based UUID, and a name-based one.
         "0f3b2c4e-8d1a-1a52-9a4b-6f2a1c7d8e90",
         "0f3b2c4e-8d1a-5a52-9a4b-6f2a1c7d8e90",
         "0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e90\n",
@@ -100,21 +100,21 @@ def test_a_new_task_is_covered_from_when_it_is_sent(inbox: Table) -> None:
 def test_an_id_that_may_have_been_used_before_is_not_covered(inbox: Table, task_id: str) -> None:
     inbox.note_sent(task_id)
     assert not inbox.covers(task_id)
-    # But it is our own: no shard has to be bound.
+    # But it is an own task: no shard needs to be bound.
     assert inbox.unbound([task_id]) == set()
 
 
-def test_a_task_that_is_sent_again_is_not_new(inbox: Table) -> None:
+def test_a_task_sent_again_is_not_new(inbox: Table) -> None:
     task_id = new_id()
     inbox.note_sent(task_id)
     push(inbox, state(task_id, "SUCCESS"))
     assert known(inbox, task_id) == "SUCCESS"
-    # The store holds that SUCCESS, so that nobody may say "nothing yet".
+    # The store has that SUCCESS, so the task must not be reported as pending.
     inbox.note_sent(task_id)
     assert known(inbox, task_id) == "?"
 
 
-def test_a_task_that_is_sent_again_keeps_what_is_known(inbox: Table) -> None:
+def test_a_task_sent_again_keeps_its_known_state(inbox: Table) -> None:
     task_id = new_id()
     inbox.note_sent(task_id)
     push(inbox, state(task_id, "RETRY"))
@@ -122,20 +122,20 @@ def test_a_task_that_is_sent_again_keeps_what_is_known(inbox: Table) -> None:
     assert known(inbox, task_id) == "RETRY"
 
 
-def test_a_task_that_is_sent_again_much_later_keeps_what_is_known(
+def test_a_task_sent_again_much_later_keeps_its_known_state(
     inbox: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox_module, "MAX_SENT", 1)
     task_id = new_id()
     inbox.note_sent(task_id)
     push(inbox, state(task_id, "RETRY"))
-    # It is not remembered any more that it was sent.
+    # By then the record that it was sent has been dropped.
     inbox.note_sent(new_id())
     inbox.note_sent(task_id)
     assert known(inbox, task_id) == "RETRY"
 
 
-def test_a_task_that_was_sent_before_the_connection_is_not_covered_by_sending_it_again(
+def test_sending_a_task_again_does_not_cover_one_sent_before_the_connection(
     inbox: Table,
 ) -> None:
     table, task_id = Table(), new_id()
@@ -145,7 +145,7 @@ def test_a_task_that_was_sent_before_the_connection_is_not_covered_by_sending_it
     assert not table.covers(task_id)
 
 
-def test_a_state_of_a_task_that_is_not_covered_is_not_kept(inbox: Table) -> None:
+def test_states_of_uncovered_tasks_are_not_kept(inbox: Table) -> None:
     task_id = new_id()
     push(inbox, state(task_id, "STARTED"))
     assert not inbox.covers(task_id)
@@ -153,7 +153,7 @@ def test_a_state_of_a_task_that_is_not_covered_is_not_kept(inbox: Table) -> None
     assert known(inbox, task_id) is None
 
 
-def test_which_of_several_states_counts_is_not_decided_by_their_order(inbox: Table) -> None:
+def test_the_current_state_does_not_depend_on_arrival_order(inbox: Table) -> None:
     task_id = new_id()
     inbox.note_sent(task_id)
     push(inbox, state(task_id, "PROGRESS", 5), state(task_id, "STARTED", 4))
@@ -162,34 +162,34 @@ def test_which_of_several_states_counts_is_not_decided_by_their_order(inbox: Tab
     assert known(inbox, task_id) == "SUCCESS"
 
 
-def test_a_state_that_the_process_publishes_is_known_without_its_push(inbox: Table) -> None:
+def test_an_own_published_state_is_known_without_its_push(inbox: Table) -> None:
     mine, other = new_id(), new_id()
     inbox.note_sent(mine)
     inbox.note_stored(state(mine, "STARTED"))
     assert known(inbox, mine) == "STARTED"
-    # Of a task that is not covered other states may be missing.
+    # Other states of an uncovered task may be missing.
     inbox.note_stored(state(other, "STARTED"))
     assert not inbox.covers(other)
 
 
 @pytest.mark.parametrize("final", sorted(states.READY_STATES))
-def test_a_final_state_is_handed_out_once(inbox: Table, final: str) -> None:
+def test_a_final_state_is_delivered_once(inbox: Table, final: str) -> None:
     task_id = new_id()
     inbox.note_sent(task_id)
     push(inbox, state(task_id, final))
     assert known(inbox, task_id) == final
-    # It may be forgotten from now on, which nobody would tell.
+    # It may be forgotten from now on, and no push would report that.
     assert known(inbox, task_id) == "?"
 
 
-def test_other_states_are_handed_out_as_often_as_they_are_asked_for(inbox: Table) -> None:
+def test_other_states_can_be_read_repeatedly(inbox: Table) -> None:
     task_id = new_id()
     inbox.note_sent(task_id)
     push(inbox, state(task_id, "STARTED"))
     assert [known(inbox, task_id) for _ in range(3)] == ["STARTED"] * 3
 
 
-def test_a_state_that_has_expired_is_not_handed_out(inbox: Table) -> None:
+def test_an_expired_state_is_not_delivered(inbox: Table) -> None:
     now = time.time_ns() // 1000
     old, fresh = new_id(), new_id()
     for task_id, published in ((old, now - 3_600_000_000), (fresh, now)):
@@ -199,7 +199,7 @@ def test_a_state_that_has_expired_is_not_handed_out(inbox: Table) -> None:
     assert known(inbox, fresh) == "SUCCESS"
 
 
-def test_what_is_discarded_is_not_known(inbox: Table) -> None:
+def test_a_discarded_task_is_not_known(inbox: Table) -> None:
     task_id = new_id()
     inbox.note_sent(task_id)
     inbox.discard(task_id)
@@ -210,7 +210,7 @@ def test_what_is_discarded_is_not_known(inbox: Table) -> None:
 # -- watching ----------------------------------------------------------------------------------
 
 
-def test_who_watches_a_covered_task_gets_what_is_known_at_once(inbox: Table) -> None:
+def test_a_watcher_of_a_covered_task_gets_its_state_immediately(inbox: Table) -> None:
     begun, silent = new_id(), new_id()
     inbox.note_sent(begun)
     inbox.note_sent(silent)
@@ -221,7 +221,7 @@ def test_who_watches_a_covered_task_gets_what_is_known_at_once(inbox: Table) -> 
     assert waiter.take_uncovered() == set()
 
 
-def test_who_watches_a_task_that_is_not_covered_is_told_so(inbox: Table) -> None:
+def test_a_watcher_learns_that_a_task_is_not_covered(inbox: Table) -> None:
     mine, other = new_id(), new_id()
     inbox.note_sent(mine)
     waiter = watched(inbox, mine, other)
@@ -230,7 +230,7 @@ def test_who_watches_a_task_that_is_not_covered_is_told_so(inbox: Table) -> None
     assert waiter.take_uncovered() == set()
 
 
-def test_everybody_who_watches_a_task_gets_its_states_and_nobody_else(inbox: Table) -> None:
+def test_exactly_the_watchers_of_a_task_get_its_states(inbox: Table) -> None:
     one, other = new_id(), new_id()
     first, second, stranger = watched(inbox, one), watched(inbox, one), watched(inbox, other)
     started, done = state(one, "STARTED"), state(one, "SUCCESS")
@@ -242,7 +242,7 @@ def test_everybody_who_watches_a_task_gets_its_states_and_nobody_else(inbox: Tab
     assert stranger.take() == []
 
 
-def test_to_stop_watching_what_was_not_watched_is_no_error(inbox: Table) -> None:
+def test_unwatching_an_unwatched_task_is_no_error(inbox: Table) -> None:
     task_id = new_id()
     waiter = watched(inbox, task_id)
     inbox.unwatch([new_id()], waiter)
@@ -253,7 +253,7 @@ def test_to_stop_watching_what_was_not_watched_is_no_error(inbox: Table) -> None
     inbox.unwatch([task_id], waiter)
 
 
-def test_who_has_the_end_of_a_task_ends_its_cover(inbox: Table) -> None:
+def test_consuming_the_final_state_ends_the_cover(inbox: Table) -> None:
     task_id = new_id()
     inbox.note_sent(task_id)
     waiter = watched(inbox, task_id)
@@ -262,17 +262,17 @@ def test_who_has_the_end_of_a_task_ends_its_cover(inbox: Table) -> None:
     assert not inbox.covers(task_id)
 
 
-def test_who_gives_up_leaves_the_cover(inbox: Table) -> None:
+def test_giving_up_keeps_the_cover(inbox: Table) -> None:
     task_id = new_id()
     inbox.note_sent(task_id)
     inbox.unwatch([task_id], watched(inbox, task_id))
     assert inbox.covers(task_id)
 
 
-# -- what was looked up ------------------------------------------------------------------------
+# -- look-ups ----------------------------------------------------------------------------------
 
 
-def test_what_was_looked_up_is_covered_from_then_on(inbox: Table) -> None:
+def test_a_looked_up_task_is_covered_from_then_on(inbox: Table) -> None:
     task_id = new_id()
     covered(inbox, task_id, state(task_id, "STARTED"))
     assert known(inbox, task_id) == "STARTED"
@@ -287,12 +287,12 @@ def test_what_was_looked_up_is_covered_from_then_on(inbox: Table) -> None:
         (["SUCCESS"], ["STARTED"], "SUCCESS"),
         ([], ["STARTED", "PROGRESS"], "PROGRESS"),
         (["STARTED", "PROGRESS"], [], "PROGRESS"),
-        # The same message by both ways.
+        # The same message, by both ways.
         (["STARTED"], ["STARTED"], "STARTED"),
         ([], [], None),
     ],
 )
-def test_what_was_pushed_before_the_store_had_answered_is_added(
+def test_states_pushed_during_the_look_up_are_added(
     inbox: Table, in_store: List[str], early: List[str], counts: Optional[str]
 ) -> None:
     task_id = new_id()
@@ -307,19 +307,19 @@ def test_what_was_pushed_before_the_store_had_answered_is_added(
     assert known(inbox, task_id) == counts
 
 
-def test_what_was_pushed_while_nobody_watched_is_not_added(inbox: Table) -> None:
+def test_states_pushed_without_a_watcher_are_not_added(inbox: Table) -> None:
     task_id = new_id()
     inbox.unwatch([task_id], watched(inbox, task_id))
     push(inbox, state(task_id, "STARTED"))
     first = watched(inbox, task_id)
     push(inbox, state(task_id, "PROGRESS"))
     inbox.unwatch([task_id], first)
-    # Who watches now asks the store after that, which says it all.
+    # A new watcher looks the task up after that, and so finds all of them.
     covered(inbox, task_id, state(task_id, "RETRY", 0))
     assert known(inbox, task_id) == "RETRY"
 
 
-def test_two_look_ups_at_once_do_not_undo_each_other(inbox: Table) -> None:
+def test_concurrent_look_ups_do_not_undo_each_other(inbox: Table) -> None:
     task_id = new_id()
     waiters = [watched(inbox, task_id), watched(inbox, task_id)]
     epoch = inbox.cover([task_id], None)
@@ -332,32 +332,32 @@ def test_two_look_ups_at_once_do_not_undo_each_other(inbox: Table) -> None:
     assert [len(waiter.take()) for waiter in waiters] == [2, 2]
 
 
-def test_a_look_up_that_was_overtaken_by_the_end_is_not_taken(inbox: Table) -> None:
+def test_a_look_up_overtaken_by_the_final_state_is_ignored(inbox: Table) -> None:
     task_id = new_id()
     slow, quick = watched(inbox, task_id), watched(inbox, task_id)
     epoch = inbox.cover([task_id], None)
     started, done = state(task_id, "STARTED"), state(task_id, "SUCCESS")
     push(inbox, done)
     inbox.install({task_id: [started]}, epoch)
-    # Somebody takes the result, and may have it forgotten, before the slow one is so far.
+    # A waiter consumes the result, and may forget it, before the slow look-up finishes.
     inbox.unwatch([task_id], quick, consumed=True)
     inbox.install({task_id: [started]}, epoch)
     assert known(inbox, task_id) == "?"
-    # The slow one has what was pushed.
+    # The slow one has the pushed state.
     assert slow.take() == [done]
     inbox.unwatch([task_id], slow)
-    # And the next look-up counts again.
+    # And the next look-up is used again.
     covered(inbox, task_id, started, done)
     assert known(inbox, task_id) == "SUCCESS"
 
 
-def test_a_look_up_that_was_overtaken_by_forgetting_is_not_taken(inbox: Table) -> None:
+def test_a_look_up_overtaken_by_forget_is_ignored(inbox: Table) -> None:
     task_id = new_id()
     waiter = watched(inbox, task_id)
     epoch = inbox.cover([task_id], None)
     push(inbox, state(task_id, "STARTED"))
     inbox.discard(task_id)
-    # What was pushed is not going to be added to anything.
+    # The pushed states will not be added to any finding.
     assert inbox._early == {}
     inbox.install({task_id: [state(task_id, "SUCCESS")]}, epoch)
     assert known(inbox, task_id) == "?"
@@ -368,7 +368,7 @@ def test_a_look_up_that_was_overtaken_by_forgetting_is_not_taken(inbox: Table) -
 # -- connections -------------------------------------------------------------------------------
 
 
-def test_a_lost_connection_ends_all_that_is_known(inbox: Table) -> None:
+def test_a_lost_connection_ends_all_cover(inbox: Table) -> None:
     mine, other, early = new_id(), new_id(), new_id()
     inbox.note_sent(mine)
     waiters = [covered(inbox, other), watched(inbox, mine), watched(inbox, early)]
@@ -379,15 +379,15 @@ def test_a_lost_connection_ends_all_that_is_known(inbox: Table) -> None:
         waiter.take_uncovered()
     inbox.lose()
     assert not any(map(inbox.covers, (mine, other, early)))
-    # Who waits is told, and not only of what was covered.
+    # Watchers are notified, of uncovered tasks too.
     assert [waiter.take_uncovered() for waiter in waiters] == [{other}, {mine}, {early}]
     assert all(waiter.wait(0) for waiter in waiters)
-    # What was pushed on the old connection says nothing of what was missed between the two.
+    # Pushes from the old connection do not reveal what was missed between the two.
     inbox.install({early: []}, inbox.cover([early], None))
     assert known(inbox, early) is None
 
 
-def test_what_was_looked_up_on_a_lost_connection_is_not_taken(inbox: Table) -> None:
+def test_a_look_up_on_a_lost_connection_is_ignored(inbox: Table) -> None:
     task_id = new_id()
     waiter = watched(inbox, task_id)
     old = inbox.cover([task_id], None)
@@ -403,7 +403,7 @@ def test_what_was_looked_up_on_a_lost_connection_is_not_taken(inbox: Table) -> N
     assert waiter.take() == []
 
 
-def test_what_was_dropped_on_a_lost_connection_is_no_matter_on_the_next(inbox: Table) -> None:
+def test_drops_on_a_lost_connection_do_not_affect_the_next(inbox: Table) -> None:
     task_id = new_id()
     waiter = watched(inbox, task_id)
     inbox.discard(task_id)
@@ -413,7 +413,7 @@ def test_what_was_dropped_on_a_lost_connection_is_no_matter_on_the_next(inbox: T
     inbox.unwatch([task_id], waiter)
 
 
-def test_a_task_that_is_sent_without_a_connection_is_not_covered_by_the_next(
+def test_a_task_sent_without_a_connection_is_not_covered_by_the_next(
     inbox: Table,
 ) -> None:
     task_id = new_id()
@@ -434,7 +434,7 @@ def test_shards_are_bound_again_on_the_next_connection(inbox: Table) -> None:
     assert inbox.unbound([task_id]) == set()
 
 
-def test_only_tasks_of_others_need_a_shard(inbox: Table) -> None:
+def test_only_tasks_of_other_senders_need_a_shard_binding(inbox: Table) -> None:
     mine, other = new_id(), new_id()
     inbox.note_sent(mine)
     assert inbox.unbound([mine, other]) == {other}
@@ -443,18 +443,18 @@ def test_only_tasks_of_others_need_a_shard(inbox: Table) -> None:
     assert inbox.unbound([near, other]) == {near, other}
     inbox.cover([mine, other], None)
     assert inbox.unbound([mine, other]) == set()
-    # One binding is for every task of its shard.
+    # One binding covers every task of its shard.
     same = next(i for i in iter(new_id, "") if inbox.shard(i) == inbox.shard(other))
     assert inbox.unbound([same]) == set()
 
 
 @pytest.mark.parametrize("late", [0.0, 3600.0])
-def test_who_cannot_be_covered_in_time_is_told(late: float) -> None:
+def test_a_task_that_cannot_be_covered_in_time_is_reported(late: float) -> None:
     table = Table()
     table.reachable = False
     with pytest.raises(TimeoutError):
         table.cover([new_id()], time.monotonic() - late)
-    # What stands already is no matter of time.
+    # An existing binding needs no time.
     table.reachable = True
     assert table.cover([], time.monotonic() - late) == 1
 
@@ -467,7 +467,7 @@ def test_a_closed_inbox_covers_nothing() -> None:
         table.cover([new_id()], None)
 
 
-def test_what_ended_the_reader_is_raised_to_all() -> None:
+def test_the_error_of_the_reader_is_raised_in_all_waiters() -> None:
     table = Table()
     table.reachable = False
     waiter = watched(table, new_id())
@@ -482,7 +482,7 @@ def test_what_ended_the_reader_is_raised_to_all() -> None:
 # -- limits ------------------------------------------------------------------------------------
 
 
-def test_of_too_many_tasks_the_ones_that_nothing_came_of_for_longest_are_dropped(
+def test_the_least_recently_updated_tasks_are_dropped_first(
     inbox: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox_module, "MAX_KNOWN", 3)
@@ -497,7 +497,7 @@ def test_of_too_many_tasks_the_ones_that_nothing_came_of_for_longest_are_dropped
     assert [inbox.covers(task_id) for task_id in ids] == [True, False, False]
 
 
-def test_of_too_many_bytes_the_oldest_are_dropped(
+def test_the_oldest_states_are_dropped_if_they_take_too_many_bytes(
     inbox: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox_module, "MAX_KNOWN_BYTES", 100)
@@ -506,24 +506,24 @@ def test_of_too_many_bytes_the_oldest_are_dropped(
         inbox.note_sent(task_id)
     push(inbox, *(state(task_id, body=b"x" * 50) for task_id in ids[:2]))
     assert all(map(inbox.covers, ids))
-    # A longer state of the same task counts with what it is more, and one byte is too many.
+    # A longer state of the same task counts by its growth, and one byte is too many.
     push(inbox, state(ids[2], "STARTED", body=b"x"))
     assert [inbox.covers(task_id) for task_id in ids] == [False, True, True]
     push(inbox, state(ids[2], "PROGRESS", body=b"x" * 50))
     assert [inbox.covers(task_id) for task_id in ids] == [False, True, True]
-    # What is taken out makes room.
+    # Consuming a state makes room.
     assert known(inbox, ids[1]) == "SUCCESS"
     late = new_id()
     inbox.note_sent(late)
     push(inbox, state(late, body=b"x" * 50))
     assert known(inbox, ids[2]) == "PROGRESS"
-    # A single state that is too large is kept all the same: somebody waits for it.
+    # A single state that is too large is kept nevertheless, since it has a waiter.
     push(inbox, state(late, "SUCCESS", 0, body=b"x" * 1000))
     assert not inbox.covers(ids[2])
     assert known(inbox, late) == "SUCCESS"
 
 
-def test_who_waits_for_a_task_that_was_dropped_gets_its_states(
+def test_a_waiter_for_a_dropped_task_gets_its_states(
     inbox: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox_module, "MAX_KNOWN", 1)
@@ -537,7 +537,7 @@ def test_who_waits_for_a_task_that_was_dropped_gets_its_states(
     assert waiter.take() == [done]
 
 
-def test_what_was_looked_up_of_a_task_before_it_was_dropped_is_not_taken(
+def test_a_look_up_from_before_the_task_was_dropped_is_ignored(
     inbox: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox_module, "MAX_KNOWN", 1)
@@ -548,11 +548,11 @@ def test_what_was_looked_up_of_a_task_before_it_was_dropped_is_not_taken(
     push(inbox, state(task_id, "STARTED"))
     inbox.note_sent(new_id())
     inbox.install({task_id: []}, epoch)
-    # It would say "nothing yet" of a task that has started.
+    # It would report a started task as pending.
     assert known(inbox, task_id) == "?"
 
 
-def test_of_too_many_tasks_sent_the_oldest_are_taken_for_somebody_elses(
+def test_the_oldest_of_too_many_sent_tasks_count_as_foreign(
     inbox: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox_module, "MAX_SENT", 2)
@@ -560,14 +560,14 @@ def test_of_too_many_tasks_sent_the_oldest_are_taken_for_somebody_elses(
     for task_id in ids:
         inbox.note_sent(task_id)
     assert inbox.unbound(ids) == {ids[0]}
-    # What is known of it is right all the same.
+    # Their known states are still right.
     assert inbox.covers(ids[0])
 
 
-# -- what is pushed ----------------------------------------------------------------------------
+# -- pushes ------------------------------------------------------------------------------------
 
 
-def test_what_is_no_state_of_a_task_changes_nothing(inbox: Table) -> None:
+def test_messages_that_are_no_task_states_change_nothing(inbox: Table) -> None:
     task_id = new_id()
     inbox.note_sent(task_id)
     waiter = watched(inbox, task_id)
@@ -578,7 +578,7 @@ def test_what_is_no_state_of_a_task_changes_nothing(inbox: Table) -> None:
     assert (inbox.received, inbox.rejected) == (0, 0)
 
 
-def test_a_foreign_message_is_counted_and_complained_of_once(
+def test_a_foreign_message_is_counted_and_logged_once(
     inbox: Table, caplog: pytest.LogCaptureFixture
 ) -> None:
     task_id = new_id()
@@ -610,7 +610,7 @@ def test_a_foreign_message_is_counted_and_complained_of_once(
     ],
     ids=["poke", "feed", "uncover", "fail"],
 )
-def test_a_waiter_is_woken_by_whatever_is_for_it(wake: Callable[[Waiter], None]) -> None:
+def test_a_waiter_is_woken_by_each_of_its_events(wake: Callable[[Waiter], None]) -> None:
     calls: List[None] = []
     waiter = Waiter(lambda: calls.append(None))
     assert not waiter.wait(0)
@@ -619,7 +619,7 @@ def test_a_waiter_is_woken_by_whatever_is_for_it(wake: Callable[[Waiter], None])
     assert len(calls) == 1
 
 
-def test_what_is_taken_is_gone_and_the_waiter_sleeps() -> None:
+def test_taking_the_states_empties_the_waiter() -> None:
     waiter = Waiter()
     one, other = state("t", "STARTED"), state("t")
     waiter.feed(one)
@@ -629,7 +629,7 @@ def test_what_is_taken_is_gone_and_the_waiter_sleeps() -> None:
     assert waiter.take() == []
 
 
-def test_a_failure_is_raised_once_and_what_came_before_it_is_kept() -> None:
+def test_a_failure_is_raised_once_and_keeps_earlier_states() -> None:
     waiter = Waiter()
     done = state("t")
     waiter.feed(done)
@@ -650,14 +650,14 @@ names = st.sampled_from(["STARTED", "PROGRESS", "ABORTED", "RETRY", "FAILURE", "
 
 
 class LookUp:
-    """Somebody who looks tasks up to have them covered, step by step."""
+    """A process that looks tasks up to have them covered, step by step."""
 
     def __init__(self, wanted: List[str]) -> None:
         self.wanted = wanted
         self.waiter = Waiter()
         self.epoch: Optional[int] = None
         self.found: Optional[Dict[str, List[StateMessage]]] = None
-        #: What it has to be given, for having watched.
+        #: The states that it must receive, since it was watching.
         self.due: List[StateMessage] = []
 
 
@@ -666,12 +666,12 @@ def something_is_under_way(events: Events) -> bool:
     return bool(events.under_way)
 
 
-def somebody_watches(events: Events) -> bool:
+def has_watchers(events: Events) -> bool:
     return bool(events.look_ups)
 
 
 class Events(RuleBasedStateMachine):
-    """A store that keeps all, an inbox that is brought some of it, later, and what it says."""
+    """A store with all states, an inbox that receives some of them later, and its answers."""
 
     MAX_KNOWN = 3
     MAX_BYTES = 25
@@ -686,7 +686,7 @@ class Events(RuleBasedStateMachine):
         self.times = itertools.count(100)
         self.store: Dict[str, List[StateMessage]] = {task_id: [] for task_id in IDS}
         self.ours: set[str] = set()
-        #: States on their way to the inbox.
+        #: States in flight to the inbox.
         self.under_way: Deque[StateMessage] = collections.deque()
         self.look_ups: List[LookUp] = []
 
@@ -700,9 +700,9 @@ class Events(RuleBasedStateMachine):
 
     @rule(task_id=ids)
     def send(self, task_id: str) -> None:
-        # Somebody else's task is not sent by us as well, but for what is our own again.
+        # Tasks of other senders are not sent here too, but own tasks may be sent again.
         if task_id in self.ours or not self.store[task_id]:
-            # An id that was forgotten to be ours, and is used again, is not as Celery does it.
+            # Celery does not reuse an id after so long that it was dropped from the own tasks.
             if task_id in self.ours and task_id not in self.table._sent:
                 return
             self.ours.add(task_id)
@@ -716,7 +716,7 @@ class Events(RuleBasedStateMachine):
         here=st.booleans(),
     )
     def publish(self, task_id: str, name: str, late: int, size: int, here: bool) -> None:
-        # Clocks differ: what is published later may say that it was earlier.
+        # Clocks differ: a state published later may carry an earlier time.
         published = next(self.times) * 60 - late * 60
         new = state(task_id, name, published, b"x" * size)
         self.store[task_id].append(new)
@@ -747,9 +747,9 @@ class Events(RuleBasedStateMachine):
         assert look_up.waiter.take_uncovered() == uncovered
         self.look_ups.append(look_up)
 
-    @precondition(somebody_watches)
+    @precondition(has_watchers)
     @rule(data=st.data())
-    def go_on(self, data: st.DataObject) -> None:
+    def continue_a_look_up(self, data: st.DataObject) -> None:
         look_up = data.draw(st.sampled_from(self.look_ups))
         if look_up.epoch is None:
             look_up.epoch = self.table.cover(look_up.wanted, None)
@@ -760,7 +760,7 @@ class Events(RuleBasedStateMachine):
             self.table.install(look_up.found, look_up.epoch)
             look_up.epoch = look_up.found = None
 
-    @precondition(somebody_watches)
+    @precondition(has_watchers)
     @rule(data=st.data(), consumed=st.booleans())
     def stop_watching(self, data: st.DataObject, consumed: bool) -> None:
         look_up = data.draw(st.sampled_from(self.look_ups))
@@ -793,7 +793,7 @@ class Events(RuleBasedStateMachine):
     def nothing_is_missing_of_what_is_covered(self) -> None:
         for task_id, found in self.table._known.items():
             under_way = [each for each in self.under_way if each.id == task_id]
-            # With what is still to come it amounts to what the store has.
+            # Together with the states in flight, it equals the store.
             assert fold([*([found] if found else []), *under_way]) == fold(self.store[task_id])
 
     @invariant()
@@ -805,14 +805,14 @@ class Events(RuleBasedStateMachine):
         assert size <= self.MAX_BYTES or len(kept) == 1
 
     @invariant()
-    def nothing_is_kept_for_those_who_left(self) -> None:
+    def nothing_is_kept_for_former_watchers(self) -> None:
         watched_ids = {task_id for look_up in self.look_ups for task_id in look_up.wanted}
         assert set(self.table._waiters) == watched_ids
         assert set(self.table._early) <= watched_ids
         assert self.table._outdated <= watched_ids
-        # Nor for look-ups that are not going to count.
+        # Nor for look-ups whose findings will be ignored.
         assert not self.table._outdated & self.table._early.keys()
 
 
-def test_what_is_covered_is_right_after_any_events() -> None:
+def test_covered_states_are_right_after_any_events() -> None:
     run_state_machine_as_test(Events, settings=settings(stateful_step_count=40))

@@ -1,4 +1,4 @@
-"""States as messages, and which of several counts."""
+"""States as messages, and which of several is the current one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from celery_amqp_results.protocol.message import (
 )
 from celery_amqp_results.protocol.ranking import ABORTED, fold, is_final, supersedes
 
-#: Any text that Python can hold, lone surrogates among it.
+#: Any text that Python can hold, including lone surrogates.
 any_text = st.text(st.characters(), min_size=1, max_size=1000)
 ids = any_text | st.text("a.*#\ud800\udc00é", min_size=1, max_size=300)
 names = st.sampled_from([*sorted(states.ALL_STATES), "PROGRESS", ABORTED])
@@ -62,16 +62,16 @@ def at(state: str, published: int) -> StateMessage:
     return StateMessage("t", state, published, b"", "application/json", "utf-8")
 
 
-# -- which state counts ------------------------------------------------------------------------
+# -- ranking -----------------------------------------------------------------------------------
 
-#: States of one task, each published at a time of its own.
+#: States of one task, each published at a different time.
 histories = st.lists(
     st.tuples(names, st.integers(0, 1000)), min_size=1, max_size=8, unique_by=lambda pair: pair[1]
 ).map(lambda pairs: [at(*pair) for pair in pairs])
 
 
-def what_counts(history: Iterable[StateMessage]) -> Optional[StateMessage]:
-    """The rule in other words: by groups, the first that is not empty."""
+def current_by_definition(history: Iterable[StateMessage]) -> Optional[StateMessage]:
+    """Return the current state by a second definition: the first group that is not empty."""
     history = list(history)
     by_time = sorted(history, key=lambda state: state.published)
     for group in (
@@ -86,8 +86,8 @@ def what_counts(history: Iterable[StateMessage]) -> Optional[StateMessage]:
 
 
 @given(histories)
-def test_the_state_that_counts_is_the_one_of_the_rule(history: List[StateMessage]) -> None:
-    assert fold(history) == what_counts(history)
+def test_the_current_state_is_the_one_of_the_definition(history: List[StateMessage]) -> None:
+    assert fold(history) == current_by_definition(history)
 
 
 @given(histories, st.randoms(use_true_random=False))
@@ -105,7 +105,7 @@ def test_folding_in_parts_gives_the_same(history: List[StateMessage], data: st.D
     folded = [state for state in map(fold, parts) if state is not None]
     assert fold(folded) == fold(history)
 
-    # One at a time, as a waiter sees them.
+    # One at a time, as a waiter receives them.
     def step(known: Optional[StateMessage], state: StateMessage) -> Optional[StateMessage]:
         return fold([known, state] if known is not None else [state])
 
@@ -113,7 +113,7 @@ def test_folding_in_parts_gives_the_same(history: List[StateMessage], data: st.D
 
 
 @given(histories, st.data())
-def test_a_state_that_is_there_twice_changes_nothing(
+def test_a_duplicate_state_changes_nothing(
     history: List[StateMessage], data: st.DataObject
 ) -> None:
     again = data.draw(st.lists(st.sampled_from(history), max_size=8))
@@ -122,7 +122,7 @@ def test_a_state_that_is_there_twice_changes_nothing(
 
 
 @given(histories)
-def test_what_has_yielded_once_never_comes_back(history: List[StateMessage]) -> None:
+def test_a_superseded_state_never_becomes_current_again(history: List[StateMessage]) -> None:
     seen: List[StateMessage] = []
     for end in range(1, len(history) + 1):
         current = fold(history[:end])
@@ -140,7 +140,7 @@ def test_what_has_yielded_once_never_comes_back(history: List[StateMessage]) -> 
         unique_by=lambda state: state.published,
     )
 )
-def test_of_two_states_one_counts_more_and_of_three_there_is_no_circle(
+def test_ranking_is_total_and_transitive(
     three: List[StateMessage],
 ) -> None:
     for one, two, other in itertools.permutations(three):
@@ -149,11 +149,9 @@ def test_of_two_states_one_counts_more_and_of_three_there_is_no_circle(
             assert supersedes(one, other)
 
 
-# The times are of any order: what is late by the clock may come first, and the reverse.
+# The times are in any order: a state that is later by its clock may arrive first, and vice versa.
 @given(st.tuples(names, st.integers(0, 9)), st.tuples(names, st.integers(0, 9)))
-def test_one_state_yields_to_another_only_as_it_may(
-    old: Tuple[str, int], new: Tuple[str, int]
-) -> None:
+def test_a_state_is_superseded_only_as_allowed(old: Tuple[str, int], new: Tuple[str, int]) -> None:
     before, arriving = at(*old), at(*new)
     after = fold([before, arriving])
     assert after in (before, arriving)
@@ -176,7 +174,7 @@ def test_one_state_yields_to_another_only_as_it_may(
     [
         ([("STARTED", 1), ("SUCCESS", 2)], 1),
         ([("SUCCESS", 2), ("STARTED", 1)], 0),
-        # A duplicate run that begins after the first has ended.
+        # A duplicate run that begins after the first has finished.
         ([("SUCCESS", 2), ("STARTED", 3)], 0),
         ([("SUCCESS", 2), ("SUCCESS", 3)], 0),
         ([("SUCCESS", 2), ("FAILURE", 3)], 0),
@@ -185,7 +183,7 @@ def test_one_state_yields_to_another_only_as_it_may(
         ([("FAILURE", 3), ("SUCCESS", 2)], 1),
         ([("FAILURE", 2), ("RETRY", 3)], 0),
         ([("FAILURE", 2), ("FAILURE", 3)], 1),
-        # Twenty workers write that it was revoked.
+        # Twenty workers store that it was revoked.
         ([("REVOKED", 2), ("REVOKED", 3), ("REVOKED", 1)], 1),
         ([("RETRY", 2), ("STARTED", 3)], 1),
         ([("PROGRESS", 3), ("STARTED", 2)], 0),
@@ -195,28 +193,28 @@ def test_one_state_yields_to_another_only_as_it_may(
         ([("REVOKED", 2), ("ABORTED", 3)], 0),
     ],
 )
-def test_which_state_counts(history: List[Tuple[str, int]], index: int) -> None:
+def test_the_current_state_of_a_history(history: List[Tuple[str, int]], index: int) -> None:
     assert fold(itertools.starmap(at, history)) == at(*history[index])
 
 
-def test_nothing_folds_to_nothing() -> None:
+def test_no_states_fold_to_none() -> None:
     assert fold([]) is None
 
 
 @given(names | any_text)
-def test_three_states_end_a_task(name: str) -> None:
+def test_there_are_three_final_states(name: str) -> None:
     assert is_final(name) == (name in ("SUCCESS", "FAILURE", "REVOKED"))
 
 
-def test_of_two_states_of_one_microsecond_the_later_in_the_order_counts() -> None:
+def test_equal_times_are_ordered_by_position() -> None:
     assert fold([at("STARTED", 1), at("PROGRESS", 1)]) == at("PROGRESS", 1)
-    # But the result that was there first stays.
+    # But the result that was stored first stays.
     first, second = (dataclasses.replace(at("SUCCESS", 1), body=body) for body in (b"1", b"2"))
     assert fold([first, second]) == first
 
 
 @given(st.integers(0, 2**62), st.integers(0, 2**32), st.integers(-(10**6), 10**6))
-def test_a_state_expires_when_its_milliseconds_are_over(
+def test_a_state_expires_after_its_milliseconds(
     published: int, milliseconds: int, late: int
 ) -> None:
     state = dataclasses.replace(at("SUCCESS", published), expiration=milliseconds)
@@ -224,7 +222,7 @@ def test_a_state_expires_when_its_milliseconds_are_over(
     assert not at("SUCCESS", published).expired(2**80)
 
 
-# -- the way over the broker -------------------------------------------------------------------
+# -- through the broker ------------------------------------------------------------------------
 
 
 def py_amqp_writes(properties: Dict[str, Any], body: bytes) -> bytes:
@@ -248,7 +246,7 @@ def we_write(properties: Dict[str, Any], body: bytes) -> bytes:
 @example(state=StateMessage("é" * 128, "S", 0, b"", "t", "e"), persistent=True)
 @example(state=StateMessage("x" * 255, "S", 0, b"", "t", "e", expiration=0), persistent=True)
 @example(state=StateMessage("x" * 256, "S", 0, b"", "t", "e"), persistent=False)
-def test_a_state_survives_the_way_over_the_broker(
+def test_a_state_survives_the_way_through_the_broker(
     write: Callable[[Dict[str, Any], bytes], bytes], state: StateMessage, persistent: bool
 ) -> None:
     header = write(state.properties(persistent), state.body)
@@ -258,22 +256,22 @@ def test_a_state_survives_the_way_over_the_broker(
     assert received.properties["delivery_mode"] == (2 if persistent else 1)
     again = StateMessage.from_properties(received.properties, state.body)
     assert again == state
-    # A look-up asks for the id of a message before anything else of it.
+    # A look-up reads a message's id before anything else.
     assert message_id(received.properties) == state.id
     assert checked(again) is again if state.kind in (STATE, GROUP) else True
-    # Whoever republishes it changes nothing.
+    # Republishing it changes nothing.
     assert again.properties(persistent) == state.properties(persistent)
 
 
 @given(state_messages, st.sampled_from([bytes, bytearray, memoryview]))
-def test_a_body_may_come_in_any_kind_of_bytes(state: StateMessage, kind: Any) -> None:
+def test_a_body_may_be_any_bytes_like_object(state: StateMessage, kind: Any) -> None:
     again = StateMessage.from_properties(state.properties(True), kind(state.body))
     assert again == state
     assert type(again.body) is bytes
 
 
 @given(any_text)
-def test_a_body_that_was_decoded_on_the_way_is_encoded_again(body: str) -> None:
+def test_a_body_that_was_decoded_in_transit_is_encoded_again(body: str) -> None:
     state = StateMessage.from_properties(at("SUCCESS", 1).properties(True), body)
     assert state.body == body.encode("utf-8", "surrogatepass")
 
@@ -282,7 +280,7 @@ def test_a_body_that_was_decoded_on_the_way_is_encoded_again(body: str) -> None:
 @example("x" * 255)
 @example("x" * 256)
 @example("é" * 128)
-def test_the_id_is_a_property_where_it_fits(task_id: str) -> None:
+def test_the_id_is_a_property_if_it_fits(task_id: str) -> None:
     properties = dataclasses.replace(at("SUCCESS", 1), id=task_id).properties(True)
     try:
         fits = len(task_id.encode("utf-8")) <= 255
@@ -321,7 +319,7 @@ NAMES = ["type", "correlation_id", "content_type", "content_encoding", "expirati
 def state_or_foreign(properties: Dict[str, Any], body: Any) -> None:
     with contextlib.suppress(errors.ForeignMessage):
         state = StateMessage.from_properties(properties, body)
-        # Whatever is taken for a state is fit for use as one.
+        # A message that is accepted as a state can be used as one.
         assert isinstance(state.id, str)
         assert isinstance(state.state, str)
         assert type(state.published) is int
@@ -343,7 +341,7 @@ bodies = st.binary(max_size=5) | st.text(st.characters(), max_size=5)
     st.dictionaries(st.sampled_from([*NAMES, "application_headers", "priority"]), garbage), bodies
 )
 @example({"type": "state", "expiration": float("inf")}, b"")
-def test_garbage_is_refused_as_foreign_and_nothing_worse(
+def test_garbage_is_refused_as_foreign_without_other_errors(
     properties: Dict[str, Any], body: Any
 ) -> None:
     state_or_foreign(properties, body)
@@ -385,7 +383,7 @@ def test_a_state_with_a_damaged_header_is_refused_or_a_state(
         ("correlation_id", None, "'correlation_id'"),
     ],
 )
-def test_what_is_foreign_is_said(name: str, wrong: Any, message: str) -> None:
+def test_the_reason_for_a_foreign_message_is_reported(name: str, wrong: Any, message: str) -> None:
     properties = {**at("SUCCESS", 1).properties(True), name: wrong}
     with pytest.raises(errors.ForeignMessage, match=message):
         StateMessage.from_properties(properties, b"")
@@ -395,7 +393,6 @@ def test_what_is_foreign_is_said(name: str, wrong: Any, message: str) -> None:
     ("name", "wrong"),
     [
         ("state", None),
-        ("state", ""),
         ("state", b"SUCCESS"),
         ("published", None),
         ("published", -1),
@@ -406,7 +403,7 @@ def test_what_is_foreign_is_said(name: str, wrong: Any, message: str) -> None:
         ("compression", 1),
     ],
 )
-def test_headers_that_are_not_ours_are_foreign(name: str, wrong: Any) -> None:
+def test_messages_with_foreign_headers_are_foreign(name: str, wrong: Any) -> None:
     properties = at("SUCCESS", 1).properties(True)
     properties["application_headers"][name] = wrong
     with pytest.raises(errors.ForeignMessage, match=name):
@@ -421,7 +418,7 @@ def test_headers_that_are_not_ours_are_foreign(name: str, wrong: Any) -> None:
     ),
     garbage,
 )  # fmt: skip
-def test_the_fields_of_what_came_out_of_a_page_are_checked(
+def test_the_fields_of_a_packed_state_are_checked(
     state: StateMessage, name: str, wrong: Any
 ) -> None:
     damaged = dataclasses.replace(state, **{name: wrong})
@@ -443,7 +440,7 @@ def test_the_fields_of_what_came_out_of_a_page_are_checked(
 
 
 def installed(serializer: str) -> bool:
-    """Whether kombu can write with *serializer*: it knows some whose library is missing."""
+    """Return whether kombu can encode with *serializer*: for some, the library may be missing."""
     try:
         Codec(serializer, None).encode({"status": "SUCCESS", "result": 2})
     except (EncodeError, SerializerNotInstalled):
@@ -460,7 +457,7 @@ def needs_library(serializer: str) -> Any:
 
 PLAIN = ["json", needs_library("yaml"), needs_library("msgpack")]
 serializers = pytest.mark.parametrize("serializer", ["pickle", *PLAIN])
-#: Each once: kombu has a word and a content type for each.
+#: Each once: kombu has a short name and a content type for each.
 COMPRESSIONS = sorted(set(kombu_compression.encoders()))
 values = st.recursive(
     st.none()
@@ -490,14 +487,14 @@ def test_compressions_are_known() -> None:
 @pytest.mark.parametrize("compression", [None, "gzip", *COMPRESSIONS])
 @few
 @given(result=values)
-def test_a_meta_comes_back(serializer: str, compression: str | None, result: Any) -> None:
+def test_a_meta_is_restored(serializer: str, compression: str | None, result: Any) -> None:
     wanted = {"status": "SUCCESS", "result": result, "task_id": "é", "children": []}
     message = message_of(Codec(serializer, None, compression).encode(wanted))
     assert type(message.body) is bytes
     assert (message.compression is None) == (compression is None)
-    # Whoever reads need not be set to the same.
+    # The reader need not have the same settings.
     assert Codec("json", [message.content_type]).decode(message) == wanted
-    # And the body is the same after the way over the broker.
+    # The body is unchanged on the way through the broker.
     again = StateMessage.from_properties(message.properties(True), message.body)
     assert Codec("json", [message.content_type], "gzip").decode(again) == wanted
 
@@ -512,22 +509,24 @@ def test_a_meta_comes_back(serializer: str, compression: str | None, result: Any
     ],
 )
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
-def test_what_celery_can_send_comes_back_as_what_it_was(serializer: str, result: Any) -> None:
+def test_values_that_celery_can_send_are_restored_with_their_types(
+    serializer: str, result: Any
+) -> None:
     message = message_of(Codec(serializer, None).encode({"status": "SUCCESS", "result": result}))
     assert Codec("json", [message.content_type]).decode(message)["result"] == result
 
 
-def test_what_cannot_be_encoded_is_an_error_of_kombu() -> None:
+def test_unencodable_values_raise_kombu_s_error() -> None:
     with pytest.raises(EncodeError):
         Codec("json", None).encode({"status": "SUCCESS", "result": object()})
 
 
-def test_a_meta_that_was_decoded_before_is_not_decoded_again() -> None:
+def test_a_decoded_meta_is_not_decoded_again() -> None:
     known = {"status": "SUCCESS", "result": 1}
     message = dataclasses.replace(at("SUCCESS", 1), body=b"damaged", decoded=known)
     decoded = Codec("json", []).decode(message)
     assert decoded == known
-    # It is the reader's own.
+    # The copy belongs to the reader.
     decoded["result"] = 2
     assert known["result"] == 1
 
@@ -546,7 +545,7 @@ damaged_bodies = (
     st.binary(max_size=60)
     | st.text().map(lambda text: text.encode())
     | values.map(lambda value: Codec("json", None).encode({"result": value})[3])
-    # Deeper than Python can go.
+    # Nested deeper than Python can recurse.
     | deep.map(lambda depth: b"[" * depth + b"]" * depth)
     | deep.map(lambda depth: b'{"a":' * depth + b"1" + b"}" * depth)
     | deep.map(lambda depth: b"\x91" * depth + b"\xc0")
@@ -563,7 +562,7 @@ def decoded_or_refused(codec: Codec, message: StateMessage) -> None:
 
 @given(damaged_bodies, content_types, encodings, compressions, accepted)
 @example(b"\x91" * 1000 + b"\xc0", "application/x-msgpack", "binary", None, None)
-def test_garbage_in_a_body_is_foreign_or_not_accepted_and_nothing_worse(
+def test_a_garbage_body_is_foreign_or_not_accepted_without_other_errors(
     body: bytes,
     content_type: str,
     encoding: str,
@@ -578,7 +577,7 @@ def test_garbage_in_a_body_is_foreign_or_not_accepted_and_nothing_worse(
 @pytest.mark.parametrize("compression", [None, *COMPRESSIONS])
 @few
 @given(result=values, data=st.data())
-def test_a_body_that_was_cut_is_foreign_and_nothing_worse(
+def test_a_truncated_body_is_foreign_without_other_errors(
     serializer: str, compression: str | None, result: Any, data: st.DataObject
 ) -> None:
     wanted = {"status": "SUCCESS", "result": result, "task_id": "é"}
@@ -588,10 +587,10 @@ def test_a_body_that_was_cut_is_foreign_and_nothing_worse(
     decoded_or_refused(Codec(serializer, [message.content_type]), cut)
 
 
-# A pickle is a program: what a wrong byte makes it do is nobody's promise.
+# A pickle is a program, so a changed byte may have any effect. Pickle is left out.
 @pytest.mark.parametrize("serializer", PLAIN)
 @given(result=values, data=st.data())
-def test_a_body_with_a_wrong_byte_is_a_meta_or_foreign_and_nothing_worse(
+def test_a_body_with_a_changed_byte_is_a_meta_or_foreign_without_other_errors(
     serializer: str, result: Any, data: st.DataObject
 ) -> None:
     wanted = {"status": "SUCCESS", "result": result, "task_id": "é"}
@@ -629,7 +628,7 @@ def deep_list(depth: int) -> List[Any]:
     ],
     ids=["none", "list", "text", "empty", "no-result", "no-status", "unprintable", "deep"],
 )
-def test_what_is_no_meta_is_foreign(value: Any) -> None:
+def test_a_body_that_is_no_meta_is_foreign(value: Any) -> None:
     body = pickle.dumps(value)
     message = StateMessage("t", "SUCCESS", 1, body, "application/x-python-serialize", "binary")
     with pytest.raises(errors.ForeignMessage, match="no meta"):
@@ -637,7 +636,7 @@ def test_what_is_no_meta_is_foreign(value: Any) -> None:
 
 
 @given(accept=st.lists(st.sampled_from(["application/json", "json", "text/x"]), max_size=2))
-def test_what_is_not_accepted_is_not_decoded(accept: List[str]) -> None:
+def test_content_that_is_not_accepted_is_not_decoded(accept: List[str]) -> None:
     message = message_of(Codec("pickle", None).encode({"status": "SUCCESS", "result": Trap()}))
     with pytest.raises(ContentDisallowed):
         Codec("json", accept).decode(message)
@@ -653,7 +652,7 @@ class Trap:
 # -- the clock ---------------------------------------------------------------------------------
 
 
-def test_no_two_states_of_a_process_are_published_at_once() -> None:
+def test_no_two_states_of_a_process_have_the_same_time() -> None:
     clock = PublishClock()
     times: List[List[int]] = [[] for _ in range(4)]
     start = threading.Barrier(len(times))
@@ -672,14 +671,14 @@ def test_no_two_states_of_a_process_are_published_at_once() -> None:
     assert len(set(every)) == len(every) == 8000
 
 
-def test_two_threads_that_ask_at_once_get_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_get_different_times(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = PublishClock()
     times: List[int] = []
     other = threading.Thread(target=lambda: times.append(clock.now()))
 
     def time_ns() -> int:
         if other.ident is None:
-            # The other asks now. It has to wait for the first, which must not wait for it.
+            # The other thread asks now. It must wait for the first, which must not wait for it.
             other.start()
             other.join(0.2)
         return 0
@@ -690,16 +689,16 @@ def test_two_threads_that_ask_at_once_get_two_times(monkeypatch: pytest.MonkeyPa
     assert sorted(times) == [1, 2]
 
 
-def test_what_is_published_after_another_thread_has_is_later() -> None:
+def test_times_increase_across_threads() -> None:
     clock = PublishClock()
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        # Each is asked for when the one before has come, by whichever thread is free.
+        # Each is requested after the previous one has returned, by any free thread.
         times = [threads.submit(clock.now).result() for _ in range(500)]
     assert all(one < other for one, other in zip(times, times[1:]))
 
 
 @given(st.lists(st.integers(0, 2**62), min_size=1, max_size=10))
-def test_a_clock_that_is_set_back_does_not_set_states_back(ticks: List[int]) -> None:
+def test_times_increase_even_if_the_clock_is_set_back(ticks: List[int]) -> None:
     clock = PublishClock()
     given_times = []
     with pytest.MonkeyPatch.context() as patch:
@@ -712,10 +711,10 @@ def test_a_clock_that_is_set_back_does_not_set_states_back(ticks: List[int]) -> 
     assert all(one >= tick // 1000 for one, tick in zip(given_times, ticks))
 
 
-def test_a_child_does_not_wait_for_a_lock_of_its_parent() -> None:
+def test_a_forked_child_does_not_block_on_a_lock_of_its_parent() -> None:
     clock = PublishClock()
     before = clock.now()
     with clock._lock:
-        # As in the child of a process of which another thread was just asking for the time.
+        # As in a child that was forked while another thread was asking for the time.
         clock.after_fork_in_child()
         assert clock.now() > before

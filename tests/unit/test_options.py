@@ -1,4 +1,4 @@
-"""Options are read or refused: a typing error is never a silent default."""
+"""Options are read or refused: a typing error never becomes a silent default."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ policies = st.fixed_dictionaries(
 valid_simple = st.fixed_dictionaries({}, optional=simple)
 valid = st.fixed_dictionaries({}, optional={**simple, "retry_policy": policies})
 
-# Values of types that no option has. Their repr() is their own: no two look the same.
+# Values of types that no option has. Each has a different repr().
 odd = (
     st.none()
     | st.binary(max_size=3)
@@ -69,7 +69,7 @@ def seconds_outside(low: float, high: float) -> st.SearchStrategy[Any]:
     return outside | outside.map(str) | st.just(float("nan")) | not_seconds
 
 
-#: Of each option, what is not allowed, and what the error has to say is.
+#: For each option, invalid values, and the requirement that the error must state.
 invalid: Dict[str, Tuple[st.SearchStrategy[Any], str]] = {
     "layout": (odd | st.text().filter(lambda t: t not in ("shared", "per-task")), "'per-task'"),
     "shards": (whole_outside(1, 4096), "whole numbers from 1 to 4096"),
@@ -96,7 +96,7 @@ bad_entries = st.sampled_from(["max_retries", "interval_start", "interval_step",
 
 
 @given(valid)
-def test_what_is_allowed_is_taken(settings: Dict[str, Any]) -> None:
+def test_allowed_values_are_accepted(settings: Dict[str, Any]) -> None:
     options = Options.read(settings)
     for field in dataclasses.fields(Options):
         wanted = settings.get(field.name, field.default)
@@ -106,17 +106,17 @@ def test_what_is_allowed_is_taken(settings: Dict[str, Any]) -> None:
 
 
 @given(valid)
-def test_options_that_were_read_are_allowed_again(settings: Dict[str, Any]) -> None:
+def test_parsed_options_are_accepted_again(settings: Dict[str, Any]) -> None:
     options = Options.read(settings)
     again = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
-    # Not given is not a value of its own.
+    # An option that was not given has no value of its own.
     if again["layout"] is None:
         del again["layout"]
     assert Options.read(again) == options
 
 
 @given(valid_simple)
-def test_a_url_says_the_same_in_words(settings: Dict[str, Any]) -> None:
+def test_options_in_a_url_are_parsed_from_text(settings: Dict[str, Any]) -> None:
     url = "amqp://?" + urlencode({name: str(value).lower() for name, value in settings.items()})
     assert Options.read({}, parse_url(url).options) == Options.read(settings)
 
@@ -125,7 +125,7 @@ def test_a_url_says_the_same_in_words(settings: Dict[str, Any]) -> None:
     ("word", "value"),
     [("1", True), ("Yes", True), ("on", True), ("0", False), ("NO", False), ("off", False)],
 )
-def test_truth_has_several_words(word: str, value: bool) -> None:
+def test_booleans_have_several_spellings(word: str, value: bool) -> None:
     assert Options.read({"confirm": word}).confirm is value
 
 
@@ -135,13 +135,13 @@ def test_every_option_has_a_parser_and_a_default() -> None:
 
 
 @given(valid_simple, valid_simple)
-def test_the_url_wins_over_the_settings(settings: Dict[str, Any], query: Dict[str, Any]) -> None:
+def test_the_url_overrides_the_settings(settings: Dict[str, Any], query: Dict[str, Any]) -> None:
     words = {name: str(value).lower() for name, value in query.items()}
     assert Options.read(settings, words) == Options.read({**settings, **query})
 
 
 @given(bad_options)
-def test_what_is_not_allowed_is_refused_by_name(bad: Tuple[str, Any]) -> None:
+def test_invalid_values_are_refused_with_the_option_s_name(bad: Tuple[str, Any]) -> None:
     name, value = bad
     with pytest.raises(errors.InvalidOption) as caught:
         Options.read({name: value})
@@ -150,13 +150,13 @@ def test_what_is_not_allowed_is_refused_by_name(bad: Tuple[str, Any]) -> None:
     assert repr(value) in text
     assert SETTING in text
     assert invalid[name][1] in text
-    # What a user reads is this error alone.
+    # Users see this error without a chained one.
     assert caught.value.__suppress_context__
 
 
-# Nothing of these letters is a number, a name or a truth.
+# No combination of these letters is a number, a name or a boolean.
 @given(st.sampled_from(sorted(invalid)), st.text("xyz.-", max_size=5))
-def test_what_is_not_allowed_in_a_url_is_refused_as_being_there(name: str, value: str) -> None:
+def test_invalid_values_in_a_url_are_refused_as_part_of_the_url(name: str, value: str) -> None:
     with pytest.raises(errors.InvalidOption) as caught:
         Options.read({}, {name: value})
     text = str(caught.value)
@@ -176,7 +176,7 @@ def test_one_bad_option_among_good_ones_is_refused(
 
 
 @given(policies, bad_entries, st.data())
-def test_a_bad_entry_of_a_retry_policy_is_refused_by_name(
+def test_an_invalid_entry_of_a_retry_policy_is_refused_with_its_name(
     policy: Dict[str, Any], name: str, data: Any
 ) -> None:
     wrong, allowed = (
@@ -194,13 +194,13 @@ def test_a_bad_entry_of_a_retry_policy_is_refused_by_name(
     assert allowed in text
 
 
-def test_an_unknown_entry_of_a_retry_policy_is_refused_with_those_known() -> None:
+def test_an_unknown_entry_of_a_retry_policy_is_refused_with_the_known_ones() -> None:
     with pytest.raises(errors.InvalidOption, match=r"entry 'tries'.*max_retries"):
         Options.read({"retry_policy": {"tries": 1}})
 
 
 @given(st.text(st.characters(), min_size=1) | st.integers(), st.text(st.characters()))
-def test_an_unknown_option_is_refused_with_those_known(name: Any, value: str) -> None:
+def test_an_unknown_option_is_refused_with_the_known_ones(name: Any, value: str) -> None:
     assume(name not in NAMES)
     with pytest.raises(errors.InvalidOption) as caught:
         Options.read({name: value})
@@ -212,7 +212,7 @@ def test_an_unknown_option_is_refused_with_those_known(name: Any, value: str) ->
 
 
 @pytest.mark.parametrize("settings", [["shards"], "shards", 5, True, {"shards"}])
-def test_settings_that_are_no_dict_are_refused(settings: Any) -> None:
+def test_settings_that_are_not_a_dict_are_refused(settings: Any) -> None:
     with pytest.raises(errors.InvalidOption, match="must be a dict") as caught:
         Options.read(settings)
     assert repr(settings) in str(caught.value)
@@ -228,11 +228,11 @@ def test_a_retry_policy_ends_or_does_not() -> None:
 
 
 @given(policies)
-def test_pauses_grow_up_to_the_longest(given_policy: Dict[str, Any]) -> None:
+def test_pauses_grow_up_to_the_limit(given_policy: Dict[str, Any]) -> None:
     policy = Options.read({"retry_policy": given_policy}).retry_policy
     pauses = [policy.pause(attempt) for attempt in range(1, 6)]
     made = [pause for pause in pauses if pause is not None]
-    # Once it is given up it stays given up.
+    # After giving up there are no more pauses.
     assert pauses == made + [None] * (5 - len(made))
     assert made == sorted(made)
     assert all(0 <= pause <= policy.interval_max for pause in made)
@@ -249,19 +249,19 @@ def test_a_url_without_a_server_means_the_broker_of_the_app(url: str | None) -> 
     assert parse_url(url).options == {}
 
 
-def test_the_scheme_is_that_of_the_first_url() -> None:
+def test_the_scheme_is_taken_from_the_first_url() -> None:
     assert parse_url("amqps://").scheme == "amqps"
     assert parse_url("amqps://a//;b//").broker == "amqps://a//;amqps://b//"
     assert parse_url("amqp://a//; amqps://b//").broker == "amqp://a//;amqps://b//"
 
 
-def test_options_are_taken_out_of_a_url_and_the_rest_is_left() -> None:
+def test_options_are_removed_from_a_url_and_the_rest_stays() -> None:
     url = parse_url("amqp://u:p@h:1/v?shards=4&ssl_ca_certs=x&confirm=false&login_method=PLAIN")
     assert url.broker == "amqp://u:p@h:1/v?ssl_ca_certs=x&login_method=PLAIN"
     assert url.options == {"shards": "4", "confirm": "false"}
 
 
-def test_an_option_without_a_value_is_not_overlooked() -> None:
+def test_an_option_without_a_value_is_refused() -> None:
     url = parse_url("amqp://?shards=")
     with pytest.raises(errors.InvalidOption, match="invalid value '' for option 'shards'"):
         Options.read({}, url.options)
@@ -284,7 +284,7 @@ option_queries = st.dictionaries(
 
 @dataclasses.dataclass
 class Server:
-    """One part of a URL, in pieces."""
+    """One part of a URL, split into its components."""
 
     user: str
     host: str
@@ -302,7 +302,7 @@ passwords = st.text(min_size=1, max_size=20)
 
 
 def written(parts: List[Server], at: int, password: str, options: Dict[str, str]) -> ResultURL:
-    """Return the URL of *parts* with the options in number *at* of them, taken apart."""
+    """Return the parsed URL of *parts*, with the options in part number *at*."""
     at %= len(parts)
     return parse_url(
         ";".join(
@@ -318,14 +318,14 @@ def written(parts: List[Server], at: int, password: str, options: Dict[str, str]
     "p",
     {"shards": "4"},
 )
-def test_a_url_comes_back_whole(
+def test_a_url_is_preserved(
     parts: List[Server], at: int, password: str, options: Dict[str, str]
 ) -> None:
     url = written(parts, at, password, options)
     assert url.options == options
     assert url.broker is not None
     for part, broker in zip(parts, url.broker.split(";")):
-        # Without our options each is what was written, for kombu to read.
+        # Without the options, each part is unchanged, for kombu to parse.
         location, _, query = broker.partition("?")
         assert location == part.url(password, {}).partition("?")[0]
         assert dict(parse_qsl(query)) == part.query
@@ -334,12 +334,12 @@ def test_a_url_comes_back_whole(
 
 
 @given(servers, st.integers(0, 2), passwords, passwords, option_queries)
-def test_what_is_shown_does_not_depend_on_the_password(
+def test_the_displayed_url_does_not_depend_on_the_password(
     parts: List[Server], at: int, one: str, other: str, options: Dict[str, str]
 ) -> None:
     shown = written(parts, at, one, options).sanitized()
     assert shown == written(parts, at, other, options).sanitized()
-    # And it is a URL that says all the rest.
+    # And it shows everything else.
     again = parse_url(shown)
     assert again.options == options
     assert again.broker is not None
@@ -350,20 +350,20 @@ def test_what_is_shown_does_not_depend_on_the_password(
     ]
 
 
-# No digits and nothing that the rest of the URL has.
+# No digits, and nothing that occurs in the rest of the URL.
 secrets = st.text(alphabet="QXZ%@:!$&+,= ", min_size=6, max_size=20)
 
 
 @given(secrets, st.booleans())
-def test_no_password_is_shown(secret: str, escaped: bool) -> None:
-    # Some write their passwords as they are. kombu takes that, where it can be understood.
+def test_passwords_are_never_shown(secret: str, escaped: bool) -> None:
+    # Some users write their passwords unquoted. kombu accepts that if it can be parsed.
     password = quote(secret, safe="") if escaped else secret
     shown = parse_url(f"amqp://user:{password}@host:5672/vhost?shards=4").sanitized()
     assert shown == "amqp://user:**@host:5672/vhost?shards=4"
 
 
 @given(st.text("QXZ", min_size=3), st.text("QXZ", min_size=3), st.sampled_from("/?#;"))
-def test_a_url_that_its_password_breaks_is_refused_without_showing_it(
+def test_a_url_broken_by_its_password_is_refused_without_showing_it(
     one: str, other: str, breaking: str
 ) -> None:
     with pytest.raises(errors.InvalidOption, match="'%2F'") as caught:
@@ -374,19 +374,19 @@ def test_a_url_that_its_password_breaks_is_refused_without_showing_it(
 
 
 @pytest.mark.parametrize("url", ["amqp://h:99999//", "amqps://h:port", "pyamqp://[::1/"])
-def test_a_host_that_is_none_is_refused(url: str) -> None:
+def test_an_invalid_host_is_refused(url: str) -> None:
     with pytest.raises(errors.InvalidOption, match="not valid"):
         parse_url(url)
 
 
-def test_what_kombu_calls_hosts_elsewhere_is_left_to_it() -> None:
-    # The broker's address is shown in messages, whatever the transport.
+def test_hosts_of_other_transports_are_left_to_kombu() -> None:
+    # Messages show the broker's address, for every transport.
     assert parse_url("mongodb://u:p@a:1,b:2/db").sanitized() == "mongodb://u:**@a:1,b:2/db"
     assert parse_url("filesystem:///tmp/x").broker == "filesystem:///tmp/x"
 
 
 @given(servers, option_queries, st.data())
-def test_an_option_may_be_given_in_each_part_of_a_url_if_it_is_the_same(
+def test_an_option_may_be_repeated_in_a_url_with_the_same_value(
     parts: List[Server], options: Dict[str, str], data: Any
 ) -> None:
     assume(options)

@@ -1,7 +1,7 @@
 """Readers that look up, pack and forget, killed between any two operations on a model of the queue.
 
-What runs is the code of the store, the checkout and the page. Beside it there is a record of what
-was stored and forgotten, which says what a reader may find.
+The store, the checkout and the page are the real code. The machine records what was stored and
+forgotten, which determines what a reader may find.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LIFETIMES = (None, 2_000, 60_000)
 CODEC = Codec("json", ["application/json"])
 names = st.sampled_from(["STARTED", "PROGRESS", states.SUCCESS, states.FAILURE, states.REVOKED])
 
-#: What happens between two operations of a reader that writes; mostly nothing.
+#: Events between two operations of a reader that writes; mostly none.
 interludes = st.lists(
     st.sampled_from(["nothing"] * 4 + ["store", "read", "forget", "wait", "die"]), max_size=12
 )
@@ -42,11 +42,11 @@ class Record:
     """One state that was stored."""
 
     state: StateMessage
-    #: Whether nobody has tried to forget it, or a reader has found it after that.
+    #: Whether no process has tried to forget it, or a reader has found it after that.
     safe: bool = True
-    #: Whether somebody has forgotten it and lived to say so.
+    #: Whether a process has forgotten it and reported success.
     gone: bool = False
-    #: Whether it was published again, and so expires later as long as it is loose.
+    #: Whether it was published again, and so expires later while it is loose.
     again: bool = False
 
 
@@ -60,10 +60,10 @@ class Reader:
         self.link = Link(machine.queue, self._between)
         self.interludes: List[str] = []
         self.started = machine.clock.microseconds
-        #: What was stored before it began, and what was known to be gone by then.
+        #: The records stored before the read began, and those known to be forgotten by then.
         self.before = [r for i in ids for r in machine.records[i] if not r.gone]
         self.gone = {r.state.published for i in ids for r in machine.records[i] if r.gone}
-        #: Whether somebody forgot something of it meanwhile.
+        #: Whether one of its tasks was forgotten during the read.
         self.disturbed: Set[str] = set()
         if remove:
             for record in self.before:
@@ -81,13 +81,13 @@ class Reader:
         if what == "die":
             self.link.die()
         elif what == "store":
-            self.machine.put(IDS[self.machine.clock.microseconds % 4], states.SUCCESS, None)
+            self.machine.store_state(IDS[self.machine.clock.microseconds % 4], states.SUCCESS, None)
         elif what in ("read", "forget") and len(self.machine.readers) < 4:
             self.machine.readers.append(Reader(self.machine, list(IDS[:2]), what == "forget"))
         elif what == "wait":
             self.machine.clock.microseconds += 2_100_000
 
-    def go_on(self, messages: int, interludes: List[str]) -> None:
+    def continue_with(self, messages: int, interludes: List[str]) -> None:
         """Handle some messages, and finish if all have come."""
         for _ in range(messages):
             if self.read.done or not self.link.drain(0.0):
@@ -109,7 +109,7 @@ class Reader:
             self.check()
 
     def check(self) -> None:
-        """Check what was found against the record."""
+        """Check the findings against the record."""
         now = self.machine.clock.microseconds
         for task_id in self.ids:
             found = self.read.found.get(task_id, [])
@@ -135,7 +135,7 @@ class Reader:
                 assert fold([*found, state]) == current, f"lost: {state}; found {current}"
             if task_id not in self.disturbed:
                 for state in found:
-                    # Who has found it, finds it again.
+                    # A state that was found once must be found again.
                     known[state.published].safe = True
 
 
@@ -161,7 +161,7 @@ class PackingMachine(RuleBasedStateMachine):
         for patch in self._patches:
             patch.start()
 
-    def put(self, task_id: str, name: str, lifetime: Optional[int]) -> None:
+    def store_state(self, task_id: str, name: str, lifetime: Optional[int]) -> None:
         """Store a state."""
         published = self.clock.now()
         body = json.dumps({"task_id": task_id, "status": name, "result": published}).encode()
@@ -169,12 +169,12 @@ class PackingMachine(RuleBasedStateMachine):
             task_id, name, published, body, "application/json", "utf-8", None, lifetime
         )
         self.queue.publish(state.properties(True), body)
-        # What is stored while somebody forgets the task may be forgotten or not.
+        # A state stored while its task is being forgotten may be forgotten or not.
         forgotten = any(reader.remove and task_id in reader.ids for reader in self.active)
         self.records[task_id].append(Record(state, safe=not forgotten))
 
     def superseded(self, record: Record) -> bool:
-        """Return whether another state counts more, whatever became of that."""
+        """Return whether another state supersedes it, even one that is gone by now."""
         return any(
             other is not record and supersedes(other.state, record.state)
             for other in self.records[record.state.id]
@@ -182,19 +182,19 @@ class PackingMachine(RuleBasedStateMachine):
 
     @rule(task_id=st.sampled_from(IDS), name=names, lifetime=st.sampled_from(LIFETIMES))
     def a_worker_stores_a_state(self, task_id: str, name: str, lifetime: Optional[int]) -> None:
-        self.put(task_id, name, lifetime)
+        self.store_state(task_id, name, lifetime)
 
     @rule(count=st.integers(1, 6), lifetime=st.sampled_from(LIFETIMES))
     def workers_store_results(self, count: int, lifetime: Optional[int]) -> None:
         for number in range(count):
-            self.put(IDS[number % len(IDS)], states.SUCCESS, lifetime)
+            self.store_state(IDS[number % len(IDS)], states.SUCCESS, lifetime)
 
     @rule(delivered=st.booleans())
     def a_worker_publishes_twice(self, delivered: bool) -> None:
         for records in self.records.values():
             if records and not records[-1].gone and records[-1].safe:
                 state = records[-1].state
-                # Beside somebody who forgets it, it may stay: what is stored meanwhile may.
+                # While its task is being forgotten, a copy stored meanwhile may stay.
                 beside = any(r.remove and state.id in r.ids for r in self.active)
                 if not beside and not state.expired(self.clock.microseconds):
                     records[-1].again = True
@@ -202,22 +202,22 @@ class PackingMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.readers) < 4)
     @rule(ids=st.lists(st.sampled_from(IDS), min_size=1, unique=True))
-    def somebody_begins_to_read(self, ids: List[str]) -> None:
+    def begin_to_read(self, ids: List[str]) -> None:
         self.readers.append(Reader(self, ids, False))
 
     @precondition(lambda self: len(self.readers) < 4)
     @rule(task_id=st.sampled_from(IDS))
-    def somebody_begins_to_forget(self, task_id: str) -> None:
+    def begin_to_forget(self, task_id: str) -> None:
         self.readers.append(Reader(self, [task_id], True))
 
     @precondition(lambda self: self.readers)
     @rule(data=st.data(), messages=st.sampled_from([1, 3, 100]), what=interludes)
-    def somebody_goes_on(self, data: st.DataObject, messages: int, what: List[str]) -> None:
-        data.draw(st.sampled_from(self.readers)).go_on(messages, what)
+    def continue_reading(self, data: st.DataObject, messages: int, what: List[str]) -> None:
+        data.draw(st.sampled_from(self.readers)).continue_with(messages, what)
 
     @precondition(lambda self: self.readers)
     @rule(data=st.data())
-    def somebody_dies(self, data: st.DataObject) -> None:
+    def kill_a_reader(self, data: st.DataObject) -> None:
         reader = data.draw(st.sampled_from(self.readers))
         self.readers.remove(reader)
         self.active.remove(reader)
@@ -228,24 +228,24 @@ class PackingMachine(RuleBasedStateMachine):
         while milliseconds > 0:
             self.clock.microseconds += min(milliseconds, 20_000) * 1000
             milliseconds -= 20_000
-            # As they do while they wait.
+            # As their clocks do while they wait.
             for reader in self.readers:
                 reader.read.checkout.renew_fence()
 
     def teardown(self) -> None:
-        """Read all that is left, twice: the first reading packs."""
+        """Read everything that is left, twice: the first read packs."""
         if not hasattr(self, "clock"):
             return
         try:
             for _ in range(10):
                 for reader in list(self.readers):
-                    # Those in line get their turn when the first is done.
-                    reader.go_on(1000, [])
+                    # Readers in line get their turn when the first one has finished.
+                    reader.continue_with(1000, [])
             assert not self.readers, "somebody waits in line for ever"
             for _ in range(2):
                 reader = Reader(self, list(IDS), False)
                 self.readers.append(reader)
-                reader.go_on(1000, [])
+                reader.continue_with(1000, [])
                 assert not self.readers, "the fence has not come"
         finally:
             for patch in self._patches:

@@ -1,4 +1,4 @@
-"""Pages give back what was packed, find what is asked for, and drop only what does not count."""
+"""Pages return the packed states, find requested ones, and drop only superseded ones."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ lists = st.lists(state_messages, max_size=12)
 
 
 @given(lists)
-def test_what_is_packed_comes_back(given_states: List[StateMessage]) -> None:
+def test_packed_states_are_restored(given_states: List[StateMessage]) -> None:
     assert page.decode(page.encode(given_states)) == given_states
 
 
 @given(lists, ids)
-def test_finding_gives_all_states_of_an_id_and_no_others(
+def test_find_returns_all_states_of_an_id_and_no_others(
     given_states: List[StateMessage], wanted: str
 ) -> None:
     found = list(page.find(page.encode(given_states), [wanted]))
@@ -46,7 +46,7 @@ def test_finding_gives_all_states_of_an_id_and_no_others(
 
 @pytest.mark.parametrize("others", [0, 2 * page.MANY])
 @given(lists, st.sets(ids))
-def test_finding_many_gives_what_finding_each_gives(
+def test_finding_many_ids_equals_finding_each(
     others: int, given_states: List[StateMessage], wanted: Set[str]
 ) -> None:
     encoded = page.encode(given_states)
@@ -59,7 +59,7 @@ def test_finding_many_gives_what_finding_each_gives(
 
 
 @given(st.binary(max_size=200) | lists.map(page.encode), st.data())
-def test_a_damaged_page_is_foreign_and_nothing_worse(octets: bytes, data: Any) -> None:
+def test_a_damaged_page_is_foreign_without_other_errors(octets: bytes, data: Any) -> None:
     if octets:
         at = data.draw(st.integers(0, len(octets) - 1))
         octets = octets[:at] + data.draw(st.binary(max_size=3)) + octets[at + 1 :]
@@ -71,7 +71,7 @@ def test_a_damaged_page_is_foreign_and_nothing_worse(octets: bytes, data: Any) -
 
 
 @given(lists, st.integers(0, 2**62))
-def test_selecting_changes_no_state_that_counts(given_states: List[StateMessage], now: int) -> None:
+def test_selecting_keeps_the_current_state(given_states: List[StateMessage], now: int) -> None:
     keep, drop = page.select(given_states, now)
     rest = [s for s in given_states if not any(s is d for d in drop)]
     for kind in (STATE, GROUP):
@@ -80,7 +80,8 @@ def test_selecting_changes_no_state_that_counts(given_states: List[StateMessage]
             after = fold(s for s in rest if (s.kind, s.id) == (kind, task_id))
             if before is not None and not before.expired(now):
                 assert after == before
-    # What goes on is neither packed nor dropped, unless it has expired: its history may be wanted.
+    # Unfinished tasks are neither packed nor dropped before they expire, since a watcher may want
+    # their history.
     for state in (*keep, *(s for s in drop if not s.expired(now))):
         current = fold(s for s in given_states if (s.kind, s.id) == (state.kind, state.id))
         assert current is not None
@@ -88,19 +89,19 @@ def test_selecting_changes_no_state_that_counts(given_states: List[StateMessage]
 
 
 @given(st.lists(state_messages, min_size=1, max_size=12), st.integers(0, 2**62))
-def test_a_page_does_not_expire_before_what_is_in_it(
+def test_a_page_does_not_expire_before_its_states(
     given_states: List[StateMessage], now: int
 ) -> None:
     milliseconds = page.expiration(given_states, now)
     if milliseconds is None:
         assert any(state.expiration is None for state in given_states)
     else:
-        # RabbitMQ takes no more; what is of the far future has no date in a shard.
+        # RabbitMQ accepts no more; a state from the far future has no date in a shard.
         longest = milliseconds == 2**32 - 1
         assert longest or all(state.expired(now + milliseconds * 1000) for state in given_states)
 
 
-def test_a_page_that_says_too_much_of_itself_is_foreign() -> None:
+def test_a_page_with_an_impossible_size_is_foreign() -> None:
     octets = bytearray(page.encode([]))
     octets[8:12] = b"\xff\xff\xff\xff"
     with pytest.raises(errors.ForeignMessage, match="4294967295 entries"):

@@ -1,4 +1,4 @@
-"""Passwords are in no repr, no URI and no exception; and survive pickling of the backend."""
+"""Passwords never appear in a repr, URI or exception, and survive pickling of the backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from celery import Celery
 from celery_amqp_results import errors
 
 SECRET = "s3cr3t-of-mine"
-#: A port on which nobody listens, and a host that there is not.
+#: A port without a listener, and a host that does not exist.
 URLS = [
     f"amqp://user:{SECRET}@127.0.0.1:9//",
     f"amqp://user:{SECRET}@127.0.0.1:9/;amqp://other:{SECRET}@127.0.0.1:9/v?shards=4",
@@ -34,7 +34,7 @@ def make_app(url: str, **conf: Any) -> Celery:
 
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("backend_url", [None, "amqp://"])
-def test_no_password_is_shown(
+def test_passwords_are_never_shown(
     url: str, backend_url: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app(url)
@@ -50,7 +50,7 @@ def test_no_password_is_shown(
             work()
         exc = caught.value
         shown.extend((str(exc), repr(exc), repr(pickle.loads(pickle.dumps(exc)))))
-        # With what led to it
+        # With its causes
         shown.append("".join(traceback.format_exception(type(exc), exc, exc.__traceback__)))
 
     attempt(lambda: backend.store_result("t", 1, "SUCCESS"))
@@ -60,12 +60,12 @@ def test_no_password_is_shown(
     shown.append(repr(backend.layout))
     shown.append(caplog.text)
     backend.close()
-    # The words of this file are in the tracebacks; the password is not.
+    # The source lines of this file are in the tracebacks; the password is not.
     assert not [text for text in shown if SECRET in text]
     assert any("127.0.0.1:9" in text for text in shown)
 
 
-def test_a_pickled_backend_knows_its_password_and_does_not_show_it() -> None:
+def test_a_pickled_backend_keeps_its_password_without_showing_it() -> None:
     app = make_app(URLS[0])
     app.set_current()
     function, arguments = app.backend.__reduce__()[:2]

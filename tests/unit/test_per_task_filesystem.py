@@ -1,4 +1,4 @@
-"""Tasks over ``filesystem://``: apart, as a process can have one worker at a time."""
+"""Tasks over ``filesystem://``: a separate file, since a process can have one worker at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.unit.test_per_task_memory import LONG, Running, filesystem_app
 def test_tasks_run_over_files(tmp_path: Path) -> None:
     app = filesystem_app(tmp_path)
     running = Running(app)
-    # kombu does not write its files in one step, and a worker that reads half a task ends. So all
-    # is sent before the worker starts; what it sends itself it does not read meanwhile.
+    # kombu does not write its files atomically, and a worker that reads half a task exits. So all
+    # tasks are sent before the worker starts, and it does not read while it sends.
     one = running.add.delay(1, 2)
     failed = running.fail.delay("gone")
     several = group(running.add.s(i, i) for i in range(4)).apply_async()
@@ -29,7 +29,7 @@ def test_tasks_run_over_files(tmp_path: Path) -> None:
             failed.get(timeout=LONG)
         assert several.get(timeout=LONG) == [0, 2, 4, 6]
         assert body.get(timeout=LONG) == 12
-    # Which the worker has changed: tests that follow look at warnings.
+    # The worker has changed the filters, and later tests rely on warnings.
     logging.getLogger().setLevel(level)
     app.backend.close()
     app.close()

@@ -20,7 +20,7 @@ from kombu.transport import memory
 
 from celery_amqp_results import errors
 
-#: A wait that is not over by then hangs.
+#: Seconds after which a wait counts as hanging.
 LONG = 60.0
 
 
@@ -34,7 +34,7 @@ def memory_app(**conf: Any) -> Celery:
     app.conf.update(
         result_exchange=name,
         task_default_queue=name,
-        # How often the worker looks for tasks.
+        # The interval at which the worker polls for tasks.
         broker_transport_options={"polling_interval": 0.01},
         broker_connection_retry_on_startup=True,
     )
@@ -74,7 +74,7 @@ def app_on(transport: str, folder: Path) -> Celery:
 
 @pytest.fixture(params=["memory", "filesystem"])
 def app(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Celery]:
-    """An app whose broker is in this process."""
+    """An app with a broker in this process."""
     with without_broker_state():
         app = app_on(request.param, tmp_path)
         yield app
@@ -84,7 +84,7 @@ def app(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Celery]:
 
 @pytest.fixture
 def memory_only() -> Iterator[Celery]:
-    """An app on a transport that keeps messages in order; files of one millisecond are not."""
+    """An app on a transport that keeps the order of messages; files do not within a millisecond."""
     with without_broker_state():
         app = memory_app()
         yield app
@@ -115,42 +115,42 @@ class Running:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    """A worker in a thread: for all tests, as it takes seconds to end."""
+    """A worker in a thread, shared by all tests, since stopping it takes seconds."""
     app = memory_app()
     running = Running(app)
     level = logging.getLogger().level
     with start_worker(app, perform_ping_check=False, pool="solo", shutdown_timeout=LONG):
         yield running
-    # Which the worker has changed: tests that follow look at warnings.
+    # The worker has changed the filters, and later tests rely on warnings.
     logging.getLogger().setLevel(level)
     app.backend.close()
     app.close()
 
 
-def test_it_is_chosen_by_the_transport_of_the_broker(app: Celery) -> None:
+def test_the_broker_s_transport_selects_the_layout(app: Celery) -> None:
     assert app.backend.layout_name == "per-task"
 
 
 @pytest.mark.parametrize("scheme", ["amqp", "amqps", "pyamqp"])
-def test_rabbitmq_gets_the_layout_shared_unless_told_otherwise(scheme: str) -> None:
+def test_rabbitmq_gets_the_shared_layout_by_default(scheme: str) -> None:
     for options, layout in (({}, "shared"), ({"layout": "per-task"}, "per-task")):
         app = Celery("it", broker=f"{scheme}://", backend="amqp://", set_as_current=False)
         app.conf.result_backend_transport_options = options
         assert app.backend.layout_name == layout
 
 
-def test_a_result_url_with_a_server_of_its_own_decides_over_the_broker() -> None:
+def test_a_result_url_with_a_server_takes_precedence_over_the_broker() -> None:
     app = Celery("it", broker="memory://", backend="amqp://host//", set_as_current=False)
     assert app.backend.layout_name == "shared"
 
 
-def test_the_layout_shared_is_refused_where_it_cannot_work() -> None:
+def test_the_shared_layout_is_refused_on_unsupported_transports() -> None:
     app = memory_app(result_backend_transport_options={"layout": "shared"})
     with pytest.raises(ImproperlyConfigured, match="needs RabbitMQ"):
         app.backend  # noqa: B018
 
 
-def test_a_task_is_run_and_its_result_can_be_had_any_number_of_times(
+def test_the_result_of_a_task_can_be_read_any_number_of_times(
     running: Running,
 ) -> None:
     result = running.add.delay(2, 3)
@@ -169,7 +169,7 @@ def test_a_failed_task_raises_its_exception(running: Running) -> None:
     assert "fail" in again.traceback
 
 
-def test_nothing_is_known_of_a_task_that_was_not_run(app: Celery) -> None:
+def test_an_unknown_task_is_pending(app: Celery) -> None:
     result = app.AsyncResult(new_id())
     assert (result.state, result.result) == (states.PENDING, None)
     with pytest.raises(TimeoutError, match="not ready after"):
@@ -178,7 +178,7 @@ def test_nothing_is_known_of_a_task_that_was_not_run(app: Celery) -> None:
         result.get(timeout=0)
 
 
-def test_polling_leaves_nothing_behind() -> None:
+def test_polling_leaves_no_queue_behind() -> None:
     with without_broker_state():
         app = memory_app()
         before = set(memory.Channel.queues)
@@ -188,18 +188,18 @@ def test_polling_leaves_nothing_behind() -> None:
         app.backend.close()
 
 
-def test_a_forgotten_result_is_gone_and_its_queue_with_it(app: Celery) -> None:
+def test_forget_deletes_a_result_and_its_queue(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     app.AsyncResult(task_id).forget()
     assert app.AsyncResult(task_id).state == states.PENDING
     assert task_id.replace("-", "") not in memory.Channel.queues
-    # Storing it again brings it back.
+    # It can be stored again.
     app.backend.store_result(task_id, 2, states.SUCCESS)
     assert app.AsyncResult(task_id).get(timeout=LONG) == 2
 
 
-def test_forgetting_what_is_not_there_is_no_error(app: Celery) -> None:
+def test_forgetting_an_unknown_task_is_no_error(app: Celery) -> None:
     app.AsyncResult(new_id()).forget()
 
 
@@ -214,7 +214,7 @@ def test_groups_are_joined_saved_restored_and_deleted(running: Running) -> None:
     assert GroupResult.restore(result.id, app=running.app) is None
 
 
-def test_a_group_and_a_task_of_the_same_id_are_told_apart(app: Celery) -> None:
+def test_a_group_and_a_task_may_share_an_id(app: Celery) -> None:
     task_id = new_id()
     member = app.AsyncResult(new_id())
     app.backend.store_result(task_id, 1, states.SUCCESS)
@@ -224,7 +224,7 @@ def test_a_group_and_a_task_of_the_same_id_are_told_apart(app: Celery) -> None:
         assert app.backend.restore_group(task_id).results == [member]
 
 
-def test_ids_that_differ_in_dashes_only_are_told_apart(app: Celery) -> None:
+def test_ids_that_differ_only_in_dashes_are_kept_apart(app: Celery) -> None:
     app.backend.store_result("a-bc", 1, states.SUCCESS)
     app.backend.store_result("ab-c", 2, states.SUCCESS)
     for _ in range(2):
@@ -238,7 +238,7 @@ def test_chords_run(running: Running) -> None:
     assert result.get(timeout=LONG) == 12
 
 
-def test_a_chord_whose_part_fails_says_which(running: Running) -> None:
+def test_a_failed_chord_names_the_failed_part(running: Running) -> None:
     result = chord([running.add.s(1, 1), running.fail.s("no")])(running.total.s())
     # Without the header, whose failure would be raised first.
     body = running.app.AsyncResult(result.id)
@@ -247,38 +247,36 @@ def test_a_chord_whose_part_fails_says_which(running: Running) -> None:
     assert "KeyError('no')" in str(raised.value)
 
 
-def test_a_state_on_the_way_is_seen_and_the_last_one_counts(memory_only: Celery) -> None:
+def test_intermediate_states_are_seen_and_the_last_one_is_current(memory_only: Celery) -> None:
     app, task_id = memory_only, new_id()
     for step in range(5):
         app.backend.store_result(task_id, {"current": step}, "PROGRESS")
     result = app.AsyncResult(task_id)
     assert (result.state, result.info) == ("PROGRESS", {"current": 4})
     app.backend.store_result(task_id, 5, states.SUCCESS)
-    # A second run that comes late does not hide the result.
+    # A second run that finishes later does not hide the result.
     app.backend.store_result(task_id, None, states.STARTED)
     assert app.AsyncResult(task_id).get(timeout=LONG) == 5
 
 
-def test_more_history_than_the_limit_is_an_error_once(memory_only: Celery) -> None:
+def test_exceeding_the_history_limit_raises_once(memory_only: Celery) -> None:
     app, task_id = memory_only, new_id()
     for step in range(6):
         app.backend.store_result(task_id, step, "PROGRESS")
     with pytest.raises(errors.BacklogLimitExceeded, match=task_id):
         app.backend.poll(task_id, 3)
-    # What was read is fast-forwarded, and asking again goes on from there.
+    # The history that was read is removed, so the next read continues after it.
     assert app.backend.poll(task_id, 3)["result"] == 5
 
 
-def test_history_up_to_the_limit_is_no_error(memory_only: Celery) -> None:
+def test_a_history_up_to_the_limit_is_read(memory_only: Celery) -> None:
     app, task_id = memory_only, new_id()
     for step in range(3):
         app.backend.store_result(task_id, step, "PROGRESS")
     assert app.backend.poll(task_id, 3)["result"] == 2
 
 
-def test_who_waits_is_told_the_states_on_the_way(
-    app: Celery, eventually: Callable[..., Any]
-) -> None:
+def test_a_waiter_gets_intermediate_states(app: Celery, eventually: Callable[..., Any]) -> None:
     task_id = new_id()
     seen: List[Any] = []
     outcome: List[Any] = []
@@ -296,9 +294,7 @@ def test_who_waits_is_told_the_states_on_the_way(
     assert (seen, outcome) == ([states.STARTED, states.SUCCESS], [1])
 
 
-def test_a_callback_is_called_although_nobody_waits(
-    running: Running, eventually: Callable[..., Any]
-) -> None:
+def test_a_callback_runs_without_a_waiter(running: Running, eventually: Callable[..., Any]) -> None:
     called: List[Any] = []
     result = running.add.delay(1, 1)
     result.then(lambda r: called.append(r.result))
@@ -332,7 +328,7 @@ def test_another_app_of_the_process_sees_the_result() -> None:
         assert one.AsyncResult(task_id).get(timeout=LONG) == 1
 
 
-def test_a_content_type_that_is_not_accepted_is_an_error_and_stays(app: Celery) -> None:
+def test_a_refused_content_type_raises_an_error_and_stays_in_the_queue(app: Celery) -> None:
     task_id = new_id()
     writer = type(app.backend)(app=app, serializer="pickle", accept=["pickle"], url="amqp://")
     writer.store_result(task_id, {1, 2}, states.SUCCESS)
@@ -343,7 +339,7 @@ def test_a_content_type_that_is_not_accepted_is_an_error_and_stays(app: Celery) 
     writer.close()
 
 
-def test_whoever_waits_while_the_backend_is_closed_gets_an_error(
+def test_closing_the_backend_raises_an_error_in_its_waiters(
     app: Celery, eventually: Callable[..., Any]
 ) -> None:
     raised: List[BaseException] = []
@@ -366,7 +362,7 @@ def test_whoever_waits_while_the_backend_is_closed_gets_an_error(
 @pytest.mark.skipif(
     not hasattr(Backend, "supports_failure_expires"), reason="Celery before 5.7 does not say so"
 )
-def test_what_celery_4_could_not_write_is_said_to_be_ignored() -> None:
+def test_unsupported_settings_are_logged_as_ignored() -> None:
     app = memory_app(result_failure_expires=60)
     with pytest.warns(UserWarning, match="result_failure_expires"):
         app.backend  # noqa: B018

@@ -1,4 +1,4 @@
-"""Asking for states once in a while: how often the store is asked, and that the answer is right."""
+"""Polling states: how often the store is read, and that the answer is right."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.waiting import follower as waiting_module
 from celery_amqp_results.waiting.follower import Waiting
-from tests.unit.tables import Kept, Table, new_id, push, state, timed_out
+from tests.unit.tables import FakeStore, Table, new_id, push, state, timed_out
 
 
 @pytest.fixture
 def inbox() -> Table:
-    """An inbox that has no connection yet."""
+    """An inbox without a connection."""
     return Table()
 
 
 @pytest.fixture
-def store() -> Kept:
-    return Kept()
+def store() -> FakeStore:
+    return FakeStore()
 
 
 @pytest.fixture
-def waiting(inbox: Table, store: Kept) -> Waiting:
+def waiting(inbox: Table, store: FakeStore) -> Waiting:
     return Waiting(inbox, store)  # type: ignore[arg-type]
 
 
@@ -50,19 +50,19 @@ def poll(waiting: Waiting, task_id: str) -> Optional[str]:
     return None if one is None else one.state
 
 
-def test_who_asks_once_causes_nothing_but_one_look_up(
-    inbox: Table, store: Kept, waiting: Waiting
+def test_a_single_poll_causes_one_look_up_and_nothing_else(
+    inbox: Table, store: FakeStore, waiting: Waiting
 ) -> None:
     task_id = new_id()
     assert poll(waiting, task_id) is None
     assert store.asked == [[task_id]]
-    # No connection was opened, nothing is bound, and nobody is left waiting.
+    # No connection was opened, nothing is bound, and no waiter is left.
     assert not inbox._epoch
     assert inbox._wanted == set()
     assert inbox._waiters == {}
 
 
-def test_who_asks_again_is_pushed_from_then_on(inbox: Table, store: Kept, waiting: Waiting) -> None:
+def test_a_second_poll_binds_the_shard(inbox: Table, store: FakeStore, waiting: Waiting) -> None:
     task_id = new_id()
     assert poll(waiting, task_id) is None
     store.add(state(task_id, "STARTED"))
@@ -77,8 +77,8 @@ def test_who_asks_again_is_pushed_from_then_on(inbox: Table, store: Kept, waitin
     assert inbox._waiters == {}
 
 
-def test_a_task_that_has_ended_is_looked_up_each_time(
-    inbox: Table, store: Kept, waiting: Waiting
+def test_a_finished_task_is_looked_up_at_each_poll(
+    inbox: Table, store: FakeStore, waiting: Waiting
 ) -> None:
     task_id = new_id()
     store.add(state(task_id, "FAILURE"))
@@ -86,37 +86,39 @@ def test_a_task_that_has_ended_is_looked_up_each_time(
         assert poll(waiting, task_id) == "FAILURE"
     assert store.asked == [[task_id]] * 3
     assert not inbox._epoch
-    # It was forgotten by somebody else.
+    # Another process has forgotten it.
     store.states.clear()
     assert poll(waiting, task_id) is None
 
 
-def test_an_end_that_was_looked_up_is_not_kept_and_handed_out_again(
-    inbox: Table, store: Kept, waiting: Waiting
+def test_a_looked_up_final_state_is_not_cached(
+    inbox: Table, store: FakeStore, waiting: Waiting
 ) -> None:
     task_id = new_id()
     assert poll(waiting, task_id) is None
     store.add(state(task_id, "SUCCESS"))
     assert poll(waiting, task_id) == "SUCCESS"
-    # Somebody else forgets it, which nobody tells us.
+    # Another process forgets it, and no push reports that.
     store.states.clear()
     assert poll(waiting, task_id) is None
 
 
-def test_a_task_that_has_ended_is_no_more_one_that_was_pending(
-    inbox: Table, store: Kept, waiting: Waiting
+def test_a_finished_task_is_removed_from_the_pending_ones(
+    inbox: Table, store: FakeStore, waiting: Waiting
 ) -> None:
     task_id = new_id()
     assert poll(waiting, task_id) is None
     store.add(state(task_id, "SUCCESS"))
     assert poll(waiting, task_id) == "SUCCESS"
     inbox.lose()
-    # For looking at a result again no connection is opened.
+    # Reading a result again opens no connection.
     assert poll(waiting, task_id) == "SUCCESS"
     assert not inbox._epoch
 
 
-def test_of_an_own_task_nobody_is_asked(inbox: Table, store: Kept, waiting: Waiting) -> None:
+def test_polling_an_own_task_causes_no_look_up(
+    inbox: Table, store: FakeStore, waiting: Waiting
+) -> None:
     inbox.open()
     task_id = new_id()
     inbox.note_sent(task_id)
@@ -124,7 +126,9 @@ def test_of_an_own_task_nobody_is_asked(inbox: Table, store: Kept, waiting: Wait
     assert store.asked == []
 
 
-def test_many_are_asked_for_at_once(inbox: Table, store: Kept, waiting: Waiting) -> None:
+def test_many_tasks_are_read_in_one_look_up(
+    inbox: Table, store: FakeStore, waiting: Waiting
+) -> None:
     inbox.open()
     mine, begun, unknown = new_id(), new_id(), new_id()
     inbox.note_sent(mine)
@@ -134,19 +138,19 @@ def test_many_are_asked_for_at_once(inbox: Table, store: Kept, waiting: Waiting)
     assert store.asked == [sorted([begun, unknown])] * 2
 
 
-def test_nothing_asked_for_is_nothing_done(store: Kept, waiting: Waiting) -> None:
+def test_polling_no_task_does_nothing(store: FakeStore, waiting: Waiting) -> None:
     assert waiting.poll([]) == {}
     assert store.asked == []
 
 
-def test_which_of_several_states_counts_is_told(store: Kept, waiting: Waiting) -> None:
+def test_the_current_of_several_states_is_returned(store: FakeStore, waiting: Waiting) -> None:
     task_id = new_id()
     store.add(state(task_id, "SUCCESS", 2), state(task_id, "STARTED", 3))
     assert poll(waiting, task_id) == "SUCCESS"
 
 
 def test_a_push_between_binding_and_answer_is_not_lost(
-    inbox: Table, store: Kept, waiting: Waiting, monkeypatch: pytest.MonkeyPatch
+    inbox: Table, store: FakeStore, waiting: Waiting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id = new_id()
     poll(waiting, task_id)
@@ -158,14 +162,14 @@ def test_a_push_between_binding_and_answer_is_not_lost(
         return found
 
     monkeypatch.setattr(store, "read", read_and_push)
-    # What was read then is no lie.
+    # The state that was read then is still correct.
     assert poll(waiting, task_id) is None
     assert poll(waiting, task_id) == "STARTED"
     assert store.asked == [[task_id]] * 2
 
 
-def test_without_pushes_each_time_the_store_is_asked(
-    inbox: Table, store: Kept, waiting: Waiting, caplog: pytest.LogCaptureFixture
+def test_without_pushes_each_poll_reads_the_store(
+    inbox: Table, store: FakeStore, waiting: Waiting, caplog: pytest.LogCaptureFixture
 ) -> None:
     task_id = new_id()
     inbox.reachable = False
@@ -180,8 +184,8 @@ def test_without_pushes_each_time_the_store_is_asked(
     assert store.asked == [[task_id]] * 4
 
 
-def test_after_a_lost_connection_the_store_is_asked_again(
-    inbox: Table, store: Kept, waiting: Waiting
+def test_the_store_is_read_again_after_a_lost_connection(
+    inbox: Table, store: FakeStore, waiting: Waiting
 ) -> None:
     task_id = new_id()
     for _ in range(3):
@@ -192,8 +196,8 @@ def test_after_a_lost_connection_the_store_is_asked_again(
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
-def test_a_look_up_that_fails_is_never_a_state(
-    inbox: Table, store: Kept, waiting: Waiting, times: int
+def test_a_failed_look_up_never_returns_a_state(
+    inbox: Table, store: FakeStore, waiting: Waiting, times: int
 ) -> None:
     task_id = new_id()
     for _ in range(times):
@@ -208,8 +212,8 @@ def test_a_look_up_that_fails_is_never_a_state(
     assert poll(waiting, task_id) == "STARTED"
 
 
-def test_what_is_forgotten_is_not_known_any_more(
-    inbox: Table, store: Kept, waiting: Waiting
+def test_a_forgotten_task_is_no_longer_known(
+    inbox: Table, store: FakeStore, waiting: Waiting
 ) -> None:
     task_id = new_id()
     store.add(state(task_id, "STARTED"))
@@ -218,11 +222,11 @@ def test_what_is_forgotten_is_not_known_any_more(
     store.states.clear()
     waiting.discard(task_id)
     assert poll(waiting, task_id) is None
-    # It is asked for as if for the first time: nothing is bound for it.
+    # The next poll is like the first: nothing is bound for it.
     assert not inbox.covers(task_id)
 
 
-def test_only_so_many_pending_tasks_are_remembered(
+def test_the_number_of_remembered_pending_tasks_is_limited(
     inbox: Table, waiting: Waiting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waiting_module, "MAX_POLLED", 2)
@@ -231,7 +235,7 @@ def test_only_so_many_pending_tasks_are_remembered(
         poll(waiting, task_id)
     poll(waiting, ids[0])
     assert not inbox.covers(ids[0])
-    # That moved the second out.
+    # That displaced the second one.
     poll(waiting, ids[2])
     assert inbox.covers(ids[2])
     poll(waiting, ids[1])
@@ -251,7 +255,7 @@ def something_is_under_way(events: Events) -> bool:
 
 
 class Events(RuleBasedStateMachine):
-    """Tasks that go on and end while they are asked for, and connections that are lost."""
+    """Tasks that change and finish while they are polled, and connections that are lost."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +263,7 @@ class Events(RuleBasedStateMachine):
         self.patch.setattr(inbox_module, "MAX_KNOWN", 3)
         self.patch.setattr(waiting_module.logger, "disabled", True)
         self.table = Table(shards=2)
-        self.store = Kept()
+        self.store = FakeStore()
         self.store.lookup_timeout = 0.0
         self.waiting = Waiting(self.table, self.store)  # type: ignore[arg-type]
         self.ours: Set[str] = set()
@@ -298,7 +302,7 @@ class Events(RuleBasedStateMachine):
         assert found.keys() == wanted
         for task_id, known in found.items():
             coming: List[StateMessage] = [each for each in self.under_way if each.id == task_id]
-            # Nothing is missing but what is still on its way.
+            # Only states in flight are missing.
             assert fold([*([known] if known else []), *coming]) == self.store.current(task_id)
 
     @rule()
@@ -311,11 +315,11 @@ class Events(RuleBasedStateMachine):
         self.table.reachable = reachable
 
     @rule(answers=st.booleans())
-    def have_look_ups_fail_or_not(self, answers: bool) -> None:
+    def make_look_ups_fail_or_work(self, answers: bool) -> None:
         self.store.failure = None if answers else timed_out()
 
     @invariant()
-    def nobody_is_left_waiting(self) -> None:
+    def no_waiter_is_left(self) -> None:
         assert self.table._waiters == {}
         assert self.table._early == {}
         assert self.table._outdated == set()

@@ -38,7 +38,7 @@ NAMES: Dict[str, str] = {
     """,
 }
 
-#: Attributes of instances alone.
+#: Attributes of instances only.
 OF_INSTANCES = {"Consumer.tag_prefix", "Exchange.arguments"}
 
 
@@ -48,7 +48,7 @@ def documented() -> Set[str]:
 
 
 def table() -> Dict[str, List[str]]:
-    """Return the tests that the page gives for each name."""
+    """Return the tests that the page lists for each name."""
     found: Dict[str, List[str]] = {}
     page = (ROOT / "docs" / "celery4-reference.md").read_text(encoding="utf-8")
     for line in page.splitlines():

@@ -1,4 +1,4 @@
-"""The meta of a state is the one that Celery's base class makes."""
+"""The meta of a state equals the one of Celery's base class."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_backend(**conf: Any) -> AMQPBackend:
     [None, {}, {"group": "g", "parent_id": "p"}, {"group": "", "parent_id": None}, "children"],
     ids=str,
 )
-def test_the_meta_is_that_of_celery(conf: Any, state: str, about: Any) -> None:
+def test_the_meta_equals_celery_s(conf: Any, state: str, about: Any) -> None:
     # Given a request of a task, or none
     backend = make_backend(**conf)
     if about == "children":
@@ -40,7 +40,7 @@ def test_the_meta_is_that_of_celery(conf: Any, state: str, about: Any) -> None:
     # When both make a meta of it
     theirs = Backend._get_result_meta(backend, [1], state, "a trace", request)
     ours = backend._get_result_meta([1], state, "a trace", request)
-    # Then they differ in the moment at most
+    # Then only the time may differ
     dates = [meta.pop("date_done") for meta in (ours, theirs)]
     assert ours == theirs
     assert list(ours) == list(theirs)

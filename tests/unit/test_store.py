@@ -1,4 +1,4 @@
-"""Looking states up: what can be said without a broker."""
+"""Looking states up, as far as it needs no broker."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.unit.tables import state
     ("shards", "seconds"),
     [(1, 10.0), (store.PARALLEL, 10.0), (store.PARALLEL + 1, 20.0), (16 * store.PARALLEL, 160.0)],
 )
-def test_each_shard_has_its_time_and_no_more(shards: int, seconds: float) -> None:
+def test_each_shard_has_a_limited_share_of_the_time(shards: int, seconds: float) -> None:
     assert store.lookup_seconds(shards, 10.0) == seconds
 
 
 # -- long shards -------------------------------------------------------------------------------
 
-#: Seconds that a message takes to be read, and a page to be confirmed.
+#: Seconds that reading a message takes, and confirming a page.
 READING = 0.05
 CONFIRMING = 0.1
 
@@ -39,7 +39,7 @@ LOOSE = 60
 
 
 class SlowConfirms(ConfirmChannel):
-    """Confirms that take their time, and are not waited for past the end."""
+    """Confirms that take time, and are not awaited past the deadline."""
 
     def __init__(self, link: Slow) -> None:
         super().__init__(link)
@@ -53,7 +53,7 @@ class SlowConfirms(ConfirmChannel):
 
 
 class Slow(Link):
-    """A connection to a broker with several shards, on which all takes its time."""
+    """A connection to a broker with several shards, on which every operation takes time."""
 
     def __init__(self, clock: Clock) -> None:
         self.queues: Dict[str, Queue] = collections.defaultdict(lambda: Queue(clock))
@@ -67,13 +67,13 @@ class Slow(Link):
         came = super().drain(min(timeout, 1.0))
         if came:
             self.queue.clock.microseconds += int(READING * 1e6)
-        # Not to stand still before the end because of what is rounded.
+        # Rounding must not stop the clock just before the deadline.
         self.queue.clock.microseconds += 1
         return came
 
 
 class Shards:
-    """Shards with loose results, of which each is a long one."""
+    """Several long shards with loose results."""
 
     def __init__(self, shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock = Clock()
@@ -87,7 +87,7 @@ class Shards:
         monkeypatch.setattr(store, "time", self.clock)
         monkeypatch.setattr(checkout, "time", self.clock)
         monkeypatch.setattr(store, "LONG_SHARD", LOOSE)
-        #: An id of each shard.
+        #: One id for each shard.
         self.ids: Dict[int, str] = {}
         self.names = {shard: topology.shard_queue_name(shard) for shard in range(shards)}
         kept = dict.fromkeys(range(shards), 0)
@@ -112,12 +112,12 @@ class Shards:
             raise
 
     def read(self, seconds: float) -> List[str]:
-        """Look an id of each shard up within so many seconds, and return those found."""
+        """Look up one id of each shard within *seconds*, and return those found."""
         self.store.lookup_timeout = seconds
         return self._found(None)
 
     def read_until(self, seconds: float) -> List[str]:
-        """Do the same for somebody who waits for no longer than that."""
+        """Do the same for a caller that waits no longer than that."""
         return self._found(self.clock.monotonic() + seconds)
 
     def _found(self, deadline: Optional[float]) -> List[str]:
@@ -125,7 +125,7 @@ class Shards:
         return [task_id for task_id, states in found.items() if states]
 
     def pages(self) -> int:
-        """Return how many pages there are."""
+        """Return the number of pages."""
         return sum(
             entry.properties.get("type") == page.PAGE
             for name in self.names.values()
@@ -142,22 +142,22 @@ def test_packing_a_long_shard_takes_a_fifth_of_the_time_that_reading_took(
     assert shards.pages() > 1
     reading = LOOSE * READING
     spent = shards.clock.monotonic() - started
-    # One page more may be under way when the time is over; it comes back, and the fence does.
+    # One more page may be in flight when the time is over; it comes back, before the fence.
     assert spent < reading * (1 + store.LONG_PACK_SHARE) + 2 * CONFIRMING + 20 * READING
 
 
-def test_packing_a_long_shard_ends_before_the_look_up_has_to(
+def test_packing_a_long_shard_ends_before_the_look_up_times_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Given a shard that is read with next to no time left
+    # Given a shard whose look-up has almost no time left
     shards = Shards(1, monkeypatch)
-    # Then what was read is there, and no page is left beside what it was to replace
+    # Then the results are found, and no page is left beside the originals it should replace
     assert shards.read((LOOSE + 2) * READING + 3.5 * CONFIRMING) == list(shards.ids.values())
     entries = shards.link.find(shards.names[0]).ready
     assert len(entries) - shards.pages() < LOOSE
 
 
-def test_a_page_is_packed_where_choosing_takes_all_the_time(
+def test_one_page_is_packed_even_if_selecting_takes_all_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shards, select = Shards(1, monkeypatch), page.select
@@ -167,25 +167,25 @@ def test_a_page_is_packed_where_choosing_takes_all_the_time(
         return select(*given)
 
     monkeypatch.setattr(page, "select", slow)
-    # When choosing what to pack takes as long as reading
+    # When selecting what to pack takes as long as reading
     shards.read(60.0)
-    # Then one page is packed, and the next reader goes on
+    # Then one page is packed, and the next reader continues
     assert shards.pages() == 1
     shards.read(60.0)
     assert shards.pages() == 2
 
 
-def test_who_has_no_time_for_a_page_to_come_back_publishes_none(
+def test_a_reader_without_time_for_the_page_to_return_publishes_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Given a shard that is not long, and somebody who waits only until it is read
+    # Given a short shard, and a caller that waits only until it is read
     shards = Shards(1, monkeypatch)
     monkeypatch.setattr(store, "LONG_SHARD", 10_000)
     for _ in range(3):
         assert shards.read_until((LOOSE + 3) * READING) == list(shards.ids.values())
-    # Then it does not grow
+    # Then the shard does not grow
     assert len(shards.link.find(shards.names[0]).ready) == LOOSE
-    # And who has the time packs it
+    # And a reader with enough time packs it
     assert shards.read_until(60.0) == list(shards.ids.values())
     assert len(shards.link.find(shards.names[0]).ready) < LOOSE
 
@@ -193,13 +193,13 @@ def test_who_has_no_time_for_a_page_to_come_back_publishes_none(
 def test_packing_does_not_take_the_time_that_other_shards_need(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Given several long shards that can all be read, if nothing else is done
+    # Given several long shards that can all be read if nothing else is done
     shards = Shards(4, monkeypatch)
     found = shards.read(4 * (LOOSE + 2) * READING * (1 + store.LONG_PACK_SHARE / 2))
     assert sorted(found) == sorted(shards.ids.values())
 
 
-def test_of_several_long_shards_not_each_is_packed_for_the_time_that_all_took(
+def test_packing_time_does_not_multiply_with_the_number_of_shards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shards = Shards(4, monkeypatch)

@@ -1,4 +1,4 @@
-"""Names and routing keys: part of a public format, so that they must not change."""
+"""Names and routing keys: a public format, which must not change."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from celery_amqp_results.protocol.names import (
     plan_number,
 )
 
-#: Any text that Python can hold, lone surrogates among it.
+#: Any text that Python can hold, including lone surrogates.
 any_text = st.text(st.characters(), min_size=1, max_size=1000)
-#: What has a meaning in keys and words, of lengths around the limits.
+#: Characters with a meaning in keys and words, with lengths around the limits.
 tricky = st.text("ab-_~.*#% ü\ud800\udc00", min_size=1, max_size=80)
 exact = st.integers(1, 1000).map(lambda n: "x" * n)
-#: Words that were made of other texts: an id may look like anything.
+#: Words derived from other texts: an id may look like anything.
 made = (any_text | tricky | exact).map(encode_word)
 texts = any_text | tricky | exact | made | st.sampled_from(["-", "--", "%2D", "~", "%", "all", "0"])
 topology = Topology("celeryresults", 256, "classic")
@@ -39,7 +39,7 @@ topology = Topology("celeryresults", 256, "classic")
 @example("x" * 73, encode_word("x" * 73))
 @example("a.b", "a%2Eb")
 @example("é", "e\u0301")
-def test_different_texts_give_different_words(one: str, other: str) -> None:
+def test_different_texts_have_different_words(one: str, other: str) -> None:
     assert (encode_word(one) == encode_word(other)) == (one == other)
 
 
@@ -51,8 +51,8 @@ def test_a_change_of_one_character_changes_the_word(text: str, data: st.DataObje
 
 
 @given(texts)
-def test_a_word_can_be_read_back_or_is_a_digest(text: str) -> None:
-    # Hence no two texts have one word: what is no digest says what it stands for.
+def test_a_word_can_be_decoded_or_is_a_digest(text: str) -> None:
+    # So no two texts share a word: every word except a digest can be decoded.
     word = encode_word(text)
     if word.startswith("~"):
         assert re.fullmatch("~[0-9a-f]{48}", word)
@@ -67,29 +67,29 @@ def _bytes(text: str) -> list[str]:
 
 
 @given(texts)
-def test_a_word_is_one_word_of_a_routing_key(text: str) -> None:
+def test_a_word_contains_no_separator(text: str) -> None:
     word = encode_word(text)
     assert 0 < len(word) <= MAX_WORD
     assert re.fullmatch(r"[A-Za-z0-9_%~-]+", word)
-    # What stands for nothing stands for nothing else.
+    # The word for no value stands for nothing else.
     assert word != ABSENT
 
 
 @given(texts)
-def test_a_text_of_letters_and_digits_stands_for_itself(text: str) -> None:
+def test_a_text_of_letters_and_digits_is_its_own_word(text: str) -> None:
     if text != ABSENT and re.fullmatch(f"[A-Za-z0-9_-]{{1,{MAX_WORD}}}", text):
         assert encode_word(text) == text
     else:
         assert encode_word(text) != text
 
 
-def test_nothing_is_absent() -> None:
+def test_the_empty_text_has_the_word_for_no_value() -> None:
     assert encode_word("") == encode_word(None) == ABSENT
     assert client_word("") == client_word(None) == ABSENT
 
 
 @given(texts, texts)
-def test_the_word_of_a_client_is_a_digest_and_no_other_word(one: str, other: str) -> None:
+def test_the_word_of_a_client_is_a_digest_unlike_other_words(one: str, other: str) -> None:
     assert re.fullmatch("[0-9a-f]{16}", client_word(one))
     assert client_word(one) not in (ABSENT, BROADCAST)
     assert (client_word(one) == client_word(other)) == (one == other)
@@ -121,13 +121,13 @@ def test_routing_key_has_six_words_and_fits(
 
 
 def matches(binding: str, key: str) -> bool:
-    """Return whether the broker brings *key* to a queue bound with *binding*."""
+    """Return whether the broker routes *key* to a queue bound with *binding*."""
     pattern = re.escape(binding).replace(r"\*", r"[^.]*").replace(r"\.\#", r"(\.[^.]*)*")
     return re.fullmatch(pattern, key) is not None
 
 
 @given(texts, texts, texts, texts, texts)
-def test_bindings_bring_what_they_are_for_and_nothing_else(
+def test_bindings_match_exactly_the_intended_keys(
     task_id: str, other: str, state: str, origin: str, group_id: str
 ) -> None:
     client = client_word(origin)
@@ -138,7 +138,7 @@ def test_bindings_bring_what_they_are_for_and_nothing_else(
     assert not matches(topology.client_binding(BROADCAST), key)
     assert matches(topology.task_binding(task_id), key)
     assert matches(topology.task_binding(other), key) == (other == task_id)
-    # Whoever did not say who sent it reaches every inbox.
+    # A state without a known sender reaches every inbox.
     assert matches(
         topology.client_binding(BROADCAST),
         topology.routing_key(task_id, state, Route(BROADCAST)),
@@ -152,7 +152,7 @@ def test_bindings_bring_what_they_are_for_and_nothing_else(
 def test_every_id_has_a_shard(task_id: str, shards: int) -> None:
     one = Topology("x", shards, "classic").shard(task_id)
     assert 0 <= one < shards
-    # It depends on nothing but the id and how many there are.
+    # It depends only on the id and the number of shards.
     assert Topology("y", shards, "quorum").shard(task_id) == one
 
 
@@ -180,7 +180,7 @@ def test_ids_are_spread_over_all_shards() -> None:
         ("é" * 100, "~fb2eb4ad31c16f4585203b6c17f6808e82585f069d967c08"),
     ],
 )
-def test_words_are_what_they_always_were(text: str, word: str) -> None:
+def test_words_have_not_changed(text: str, word: str) -> None:
     assert encode_word(text) == word
 
 
@@ -195,13 +195,13 @@ def test_words_are_what_they_always_were(text: str, word: str) -> None:
         ("x" * 1000, 230, 5),
     ],
 )
-def test_shards_are_what_they_always_were(task_id: str, shard_of_256: int, shard_of_7: int) -> None:
+def test_shards_have_not_changed(task_id: str, shard_of_256: int, shard_of_7: int) -> None:
     assert topology.shard(task_id) == shard_of_256
     assert Topology("x", 7, "classic").shard(task_id) == shard_of_7
     assert Topology("x", 1, "classic").shard(task_id) == 0
 
 
-def test_routing_keys_and_bindings_are_what_they_always_were() -> None:
+def test_routing_keys_and_bindings_have_not_changed() -> None:
     task_id = "0f3b2c4e-8d1a-4a52-9a4b-6f2a1c7d8e90"
     assert client_word("gen1@host") == "06ba4474b85f26a1"
     assert (
@@ -222,7 +222,7 @@ def test_routing_keys_and_bindings_are_what_they_always_were() -> None:
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-def test_queues_are_declared_as_the_documentation_says(queue_type: str) -> None:
+def test_queues_are_declared_as_documented(queue_type: str) -> None:
     here = Topology("celeryresults", 256, queue_type)
     arguments = {"x-queue-type": queue_type, "x-single-active-consumer": True}
     if queue_type == "quorum":
@@ -237,7 +237,7 @@ def test_queues_are_declared_as_the_documentation_says(queue_type: str) -> None:
     assert here.plan_queue(7) == durable("celeryresults.chords.7", **timeout)
 
 
-def test_the_exchange_tells_how_many_shards_there_are() -> None:
+def test_the_exchange_declares_the_number_of_shards() -> None:
     assert topology.exchange == "celeryresults.states"
-    # Others count the shards differently: the broker tells, by this name.
+    # Another app uses a different number of shards: the broker refuses it by this argument.
     assert topology.exchange_arguments == {"alternate-exchange": "celeryresults.shards-256"}

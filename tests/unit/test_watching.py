@@ -18,7 +18,7 @@ from celery_amqp_results.protocol.ranking import fold, supersedes
 from celery_amqp_results.waiting.follower import Update
 from celery_amqp_results.waiting.watch import Newest, read_target
 
-#: A wait that is not over by then hangs.
+#: Seconds after which a wait counts as hanging.
 LONG = 30.0
 
 messages = st.builds(
@@ -34,7 +34,7 @@ messages = st.builds(
 
 @st.composite
 def updates(draw: st.DrawFn) -> List[Update]:
-    """What a follower could bring: states in any order, in pieces, some of them from the store."""
+    """Updates that a follower could deliver: states in any order and grouping, pushed or read."""
     found = []
     for piece in draw(st.lists(st.lists(messages, min_size=1, max_size=4), max_size=10)):
         for task_id in ("a", "b"):
@@ -45,7 +45,7 @@ def updates(draw: st.DrawFn) -> List[Update]:
 
 
 @given(updates())
-def test_each_state_seen_supersedes_the_one_before_and_the_last_is_the_one_that_counts(
+def test_each_reported_state_supersedes_the_one_before_and_the_last_is_current(
     brought: List[Update],
 ) -> None:
     newest, seen = Newest(), []
@@ -63,14 +63,14 @@ def test_each_state_seen_supersedes_the_one_before_and_the_last_is_the_one_that_
             last = of_task[-1]
             assert not supersedes(expected, last) or expected.published == last.published
             keys = [(state.published, state.state) for state in of_task]
-            # Of two states that were published in the same microsecond either may be the later.
+            # If two states have the same microsecond, either may be the later one.
             every = {(state.published, state.state) for state in everything}
             tied = len({published for published, _ in every}) < len(every)
             assert tied or len(set(keys)) == len(keys)
 
 
 @given(st.lists(messages, max_size=20))
-def test_what_lies_back_is_left_out_and_what_is_pushed_is_not(states_of_both: List[Any]) -> None:
+def test_past_states_are_skipped_and_pushed_ones_are_not(states_of_both: List[Any]) -> None:
     mine = sorted((s for s in states_of_both if s.id == "a"), key=lambda s: s.published)
     if not mine:
         return
@@ -89,12 +89,12 @@ def test_tasks_are_forgotten_beyond_the_limit() -> None:
 
 
 @pytest.mark.parametrize("target", [1, object(), [["a"], 1]])
-def test_what_is_no_target_is_refused(target: Any) -> None:
+def test_invalid_targets_are_refused(target: Any) -> None:
     with pytest.raises(TypeError, match="cannot be watched"):
         read_target(target)
 
 
-def test_an_id_in_bytes_is_an_id_and_each_is_watched_once() -> None:
+def test_ids_may_be_bytes_and_duplicates_are_watched_once() -> None:
     assert read_target([b"a", "b", ("a", ["b"])]).ids == ["a", "b"]
 
 

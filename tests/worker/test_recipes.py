@@ -190,3 +190,20 @@ def test_django(
         task_id = client.post("/tasks", params={"total": 30}).json()["id"]
         check_count(events(f"http://{address}/tasks/{task_id}/{path}"), 30)
         assert client.get(f"/tasks/{task_id}").json() == {"value": 30}
+
+
+def test_flask(environment: Dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("flask")
+    command = ("flask", "--app", "examples.flask_views", "run", "--port", "{port}")
+    with (
+        serve(environment, tmp_path / "log", *command) as address,
+        httpx.Client(base_url=f"http://{address}", timeout=LONG) as client,
+    ):
+        assert "<progress" in client.get("/").text
+        task_id = client.post("/tasks", params={"total": 30}).json()["id"]
+        check_count(events(f"http://{address}/tasks/{task_id}/events"), 30)
+        assert client.get(f"/tasks/{task_id}").json() == {
+            "id": task_id,
+            "state": "SUCCESS",
+            "result": 30,
+        }

@@ -1,0 +1,51 @@
+"""Everything that the benchmarks know of this backend beyond its public interface."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Dict, Iterable, Iterator, List
+
+from celery_amqp_results.store import lookup
+
+__all__ = ("one_id_a_shard", "packing_everything", "shard_queue", "shard_queues", "shards")
+
+
+def shards(app: Any) -> int:
+    """Return the number of shards."""
+    return int(app.backend._topology.shards)
+
+
+def shard_queue(app: Any, task_id: str) -> str:
+    """Return the name of the queue that keeps the states of a task."""
+    topology = app.backend._topology
+    return str(topology.shard_queue_name(topology.shard(task_id)))
+
+
+def shard_queues(app: Any) -> List[str]:
+    """Return the names of all shard queues."""
+    topology = app.backend._topology
+    return [topology.shard_queue_name(shard) for shard in range(topology.shards)]
+
+
+def one_id_a_shard(app: Any, ids: Iterable[str]) -> List[str]:
+    """Return one of *ids* for each shard that has any."""
+    chosen: Dict[int, str] = {app.backend._topology.shard(task_id): task_id for task_id in ids}
+    return list(chosen.values())
+
+
+def exchange(app: Any) -> str:
+    """Return the name of the exchange for live copies."""
+    return str(app.backend._topology.exchange)
+
+
+@contextlib.contextmanager
+def packing_everything() -> Iterator[None]:
+    """Let each look-up pack all that it reads, instead of stopping after some milliseconds.
+
+    The shards are the same in the end, after fewer look-ups.
+    """
+    limit, lookup.PACK_SECONDS = lookup.PACK_SECONDS, 60.0
+    try:
+        yield
+    finally:
+        lookup.PACK_SECONDS = limit
