@@ -2,20 +2,21 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# What `make test PYTEST="..."` hands to pytest.
-# The tests of tools/ are left out: they take minutes, and concern those who change tools/.
+# The arguments of pytest, as in `make test PYTEST="..."`. The tests of tools/ are left out: they
+# take minutes, and matter only for changes to tools/.
 PYTEST ?= tests --ignore=tests/tools
 
-# So many processes run tests, each with a RabbitMQ of its own; most of the time they wait. 0 to run
-# them in one, with pdb.
+# The number of processes that run tests, each with its own RabbitMQ; most of the time they wait.
+# With 0 the tests run in one process, for pdb.
 PROCESSES ?= 4
 
 BIN := $(VENV)/bin
 RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
-# What is not the package itself, but is checked with it.
+# Code outside the package that is checked with it.
 SCRIPTS := demo examples tools tests $(wildcard bench)
 
-.PHONY: help demo test test-newest-rabbitmq test-oldest test-newest-python lint format types docs \
+.PHONY: help demo test coverage test-newest-rabbitmq test-oldest test-newest-python test-matrix \
+	test-pair lint format types docs \
 	test-faults test-tools soak fuzz screenshots bench bench-check clean
 .DEFAULT_GOAL := help
 
@@ -29,6 +30,10 @@ demo: $(VENV)/.demo ## Show it at work, on a private RabbitMQ; BROKER=amqp://...
 test: $(VENV)/.test ## Run the tests on a private RabbitMQ; PYTEST="tests/unit -k fold" to choose
 	$(BIN)/python $(RUN_TESTS) $(PYTEST)
 
+coverage: $(VENV)/.test ## Run tests and report the lines and branches that they miss, with a floor
+	$(BIN)/python $(RUN_TESTS) --cov --cov-report=term-missing:skip-covered \
+		$(if $(filter tests,$(PYTEST)),tests/unit tests/broker tests/cli,$(PYTEST))
+
 test-newest-rabbitmq: $(VENV)/.test ## Run the tests that need a broker on Debian forky's RabbitMQ
 	RABBITMQ_DISTRIBUTION=forky $(BIN)/python $(RUN_TESTS) \
 		$(if $(filter tests,$(PYTEST)),tests/broker tests/worker tests/faults tests/cli,$(PYTEST))
@@ -39,7 +44,7 @@ test-faults: $(VENV)/.test ## Run all fault tests, those under load too; RABBITM
 test-tools: $(VENV)/.test ## Run the tests of what runs the private RabbitMQ nodes
 	$(BIN)/python -m pytest tests/tools
 
-# What is broken is chosen at random; the same SEED chooses the same.
+# The faults are chosen at random; the same SEED chooses the same ones.
 soak: $(VENV)/.test ## Break things for MINUTES=n under load; SEED=n, RABBITMQ=forky, FAULTS="words"
 	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) \
 		$(if $(RABBITMQ),--distribution $(RABBITMQ)) $(FAULTS)
@@ -53,6 +58,17 @@ test-newest-python: ## Run unit and broker tests on the newest Python that is he
 	@$(MAKE) --no-print-directory VENV=.venv-newest \
 		PYTHON="$$($(PYTHON) tools/pythons.py newest)" .venv-newest/.test
 	.venv-newest/bin/python $(RUN_TESTS) $(if $(filter tests,$(PYTEST)),tests/unit tests/broker,$(PYTEST))
+
+# All but the fault tests. `python tools/pythons.py pairs` lists the pairs.
+test-matrix: ## Run tests on every pair of Python and Celery that is here; PAIRS="3.9-5.3 3.13-5.7"
+	@set -e; for pair in $(or $(PAIRS),$$($(PYTHON) tools/pythons.py pairs)); do \
+		$(MAKE) --no-print-directory test-pair PAIR=$$pair; done
+
+test-pair:
+	@$(MAKE) --no-print-directory VENV=.venv-$(PAIR) CELERY=$(lastword $(subst -, ,$(PAIR))) \
+		PYTHON="$$($(PYTHON) tools/pythons.py $(firstword $(subst -, ,$(PAIR))))" .venv-$(PAIR)/.test
+	.venv-$(PAIR)/bin/python $(RUN_TESTS) \
+		$(if $(filter tests,$(PYTEST)),tests/unit tests/broker tests/worker,$(PYTEST))
 
 lint: $(VENV)/.lint ## Check style, and that the code is formatted
 	$(BIN)/ruff check celery_amqp_results $(SCRIPTS)
@@ -81,7 +97,7 @@ screenshots: $(VENV)/.test ## Make the pictures of the command line in docs/imag
 	$(BIN)/python -m tools.screenshots
 
 clean: ## Delete what was made here: environments, caches, the built documentation
-	rm -rf .venv .venv-oldest .venv-newest site build dist .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf .venv .venv-* site build dist .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -97,5 +113,5 @@ $(VENV)/.made:
 $(VENV)/.%: pyproject.toml $(PINS) | $(VENV)/.made
 	@echo "installing what '$*' needs into $(VENV) (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		$(if $(PINS),--requirement $(PINS)) --editable '.[$*]'
+		$(if $(PINS),--requirement $(PINS)) $(if $(CELERY),'celery==$(CELERY).*') --editable '.[$*]'
 	@touch $@

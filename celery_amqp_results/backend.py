@@ -169,6 +169,9 @@ class AMQPBackend(Celery4API, Backend):
         self.supports_result_compression = self.layout_name == "shared"
         self.supports_failure_expires = self.layout_name == "shared"
         super().__init__(app, serializer=serializer, **kwargs)
+        self.expires: Optional[float] = _expiry(
+            "result_expires", self.prepare_expires(kwargs.get("expires"))
+        )
         self._arguments = dict(
             kwargs,
             exchange=exchange,
@@ -189,7 +192,7 @@ class AMQPBackend(Celery4API, Backend):
             exchange_type or conf.result_exchange_type,
             self.persistent,
             auto_delete,
-            self.expires or None,
+            self.expires,
             self._extended,
         )
         self._codec = Codec(
@@ -198,18 +201,18 @@ class AMQPBackend(Celery4API, Backend):
             _compression_of(self) if self.layout_name == "shared" else None,
             self.options.max_decompressed_size,
         )
-        self._expiration = _milliseconds("result_expires", self.expires)
+        self._expiration = expiry.milliseconds(self.expires)
         failure_expires = conf.get("result_failure_expires")
         self._failure_expiration = (
             self._expiration
             if failure_expires is None
-            else _milliseconds("result_failure_expires", self.prepare_expires(failure_expires))
+            else expiry.milliseconds(_expiry("result_failure_expires", failure_expires))
         )
         chord_expires = conf.get("result_chord_expires")
         self._chord_expiration = (
             self._expiration
             if chord_expires is None
-            else _milliseconds("result_chord_expires", self.prepare_expires(chord_expires))
+            else expiry.milliseconds(_expiry("result_chord_expires", chord_expires))
         )
         self._layouts = _registry_of(app)
         # Layouts have to decode what they read, so that they know what may be decoded.
@@ -484,8 +487,12 @@ class AMQPBackend(Celery4API, Backend):
 
     # -- reading -----------------------------------------------------------------------------
 
+    def _read_content(self, state: StateMessage) -> Meta:
+        """Return what the serializer makes of *state*; its body may have to be fetched."""
+        return self._codec.decode(self._complete(state))
+
     def _decode_state(self, state: StateMessage) -> Meta:
-        meta = self._codec.decode(self._complete(state))
+        meta = self._read_content(state)
         try:
             decoded: Meta = self.meta_from_decoded(meta)
         except SecurityError:
@@ -842,10 +849,14 @@ class AMQPBackend(Celery4API, Backend):
 
     def _resolve(self, result: Any, state: StateMessage) -> None:
         """Give a result object its final state and have its callbacks called, once."""
+        if result._cache is not None:
+            return
+        # Reading may take a look-up, which others must not wait for.
+        meta = self._decode_state(state)
         with self._resolving:
             if result._cache is not None:
                 return
-            result._set_cache(self._decode_state(state))
+            result._set_cache(meta)
         result.on_ready(result)
 
     def iter_native(
@@ -1253,15 +1264,15 @@ def _client_of(request: Any) -> str:
     return BROADCAST
 
 
-def _shorter(expiration: Optional[int], other: Optional[int]) -> bool:
-    """Return whether an expiration in milliseconds (``None`` for never) is before another."""
+def _shorter(expiration: Optional[float], other: Optional[float]) -> bool:
+    """Return whether an expiration (``None`` for never) is before another."""
     return expiration is not None and (other is None or expiration < other)
 
 
-def _milliseconds(name: str, seconds: Optional[float]) -> Optional[int]:
-    """Return an expiration in milliseconds, ``None`` for never."""
+def _expiry(name: str, value: Any) -> Optional[float]:
+    """Return the expiry that the setting *name* gives in seconds, ``None`` for never."""
     try:
-        return expiry.milliseconds(seconds)
+        return expiry.seconds(value)
     except ValueError as exc:
         raise ImproperlyConfigured(f"{name}: {exc}") from None
 

@@ -109,7 +109,7 @@ class WaitTimeout(TimeoutError, asyncio.TimeoutError):
     """
 
     def __new__(cls, *args: object) -> WaitTimeout:
-        # asyncio's is an OSError since Python 3.11, which takes two arguments for number and text.
+        """Create it without arguments: OSError, a base since Python 3.11, interprets them."""
         return super().__new__(cls)
 
     def __init__(self, *args: object) -> None:

@@ -1,0 +1,1 @@
+"""Development tools: private brokers, a faulty proxy, fuzzing, pictures for the documentation."""

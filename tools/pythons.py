@@ -3,6 +3,8 @@
 python tools/pythons.py check     whether this interpreter can create a virtual environment
 python tools/pythons.py oldest    path of the oldest supported interpreter on this machine
 python tools/pythons.py newest    path of the newest one
+python tools/pythons.py 3.9       path of that version
+python tools/pythons.py pairs     pairs of Python and Celery to test, such as 3.9-5.3, one a line
 """
 
 from __future__ import annotations
@@ -13,12 +15,23 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import Dict, Iterator, Tuple
+from typing import Dict, Iterable, Iterator, List, Tuple
 
 #: The oldest version that the project supports.
 OLDEST = (3, 9)
 
 Version = Tuple[int, int]
+
+#: The first and the last Python on which each version of Celery is tested. Celery 5.3 uses what
+#: Python 3.12 warns about, and in the tests a warning is an error. Celery 5.7 does not install on
+#: Python 3.9.
+CELERIES = {
+    "5.3": ((3, 9), (3, 11)),
+    "5.4": ((3, 9), (3, 13)),
+    "5.5": ((3, 9), (3, 13)),
+    "5.6": ((3, 9), (3, 13)),
+    "5.7": ((3, 10), (3, 13)),
+}
 
 
 def check() -> int:
@@ -76,11 +89,29 @@ def main(what: str) -> int:
     found = supported()
     if not found:
         return check() or 2
-    print(found[min(found) if what == "oldest" else max(found)])
+    if what == "pairs":
+        print("\n".join(pairs(found)))
+        return 0
+    named = {f"{major}.{minor}": path for (major, minor), path in found.items()}
+    path = named.get(what) or (found[min(found) if what == "oldest" else max(found)])
+    if what[0].isdigit() and what not in named:
+        print(f"Python {what} is not here; these are: {', '.join(named)}", file=sys.stderr)
+        return 2
+    print(path)
     return 0
 
 
+def pairs(found: Iterable[Version]) -> List[str]:
+    """Return the supported pairs of Python and Celery for which there is an interpreter."""
+    return [
+        f"{version[0]}.{version[1]}-{celery}"
+        for version in sorted(found)
+        for celery, (first, last) in CELERIES.items()
+        if first <= version <= last
+    ]
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["check"], ["oldest"], ["newest"]):
+    if len(sys.argv) != 2 or not re.fullmatch(r"check|oldest|newest|pairs|\d\.\d+", sys.argv[1]):
         sys.exit(__doc__)
     sys.exit(main(sys.argv[1]))

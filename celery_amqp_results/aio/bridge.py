@@ -35,6 +35,7 @@ from typing import (
 )
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.threads import block_signals, start_thread
 from celery_amqp_results.layouts import Layout
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold
@@ -82,7 +83,7 @@ class _Threads:
         with self._lock:
             if self._executor is None:
                 self._executor = concurrent.futures.ThreadPoolExecutor(
-                    MAX_THREADS, "celery-results-aio"
+                    MAX_THREADS, "celery-results-aio", block_signals
                 )
             return self._executor
 
@@ -157,12 +158,7 @@ class _Driver:
                     return
                 self._follower = self._layout.follower(_submit)
                 self.running = True
-                threading.Thread(
-                    target=self._run,
-                    args=(self._follower,),
-                    name="celery-results-aio-follow",
-                    daemon=True,
-                ).start()
+                start_thread(self._run, "aio-follow", self._follower)
             self._commands.append((add, ids))
             self._follower.poke()
 
@@ -259,7 +255,7 @@ class _TapDriver:
         self._take = take
         self._fail = fail
         self._closing = False
-        threading.Thread(target=self._run, name="celery-results-aio-tap", daemon=True).start()
+        start_thread(self._run, "aio-tap")
 
     def close(self) -> None:
         """End the thread. Does not wait for it."""

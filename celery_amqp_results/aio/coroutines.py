@@ -120,10 +120,20 @@ def _known_value(leaf: Any) -> Tuple[str, Any]:
 
 
 async def _decoded(backend: Any, state: StateMessage) -> StateMessage:
-    """Return *state*, decoded on another thread if that may take long."""
-    if state.decoded is None and (state.compression or len(state.body) > LARGE_BODY):
-        content = await bridge.run_blocking(backend._codec.decode, state)
-        state = dataclasses.replace(state, decoded=content)
+    """Return *state*, decoded on another thread if that may take long.
+
+    The body of a large result is fetched from the broker there as well.
+
+    Raises:
+        ResultExpired: when the body is gone.
+        LookupTimeout, BackendUnavailable: when it could not be read.
+        kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
+    """
+    if state.decoded is not None:
+        return state
+    if state.body_queue is not None or state.compression or len(state.body) > LARGE_BODY:
+        content = await bridge.run_blocking(backend._read_content, state)
+        state = dataclasses.replace(state, decoded=content, body_queue=None)
     return state
 
 
@@ -597,16 +607,10 @@ class _Stream(Generic[_T]):
             while feed.arrived:
                 # Taken out only when it is decoded: who is cancelled meanwhile has lost nothing.
                 state = feed.arrived[0]
-                try:
-                    decoded = await _decoded(self._backend, state)
-                except Exception:
-                    if self._ids is not None:
-                        await self.aclose()
-                        raise
-                    decoded = state
+                decoded = await self._decoded_or_none(state)
                 if feed.arrived and feed.arrived[0] is state:
                     feed.arrived.popleft()
-                item = await self._item(decoded)
+                item = None if decoded is None else await self._item(decoded)
                 if item is not None:
                     return item[0]
             if self._ended:
@@ -624,6 +628,20 @@ class _Stream(Generic[_T]):
                     raise StopAsyncIteration
                 raise _timed_out(self._timeout, len(feed.missing), len(self._ids))
             await feed.wait(seconds)
+
+    async def _decoded_or_none(self, state: StateMessage) -> Optional[StateMessage]:
+        """Return *state*, decoded; ``None`` where one among those of everybody cannot be."""
+        try:
+            return await _decoded(self._backend, state)
+        except watching.UNREADABLE as exc:
+            if self._ids is None:
+                watching.leave_out(state, exc)
+                return None
+            await self.aclose()
+            raise
+        except Exception:
+            await self.aclose()
+            raise
 
     async def _begin(self) -> None:
         feed = _Feed(self._ids, celery_states.READY_STATES if self._final_only else self._wanted)
@@ -763,7 +781,7 @@ class Completed(_Stream[Tuple[str, Any]]):
 def as_completed(
     target: Any, timeout: Optional[float] = None, propagate: bool = True, *, app: Any = None
 ) -> Completed:
-    """Iterate over tasks as they end: ``async for task_id, value in as_completed(group)``.
+    """Iterate over tasks as they finish, by ``async for task_id, value in``.
 
     Parameters:
         target: a group or another result set, a list of results and ids, or one of them. Members
@@ -814,9 +832,12 @@ async def get_meta(target: Any, *, app: Any = None) -> Meta:
     task_id = _id(leaf)
     backend = _backend_of(leaf, app)
     state = (await bridge.bridge_of(backend).poll((task_id,)))[task_id]
-    if state is None:
-        return {"task_id": task_id, "status": celery_states.PENDING, "result": None}
-    return {"task_id": task_id, **backend._decode_state(await _decoded(backend, state))}
+    if state is not None:
+        try:
+            return {"task_id": task_id, **backend._decode_state(await _decoded(backend, state))}
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+    return {"task_id": task_id, "status": celery_states.PENDING, "result": None}
 
 
 async def state(target: Any, *, app: Any = None) -> str:

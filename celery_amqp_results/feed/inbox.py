@@ -41,6 +41,8 @@ import amqp
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.amqp.once import OnceLogger
+from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.protocol.message import STATE, StateMessage, dated
 from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW
 from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
@@ -160,6 +162,8 @@ class Inbox:
         # Guards everything below. No I/O is done while holding it.
         self._changed = threading.Condition(threading.RLock())
         self._thread: Optional[threading.Thread] = None
+        #: For what is the same at each try to open a connection.
+        self._once = OnceLogger(logger)
         self._closing = False
         #: Number of the present connection, counted from 1; 0 while there is none.
         self._epoch = 0
@@ -412,10 +416,7 @@ class Inbox:
     def _start(self) -> None:
         if self._thread is None and not self._closing:
             self._failure = None
-            self._thread = threading.Thread(
-                target=self._run, name="celery-results-inbox", daemon=True
-            )
-            self._thread.start()
+            self._thread = start_thread(self._run, "inbox")
 
     def _wake_reader(self) -> None:
         if self._wakeup is not None:
@@ -431,6 +432,7 @@ class Inbox:
                 session = _Session(self)
                 opened = True
                 attempt = 0
+                self._once = OnceLogger(logger)
                 session.read()
             except Exception as exc:
                 lost = isinstance(exc, connections.TRANSIENT)
@@ -447,12 +449,15 @@ class Inbox:
                 # Before the first success, what is wrong may well be the URL: give up as the
                 # policy says. Later the broker has been seen, and will be back.
                 pause = self._connector.policy.pause(attempt)
-                if opened and pause is None:
+                limited = self._connector.is_limited(exc)
+                if (opened or limited) and pause is None:
                     pause = self._connector.policy.interval_max
                 if refused or not lost or pause is None:
                     self._give_up(exc, attempt)
                     return
-                logger.warning(
+                self._once.log(
+                    logging.DEBUG if limited else logging.WARNING,
+                    type(exc).__name__,
                     "the connection that results are pushed on is lost, opening another in "
                     "%.1f s [%d]: %r",
                     pause,

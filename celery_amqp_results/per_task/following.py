@@ -267,6 +267,7 @@ class PushFollower(_Follower):
                 self._failures = 0
                 return updates
         except self._layout.sessions.errors as exc:
+            connections.raise_if_from_signal_handler(exc)
             if isinstance(exc, errors.BackendUnavailable):
                 raise
             self._drop()

@@ -770,6 +770,7 @@ class PerTaskLayout:
             except (errors.BackendUnavailable, errors.DeclarationRefused):
                 raise
             except self.sessions.errors as exc:
+                connections.raise_if_from_signal_handler(exc)
                 # The broker may have restarted without the exchange.
                 self._exchange_declared = False
                 attempt += 1

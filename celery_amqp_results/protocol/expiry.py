@@ -6,35 +6,54 @@ import datetime
 import math
 from typing import Any, Optional
 
-__all__ = ("MAX_EXPIRES", "NAME", "milliseconds")
+__all__ = ("MAX_MILLISECONDS", "NAME", "milliseconds", "seconds")
 
 #: Header of a task's message, and attribute of a task, with the expiry of its results.
 NAME = "result_expires"
 
-#: The longest expiration that RabbitMQ takes, in seconds.
-MAX_EXPIRES = 4_294_967
+#: The longest expiration that RabbitMQ takes, of messages and of queues: ten years.
+MAX_MILLISECONDS = 315_360_000_000
+
+
+def seconds(value: Any) -> Optional[float]:
+    """Return an expiry in seconds, ``None`` for never.
+
+    Parameters:
+        value: seconds, as a number or as text, which is what environment variables hold; or a
+            timedelta. 0 and ``None`` are never. More than ten years are ten years.
+
+    Raises:
+        ValueError: when it is none of these, or negative.
+    """
+    if value is None:
+        return None
+    number = _number(value)
+    if number is None:
+        raise ValueError(f"{value!r:.100} is not a number of seconds, nor a timedelta")
+    if number == 0:
+        return None
+    if not 0 < number < math.inf:
+        raise ValueError(
+            f"{value!r:.100} is not a number of seconds from now. Use 0 or None to keep results "
+            "until they are forgotten."
+        )
+    return min(number, MAX_MILLISECONDS / 1000)
 
 
 def milliseconds(value: Any) -> Optional[int]:
-    """Return an expiration in milliseconds, ``None`` for never.
+    """Return an expiry in milliseconds, ``None`` for never; see :func:`seconds`."""
+    number = seconds(value)
+    return None if number is None else max(1, int(number * 1000))
 
-    Parameters:
-        value: seconds, or a timedelta; 0 and ``None`` are never.
 
-    Raises:
-        ValueError: when it is neither, or is not allowed.
-    """
+def _number(value: Any) -> Optional[float]:
     if isinstance(value, datetime.timedelta):
-        value = value.total_seconds()
-    if value is None:
+        return value.total_seconds()
+    if isinstance(value, bool):
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{value!r:.100} is not a number of seconds, nor a timedelta")
-    if value == 0:
-        return None
-    if math.isnan(value) or not 0 < value <= MAX_EXPIRES:
-        raise ValueError(
-            f"{value!r} is not a number of seconds that RabbitMQ takes, which is up to "
-            f"{MAX_EXPIRES} (49 days). Use 0 or None to keep results until they are forgotten."
-        )
-    return max(1, int(value * 1000))
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, (int, float)) else None

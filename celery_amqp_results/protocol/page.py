@@ -35,6 +35,7 @@ from typing import (
 )
 
 from celery_amqp_results import errors
+from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.message import STATE, StateMessage, checked
 from celery_amqp_results.protocol.ranking import fold, is_final
 
@@ -60,9 +61,6 @@ OVERHEAD = 160
 
 #: Searching a page for so many ids one by one takes about as long as going through its index.
 MANY = 32
-
-#: RabbitMQ takes no expiration above this, in milliseconds.
-_MAX_EXPIRATION = 2**32 - 1
 
 _COUNT = struct.Struct(">I")
 _RECORD = struct.Struct(">8sII")
@@ -286,4 +284,4 @@ def expiration(states: Iterable[StateMessage], now: int) -> Optional[int]:
             return None
         latest = max(latest, state.published + state.expiration * 1000)
     # Not earlier than any of its entries: each is checked by itself when it is read.
-    return min(max(1, -(-(latest - now) // 1000)), _MAX_EXPIRATION)
+    return min(max(1, -(-(latest - now) // 1000)), expiry.MAX_MILLISECONDS)

@@ -25,6 +25,7 @@ import amqp
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
+from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.store.checkout import Checkout, longest_hold
@@ -37,8 +38,6 @@ logger = logging.getLogger(__name__)
 #: A body outlives its pointer by so many milliseconds: the pointer is published after it.
 LINGER = 60_000
 
-#: The longest expiration that RabbitMQ takes, in milliseconds.
-MAX_EXPIRATION = 2**32 - 1
 
 #: Seconds between looks at the heartbeats while a body is read.
 TICK = 1.0
@@ -85,7 +84,7 @@ class LargeBodies:
             return state
         expires = None
         if state.expiration is not None:
-            expires = min(state.expiration + LINGER, MAX_EXPIRATION)
+            expires = min(state.expiration + LINGER, expiry.MAX_MILLISECONDS)
         # Made once for each time that something is stored: tries again use the same queue, another
         # run of the task uses another.
         queue = self._topology.large_queue(state.id, uuid.uuid4().hex[:16], expires)

@@ -591,7 +591,7 @@ class Store:
         packed = packed_last = 0.0
         while waiting or running:
             with link.corked():
-                while waiting and len(running) < PARALLEL:
+                while waiting and len(running) < PARALLEL and link.has_room():
                     shard = waiting.popleft()
                     running.append(_Read(self, link, shard, shards[shard], kind, remove))
             now = time.monotonic()

@@ -78,7 +78,7 @@ def ended_expiration(expiration: Optional[int]) -> Optional[int]:
     """Return the milliseconds that :data:`ENDED` is kept: twice as long as the result."""
     if expiration is None:
         return None
-    return min(2 * expiration, expiry.MAX_EXPIRES * 1000)
+    return min(2 * expiration, expiry.MAX_MILLISECONDS)
 
 
 class _Side:
@@ -164,4 +164,5 @@ class Marker:
                 side = self._sides[established] = _Side(established, self._declarations)
             side.publish(message)
         except connections.TRANSIENT as exc:
+            connections.raise_if_from_signal_handler(exc)
             logger.info("%s was not published: %r", message.what, exc)

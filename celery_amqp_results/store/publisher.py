@@ -253,6 +253,7 @@ class Publisher:
                 channel = channel or self._acquire()
                 done = work(channel)
             except _FAILURES as exc:
+                connections.raise_if_from_signal_handler(exc)
                 if channel is not None:
                     _discard_oversize(channel, messages, exc)
                     self._drop(channel, messages)

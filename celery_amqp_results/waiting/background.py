@@ -17,7 +17,7 @@ from celery_amqp_results.amqp import connections
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store.lookup import Store
-from celery_amqp_results.waiting.follower import Follower
+from celery_amqp_results.waiting.follower import LOOK_UP_FAILED, Follower, once
 
 __all__ = ("BackgroundFollower",)
 
@@ -133,8 +133,14 @@ class BackgroundFollower(Follower):
         if look.failure is not None:
             if not look.harmless:
                 raise look.failure
-            logger.warning("waiting goes on although a look-up failed: %s", look.failure)
+            once.log(
+                logging.WARNING,
+                LOOK_UP_FAILED,
+                "waiting goes on although a look-up failed: %s",
+                look.failure,
+            )
             return
+        once.forget(LOOK_UP_FAILED)
         if look.found is None:
             return
         found = {task_id: look.found[task_id] for task_id in ids}

@@ -30,6 +30,7 @@ from typing import (
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.once import OnceLogger
 from celery_amqp_results.feed.inbox import Inbox, Waiter
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
@@ -38,6 +39,11 @@ from celery_amqp_results.store.lookup import Store
 __all__ = ("Follower", "Update", "Waiting")
 
 logger = logging.getLogger(__name__)
+
+#: What happens at each poll while a broker is away is logged once, until it is back.
+once = OnceLogger(logger)
+LOOK_UP_FAILED = "look-up failed"
+NOT_PUSHED = "not pushed"
 
 #: Seconds after which the store is asked again although nothing was pushed; doubled each time, up
 #: to the most. It costs next to nothing, and ends a wait whose push went astray for a reason that
@@ -272,7 +278,8 @@ class Follower:
             return
         try:
             epoch = self._inbox.cover(self._unsettled, min(until, self._held_until()))
-        except TimeoutError:
+        except TimeoutError as exc:
+            connections.raise_if_from_signal_handler(exc)
             return
         found = self._read(self._unsettled, deadline)
         if found is None:
@@ -293,8 +300,14 @@ class Follower:
             if exc.__cause__ is not None and connections.is_refusal(exc.__cause__):
                 raise
             if deadline is None or time.monotonic() < deadline:
-                logger.warning("waiting goes on although a look-up failed: %s", exc)
+                once.log(
+                    logging.WARNING,
+                    LOOK_UP_FAILED,
+                    "waiting goes on although a look-up failed: %s",
+                    exc,
+                )
             return None
+        once.forget(LOOK_UP_FAILED)
         self._found.update(task_id for task_id, states in found.items() if states)
         return found
 
@@ -425,9 +438,12 @@ class Waiting:
     def _cover(self, ids: Set[str]) -> int:
         """Cover *ids* if that can be done soon: the answer does not depend on it."""
         try:
-            return self._inbox.cover(ids, time.monotonic() + self._store.lookup_timeout)
+            epoch = self._inbox.cover(ids, time.monotonic() + self._store.lookup_timeout)
+            once.forget(NOT_PUSHED)
+            return epoch
         except (TimeoutError, errors.BackendUnavailable) as exc:
-            logger.warning("polled tasks cannot be pushed: %s", exc)
+            connections.raise_if_from_signal_handler(exc)
+            once.log(logging.WARNING, NOT_PUSHED, "polled tasks cannot be pushed: %s", exc)
             return 0
 
     def discard(self, task_id: str) -> None:

@@ -50,10 +50,12 @@ from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
 from celery_amqp_results.waiting.follower import Update
 
 __all__ = (
+    "UNREADABLE",
     "Newest",
     "Tap",
     "Target",
     "decode_or_none",
+    "leave_out",
     "nodes",
     "read_states",
     "read_target",
@@ -77,6 +79,9 @@ MAX_REMEMBERED = 20_000
 
 #: The longest that a tap waits at once while nothing happens, in seconds.
 LONGEST_STEP = 3600.0
+
+#: What is wrong with a state alone, and not with reading.
+UNREADABLE = (ContentDisallowed, errors.ForeignMessage, errors.ResultExpired)
 
 _FORKED = "a watch was begun before a fork and goes on in the child: begin it in the child"
 
@@ -325,6 +330,7 @@ class Tap:
                 self._link.drain(0.0)
             self._failures = 0
         except connections.TRANSIENT as exc:
+            connections.raise_if_from_signal_handler(exc)
             if isinstance(exc, errors.BackendUnavailable):
                 raise
             self._lose(exc, until)
@@ -448,6 +454,11 @@ def decode_or_none(state: StateMessage, decode: Callable[[StateMessage], Meta]) 
     """Return the meta of *state* with its id, or ``None``, with a warning, if it has none."""
     try:
         return {"task_id": state.id, **decode(state)}
-    except (ContentDisallowed, errors.ForeignMessage) as exc:
-        logger.warning("left out the %s of %s: %s", state.state, state.id, exc)
+    except UNREADABLE as exc:
+        leave_out(state, exc)
         return None
+
+
+def leave_out(state: StateMessage, exc: Exception) -> None:
+    """Log that *state*, one among those of everybody, is left out."""
+    logger.warning("left out the %s of %s: %s", state.state, state.id, exc)

@@ -173,7 +173,11 @@ def test_accept_content_applies_if_result_accept_content_is_not_set(
         (1.5, "1500"),
         (datetime.timedelta(minutes=2), "120000"),
         (datetime.timedelta(milliseconds=250), "250"),
-        (4_294_967, "4294967000"),
+        ("3600", "3600000"),
+        (" 1.5 ", "1500"),
+        ("0", None),
+        (datetime.timedelta(days=60), "5184000000"),
+        (10**12, "315360000000"),
         (0, None),
         (None, None),
     ],
@@ -229,9 +233,11 @@ def test_many_expired_results_are_pending_after_they_have_been_packed(
     assert make_app(shards=1).AsyncResult(kept).state == states.SUCCESS
 
 
-@pytest.mark.parametrize("expires", [4_294_968, 10**12, datetime.timedelta(days=60), -1])
-@pytest.mark.parametrize("name", ["result_expires", "result_failure_expires"])
-def test_an_expiry_beyond_the_broker_s_limit_is_refused(
+@pytest.mark.parametrize("expires", [-1, "", "soon", float("nan"), float("inf"), True, [1]])
+@pytest.mark.parametrize(
+    "name", ["result_expires", "result_failure_expires", "result_chord_expires"]
+)
+def test_an_expiry_that_is_no_number_of_seconds_is_refused(
     make_app: Apps, name: str, expires: Any
 ) -> None:
     app = make_app(**{name: expires})
