@@ -7,7 +7,6 @@ import contextlib
 import contextvars
 import dataclasses
 import datetime
-import functools
 import logging
 import operator
 import os
@@ -33,7 +32,6 @@ from typing import (
 )
 
 import celery
-import kombu
 from celery import states
 from celery.app.task import Context
 from celery.backends.base import Backend
@@ -45,6 +43,7 @@ from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors, options
 from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.amqp.broker import ResultBroker
 from celery_amqp_results.celery4.api import Celery4API
 from celery_amqp_results.chords import workers
 from celery_amqp_results.chords.firing import last_links, sends_for_another
@@ -162,9 +161,10 @@ class AMQPBackend(Celery4API, Backend):
             conf.result_backend_transport_options or {}, self._url.options
         )
         #: ``shared`` or ``per-task``.
-        self.layout_name = _choose_layout(app, self._url, self.options.layout)
+        self.broker = ResultBroker(app, self._url, self.options.use_ssl)
+        self.layout_name = _choose_layout(self.broker, self.options.layout)
         if self.options.track_sent:
-            _check_tracking(app, self._url, self.layout_name)
+            _check_tracking(app, self.broker, self.layout_name)
         # What Celery 4 writes has no place for either; Celery warns where they are set.
         self.supports_result_compression = self.layout_name == "shared"
         self.supports_failure_expires = self.layout_name == "shared"
@@ -243,9 +243,9 @@ class AMQPBackend(Celery4API, Backend):
     def _make_layout(self) -> Layout:
         policy = self.options.retry_policy
         connector = connections.Connector(
-            functools.partial(_new_connection, weakref.ref(self.app), self._url),
+            self.broker.connection,
             policy,
-            functools.partial(_describe_broker, weakref.ref(self.app), self._url),
+            self.broker.describe,
             self.app.main or "celery",
         )
         if self.layout_name == "per-task":
@@ -263,12 +263,11 @@ class AMQPBackend(Celery4API, Backend):
         )
 
     def _make_sessions(self, connector: connections.Connector) -> transports.Sessions:
-        make = functools.partial(_new_connection, weakref.ref(self.app), self._url, 0.0)
-        if transports.is_amqp(make()):
+        if self.broker.is_amqp():
             return transports.AMQPSessions(
                 connections.Pool(connector, PER_TASK_HEARTBEAT, "per-task")
             )
-        return transports.KombuSessions(make, connector)
+        return transports.KombuSessions(self.broker.connection, connector)
 
     # -- identity ----------------------------------------------------------------------------
 
@@ -308,29 +307,12 @@ class AMQPBackend(Celery4API, Backend):
         retried = current is not None and current.request.id == task_id
         if not retried and not sends_for_another(task_id):
             self.layout.note_sent(task_id)
-        if self.options.track_sent and self._sends_to_us(producer):
+        if self.options.track_sent and self.broker.is_that_of(producer.connection):
             self.layout.mark_sent(
                 producer.connection,
                 tracking.mark(task_id, tracking.SENT, _clock.now(), self._expiration),
             )
         return {}
-
-    def _sends_to_us(self, producer: Any) -> bool:
-        """Return whether *producer* is connected to the broker that keeps the results."""
-        connection = producer.connection
-        return (
-            transports.is_amqp(connection)
-            and connection.virtual_host == self._place.virtual_host
-            and (
-                connection.host == self._place.host
-                or connection.as_uri(include_password=True) in (self._place.alt or ())
-            )
-        )
-
-    @functools.cached_property
-    def _place(self) -> kombu.Connection:
-        """Where the results are; a connection that is never opened."""
-        return self.app.connection_for_write(self._url.broker)
 
     def _store_result(
         self,
@@ -1176,52 +1158,28 @@ class AMQPBackend(Celery4API, Backend):
             layout.close()
 
 
-def _new_connection(
-    app: weakref.ref[Any], url: options.ResultURL, heartbeat: float
-) -> kombu.Connection:
-    owner = app()
-    if owner is None:
-        raise errors.BackendUnavailable("the Celery app of this result backend is gone")
-    tls: Meta = {}
-    if url.scheme in ("amqps", "pyamqps") and not owner.conf.broker_use_ssl:
-        tls["ssl"] = True
-    return owner.connection_for_write(url.broker, heartbeat=heartbeat, **tls)
-
-
-def _describe_broker(app: weakref.ref[Any], url: options.ResultURL) -> str:
-    """Return the broker's address without passwords, for messages."""
-    owner = app()
-    if url.broker is not None or owner is None:
-        return url.sanitized()
-    # The app's own broker: its address says more than "amqp://".
-    connection = owner.connection_for_write()
-    hosts = connection.alt or [connection.as_uri(include_password=True)]
-    return options.parse_url(";".join(map(str, hosts))).sanitized()
-
-
-def _choose_layout(app: Any, url: options.ResultURL, wanted: Optional[str]) -> str:
+def _choose_layout(broker: ResultBroker, wanted: Optional[str]) -> str:
     """Return the layout: the one that is *wanted*, or the one that the transport can do."""
-    connection = app.connection_for_write(url.broker)
-    if transports.is_amqp(connection):
+    if broker.is_amqp():
         return wanted or "shared"
     if wanted == "shared":
         raise errors.InvalidOption(
             "the layout 'shared' needs RabbitMQ; the transport "
-            f"{transports.transport_name(connection)!r} can do 'per-task'"
+            f"{transports.transport_name(broker.place)!r} can do 'per-task'"
         )
     return "per-task"
 
 
-def _check_tracking(app: Any, url: options.ResultURL, layout: str) -> None:
+def _check_tracking(app: Any, broker: ResultBroker, layout: str) -> None:
     if layout != "shared":
         raise errors.InvalidOption(
             f"the option 'track_sent' needs the layout 'shared', and the layout is {layout!r}"
         )
-    here, there = app.connection_for_write(), app.connection_for_write(url.broker)
+    here, there = app.connection_for_write(), broker.place
     if (here.host, here.virtual_host) != (there.host, there.virtual_host):
         raise errors.InvalidOption(
             "the option 'track_sent' needs results on the broker of the tasks, since the marks go "
-            f"with these; here results go to {url.sanitized()} and tasks elsewhere"
+            f"with these; here results go to {broker.url.sanitized()} and tasks elsewhere"
         )
 
 
