@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kept", default="", metavar="N,N",
         help="how many results are kept for look-ups; default: 10000 with --quick; 1000, 10000 and "
              "100000 without; 1000000 takes ten minutes")
+    add("--rounds", type=int, default=0, metavar="N",
+        help="measure at most N rounds of each peer; 25 of a chord and 5 of most others by default")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--markdown", type=Path, metavar="FILE", help="write a table there")
     add("--plots", type=Path, metavar="FOLDER", help="write SVG files there; needs matplotlib")
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compare ratios with the recorded run of its kind; fail if one became worse")
     add("--record", action="store_true", help="make this the recorded run of its kind")
     add("--from", dest="source", type=Path, nargs="+", metavar="FILE",
-        help="measure nothing, take the figures of these JSON files")
+        help="measure nothing; take each row from the first of these JSON files that has it")
     # fmt: on
     return parser
 
@@ -104,7 +106,7 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
                 reporter.line(f"{name} is left out: pip install -e '.[bench]' installs it")
         about = _about(node, options.quick)
         reporter.line(", ".join(f"{name} {value}" for name, value in about.items()))
-        place = Place(node, servers, options.quick, kept, here, pids)
+        place = Place(node, servers, options.quick, kept, here, pids, options.rounds)
         stack.callback(place.end_workers)
         started = time.monotonic()
         short = [name for name in measures.ALL if name not in measures.THOROUGH]
@@ -152,12 +154,21 @@ def _load() -> str:
 
 
 def merged(runs: Sequence[Run]) -> Run:
-    """Return one run with all rows of several, of the same row the first; about the first."""
+    """Return one run with the rows of several.
+
+    If two runs have the same row, the first run's counts. The first run describes the result; the
+    others are described in ``parts``, with the names of their rows.
+    """
     rows: Dict[str, Row] = {}
-    for run in runs:
-        for row in run.rows:
-            rows.setdefault(row.name, row)
-    return Run(runs[0].about, list(rows.values()))
+    parts: List[Dict[str, Any]] = list(runs[0].about.get("parts", ()))
+    for number, run in enumerate(runs):
+        new = [row for row in run.rows if row.name not in rows]
+        for row in new:
+            rows[row.name] = dataclasses.replace(row, busy=True) if run.busy else row
+        if number and new:
+            parts.append({**run.about, "rows": [row.name for row in new]})
+    about = {**runs[0].about, "parts": parts} if parts else runs[0].about
+    return Run(about, list(rows.values()))
 
 
 def recorded_path(run: Run) -> Path:

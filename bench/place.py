@@ -29,6 +29,7 @@ class Place:
         kept: how many results are kept for look-ups; empty for the measure's own sizes.
         peers: names of the peers that are installed and wanted.
         broker_pids: processes of all brokers and Redis servers.
+        most_rounds: no measure has more rounds than this, if it is not 0.
     """
 
     node: rabbitmq.Node
@@ -37,12 +38,16 @@ class Place:
     kept: Sequence[int]
     peers: Sequence[str]
     broker_pids: Sequence[int]
+    most_rounds: int = 0
     _workers: Dict[str, programs.Worker] = dataclasses.field(default_factory=dict)
 
     @property
     def rounds(self) -> int:
         """How many rounds of each peer are measured."""
         return 3 if self.quick else 5
+
+    def _limited(self, rounds: int) -> int:
+        return min(rounds, self.most_rounds) if self.most_rounds else rounds
 
     def chosen(self, *names: str) -> List[str]:
         """Return those of *names* that are measured in this run.
@@ -127,7 +132,7 @@ class Place:
             for measure in measures.values():
                 measure()
         found: DefaultDict[str, Figures] = collections.defaultdict(dict)
-        for _ in range(rounds or self.rounds):
+        for _ in range(self._limited(rounds or self.rounds)):
             for peer, measure in measures.items():
                 for name, value in measure().items():
                     found[name].setdefault(peer, []).append(value)

@@ -25,7 +25,7 @@ def measure(place: Place) -> Iterator[Row]:
     Without confirms, the clock runs until the broker has read everything. Otherwise the figures
     would only show how much fits into the buffers of a socket.
     """
-    count = 400 if place.quick else 4000
+    count = 400 if place.quick else 2000
     queue = f"bench-{uuid.uuid4().hex[:8]}"
     names = [name for name in peers.PEERS if name != "ignored"]
     apps = {

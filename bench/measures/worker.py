@@ -33,7 +33,7 @@ CHILDREN = 8
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield tasks a second of two workers, and the processor time of each task."""
-    count = 400 if place.quick else 3000
+    count = 400 if place.quick else 1500
     round_trip.warm(place, "amqp, confirm=False", "amqp, tuned broker")
     workers = place.workers("rpc", "celery-amqp-backend", "amqp, per-task", *PEERS)
     yield from _rows(place, "worker", "a prefork worker of two processes", workers, count)
