@@ -7,8 +7,9 @@ from typing import Any, Callable, Collection, Dict, Mapping, Optional, Sequence
 
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
-from celery_amqp_results.chords.parts import HEARTBEAT as CHORD_HEARTBEAT
-from celery_amqp_results.chords.parts import Chords
+from celery_amqp_results.chords.firing import Firing
+from celery_amqp_results.chords.sending import Chords, Plans
+from celery_amqp_results.chords.service import Service
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
@@ -27,6 +28,9 @@ from celery_amqp_results.waiting.watch import Tap
 
 __all__ = ("SharedLayout",)
 
+#: Bytes of results that a leader of chords keeps in memory. It reads the others when it fires.
+LEADER_MEMORY = 64 * 1024 * 1024
+
 
 class SharedLayout:
     """Puts publisher, store and inbox together.
@@ -38,6 +42,7 @@ class SharedLayout:
         client: the word of this process in routing keys.
         persistent: whether messages survive a restart of the broker.
         codec: decodes metas.
+        app: returns the Celery app, or ``None`` when it is gone.
 
     Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and let
     go of this one untouched: closing it would speak on the parent's connections.
@@ -51,6 +56,7 @@ class SharedLayout:
         client: str,
         persistent: bool,
         codec: Codec,
+        app: Callable[[], Any],
     ) -> None:
         self._connector = connector
         self._topology = topology
@@ -79,15 +85,18 @@ class SharedLayout:
         self.inbox = Inbox(connector, declarations, client)
         self._waiting = Waiting(self.inbox, self.store)
         self._taps: weakref.WeakSet[Tap] = weakref.WeakSet()
-        self._chord_pool = connections.Pool(connector, CHORD_HEARTBEAT, "chords")
-        #: Chords that are fired by their last part.
-        self.chords: Optional[Chords] = Chords(
-            self.publisher, self._chord_pool, topology, persistent, self._outgoing
+        self._plans = Plans(app, topology, persistent)
+        self._firing = Firing(app, self.store, self._plans.content)
+        self._leading = Service(
+            connector, declarations, self.store, self._plans.read, self._firing.fire, LEADER_MEMORY
         )
+        #: Chords, fired by the leader of their plan queue.
+        self.chords: Optional[Chords] = Chords(self.publisher, self._plans, self._leading)
 
     def metrics(self) -> Metrics:
         """Return what was done so far. Does no I/O."""
         publisher, store, inbox = self.publisher, self.store, self.inbox
+        leading = self._leading
         return Metrics(
             stored=publisher.stored,
             confirmed=publisher.confirmed,
@@ -103,6 +112,11 @@ class SharedLayout:
             packed=store.packed,
             rejected=store.rejected + inbox.rejected,
             waiting=inbox.waited_for,
+            chords_fired=leading.fired,
+            chords_abandoned=leading.abandoned,
+            chords_open=leading.open,
+            chords_led=leading.leads,
+            oldest_chord=int(leading.oldest_age()),
         )
 
     def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -158,15 +172,47 @@ class SharedLayout:
         """Return the state that a pointer stands for, or ``None`` where the body is gone."""
         return self._large.fetch(pointer)
 
-    def publish(self, state: StateMessage, route: Route, final: bool) -> None:
+    def publish(
+        self,
+        state: StateMessage,
+        route: Route,
+        final: bool,
+        part: Optional[StateMessage] = None,
+    ) -> None:
         """Publish a state; of a *final* one, return only when the broker has it.
+
+        Parameters:
+            state: the state.
+            route: what its routing key says.
+            final: whether the broker has to have it.
+            part: what the leader of a chord counts, where the state itself is not kept as long.
 
         Raises:
             BackendUnavailable, ResultTooLarge, DeclarationRefused: see
                 :meth:`~celery_amqp_results.store.publisher.Publisher.publish`.
         """
-        self.publisher.publish((self._outgoing(state, route),), final and self._options.confirm)
+        messages = [self._outgoing(state, route)]
+        if part is not None:
+            messages.append(self._outgoing(part, Route(group_id=route.group_id, in_chord=True)))
+        # A chord waits for it, and nobody sends it again.
+        confirm = final and (self._options.confirm or route.in_chord)
+        self.publisher.publish(messages, confirm)
         self.inbox.note_stored(state)
+        self._note_chord(route, final)
+
+    def publish_part(self, part: StateMessage, group_id: str) -> None:
+        """Publish what a task of a chord's header returned, whose state is not stored.
+
+        Raises:
+            BackendUnavailable, ResultTooLarge, DeclarationRefused: as :meth:`publish`.
+        """
+        route = Route(group_id=group_id, in_chord=True)
+        self.publisher.publish((self._outgoing(part, route),))
+        self._note_chord(route, True)
+
+    def _note_chord(self, route: Route, final: bool) -> None:
+        if final and route.in_chord and route.group_id and self.chords is not None:
+            self.chords.note_chord(route.group_id)
 
     def _outgoing(self, state: StateMessage, route: Route) -> Outgoing:
         topology = self._topology
@@ -237,7 +283,9 @@ class SharedLayout:
         """
         for tap in list(self._taps):
             tap.shut()
+        # It sends bodies until then, and reads the store for that.
+        self._leading.close(wait)
         self.inbox.close(wait)
         self.publisher.close()
         self._pool.close()
-        self._chord_pool.close()
+        self._firing.close()

@@ -55,11 +55,6 @@ LAST_RECHECK = 300.0
 #: any more when nothing has for so many seconds. A flow that never ends puts it off once.
 SILENCE = 1.0
 
-#: How long the body of a chord is waited for until the chord is looked at, in seconds; doubled each
-#: time, up to the last.
-FIRST_CHORD_CHECK = 5.0
-LAST_CHORD_CHECK = 300.0
-
 #: An end that the store knows for so many seconds, and that was not pushed, says that nothing is:
 #: unless states are being pushed, and none that was published so much later.
 LATE = 5.0
