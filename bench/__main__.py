@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import amqp
 import celery
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how many results are kept for look-ups; default: 10000 with --quick; 1000, 10000 and "
              "100000 without; 1000000 takes ten minutes")
     add("--rounds", type=int, default=0, metavar="N",
-        help="measure at most N rounds of each peer; 25 of a chord and 5 of most others by default")
+        help="rounds of each peer, but for chords and the fleet; default: 5, with --quick 3")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--markdown", type=Path, metavar="FILE", help="write a table there")
     add("--plots", type=Path, metavar="FOLDER", help="write SVG files there; needs matplotlib")
@@ -84,45 +84,55 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
-    wanted = [name.strip().replace(";", ",") for name in options.peers.split(",")]
-    kept = [int(number) for number in options.kept.split(",") if number]
-    rows: List[Row] = []
     with contextlib.ExitStack() as stack:
-        node = stack.enter_context(services.private_rabbitmq(options.distribution))
-        redis = stack.enter_context(services.private_redis())
-        lasting = stack.enter_context(services.private_redis(lasting=True))
-        servers = peers.Servers(node.url(), redis.address, lasting.address)
-        pids = [node.pid, redis.pid, lasting.pid]
-        if not options.quick and not node.version.startswith("3."):
-            tuned = services.private_rabbitmq(options.distribution, services.TUNED)
-            other = stack.enter_context(tuned)
-            servers = dataclasses.replace(servers, tuned=other.url())
-            pids.append(other.pid)
-        here = []
-        for name in wanted:
-            if peers.available(name):
-                here.append(name)
-            else:
-                reporter.line(f"{name} is left out: pip install -e '.[bench]' installs it")
-        about = _about(node, options.quick)
+        place = _place(stack, options, reporter)
+        about = _about(place.node, options.quick)
         reporter.line(", ".join(f"{name} {value}" for name, value in about.items()))
-        place = Place(node, servers, options.quick, kept, here, pids, options.rounds)
-        stack.callback(place.end_workers)
         started = time.monotonic()
-        short = [name for name in measures.ALL if name not in measures.THOROUGH]
-        for name in options.measures or (short if options.quick else measures.ALL):
-            begun = time.monotonic()
-            for row in measures.ALL[name](place):
+        rows: List[Row] = []
+        try:
+            for row in _rows(place, options, reporter):
                 rows.append(row)
                 reporter.row(row)
                 if options.json:
-                    # One that is interrupted leaves what it has.
                     options.json.write_text(Run(about, rows).to_json(), encoding="utf-8")
-            reporter.line(f"-- {name}: {time.monotonic() - begun:.0f} s, load {_load()}")
+        except KeyboardInterrupt:
+            reporter.line("interrupted: these are the rows so far")
         about["seconds"] = round(time.monotonic() - started)
         about["busy"] = about["busy"] or _busy()
         about["load"] = f"{about['load']}; at the end {_load()}"
     return Run(about, rows)
+
+
+def _rows(place: Place, options: argparse.Namespace, reporter: Reporter) -> Iterator[Row]:
+    short = [name for name in measures.ALL if name not in measures.THOROUGH]
+    for name in options.measures or (short if options.quick else measures.ALL):
+        begun = time.monotonic()
+        yield from measures.ALL[name](place)
+        reporter.line(f"-- {name}: {time.monotonic() - begun:.0f} s, load {_load()}")
+
+
+def _place(stack: contextlib.ExitStack, options: argparse.Namespace, reporter: Reporter) -> Place:
+    """Start the servers, which *stack* stops, and return the place where measures run."""
+    node = stack.enter_context(services.private_rabbitmq(options.distribution))
+    redis = stack.enter_context(services.private_redis())
+    lasting = stack.enter_context(services.private_redis(lasting=True))
+    servers = peers.Servers(node.url(), redis.address, lasting.address)
+    here = []
+    for name in (name.strip().replace(";", ",") for name in options.peers.split(",")):
+        if peers.available(name):
+            here.append(name)
+        else:
+            reporter.line(f"{name} is left out: pip install -e '.[bench]' installs it")
+    kept = [int(number) for number in options.kept.split(",") if number]
+    place = Place(node, servers, options.quick, kept, here, (redis.pid, lasting.pid))
+    place.usual_rounds = options.rounds
+    if not options.quick and not node.version.startswith("3."):
+        tuned = stack.enter_context(services.private_rabbitmq(options.distribution, services.TUNED))
+        place.servers = dataclasses.replace(servers, tuned=tuned.url())
+        place.tuned_pid = tuned.pid
+    stack.callback(place.end_workers)
+    return place
 
 
 def _about(node: rabbitmq.Node, quick: bool) -> Dict[str, Any]:

@@ -47,7 +47,7 @@ def measure(place: Place) -> Iterator[Row]:
                 name: stack.enter_context(Fleet.running(place, name, processes)) for name in names
             }
             for fleet in fleets.values():
-                fleet.round(rates[0], WARM_UP)
+                fleet.round(rates[0], WARM_UP / 2 if place.quick else WARM_UP)
             for rate in rates:
                 yield from _at_rate(place, fleets, processes, rate)
 
@@ -119,9 +119,9 @@ class Fleet:
         for number, one in enumerate(self.web):
             one.tell("browse", number=number, **arguments)
         time.sleep(AHEAD)
-        broker, client = self.place.broker_seconds(), self._client_seconds()
+        broker, client = self.place.broker_seconds(self.name), self._client_seconds()
         verdict, late = self._answers()
-        broker = self.place.broker_seconds() - broker
+        broker = self.place.broker_seconds(self.name) - broker
         client = self._client_seconds() - client
         return {
             "p50": verdict.percentile(50),

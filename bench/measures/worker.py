@@ -71,7 +71,7 @@ def draining(
     def work() -> Dict[str, float]:
         _fill(place, worker, count, ticks)
         until = ticks.total() + count
-        cpu, broker = worker.cpu_seconds(), place.broker_seconds()
+        cpu, broker = worker.cpu_seconds(), place.broker_seconds(worker.name)
         started = time.perf_counter()
         worker.app.control.add_consumer(worker.queue, destination=[worker.hostname])
         while ticks.total() < until:
@@ -84,7 +84,7 @@ def draining(
         return {
             "per second": count / seconds,
             "cpu": (worker.cpu_seconds() - cpu) / count * 1e6,
-            "broker": (place.broker_seconds() - broker) / count * 1e6,
+            "broker": (place.broker_seconds(worker.name) - broker) / count * 1e6,
         }
 
     return work

@@ -310,12 +310,14 @@ def test_rows_of_a_busy_part_are_not_compared_by_the_clock() -> None:
     assert [change.name for change in compare.changes(run, run)] == ["store.cpu"]
 
 
-def test_no_measure_has_more_rounds_than_the_command_line_allows() -> None:
-    def place(most: int) -> Place:
+def test_the_command_line_sets_the_rounds_of_measures_without_a_number_of_their_own() -> None:
+    def place_with(usual: int) -> Place:
         nowhere = Servers("", "", "")
-        return Place(None, nowhere, False, (), (), (), most)  # type: ignore[arg-type]
+        place = Place(None, nowhere, False, (), (), ())  # type: ignore[arg-type]
+        place.usual_rounds = usual
+        return place
 
     measures = {"amqp": lambda: {"ms": 1.0}}
-    for most, wanted, rounds in ((0, None, 5), (0, 25, 25), (3, None, 3), (3, 2, 2)):
-        found = place(most).alternate(measures, wanted)
+    for usual, wanted, rounds in ((0, None, 5), (0, 25, 25), (3, None, 3), (3, 25, 25)):
+        found = place_with(usual).alternate(measures, wanted)
         assert len(found["ms"]["amqp"]) == rounds
