@@ -143,7 +143,9 @@ def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) 
             found = dict(old.config.codec.decode(state), task_id=task_id)
         except (KombuError, errors.ForeignMessage):
             return "unreadable"
-        message = new._encode_state(task_id, state.state, found, STATE, new._expiration)
+        message = new._encode_state(
+            task_id, state.state, found, STATE, new.config.expirations.result
+        )
 
         # Not deleted before the broker has it.
         new.layout.publish(new.layout.detach(message), Route(BROADCAST), True)
