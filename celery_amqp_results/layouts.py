@@ -164,7 +164,7 @@ class LayoutRegistry:
         with self._lock:
             layout = self._layouts.pop(key, None)
             if layout is not None:
-                done = dataclasses.replace(layout.metrics(), waiting=0)
+                done = dataclasses.replace(layout.metrics(), waiting=0, views=0, view_bytes=0)
                 self._past[key] = Metrics.total((self._past.get(key, Metrics()), done))
         return layout
 

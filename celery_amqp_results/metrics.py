@@ -57,6 +57,14 @@ class Metrics:
         COUNTER, "messages", "Foreign or damaged messages, as often as they were met"
     )
     waiting: int = _metric(GAUGE, "tasks", "Tasks that somebody waits for at present")
+    remembered: int = _metric(
+        COUNTER, "ids", "Ids of tasks that were read from memory, after a barrier"
+    )
+    barriers: int = _metric(
+        COUNTER, "messages", "Barriers that came back: one serves all reads that wait for it"
+    )
+    views: int = _metric(GAUGE, "shards", "Shards that are known completely at present")
+    view_bytes: int = _metric(GAUGE, "bytes", "Memory for what is known of tasks and shards, about")
     chords_fired: int = _metric(COUNTER, "chords", "Chords whose bodies were sent, or failed")
     chords_abandoned: int = _metric(COUNTER, "chords", "Chords that were given up as expired")
     chords_open: int = _metric(GAUGE, "chords", "Chords that this process leads at present")

@@ -78,6 +78,8 @@ class Options:
     page_size: int = 256 * 1024
     #: Bytes of an encoded result up to which it is kept in a shard; a larger one has its own queue.
     inline_limit: int = 128 * 1024
+    #: Bytes of memory that a process takes for what it knows of tasks, about.
+    view_memory: int = 32 * 1024 * 1024
     #: Bytes that a compressed result may have when it is decompressed.
     max_decompressed_size: int = 128 * 1024 * 1024
     #: Whether it is noted that a task was sent, has ended, or was forgotten.
@@ -229,6 +231,7 @@ _PARSERS: Dict[str, Callable[[Any], Any]] = {
     "page_size": _integer(1024, 8 * 1024 * 1024),
     "track_sent": _boolean,
     "inline_limit": _integer(1024, 8 * 1024 * 1024),
+    "view_memory": _integer(0, 999_999_999),
     "max_decompressed_size": _integer(1024, 999_999_999),
     "declare": _boolean,
     "use_ssl": _tls,

@@ -11,6 +11,7 @@ from celery_amqp_results.chords.firing import Firing
 from celery_amqp_results.chords.sending import Chords, Plans
 from celery_amqp_results.chords.service import Service
 from celery_amqp_results.feed.inbox import Inbox
+from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
 from celery_amqp_results.protocol.codec import Codec
@@ -23,7 +24,7 @@ from celery_amqp_results.store.lookup import HEARTBEAT as STORE_HEARTBEAT
 from celery_amqp_results.store.lookup import Store
 from celery_amqp_results.store.publisher import Outgoing, Publisher
 from celery_amqp_results.waiting.background import BackgroundFollower
-from celery_amqp_results.waiting.follower import Follower, Waiting
+from celery_amqp_results.waiting.follower import Follower
 from celery_amqp_results.waiting.watch import Tap
 
 __all__ = ("SharedLayout",)
@@ -82,8 +83,8 @@ class SharedLayout:
             options.lookup_timeout,
         )
         self._marker = tracking.Marker(declarations)
-        self.inbox = Inbox(connector, declarations, client)
-        self._waiting = Waiting(self.inbox, self.store)
+        self.inbox = Inbox(connector, declarations, client, options.view_memory)
+        self.reads = Reads(self.inbox, self.store)
         self._taps: weakref.WeakSet[Tap] = weakref.WeakSet()
         self._plans = Plans(app, topology, persistent)
         self._firing = Firing(app, self.store, self._plans.content)
@@ -112,6 +113,10 @@ class SharedLayout:
             packed=store.packed,
             rejected=store.rejected + inbox.rejected,
             waiting=inbox.waited_for,
+            remembered=self.reads.remembered,
+            barriers=inbox.barriers,
+            views=inbox.live_views,
+            view_bytes=inbox.memory,
             chords_fired=leading.fired,
             chords_abandoned=leading.abandoned,
             chords_open=leading.open,
@@ -234,7 +239,7 @@ class SharedLayout:
         Parameters:
             backlog_limit: not used; any number of states is read.
         """
-        return self._waiting.poll(ids)
+        return self.reads.read(ids)
 
     def follower(self, submit: Optional[Callable[..., Any]] = None) -> Follower:
         """Return a follower of no tasks yet.
@@ -244,8 +249,8 @@ class SharedLayout:
                 there, and a follower of many never stands still.
         """
         if submit is None:
-            return self._waiting.follower()
-        return BackgroundFollower(self.inbox, self.store, submit)
+            return Follower(self.inbox, self.reads)
+        return BackgroundFollower(self.inbox, self.reads, self._options.lookup_timeout, submit)
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
         """Return a tap of everything that is published.
@@ -258,10 +263,11 @@ class SharedLayout:
         return tap
 
     def forget(self, ids: Collection[str]) -> None:
-        """Delete everything about *ids*."""
+        """Delete everything about *ids*, in the broker and in the memory of all processes."""
         self.store.remove(ids)
+        self.store.announce_removal(ids)
         for task_id in ids:
-            self._waiting.discard(task_id)
+            self.inbox.forget(task_id)
 
     def save_group(self, group: StateMessage) -> None:
         """Keep a group: in the shard of its id, and in no inbox."""

@@ -19,6 +19,8 @@ STATE = "state"
 GROUP = "group"
 #: What became of a task, see :mod:`~celery_amqp_results.store.marks`.
 MARK = "mark"
+#: The mark of a task whose states were deleted. It is also published to the exchange.
+FORGOTTEN = "FORGOTTEN"
 #: What a header task of a chord returned, where its state does not say so for long enough.
 PART = "part"
 #: What is to be done when a chord is complete; in a plan queue.

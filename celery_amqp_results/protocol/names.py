@@ -7,6 +7,7 @@
     plan queues      <result_exchange>.chords.<n>          not bound; plans of chords
     large results    <result_exchange>.large.<task>.<mark> not bound; the body of one result
     inbox            named by the broker, exclusive        bound with  *.<client>.#, *.all.#, <n>.#
+                                                            or *.*.*.#
     leader's inbox   named by the broker, exclusive        bound with  *.*.<n>.#
     routing key      <shard>.<client>.<plan queue>.<group>.<task>.<STATE>
 
@@ -241,6 +242,12 @@ class Topology:
     def shard_binding(self, shard: int) -> str:
         """Return the binding key for every message of shard number *shard*."""
         return f"{shard}.#"
+
+    @staticmethod
+    def every_binding() -> str:
+        """Return the binding key for every message of all shards."""
+        # Not "#", which an inbox that overflows would match.
+        return "*.*.*.#"
 
     def definitions(self, vhost: str) -> Dict[str, Any]:
         """Return what is declared once, in the format of RabbitMQ's definitions.

@@ -388,7 +388,7 @@ def test_a_body_keeps_the_process_that_sent_its_chord(make_app: Apps, group_id: 
     body.freeze()
     sender.backend.apply_chord((group_id, [AsyncResult("a", app=sender)]), body)
     assert body.options["origin"] == anon_nodename()
-    assert body.id in sender.backend.layout.inbox._sent
+    assert sender.backend.layout.inbox.is_own(body.id)
     body.options["origin"] = "gen1@elsewhere"
     sender.backend.set_chord_size(group_id, 1)
     # When it sends the body, and a task of its own
@@ -406,8 +406,8 @@ def test_a_body_keeps_the_process_that_sent_its_chord(make_app: Apps, group_id: 
         signals.before_task_publish.disconnect(note)
     # Then the body's states go to who sent the chord, and it counts on getting its own only
     assert noted == {body.id: "gen1@elsewhere", own.id: anon_nodename()}
-    assert own.id in app.backend.layout.inbox._sent
-    assert body.id not in app.backend.layout.inbox._sent
+    assert app.backend.layout.inbox.is_own(own.id)
+    assert not app.backend.layout.inbox.is_own(body.id)
 
 
 def test_a_body_of_several_tasks_or_of_a_task_is_not_counted_on(
@@ -422,7 +422,7 @@ def test_a_body_of_several_tasks_or_of_a_task_is_not_counted_on(
     monkeypatch.setattr(type(app), "current_worker_task", property(lambda self: running))
     body = send(app, group_id, ["a"])
     assert "origin" not in body.options
-    assert not app.backend.layout.inbox._sent
+    assert not len(app.backend.layout.inbox._table._sent)
 
 
 def test_nothing_is_taken_of_a_generator_but_what_celery_takes(app: Celery, group_id: str) -> None:

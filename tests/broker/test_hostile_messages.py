@@ -340,7 +340,7 @@ def test_a_hostile_push_does_not_end_the_inbox(
     app.backend.store_result(task_id, "good", states.SUCCESS)
     assert waiting.result() == "good"
     eventually(lambda: inbox.rejected > 10)
-    assert inbox._epochs == 1
+    assert inbox.connections == 1
 
 
 def test_reading_a_damaged_result_raises_and_executes_nothing(

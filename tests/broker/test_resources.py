@@ -112,13 +112,13 @@ def test_the_number_of_descriptors_is_constant_over_many_reconnects(
         assert backend.layout.store.read([task_id])[task_id]
         until_watched(app, waited, eventually)
         counts.append(descriptors())
-        epoch = inbox._epochs
+        epoch = inbox.connections
         for link in list(connections._links):
             if link.alive:
                 with contextlib.suppress(OSError, AttributeError):
                     link.socket.shutdown(socket.SHUT_RDWR)
                     lost += 1
-        eventually(lambda epoch=epoch: inbox._epochs > epoch)
+        eventually(lambda epoch=epoch: inbox.connections > epoch)
     backend.store_result(waited, "end", states.SUCCESS)
     assert waiting.result() == "end"
     assert counts[-1] <= max(counts[:5]) + 3

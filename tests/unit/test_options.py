@@ -29,6 +29,7 @@ simple = {
     "page_size": st.integers(1024, 8 * 1024 * 1024),
     "inline_limit": st.integers(1024, 8 * 1024 * 1024),
     "max_decompressed_size": st.integers(1024, 999_999_999),
+    "view_memory": st.integers(0, 999_999_999),
     "track_sent": st.booleans(),
 }
 seconds = st.floats(0, 3600) | st.integers(0, 3600)
@@ -80,6 +81,7 @@ invalid: Dict[str, Tuple[st.SearchStrategy[Any], str]] = {
     "lookup_timeout": (seconds_outside(0.1, 3600), "seconds from 0.1 to 3600"),
     "page_size": (whole_outside(1024, 8 * 1024 * 1024), "whole numbers from 1024 to 8388608"),
     "inline_limit": (whole_outside(1024, 8 * 1024 * 1024), "whole numbers from 1024 to 8388608"),
+    "view_memory": (whole_outside(0, 999_999_999), "whole numbers from 0 to 999999999"),
     "max_decompressed_size": (
         whole_outside(1024, 999_999_999),
         "whole numbers from 1024 to 999999999",
