@@ -160,7 +160,7 @@ def _around_group(original: Callable[..., Any]) -> Callable[..., Any]:
             yield from original(self, result, *args, **kwargs)
             return
         members = list(result.results or ())
-        # Not the current span: the caller's code runs between two members.
+        # The caller's code runs between two members, so this is not made the current span.
         span = tracing.tracer.start_span(
             "wait for group",
             kind=otel.SpanKind.CONSUMER,

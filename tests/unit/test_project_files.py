@@ -89,7 +89,7 @@ def test_the_compose_file_has_what_its_services_need() -> None:
             assert condition == {"condition": "service_healthy"}
             assert "healthcheck" in services[needed]
         for port in service.get("ports", ()):
-            # Nothing is open to other machines, since the password is everybody's.
+            # Nothing is open to other machines, since the password is the default one.
             assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port)
     named = {volume.split(":")[0] for s in services.values() for volume in s.get("volumes", ())}
     assert named == compose["volumes"].keys()

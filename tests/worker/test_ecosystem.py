@@ -78,7 +78,7 @@ def test_flower_shows_tasks_and_their_results(broker: str, tmp_path: Path) -> No
         app = Celery(broker=broker, backend="amqp://", set_as_current=False)
         other = app.send_task("examples.tasks.count", (4, 0)).id
         failed = app.send_task("examples.tasks.count", (-1,)).id
-        # When their results are asked for, then Flower reads them
+        # Then Flower reads their results
         for task_id, value in ((sent["task-id"], 3), (other, 4)):
             found = client.get(f"result/{task_id}", params={"timeout": 30}).json()
             assert (found["state"], found["result"]) == ("SUCCESS", value)
