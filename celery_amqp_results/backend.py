@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import contextvars
 import dataclasses
 import datetime
@@ -18,7 +17,6 @@ from typing import (
     Any,
     Callable,
     ClassVar,
-    Collection,
     Dict,
     Generator,
     Iterable,
@@ -36,7 +34,7 @@ from celery import states
 from celery.app.task import Context
 from celery.backends.base import Backend
 from celery.exceptions import SecurityError, TimeoutError
-from celery.result import ResultSet, result_from_tuple
+from celery.result import result_from_tuple
 from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors
@@ -64,10 +62,7 @@ from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessag
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topology, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.store import marks as tracking
-from celery_amqp_results.waiting import results as trees
-from celery_amqp_results.waiting import watch as watching
-from celery_amqp_results.waiting.callbacks import PendingResults
-from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
@@ -82,15 +77,8 @@ MAX_COMPLAINTS = 100
 #: Celery before 5.5 writes when a task has ended in UTC.
 DATES_IN_ZONE_OF_APP = celery.VERSION >= (5, 5)
 
-#: How often ``on_interval`` is called where no interval is given, in seconds.
-DEFAULT_INTERVAL = 0.5
-SHORTEST_INTERVAL = 0.01
-
 #: So many tasks are remembered as failed.
 MAX_FAILED = 1000
-
-#: The longest that a watcher waits at once while nothing happens, in seconds.
-WATCH_INTERVAL = 5.0
 
 Meta = Dict[str, Any]
 
@@ -199,6 +187,8 @@ class AMQPBackend(Celery4API, Backend):
             purpose,
         )
         self._layouts = _registry_of(app)
+        #: Waits for tasks.
+        self.waits = Waits(lambda: self.layout, self.decode_state)
         self._reset()
         _backends.add(self)
 
@@ -233,10 +223,8 @@ class AMQPBackend(Celery4API, Backend):
 
     def _reset(self) -> None:
         """Start afresh, as a new process that has opened nothing."""
-        self._lock = threading.Lock()
-        self._resolving = threading.RLock()
         self._pid = os.getpid()
-        self._pending: Optional[PendingResults] = None
+        self.waits.reset()
         self._failed = LRUCache(limit=MAX_FAILED)
         self._complaints: Set[str] = set()
 
@@ -444,12 +432,19 @@ class AMQPBackend(Celery4API, Backend):
 
     # -- reading -----------------------------------------------------------------------------
 
-    def _read_content(self, state: StateMessage) -> Meta:
+    def read_content(self, state: StateMessage) -> Meta:
         """Return what the serializer makes of *state*; its body may have to be fetched."""
         return self.config.codec.decode(self._complete(state))
 
-    def _decode_state(self, state: StateMessage) -> Meta:
-        meta = self._read_content(state)
+    def decode_state(self, state: StateMessage) -> Meta:
+        """Return the meta that *state* holds.
+
+        Raises:
+            ResultExpired: when its body is gone.
+            LookupTimeout, BackendUnavailable: when its body could not be read.
+            kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
+        """
+        meta = self.read_content(state)
         try:
             decoded: Meta = self.meta_from_decoded(meta)
         except SecurityError:
@@ -489,14 +484,6 @@ class AMQPBackend(Celery4API, Backend):
             )
         return complete
 
-    def _decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
-        """Return the meta of *state*, or ``None`` where its body is gone."""
-        try:
-            return self._decode_state(state)
-        except errors.ResultExpired as exc:
-            logger.warning("taken for expired: %s", exc)
-            return None
-
     def _get_task_meta_for(self, task_id: str) -> Meta:
         """Return the meta of a task; of one that nothing is known of, a pending one.
 
@@ -509,7 +496,7 @@ class AMQPBackend(Celery4API, Backend):
         """
         task_id = id_text(task_id)
         state = self.layout.poll((task_id,))[task_id]
-        meta = None if state is None else self._decode_if_kept(state)
+        meta = None if state is None else self.waits.decode_if_kept(state)
         if meta is None:
             return {"status": states.PENDING, "result": None}
         return meta
@@ -573,127 +560,6 @@ class AMQPBackend(Celery4API, Backend):
         """True: a group tells its callbacks when its last member is ready."""
         return True
 
-    def _follow(
-        self,
-        ids: Iterable[str],
-        timeout: Optional[float] = None,
-        interval: Optional[float] = None,
-        on_interval: Optional[Callable[[], Any]] = None,
-        on_message: Optional[Callable[[Meta], Any]] = None,
-        parents: Collection[Any] = (),
-    ) -> Iterator[Tuple[str, StateMessage]]:
-        """Wait for tasks; yield the final state of each as it comes.
-
-        Parameters:
-            ids: the tasks.
-            timeout: seconds for all of them; ``None`` for no end, 0 to poll once.
-            interval: seconds between calls of *on_interval*, 0.5 by default.
-            on_interval: called now and then while waiting, and once more when all have ended.
-            on_message: called with the meta of every state, in the order of publishing.
-            parents: result objects of tasks before these in a chain. The tasks are not waited for
-                any more when one of the parents fails.
-
-        Raises:
-            celery.exceptions.TimeoutError: when *timeout* is over.
-            Exception: the exception of a parent that failed.
-        """
-        ids = list(dict.fromkeys(ids))
-        before = {id_text(parent.id): parent for parent in parents}
-        before = {task_id: before[task_id] for task_id in before if task_id not in ids}
-        with contextlib.closing(
-            self._updates(ids, timeout, interval, on_interval, before)
-        ) as updates:
-            for update in updates:
-                parent = before.get(update.task_id)
-                if parent is not None:
-                    if update.final is not None:
-                        self._resolve(parent, update.final)
-                        parent.maybe_throw()
-                    continue
-                if on_message is not None:
-                    for state in update.states:
-                        self._call(on_message, state)
-                if update.final is not None:
-                    yield update.task_id, update.final
-
-    def _updates(
-        self,
-        ids: Iterable[str],
-        timeout: Optional[float] = None,
-        interval: Optional[float] = None,
-        on_interval: Optional[Callable[[], Any]] = None,
-        parents: Collection[str] = (),
-    ) -> Generator[Update, None, None]:
-        """Follow tasks until they end; yield what is new of them and of their parents.
-
-        The parameters are those of _follow; *parents* are ids.
-
-        Raises:
-            celery.exceptions.TimeoutError: when *timeout* is over.
-        """
-        ids = list(dict.fromkeys(ids))
-        if timeout is not None and timeout <= 0:
-            yield from self._poll_once(ids, timeout, parents)
-        else:
-            yield from self._updates_until(ids, timeout, interval, on_interval, parents)
-        if on_interval is not None:
-            # Celery raises the errors of parents from here. A header that has failed is known
-            # to have before its body is.
-            on_interval()
-
-    def _poll_once(
-        self, ids: List[str], timeout: float, parents: Collection[str]
-    ) -> Iterator[Update]:
-        missing = 0
-        found = self.layout.poll(list(dict.fromkeys((*parents, *ids))))
-        for task_id, state in found.items():
-            final = state if state is not None and is_final(state.state) else None
-            if final is None and task_id not in parents:
-                missing += 1
-            if state is not None:
-                yield Update(task_id, [state], final)
-        if missing:
-            raise _timed_out(timeout, missing, len(ids))
-
-    def _updates_until(
-        self,
-        ids: List[str],
-        timeout: Optional[float],
-        interval: Optional[float],
-        on_interval: Optional[Callable[[], Any]],
-        parents: Collection[str],
-    ) -> Iterator[Update]:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
-        follower, pid = self.layout.follower(), os.getpid()
-        missing = set(ids)
-        try:
-            follower.add((*parents, *ids))
-            next_interval = time.monotonic() + interval
-            while missing:
-                now = time.monotonic()
-                if deadline is not None and now >= deadline:
-                    raise _timed_out(timeout, len(missing), len(ids))
-                try:
-                    updates = follower.step(deadline, max(0.0, next_interval - now))
-                except errors.BackendUnavailable as exc:
-                    refused = exc.__cause__ is not None and connections.is_refusal(exc.__cause__)
-                    if refused or not connections.is_over(deadline):
-                        raise
-                    # Reaching the broker has taken all the time there was.
-                    raise _timed_out(timeout, len(missing), len(ids)) from exc
-                missing.difference_update(u.task_id for u in updates if u.final is not None)
-                yield from updates
-                if missing and time.monotonic() >= next_interval:
-                    next_interval = time.monotonic() + interval
-                    if on_interval is not None:
-                        on_interval()
-        finally:
-            # A generator may be carried into a forked child, where what it follows by is not its
-            # own and has locks that nobody releases any more.
-            if os.getpid() == pid:
-                follower.close()
-
     def watch(
         self,
         target: Any = None,
@@ -732,22 +598,7 @@ class AMQPBackend(Celery4API, Backend):
         first meta. Closing it, or dropping it, takes back all that it has bound. After an error it
         has ended; watching again is safe.
         """
-        wanted = watching.read_states(states)
-        if target is None:
-            tap = self.layout.tap(wanted)
-            return watching.watch_everything(tap, self._decode_state, timeout)
-        found = watching.read_target(target)
-        return watching.watch_ids(
-            self._updates(found.ids, timeout, WATCH_INTERVAL),
-            found.ended,
-            self._decode_state,
-            wanted,
-        )
-
-    def _call(self, on_message: Callable[[Meta], Any], state: StateMessage) -> None:
-        meta = self._decode_if_kept(state)
-        if meta is not None:
-            on_message(meta)
+        return self.waits.watch(target, states, timeout)
 
     def wait_for(
         self,
@@ -778,8 +629,9 @@ class AMQPBackend(Celery4API, Backend):
         task_id = id_text(task_id)
         meta = self._cache.get(task_id) if cache else None
         if not meta or meta["status"] not in READY_STATES:
-            ((_, state),) = self._follow((task_id,), timeout, interval, on_interval)
-            meta = self._decode_state(state)
+            patience = Patience(timeout, interval, on_interval)
+            ((_, state),) = self.waits.follow((task_id,), patience)
+            meta = self.decode_state(state)
         if meta["status"] in PROPAGATE_STATES:
             raise self.exception_to_python(meta["result"])
         return meta["result"]
@@ -803,23 +655,10 @@ class AMQPBackend(Celery4API, Backend):
             Exception: the exception of the task, if it failed and *propagate* is true.
         """
         self._ensure_not_eager()
-        for _, state in self._follow(
-            (id_text(result.id),), timeout, interval, on_interval, on_message
-        ):
-            self._resolve(result, state)
+        patience = Patience(timeout, interval, on_interval)
+        for _, state in self.waits.follow((id_text(result.id),), patience, on_message):
+            self.waits.resolve(result, state)
         return result.maybe_throw(callback=callback, propagate=propagate)
-
-    def _resolve(self, result: Any, state: StateMessage) -> None:
-        """Give a result object its final state and have its callbacks called, once."""
-        if result._cache is not None:
-            return
-        # Reading may take a look-up, which others must not wait for.
-        meta = self._decode_state(state)
-        with self._resolving:
-            if result._cache is not None:
-                return
-            result._set_cache(meta)
-        result.on_ready(result)
 
     def iter_native(
         self,
@@ -843,51 +682,8 @@ class AMQPBackend(Celery4API, Backend):
                 the members will never run.
         """
         self._ensure_not_eager()
-        waited: Dict[str, List[Any]] = {}
-        groups = []
-        for node in result.results:
-            if isinstance(node, ResultSet):
-                unready = [leaf for leaf in trees.leaves(node) if not _is_ready(leaf)]
-                groups.append((node, {id_text(leaf.id) for leaf in unready}))
-            else:
-                unready = [] if _is_ready(node) else [node]
-                if not unready:
-                    yield node.id, _meta_of(node)
-            for leaf in unready:
-                waited.setdefault(id_text(leaf.id), []).append(leaf)
-        members = {id_text(n.id): n for n in result.results if not isinstance(n, ResultSet)}
-        for node, missing in groups:
-            if not missing:
-                yield node.id, node.results
-        groups = [(node, missing) for node, missing in groups if missing]
-        parents = self._unfailed_parents(result) if waited else []
-        for task_id, state in self._follow(
-            waited, timeout, interval, on_interval, on_message, parents
-        ):
-            for leaf in waited.pop(task_id):
-                self._resolve(leaf, state)
-            if task_id in members:
-                yield members[task_id].id, _meta_of(leaf)
-            for node, missing in groups:
-                if task_id in missing:
-                    missing.discard(task_id)
-                    if not missing:
-                        yield node.id, node.results
-
-    @staticmethod
-    def _unfailed_parents(result: Any) -> List[Any]:
-        """Return the tasks before a group in a chain that are not known to have ended.
-
-        Raises:
-            Exception: the exception of one that has failed.
-        """
-        unknown = []
-        for parent in trees.parents(result):
-            if not _is_ready(parent):
-                unknown.append(parent)
-            elif not parent.ignored:
-                parent.maybe_throw()
-        return unknown
+        patience = Patience(timeout, interval, on_interval)
+        return self.waits.members(result, patience, on_message)
 
     def get_many(
         self,
@@ -931,9 +727,10 @@ class AMQPBackend(Celery4API, Backend):
                 missing.append(task_id)
         if max_iterations is not None:
             timeout = (max_iterations - 1) * (interval or DEFAULT_INTERVAL)
+        patience = Patience(timeout, interval, on_interval)
         try:
-            for task_id, state in self._follow(missing, timeout, interval, on_interval, on_message):
-                meta = self._decode_state(state)
+            for task_id, state in self.waits.follow(missing, patience, on_message):
+                meta = self.decode_state(state)
                 if meta["status"] == states.SUCCESS:
                     self._cache[task_id] = meta
                 yield task_id, meta
@@ -951,12 +748,7 @@ class AMQPBackend(Celery4API, Backend):
                 is waited for (not given) are told by whoever waits.
         """
         if weak is False:
-            if self._pending is None:
-                layout = self.layout
-                with self._lock:
-                    if self._pending is None:
-                        self._pending = PendingResults(layout.follower, self._resolve)
-            self._pending.add(result)
+            self.waits.add_callback(result)
         return result
 
     def add_pending_results(self, results: Iterable[Any], weak: bool = False) -> List[Any]:
@@ -965,9 +757,7 @@ class AMQPBackend(Celery4API, Backend):
 
     def remove_pending_result(self, result: Any) -> Any:
         """Take no interest any more. Safe within garbage collection: no lock, no I/O."""
-        pending = self._pending
-        if pending is not None:
-            pending.remove(result)
+        self.waits.remove_callback(result)
         return result
 
     # -- groups ------------------------------------------------------------------------------
@@ -1115,16 +905,6 @@ class AMQPBackend(Celery4API, Backend):
                     self.on_chord_part_return(request, states.FAILURE, exc)
         return info
 
-    def decode_state(self, state: StateMessage) -> Meta:
-        """Return the meta that *state* holds.
-
-        Raises:
-            ResultExpired: when its body is gone.
-            LookupTimeout, BackendUnavailable: when its body could not be read.
-            kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
-        """
-        return self._decode_state(state)
-
     # -- the end -----------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -1133,10 +913,7 @@ class AMQPBackend(Celery4API, Backend):
         That includes equal backends of the same app, which share them. The backend can be used
         again, and then opens anew.
         """
-        with self._lock:
-            pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.close()
+        self.waits.close()
         layout = self._layouts.pop(self.config.layout_key)
         if layout is not None:
             layout.close()
@@ -1181,21 +958,6 @@ def _own_expiries(app: Any, request: Any) -> Iterator[Tuple[str, Any]]:
     own = getattr(task, expiry.NAME, _NOT_GIVEN)
     if own is not _NOT_GIVEN:
         yield f"the attribute {expiry.NAME!r} of the task {name}", own
-
-
-def _timed_out(timeout: Optional[float], missing: int, total: int) -> TimeoutError:
-    what = "The task is" if total == 1 else f"{missing} of {total} tasks are"
-    return TimeoutError(f"The operation timed out: {what} not ready after {timeout:g} seconds.")
-
-
-def _is_ready(node: Any) -> bool:
-    return node._cache is not None or node.ignored
-
-
-def _meta_of(node: Any) -> Meta:
-    # What ignores its result is not waited for: as AsyncResult.get, which returns None.
-    meta: Meta = node._cache or {"status": states.SUCCESS, "result": None, "task_id": node.id}
-    return meta
 
 
 _backends: weakref.WeakSet[AMQPBackend] = weakref.WeakSet()
