@@ -45,7 +45,7 @@ from celery_amqp_results import errors, options
 from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.amqp.broker import ResultBroker
 from celery_amqp_results.celery4.api import Celery4API
-from celery_amqp_results.chords import workers
+from celery_amqp_results.chords import remote, workers
 from celery_amqp_results.chords.firing import last_links, sends_for_another
 from celery_amqp_results.chords.sending import expect_body
 from celery_amqp_results.errors import BacklogLimitExceeded
@@ -1302,6 +1302,7 @@ def _on_worker_ready(app: Any) -> None:
     """Have the main process of a worker lead chords."""
     backend = app.backend
     if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
+        remote.register()
         backend.layout.chords.start_if_needed()
 
 
