@@ -19,6 +19,7 @@ from typing import (
     Callable,
     ClassVar,
     Collection,
+    ContextManager,
     Dict,
     Generator,
     Iterable,
@@ -66,6 +67,7 @@ from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
 from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.groups import Pass, ask_in_one_pass
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
@@ -231,6 +233,7 @@ class AMQPBackend(Celery4API, Backend):
         self._pending: Optional[PendingResults] = None
         self._failed = LRUCache(limit=MAX_FAILED)
         self._complaints: Set[str] = set()
+        self._pass = Pass()
 
     @property
     def layout(self) -> Layout:
@@ -533,11 +536,20 @@ class AMQPBackend(Celery4API, Backend):
             ForeignMessage: when the meta is damaged.
         """
         task_id = id_text(task_id)
-        state = self.layout.poll((task_id,))[task_id]
+        present = self._pass.states
+        state = present[task_id] if task_id in present else self.layout.poll((task_id,))[task_id]
         meta = None if state is None else self._decode_if_kept(state)
         if meta is None:
             return {"status": states.PENDING, "result": None}
         return meta
+
+    def one_pass(self, group: ResultSet) -> ContextManager[None]:
+        """Read all members of *group* at once, for what is asked of them in a ``with`` block.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
+        return self._pass.over(self.layout.poll, group)
 
     def task_result_exists(self, task_id: str) -> bool:
         """Return whether a state of the task is kept, or with ``track_sent`` it was sent.
@@ -1027,6 +1039,7 @@ class AMQPBackend(Celery4API, Backend):
             raise errors.ForeignMessage(
                 f"the group {group_id!r} has no members as its result: {exc!r:.300}"
             ) from exc
+        ask_in_one_pass(meta["result"])
         return meta
 
     def _delete_group(self, group_id: str) -> None:
