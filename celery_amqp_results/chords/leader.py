@@ -370,6 +370,12 @@ class Leader:
         chord.failures += 1
         self._push_timer(chord, chord.recheck_at)
 
+    def requeued(self) -> None:
+        """Note that the broker has taken all messages back, and will deliver them here again."""
+        for chord in self._chords.values():
+            chord.deliveries.clear()
+        self._orphans.clear()
+
     def connection_lost(self) -> None:
         """Forget all that the broker will deliver again, or that may have changed meanwhile."""
         kept = {mark: chord for mark, chord in self._chords.items() if chord.sending}

@@ -20,6 +20,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, Optional
 
 import amqp
 from amqp import exceptions as amqp_errors
+from amqp import spec
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
@@ -49,6 +50,10 @@ HEARTBEAT = 10.0
 
 #: At most this many plans of one queue are open at once; the broker takes no larger number.
 MAX_OPEN = 65535
+
+#: Seconds after which the broker is asked to take open plans back and to deliver them again. It
+#: closes the channel of a consumer that holds a message for too long, by default for 30 minutes.
+RETAKE_SECONDS = 600.0
 
 #: At most this many threads read the store and send bodies.
 HELPERS = 4
@@ -436,6 +441,7 @@ class _Session:
         self._topology = service._declarations.topology
         #: Whether there are plan queues.
         self.found = False
+        self._retake_at = time.monotonic() + RETAKE_SECONDS
         self.link = service._connector.open_once(HEARTBEAT)
         try:
             self._set_up()
@@ -496,6 +502,15 @@ class _Session:
         topology = self._topology
         self.channel.queue_bind(self.queue, topology.exchange, topology.plan_binding(number))
 
+    def _retake(self, now: float) -> None:
+        """Have open plans delivered again, so that none is held for too long."""
+        if self._service.open and now >= self._retake_at:
+            # What comes before the answer was delivered before, and is delivered again.
+            self.channel.send_method(spec.Basic.Recover, "b", (True,), wait=spec.Basic.RecoverOk)
+            self._service._leader.requeued()
+        if not self._service.open or now >= self._retake_at:
+            self._retake_at = now + RETAKE_SECONDS
+
     def acknowledge(self, deliveries: Iterable[int]) -> None:
         """Acknowledge *deliveries*."""
         with self.link.corked():
@@ -531,6 +546,7 @@ class _Session:
                 while self.link.buffered():
                     self.link.drain(0.0)
                 if now >= next_tick:
+                    self._retake(now)
                     self.link.tick()
                     next_tick = now + HEARTBEAT / 4
 

@@ -54,10 +54,6 @@ BROADCAST = "all"
 #: First word of the key under which an inbox that was full says so: no number of a shard.
 OVERFLOW = "overflow"
 
-#: Milliseconds for which a leader may hold a plan unacknowledged, the most that fits 32 bits. By
-#: default a broker closes the channel of a consumer that does not acknowledge within 30 minutes.
-CONSUMER_TIMEOUT = 2**31 - 1
-
 #: Number of queues for the plans of chords. Every process must use the same number.
 PLAN_QUEUES = 8
 
@@ -185,8 +181,9 @@ class Topology:
 
     def plan_queue(self, number: int) -> QueueSpec:
         """Return the queue number *number* for plans of chords."""
-        arguments = {**self._queue_arguments(), "x-consumer-timeout": CONSUMER_TIMEOUT}
-        return QueueSpec(f"{self.prefix}.chords.{number}", True, False, False, arguments)
+        return QueueSpec(
+            f"{self.prefix}.chords.{number}", True, False, False, self._queue_arguments()
+        )
 
     def large_queue(self, task_id: str, mark: str, expires: Optional[int] = None) -> QueueSpec:
         """Return the queue for the body of a large result.

@@ -17,7 +17,7 @@ from celery.utils.functional import regen
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results import errors
-from celery_amqp_results.chords import firing
+from celery_amqp_results.chords import firing, service
 from celery_amqp_results.chords.service import Service
 from celery_amqp_results.protocol.message import PART
 from celery_amqp_results.protocol.names import PLAN_QUEUES
@@ -35,14 +35,14 @@ def group_id() -> str:
 
 
 def service_of(app: Celery) -> Service:
-    service: Service = app.backend.layout.chords.service
-    return service
+    found: Service = app.backend.layout.chords.service
+    return found
 
 
 def lead(app: Celery) -> Service:
-    service = service_of(app)
-    service.start(met=True)
-    return service
+    found = service_of(app)
+    found.start(met=True)
+    return found
 
 
 def request(task_id: str, group_id: str, body: Any, **options: Any) -> Context:
@@ -103,19 +103,19 @@ def plans_left(raw: Any, app: Celery) -> int:
 def test_a_chord_is_fired_when_its_last_task_has_ended(
     app: Celery, group_id: str, sent: Sent, raw: Any
 ) -> None:
-    service = lead(app)
+    leading = lead(app)
     ids = new_ids(3)
     body = send(app, group_id, ids)
     for number in (2, 0):
         app.backend.mark_as_done(ids[number], number, request(ids[number], group_id, body))
-    eventually(lambda: service.progress(group_id) == (3, [ids[1]]))
-    assert service.progress(body.id) == (3, [ids[1]])
+    eventually(lambda: leading.progress(group_id) == (3, [ids[1]]))
+    assert leading.progress(body.id) == (3, [ids[1]])
     metrics = app.backend.metrics()
     assert (metrics.chords_open, metrics.chords_fired, metrics.chords_led) == (1, 0, 1)
     app.backend.mark_as_done(ids[1], 1, request(ids[1], group_id, body))
     assert sent.once() == [0, 1, 2]
-    eventually(lambda: service.open == 0)
-    assert service.progress(group_id) is None
+    eventually(lambda: leading.open == 0)
+    assert leading.progress(group_id) is None
     assert app.backend.metrics().chords_fired == 1
     app.backend.close()
     assert plans_left(raw, app) == 0
@@ -159,8 +159,8 @@ def test_a_body_that_was_sent_by_a_leader_that_died_is_not_sent_again(
     app.backend.mark_as_done(task_id, 1, request(task_id, group_id, body))
     # The body has run
     app.backend.store_result(body.id, "done", states.SUCCESS)
-    service = lead(app)
-    eventually(lambda: service.leads == 1 and service.open == 0)
+    leading = lead(app)
+    eventually(lambda: leading.leads == 1 and leading.open == 0)
     assert sent.results == []
 
 
@@ -450,6 +450,28 @@ def test_a_body_may_have_arguments_that_a_result_may_not_have(
     send(app, group_id, ["a"], body)
     app.backend.mark_as_done("a", 1, request("a", group_id, body))
     assert sent.once() == [1]
+
+
+def test_open_plans_are_taken_again_before_the_broker_finds_them_held_for_too_long(
+    app: Celery, group_id: str, sent: Sent, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "RETAKE_SECONDS", 0.2)
+    monkeypatch.setattr(service, "HEARTBEAT", 0.4)
+    leading = lead(app)
+    ids, added = new_ids(2), new_ids(1)
+    body = send(app, group_id, ids)
+    app.backend.add_to_chord(group_id, AsyncResult(added[0], app=app))
+    retaken: List[int] = []
+    monkeypatch.setattr(leading._leader, "requeued", lambda: retaken.append(requeued()))
+    requeued = type(leading._leader).requeued.__get__(leading._leader)
+    app.backend.mark_as_done(ids[0], 1, request(ids[0], group_id, body))
+    eventually(lambda: len(retaken) >= 3)
+    for task_id in (ids[1], *added):
+        app.backend.mark_as_done(task_id, 2, request(task_id, group_id, body))
+    assert sent.once() == [1, 2, 2]
+    eventually(lambda: leading.open == 0)
+    app.backend.close()
+    assert plans_left(raw, app) == 0
 
 
 def test_a_foreign_message_in_a_plan_queue_is_dropped(
