@@ -17,6 +17,7 @@ from typing import (
     Any,
     Callable,
     ClassVar,
+    ContextManager,
     Dict,
     Generator,
     Iterable,
@@ -34,13 +35,13 @@ from celery import states
 from celery.app.task import Context
 from celery.backends.base import Backend
 from celery.exceptions import SecurityError, TimeoutError
-from celery.result import result_from_tuple
+from celery.result import ResultSet, result_from_tuple
 from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.celery4.api import Celery4API
-from celery_amqp_results.chords import workers
+from celery_amqp_results.chords import remote, workers
 from celery_amqp_results.chords.firing import last_links, sends_for_another
 from celery_amqp_results.chords.sending import expect_body
 from celery_amqp_results.config import (
@@ -62,6 +63,7 @@ from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessag
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topology, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.store import marks as tracking
+from celery_amqp_results.waiting.groups import Pass, ask_in_one_pass
 from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
@@ -227,6 +229,7 @@ class AMQPBackend(Celery4API, Backend):
         self.waits.reset()
         self._failed = LRUCache(limit=MAX_FAILED)
         self._complaints: Set[str] = set()
+        self._pass = Pass()
 
     @property
     def layout(self) -> Layout:
@@ -495,11 +498,20 @@ class AMQPBackend(Celery4API, Backend):
             ForeignMessage: when the meta is damaged.
         """
         task_id = id_text(task_id)
-        state = self.layout.poll((task_id,))[task_id]
+        present = self._pass.states
+        state = present[task_id] if task_id in present else self.layout.poll((task_id,))[task_id]
         meta = None if state is None else self.waits.decode_if_kept(state)
         if meta is None:
             return {"status": states.PENDING, "result": None}
         return meta
+
+    def one_pass(self, group: ResultSet) -> ContextManager[None]:
+        """Read all members of *group* at once, for what is asked of them in a ``with`` block.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
+        return self._pass.over(self.layout.poll, group)
 
     def task_result_exists(self, task_id: str) -> bool:
         """Return whether a state of the task is kept, or with ``track_sent`` it was sent.
@@ -801,6 +813,7 @@ class AMQPBackend(Celery4API, Backend):
             raise errors.ForeignMessage(
                 f"the group {group_id!r} has no members as its result: {exc!r:.300}"
             ) from exc
+        ask_in_one_pass(meta["result"])
         return meta
 
     def _delete_group(self, group_id: str) -> None:
@@ -995,6 +1008,7 @@ def _on_worker_ready(app: Any) -> None:
     """Have the main process of a worker lead chords."""
     backend = app.backend
     if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
+        remote.register()
         backend.layout.chords.start_if_needed()
 
 
