@@ -70,9 +70,10 @@ test-pair:
 	.venv-$(PAIR)/bin/python $(RUN_TESTS) \
 		$(if $(filter tests,$(PYTEST)),tests/unit tests/broker tests/worker,$(PYTEST))
 
-lint: $(VENV)/.lint ## Check style, and that the code is formatted
+lint: $(VENV)/.lint ## Check style and imports, and that the code is formatted
 	$(BIN)/ruff check celery_amqp_results $(SCRIPTS)
 	$(BIN)/ruff format --check celery_amqp_results $(SCRIPTS)
+	$(BIN)/lint-imports
 
 format: $(VENV)/.lint ## Format the code
 	$(BIN)/ruff check --fix celery_amqp_results $(SCRIPTS)
