@@ -480,3 +480,15 @@ def test_a_chord_of_a_thousand_parts(t: SimpleNamespace, log: Path) -> None:
     result = chord((t.same.s(i) for i in range(1000)), t.record.s(str(log))).delay()
     assert result.get(timeout=4 * TIMEOUT) == list(range(1000))
     assert lines(log) == [result.id]
+
+
+def test_the_missing_tasks_of_an_open_chord_are_told_by_its_leader(
+    world: World, t: SimpleNamespace
+) -> None:
+    backend = world[0].backend
+    result = chord([t.slow.s(1, 3.0), t.same.s(2)], t.same.s()).delay()
+    slow, quick = result.parent
+    eventually(quick.ready)
+    eventually(lambda: backend.ask_chord_leaders(result.id, 2.0) == (2, [slow.id]))
+    assert result.get(timeout=TIMEOUT) == [1, 2]
+    assert backend.ask_chord_leaders(result.parent.id, 2.0) is None
