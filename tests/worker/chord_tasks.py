@@ -117,10 +117,6 @@ def register(app: Celery) -> SimpleNamespace:
         self.add_to_chord(group(add.s(1000, number) for number in range(more)))
         return more
 
-    @task()
-    def length_of(results: List[Any]) -> int:
-        return len(results)
-
     @task(bind=True)
     def adds_one_that_adds(self: Any, depth: int) -> int:
         if depth:

@@ -75,8 +75,12 @@ def test_threads_of_a_fresh_process_send_chords_at_once(
     ids=["quiet", "short-lived children", "autoscale", "solo and quiet"],
 )
 def test_chords_of_a_worker_that_is_started_with(
-    app: Celery, t: SimpleNamespace, start_worker: Callable[..., Any], pool: str,
-    options: Any, args: Any,
+    app: Celery,
+    t: SimpleNamespace,
+    start_worker: Callable[..., Any],
+    pool: str,
+    options: Any,
+    args: Any,
 ) -> None:
     start_worker(app, module=MODULE, pool=pool, options=options, args=args)
     for number in range(3):
@@ -152,16 +156,3 @@ def test_waiting_for_a_chord_keeps_its_deadline_while_the_leader_is_frozen(
     finally:
         worker.process.send_signal(signal.SIGCONT)
     assert result.get(timeout=TIMEOUT) == [1, 2]
-
-
-@canvas_of(5, 3, 6)
-def test_waiting_for_a_large_chord_costs_the_broker_nothing(
-    app: Celery, t: SimpleNamespace, start_worker: Callable[..., Any]
-) -> None:
-    start_worker(app, module=MODULE)
-    # Given a process that is waiting already
-    assert t.same.delay(1).get(timeout=TIMEOUT) == 1
-    result = chord([t.same.s(n) for n in range(500)], t.length_of.s()).delay()
-    before = app.backend.metrics().shards_read
-    assert result.get(timeout=TIMEOUT) == 500
-    assert app.backend.metrics().shards_read - before <= 2
