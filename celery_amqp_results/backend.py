@@ -19,6 +19,7 @@ from typing import (
     Callable,
     ClassVar,
     Collection,
+    ContextManager,
     Dict,
     Generator,
     Iterable,
@@ -42,7 +43,7 @@ from kombu.utils.functional import LRUCache
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.celery4.api import Celery4API
-from celery_amqp_results.chords import workers
+from celery_amqp_results.chords import remote, workers
 from celery_amqp_results.chords.firing import last_links, sends_for_another
 from celery_amqp_results.chords.sending import expect_body
 from celery_amqp_results.config import (
@@ -68,6 +69,7 @@ from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
 from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.groups import Pass, ask_in_one_pass
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
@@ -239,6 +241,7 @@ class AMQPBackend(Celery4API, Backend):
         self._pending: Optional[PendingResults] = None
         self._failed = LRUCache(limit=MAX_FAILED)
         self._complaints: Set[str] = set()
+        self._pass = Pass()
 
     @property
     def layout(self) -> Layout:
@@ -508,11 +511,20 @@ class AMQPBackend(Celery4API, Backend):
             ForeignMessage: when the meta is damaged.
         """
         task_id = id_text(task_id)
-        state = self.layout.poll((task_id,))[task_id]
+        present = self._pass.states
+        state = present[task_id] if task_id in present else self.layout.poll((task_id,))[task_id]
         meta = None if state is None else self._decode_if_kept(state)
         if meta is None:
             return {"status": states.PENDING, "result": None}
         return meta
+
+    def one_pass(self, group: ResultSet) -> ContextManager[None]:
+        """Read all members of *group* at once, for what is asked of them in a ``with`` block.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
+        return self._pass.over(self.layout.poll, group)
 
     def task_result_exists(self, task_id: str) -> bool:
         """Return whether a state of the task is kept, or with ``track_sent`` it was sent.
@@ -1011,6 +1023,7 @@ class AMQPBackend(Celery4API, Backend):
             raise errors.ForeignMessage(
                 f"the group {group_id!r} has no members as its result: {exc!r:.300}"
             ) from exc
+        ask_in_one_pass(meta["result"])
         return meta
 
     def _delete_group(self, group_id: str) -> None:
@@ -1267,6 +1280,7 @@ def _on_worker_ready(app: Any) -> None:
     """Have the main process of a worker lead chords."""
     backend = app.backend
     if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
+        remote.register()
         backend.layout.chords.start_if_needed()
         workers.answer_questions(backend.chord_progress)
 
