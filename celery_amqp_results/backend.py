@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextvars
 import dataclasses
 import datetime
 import logging
@@ -23,9 +22,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
-    Mapping,
     Optional,
-    Set,
     Tuple,
     Union,
 )
@@ -56,12 +53,11 @@ from celery_amqp_results.layouts import Layout, LayoutRegistry, make_layout
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
 from celery_amqp_results.per_task.layout import Wire
-from celery_amqp_results.protocol import expiry
-from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.ids import id_text, plain_ids, state_name
-from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessage
-from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topology, client_word
-from celery_amqp_results.protocol.ranking import ABORTED, is_final
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.names import Topology
+from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.recording import Recorder
 from celery_amqp_results.store import marks as tracking
 from celery_amqp_results.waiting.groups import Pass, ask_in_one_pass
 from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits
@@ -73,9 +69,6 @@ logger = logging.getLogger(__name__)
 #: The state of a group that is kept by ``GroupResult.save``, in header and body.
 GROUP_STATE = "GROUP"
 
-#: A mistake of the user's is logged once; so many are remembered.
-MAX_COMPLAINTS = 100
-
 #: Celery before 5.5 writes when a task has ended in UTC.
 DATES_IN_ZONE_OF_APP = celery.VERSION >= (5, 5)
 
@@ -83,16 +76,6 @@ DATES_IN_ZONE_OF_APP = celery.VERSION >= (5, 5)
 MAX_FAILED = 1000
 
 Meta = Dict[str, Any]
-
-_clock = PublishClock()
-
-_NOT_GIVEN: Any = object()
-
-#: The task of a chord's header whose final state was just stored in this thread or greenlet, and
-#: the id of the header.
-_stored: contextvars.ContextVar[Optional[Tuple[str, Optional[str]]]] = contextvars.ContextVar(
-    "celery_amqp_results_stored", default=None
-)
 
 
 class AMQPBackend(Celery4API, Backend):
@@ -189,6 +172,8 @@ class AMQPBackend(Celery4API, Backend):
             purpose,
         )
         self._layouts = _registry_of(app)
+        #: Stores what becomes of tasks.
+        self.recorder = Recorder(app.tasks.get, self.config, lambda: self.layout)
         #: Waits for tasks.
         self.waits = Waits(lambda: self.layout, self.decode_state)
         self._reset()
@@ -228,7 +213,6 @@ class AMQPBackend(Celery4API, Backend):
         self._pid = os.getpid()
         self.waits.reset()
         self._failed = LRUCache(limit=MAX_FAILED)
-        self._complaints: Set[str] = set()
         self._pass = Pass()
 
     @property
@@ -280,11 +264,7 @@ class AMQPBackend(Celery4API, Backend):
         retried = current is not None and current.request.id == task_id
         if not retried and not sends_for_another(task_id):
             self.layout.note_sent(task_id)
-        if self.options.track_sent and self.config.broker.is_that_of(producer.connection):
-            self.layout.mark_sent(
-                producer.connection,
-                tracking.mark(task_id, tracking.SENT, _clock.now(), self.config.expirations.result),
-            )
+        self.recorder.mark_sent(task_id, producer.connection)
         return {}
 
     def _store_result(
@@ -326,33 +306,13 @@ class AMQPBackend(Celery4API, Backend):
         brief: bool = False,
     ) -> None:
         """Publish a state; a *brief* one without the arguments of the task, which may be long."""
-        layout, name = self.layout, state_name(state)
         if brief:
             result = self.encode_result(result, state)
         meta = self._get_result_meta(result, state, traceback, request)
         meta["task_id"] = task_id
         if brief:
             meta.update({name: None for name in ("args", "kwargs") if name in meta})
-        message = self._encode_state(
-            task_id, name, layout.shape(meta), STATE, self._expiration_of(name, request)
-        )
-        route = _route_of(request)
-        # ABORTED as well: who asked a task to stop relies on it.
-        final = is_final(state) or state == ABORTED
-        counts = route.in_chord and is_final(state)
-        part = None
-        if counts and _shorter(message.expiration, self.config.expirations.chord):
-            part = dataclasses.replace(message, kind=PART, expiration=self.config.expirations.chord)
-            part = layout.detach(part)
-        layout.publish(layout.detach(message), route, final, part)
-        if counts:
-            _stored.set((task_id, route.group_id))
-        if self.options.track_sent and is_final(state):
-            # Its loss would do little harm: it is not waited for.
-            expiration = tracking.ended_expiration(message.expiration)
-            self.layout.mark(
-                [tracking.mark(task_id, tracking.ENDED, _clock.now(), expiration)], False
-            )
+        self.recorder.record(task_id, state_name(state), meta, request)
 
     def _get_result_meta(
         self,
@@ -389,42 +349,6 @@ class AMQPBackend(Celery4API, Backend):
             if parent_id:
                 meta["parent_id"] = parent_id
         return meta
-
-    def _encode_state(
-        self,
-        message_id: str,
-        state: str,
-        meta: Mapping[str, Any],
-        kind: str,
-        expiration: Optional[int],
-    ) -> StateMessage:
-        content_type, content_encoding, compression, body = self.config.codec.encode(meta)
-        return StateMessage(
-            message_id,
-            state,
-            _clock.now(),
-            body,
-            content_type,
-            content_encoding,
-            compression,
-            expiration,
-            kind,
-        )
-
-    def _expiration_of(self, state: str, request: Any = None) -> Optional[int]:
-        """Return the milliseconds after which a state expires, ``None`` for never."""
-        for where, seconds in _own_expiries(self.app, request):
-            try:
-                return expiry.milliseconds(seconds)
-            except ValueError as exc:
-                self._complain(f"{where} is of no use, and result_expires applies: {exc}")
-        return self.config.expirations.of(state)
-
-    def _complain(self, text: str) -> None:
-        """Log a mistake of the user's once."""
-        if text not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
-            self._complaints.add(text)
-            logger.warning("%s", text)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether trying again may help: the broker is away, not unwilling."""
@@ -549,15 +473,7 @@ class AMQPBackend(Celery4API, Backend):
     def _forget(self, task_id: str) -> None:
         self._failed.pop(task_id, None)
         self.layout.forget((task_id,))
-        if self.options.track_sent:
-            self.layout.mark(
-                [
-                    tracking.mark(
-                        task_id, tracking.FORGOTTEN, _clock.now(), self.config.expirations.result
-                    )
-                ],
-                True,
-            )
+        self.recorder.mark_forgotten(task_id)
 
     def cleanup(self) -> None:
         """Do nothing: the broker drops what has expired."""
@@ -787,15 +703,7 @@ class AMQPBackend(Celery4API, Backend):
         group_id = id_text(group_id)
         members = plain_ids(result.as_tuple())
         meta = {"status": GROUP_STATE, "group_id": group_id, "result": members}
-        self.layout.save_group(
-            self._encode_state(
-                group_id,
-                GROUP_STATE,
-                self.layout.shape(meta),
-                GROUP,
-                self.config.expirations.result,
-            )
-        )
+        self.recorder.save_group(group_id, GROUP_STATE, meta)
         return result
 
     def _restore_group(self, group_id: str) -> Optional[Meta]:
@@ -880,21 +788,12 @@ class AMQPBackend(Celery4API, Backend):
             ResultTooLarge: when the broker refuses a message of this size.
             BackendUnavailable: when the broker cannot be reached or refuses us.
         """
-        layout = self.layout
-        if layout.chords is None:
+        if self.layout.chords is None:
             super().on_chord_part_return(request, state, result, **kwargs)
-            return
-        stored = _stored.get()
-        _stored.set(None)
-        if not request.id or not request.group or stored == (request.id, request.group):
-            return
-        content = {
-            "status": state,
-            "result": self.encode_result(result, state),
-            "task_id": request.id,
-        }
-        part = self._encode_state(request.id, state, content, PART, self.config.expirations.chord)
-        layout.publish_part(layout.detach(part), request.group)
+        elif request.id and request.group:
+            result = self.encode_result(result, state)
+            meta = {"status": state, "result": result, "task_id": request.id}
+            self.recorder.record_part(request.id, request.group, meta)
 
     def chord_error_from_stack(self, callback: Any, exc: Optional[BaseException] = None) -> Any:
         """Fail the body of a chord, whose header or whose sending has failed.
@@ -966,47 +865,6 @@ class AMQPBackend(Celery4API, Backend):
             layout.close()
 
 
-def _route_of(request: Any) -> Route:
-    """Return what the routing key of a state says of the task of *request*."""
-    group_id = getattr(request, "group", None)
-    return Route(_client_of(request), group_id, bool(group_id and getattr(request, "chord", None)))
-
-
-def _client_of(request: Any) -> str:
-    """Return the routing key's word for the process that sent the task of *request*."""
-    origin = getattr(request, "origin", None)
-    if origin and not getattr(request, "replaced_task_nesting", 0):
-        return client_word(origin)
-    if isinstance(request, Context) and request.hostname and not origin:
-        # The message said nothing of its sender, who so cannot count on being pushed to.
-        return ABSENT
-    # No request, one that was made up, or one of a task that another process has put in the place
-    # of the task that was sent: the sender is somebody, and may wait.
-    return BROADCAST
-
-
-def _shorter(expiration: Optional[float], other: Optional[float]) -> bool:
-    """Return whether an expiration (``None`` for never) is before another."""
-    return expiration is not None and (other is None or expiration < other)
-
-
-def _own_expiries(app: Any, request: Any) -> Iterator[Tuple[str, Any]]:
-    """Yield what a task says of its own expiry, and where; what counts more comes first."""
-    if request is None:
-        return
-    # A header of the message becomes an attribute; of a task that is called eagerly it does not.
-    own = getattr(request, expiry.NAME, _NOT_GIVEN)
-    if own is _NOT_GIVEN:
-        own = (getattr(request, "headers", None) or {}).get(expiry.NAME, _NOT_GIVEN)
-    if own is not _NOT_GIVEN:
-        yield f"the header {expiry.NAME!r} of a task", own
-    name = getattr(request, "task", None)
-    task = app.tasks.get(name) if isinstance(name, str) else None
-    own = getattr(task, expiry.NAME, _NOT_GIVEN)
-    if own is not _NOT_GIVEN:
-        yield f"the attribute {expiry.NAME!r} of the task {name}", own
-
-
 _backends: weakref.WeakSet[AMQPBackend] = weakref.WeakSet()
 _registries: weakref.WeakKeyDictionary[Any, LayoutRegistry] = weakref.WeakKeyDictionary()
 _registries_lock = threading.Lock()
@@ -1024,7 +882,6 @@ def _registry_of(app: Any) -> LayoutRegistry:
 
 def _after_fork_in_child() -> None:
     # The parent's connections are let go of without a word: their sockets are the parent's.
-    _clock.after_fork_in_child()
     global _registries_lock
     _registries_lock = threading.Lock()
     for registry in list(_registries.values()):
