@@ -34,8 +34,6 @@ TIMEOUT = 60.0
 
 #: Fewer than the default of 256, which would be declared at first use: over a second of waiting.
 SHARDS = 16
-#: Queues for the plans of chords. Their leader has an inbox.
-PLAN_QUEUES = 8
 
 WORKER_PROCESSES = 4
 FAILING = 5
@@ -404,11 +402,11 @@ def _tables(
     )
     whose = "on the broker" if broker.node is not None else "of this demo on the broker"
     view.table(f"Queues {whose}", ("when", ">queues"), queues)
-    most = queues[0][1] + SHARDS + 2 + PLAN_QUEUES + 1
+    most = queues[0][1] + SHARDS + 2
     show.expect(queues[-1][1] <= most, f"{queues[-1][1]} queues, of at most {most}")
     view.line(
         f"{SHARDS} of them keep the results, however many these are (an app has 256 unless told "
-        f"otherwise). {PLAN_QUEUES} keep the plans of chords."
+        "otherwise)."
     )
     view.line("The milliseconds are from the end of a task in the worker to its arrival here.")
 
