@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import amqp
 import celery
@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kept", default="", metavar="N,N",
         help="how many results are kept for look-ups; default: 10000 with --quick; 1000, 10000 and "
              "100000 without; 1000000 takes ten minutes")
+    add("--rounds", type=int, default=0, metavar="N",
+        help="rounds of each peer, but for chords and the fleet; default: 5, with --quick 3")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--markdown", type=Path, metavar="FILE", help="write a table there")
     add("--plots", type=Path, metavar="FOLDER", help="write SVG files there; needs matplotlib")
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compare ratios with the recorded run of its kind; fail if one became worse")
     add("--record", action="store_true", help="make this the recorded run of its kind")
     add("--from", dest="source", type=Path, nargs="+", metavar="FILE",
-        help="measure nothing, take the figures of these JSON files")
+        help="measure nothing; take each row from the first of these JSON files that has it")
     # fmt: on
     return parser
 
@@ -82,45 +84,55 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
-    wanted = [name.strip().replace(";", ",") for name in options.peers.split(",")]
-    kept = [int(number) for number in options.kept.split(",") if number]
-    rows: List[Row] = []
     with contextlib.ExitStack() as stack:
-        node = stack.enter_context(services.private_rabbitmq(options.distribution))
-        redis = stack.enter_context(services.private_redis())
-        lasting = stack.enter_context(services.private_redis(lasting=True))
-        servers = peers.Servers(node.url(), redis.address, lasting.address)
-        pids = [node.pid, redis.pid, lasting.pid]
-        if not options.quick and not node.version.startswith("3."):
-            tuned = services.private_rabbitmq(options.distribution, services.TUNED)
-            other = stack.enter_context(tuned)
-            servers = dataclasses.replace(servers, tuned=other.url())
-            pids.append(other.pid)
-        here = []
-        for name in wanted:
-            if peers.available(name):
-                here.append(name)
-            else:
-                reporter.line(f"{name} is left out: pip install -e '.[bench]' installs it")
-        about = _about(node, options.quick)
+        place = _place(stack, options, reporter)
+        about = _about(place.node, options.quick)
         reporter.line(", ".join(f"{name} {value}" for name, value in about.items()))
-        place = Place(node, servers, options.quick, kept, here, pids)
-        stack.callback(place.end_workers)
         started = time.monotonic()
-        short = [name for name in measures.ALL if name not in measures.THOROUGH]
-        for name in options.measures or (short if options.quick else measures.ALL):
-            begun = time.monotonic()
-            for row in measures.ALL[name](place):
+        rows: List[Row] = []
+        try:
+            for row in _rows(place, options, reporter):
                 rows.append(row)
                 reporter.row(row)
                 if options.json:
-                    # One that is interrupted leaves what it has.
                     options.json.write_text(Run(about, rows).to_json(), encoding="utf-8")
-            reporter.line(f"-- {name}: {time.monotonic() - begun:.0f} s, load {_load()}")
+        except KeyboardInterrupt:
+            reporter.line("interrupted: these are the rows so far")
         about["seconds"] = round(time.monotonic() - started)
         about["busy"] = about["busy"] or _busy()
         about["load"] = f"{about['load']}; at the end {_load()}"
     return Run(about, rows)
+
+
+def _rows(place: Place, options: argparse.Namespace, reporter: Reporter) -> Iterator[Row]:
+    short = [name for name in measures.ALL if name not in measures.THOROUGH]
+    for name in options.measures or (short if options.quick else measures.ALL):
+        begun = time.monotonic()
+        yield from measures.ALL[name](place)
+        reporter.line(f"-- {name}: {time.monotonic() - begun:.0f} s, load {_load()}")
+
+
+def _place(stack: contextlib.ExitStack, options: argparse.Namespace, reporter: Reporter) -> Place:
+    """Start the servers, which *stack* stops, and return the place where measures run."""
+    node = stack.enter_context(services.private_rabbitmq(options.distribution))
+    redis = stack.enter_context(services.private_redis())
+    lasting = stack.enter_context(services.private_redis(lasting=True))
+    servers = peers.Servers(node.url(), redis.address, lasting.address)
+    here = []
+    for name in (name.strip().replace(";", ",") for name in options.peers.split(",")):
+        if peers.available(name):
+            here.append(name)
+        else:
+            reporter.line(f"{name} is left out: pip install -e '.[bench]' installs it")
+    kept = [int(number) for number in options.kept.split(",") if number]
+    place = Place(node, servers, options.quick, kept, here, (redis.pid, lasting.pid))
+    place.usual_rounds = options.rounds
+    if not options.quick and not node.version.startswith("3."):
+        tuned = stack.enter_context(services.private_rabbitmq(options.distribution, services.TUNED))
+        place.servers = dataclasses.replace(servers, tuned=tuned.url())
+        place.tuned_pid = tuned.pid
+    stack.callback(place.end_workers)
+    return place
 
 
 def _about(node: rabbitmq.Node, quick: bool) -> Dict[str, Any]:
@@ -152,12 +164,21 @@ def _load() -> str:
 
 
 def merged(runs: Sequence[Run]) -> Run:
-    """Return one run with all rows of several, of the same row the first; about the first."""
+    """Return one run with the rows of several.
+
+    If two runs have the same row, the first run's counts. The first run describes the result; the
+    others are described in ``parts``, with the names of their rows.
+    """
     rows: Dict[str, Row] = {}
-    for run in runs:
-        for row in run.rows:
-            rows.setdefault(row.name, row)
-    return Run(runs[0].about, list(rows.values()))
+    parts: List[Dict[str, Any]] = list(runs[0].about.get("parts", ()))
+    for number, run in enumerate(runs):
+        new = [row for row in run.rows if row.name not in rows]
+        for row in new:
+            rows[row.name] = dataclasses.replace(row, busy=True) if run.busy else row
+        if number and new:
+            parts.append({**run.about, "rows": [row.name for row in new]})
+    about = {**runs[0].about, "parts": parts} if parts else runs[0].about
+    return Run(about, list(rows.values()))
 
 
 def recorded_path(run: Run) -> Path:

@@ -54,7 +54,9 @@ def changes(recorded: Run, now: Run) -> Iterator[Change]:
     busy = recorded.busy or now.busy
     for row in now.rows:
         old = recorded.row(row.name)
-        if old is None or row.absolute or (busy and row.of_clock):
+        if old is None or row.absolute:
+            continue
+        if row.of_clock and (busy or old.busy or row.busy):
             continue
         common = [peer for peer in row.figures if peer in old.figures]
         for ours in filter(_is_ours, common):

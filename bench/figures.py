@@ -37,8 +37,10 @@ class Row:
     figures: Figures
     #: What plots have on their x axis: the size of a group, or how many results were kept.
     size: Optional[int] = None
-    #: How many peers beside each other make sense only by themselves, and not as a ratio.
+    #: Whether a figure says something by itself, and a ratio to another peer nothing.
     absolute: bool = False
+    #: Whether the machine had other work, so that figures by the clock say little.
+    busy: bool = False
 
     @property
     def name(self) -> str:

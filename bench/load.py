@@ -11,6 +11,7 @@ machine. At the end every result is looked up by a process that has seen none.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import struct
@@ -19,7 +20,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 from celery import Celery
 from celery.app.task import Context
@@ -39,47 +40,56 @@ BATCH = 500
 #: Content of the file that counts joined results before the join begins, and after the end.
 NOT_YET, OVER = -2, -1
 
-
-def _app(url: str, prefix: str) -> Celery:
-    app = Celery("load", broker=url, backend="amqp://", set_as_current=False)
-    app.conf.update(result_exchange=prefix)
-    return app
+CONTEXT = multiprocessing.get_context("spawn")
 
 
-def _id(prefix: str, number: int) -> str:
-    # An id that Celery could have made: of others the store might know something already.
-    return str(uuid.UUID(int=uuid.uuid5(_NAMESPACE, f"{prefix}/{number}").int, version=4))
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """The broker, the names on it, and the file that counts joined results."""
+
+    url: str
+    prefix: str
+    joined: str
+
+    def app(self) -> Celery:
+        """Return an app."""
+        app = Celery("load", broker=self.url, backend="amqp://", set_as_current=False)
+        app.conf.update(result_exchange=self.prefix)
+        return app
+
+    def task_id(self, number: int) -> str:
+        """Return an id; it looks like one that Celery makes."""
+        name = f"{self.prefix}/{number}"
+        return str(uuid.UUID(int=uuid.uuid5(_NAMESPACE, name).int, version=4))
+
+    def write(self, number: int) -> None:
+        """Tell all processes how many results are joined."""
+        with open(self.joined, "r+b") as file:
+            file.write(struct.pack("<q", number))
+
+    def read(self) -> int:
+        """Return how many results are joined."""
+        with open(self.joined, "rb") as file:
+            number: int = struct.unpack("<q", file.read(8))[0]
+        return number
 
 
-def _write(path: str, number: int) -> None:
-    with open(path, "r+b") as file:
-        file.write(struct.pack("<q", number))
-
-
-def _read(path: str) -> int:
-    with open(path, "rb") as file:
-        number: int = struct.unpack("<q", file.read(8))[0]
-    return number
-
-
-def store(
-    url: str, prefix: str, joined: str, origin: str, first: int, step: int, threads: int
-) -> None:
-    """Store each *step*-th result from *first* on, in several threads, until told to end.
+def store(load: Load, origin: str, first: int, step: int, threads: int) -> None:
+    """Store each *step*-th result from *first* on, in several threads, until the join is over.
 
     Parameters:
         origin: the sender of the tasks, as their messages name it.
     """
-    app = _app(url, prefix)
+    app = load.app()
 
     def run(thread: int) -> None:
         number = first + thread
-        while (position := _read(joined)) != OVER:
+        while (position := load.read()) != OVER:
             if position == NOT_YET or number > position + WINDOW:
                 time.sleep(0.002)
                 continue
             for _ in range(20):
-                task_id = _id(prefix, number)
+                task_id = load.task_id(number)
                 request = Context(id=task_id, origin=origin)
                 app.backend.store_result(task_id, number, "SUCCESS", request=request)
                 number += step
@@ -92,49 +102,49 @@ def store(
     app.backend.close()
 
 
-def join(url: str, prefix: str, joined: str, minutes: float, answer: Any) -> None:
-    """Join results in batches, and answer how many there were in what time."""
-    app = _app(url, prefix)
+def join(load: Load, minutes: float, answer: Any) -> None:
+    """Join results in batches, and answer with their number, the seconds and the longest batch."""
+    app = load.app()
     answer.put(anon_nodename())
     number = sent = 0
 
     def send() -> None:
-        """Do what sending tasks does in the result backend, ahead of those that store."""
+        """Do what sending tasks does in the result backend, ahead of the storing processes."""
         nonlocal sent
         while sent < number + 2 * WINDOW:
-            app.backend.on_task_call(None, _id(prefix, sent))
+            app.backend.on_task_call(None, load.task_id(sent))
             sent += 1
 
     send()
-    _write(joined, 0)
+    load.write(0)
     began = time.monotonic()
     end = began + 60 * minutes
     longest = 0.0
     while time.monotonic() < end:
         batch_began = time.monotonic()
         numbers = range(number, number + BATCH)
-        results = ResultSet([app.AsyncResult(_id(prefix, n)) for n in numbers], app=app)
+        results = ResultSet([app.AsyncResult(load.task_id(n)) for n in numbers], app=app)
         values = results.join_native(timeout=60)
         if values != list(numbers):
             raise AssertionError(f"joined {values[:5]}... instead of {numbers}")
         longest = max(longest, time.monotonic() - batch_began)
         number += BATCH
         send()
-        _write(joined, number)
+        load.write(number)
     answer.put((number, time.monotonic() - began, longest))
-    # Until it was looked at what this process has used.
-    while _read(joined) != OVER:
+    # The main process reads the memory of this one first.
+    while load.read() != OVER:
         time.sleep(0.05)
     app.backend.close()
 
 
-def look_up(url: str, prefix: str, count: int, answer: Any) -> None:
-    """Look up all results and answer how many are not what they were."""
-    app = _app(url, prefix)
-    # Those of one shard together: each is long by now, and read once.
+def look_up(load: Load, count: int, answer: Any) -> None:
+    """Look up all results, and answer how many are lost or wrong."""
+    app = load.app()
+    # By now shards are long: each is read once.
     shards: Dict[str, Dict[str, int]] = {}
     for number in range(count):
-        task_id = _id(prefix, number)
+        task_id = load.task_id(number)
         shards.setdefault(internals.shard_queue(app, task_id), {})[task_id] = number
     wrong = 0
     for ids in shards.values():
@@ -178,50 +188,56 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--distribution", default="system")
     chosen = parser.parse_args(arguments)
     rabbitmq.ensure_installed(chosen.distribution)
-    context = multiprocessing.get_context("spawn")
-    prefix = f"load-{uuid.uuid4().hex[:8]}"
     with rabbitmq.Node(rabbitmq.distribution(chosen.distribution)) as node:
-        url = node.url()
-        joined = str(node.log_path.with_name("joined"))
-        Path(joined).write_bytes(struct.pack("<q", NOT_YET))
-        answer: Any = context.Queue()
-        step = chosen.storing * chosen.threads
-        joining = context.Process(target=join, args=(url, prefix, joined, chosen.minutes, answer))
-        joining.start()
-        origin = answer.get(timeout=60)
-        storing = [
-            context.Process(
-                target=store,
-                args=(url, prefix, joined, origin, n * chosen.threads, step, chosen.threads),
-            )
-            for n in range(chosen.storing)
-        ]
-        for process in storing:
-            process.start()
-        usages: List[Usage] = [
-            Usage("broker", node.pid),
-            *(Usage(f"storing process {n}", p.pid or 0) for n, p in enumerate(storing, 1)),
-            Usage("joining process", joining.pid or 0),
-        ]
-        count, seconds, longest = answer.get(timeout=60 * chosen.minutes + 120)
-        lines = [usage.text() for usage in usages]
-        _write(joined, OVER)
-        for process in (*storing, joining):
-            process.join(120)
-        print(
-            f"RabbitMQ {node.version}: {count} results stored, pushed and joined in {seconds:.0f} "
-            f"s, {count / seconds:.0f} a second; the longest batch of {BATCH} took {longest:.1f} s"
-        )
-        print(*lines, sep="\n")
-        load = os.getloadavg()
-        print(f"load average of the machine, {os.cpu_count()} cores: {load[0]:.1f}")
-        looking = context.Process(target=look_up, args=(url, prefix, count, answer))
-        began = time.monotonic()
-        looking.start()
-        wrong = answer.get(timeout=600)
-        looking.join(60)
-        print(f"looked up afterwards in {time.monotonic() - began:.0f} s: {wrong} lost or wrong")
-        return 1 if wrong else 0
+        joined = node.log_path.with_name("joined")
+        joined.write_bytes(struct.pack("<q", NOT_YET))
+        load = Load(node.url(), f"load-{uuid.uuid4().hex[:8]}", str(joined))
+        count = _run(load, node, chosen)
+        print(f"load average, {os.cpu_count()} cores: {os.getloadavg()[0]:.1f}")
+        return _check(load, count)
+
+
+def _run(load: Load, node: rabbitmq.Node, chosen: argparse.Namespace) -> int:
+    """Store and join for the chosen time, print the figures, and return the number of results."""
+    answer: Any = CONTEXT.Queue()
+    joining = CONTEXT.Process(target=join, args=(load, chosen.minutes, answer))
+    joining.start()
+    origin = answer.get(timeout=60)
+    step = chosen.storing * chosen.threads
+    storing = [
+        CONTEXT.Process(target=store, args=(load, origin, first, step, chosen.threads))
+        for first in range(0, step, chosen.threads)
+    ]
+    for process in storing:
+        process.start()
+    usages = [
+        Usage("broker", node.pid),
+        *(Usage(f"storing process {n}", p.pid or 0) for n, p in enumerate(storing, 1)),
+        Usage("joining process", joining.pid or 0),
+    ]
+    count, seconds, longest = answer.get(timeout=60 * chosen.minutes + 120)
+    lines = [usage.text() for usage in usages]
+    load.write(OVER)
+    for process in (*storing, joining):
+        process.join(120)
+    print(
+        f"RabbitMQ {node.version}: {count} results stored, pushed and joined in {seconds:.0f} s, "
+        f"{count / seconds:.0f} a second; the longest batch of {BATCH} took {longest:.1f} s"
+    )
+    print(*lines, sep="\n")
+    return int(count)
+
+
+def _check(load: Load, count: int) -> int:
+    """Look up all results in a new process; return the exit code."""
+    answer: Any = CONTEXT.Queue()
+    looking = CONTEXT.Process(target=look_up, args=(load, count, answer))
+    began = time.monotonic()
+    looking.start()
+    wrong = answer.get(timeout=600)
+    looking.join(60)
+    print(f"looked up afterwards in {time.monotonic() - began:.0f} s: {wrong} lost or wrong")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ class Place:
         quick: whether sizes and rounds are small.
         kept: how many results are kept for look-ups; empty for the measure's own sizes.
         peers: names of the peers that are installed and wanted.
-        broker_pids: processes of all brokers and Redis servers.
+        redis_pids: processes of the Redis servers.
+        tuned_pid: process of the RabbitMQ with other settings, or 0.
+        usual_rounds: rounds of a measure that has no number of its own; 0 for 5, or 3 if *quick*.
     """
 
     node: rabbitmq.Node
@@ -36,13 +38,15 @@ class Place:
     quick: bool
     kept: Sequence[int]
     peers: Sequence[str]
-    broker_pids: Sequence[int]
+    redis_pids: Sequence[int]
+    tuned_pid: int = 0
+    usual_rounds: int = 0
     _workers: Dict[str, programs.Worker] = dataclasses.field(default_factory=dict)
 
     @property
     def rounds(self) -> int:
-        """How many rounds of each peer are measured."""
-        return 3 if self.quick else 5
+        """How many rounds of each peer are measured, unless a measure has its own number."""
+        return self.usual_rounds or (3 if self.quick else 5)
 
     def chosen(self, *names: str) -> List[str]:
         """Return those of *names* that are measured in this run.
@@ -57,9 +61,10 @@ class Place:
             and (self.servers.tuned or not peers.named(name).tuned)
         ]
 
-    def broker_seconds(self) -> float:
-        """Return the processor time that RabbitMQ and Redis have used so far."""
-        return processes.cpu_seconds(*self.broker_pids)
+    def broker_seconds(self, name: str = OURS) -> float:
+        """Return the processor time that Redis and the RabbitMQ of a peer have used so far."""
+        broker = self.tuned_pid if peers.named(name).tuned else self.node.pid
+        return processes.cpu_seconds(broker, *self.redis_pids)
 
     @property
     def port(self) -> int:

@@ -22,6 +22,12 @@ BARS = {
     "roundtrip": "roundtrip",
     "worker": "worker",
     "endtoend": "endtoend",
+    "worker8": "worker8",
+    "cold": "cold.child",
+    "storm": "storm.10",
+    "storm-broker": "storm.broker.10",
+    "fleet": "fleet.8x50.p50",
+    "fleet-broker": "fleet.8x50.broker",
 }
 #: Names of files, with title, unit, and the rows drawn as lines, over their sizes.
 LINES: Dict[str, Tuple[str, str, List[Tuple[str, str]]]] = {
@@ -32,15 +38,18 @@ LINES: Dict[str, Tuple[str, str, List[Tuple[str, str]]]] = {
         "results kept",
         [("lookup.found", "found"), ("lookup.unknown", "unknown id")],
     ),
+    "threads": ("Threads that store at once", "threads", [("storing.threads", "")]),
     "batch": ("Look-ups of 1,000 ids at once", "results kept", [("lookup.batch", "")]),
 }
 
-#: A page shows several; each peer has the same colour in all of them.
+#: Each peer has the same colour in all plots of a page.
 COLOURS = {
     OURS: "#e8590c",
     "amqp, confirm=False": "#ffa94d",
     "amqp, transient": "#74c0fc",
     "amqp, per-task": "#b197fc",
+    "amqp, quorum": "#f08c00",
+    "amqp, tuned broker": "#94d82d",
     "rpc": "#4dabf7",
     "redis": "#e03131",
     "redis, lasting": "#a51111",
@@ -116,7 +125,8 @@ def _lines(title: str, axis: str, rows: List[Tuple[Row, str]]) -> Any:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(axis)
-    axes.set_ylabel(f"{rows[0][0].unit} (less is better)")
+    first = rows[0][0]
+    axes.set_ylabel(first.unit.replace("/s", "per second") + f" ({first.better} is better)")
     axes.grid(True, which="major", color="#dee2e6", linewidth=0.6)
     axes.legend(frameon=False)
     axes.set_title(title, loc="left")

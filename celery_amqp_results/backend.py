@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import contextvars
+import dataclasses
 import datetime
-import functools
 import logging
 import operator
 import os
+import sys
 import threading
 import time
 import weakref
@@ -30,9 +32,9 @@ from typing import (
 )
 
 import celery
-import kombu
 from celery import states
 from celery.app.task import Context
+from celery.backends.base import Backend
 from celery.exceptions import ImproperlyConfigured, SecurityError, TimeoutError
 from celery.result import ResultSet, result_from_tuple
 from celery.utils.nodenames import anon_nodename
@@ -41,8 +43,11 @@ from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors, options
 from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.amqp.broker import ResultBroker
 from celery_amqp_results.celery4.api import Celery4API
-from celery_amqp_results.chords.native import NativeChords
+from celery_amqp_results.chords import workers
+from celery_amqp_results.chords.firing import last_links, sends_for_another
+from celery_amqp_results.chords.sending import expect_body
 from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.layouts import Layout, LayoutRegistry
 from celery_amqp_results.metrics import Metrics
@@ -52,7 +57,7 @@ from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.ids import id_text, plain_ids, state_name
-from celery_amqp_results.protocol.message import GROUP, STATE, StateMessage
+from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessage
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topology, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.shared_layout import SharedLayout
@@ -60,7 +65,7 @@ from celery_amqp_results.store import marks as tracking
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
-from celery_amqp_results.waiting.follower import FIRST_CHORD_CHECK, LAST_CHORD_CHECK, Update
+from celery_amqp_results.waiting.follower import Update
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
@@ -91,8 +96,14 @@ _clock = PublishClock()
 
 _NOT_GIVEN: Any = object()
 
+#: The task of a chord's header whose final state was just stored in this thread or greenlet, and
+#: the id of the header.
+_stored: contextvars.ContextVar[Optional[Tuple[str, Optional[str]]]] = contextvars.ContextVar(
+    "celery_amqp_results_stored", default=None
+)
 
-class AMQPBackend(NativeChords, Celery4API):
+
+class AMQPBackend(Celery4API, Backend):
     """Keeps task results in RabbitMQ, and pushes them to those who wait.
 
     Parameters:
@@ -150,9 +161,10 @@ class AMQPBackend(NativeChords, Celery4API):
             conf.result_backend_transport_options or {}, self._url.options
         )
         #: ``shared`` or ``per-task``.
-        self.layout_name = _choose_layout(app, self._url, self.options.layout)
+        self.broker = ResultBroker(app, self._url, self.options.use_ssl)
+        self.layout_name = _choose_layout(self.broker, self.options.layout)
         if self.options.track_sent:
-            _check_tracking(app, self._url, self.layout_name)
+            _check_tracking(app, self.broker, self.layout_name)
         # What Celery 4 writes has no place for either; Celery warns where they are set.
         self.supports_result_compression = self.layout_name == "shared"
         self.supports_failure_expires = self.layout_name == "shared"
@@ -219,7 +231,6 @@ class AMQPBackend(NativeChords, Celery4API):
         self._pending: Optional[PendingResults] = None
         self._failed = LRUCache(limit=MAX_FAILED)
         self._complaints: Set[str] = set()
-        self._reset_chords()
 
     @property
     def layout(self) -> Layout:
@@ -232,9 +243,9 @@ class AMQPBackend(NativeChords, Celery4API):
     def _make_layout(self) -> Layout:
         policy = self.options.retry_policy
         connector = connections.Connector(
-            functools.partial(_new_connection, weakref.ref(self.app), self._url),
+            self.broker.connection,
             policy,
-            functools.partial(_describe_broker, weakref.ref(self.app), self._url),
+            self.broker.describe,
             self.app.main or "celery",
         )
         if self.layout_name == "per-task":
@@ -248,15 +259,15 @@ class AMQPBackend(NativeChords, Celery4API):
             client_word(anon_nodename()),
             self.persistent,
             self._codec,
+            weakref.ref(self.app),
         )
 
     def _make_sessions(self, connector: connections.Connector) -> transports.Sessions:
-        make = functools.partial(_new_connection, weakref.ref(self.app), self._url, 0.0)
-        if transports.is_amqp(make()):
+        if self.broker.is_amqp():
             return transports.AMQPSessions(
                 connections.Pool(connector, PER_TASK_HEARTBEAT, "per-task")
             )
-        return transports.KombuSessions(make, connector)
+        return transports.KombuSessions(self.broker.connection, connector)
 
     # -- identity ----------------------------------------------------------------------------
 
@@ -294,31 +305,14 @@ class AMQPBackend(NativeChords, Celery4API):
         current = self.app.current_worker_task
         # A task that is retried or replaced stays the task of the one who sent it first.
         retried = current is not None and current.request.id == task_id
-        if not retried and not self._sends_for_another(task_id):
+        if not retried and not sends_for_another(task_id):
             self.layout.note_sent(task_id)
-        if self.options.track_sent and self._sends_to_us(producer):
+        if self.options.track_sent and self.broker.is_that_of(producer.connection):
             self.layout.mark_sent(
                 producer.connection,
                 tracking.mark(task_id, tracking.SENT, _clock.now(), self._expiration),
             )
         return {}
-
-    def _sends_to_us(self, producer: Any) -> bool:
-        """Return whether *producer* is connected to the broker that keeps the results."""
-        connection = producer.connection
-        return (
-            transports.is_amqp(connection)
-            and connection.virtual_host == self._place.virtual_host
-            and (
-                connection.host == self._place.host
-                or connection.as_uri(include_password=True) in (self._place.alt or ())
-            )
-        )
-
-    @functools.cached_property
-    def _place(self) -> kombu.Connection:
-        """Where the results are; a connection that is never opened."""
-        return self.app.connection_for_write(self._url.broker)
 
     def _store_result(
         self,
@@ -370,14 +364,16 @@ class AMQPBackend(NativeChords, Celery4API):
             task_id, name, layout.shape(meta), STATE, self._expiration_of(name, request)
         )
         route = _route_of(request)
-        stored = layout.detach(message)
-        if not is_final(state) or not self._publish_with_part(task_id, message, stored, route):
-            layout.publish(
-                stored,
-                route,
-                # ABORTED as well: who asked a task to stop relies on it.
-                is_final(state) or state == ABORTED,
-            )
+        # ABORTED as well: who asked a task to stop relies on it.
+        final = is_final(state) or state == ABORTED
+        counts = route.in_chord and is_final(state)
+        part = None
+        if counts and _shorter(message.expiration, self._chord_expiration):
+            part = dataclasses.replace(message, kind=PART, expiration=self._chord_expiration)
+            part = layout.detach(part)
+        layout.publish(layout.detach(message), route, final, part)
+        if counts:
+            _stored.set((task_id, route.group_id))
         if self.options.track_sent and is_final(state):
             # Its loss would do little harm: it is not waited for.
             expiration = tracking.ended_expiration(message.expiration)
@@ -541,7 +537,6 @@ class AMQPBackend(NativeChords, Celery4API):
         meta = None if state is None else self._decode_if_kept(state)
         if meta is None:
             return {"status": states.PENDING, "result": None}
-        self._settle_after_reading(meta)
         return meta
 
     def task_result_exists(self, task_id: str) -> bool:
@@ -695,8 +690,6 @@ class AMQPBackend(NativeChords, Celery4API):
         try:
             follower.add((*parents, *ids))
             next_interval = time.monotonic() + interval
-            pause = FIRST_CHORD_CHECK
-            next_check = time.monotonic() + pause
             while missing:
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
@@ -711,12 +704,6 @@ class AMQPBackend(NativeChords, Celery4API):
                     raise _timed_out(timeout, len(missing), len(ids)) from exc
                 missing.difference_update(u.task_id for u in updates if u.final is not None)
                 yield from updates
-                if time.monotonic() >= next_check and follower.pending:
-                    # A chord whose last worker died before it fired has nobody else.
-                    for task_id in list(follower.pending):
-                        self.settle_body(task_id)
-                    pause = min(2 * pause, LAST_CHORD_CHECK)
-                    next_check = time.monotonic() + pause
                 if missing and time.monotonic() >= next_interval:
                     next_interval = time.monotonic() + interval
                     if on_interval is not None:
@@ -1045,6 +1032,115 @@ class AMQPBackend(NativeChords, Celery4API):
     def _delete_group(self, group_id: str) -> None:
         self.layout.forget_group(group_id)
 
+    # -- chords ------------------------------------------------------------------------------
+
+    def apply_chord(self, header_result_args: Tuple[str, Any], body: Any, **kwargs: Any) -> None:
+        """Note a chord whose header is about to be sent. Does no I/O, and takes no task of it.
+
+        Falls back to what Celery's base class does, a task that polls, where the layout has no
+        chords of its own; so does everything below.
+        """
+        chords = self.layout.chords
+        if chords is None:
+            super().apply_chord(header_result_args, body, **kwargs)
+            return
+        self.ensure_chords_allowed()
+        expect_body(self.app, body, self.layout.note_sent)
+        current = self.app.current_worker_task
+        root_id = None if current is None else current.request.root_id or current.request.id
+        group_id, results = header_result_args
+        chords.prepare(group_id, results, body, self._chord_expiration, root_id)
+
+    def set_chord_size(self, group_id: str, chord_size: int) -> None:
+        """Publish the plan of a chord, just before the last task of its header is sent.
+
+        Does nothing for a chord that this process has not prepared by :meth:`apply_chord`.
+
+        Raises:
+            kombu.exceptions.EncodeError: when the body cannot be encoded.
+            ResultTooLarge: when the broker refuses a message of this size.
+            DeclarationRefused: when a plan queue exists with other properties.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+        """
+        chords = self.layout.chords
+        if chords is None:
+            super().set_chord_size(group_id, chord_size)
+            return
+        chords.publish_plan(group_id)
+
+    def add_to_chord(self, chord_id: str, result: Any) -> None:
+        """Have the chord wait for one task or group more. To be called by a task of its header.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+        """
+        chords = self.layout.chords
+        if chords is None:
+            super().add_to_chord(chord_id, result)
+            return
+        current = self.app.current_worker_task
+        after = None if current is None else current.request.id
+        chords.publish_amendment(chord_id, result, after, self._chord_expiration)
+
+    def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
+        """Have the leader of a chord know what a task of its header returned.
+
+        Its state says so, where one is stored and kept for long enough. May be called any number of
+        times for a task.
+
+        Raises:
+            kombu.exceptions.EncodeError: when the serializer cannot encode the result.
+            ResultTooLarge: when the broker refuses a message of this size.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+        """
+        layout = self.layout
+        if layout.chords is None:
+            super().on_chord_part_return(request, state, result, **kwargs)
+            return
+        stored = _stored.get()
+        _stored.set(None)
+        if not request.id or not request.group or stored == (request.id, request.group):
+            return
+        content = {
+            "status": state,
+            "result": self.encode_result(result, state),
+            "task_id": request.id,
+        }
+        part = self._encode_state(request.id, state, content, PART, self._chord_expiration)
+        layout.publish_part(layout.detach(part), request.group)
+
+    def chord_error_from_stack(self, callback: Any, exc: Optional[BaseException] = None) -> Any:
+        """Fail the body of a chord, whose header or whose sending has failed.
+
+        Celery stops there. A body may be a task of the header of another chord, which would then
+        wait for ever: here that one gets its part.
+        """
+        if exc is None:
+            exc = sys.exc_info()[1]
+        info = super().chord_error_from_stack(callback, exc)
+        if self.layout.chords is not None:
+            for signature in last_links(callback, self.app):
+                options = signature.options
+                if options.get("chord"):
+                    request = Context(
+                        id=options.get("task_id"),
+                        group=options.get("group_id"),
+                        group_index=options.get("group_index"),
+                        chord=options["chord"],
+                    )
+                    self.on_chord_part_return(request, states.FAILURE, exc)
+        return info
+
+    def decode_state(self, state: StateMessage) -> Meta:
+        """Return the meta that *state* holds.
+
+        Raises:
+            ResultExpired: when its body is gone.
+            LookupTimeout, BackendUnavailable: when its body could not be read.
+            kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
+        """
+        return self._decode_state(state)
+
     # -- the end -----------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -1057,58 +1153,33 @@ class AMQPBackend(NativeChords, Celery4API):
             pending, self._pending = self._pending, None
         if pending is not None:
             pending.close()
-        self._bodies.close()
         layout = self._layouts.pop(self._layout_key)
         if layout is not None:
             layout.close()
 
 
-def _new_connection(
-    app: weakref.ref[Any], url: options.ResultURL, heartbeat: float
-) -> kombu.Connection:
-    owner = app()
-    if owner is None:
-        raise errors.BackendUnavailable("the Celery app of this result backend is gone")
-    tls: Meta = {}
-    if url.scheme in ("amqps", "pyamqps") and not owner.conf.broker_use_ssl:
-        tls["ssl"] = True
-    return owner.connection_for_write(url.broker, heartbeat=heartbeat, **tls)
-
-
-def _describe_broker(app: weakref.ref[Any], url: options.ResultURL) -> str:
-    """Return the broker's address without passwords, for messages."""
-    owner = app()
-    if url.broker is not None or owner is None:
-        return url.sanitized()
-    # The app's own broker: its address says more than "amqp://".
-    connection = owner.connection_for_write()
-    hosts = connection.alt or [connection.as_uri(include_password=True)]
-    return options.parse_url(";".join(map(str, hosts))).sanitized()
-
-
-def _choose_layout(app: Any, url: options.ResultURL, wanted: Optional[str]) -> str:
+def _choose_layout(broker: ResultBroker, wanted: Optional[str]) -> str:
     """Return the layout: the one that is *wanted*, or the one that the transport can do."""
-    connection = app.connection_for_write(url.broker)
-    if transports.is_amqp(connection):
+    if broker.is_amqp():
         return wanted or "shared"
     if wanted == "shared":
         raise errors.InvalidOption(
             "the layout 'shared' needs RabbitMQ; the transport "
-            f"{transports.transport_name(connection)!r} can do 'per-task'"
+            f"{transports.transport_name(broker.place)!r} can do 'per-task'"
         )
     return "per-task"
 
 
-def _check_tracking(app: Any, url: options.ResultURL, layout: str) -> None:
+def _check_tracking(app: Any, broker: ResultBroker, layout: str) -> None:
     if layout != "shared":
         raise errors.InvalidOption(
             f"the option 'track_sent' needs the layout 'shared', and the layout is {layout!r}"
         )
-    here, there = app.connection_for_write(), app.connection_for_write(url.broker)
+    here, there = app.connection_for_write(), broker.place
     if (here.host, here.virtual_host) != (there.host, there.virtual_host):
         raise errors.InvalidOption(
             "the option 'track_sent' needs results on the broker of the tasks, since the marks go "
-            f"with these; here results go to {url.sanitized()} and tasks elsewhere"
+            f"with these; here results go to {broker.url.sanitized()} and tasks elsewhere"
         )
 
 
@@ -1149,6 +1220,11 @@ def _client_of(request: Any) -> str:
     # No request, one that was made up, or one of a task that another process has put in the place
     # of the task that was sent: the sender is somebody, and may wait.
     return BROADCAST
+
+
+def _shorter(expiration: Optional[float], other: Optional[float]) -> bool:
+    """Return whether an expiration (``None`` for never) is before another."""
+    return expiration is not None and (other is None or expiration < other)
 
 
 def _expiry(name: str, value: Any) -> Optional[float]:
@@ -1222,5 +1298,13 @@ def _at_exit() -> None:
         registry.close()
 
 
+def _on_worker_ready(app: Any) -> None:
+    """Have the main process of a worker lead chords."""
+    backend = app.backend
+    if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
+        backend.layout.chords.start_if_needed()
+
+
+workers.on_ready(_on_worker_ready)
 os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)

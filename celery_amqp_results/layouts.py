@@ -21,7 +21,7 @@ from typing import (
     Sequence,
 )
 
-from celery_amqp_results.chords.parts import Chords
+from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Route
@@ -34,7 +34,7 @@ __all__ = ("Layout", "LayoutRegistry")
 class Layout(Protocol):
     """Keeps results on a broker. Thread-safe; made anew after a fork."""
 
-    #: Collects the parts of chords; ``None`` where a task has to poll for them.
+    #: Sends and leads chords; ``None`` where a task has to poll for their parts.
     chords: Optional[Chords]
 
     def metrics(self) -> Metrics:
@@ -46,8 +46,24 @@ class Layout(Protocol):
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
 
-    def publish(self, state: StateMessage, route: Route, final: bool) -> None:
-        """Publish a state; of a *final* one, return only when the broker has it."""
+    def publish(
+        self,
+        state: StateMessage,
+        route: Route,
+        final: bool,
+        part: Optional[StateMessage] = None,
+    ) -> None:
+        """Publish a state; of a *final* one, return only when the broker has it.
+
+        Parameters:
+            state: the state.
+            route: what its routing key says.
+            final: whether the broker has to have it.
+            part: what the leader of a chord counts, where the state itself is not kept as long.
+        """
+
+    def publish_part(self, part: StateMessage, group_id: str) -> None:
+        """Publish what a task of a chord's header returned, whose state is not stored."""
 
     def mark_sent(self, connection: Any, sent: StateMessage) -> None:
         """Publish a mark on a connection that sends tasks. Waits for nothing."""
@@ -148,7 +164,7 @@ class LayoutRegistry:
         with self._lock:
             layout = self._layouts.pop(key, None)
             if layout is not None:
-                done = dataclasses.replace(layout.metrics(), waiting=0)
+                done = dataclasses.replace(layout.metrics(), waiting=0, views=0, view_bytes=0)
                 self._past[key] = Metrics.total((self._past.get(key, Metrics()), done))
         return layout
 

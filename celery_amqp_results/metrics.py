@@ -30,7 +30,7 @@ class Metrics:
         COUNTER, "states", "Those of them for which the broker's confirm was waited for, and came"
     )
     published_bytes: int = _metric(
-        COUNTER, "bytes", "Bodies that were published: of states, parts of chords, large results"
+        COUNTER, "bytes", "Bodies that were published: of states, plans and parts, large results"
     )
     large: int = _metric(COUNTER, "states", "States whose bodies were put in queues of their own")
     retried: int = _metric(
@@ -57,6 +57,19 @@ class Metrics:
         COUNTER, "messages", "Foreign or damaged messages, as often as they were met"
     )
     waiting: int = _metric(GAUGE, "tasks", "Tasks that somebody waits for at present")
+    remembered: int = _metric(
+        COUNTER, "ids", "Ids of tasks that were read from memory, after a barrier"
+    )
+    barriers: int = _metric(
+        COUNTER, "messages", "Barriers that came back: one serves all reads that wait for it"
+    )
+    views: int = _metric(GAUGE, "shards", "Shards that are known completely at present")
+    view_bytes: int = _metric(GAUGE, "bytes", "Memory for what is known of tasks and shards, about")
+    chords_fired: int = _metric(COUNTER, "chords", "Chords whose bodies were sent, or failed")
+    chords_abandoned: int = _metric(COUNTER, "chords", "Chords that were given up as expired")
+    chords_open: int = _metric(GAUGE, "chords", "Chords that this process leads at present")
+    chords_led: int = _metric(GAUGE, "queues", "Plan queues that this process leads at present")
+    oldest_chord: int = _metric(GAUGE, "seconds", "Age of the oldest of the open chords")
 
     def as_dict(self) -> Dict[str, int]:
         """Return the numbers by their names."""

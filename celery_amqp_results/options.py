@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from celery_amqp_results import errors
@@ -78,12 +78,16 @@ class Options:
     page_size: int = 256 * 1024
     #: Bytes of an encoded result up to which it is kept in a shard; a larger one has its own queue.
     inline_limit: int = 128 * 1024
+    #: Bytes of memory that a process takes for what it knows of tasks, about.
+    view_memory: int = 32 * 1024 * 1024
     #: Bytes that a compressed result may have when it is decompressed.
     max_decompressed_size: int = 128 * 1024 * 1024
     #: Whether it is noted that a task was sent, has ended, or was forgotten.
     track_sent: bool = False
     #: Whether the exchange and the shard queues are declared; else somebody else has to do it.
     declare: bool = True
+    #: TLS of the connections for results, as in ``broker_use_ssl``; ``None`` to follow the URL.
+    use_ssl: Union[bool, Mapping[str, Any], None] = None
     #: How connecting and publishing are retried.
     retry_policy: RetryPolicy = RetryPolicy()
 
@@ -169,6 +173,17 @@ def _boolean(value: Any) -> bool:
     raise ValueError("allowed are true and false")
 
 
+def _tls(value: Any) -> Union[bool, Mapping[str, Any]]:
+    if not isinstance(value, Mapping):
+        return _boolean(value)
+    unknown = sorted(set(value) - _TLS_NAMES)
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]!r} is unknown to py-amqp; known are {', '.join(sorted(_TLS_NAMES))}"
+        )
+    return dict(value)
+
+
 def _retry_policy(value: Any) -> RetryPolicy:
     if isinstance(value, RetryPolicy):
         return value
@@ -193,6 +208,20 @@ def _retry_policy(value: Any) -> RetryPolicy:
     return RetryPolicy(**policy)
 
 
+#: What py-amqp takes for TLS.
+_TLS_NAMES = frozenset(
+    {
+        "ca_certs",
+        "cert_reqs",
+        "certfile",
+        "ciphers",
+        "context",
+        "keyfile",
+        "server_hostname",
+        "ssl_version",
+    }
+)
+
 _PARSERS: Dict[str, Callable[[Any], Any]] = {
     "layout": _one_of(*LAYOUTS),
     "shards": _integer(1, MAX_SHARDS),
@@ -202,8 +231,10 @@ _PARSERS: Dict[str, Callable[[Any], Any]] = {
     "page_size": _integer(1024, 8 * 1024 * 1024),
     "track_sent": _boolean,
     "inline_limit": _integer(1024, 8 * 1024 * 1024),
+    "view_memory": _integer(0, 999_999_999),
     "max_decompressed_size": _integer(1024, 999_999_999),
     "declare": _boolean,
+    "use_ssl": _tls,
     "retry_policy": _retry_policy,
 }
 

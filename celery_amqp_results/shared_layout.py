@@ -7,9 +7,11 @@ from typing import Any, Callable, Collection, Dict, Mapping, Optional, Sequence
 
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
-from celery_amqp_results.chords.parts import HEARTBEAT as CHORD_HEARTBEAT
-from celery_amqp_results.chords.parts import Chords
+from celery_amqp_results.chords.firing import Firing
+from celery_amqp_results.chords.sending import Chords, Plans
+from celery_amqp_results.chords.service import Service
 from celery_amqp_results.feed.inbox import Inbox
+from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
 from celery_amqp_results.protocol.codec import Codec
@@ -22,10 +24,13 @@ from celery_amqp_results.store.lookup import HEARTBEAT as STORE_HEARTBEAT
 from celery_amqp_results.store.lookup import Store
 from celery_amqp_results.store.publisher import Outgoing, Publisher
 from celery_amqp_results.waiting.background import BackgroundFollower
-from celery_amqp_results.waiting.follower import Follower, Waiting
+from celery_amqp_results.waiting.follower import Follower
 from celery_amqp_results.waiting.watch import Tap
 
 __all__ = ("SharedLayout",)
+
+#: Bytes of results that a leader of chords keeps in memory. It reads the others when it fires.
+LEADER_MEMORY = 64 * 1024 * 1024
 
 
 class SharedLayout:
@@ -38,6 +43,7 @@ class SharedLayout:
         client: the word of this process in routing keys.
         persistent: whether messages survive a restart of the broker.
         codec: decodes metas.
+        app: returns the Celery app, or ``None`` when it is gone.
 
     Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and let
     go of this one untouched: closing it would speak on the parent's connections.
@@ -51,6 +57,7 @@ class SharedLayout:
         client: str,
         persistent: bool,
         codec: Codec,
+        app: Callable[[], Any],
     ) -> None:
         self._connector = connector
         self._topology = topology
@@ -76,18 +83,21 @@ class SharedLayout:
             options.lookup_timeout,
         )
         self._marker = tracking.Marker(declarations)
-        self.inbox = Inbox(connector, declarations, client)
-        self._waiting = Waiting(self.inbox, self.store)
+        self.inbox = Inbox(connector, declarations, client, options.view_memory)
+        self.reads = Reads(self.inbox, self.store)
         self._taps: weakref.WeakSet[Tap] = weakref.WeakSet()
-        self._chord_pool = connections.Pool(connector, CHORD_HEARTBEAT, "chords")
-        #: Chords that are fired by their last part.
-        self.chords: Optional[Chords] = Chords(
-            self.publisher, self._chord_pool, topology, persistent, self._outgoing
+        self._plans = Plans(app, topology, persistent)
+        self._firing = Firing(app, self.store, self._plans.content)
+        self._leading = Service(
+            connector, declarations, self.store, self._plans.read, self._firing.fire, LEADER_MEMORY
         )
+        #: Chords, fired by the leader of their plan queue.
+        self.chords: Optional[Chords] = Chords(self.publisher, self._plans, self._leading)
 
     def metrics(self) -> Metrics:
         """Return what was done so far. Does no I/O."""
         publisher, store, inbox = self.publisher, self.store, self.inbox
+        leading = self._leading
         return Metrics(
             stored=publisher.stored,
             confirmed=publisher.confirmed,
@@ -103,6 +113,15 @@ class SharedLayout:
             packed=store.packed,
             rejected=store.rejected + inbox.rejected,
             waiting=inbox.waited_for,
+            remembered=self.reads.remembered,
+            barriers=inbox.barriers,
+            views=inbox.live_views,
+            view_bytes=inbox.memory,
+            chords_fired=leading.fired,
+            chords_abandoned=leading.abandoned,
+            chords_open=leading.open,
+            chords_led=leading.leads,
+            oldest_chord=int(leading.oldest_age()),
         )
 
     def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -158,15 +177,47 @@ class SharedLayout:
         """Return the state that a pointer stands for, or ``None`` where the body is gone."""
         return self._large.fetch(pointer)
 
-    def publish(self, state: StateMessage, route: Route, final: bool) -> None:
+    def publish(
+        self,
+        state: StateMessage,
+        route: Route,
+        final: bool,
+        part: Optional[StateMessage] = None,
+    ) -> None:
         """Publish a state; of a *final* one, return only when the broker has it.
+
+        Parameters:
+            state: the state.
+            route: what its routing key says.
+            final: whether the broker has to have it.
+            part: what the leader of a chord counts, where the state itself is not kept as long.
 
         Raises:
             BackendUnavailable, ResultTooLarge, DeclarationRefused: see
                 :meth:`~celery_amqp_results.store.publisher.Publisher.publish`.
         """
-        self.publisher.publish((self._outgoing(state, route),), final and self._options.confirm)
+        messages = [self._outgoing(state, route)]
+        if part is not None:
+            messages.append(self._outgoing(part, Route(group_id=route.group_id, in_chord=True)))
+        # A chord waits for it, and nobody sends it again.
+        confirm = final and (self._options.confirm or route.in_chord)
+        self.publisher.publish(messages, confirm)
         self.inbox.note_stored(state)
+        self._note_chord(route, final)
+
+    def publish_part(self, part: StateMessage, group_id: str) -> None:
+        """Publish what a task of a chord's header returned, whose state is not stored.
+
+        Raises:
+            BackendUnavailable, ResultTooLarge, DeclarationRefused: as :meth:`publish`.
+        """
+        route = Route(group_id=group_id, in_chord=True)
+        self.publisher.publish((self._outgoing(part, route),))
+        self._note_chord(route, True)
+
+    def _note_chord(self, route: Route, final: bool) -> None:
+        if final and route.in_chord and route.group_id and self.chords is not None:
+            self.chords.note_chord(route.group_id)
 
     def _outgoing(self, state: StateMessage, route: Route) -> Outgoing:
         topology = self._topology
@@ -188,7 +239,7 @@ class SharedLayout:
         Parameters:
             backlog_limit: not used; any number of states is read.
         """
-        return self._waiting.poll(ids)
+        return self.reads.read(ids)
 
     def follower(self, submit: Optional[Callable[..., Any]] = None) -> Follower:
         """Return a follower of no tasks yet.
@@ -198,8 +249,8 @@ class SharedLayout:
                 there, and a follower of many never stands still.
         """
         if submit is None:
-            return self._waiting.follower()
-        return BackgroundFollower(self.inbox, self.store, submit)
+            return Follower(self.inbox, self.reads)
+        return BackgroundFollower(self.inbox, self.reads, self._options.lookup_timeout, submit)
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
         """Return a tap of everything that is published.
@@ -212,10 +263,11 @@ class SharedLayout:
         return tap
 
     def forget(self, ids: Collection[str]) -> None:
-        """Delete everything about *ids*."""
+        """Delete everything about *ids*, in the broker and in the memory of all processes."""
         self.store.remove(ids)
+        self.store.announce_removal(ids)
         for task_id in ids:
-            self._waiting.discard(task_id)
+            self.inbox.forget(task_id)
 
     def save_group(self, group: StateMessage) -> None:
         """Keep a group: in the shard of its id, and in no inbox."""
@@ -237,7 +289,9 @@ class SharedLayout:
         """
         for tap in list(self._taps):
             tap.shut()
+        # It sends bodies until then, and reads the store for that.
+        self._leading.close(wait)
         self.inbox.close(wait)
         self.publisher.close()
         self._pool.close()
-        self._chord_pool.close()
+        self._firing.close()

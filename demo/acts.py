@@ -24,6 +24,7 @@ from celery.exceptions import TimeoutError
 from celery.result import AsyncResult, GroupResult, ResultSet
 
 import celery_amqp_results
+from celery_amqp_results.protocol.names import PLAN_QUEUES
 from demo import interrupts, processes, reader, screen
 from demo.processes import Broker, Failed, settings
 from tools import rabbitmq
@@ -315,7 +316,7 @@ def run_on_broker(
 
     stack.callback(app.backend.close)
     show = Show(view, app, tasks)
-    broker.others.append(broker.topology.chord_queue(show.chord_id).name)
+    broker.others.extend(broker.topology.plan_queue(number).name for number in range(PLAN_QUEUES))
     queues: List[Tuple[str, int]] = []
 
     def count_queues(when: str) -> None:

@@ -18,14 +18,26 @@ from django.core.asgi import get_asgi_application
 from django.core.management import execute_from_command_line
 from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.urls import path
+from django.views.decorators.csrf import ensure_csrf_cookie
 
 from celery_amqp_results import aio
 from examples.page import PAGE
 from examples.tasks import app, count, describe
 
-settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], SECRET_KEY="for the example alone")
+settings.configure(
+    ROOT_URLCONF=__name__,
+    ALLOWED_HOSTS=["*"],
+    SECRET_KEY="for the example alone",
+    # As in any project: a POST without the token of the cookie is refused.
+    MIDDLEWARE=["django.middleware.csrf.CsrfViewMiddleware"],
+)
+
+#: The largest number that a browser may ask for.
+MAX_TOTAL = 10_000
 
 
+# Without a form on the page, Django must be asked to set the cookie that the script sends back.
+@ensure_csrf_cookie
 def page(request: HttpRequest) -> HttpResponse:
     return HttpResponse(PAGE)
 
@@ -38,8 +50,16 @@ def event(meta: Dict[str, Any]) -> str:
 
 
 async def start(request: HttpRequest) -> JsonResponse:
+    if request.method != "POST":
+        return JsonResponse({"error": "use POST"}, status=405, headers={"Allow": "POST"})
+    try:
+        total = int(request.GET.get("total", "50"))
+        if total > MAX_TOTAL:
+            raise ValueError(f"{total} is too large")
+    except ValueError as exc:
+        return JsonResponse({"error": str(exc)}, status=400)
     # Sending speaks with the broker, and blocks while it does.
-    result = await sync_to_async(count.delay)(int(request.GET["total"]))
+    result = await sync_to_async(count.delay)(total)
     return JsonResponse({"id": result.id})
 
 
@@ -48,6 +68,9 @@ async def value(request: HttpRequest, task_id: str) -> JsonResponse:
         return JsonResponse({"value": await aio.get(task_id, timeout=30, app=app)})
     except TimeoutError:
         return JsonResponse({"error": "the task is still running"}, status=504)
+    except ValueError as exc:
+        # What the task raised.
+        return JsonResponse({"error": str(exc)}, status=422)
 
 
 async def events(request: HttpRequest, task_id: str) -> StreamingHttpResponse:

@@ -7,7 +7,10 @@ PAGE = """<!doctype html>
 <output></output>
 <script>
 document.querySelector("button").onclick = async () => {
-  const {id} = await (await fetch("/tasks?total=50", {method: "POST"})).json();
+  // Django protects POST requests by this cookie; other frameworks ignore the header.
+  const token = document.cookie.match(/(?:^|; )csrftoken=([^;]+)/)?.[1] ?? "";
+  const headers = {"X-CSRFToken": token};
+  const {id} = await (await fetch("/tasks?total=50", {method: "POST", headers})).json();
   const events = new EventSource(`/tasks/${id}/events`);
   events.onmessage = ({data}) => {
     const {state, result} = JSON.parse(data);

@@ -27,7 +27,7 @@ def count(self: Any, total: int, pause: float = 0.1) -> int:
 
 
 def describe(meta: Dict[str, Any]) -> Dict[str, Any]:
-    """Return what a browser is told of a state."""
+    """Return what a browser may see of a state."""
     result = meta["result"]
     if isinstance(result, BaseException):
         # Tell strangers no more than this: a traceback shows your code.

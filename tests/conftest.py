@@ -22,6 +22,7 @@ from celery import Celery
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from celery_amqp_results.protocol.names import PLAN_QUEUES
 from tools import rabbitmq
 
 _T = TypeVar("_T")
@@ -174,6 +175,8 @@ class Apps:
             for number in range(max(shards)):
                 # Deleting what does not exist is no error.
                 channel.queue_delete(f"{self.prefix}.shard.{number}")
+            for number in range(PLAN_QUEUES):
+                channel.queue_delete(f"{self.prefix}.chords.{number}")
             channel.queue_delete(f"{self.prefix}-tasks")
             channel.exchange_delete(f"{self.prefix}.states")
             channel.exchange_delete(self.prefix)

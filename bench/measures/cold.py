@@ -22,7 +22,7 @@ def measure(place: Place) -> Iterator[Row]:
             name: stack.enter_context(place.worker(name, 2, arguments=["--max-tasks-per-child=1"]))
             for name in place.chosen(*PEERS)
         }
-        count = 40 if place.quick else 100
+        count = 20 if place.quick else 60
         found = place.alternate(
             {name: draining(place, worker, count, ticks) for name, worker in workers.items()},
             rounds=3,

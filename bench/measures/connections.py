@@ -67,7 +67,7 @@ def _busy_worker(place: Place, worker: Worker, pids: Sequence[int], ticks: Ticks
 
 
 def _storing(place: Place, key: str, module: str, sizes: Sequence[int]) -> Iterator[Row]:
-    count = 400 if place.quick else 3000
+    count = 400 if place.quick else 2000
     names = place.chosen("amqp", "redis", "redis, lasting")
     for size in sizes:
         with contextlib.ExitStack() as stack:
@@ -79,7 +79,8 @@ def _storing(place: Place, key: str, module: str, sizes: Sequence[int]) -> Itera
                 for name in names
             }
             found = place.alternate(
-                {name: _together(place, one, size, count) for name, one in assistants.items()}
+                {name: _together(place, one, size, count) for name, one in assistants.items()},
+                rounds=3,
             )
         title = f"{size} {key} of one process that store results at once"
         if size == 1:

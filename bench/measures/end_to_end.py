@@ -18,7 +18,7 @@ PATIENCE = 300.0
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield tasks a second of a group, done by a prefork worker of two processes."""
-    count = 400 if place.quick else 2000
+    count = 400 if place.quick else 1000
     workers = place.workers(*peers.WITH_WORKER)
     round_trip.warm(place)
     measures: Dict[str, Callable[[], Mapping[str, float]]] = {}

@@ -26,27 +26,33 @@ STORING = 2
 AHEAD = 1.0
 
 #: Seconds of a round.
-SECONDS = 8.0
+SECONDS = 5.0
 
 #: Seconds of the first round of new processes, which is not counted.
 WARM_UP = 20.0
 
+#: Web processes and tasks a second. Quorum queues are measured with the fewest processes only.
+FULL = ((8, (50, 150)), (16, (50, 150)))
+QUICK = ((8, (50,)),)
+
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield latencies of polls, processor time of the broker for each task, and stale answers."""
-    names = place.chosen("amqp", "amqp, quorum", "redis")
-    for processes in (8,) if place.quick else (8, 16):
+    for processes, rates in QUICK if place.quick else FULL:
+        names = place.chosen("amqp", "redis")
+        if not place.quick and processes == FULL[0][0]:
+            names = place.chosen("amqp", "amqp, quorum", "redis")
         with contextlib.ExitStack() as stack:
             fleets = {
                 name: stack.enter_context(Fleet.running(place, name, processes)) for name in names
             }
-            for rate in (50,) if place.quick else (50, 150):
+            for fleet in fleets.values():
+                fleet.round(rates[0], WARM_UP / 2 if place.quick else WARM_UP)
+            for rate in rates:
                 yield from _at_rate(place, fleets, processes, rate)
 
 
 def _at_rate(place: Place, fleets: Mapping[str, Fleet], processes: int, rate: int) -> Iterator[Row]:
-    for fleet in fleets.values():
-        fleet.round(rate, WARM_UP)
     found = place.alternate(
         {name: _round(fleet, rate) for name, fleet in fleets.items()},
         rounds=3,
@@ -113,9 +119,9 @@ class Fleet:
         for number, one in enumerate(self.web):
             one.tell("browse", number=number, **arguments)
         time.sleep(AHEAD)
-        broker, client = self.place.broker_seconds(), self._client_seconds()
+        broker, client = self.place.broker_seconds(self.name), self._client_seconds()
         verdict, late = self._answers()
-        broker = self.place.broker_seconds() - broker
+        broker = self.place.broker_seconds(self.name) - broker
         client = self._client_seconds() - client
         return {
             "p50": verdict.percentile(50),

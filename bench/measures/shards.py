@@ -31,22 +31,25 @@ JOINED = 1000
 
 
 def measure(place: Place) -> Iterator[Row]:
-    """Yield rates of storing, and times of joins and look-ups, by the number of shards."""
+    """Yield rates of storing, and times of joins and look-ups, by the number of shards.
+
+    The size of each row is the number of results that are kept meanwhile.
+    """
     queues = {name: f"bench-{uuid.uuid4().hex[:8]}" for name in place.chosen(*PEERS)}
     try:
-        for publishers in (1, PUBLISHERS):
-            yield from _storing(place, queues, publishers)
-        yield from _joining(place, queues)
-        kept = 0
-        for size in place.kept or (QUICK if place.quick else FULL):
-            yield from _looking_up(place, queues, size - kept, size)
-            kept = size
+        before = 0
+        for kept in place.kept or (QUICK if place.quick else FULL):
+            yield from _looking_up(place, queues, kept - before, kept)
+            for publishers in (1, PUBLISHERS):
+                yield from _storing(place, queues, publishers, kept)
+            yield from _joining(place, queues, kept)
+            before = kept
     finally:
         for name, queue in queues.items():
             stranger.delete(place, name, queue)
 
 
-def _storing(place: Place, queues: Mapping[str, str], publishers: int) -> Iterator[Row]:
+def _storing(place: Place, queues: Mapping[str, str], publishers: int, kept: int) -> Iterator[Row]:
     count = 200 if place.quick else 600
 
     def work(assistants: List[Assistant]) -> Mapping[str, float]:
@@ -69,22 +72,24 @@ def _storing(place: Place, queues: Mapping[str, str], publishers: int) -> Iterat
         found = place.alternate(
             {name: functools.partial(work, group) for name, group in groups.items()}, rounds=3
         )
-    title = "one publisher" if publishers == 1 else f"{publishers} publishers"
-    yield Row(
-        "shards.store", f"results stored, {title}", "/s", MORE, found["per second"], publishers
-    )
-    title = f"processor time of RabbitMQ, each result stored, {title}"
-    yield Row("shards.store.broker", title, "µs", LESS, found["broker"], publishers)
+    key, who = "shards.store", "one publisher"
+    if publishers > 1:
+        key, who = f"shards.store{publishers}", f"{publishers} publishers"
+    end = f"{who}, {kept:,} kept"
+    yield Row(key, f"results stored, {end}", "/s", MORE, found["per second"], kept)
+    title = f"processor time of RabbitMQ, each result stored, {end}"
+    yield Row(f"{key}.broker", title, "µs", LESS, found["broker"], kept)
 
 
-def _joining(place: Place, queues: Mapping[str, str]) -> Iterator[Row]:
+def _joining(place: Place, queues: Mapping[str, str], kept: int) -> Iterator[Row]:
     with contextlib.ExitStack() as stack:
         measures: Dict[str, Callable[[], Mapping[str, float]]] = {}
         for name, queue in queues.items():
             client, storer = (stack.enter_context(place.assistant(name, queue)) for _ in range(2))
             measures[name] = functools.partial(collect.join, name, client, storer, JOINED)
         found = place.alternate(measures, rounds=3)
-    yield Row("shards.join", f"join of {JOINED:,} results", "ms", LESS, found["ms"], JOINED)
+    title = f"join of {JOINED:,} results, {kept:,} kept"
+    yield Row("shards.join", title, "ms", LESS, found["ms"], kept)
 
 
 def _looking_up(place: Place, queues: Mapping[str, str], more: int, kept: int) -> Iterator[Row]:

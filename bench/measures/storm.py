@@ -32,7 +32,7 @@ def measure(place: Place) -> Iterator[Row]:
     workers = place.workers("amqp", "amqp, quorum", "redis")
     for size, count in (QUICK if place.quick else FULL).items():
         storms = {name: _storm(place, worker.app, size, count) for name, worker in workers.items()}
-        found = place.alternate(storms, rounds=3)
+        found = place.alternate(storms, rounds=3 if size == min(FULL) else 2)
         title = f"{count} chords of {size} at once"
         yield Row("storm", f"chords a second, {title}", "/s", MORE, found["per second"], size)
         title = f"processor time of RabbitMQ and Redis, each chord, {title}"
@@ -80,4 +80,4 @@ def _added_queues(place: Place, storm: Callable[[], Mapping[str, float]]) -> int
 def _peak(place: Place) -> int:
     # One expression for many looks: starting an evaluation takes longer than a storm may last.
     looks = f"[begin timer:sleep({LOOK * 1e3:.0f}), rabbit_amqqueue:count() end"
-    return int(place.node.eval(f"lists:max({looks} || _ <- lists:seq(1, 50)])"))
+    return int(place.node.eval(f"lists:max({looks} || _ <- lists:seq(1, 60)])"))

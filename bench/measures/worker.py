@@ -33,7 +33,7 @@ CHILDREN = 8
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield tasks a second of two workers, and the processor time of each task."""
-    count = 400 if place.quick else 3000
+    count = 400 if place.quick else 1500
     round_trip.warm(place, "amqp, confirm=False", "amqp, tuned broker")
     workers = place.workers("rpc", "celery-amqp-backend", "amqp, per-task", *PEERS)
     yield from _rows(place, "worker", "a prefork worker of two processes", workers, count)
@@ -71,7 +71,7 @@ def draining(
     def work() -> Dict[str, float]:
         _fill(place, worker, count, ticks)
         until = ticks.total() + count
-        cpu, broker = worker.cpu_seconds(), place.broker_seconds()
+        cpu, broker = worker.cpu_seconds(), place.broker_seconds(worker.name)
         started = time.perf_counter()
         worker.app.control.add_consumer(worker.queue, destination=[worker.hostname])
         while ticks.total() < until:
@@ -84,7 +84,7 @@ def draining(
         return {
             "per second": count / seconds,
             "cpu": (worker.cpu_seconds() - cpu) / count * 1e6,
-            "broker": (place.broker_seconds() - broker) / count * 1e6,
+            "broker": (place.broker_seconds(worker.name) - broker) / count * 1e6,
         }
 
     return work

@@ -14,7 +14,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import copy
-import heapq
 import logging
 import os
 import threading
@@ -36,10 +35,11 @@ from typing import (
 )
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.threads import block_signals, start_thread
 from celery_amqp_results.layouts import Layout
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold
-from celery_amqp_results.waiting.follower import FIRST_CHORD_CHECK, LAST_CHORD_CHECK, Update
+from celery_amqp_results.waiting.follower import Update
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.watch import Tap
 
@@ -83,7 +83,7 @@ class _Threads:
         with self._lock:
             if self._executor is None:
                 self._executor = concurrent.futures.ThreadPoolExecutor(
-                    MAX_THREADS, "celery-results-aio"
+                    MAX_THREADS, "celery-results-aio", block_signals
                 )
             return self._executor
 
@@ -117,8 +117,6 @@ class _Driver:
 
     Parameters:
         layout: makes the follower.
-        settle_body: looks after the chord that a task is the body of, if it is one.
-        is_body: whether a task may be the body of a chord.
         post: called with a function and arguments for the loop to call; returns whether there is
             still a loop. By the thread.
         take: to be called by the loop with updates.
@@ -130,15 +128,11 @@ class _Driver:
     def __init__(
         self,
         layout: Layout,
-        settle_body: Callable[[str], None],
-        is_body: Callable[[str], bool],
         post: Callable[..., bool],
         take: Callable[[List[Update]], None],
         fail: Callable[[List[str], Exception], None],
     ) -> None:
         self._layout = layout
-        self._settle_body = settle_body
-        self._is_body = is_body
         self._post = post
         self._take = take
         self._fail = fail
@@ -148,8 +142,6 @@ class _Driver:
         #: Ids to follow (true) or not to follow any more (false), in order.
         self._commands: List[Tuple[bool, Sequence[str]]] = []
         self.running = False
-        #: Bodies of chords to look at: when, the pause until then, and the id.
-        self._bodies: List[Tuple[float, float, str]] = []
 
     def add(self, ids: Sequence[str]) -> None:
         """Follow *ids*. Does no I/O."""
@@ -166,12 +158,7 @@ class _Driver:
                     return
                 self._follower = self._layout.follower(_submit)
                 self.running = True
-                threading.Thread(
-                    target=self._run,
-                    args=(self._follower,),
-                    name="celery-results-aio-follow",
-                    daemon=True,
-                ).start()
+                start_thread(self._run, "aio-follow", self._follower)
             self._commands.append((add, ids))
             self._follower.poke()
 
@@ -207,7 +194,7 @@ class _Driver:
             if not self._post(None):
                 return
             try:
-                updates = follower.step(None, self._pause(now))
+                updates = follower.step(None, LINGER)
             except (errors.BackendUnavailable, errors.DeclarationRefused) as exc:
                 self._lose(follower, exc)
                 continue
@@ -216,7 +203,6 @@ class _Driver:
                 continue
             if updates:
                 self._post(self._take, updates)
-            self._look_at_bodies(follower)
 
     def _obey(self, follower: Following) -> None:
         with self._lock:
@@ -224,24 +210,9 @@ class _Driver:
         for add, ids in commands:
             if add:
                 follower.add(ids)
-                due = time.monotonic() + FIRST_CHORD_CHECK
-                for task_id in filter(self._is_body, ids):
-                    heapq.heappush(self._bodies, (due, FIRST_CHORD_CHECK, task_id))
             else:
                 for task_id in ids:
                     follower.discard(task_id)
-
-    def _pause(self, now: float) -> float:
-        return max(0.0, min(LINGER, self._bodies[0][0] - now)) if self._bodies else LINGER
-
-    def _look_at_bodies(self, follower: Following) -> None:
-        """Look at chords whose bodies do not come: the last worker may have died."""
-        while self._bodies and self._bodies[0][0] <= time.monotonic():
-            _, pause, task_id = heapq.heappop(self._bodies)
-            if task_id in follower.pending:
-                self._settle_body(task_id)
-                pause = min(2 * pause, LAST_CHORD_CHECK)
-                heapq.heappush(self._bodies, (time.monotonic() + pause, pause, task_id))
 
     def _lose(self, follower: Following, exc: Exception) -> None:
         """Say that what is followed has failed, and follow it no more."""
@@ -284,7 +255,7 @@ class _TapDriver:
         self._take = take
         self._fail = fail
         self._closing = False
-        threading.Thread(target=self._run, name="celery-results-aio-tap", daemon=True).start()
+        start_thread(self._run, "aio-tap")
 
     def close(self) -> None:
         """End the thread. Does not wait for it."""
@@ -311,24 +282,15 @@ class Bridge:
     Parameters:
         loop: the event loop.
         layout: where the results are kept.
-        settle_body, is_body: see :class:`_Driver`.
 
     To be used on the loop's thread, but for :meth:`abandon`.
     """
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        layout: Layout,
-        settle_body: Callable[[str], None],
-        is_body: Callable[[str], bool],
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, layout: Layout) -> None:
         # The registry would otherwise keep the loop for ever: it has the bridge by the loop.
         self._loop = weakref.ref(loop)
         self.layout = layout
-        self._driver = _Driver(
-            layout, settle_body, is_body, self._post, self._take, self._fail_tasks
-        )
+        self._driver = _Driver(layout, self._post, self._take, self._fail_tasks)
         self._subscribers: Dict[str, List[Subscriber]] = {}
         #: Of tasks that are followed, the state that counts so far: for who comes later.
         self._present: Dict[str, StateMessage] = {}
@@ -546,9 +508,7 @@ def bridge_of(backend: Any) -> Bridge:
             # An idle one has threads no more, and would keep its layout for nothing.
             for key in [key for key, each in bridges.items() if each.idle]:
                 del bridges[key]
-            bridge = bridges[id(layout)] = Bridge(
-                loop, layout, backend.settle_body, backend.is_sent_body
-            )
+            bridge = bridges[id(layout)] = Bridge(loop, layout)
         return bridge
 
 

@@ -10,13 +10,12 @@ import collections
 import contextlib
 import logging
 import os
-import selectors
 import socket
 import struct
 import threading
 import time
 import weakref
-from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple
 
 import amqp
 import kombu
@@ -24,7 +23,18 @@ from amqp import exceptions as amqp_errors
 from amqp import spec
 
 from celery_amqp_results import errors, options
-from celery_amqp_results.amqp import frames
+from celery_amqp_results.amqp import frames, retry, sockets
+from celery_amqp_results.amqp.failures import (
+    CHANNELS,
+    CONNECTIONS,
+    TRANSIENT,
+    is_refusal,
+    limit_of,
+    raise_if_from_signal_handler,
+)
+from celery_amqp_results.amqp.once import OnceLogger
+from celery_amqp_results.amqp.retry import is_over, time_left
+from celery_amqp_results.amqp.threads import start_thread
 
 __all__ = (
     "TRANSIENT",
@@ -34,18 +44,12 @@ __all__ = (
     "Pool",
     "is_over",
     "is_refusal",
+    "limit_of",
+    "raise_if_from_signal_handler",
     "time_left",
 )
 
 logger = logging.getLogger(__name__)
-
-#: What a lost connection, a closed channel or a broken protocol raises.
-TRANSIENT: Tuple[Type[Exception], ...] = (
-    amqp_errors.AMQPError,
-    amqp_errors.MessageNacked,
-    kombu.exceptions.OperationalError,
-    OSError,
-)
 
 #: How long a new connection may take until it is open, in seconds, where the app sets nothing.
 CONNECT_TIMEOUT = 4.0
@@ -63,31 +67,10 @@ _METHOD_FRAME = 1
 #: Bytes of class, method, tag and multiple.
 _SIZE_OF_ACK = 13
 
+_once = OnceLogger(logger)
+
 #: An idle connection of a pool is closed after this many seconds.
 IDLE_SECONDS = 60.0
-
-
-def is_refusal(exc: BaseException) -> bool:
-    """Return whether the broker said no for a reason that trying again does not change.
-
-    Wrong password, no such virtual host, no permission, a declaration that differs.
-    """
-    return isinstance(
-        exc,
-        (amqp_errors.AccessRefused, amqp_errors.NotAllowed, amqp_errors.PreconditionFailed),
-    )
-
-
-def time_left(deadline: Optional[float], at_most: float) -> float:
-    """Return the seconds until *deadline* (``time.monotonic``), at most *at_most*, at least 0."""
-    if deadline is None:
-        return at_most
-    return max(0.0, min(at_most, deadline - time.monotonic()))
-
-
-def is_over(deadline: Optional[float]) -> bool:
-    """Return whether *deadline* (``time.monotonic``) is over; ``None`` never is."""
-    return deadline is not None and time.monotonic() >= deadline
 
 
 class _Received:
@@ -164,14 +147,13 @@ class Link:
         self.host = 0
         #: A channel for publishing that its users keep open between uses.
         self.publishing: Any = None
+        #: How many channels may be open at once, where the broker allows fewer than it negotiates.
+        self.max_channels = established.channel_max
         # Bounds every read and write that sets no shorter bound of its own, so that a broker that
         # stops answering is an error and not a hang.
         self.socket.settimeout(IO_TIMEOUT)
         self._received = _Received(established.transport)
         established.on_inbound_frame = frames.tolerant(established.on_inbound_frame)
-        # gevent and eventlet replace DefaultSelector.
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self.socket, selectors.EVENT_READ)
         _links.add(self)
         self.amqp.on_blocked = self._on_blocked
         self.amqp.on_unblocked = self._on_unblocked
@@ -209,7 +191,8 @@ class Link:
             # the next message comes.
             while not self.amqp.blocking_read() and self.readable():
                 pass
-        except socket.timeout:
+        except socket.timeout as exc:
+            raise_if_from_signal_handler(exc)
             raise amqp_errors.RecoverableConnectionError(
                 f"the broker stopped in the middle of a message for {IO_TIMEOUT:g} s"
             ) from None
@@ -272,7 +255,15 @@ class Link:
         Parameters:
             timeout: seconds to wait for it.
         """
-        return self.buffered() or bool(self._selector.select(timeout))
+        return self.buffered() or sockets.readable(self.socket, timeout)
+
+    def has_room(self) -> bool:
+        """Return whether another channel may be opened, and one more after it."""
+        if self.amqp.channels is None:
+            raise amqp_errors.RecoverableConnectionError("the connection is closed")
+        # Channel 0 is the connection itself.
+        opened = len(self.amqp.channels) - 1
+        return opened == 0 or opened + 1 < min(self.max_channels, self.amqp.channel_max)
 
     def channel(self) -> amqp.Channel:
         """Open a channel."""
@@ -340,8 +331,6 @@ class Link:
 
     def drop(self) -> None:
         """Close the socket without a word."""
-        with contextlib.suppress(Exception):
-            self._selector.close()
         with contextlib.suppress(Exception):
             self.amqp.collect()
 
@@ -412,6 +401,8 @@ class Connector:
         self.describe = describe
         #: Number of the host that is tried first, counted over all rounds through the hosts.
         self._host = 0
+        #: How many channels a connection may open, once the broker has refused one.
+        self._max_channels: Optional[int] = None
 
     def _name(self, purpose: str) -> str:
         return f"{self._app_name} {os.getpid()}@{socket.gethostname()} ({purpose})"
@@ -423,6 +414,27 @@ class Connector:
         """
         if link.host == self._host:
             self._host += 1
+
+    def restrict(self, link: Link) -> None:
+        """Have *link* keep to what the broker is known to allow."""
+        if self._max_channels is not None:
+            link.max_channels = self._max_channels
+
+    def note_limit(self, exc: BaseException) -> None:
+        """Open fewer channels from now on if *exc* says that there were too many.
+
+        The limit is that of a user or a node, and counts those of other connections too.
+        """
+        limit = limit_of(exc)
+        if limit is not None and limit.what == CHANNELS:
+            self._max_channels = max(2, (self._max_channels or limit.number) // 2)
+            _once.log(
+                logging.WARNING,
+                CHANNELS,
+                "look-ups open at most %d channels at once from now on: %s",
+                self._max_channels,
+                exc,
+            )
 
     def open_once(
         self, heartbeat: float, deadline: Optional[float] = None, purpose: str = "results"
@@ -451,6 +463,7 @@ class Connector:
                 # Connection.connect() would retry and log on its own: there is one policy, ours.
                 link = Link(connection, connection.transport.establish_connection(), heartbeat)
             except TRANSIENT as exc:
+                raise_if_from_signal_handler(exc)
                 if is_refusal(exc):
                     raise errors.BackendUnavailable(
                         f"the broker at {self.describe()} refuses the result backend: {exc}. "
@@ -479,22 +492,49 @@ class Connector:
         Raises:
             BackendUnavailable: when the broker could not be reached, or refuses us.
         """
-        attempt = 0
+        tries = retry.Retry(self.policy)
         while True:
             try:
-                return self.open_once(heartbeat, deadline, purpose)
+                link = self.open_once(heartbeat, deadline, purpose)
             except errors.BackendUnavailable:
                 raise
             except TRANSIENT as exc:
-                attempt += 1
-                pause = self.policy.pause(attempt)
+                pause = tries.after(exc, time.monotonic())
+                limited = self.is_limited(exc)
                 if pause is None or is_over(deadline):
-                    raise errors.BackendUnavailable(
-                        f"the broker at {self.describe()} cannot be reached after {attempt} "
-                        f"tries: {exc!r}. Is RabbitMQ running there, and is the result backend "
-                        "URL right?"
-                    ) from exc
+                    raise self._unreachable(exc, tries.failed, limited) from exc
                 time.sleep(time_left(deadline, pause))
+            else:
+                _once.forget(CONNECTIONS)
+                return link
+
+    def is_limited(self, exc: BaseException) -> bool:
+        """Return whether a limit of the broker is in the way, and log that once until it is not."""
+        limit = limit_of(exc)
+        if limit is None:
+            return False
+        _once.log(
+            logging.WARNING,
+            CONNECTIONS,
+            "the broker at %s allows no further connection, which is tried again: %s",
+            self.describe(),
+            exc,
+        )
+        return True
+
+    def _unreachable(
+        self, exc: BaseException, attempts: int, limited: bool
+    ) -> errors.BackendUnavailable:
+        if limited:
+            return errors.BackendUnavailable(
+                f"the broker at {self.describe()} allowed no further connection in {attempts} "
+                f"tries: {exc}. Run fewer processes, or raise that limit."
+            )
+        return errors.BackendUnavailable(
+            f"the broker at {self.describe()} cannot be reached after {attempts} "
+            f"tries: {exc!r}. Is RabbitMQ running there, and is the result backend "
+            "URL right?"
+        )
 
 
 class LookupTries:
@@ -507,11 +547,9 @@ class LookupTries:
     """
 
     def __init__(self, policy: options.RetryPolicy, end: float, prefix: str) -> None:
-        self._policy = policy
+        self._tries = retry.Retry(policy, end)
         self._started = time.monotonic()
-        self._end = end
         self._prefix = prefix
-        self._failed = 0
 
     def wait(self, exc: BaseException, what: str) -> None:
         """Wait before the next try.
@@ -524,17 +562,16 @@ class LookupTries:
             BackendUnavailable: when the broker has refused it.
             LookupTimeout: when there is no time for another, or there were enough.
         """
+        pause = self._tries.after(exc, time.monotonic())
         if is_refusal(exc):
             raise errors.BackendUnavailable(
-                f"the broker refuses to have {what} read: {exc}. Check the user's permissions on "
+                f"the broker refused the read of {what}: {exc}. Check the user's permissions on "
                 f"the queues {self._prefix}.*, and on the default exchange (amq.default)"
             ) from exc
-        self._failed += 1
-        pause = self._policy.pause(self._failed)
-        if pause is None or time.monotonic() + pause >= self._end:
+        if pause is None:
             raise errors.LookupTimeout(
                 f"{what} could not be read in {time.monotonic() - self._started:.1f} s: the "
-                f"connection was lost {self._failed} times, at last with {exc!r}"
+                f"connection was lost {self._tries.failed} times, at last with {exc!r}"
             ) from exc
         logger.info("a look-up of %s is repeated after %r", what, exc)
         time.sleep(pause)
@@ -580,12 +617,14 @@ class Pool:
             BackendUnavailable: when a new one was needed and could not be opened.
         """
         link = self._take() or self._connector.open(self._heartbeat, deadline, self._name)
+        self._connector.restrict(link)
         try:
             yield link
         except BaseException as exc:
             link.drop()
             if isinstance(exc, TRANSIENT):
                 self._connector.leave(link)
+                self._connector.note_limit(exc)
             raise
         self._put(link)
 
@@ -602,8 +641,8 @@ class Pool:
                     link.drain(0.001)
                 if link.alive:
                     return link
-            except TRANSIENT:
-                pass
+            except TRANSIENT as exc:
+                raise_if_from_signal_handler(exc)
             link.drop()
 
     def _put(self, link: Link) -> None:
@@ -615,10 +654,7 @@ class Pool:
                 link.idle_since = time.monotonic()
                 self._idle.append(link)
                 if self._keeper is None:
-                    self._keeper = threading.Thread(
-                        target=self._keep, name=f"celery-results-{self._name}", daemon=True
-                    )
-                    self._keeper.start()
+                    self._keeper = start_thread(self._keep, self._name)
                 return
         link.close()
 

@@ -8,12 +8,17 @@ connection is lost, since the broker may have lost what was declared, too.
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any, Optional, Set
 
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp import failures
 from celery_amqp_results.protocol.names import QueueSpec, Topology
+
+#: Seconds for which no queue is declared after the broker has refused one because of a limit.
+LIMIT_PAUSE = 60.0
 
 __all__ = ("Declarations", "declare_exchange", "declare_queue")
 
@@ -32,6 +37,11 @@ class Declarations:
         self._lock = threading.Lock()
         self._exchange = False
         self._shards: Set[int] = set()
+        #: How many queues the broker allows, once it has refused one, and what it said.
+        self._limit: Optional[int] = None
+        self._limited_by = ""
+        #: When to ask it again.
+        self._asked_again = 0.0
         #: Goes up with :meth:`forget`: what is declared meanwhile is not remembered.
         self._generation = 0
 
@@ -113,7 +123,13 @@ class Declarations:
 
         No answer is waited for: where the broker refuses, it closes the channel, and
         :meth:`refusal` says what that means.
+
+        Raises:
+            DeclarationRefused: when the broker has refused a queue because of a limit lately.
         """
+        if self._limit is not None and time.monotonic() < self._asked_again:
+            # Others need queues as well, and first of all the queues of tasks.
+            raise self._too_many_queues()
         _declare_queue(channel, self.topology.shard_queue(shard), nowait=True)
 
     def remember_shard(self, shard: int) -> None:
@@ -129,12 +145,33 @@ class Declarations:
         """Return the error to raise for *exc*, or ``None`` if it is not about a declaration."""
         if not self.declare and isinstance(exc, amqp_errors.NotFound):
             return self.missing(f"exchange or queue that results need ({exc})")
+        limit = failures.limit_of(exc)
+        if limit is not None and limit.what == failures.QUEUES:
+            return self._limited(limit.number, exc)
         # What a precondition failed of otherwise is the size of a message.
         if not isinstance(exc, amqp_errors.PreconditionFailed) or "inequivalent arg" not in str(
             exc
         ):
             return None
         return _refused(exc)
+
+    def _limited(self, number: int, exc: BaseException) -> errors.DeclarationRefused:
+        """Remember that the broker allows *number* queues, and return the error that says so."""
+        with self._lock:
+            self._limit = number
+            self._asked_again = time.monotonic() + LIMIT_PAUSE
+            self._limited_by = str(exc)
+        return self._too_many_queues()
+
+    def _too_many_queues(self) -> errors.DeclarationRefused:
+        shards = self.topology.shards
+        fewer = max(1, min(16, (self._limit or 0) // 4))
+        return errors.DeclarationRefused(
+            f"the broker allows {self._limit} queues, and results are spread over {shards}: "
+            f"{self._limited_by}. Let results use fewer: give all processes the option "
+            f"'shards', as in '?shards={fewer}' in the result backend URL, and this app a "
+            "'result_exchange' of its own. Or raise that limit."
+        )
 
     def forget(self) -> None:
         """Declare everything anew from now on."""

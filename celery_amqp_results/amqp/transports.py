@@ -194,6 +194,7 @@ class KombuSessions:
                 connection.connect()
                 return connection
             except self.errors as exc:
+                connections.raise_if_from_signal_handler(exc)
                 _release(connection)
                 attempt += 1
                 pause = policy.pause(attempt)

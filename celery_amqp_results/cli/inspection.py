@@ -271,10 +271,8 @@ class Broker:
         Raises:
             Failed: when *url* is given and does not answer.
         """
-        backend = self.session.backend
-        connection = self.session.app.connection_for_write(backend._url.broker)
         try:
-            return management.find(connection, url, guess)
+            return management.find(self.session.backend.broker.connection(), url, guess)
         except management.ManagementError as exc:
             raise Failed(str(exc), Exit.UNAVAILABLE) from exc
 

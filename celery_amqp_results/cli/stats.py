@@ -143,7 +143,7 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
     topology = broker.topology
     prefix = re.escape(topology.prefix)
     try:
-        queues = api.queues(f"^{prefix}\\.(shard|large|chord)\\.")
+        queues = api.queues(f"^{prefix}\\.(shard|large|chords)\\.")
         bindings = api.get("exchanges", api.vhost, topology.exchange, "bindings", "source")
         exchange = api.get("exchanges", api.vhost, topology.exchange)
     except management.ManagementError as exc:
@@ -151,7 +151,7 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
             return {"url": api.url}
         raise Failed(str(exc), Exit.UNAVAILABLE) from exc
     kinds = {kind: [q for q in queues if q["name"].startswith(f"{topology.prefix}.{kind}.")]
-             for kind in ("shard", "large", "chord")}  # fmt: skip
+             for kind in ("shard", "large", "chords")}  # fmt: skip
     # Beside each inbox is a queue that tells when it was full.
     listening = {
         binding["destination"]
@@ -165,7 +165,7 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
         "bytes": sum(queue.get("message_bytes", 0) for queue in kinds["shard"]),
         "large_queues": len(kinds["large"]),
         "large_bytes": sum(queue.get("message_bytes", 0) for queue in kinds["large"]),
-        "chords_open": len(kinds["chord"]),
+        "chords_open": sum(queue.get("messages", 0) for queue in kinds["chords"]),
         "inboxes": len(listening),
         "bindings": len(bindings),
         "published_per_second": traffic.get("publish_in_details", {}).get("rate"),
@@ -217,7 +217,7 @@ def _show(session: Session, found: Dict[str, Any]) -> None:
     api = found["management"]
     if api is not None and "inboxes" in api:
         rows["inboxes"] = f"{api['inboxes']:,} (processes that wait or watch)"
-        rows["open chords"] = f"{api['chords_open']:,} queues"
+        rows["open chords"] = f"{api['chords_open']:,}"
         rows["memory"] = size(api["memory"])
     elif api is None:
         rows["inboxes"] = "known from the management API alone (--management URL)"

@@ -1,15 +1,13 @@
-"""The inbox: states pushed to the process that waits for them.
+"""The inbox: states pushed to this process, and barriers that say that all have come.
 
 One thread per process owns one connection with one exclusive queue, reads it, and hands each
-state to those who wait for it: no socket is read by two threads, and heartbeats are answered
+state to the clients that wait for it: no socket is read by two threads, and heartbeats are answered
 while the program computes. The queue is bound to the process's own *client* word, so that the
-states of every task it sends come by themselves, and to those *shards* in which it waits for
-tasks that somebody else sent. There is never a binding per task.
+states of every task it sends come by themselves, and to the shards that the
+:class:`~celery_amqp_results.feed.table.Table` wants. There is never a binding per task.
 
-What has to be known of a task before its pushes mean anything is whether a state could have been
-missed. A task is *covered* when none could: it was sent, or looked up in the store, after the
-binding stood that brings its states, and nothing was lost since. Only of covered tasks the last
-state is kept; of all others nothing is, and the store is asked.
+A *barrier* is an empty message that the process publishes to its own queue. A queue delivers in
+order: when the barrier comes back, everything has come that was confirmed before it was published.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import re
 import selectors
 import socket
 import threading
@@ -31,40 +28,42 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     Optional,
     Set,
     TypeVar,
 )
 
 import amqp
+from amqp import spec
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.amqp.declarations import Declarations
-from celery_amqp_results.protocol.message import STATE, StateMessage, dated
+from celery_amqp_results.amqp.once import OnceLogger
+from celery_amqp_results.amqp.threads import start_thread
+from celery_amqp_results.feed.barriers import Barrier, Barriers
+from celery_amqp_results.feed.table import ALL, Look, Table, Unread
+from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
 from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW
-from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
+from celery_amqp_results.protocol.page import Census
 
-__all__ = ("Inbox", "Waiter")
+__all__ = ("BARRIER", "Inbox", "Waiter")
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-#: An id as Celery makes them. Others are somebody's own, and may have been used before.
-_NEW_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+#: The property ``type`` of a barrier.
+BARRIER = "barrier"
+#: A barrier that has not come back after so many seconds is not waited for any longer.
+BARRIER_SECONDS = 1.0
 
 #: Seconds between heartbeats: a connection that died without a word is noticed after twice that.
 HEARTBEAT = 15.0
 
-#: States kept of tasks that are covered but that nobody has asked for yet, at most.
-MAX_KNOWN = 100_000
-#: Bytes of their bodies, at most.
-MAX_KNOWN_BYTES = 64 * 1024 * 1024
-
-#: Ids remembered as sent by this process, at most. Without that, a task is taken for somebody
-#: else's, which costs a binding to its shard.
-MAX_SENT = 100_000
+#: A read that would profit from an inbox starts one again so many seconds after it gave up.
+RESTART = 30.0
 
 #: The inbox queue holds at most so many messages. The reader takes them as they come, so that
 #: this is reached only while the process stands still, for as long as its heartbeat allows.
@@ -140,19 +139,25 @@ def _popped(queue: Deque[_T]) -> Iterator[_T]:
 
 
 class Inbox:
-    """Receives the states of tasks, and keeps those of covered tasks until asked for.
+    """Receives the states of tasks, and keeps what is known of them in a table.
 
     Parameters:
         connector: opens the connection.
         declarations: names, and the exchange.
         client: the word of this process in routing keys.
+        limit: bytes of memory for what is known.
 
-    Thread-safe. Nothing is opened until the first :meth:`cover`. After a fork the child must make
-    a new inbox and let go of this one untouched.
+    Thread-safe. Nothing is opened until the first :meth:`cover`, or until reads are so frequent
+    that an inbox pays. After a fork the child must make a new inbox and let go of this one
+    untouched.
     """
 
     def __init__(
-        self, connector: connections.Connector, declarations: Declarations, client: str
+        self,
+        connector: connections.Connector,
+        declarations: Declarations,
+        client: str,
+        limit: int,
     ) -> None:
         self._connector = connector
         self._declarations = declarations
@@ -160,35 +165,24 @@ class Inbox:
         # Guards everything below. No I/O is done while holding it.
         self._changed = threading.Condition(threading.RLock())
         self._thread: Optional[threading.Thread] = None
+        #: For what is the same at each try to open a connection.
+        self._once = OnceLogger(logger)
         self._closing = False
-        #: Number of the present connection, counted from 1; 0 while there is none.
-        self._epoch = 0
-        self._epochs = 0
-        #: Why the reader thread gave up, until it is started again.
+        #: Why the reader thread gave up, and when, until it is started again.
         self._failure: Optional[Exception] = None
-        #: Shards to bind, kept over connections, and those bound on the present one.
-        self._wanted: Set[int] = set()
-        self._bound: Set[int] = set()
+        self._failed_at = 0.0
         self._waiters: Dict[str, List[Waiter]] = {}
-        #: The covered tasks, with the state that counts or None for none yet.
-        self._known: collections.OrderedDict[str, Optional[StateMessage]] = (
-            collections.OrderedDict()
-        )
-        self._known_bytes = 0
-        #: What was pushed of tasks that are waited for but not covered yet: it came after the
-        #: binding stood, so that :meth:`install` has to add it to what the store said.
-        self._early: Dict[str, List[StateMessage]] = {}
-        #: Tasks that are waited for and were dropped from the table meanwhile: what somebody has
-        #: read of them before, and not installed yet, may be outdated.
-        self._outdated: Set[str] = set()
-        self._sent: collections.OrderedDict[str, None] = collections.OrderedDict()
-        self._wakeup: Optional[socket.socket] = None
+        self._table = Table(declarations.topology, limit)
+        self._barriers = Barriers()
+        self._session: Optional[_Session] = None
         #: What of the present connection is not to be trusted.
         self._suspicion = ""
         #: States received, and messages that were none.
         self.received = 0
         self.rejected = 0
-        #: When the latest of those was published, in microseconds since 1970.
+        #: Barriers that came back.
+        self.barriers = 0
+        #: When the latest of the states was published, in microseconds since 1970.
         self.latest = 0
 
     @property
@@ -196,46 +190,67 @@ class Inbox:
         """How many tasks somebody waits for."""
         return len(self._waiters)
 
+    @property
+    def connections(self) -> int:
+        """How many connections were opened, one after the other."""
+        return self._table.connections
+
+    def is_own(self, task_id: str) -> bool:
+        """Whether this process has sent the task."""
+        with self._changed:
+            return self._table.is_own(task_id)
+
+    @property
+    def memory(self) -> int:
+        """About how many bytes the table takes."""
+        return self._table.memory
+
+    @property
+    def live_views(self) -> int:
+        """How many shards are known completely."""
+        with self._changed:
+            return self._table.live_views
+
     # -- what the process does -------------------------------------------------------------
 
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
         with self._changed:
-            again = task_id in self._sent
-            self._sent[task_id] = None
-            if len(self._sent) > MAX_SENT:
-                self._sent.popitem(last=False)
-            # Of an id that is not plainly new the store may hold a state.
-            if (
-                self._epoch
-                and not again
-                and task_id not in self._known
-                and _NEW_ID.fullmatch(task_id)
-            ):
-                self._remember(task_id, None)
+            self._table.sent(task_id, time.monotonic())
 
     def note_stored(self, state: StateMessage) -> None:
-        """Note a state that this process has published: it is not to wait for its own push."""
+        """Note a state that this process has published: it does not wait for its own push."""
         with self._changed:
-            self._update(state)
+            self._table.pushed(state, time.monotonic(), own=True)
 
-    def watch(self, ids: Iterable[str], waiter: Waiter) -> None:
+    def watch(self, ids: Collection[str], waiter: Waiter) -> Set[str]:
         """Hand the states of *ids* to *waiter* from now on.
 
-        What is known already is handed over at once; tasks that are not covered are marked so.
+        What is known of own tasks is handed over at once. All others have to be looked up.
+
+        Returns:
+            Those whose states are pushed already.
         """
+        now, wall = time.monotonic(), _wall()
         with self._changed:
             uncovered = []
+            pushed = set(ids) - self.unbound(ids) if self._table.epoch else set()
             for task_id in ids:
                 self._waiters.setdefault(task_id, []).append(waiter)
-                if task_id not in self._known:
+                if not self._table.is_own(task_id):
+                    self._table.watched(task_id, 1)
                     uncovered.append(task_id)
                     continue
-                state = self._known[task_id]
+                try:
+                    state = self._table.recall(task_id, now, wall, sure=False)
+                except Unread:
+                    uncovered.append(task_id)
+                    continue
                 if state is not None:
                     waiter.feed(state)
             if uncovered:
                 waiter.uncover(uncovered)
+            return pushed
 
     def unwatch(self, ids: Iterable[str], waiter: Waiter, consumed: bool = False) -> None:
         """Stop handing the states of *ids* to *waiter*.
@@ -243,48 +258,42 @@ class Inbox:
         Parameters:
             ids: tasks that it was to watch.
             waiter: who watched them.
-            consumed: whether it has their final states. They are then covered no more: a result
-                may be forgotten, or expire, which nobody would tell us.
+            consumed: whether it has their final states, which need not be kept for it.
         """
         with self._changed:
             for task_id in ids:
                 self._unwait(task_id, waiter)
                 if consumed:
-                    self._uncover(task_id)
+                    self._table.discard(task_id)
 
     def _unwait(self, task_id: str, waiter: Waiter) -> None:
         waiters = self._waiters.get(task_id)
-        if waiters is None:
+        if waiters is None or waiter not in waiters:
             return
-        with contextlib.suppress(ValueError):
-            waiters.remove(waiter)
+        waiters.remove(waiter)
+        if not self._table.is_own(task_id):
+            self._table.watched(task_id, -1)
         if not waiters:
             del self._waiters[task_id]
-            self._early.pop(task_id, None)
-            self._outdated.discard(task_id)
 
     def unbound(self, ids: Collection[str]) -> Set[str]:
         """Return those of *ids* that somebody else has sent and whose shards are not bound."""
         with self._changed:
-            topology = self._declarations.topology
+            table, topology = self._table, self._declarations.topology
             return {
                 task_id
                 for task_id in ids
-                if task_id not in self._sent and topology.shard(task_id) not in self._bound
+                if not table.is_own(task_id) and not table.is_bound(topology.shard(task_id))
             }
 
-    def cover(self, ids: Collection[str], deadline: Optional[float]) -> int:
+    def cover(self, ids: Collection[str], deadline: Optional[float]) -> None:
         """Return when the bindings stand that bring the states of *ids*.
 
-        Opens the inbox if it is not. What happened before has then to be looked up in the store,
-        and given to :meth:`install`.
+        Opens the inbox if it is not. What happened before has then to be looked up in the store.
 
         Parameters:
             ids: tasks of this process or of others.
             deadline: time (``time.monotonic``) at which to give up, or ``None``.
-
-        Returns:
-            The number of the connection, for :meth:`install`.
 
         Raises:
             TimeoutError: when *deadline* is over.
@@ -292,12 +301,12 @@ class Inbox:
             DeclarationRefused: when the exchange exists with other properties.
         """
         with self._changed:
-            topology = self._declarations.topology
-            needed = {topology.shard(i) for i in ids if i not in self._sent}
-            self._wanted |= needed
             self._start()
-            self._wake_reader()
-            while not (self._epoch and needed <= self._bound):
+            while True:
+                self._table.cover(ids)
+                self._wake_if_restless()
+                if not self._table.cover(ids) and self._table.epoch:
+                    return
                 if self._failure is not None:
                     raise self._failure
                 if self._closing:
@@ -306,63 +315,136 @@ class Inbox:
                 if remaining <= 0.0:
                     raise TimeoutError("the inbox was not bound in time")
                 self._changed.wait(remaining)
-            return self._epoch
-
-    def install(self, states: Dict[str, List[StateMessage]], epoch: int) -> None:
-        """Take *states* as all that happened to these tasks before their bindings stood.
-
-        Somebody has to watch them since before :meth:`cover`. Does nothing when the connection
-        *epoch*, that :meth:`cover` returned, is no more, nor for a task whose end somebody else
-        has seen meanwhile.
-        """
-        with self._changed:
-            if epoch != self._epoch:
-                return
-            for task_id, found in states.items():
-                if task_id in self._outdated:
-                    continue
-                known = self._known.get(task_id)
-                pushed = self._early.pop(task_id, [])
-                self._remember(task_id, fold([*found, *pushed, *([known] if known else [])]))
 
     def covers(self, task_id: str) -> bool:
         """Return whether no state of the task could have been missed."""
         with self._changed:
-            return task_id in self._known
+            try:
+                self._table.recall(task_id, time.monotonic(), _wall(), sure=False)
+            except Unread:
+                return False
+            return True
 
-    def known(self, task_id: str) -> Optional[StateMessage]:
-        """Return the state of a covered task, or ``None`` for none yet.
+    # -- reads -----------------------------------------------------------------------------
 
-        A final state is handed out once: it may be forgotten or expire on the broker later, which
-        nobody would tell us. The task is then covered no more.
+    def ask(self, ids: Collection[str]) -> bool:
+        """Count a read of *ids*; return whether a barrier may spare some of it.
 
-        Raises:
-            KeyError: when the task is not covered.
+        Starts the inbox, or has a shard bound, where that pays. Waits for nothing.
+        """
+        now, wall = time.monotonic(), _wall()
+        with self._changed:
+            table = self._table
+            table.asked(ids, now)
+            if table.wants_inbox and not self._is_hopeless(now):
+                self._start()
+            self._wake_if_restless()
+            return bool(table.epoch) and any(
+                self._recall(task_id, now, wall) is not _UNREAD for task_id in ids
+            )
+
+    def _is_hopeless(self, now: float) -> bool:
+        return self._failure is not None and now - self._failed_at < RESTART
+
+    def _recall(self, task_id: str, now: float, wall: int) -> Any:
+        if self._table.is_due(task_id, now):
+            return _UNREAD
+        try:
+            return self._table.recall(task_id, now, wall)
+        except Unread:
+            return _UNREAD
+
+    def barrier(self, deadline: Optional[float]) -> int:
+        """Return when everything has come that was confirmed before this was called.
+
+        Parameters:
+            deadline: time (``time.monotonic``) at which to give up, or ``None``.
+
+        Returns:
+            The number of the connection; 0 where there is none, or nothing has come in time.
         """
         with self._changed:
-            state = self._known[task_id]
-            if state is not None and is_final(state.state):
-                self._uncover(task_id)
-                if state.expired(time.time_ns() // 1000):
-                    raise KeyError(task_id)
-            return state
-
-    def discard(self, task_id: str) -> None:
-        """Drop what is known of a task."""
+            session, epoch = self._session, self._table.epoch
+            if session is None or not epoch or session.blocked or self._barriers.overdue:
+                return 0
+            barrier, first = self._barriers.join()
+        if first:
+            self._publish(session, barrier)
+        barrier.wait(connections.time_left(deadline, BARRIER_SECONDS))
         with self._changed:
-            self._uncover(task_id)
+            if not barrier.returned:
+                self._barriers.give_up(barrier)
+            return epoch if barrier.returned and epoch == self._table.epoch else 0
+
+    def _publish(self, session: _Session, barrier: Barrier) -> None:
+        """Publish a barrier; whoever begins to read from now on needs another."""
+        try:
+            with session.writing:
+                with self._changed:
+                    number = self._barriers.publish(barrier)
+                session.publish_barrier(number)
+        except connections.TRANSIENT as exc:
+            connections.raise_if_from_signal_handler(exc)
+            # The connection is about to be lost, or a part of a frame has been written.
+            self.suspect(f"a barrier could not be published: {exc!r}")
+        finally:
+            with self._changed:
+                # Interrupted: nobody is to wait for one that is never published.
+                self._barriers.publish(barrier)
+
+    def recall(self, ids: Iterable[str], epoch: int) -> Dict[str, Optional[StateMessage]]:
+        """Return the states of those of *ids* that are known for certain.
+
+        Parameters:
+            ids: the tasks.
+            epoch: what :meth:`barrier` has returned.
+        """
+        now, wall = time.monotonic(), _wall()
+        with self._changed:
+            if not epoch or epoch != self._table.epoch:
+                return {}
+            found = {task_id: self._recall(task_id, now, wall) for task_id in ids}
+        return {task_id: state for task_id, state in found.items() if state is not _UNREAD}
+
+    def uncounted(self) -> List[int]:
+        """Return the shards of which a census is due, see :meth:`Table.uncounted`."""
+        with self._changed:
+            return [] if self._closing else self._table.uncounted(time.monotonic())
+
+    def begin(self, ids: Collection[str], shards: Iterable[int] = ()) -> Look:
+        """Begin a look-up, see :meth:`Table.begin`."""
+        with self._changed:
+            return self._table.begin(ids, time.monotonic(), shards)
+
+    def end(
+        self,
+        look: Look,
+        found: Mapping[str, List[StateMessage]],
+        censuses: Mapping[int, Census],
+    ) -> None:
+        """End a look-up, see :meth:`Table.end`."""
+        with self._changed:
+            self._table.end(look, found, censuses, time.monotonic(), _wall())
+            missed, self._table.missed = self._table.missed, ""
+            if missed:
+                self.suspect(f"{missed} is stored, and was not pushed")
+
+    def forget(self, task_id: str) -> None:
+        """Drop what is known of a task that is not stored any more."""
+        with self._changed:
+            self._table.forgotten(task_id, time.monotonic())
 
     def suspect(self, why: str) -> None:
         """Have the connection replaced by another, to another host if there are several.
 
         For a connection that stands, and on which something did not come: a node that is cut off
-        from its cluster, or was, is such. All that was covered is covered no more.
+        from its cluster, or was, is such. Nothing is known then any more.
 
         Parameters:
             why: what did not come, for the log.
         """
         with self._changed:
-            if self._epoch:
+            if self._table.epoch:
                 self._suspicion = why
                 self._wake_reader()
 
@@ -380,47 +462,20 @@ class Inbox:
         if wait and thread is not None and thread is not threading.current_thread():
             thread.join(5.0)
 
-    # -- the table of covered tasks, under the lock ------------------------------------------
-
-    def _remember(self, task_id: str, state: Optional[StateMessage]) -> None:
-        self._known_bytes -= _size(self._known.pop(task_id, None))
-        self._known[task_id] = state
-        self._known_bytes += _size(state)
-        while len(self._known) > MAX_KNOWN or (
-            self._known_bytes > MAX_KNOWN_BYTES and len(self._known) > 1
-        ):
-            self._uncover(next(iter(self._known)))
-
-    def _update(self, state: StateMessage) -> bool:
-        """Take in a new state; return whether its task is covered."""
-        if state.id not in self._known:
-            return False
-        known = self._known[state.id]
-        if known is None or supersedes(state, known):
-            self._remember(state.id, state)
-        return True
-
-    def _uncover(self, task_id: str) -> None:
-        if task_id in self._known:
-            self._known_bytes -= _size(self._known.pop(task_id))
-        if task_id in self._waiters:
-            self._early.pop(task_id, None)
-            self._outdated.add(task_id)
-
     # -- the reader thread -------------------------------------------------------------------
 
     def _start(self) -> None:
         if self._thread is None and not self._closing:
             self._failure = None
-            self._thread = threading.Thread(
-                target=self._run, name="celery-results-inbox", daemon=True
-            )
-            self._thread.start()
+            self._thread = start_thread(self._run, "inbox")
+
+    def _wake_if_restless(self) -> None:
+        if self._table.restless:
+            self._wake_reader()
 
     def _wake_reader(self) -> None:
-        if self._wakeup is not None:
-            with contextlib.suppress(OSError):
-                self._wakeup.send(b"\0")
+        if self._session is not None:
+            self._session.wake()
 
     def _run(self) -> None:
         attempt = 0
@@ -431,6 +486,7 @@ class Inbox:
                 session = _Session(self)
                 opened = True
                 attempt = 0
+                self._once = OnceLogger(logger)
                 session.read()
             except Exception as exc:
                 lost = isinstance(exc, connections.TRANSIENT)
@@ -447,12 +503,15 @@ class Inbox:
                 # Before the first success, what is wrong may well be the URL: give up as the
                 # policy says. Later the broker has been seen, and will be back.
                 pause = self._connector.policy.pause(attempt)
-                if opened and pause is None:
+                limited = self._connector.is_limited(exc)
+                if (opened or limited) and pause is None:
                     pause = self._connector.policy.interval_max
                 if refused or not lost or pause is None:
                     self._give_up(exc, attempt)
                     return
-                logger.warning(
+                self._once.log(
+                    logging.DEBUG if limited else logging.WARNING,
+                    type(exc).__name__,
                     "the connection that results are pushed on is lost, opening another in "
                     "%.1f s [%d]: %r",
                     pause,
@@ -472,16 +531,10 @@ class Inbox:
     def _lose(self, exc: Exception) -> None:
         """Nothing is known any more: states may be missed until the next connection stands."""
         with self._changed:
-            self._epoch = 0
+            self._table.lost()
+            self._barriers.lost()
             self._suspicion = ""
-            self._bound = set()
-            self._known.clear()
-            self._known_bytes = 0
-            self._early.clear()
-            self._outdated.clear()
-            if self._wakeup is not None:
-                self._wakeup.close()
-                self._wakeup = None
+            self._session = None
             for task_id, waiters in self._waiters.items():
                 for waiter in waiters:
                     waiter.uncover((task_id,))
@@ -512,6 +565,7 @@ class Inbox:
         with self._changed:
             self._thread = None
             self._failure = failure
+            self._failed_at = time.monotonic()
             self._fail_waiters(failure)
             self._changed.notify_all()
 
@@ -520,41 +574,53 @@ class Inbox:
             for waiter in waiters:
                 waiter.fail(failure)
 
-    def _opened(self, wakeup: socket.socket, bound: Set[int]) -> None:
+    def _opened(self, session: _Session) -> None:
         with self._changed:
-            self._epochs += 1
-            self._epoch = self._epochs
-            self._bound = bound
-            self._wakeup = wakeup
+            self._table.opened(time.monotonic())
+            self._session = session
+            self._changed.notify_all()
+
+    def _bound(self, key: int) -> None:
+        with self._changed:
+            self._table.bound(key, time.monotonic())
             self._changed.notify_all()
 
     def _receive(self, message: amqp.Message) -> None:
+        properties = message.properties
+        if properties.get("type") == BARRIER:
+            self._on_barrier(str(properties.get("message_id")))
+            return
         try:
-            state = dated(
-                StateMessage.from_properties(message.properties, message.body),
-                time.time_ns() // 1000,
-            )
+            state = dated(StateMessage.from_properties(properties, message.body), _wall())
             self._declarations.topology.check_body_queue(state)
         except errors.ForeignMessage as exc:
             self.rejected += 1
             level = logging.WARNING if self.rejected == 1 else logging.DEBUG
             logger.log(level, "ignored a foreign or damaged message in the inbox: %s", exc)
             return
+        if state.kind == MARK and state.state == FORGOTTEN:
+            self.forget(state.id)
         if state.kind != STATE:
             return
         with self._changed:
             self.received += 1
             self.latest = max(self.latest, state.published)
-            task_id = state.id
-            covered = self._update(state)
-            if not covered and task_id in self._waiters and task_id not in self._outdated:
-                self._early.setdefault(task_id, []).append(state)
-            for waiter in self._waiters.get(task_id, ()):
+            self._table.pushed(state, time.monotonic())
+            for waiter in self._waiters.get(state.id, ()):
                 waiter.feed(state)
 
+    def _on_barrier(self, number: str) -> None:
+        with self._changed:
+            if self._barriers.take(number):
+                self.barriers += 1
 
-def _size(state: Optional[StateMessage]) -> int:
-    return 0 if state is None else len(state.body)
+
+def _wall() -> int:
+    """Return microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+_UNREAD: Any = object()
 
 
 class _Session:
@@ -562,6 +628,9 @@ class _Session:
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
+        #: Held while something is written, or read, on the connection.
+        self.writing = threading.Lock()
+        self._refused = False
         self.link = inbox._connector.open_once(HEARTBEAT, purpose="inbox")
         try:
             self._set_up()
@@ -592,30 +661,74 @@ class _Session:
         )
         for client in (inbox._client, BROADCAST):
             channel.queue_bind(self.queue, topology.exchange, topology.client_binding(client))
-        with inbox._changed:
-            wanted = set(inbox._wanted)
-        self._bind(wanted)
         channel.basic_consume(
             self.queue, no_ack=True, callback=inbox._receive, on_cancel=self._on_cancel
         )
         channel.basic_consume(
             spilled, no_ack=True, callback=self._on_overflow, on_cancel=self._on_cancel
         )
+        #: Keys that the broker was asked to bind, in order.
+        self._binding: Deque[int] = collections.deque()
+        # The answers come in order, and nobody waits for them.
+        channel._callbacks[spec.Queue.BindOk] = self._on_bind_ok
+        # A broker that refuses barriers closes this channel alone.
+        self._barrier_channel = self.link.channel_nowait(self._on_barriers_refused)
         # The reader's end is closed with the session, the other by whoever notices first.
-        self._wakeup, theirs = socket.socketpair()
+        self._wakeup, self._theirs = socket.socketpair()
         self._wakeup.setblocking(False)
-        theirs.setblocking(False)
-        inbox._opened(theirs, wanted)
+        self._theirs.setblocking(False)
+        inbox._opened(self)
+        self._bind_and_unbind()
+
+    def wake(self) -> None:
+        """Have :meth:`read` look at what there is to do. May be called by any thread."""
+        with contextlib.suppress(OSError):
+            self._theirs.send(b"\0")
 
     def close(self) -> None:
         """Close the connection as the protocol asks."""
         self._wakeup.close()
+        self._theirs.close()
         self.link.close()
 
     def drop(self) -> None:
         """Close the connection without a word."""
         self._wakeup.close()
+        self._theirs.close()
         self.link.drop()
+
+    @property
+    def blocked(self) -> bool:
+        """Whether barriers are of no use: an alarm stops publishers, or the broker refuses them."""
+        return self._refused or bool(self.link.blocked)
+
+    def _on_barriers_refused(self, code: int, text: str, class_id: int, method_id: int) -> None:
+        self._refused = True
+        logger.warning(
+            "the broker refuses barriers, and every read of a state looks into the store: (%s) %s. "
+            "Check the user's write permission on the default exchange (amq.default)",
+            code,
+            text,
+        )
+
+    def publish_barrier(self, number: str) -> None:
+        """Publish a barrier. The caller holds :attr:`writing`."""
+        connection = self.link.amqp
+        if connection.transport is None:
+            raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
+        connection.transport.write(
+            frames.publish_frames(
+                self._barrier_channel.channel_id,
+                "",
+                self.queue,
+                False,
+                {"type": BARRIER, "message_id": number, "delivery_mode": 1},
+                b"",
+                connection.frame_max,
+            )
+        )
+        # What py-amqp's heartbeats go by.
+        connection.bytes_sent += 1
 
     def _on_cancel(self, consumer_tag: str) -> None:
         raise amqp.exceptions.ConsumerCancelled("the inbox queue was deleted", (60, 30))
@@ -643,38 +756,43 @@ class _Session:
                             pass
                     if inbox._suspicion:
                         raise amqp.exceptions.RecoverableConnectionError(inbox._suspicion)
-                    self._bind_wanted()
                 if sock in ready:
-                    self.link.drain(0.0)
+                    self._drain()
                 # Received together with that: no system call, so that a thread that computes
                 # does not get in between.
                 while self.link.buffered() and not inbox._closing:
-                    self.link.drain(0.0)
+                    self._drain()
+                if inbox._table.restless:
+                    self._bind_and_unbind()
                 now = time.monotonic()
                 if now >= next_tick:
-                    self.link.tick()
+                    with self.writing:
+                        self.link.tick()
                     next_tick = now + HEARTBEAT / 4
 
-    def _bind(self, shards: Set[int]) -> None:
-        topology = self._inbox._declarations.topology
-        with self.link.corked():
-            for shard in shards:
-                self.channel.queue_bind(
-                    self.queue, topology.exchange, topology.shard_binding(shard), nowait=True
-                )
-        if shards:
-            # The answer to this says that all before was done.
-            self.channel.queue_declare(self.queue, passive=True)
+    def _drain(self) -> None:
+        # TLS must not be read and written at once.
+        with self.writing:
+            self.link.drain(0.0)
 
-    def _bind_wanted(self) -> None:
+    def _bind_and_unbind(self) -> None:
+        """Ask the broker to bind and unbind what the table wants; the answers come later."""
         inbox = self._inbox
         with inbox._changed:
-            missing = inbox._wanted - inbox._bound
-        self._bind(missing)
-        if missing:
-            with inbox._changed:
-                inbox._bound |= missing
-                inbox._changed.notify_all()
+            actions = inbox._table.actions(time.monotonic())
+        topology = inbox._declarations.topology
+        with self.writing, self.link.corked():
+            for bind, key in actions:
+                pattern = topology.every_binding() if key == ALL else topology.shard_binding(key)
+                where = (self.queue, topology.exchange, pattern)
+                if bind:
+                    self._binding.append(key)
+                    self.channel.send_method(spec.Queue.Bind, "BsssbF", (0, *where, False, None))
+                else:
+                    self.channel.send_method(spec.Queue.Unbind, "BsssF", (0, *where, None))
+
+    def _on_bind_ok(self, *arguments: Any) -> None:
+        self._inbox._bound(self._binding.popleft())
 
 
 def _declare(channel: Any, arguments: Dict[str, Any]) -> str:

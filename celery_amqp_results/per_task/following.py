@@ -3,7 +3,9 @@
 On AMQP a follower has a connection with an exclusive queue of its own, bound to the result
 exchange by the key of each task that it follows: what a worker publishes, of Celery 4 or 5, comes
 to the task's queue and to this one, and the former is never consumed. A task is read once after
-its binding stands, so that no state falls in between.
+its binding stands, so that no state falls in between. celery-node and gocelery publish to the
+task's queue alone: the follower looks into the queues of tasks of which nothing was pushed, a few
+at a time, for a tenth of the time at most.
 
 On the other transports the queues are read again and again, at an interval that grows with the
 time waited. What is published in the same process, as with ``memory://``, ends the pause.
@@ -11,6 +13,7 @@ time waited. What is published in the same process, as with ``memory://``, ends 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import selectors
@@ -18,9 +21,10 @@ import socket
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar, Dict, Iterable, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, ClassVar, Deque, Dict, Iterable, List, Optional, Set, Tuple
 
 import kombu
+from amqp import exceptions as amqp_errors
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
@@ -44,8 +48,12 @@ MAX_STALE = 1000
 
 #: Pauses between two looks, in seconds: a share of the time waited so far, within limits.
 SHORTEST_PAUSE = 0.01
+SHORTEST_PROBE_PAUSE = 0.05
 LONGEST_PAUSE = 0.5
 PAUSE_SHARE = 0.1
+
+#: Queues that a follower to which states are pushed looks into at once.
+PROBES = 50
 
 
 def _key(state: StateMessage) -> Tuple[str, int]:
@@ -193,6 +201,11 @@ class PushFollower(_Follower):
         self._stale = 0
         self._looked_at: Set[str] = set()
         self._arrived: List[StateMessage] = []
+        #: Tasks whose queues have to be looked into, in turn, and when that is due.
+        self._unpushed: Deque[str] = collections.deque()
+        self._probe_at = 0.0
+        self._probing: Any = None
+        self._waiting_since = time.monotonic()
         self._failure: Optional[Exception] = None
         self._failures = 0
         self._pause = FIRST_RECHECK
@@ -262,11 +275,16 @@ class PushFollower(_Follower):
             updates = self._cover(deadline)
             if updates:
                 return updates
+            if self._link is not None and time.monotonic() >= self._probe_at:
+                updates = self._probe(self._link, deadline)
+                if updates:
+                    return updates
             if self._link is not None:
                 updates = self._receive(self._link, until)
                 self._failures = 0
                 return updates
         except self._layout.sessions.errors as exc:
+            connections.raise_if_from_signal_handler(exc)
             if isinstance(exc, errors.BackendUnavailable):
                 raise
             self._drop()
@@ -311,8 +329,38 @@ class PushFollower(_Follower):
         self._arrived = [each for each in arrived if each.id not in found]
         return self._news(states)
 
+    def _probe(self, link: connections.Link, deadline: Optional[float]) -> List[Update]:
+        """Read those queues of tasks of which nothing was pushed that have something."""
+        begun = time.monotonic()
+        filled = []
+        for _ in range(min(PROBES, len(self._unpushed))):
+            task_id = self._unpushed.popleft()
+            if task_id in self._covered:
+                self._unpushed.append(task_id)
+                if self._has_messages(link, task_id):
+                    filled.append(task_id)
+        updates = self._read(filled, deadline) if filled else []
+        now = time.monotonic()
+        if updates:
+            self._waiting_since = now
+        patience = PAUSE_SHARE * (now - self._waiting_since)
+        pause = min(max(patience, SHORTEST_PROBE_PAUSE), LONGEST_PAUSE)
+        self._probe_at = now + max(pause, (now - begun) / PAUSE_SHARE)
+        return updates
+
+    def _has_messages(self, link: connections.Link, task_id: str) -> bool:
+        if self._probing is None:
+            self._probing = link.amqp.channel()
+        try:
+            # Without such a queue the broker closes the channel, and py-amqp opens it again.
+            found = self._probing.queue_declare(self._layout.wire.rkey(task_id), passive=True)
+        except amqp_errors.NotFound:
+            return False
+        return bool(found.message_count)
+
     def _drop(self) -> None:
-        link, self._link, self._channel = self._link, None, None
+        link, self._link, self._channel, self._probing = self._link, None, None, None
+        self._unpushed.clear()
         self._covered.clear()
         self._stale = 0
         if link is not None:
@@ -329,6 +377,8 @@ class PushFollower(_Follower):
         for task_id in new:
             self._channel.queue_bind(self._queue, wire.exchange, wire.rkey(task_id))
             self._covered.add(task_id)
+        self._unpushed.extend(new)
+        self._waiting_since = time.monotonic()
         return self._read(new, deadline)
 
     def _open(self, deadline: Optional[float]) -> None:
@@ -357,7 +407,8 @@ class PushFollower(_Follower):
         """Wait for pushes until *until*, or until something else is to be done."""
         if not self._arrived and self._failure is None:
             link.tick()
-            self._wait(min(until, self._recheck_at), link)
+            probe_at = self._probe_at if self._unpushed else until
+            self._wait(min(until, self._recheck_at, probe_at), link)
         while self._failure is None and link.readable():
             link.drain(0.001)
         if self._layout.closed:
@@ -366,6 +417,10 @@ class PushFollower(_Follower):
             failure, self._failure = self._failure, None
             raise failure
         arrived, self._arrived = self._arrived, []
+        pushed = {state.id for state in arrived}
+        if not pushed.isdisjoint(self._unpushed):
+            # Its writer publishes to the exchange, and so will go on to.
+            self._unpushed = collections.deque(i for i in self._unpushed if i not in pushed)
         return self._news(arrived)
 
     def _wait(self, until: float, link: Optional[connections.Link]) -> None:

@@ -87,7 +87,7 @@ from kombu.transport.virtual.base import NotEquivalentError
 
 from celery_amqp_results import errors, options
 from celery_amqp_results.amqp import connections, transports
-from celery_amqp_results.chords.parts import Chords
+from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task.following import PollingFollower, PushFollower
 from celery_amqp_results.protocol.codec import Codec
@@ -349,7 +349,17 @@ class PerTaskLayout:
         """Return *pointer*, which is none."""
         return pointer
 
-    def publish(self, state: StateMessage, route: Route, final: bool) -> None:
+    def publish_part(self, part: StateMessage, group_id: str) -> None:
+        """Raise: this layout has no chords of its own."""
+        raise errors.Unsupported("the layout 'per-task' has no parts of chords")
+
+    def publish(
+        self,
+        state: StateMessage,
+        route: Route,
+        final: bool,
+        part: Optional[StateMessage] = None,
+    ) -> None:
         """Publish a state, and return when the broker has it.
 
         States that are not final are waited for as well: two states of a task must not overtake
@@ -760,6 +770,7 @@ class PerTaskLayout:
             except (errors.BackendUnavailable, errors.DeclarationRefused):
                 raise
             except self.sessions.errors as exc:
+                connections.raise_if_from_signal_handler(exc)
                 # The broker may have restarted without the exchange.
                 self._exchange_declared = False
                 attempt += 1

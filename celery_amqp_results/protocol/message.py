@@ -19,8 +19,11 @@ STATE = "state"
 GROUP = "group"
 #: What became of a task, see :mod:`~celery_amqp_results.store.marks`.
 MARK = "mark"
-#: Kinds of messages in the queue of a chord: what its header task returned, and what is to be done.
+#: The mark of a task whose states were deleted. It is also published to the exchange.
+FORGOTTEN = "FORGOTTEN"
+#: What a header task of a chord returned, where its state does not say so for long enough.
 PART = "part"
+#: What is to be done when a chord is complete; in a plan queue.
 PLAN = "plan"
 #: Header with the time of publishing, in microseconds since 1970.
 PUBLISHED = "published"
@@ -159,7 +162,7 @@ def checked(state: StateMessage) -> StateMessage:
         and isinstance(state.content_encoding, str)
         and (state.compression is None or isinstance(state.compression, str))
         and (state.expiration is None or type(state.expiration) is int)
-        and state.kind in (STATE, GROUP, MARK)
+        and state.kind in (STATE, GROUP, MARK, PART)
         and (state.body_queue is None or isinstance(state.body_queue, str))
     ):
         raise errors.ForeignMessage(f"a field is not of its type: {_short(state)}")

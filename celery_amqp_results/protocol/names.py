@@ -4,10 +4,11 @@
 
     shard queues     <result_exchange>.shard.<n>           not bound; keep every state
     topic exchange   <result_exchange>.states              gets a copy of every state
-    chord queues     <result_exchange>.chord.<group>       not bound; parts of one chord
-                     <result_exchange>.chord.<group>.size  not bound; of a generator as header
+    plan queues      <result_exchange>.chords.<n>          not bound; plans of chords
     large results    <result_exchange>.large.<task>.<mark> not bound; the body of one result
     inbox            named by the broker, exclusive        bound with  *.<client>.#, *.all.#, <n>.#
+                                                            or *.*.*.#
+    leader's inbox   named by the broker, exclusive        bound with  *.*.<n>.#
     routing key      <shard>.<client>.<plan queue>.<group>.<task>.<STATE>
 
 This module does no I/O and knows nothing of connections. ``docs/wire.md`` describes the same for
@@ -35,6 +36,7 @@ __all__ = (
     "Topology",
     "client_word",
     "encode_word",
+    "plan_number",
 )
 
 #: Stands in a routing key for a word that there is none of.
@@ -114,7 +116,7 @@ class QueueSpec:
     arguments: Mapping[str, Any]
 
 
-def plan_queue(group_id: str) -> int:
+def plan_number(group_id: str) -> int:
     """Return the number of the plan queue for the chord whose header has the id *group_id*."""
     return zlib.crc32(group_id.encode("utf-8", "surrogatepass")) % PLAN_QUEUES
 
@@ -135,7 +137,7 @@ class Route:
         """The word for the plan queue of the task's chord."""
         if not self.in_chord or not self.group_id:
             return ABSENT
-        return str(plan_queue(self.group_id))
+        return str(plan_number(self.group_id))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,22 +179,11 @@ class Topology:
         """Return the queue of shard number *shard*."""
         return QueueSpec(self.shard_queue_name(shard), True, False, False, self._queue_arguments())
 
-    def chord_queue(self, group_id: str, expires: Optional[int] = None) -> QueueSpec:
-        """Return the queue for the parts of a chord.
-
-        Parameters:
-            group_id: id of the chord's header.
-            expires: milliseconds after which the broker deletes it when nobody has asked for its
-                length; ``None`` for never.
-        """
-        return self._expiring(f"{self.prefix}.chord.{encode_word(group_id)}", expires)
-
-    def chord_size_queue(self, group_id: str, expires: Optional[int] = None) -> QueueSpec:
-        """Return the queue for the size of a chord that was not known when it was sent.
-
-        Its parameters are those of :meth:`chord_queue`.
-        """
-        return self._expiring(f"{self.prefix}.chord.{encode_word(group_id)}.size", expires)
+    def plan_queue(self, number: int) -> QueueSpec:
+        """Return the queue number *number* for plans of chords."""
+        return QueueSpec(
+            f"{self.prefix}.chords.{number}", True, False, False, self._queue_arguments()
+        )
 
     def large_queue(self, task_id: str, mark: str, expires: Optional[int] = None) -> QueueSpec:
         """Return the queue for the body of a large result.
@@ -249,13 +240,22 @@ class Topology:
         """Return the binding key for every message of shard number *shard*."""
         return f"{shard}.#"
 
+    @staticmethod
+    def every_binding() -> str:
+        """Return the binding key for every message of all shards."""
+        # Not "#", which an inbox that overflows would match.
+        return "*.*.*.#"
+
     def definitions(self, vhost: str) -> Dict[str, Any]:
         """Return what is declared once, in the format of RabbitMQ's definitions.
 
         Parameters:
             vhost: name of the virtual host.
         """
-        queues = [self.shard_queue(number) for number in range(self.shards)]
+        queues = [
+            *map(self.shard_queue, range(self.shards)),
+            *map(self.plan_queue, range(PLAN_QUEUES)),
+        ]
         return {
             "exchanges": [
                 {

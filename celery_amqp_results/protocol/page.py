@@ -17,9 +17,11 @@ All integers are big-endian; offsets count from the start of the page.
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import struct
+import sys
 from typing import (
     Any,
     Callable,
@@ -43,11 +45,15 @@ __all__ = (
     "CONTENT_TYPE",
     "OVERHEAD",
     "PAGE",
+    "Census",
     "Wanted",
     "decode",
+    "digest",
+    "digests",
     "encode",
     "expiration",
     "find",
+    "number_of",
     "select",
 )
 
@@ -61,6 +67,9 @@ OVERHEAD = 160
 
 #: Searching a page for so many ids one by one takes about as long as going through its index.
 MANY = 32
+
+#: A census keeps so many bytes of loose states, and of the others their digests.
+MAX_CENSUS_BYTES = 2 * 1024 * 1024
 
 _COUNT = struct.Struct(">I")
 _RECORD = struct.Struct(">8sII")
@@ -83,10 +92,16 @@ _FIELDS = (
 _DEFAULTS = {"compression": None, "expiration": None, "kind": STATE, "body_queue": None}
 
 
-def _digest(message_id: str) -> bytes:
+def digest(message_id: str) -> bytes:
+    """Return the eight bytes that stand for an id in the index of a page."""
     return hashlib.blake2b(
         message_id.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_SIZE
     ).digest()
+
+
+def number_of(message_id: str) -> int:
+    """Return the digest of an id as a number, in the order of bytes of this machine."""
+    return int.from_bytes(digest(message_id), sys.byteorder)
 
 
 def encode(states: Iterable[StateMessage]) -> bytes:
@@ -100,11 +115,11 @@ def encode(states: Iterable[StateMessage]) -> bytes:
                 fields[short] = value
         # ASCII only: a lone surrogate in an id stays what it is.
         head = json.dumps(fields, separators=(",", ":")).encode("ascii")
-        entries.append((_digest(state.id), _COUNT.pack(len(head)) + head + state.body))
+        entries.append((digest(state.id), _COUNT.pack(len(head)) + head + state.body))
     offset = _HEADER + _RECORD.size * len(entries)
     index = []
-    for digest, entry in entries:
-        index.append(_RECORD.pack(digest, offset, len(entry)))
+    for key, entry in entries:
+        index.append(_RECORD.pack(key, offset, len(entry)))
         offset += len(entry)
     return b"".join([_MAGIC, _COUNT.pack(len(entries)), *index, *(entry for _, entry in entries)])
 
@@ -132,7 +147,7 @@ class Wanted:
         if self._by_digest is None:
             self._by_digest = {}
             for message_id in self.ids:
-                self._by_digest.setdefault(_digest(message_id), set()).add(message_id)
+                self._by_digest.setdefault(digest(message_id), set()).add(message_id)
         return self._by_digest
 
 
@@ -161,21 +176,21 @@ def find(
             yield state
 
 
-def _matches(page: bytes, end: int, digests: Collection[bytes]) -> Iterator[int]:
-    """Yield where in the index of *page* there is one of *digests*."""
-    if len(digests) > MANY:
+def _matches(page: bytes, end: int, wanted: Collection[bytes]) -> Iterator[int]:
+    """Yield where in the index of *page* there is one of the digests *wanted*."""
+    if len(wanted) > MANY:
         # One pass over the index, however many are wanted.
         for at in range(_HEADER, end, _RECORD.size):
-            if page[at : at + _DIGEST_SIZE] in digests:
+            if page[at : at + _DIGEST_SIZE] in wanted:
                 yield at
         return
-    for digest in digests:
-        at = page.find(digest, _HEADER, end)
+    for each in wanted:
+        at = page.find(each, _HEADER, end)
         while at != -1:
             # What looks like the digest may be parts of two records.
             if (at - _HEADER) % _RECORD.size == 0:
                 yield at
-            at = page.find(digest, at + 1, end)
+            at = page.find(each, at + 1, end)
 
 
 def decode(page: bytes, on_damage: Optional[OnDamage] = None) -> List[StateMessage]:
@@ -195,6 +210,50 @@ def decode(page: bytes, on_damage: Optional[OnDamage] = None) -> List[StateMessa
         if state is not None:
             states.append(state)
     return states
+
+
+def digests(page: bytes) -> Iterable[int]:
+    """Return the digests of all ids in *page*, as numbers in the order of bytes of this machine.
+
+    Raises:
+        ForeignMessage: when the page is damaged.
+    """
+    index = array.array("Q")
+    index.frombytes(page[_HEADER : _index_end(page)])
+    # A record is twice as long as a digest, which comes first.
+    return index[::2]
+
+
+class Census:
+    """What a checkout has seen of a whole shard.
+
+    Attributes:
+        loose: states of tasks, in the order of the shard.
+        digests: of the ids of everything else, see :func:`number_of`.
+    """
+
+    def __init__(self) -> None:
+        self.loose: List[StateMessage] = []
+        self.digests: Set[int] = set()
+        self._bytes = 0
+
+    def add(self, state: StateMessage) -> None:
+        """Count a loose message."""
+        if state.kind != STATE:
+            return
+        self._bytes += len(state.body) + OVERHEAD
+        if self._bytes > MAX_CENSUS_BYTES:
+            self.digests.add(number_of(state.id))
+        else:
+            self.loose.append(state)
+
+    def add_page(self, page: bytes) -> None:
+        """Count what is in a page.
+
+        Raises:
+            ForeignMessage: when the page is damaged.
+        """
+        self.digests.update(digests(page))
 
 
 def _length(page: bytes, at: int, budget: int) -> int:

@@ -242,6 +242,8 @@ class Checkout:
         """
         if self.missing:
             return
+        # What is still on its way is of no interest.
+        self.fenced = True
         with self.link.corked():
             self.acknowledge(self._fence_tags)
             # Channel.close() would log each message that is still on its way as a protocol error.

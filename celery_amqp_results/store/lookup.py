@@ -9,6 +9,7 @@ would wait for ever.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import logging
 import math
@@ -27,6 +28,7 @@ from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
 from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.store.announcing import announce
 from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
 
 __all__ = ("Store",)
@@ -36,6 +38,10 @@ logger = logging.getLogger(__name__)
 #: Seconds between heartbeats on connections for look-ups. Short, so that a frozen reader loses
 #: its shard before those in line behind it have waited for ``lookup_timeout``.
 HEARTBEAT = 3.0
+
+#: A look-up may take so many seconds even if whoever waits has less: it would never be answered
+#: where each is broken off a moment before the answer comes.
+LEAST_SECONDS = 0.1
 
 #: How many shards one look-up reads at the same time.
 PARALLEL = 16
@@ -71,6 +77,20 @@ def lookup_seconds(shards: int, lookup_timeout: float) -> float:
     return lookup_timeout * math.ceil(shards / PARALLEL)
 
 
+@dataclasses.dataclass
+class _Request:
+    """What a look-up is to read, or to remove."""
+
+    #: The ids, by their shards.
+    shards: Dict[int, Set[str]]
+    kind: str
+    #: Called with each shard that was read.
+    take: Callable[[_Read], None]
+    remove: bool = False
+    #: Shards of which a census is taken.
+    census: Collection[int] = ()
+
+
 class _Read:
     """One shard being read, and packed or rid of some messages on the way."""
 
@@ -79,17 +99,17 @@ class _Read:
         store: Store,
         link: connections.Link,
         shard: int,
-        wanted: Collection[str],
-        kind: str,
-        remove: bool,
+        request: _Request,
     ) -> None:
         self.shard = shard
-        self.wanted = wanted
-        self._in_pages = page.Wanted(wanted)
+        self.wanted: Collection[str] = request.shards[shard]
+        #: What the whole shard holds, if that is wanted.
+        self.census = page.Census() if shard in request.census else None
+        self._in_pages = page.Wanted(self.wanted)
         self.found: Dict[str, List[StateMessage]] = {}
         self.removed = 0
-        self._kind = kind
-        self._remove = remove
+        self._kind = request.kind
+        self._remove = request.remove
         self._store = store
         self._link = link
         #: Loose messages and small pages that packing would replace, by delivery tag.
@@ -158,6 +178,8 @@ class _Read:
             # The broker drops what has expired when it is first in the queue, and not before.
             if undated or not state.expired(now):
                 self.found.setdefault(state.id, []).append(state)
+        if self.census is not None and (undated or not state.expired(now)):
+            self.census.add(state)
         # In a page nobody could tell when what has no date expires; as it is, the broker can.
         if not undated and self._retain(len(state.body)):
             self._loose[tag] = state
@@ -175,6 +197,8 @@ class _Read:
                 self._body_queues.update(queue for s in hits if (queue := s.body_queue))
                 self._cut_pages[tag] = body
             return
+        if self.census is not None:
+            self.census.add_page(body)
         for state in hits:
             self.found.setdefault(state.id, []).append(dated(state, now))
         if self._retain(len(body)):
@@ -203,7 +227,7 @@ class _Read:
 
     def _incomplete(self) -> bool:
         """Return whether what is looked for may lie in a page behind the fence."""
-        if self._remove or self._kind != STATE:
+        if self._remove or self._kind != STATE or self.census is not None:
             return True
         return not all(
             any(state.state == states.SUCCESS for state in self.found.get(task_id, ()))
@@ -295,7 +319,7 @@ class _Read:
                 sources[tag] = page.decode(body)
             except errors.ForeignMessage as exc:
                 self._reject(exc)
-        keep, drop = page.select(self._credible(itertools.chain(*sources.values())), now)
+        keep, drop = page.select(self.credible(itertools.chain(*sources.values())), now)
         if len(keep) + len(drop) < PACK_AT:
             # Almost all are states of tasks that go on.
             return
@@ -359,7 +383,7 @@ class _Read:
             logger.info("superseded large results were not deleted: %s", exc)
         channel.close()
 
-    def _credible(self, states_of: Iterable[StateMessage]) -> List[StateMessage]:
+    def credible(self, states_of: Iterable[StateMessage]) -> List[StateMessage]:
         """Return *states_of* without ends that cannot be decoded and would displace others."""
         known = list(states_of)
         ends: Dict[str, List[StateMessage]] = {}
@@ -417,7 +441,8 @@ class Store:
         persistent: bool,
         check: Optional[Callable[[StateMessage], Any]] = None,
     ) -> None:
-        self._check = check
+        #: Raises an error for a state that cannot be decoded.
+        self.check = check
         self._pool = pool
         self.declarations = declarations
         self.lookup_timeout = lookup_timeout
@@ -446,7 +471,7 @@ class Store:
         ids: Iterable[str],
         deadline: Optional[float] = None,
         kind: str = STATE,
-        on_shard: Optional[Callable[[Dict[str, List[StateMessage]]], None]] = None,
+        censuses: Optional[Dict[int, page.Census]] = None,
     ) -> Dict[str, List[StateMessage]]:
         """Look up *ids*.
 
@@ -456,8 +481,8 @@ class Store:
                 ``lookup_timeout`` is over; ``None`` for no earlier end.
             kind: :data:`~celery_amqp_results.protocol.message.STATE` or
                 :data:`~celery_amqp_results.protocol.message.GROUP`.
-            on_shard: called with what was found in each shard as soon as it is read; every id
-                of the shard is a key.
+            censuses: has as its keys the shards of which a census is to be taken, and gets it as
+                the values. A shard that keeps none of *ids* is read as well.
 
         Returns:
             For each id the states found, in the order in which the broker keeps them; an empty
@@ -469,17 +494,19 @@ class Store:
             BackendUnavailable: when the broker cannot be reached or refuses us.
         """
         found: Dict[str, List[StateMessage]] = {}
+        wanted_censuses = {} if censuses is None else censuses
 
         def take(read: _Read) -> None:
-            part = {
-                task_id: self.readable(read.checkout.queue, read.found.get(task_id, []))
-                for task_id in read.wanted
-            }
-            found.update(part)
-            if on_shard is not None:
-                on_shard(part)
+            for task_id in read.wanted:
+                found[task_id] = self.readable(read.checkout.queue, read.found.get(task_id, []))
+            if read.census is not None:
+                read.census.loose = read.credible(read.census.loose)
+                wanted_censuses[read.shard] = read.census
 
-        self._run(self._by_shard(ids), deadline, kind, False, take)
+        shards = self._by_shard(ids)
+        for shard in wanted_censuses:
+            shards.setdefault(shard, set())
+        self._run(_Request(shards, kind, take, census=frozenset(wanted_censuses)), deadline)
         return found
 
     def remove(
@@ -495,8 +522,33 @@ class Store:
             nonlocal removed
             removed += read.removed
 
-        self._run(self._by_shard(ids), deadline, kind, True, take)
+        self._run(_Request(self._by_shard(ids), kind, take, remove=True), deadline)
         return removed
+
+    def announce_removal(self, ids: Collection[str]) -> None:
+        """Tell all processes that *ids* were removed, and wait a moment for the broker's confirm.
+
+        A process that is not told by then finds out when it checks its view. Where the exchange
+        may not be written to, nobody is told.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached.
+        """
+        end = time.monotonic() + self.lookup_timeout
+        tries = connections.LookupTries(self._pool.policy, end, self.declarations.topology.prefix)
+        while True:
+            try:
+                with self._pool.link(end) as link:
+                    announce(link, self.declarations.topology, ids)
+                return
+            except errors.BackendUnavailable:
+                raise
+            except amqp.exceptions.ChannelError as exc:
+                logger.info("other processes are not told what was forgotten: %s", exc)
+                return
+            except connections.TRANSIENT as exc:
+                connections.raise_if_from_signal_handler(exc)
+                tries.wait(exc, "what was forgotten")
 
     def readable(self, queue: str, found: List[StateMessage]) -> List[StateMessage]:
         """Return *found* without states that cannot be decoded and would hide one that can.
@@ -505,13 +557,13 @@ class Store:
         seem to run for ever. The reader then gets the error.
         """
         decodable = found
-        while self._check is not None and len(decodable) > 1:
+        while self.check is not None and len(decodable) > 1:
             current = fold(decodable)
             # A state whose body is elsewhere has nothing to decode here, and neither has a mark.
             if current is None or current.kind != STATE or current.body_queue is not None:
                 break
             try:
-                self._check(current)
+                self.check(current)
                 break
             except (ContentDisallowed, errors.ForeignMessage) as exc:
                 self.reject(queue, str(exc))
@@ -534,18 +586,12 @@ class Store:
             shards.setdefault(self.declarations.topology.shard(task_id), set()).add(task_id)
         return shards
 
-    def _run(
-        self,
-        shards: Dict[int, Set[str]],
-        deadline: Optional[float],
-        kind: str,
-        remove: bool,
-        take: Callable[[_Read], None],
-    ) -> None:
+    def _run(self, request: _Request, deadline: Optional[float]) -> None:
+        shards = request.shards
         started = time.monotonic()
         end = started + lookup_seconds(len(shards), self.lookup_timeout)
         if deadline is not None:
-            end = min(end, deadline)
+            end = min(end, max(deadline, started + LEAST_SECONDS))
         todo: Deque[int] = collections.deque(sorted(shards))
         # Who has less time than a page may take leaves packing to others: the page would stay
         # beside what it was to replace, and there would be one more with each short wait.
@@ -553,9 +599,12 @@ class Store:
         prefix = self.declarations.topology.prefix
         tries = connections.LookupTries(self._pool.policy, end, prefix)
         while todo:
+            late = None
             try:
                 with self._pool.link(end) as link:
-                    self._read_on(link, shards, todo, end, pack_end, kind, remove, take)
+                    # Opening a connection is no reason to give up before anything was asked.
+                    end = max(end, time.monotonic() + LEAST_SECONDS)
+                    late = self._read_on(link, request, todo, end, pack_end)
             except errors.LookupTimeout:
                 raise
             except connections.TRANSIENT as exc:
@@ -568,22 +617,26 @@ class Store:
                 if isinstance(exc, errors.BackendUnavailable):
                     raise
                 tries.wait(exc, f"{len(todo)} of {len(shards)} shards")
+            if late is not None:
+                raise late
 
     def _read_on(
         self,
         link: connections.Link,
-        shards: Dict[int, Set[str]],
+        request: _Request,
         todo: Deque[int],
         end: float,
         pack_end: float,
-        kind: str,
-        remove: bool,
-        take: Callable[[_Read], None],
-    ) -> None:
+    ) -> Optional[errors.LookupTimeout]:
+        """Read the shards *todo*; return an error where that takes longer than until *end*.
+
+        The connection may be used again after that: the shards are let go of.
+        """
         if not self.declarations.exchange_checked:
             channel = link.channel()
             self.declarations.check_exchange(channel)
             channel.close()
+        remove = request.remove
         running: List[_Read] = []
         waiting = collections.deque(todo)
         started = time.monotonic()
@@ -591,12 +644,11 @@ class Store:
         packed = packed_last = 0.0
         while waiting or running:
             with link.corked():
-                while waiting and len(running) < PARALLEL:
-                    shard = waiting.popleft()
-                    running.append(_Read(self, link, shard, shards[shard], kind, remove))
+                while waiting and len(running) < PARALLEL and link.has_room():
+                    running.append(_Read(self, link, waiting.popleft(), request))
             now = time.monotonic()
             if now >= end:
-                raise self._late(link, running, now - started)
+                return self._give_up(link, running, now - started)
             finished = [read for read in running if read.done]
             if not finished:
                 link.drain(min(end - now, HEARTBEAT / 2))
@@ -608,7 +660,7 @@ class Store:
                 running.remove(read)
                 if not remove:
                     todo.remove(read.shard)
-                    take(read)
+                    request.take(read)
                 started_packing = time.monotonic()
                 pack_until = started_packing + PACK_SECONDS - packed
                 all_read = not waiting and all(other.done for other in running)
@@ -620,12 +672,24 @@ class Store:
                 packed_last += spent if all_read else 0.0
                 if remove:
                     todo.remove(read.shard)
-                    take(read)
+                    request.take(read)
                 self.count(
                     looked_up=0 if remove else len(read.wanted),
                     shards_read=1,
                     messages_read=read.checkout.seen,
                 )
+        return None
+
+    def _give_up(
+        self, link: connections.Link, running: List[_Read], seconds: float
+    ) -> errors.LookupTimeout:
+        late = self._late(link, running, seconds)
+        if link.blocked:
+            # What is still to be written there would wait for the end of the alarm.
+            raise late
+        for read in running:
+            read.checkout.close(wait=False)
+        return late
 
     def confirm_channel(self, link: connections.Link) -> ConfirmChannel:
         """Return the channel for publishing on a connection for look-ups."""

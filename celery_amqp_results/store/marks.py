@@ -22,7 +22,7 @@ from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.amqp.confirms import Outgoing
 from celery_amqp_results.amqp.declarations import Declarations, declare_exchange
 from celery_amqp_results.protocol import expiry
-from celery_amqp_results.protocol.message import MARK, StateMessage
+from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
 
 __all__ = ("ENDED", "FORGOTTEN", "SENT", "Fate", "Marker", "ended_expiration", "mark")
 
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 SENT = "SENT"
 ENDED = "ENDED"
-FORGOTTEN = "FORGOTTEN"
 
 #: What the last mark means where no state is kept.
 _MEANINGS = {SENT: "sent", ENDED: "expired", FORGOTTEN: "forgotten"}
@@ -164,4 +163,5 @@ class Marker:
                 side = self._sides[established] = _Side(established, self._declarations)
             side.publish(message)
         except connections.TRANSIENT as exc:
+            connections.raise_if_from_signal_handler(exc)
             logger.info("%s was not published: %r", message.what, exc)

@@ -147,6 +147,30 @@ class Publisher:
         with self._lock:
             self.large += 1
 
+    def publish_to(self, queues: Sequence[QueueSpec], message: Outgoing) -> None:
+        """Publish *message*, and declare *queues* before if its own queue is not there.
+
+        Returns when the broker has the message.
+
+        Raises:
+            ResultTooLarge: when the broker refuses a message of this size.
+            DeclarationRefused: when a queue exists with other properties, or is not there and must
+                not be declared here.
+            BackendUnavailable: when the broker could not be reached or refuses us.
+        """
+
+        def work(channel: ConfirmChannel) -> None:
+            if not self._publish(channel, (message,), True):
+                return
+            if not self._declarations.declare:
+                raise self._declarations.missing(f"queue {message.queue!r}")
+            for queue in queues:
+                declare_queue(channel.channel, queue)
+            if self._publish(channel, (message,), True):
+                raise errors.NotConfirmed(f"the queue {message.queue!r} was deleted meanwhile")
+
+        self._run(work, (message,))
+
     def delete(self, queues: Sequence[str]) -> None:
         """Delete *queues* with all that is in them; they need not exist.
 
@@ -229,6 +253,7 @@ class Publisher:
                 channel = channel or self._acquire()
                 done = work(channel)
             except _FAILURES as exc:
+                connections.raise_if_from_signal_handler(exc)
                 if channel is not None:
                     _discard_oversize(channel, messages, exc)
                     self._drop(channel, messages)

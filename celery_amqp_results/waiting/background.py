@@ -15,9 +15,9 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Set
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.feed.inbox import Inbox
+from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.store.lookup import Store
-from celery_amqp_results.waiting.follower import Follower
+from celery_amqp_results.waiting.follower import LOOK_UP_FAILED, Follower, once
 
 __all__ = ("BackgroundFollower",)
 
@@ -30,13 +30,14 @@ MAX_LOOKS = 3
 class _Look:
     """A look-up that is under way, or done."""
 
-    def __init__(self, ids: Set[str], cover: bool) -> None:
+    def __init__(self, ids: Set[str], cover: bool, stored: Set[str]) -> None:
         self.ids = ids
         #: Whether the tasks are covered first.
         self.cover = cover
-        #: What :meth:`Inbox.cover` returned, and what the store has; ``None`` where there was no
-        #: time.
-        self.epoch = 0
+        self.covered = False
+        #: Those that the store is asked about, whatever is in memory.
+        self.stored = stored
+        #: What is known; ``None`` where there was no time.
         self.found: Optional[Dict[str, List[StateMessage]]] = None
         self.failure: Optional[Exception] = None
         #: Whether waiting goes on after the failure.
@@ -48,14 +49,18 @@ class BackgroundFollower(Follower):
 
     Parameters:
         inbox: pushes states.
-        store: keeps them.
+        reads: says what is known.
+        lookup_timeout: seconds that a look-up may take.
         submit: calls a function with an argument on another thread, soon.
 
     To be used by one thread, and closed at the end. :meth:`step` does no I/O.
     """
 
-    def __init__(self, inbox: Inbox, store: Store, submit: Callable[..., Any]) -> None:
-        super().__init__(inbox, store)
+    def __init__(
+        self, inbox: Inbox, reads: Reads, lookup_timeout: float, submit: Callable[..., Any]
+    ) -> None:
+        super().__init__(inbox, reads)
+        self._lookup_timeout = lookup_timeout
         self._submit = submit
         #: Tasks that are looked up at this moment. A look-up that is not named here any more was
         #: overtaken: its task was let go of, or states of it may have been missed meanwhile.
@@ -95,7 +100,7 @@ class BackgroundFollower(Follower):
         self._peeked |= strange
         for ids, cover in ((strange, False), (idle - strange, True)):
             if ids and self._running < MAX_LOOKS:
-                self._begin(_Look(ids, cover))
+                self._begin(_Look(ids, cover, self._to_store(ids)))
 
     def _begin(self, look: _Look) -> None:
         self._looking.update(dict.fromkeys(look.ids, look))
@@ -106,15 +111,15 @@ class BackgroundFollower(Follower):
         """Look tasks up, on another thread."""
         try:
             if look.cover:
-                until = time.monotonic() + self._store.lookup_timeout
-                look.epoch = self._inbox.cover(look.ids, until)
-            look.found = self._store.read(look.ids)
+                self._inbox.cover(look.ids, time.monotonic() + self._lookup_timeout)
+                look.covered = True
+            look.found = self._reads.states(look.ids, stored=look.stored)
         except TimeoutError:
             # There is no connection, and so nothing to look for yet.
             pass
         except errors.BackendUnavailable as exc:
             look.failure = exc
-            covered = not look.cover or bool(look.epoch)
+            covered = not look.cover or look.covered
             refused = exc.__cause__ is not None and connections.is_refusal(exc.__cause__)
             look.harmless = covered and not refused
         except Exception as exc:
@@ -133,14 +138,19 @@ class BackgroundFollower(Follower):
         if look.failure is not None:
             if not look.harmless:
                 raise look.failure
-            logger.warning("waiting goes on although a look-up failed: %s", look.failure)
+            once.log(
+                logging.WARNING,
+                LOOK_UP_FAILED,
+                "waiting goes on although a look-up failed: %s",
+                look.failure,
+            )
             return
+        once.forget(LOOK_UP_FAILED)
         if look.found is None:
             return
         found = {task_id: look.found[task_id] for task_id in ids}
         self._found.update(task_id for task_id, states in found.items() if states)
         if look.cover:
-            self._inbox.install(found, look.epoch)
             self._unsettled -= ids
         self._take_in(found, updates)
         if look.cover:

@@ -19,6 +19,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 from vine import barrier
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.waiting.following import Following
@@ -74,12 +75,7 @@ class PendingResults:
                 self._follower = self._make_follower()
                 # Those that were left when a thread ended by an error.
                 self._added.extend((left, now) for left in self._results)
-                threading.Thread(
-                    target=self._run,
-                    args=(self._follower,),
-                    name="celery-results-callbacks",
-                    daemon=True,
-                ).start()
+                start_thread(self._run, "callbacks", self._follower)
             self._follower.poke()
 
     def remove(self, result: Any) -> None:

@@ -9,12 +9,10 @@ the truth.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import logging
 import math
-import threading
 import time
 from typing import (
     Callable,
@@ -30,14 +28,19 @@ from typing import (
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.once import OnceLogger
 from celery_amqp_results.feed.inbox import Inbox, Waiter
+from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
-from celery_amqp_results.store.lookup import Store
 
-__all__ = ("Follower", "Update", "Waiting")
+__all__ = ("Follower", "Update")
 
 logger = logging.getLogger(__name__)
+
+#: What happens at each poll while a broker is away is logged once, until it is back.
+once = OnceLogger(logger)
+LOOK_UP_FAILED = "look-up failed"
 
 #: Seconds after which the store is asked again although nothing was pushed; doubled each time, up
 #: to the most. It costs next to nothing, and ends a wait whose push went astray for a reason that
@@ -49,11 +52,6 @@ LAST_RECHECK = 300.0
 #: any more when nothing has for so many seconds. A flow that never ends puts it off once.
 SILENCE = 1.0
 
-#: How long the body of a chord is waited for until the chord is looked at, in seconds; doubled each
-#: time, up to the last.
-FIRST_CHORD_CHECK = 5.0
-LAST_CHORD_CHECK = 300.0
-
 #: An end that the store knows for so many seconds, and that was not pushed, says that nothing is:
 #: unless states are being pushed, and none that was published so much later.
 LATE = 5.0
@@ -63,9 +61,6 @@ LATE = 5.0
 #: of a task that ran twice. After that, and at the end of the wait, what was pushed is better than
 #: nothing.
 HOLD_SECONDS = 30.0
-
-#: Ids remembered as polled while pending, at most.
-MAX_POLLED = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +89,15 @@ class Follower:
 
     Parameters:
         inbox: pushes states.
-        store: keeps them.
+        reads: says what is known.
         wake: called, by any thread, when :meth:`step` has something to do.
     """
 
     def __init__(
-        self, inbox: Inbox, store: Store, wake: Optional[Callable[[], None]] = None
+        self, inbox: Inbox, reads: Reads, wake: Optional[Callable[[], None]] = None
     ) -> None:
         self._inbox = inbox
-        self._store = store
+        self._reads = reads
         self._waiter = Waiter(wake)
         #: Of each task followed, the state that counts so far.
         self.pending: Dict[str, Optional[StateMessage]] = {}
@@ -113,6 +108,8 @@ class Follower:
         self._held: Dict[str, _Held] = {}
         #: Tasks of others that the store was asked about before their shards were bound.
         self._peeked: Set[str] = set()
+        #: Tasks whose states are pushed since they are followed.
+        self._pushed: Set[str] = set()
         #: Tasks that were covered when they were last asked for all the same.
         self._rechecked: Set[str] = set()
         #: Tasks of which the store had something in this step.
@@ -136,7 +133,9 @@ class Follower:
         """Follow *ids* as well. Does no I/O."""
         new = [task_id for task_id in dict.fromkeys(ids) if task_id not in self.pending]
         self.pending.update(dict.fromkeys(new))
-        self._inbox.watch(new, self._waiter)
+        pushed = self._inbox.watch(new, self._waiter)
+        self._note_uncovered()
+        self._pushed |= pushed
 
     def discard(self, task_id: str) -> None:
         """Follow *task_id* no more."""
@@ -225,6 +224,7 @@ class Follower:
         uncovered = self._waiter.take_uncovered() & self.pending.keys()
         if uncovered:
             self._rechecked -= uncovered
+            self._pushed -= uncovered
             self._unsettle(uncovered)
 
     def _unsettle(self, ids: Set[str]) -> None:
@@ -276,13 +276,13 @@ class Follower:
                 self._take_in(found, updates)
             return
         try:
-            epoch = self._inbox.cover(self._unsettled, min(until, self._held_until()))
-        except TimeoutError:
+            self._inbox.cover(self._unsettled, min(until, self._held_until()))
+        except TimeoutError as exc:
+            connections.raise_if_from_signal_handler(exc)
             return
         found = self._read(self._unsettled, deadline)
         if found is None:
             return
-        self._inbox.install(found, epoch)
         # The connection may have been lost meanwhile: the waiter says so, and we ask again.
         self._unsettled.clear()
         self._take_in(found, updates)
@@ -293,15 +293,29 @@ class Follower:
     ) -> Optional[Dict[str, List[StateMessage]]]:
         """Return what the store has of *ids*, or ``None`` where it could not be asked in time."""
         try:
-            found = self._store.read(ids, deadline)
+            found = self._reads.states(ids, deadline, self._to_store(ids))
         except errors.BackendUnavailable as exc:
             if exc.__cause__ is not None and connections.is_refusal(exc.__cause__):
                 raise
             if deadline is None or time.monotonic() < deadline:
-                logger.warning("waiting goes on although a look-up failed: %s", exc)
+                once.log(
+                    logging.WARNING,
+                    LOOK_UP_FAILED,
+                    "waiting goes on although a look-up failed: %s",
+                    exc,
+                )
             return None
+        once.forget(LOOK_UP_FAILED)
         self._found.update(task_id for task_id, states in found.items() if states)
         return found
+
+    def _to_store(self, ids: Collection[str]) -> Set[str]:
+        """Return those of *ids* that memory cannot tell everything about.
+
+        It has the current state only. What came to be since we follow the task must have been
+        pushed to us.
+        """
+        return set(ids) - (self._pushed - self._rechecked)
 
     @staticmethod
     def _take_in(
@@ -355,6 +369,7 @@ class Follower:
         self._unsettled.discard(task_id)
         self._peeked.discard(task_id)
         self._rechecked.discard(task_id)
+        self._pushed.discard(task_id)
         self._inbox.unwatch((task_id,), self._waiter, consumed)
 
 
@@ -364,79 +379,3 @@ def _published(state: StateMessage) -> int:
 
 def _ended(state: Optional[StateMessage]) -> bool:
     return state is not None and is_final(state.state)
-
-
-class Waiting:
-    """Reads states by asking once, and makes followers. Thread-safe."""
-
-    def __init__(self, inbox: Inbox, store: Store) -> None:
-        self._inbox = inbox
-        self._store = store
-        self._lock = threading.Lock()
-        #: Ids that were pending when they were polled, the latest last.
-        self._polled: collections.OrderedDict[str, None] = collections.OrderedDict()
-
-    def follower(self, wake: Optional[Callable[[], None]] = None) -> Follower:
-        """Return a follower of no tasks yet."""
-        return Follower(self._inbox, self._store, wake)
-
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
-        """Return the present state of each of *ids*, or ``None`` where nothing is known.
-
-        Of covered tasks nobody is asked. Others are looked up in the store; a task that is polled
-        a second time while pending is covered from then on.
-
-        Raises:
-            LookupTimeout: when the store could not be read in time.
-            BackendUnavailable: when the broker cannot be reached or refuses us.
-            DeclarationRefused: when something on the broker exists with other properties.
-        """
-        states: Dict[str, Optional[StateMessage]] = {}
-        unknown = []
-        for task_id in ids:
-            try:
-                states[task_id] = self._inbox.known(task_id)
-            except KeyError:
-                unknown.append(task_id)
-        if not unknown:
-            return states
-        with self._lock:
-            again = {task_id for task_id in unknown if task_id in self._polled}
-        waiter = Waiter()
-        epoch = 0
-        if again:
-            self._inbox.watch(again, waiter)
-        try:
-            if again:
-                epoch = self._cover(again)
-            found = self._store.read(unknown)
-            if epoch:
-                # An end is handed out now, and not kept to be handed out once more.
-                going_on = {i: found[i] for i in again if not _ended(fold(found[i]))}
-                self._inbox.install(going_on, epoch)
-        finally:
-            if again:
-                self._inbox.unwatch(again, waiter)
-        with self._lock:
-            for task_id in unknown:
-                state = states[task_id] = fold(found[task_id])
-                self._polled.pop(task_id, None)
-                if not _ended(state):
-                    self._polled[task_id] = None
-            while len(self._polled) > MAX_POLLED:
-                self._polled.popitem(last=False)
-        return states
-
-    def _cover(self, ids: Set[str]) -> int:
-        """Cover *ids* if that can be done soon: the answer does not depend on it."""
-        try:
-            return self._inbox.cover(ids, time.monotonic() + self._store.lookup_timeout)
-        except (TimeoutError, errors.BackendUnavailable) as exc:
-            logger.warning("polled tasks cannot be pushed: %s", exc)
-            return 0
-
-    def discard(self, task_id: str) -> None:
-        """Drop what is known of a task."""
-        self._inbox.discard(task_id)
-        with self._lock:
-            self._polled.pop(task_id, None)

@@ -330,6 +330,7 @@ class Tap:
                 self._link.drain(0.0)
             self._failures = 0
         except connections.TRANSIENT as exc:
+            connections.raise_if_from_signal_handler(exc)
             if isinstance(exc, errors.BackendUnavailable):
                 raise
             self._lose(exc, until)

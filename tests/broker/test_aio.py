@@ -575,7 +575,7 @@ def test_waiters_survive_lost_connections(app: Celery, worker: Celery, node: rab
         await asyncio.get_running_loop().run_in_executor(None, lose, node)
         store(worker, ids[0], 0)
         store(worker, ids[1], 1)
-        await until(lambda: app.backend.layout.inbox._epoch >= 2)
+        await until(lambda: app.backend.layout.inbox.connections >= 2)
         store(worker, ids[2], 2)
         assert await waiting == [0, 1, 2]
 

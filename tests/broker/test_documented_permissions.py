@@ -9,15 +9,15 @@ import sys
 import uuid
 from concurrent import futures
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Dict, Iterator, List
 
 import pytest
+from celery.app.task import Context
 from celery.result import AsyncResult, GroupResult
 
 from celery_amqp_results import errors
-from celery_amqp_results.protocol.message import PART, PLAN
 from tests.broker.helpers import Waiting
-from tests.conftest import PATIENCE, Apps
+from tests.conftest import PATIENCE, Apps, eventually
 from tools import rabbitmq
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "operations.md"
@@ -93,32 +93,17 @@ def test_each_role_can_do_its_work_with_its_documented_permissions(
     reader.AsyncResult(many[0]).forget()
     assert reader.AsyncResult(many[0]).state == "PENDING"
 
-    # A sender and workers make a chord
-    for sized in (True, False):
-        group_id, size = uuid.uuid4().hex, 2
-        sending, working = sender.backend.layout.chords, worker.backend.layout.chords
-        plan = sender.backend._encode_state(
-            group_id, "PLAN", {"status": "PLAN", "result": 0}, PLAN, None
-        )
-        assert sending.declare(group_id, 600_000, size=size if sized else None)
-        fired: List[Any] = []
-        for number in range(size):
-            part_id = uuid.uuid4().hex
-            part = worker.backend._encode_state(
-                part_id,
-                "SUCCESS",
-                {"status": "SUCCESS", "result": 1, "task_id": part_id},
-                PART,
-                None,
-            )
-            known = size if sized else None
-            if number == 1:
-                sending.publish_plan(plan, size, known)
-            if working.publish_part(group_id, part, number, known):
-                working.settle(group_id, fired.append)
-        assert [gathered.plan.id for gathered in fired] == [group_id]
-        # The chord has finished: the sender, which may check on it, finds no queue
-        assert not sending.settle(group_id, fired.append)
+    # A sender sends a chord, and a worker leads it
+    body = sender.signature("tests.body")
+    body.freeze()
+    member = uuid.uuid4().hex
+    group_id = uuid.uuid4().hex
+    sender.backend.apply_chord((group_id, [AsyncResult(member, app=sender)]), body)
+    sender.backend.set_chord_size(group_id, 1)
+    worker.backend.layout.chords.service.start(met=True)
+    request = Context(id=member, group=group_id, chord=dict(body), ignore_result=False)
+    worker.backend.mark_as_done(member, 1, request)
+    eventually(lambda: worker.backend.metrics().chords_fired == 1)
 
     # And a sender can do no more
     with pytest.raises(errors.BackendUnavailable, match=make_app.prefix):

@@ -125,7 +125,7 @@ def test_the_parent_s_connections_survive_a_child_that_collects_garbage_and_exit
     app = make_app()
     use(app, "parent")
     inbox = app.backend.layout.inbox
-    epoch = inbox._epoch
+    epoch = inbox.connections
     child_app = [make_app.made.pop()]
 
     def drop_everything() -> bool:
@@ -140,7 +140,7 @@ def test_the_parent_s_connections_survive_a_child_that_collects_garbage_and_exit
         assert fork(drop_everything)()
         make_app.made.append(child_app[0])
         use(app, "parent again")
-    assert inbox._epoch == epoch
+    assert inbox.connections == epoch
     assert not caplog.records
 
 

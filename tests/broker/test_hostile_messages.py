@@ -10,24 +10,25 @@ import json
 import logging
 import pickle
 import struct
-import time
 import zlib
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import amqp
 import pytest
 from celery import Celery, states
+from celery.app.task import Context
 from celery.exceptions import SecurityError
+from celery.result import AsyncResult
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import PART, PLAN, StateMessage
-from celery_amqp_results.protocol.names import Route
+from celery_amqp_results.protocol.names import Route, plan_number
 from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.store import lookup as store
 from tests.broker.helpers import LONG, Waiting, new_id, until_stored, until_watched
-from tests.conftest import Apps
+from tests.conftest import Apps, eventually
 
 #: Older than any result that the tests store, so that a forged SUCCESS would become current.
 LONG_AGO = 1
@@ -339,7 +340,7 @@ def test_a_hostile_push_does_not_end_the_inbox(
     app.backend.store_result(task_id, "good", states.SUCCESS)
     assert waiting.result() == "good"
     eventually(lambda: inbox.rejected > 10)
-    assert inbox._epochs == 1
+    assert inbox.connections == 1
 
 
 def test_reading_a_damaged_result_raises_and_executes_nothing(
@@ -458,47 +459,41 @@ def test_hostile_messages_in_the_queue_of_a_task_hide_no_good_one(
     app.AsyncResult(task_id).forget()
 
 
-def test_hostile_messages_in_the_queue_of_a_chord_neither_fire_nor_stop_it(
+def test_hostile_messages_in_a_plan_queue_neither_fire_nor_stop_a_chord(
     make_app: Apps, raw: amqp.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make(make_app)
     chords = app.backend.layout.chords
-    group_id = new_id()
-    queue = app.backend._topology.chord_queue(group_id).name
-    ids = [new_id(), new_id()]
+    group_id, member = new_id(), new_id()
+    queue = app.backend._topology.plan_queue(plan_number(group_id)).name
+    body = app.signature("tests.body")
+    body.freeze()
 
-    def state(task_id: str, kind: str) -> StateMessage:
-        return StateMessage(
-            task_id, states.SUCCESS, time.time_ns() // 1000, state_body(task_id),
-            "application/json", "utf-8", kind=kind,
-        )  # fmt: skip
+    def plan(content: Any) -> bytes:
+        return json.dumps(content).encode()
 
+    right = {"mark": "m", "results": [], "began": 1, "body": {}}
     hostile = [
         *hostile_states(new_id()),
-        ("a plan without a size", state_properties(group_id, type=PLAN), b"{}"),
-        ("a negative size", state_properties(group_id, type=PLAN, headers={"size": -1}), b""),
-        ("text for a size", state_properties(group_id, type=PLAN, headers={"size": "0"}), b""),
-        ("text for an index", state_properties("p", type=PART, headers={"index": "x"}), b"{}"),
-        ("a list for an index", state_properties("p", type=PART, headers={"index": [1]}), b""),
-        ("one more, of nobody", {"type": "more"}, b""),
-    ]
-    hostile = [message for message in hostile if message[0] != "a chord's part"]
-    gathered: List[Any] = []
-    chords.declare(group_id, 600_000, True)
-    try:
-        # Given all of them, before the plan: nothing is fired
-        publish_to(raw, queue, hostile)
-        for flags, octets in UNREADABLE.values():
-            publish_raw(raw, queue.encode(), b"", flags, octets, b"x")
-        with caplog.at_level(logging.WARNING, "celery_amqp_results"):
-            chords.publish_part(group_id, state(ids[0], PART), 1, 2)
-            assert not chords.settle(group_id, gathered.append)
-        assert len([r for r in caplog.records if queue in r.getMessage()]) >= 8
-        # When the plan and the last part are there, it fires with the two parts and no others
-        chords.publish_plan(state(group_id, PLAN), 2, 2)
-        assert chords.publish_part(group_id, state(ids[1], PART), 0, 2)
-        assert chords.settle(group_id, gathered.append)
-        (complete,) = gathered
-        assert [part.task_id for part in complete.parts] == [ids[1], ids[0]]
-    finally:
-        raw.channel().queue_delete(queue)
+        ("a plan that is empty", state_properties(group_id, type=PLAN), b"{}"),
+        *(
+            (f"a wrong {name}", state_properties(group_id, type=PLAN), plan({**right, name: wrong}))
+            for name, wrong in [
+                ("mark", 1), ("results", {}), ("results", [1]), ("results", [[None]]),
+                ("began", "0"), ("body", []), ("proofs", [1]), ("expires", "1"), ("root_id", 1),
+            ]
+        ),
+    ]  # fmt: skip
+    app.backend.apply_chord((group_id, [AsyncResult(member, app=app)]), body)
+    app.backend.set_chord_size(group_id, 1)
+    publish_to(raw, queue, hostile)
+    for flags, octets in UNREADABLE.values():
+        publish_raw(raw, queue.encode(), b"", flags, octets, b"x")
+    with caplog.at_level(logging.WARNING, "celery_amqp_results"):
+        chords.service.start(met=True)
+        eventually(lambda: chords.service.rejected >= len(hostile))
+        # The chord waits for its own task, and for no other
+        assert chords.service.progress(group_id) == (1, [member])
+        request = Context(id=member, group=group_id, chord=dict(body))
+        app.backend.mark_as_done(member, 1, request)
+        eventually(lambda: app.backend.metrics().chords_fired == 1)

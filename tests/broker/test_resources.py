@@ -7,10 +7,12 @@ import gc
 import os
 import socket
 import threading
+import time
 import weakref
 from typing import Any, Callable, List, Set
 
 from celery import Celery, states
+from celery.app.task import Context
 from celery.result import AsyncResult
 
 from celery_amqp_results.amqp import connections
@@ -40,10 +42,18 @@ def use_everything(app: Celery) -> None:
     app.AsyncResult(later).then(lambda result: called.set())
     backend.store_result(later, 2, states.SUCCESS)
     assert called.wait(LONG)
-    group_id = new_id()
-    chords = backend.layout.chords
-    chords.declare(group_id, 60_000, size=1)
-    assert not chords.settle(group_id, lambda gathered: None)
+    service = backend.layout.chords.service
+    service.start(met=True)
+    body = app.signature("tests.body")
+    body.freeze()
+    group_id, member = new_id(), new_id()
+    backend.apply_chord((group_id, [AsyncResult(member, app=app)]), body)
+    backend.set_chord_size(group_id, 1)
+    backend.mark_as_done(member, 1, Context(id=member, group=group_id, chord=dict(body)))
+    deadline = time.monotonic() + LONG
+    while service.fired < 1 or service.open:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def use_and_leave(app: Celery) -> None:
@@ -102,13 +112,13 @@ def test_the_number_of_descriptors_is_constant_over_many_reconnects(
         assert backend.layout.store.read([task_id])[task_id]
         until_watched(app, waited, eventually)
         counts.append(descriptors())
-        epoch = inbox._epochs
+        epoch = inbox.connections
         for link in list(connections._links):
             if link.alive:
                 with contextlib.suppress(OSError, AttributeError):
                     link.socket.shutdown(socket.SHUT_RDWR)
                     lost += 1
-        eventually(lambda epoch=epoch: inbox._epochs > epoch)
+        eventually(lambda epoch=epoch: inbox.connections > epoch)
     backend.store_result(waited, "end", states.SUCCESS)
     assert waiting.result() == "end"
     assert counts[-1] <= max(counts[:5]) + 3

@@ -85,6 +85,10 @@ def test_results_are_stored_looked_up_and_pushed_over_tls(
 ) -> None:
     # None stands for a URL that contains the host name.
     app = make_app(secure.url(broker), backend or secure.url(), broker_use_ssl=secure.ssl())
+    if backend is None:
+        # The setting is for the broker of the tasks.
+        app.conf.broker_use_ssl = False
+        app.conf.result_backend_transport_options["use_ssl"] = secure.ssl()
     task_id, later = new_id(), new_id()
     try:
         app.backend.store_result(task_id, "x" * 100_000, states.SUCCESS)
@@ -114,3 +118,50 @@ def test_an_untrusted_peer_raises_a_clear_error(secure: Secure, wrong: Dict[str,
             app.AsyncResult(new_id()).state  # noqa: B018 - asks the broker
     finally:
         app.backend.close()
+
+
+def store_and_get(app: Celery) -> None:
+    task_id = new_id()
+    try:
+        app.backend.store_result(task_id, 1, states.SUCCESS)
+        assert app.AsyncResult(task_id).get(timeout=LONG) == 1
+    finally:
+        app.backend.close()
+
+
+@pytest.mark.parametrize("broker_use_ssl", [True, {"ca_certs": "/nowhere"}])
+def test_results_go_to_a_broker_without_tls_while_tasks_have_it(
+    secure: Secure, amqp_url: str, broker_use_ssl: Any
+) -> None:
+    store_and_get(make_app(secure.url(), amqp_url, broker_use_ssl=broker_use_ssl))
+
+
+def test_results_have_another_authority_than_tasks(secure: Secure) -> None:
+    app = make_app(
+        secure.url(), secure.url(), broker_use_ssl=secure.ssl(ca_certs=secure.another_authority)
+    )
+    app.conf.result_backend_transport_options["use_ssl"] = secure.ssl()
+    store_and_get(app)
+
+
+def test_the_option_counts_more_than_the_setting_on_the_broker_of_the_tasks(
+    secure: Secure,
+) -> None:
+    app = make_app(secure.url(), "amqp://", broker_use_ssl=True)
+    app.conf.result_backend_transport_options["use_ssl"] = secure.ssl()
+    store_and_get(app)
+
+
+def test_tls_of_a_redis_broker_is_not_that_of_the_results(amqp_url: str) -> None:
+    store_and_get(
+        make_app(
+            "rediss://localhost:1/0", amqp_url, broker_use_ssl={"ssl_cert_reqs": ssl.CERT_NONE}
+        )
+    )
+
+
+def test_an_option_that_only_redis_knows_is_refused(amqp_url: str) -> None:
+    app = make_app(amqp_url, "amqp://")
+    app.conf.result_backend_transport_options["use_ssl"] = {"ssl_cert_reqs": ssl.CERT_NONE}
+    with pytest.raises(errors.InvalidOption, match="ssl_cert_reqs"):
+        app.backend  # noqa: B018

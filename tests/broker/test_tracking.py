@@ -161,7 +161,7 @@ def test_a_task_that_is_sent_to_another_broker_is_not_marked_there(make_app: App
     app = make(make_app)
     with app.connection_for_write("amqp://guest:guest@127.0.0.1:1/other") as connection:
         producer = app.amqp.Producer(connection, auto_declare=False)
-        assert not app.backend._sends_to_us(producer)
+        assert not app.backend.broker.is_that_of(producer.connection)
         # This connects to nothing
         app.backend.on_task_call(producer, new_id())
         assert not connection.connected

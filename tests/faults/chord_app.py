@@ -1,17 +1,20 @@
-"""The app of workers that are killed while they fire a chord. For subprocesses only.
+"""The app of workers that are killed while they lead chords. Not for the tests' own process.
 
-A process that fires a chord with the body ``mortal`` is killed with SIGKILL at the point that the
-body names, the first time that any process reaches it.
+The leader of a chord with the body ``mortal`` is killed with SIGKILL at the point that it names,
+the first time that a leader gets there.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from typing import Any, List
+import time
+from typing import Any, Iterable, List, Mapping
 
-from celery_amqp_results.chords.native import BodySender, NativeChords
-from celery_amqp_results.store.checkout import Checkout
+from celery import signals
+
+from celery_amqp_results.chords.firing import BodySender
+from celery_amqp_results.chords.service import _Session
 from tests.worker.chord_tasks import register
 from tests.worker.tasks import app_from_environment
 
@@ -31,30 +34,35 @@ def reach(point: str, body: Any) -> None:
 
 
 _send = BodySender.send
-_delete = Checkout.delete
-_settle = NativeChords._settle
+_acknowledge = _Session.acknowledge
 
 _sent: List[Any] = []
 
 
-def settle(self: NativeChords, group_id: str, body: Any) -> bool:
-    reach("published", body)
-    return _settle(self, group_id, body)
-
-
-def send(self: BodySender, signature: Any, results: List[Any]) -> None:
+def send(self: BodySender, signature: Any, results: List[Any], options: Mapping[str, Any]) -> None:
     reach("before", signature)
-    _send(self, signature, results)
+    _send(self, signature, results, options)
     _sent[:] = [signature]
     reach("between", signature)
 
 
-def delete(self: Checkout, *others: str) -> None:
-    _delete(self, *others)
+def acknowledge(self: _Session, deliveries: Iterable[int]) -> None:
+    _acknowledge(self, deliveries)
     if _sent:
         reach("after", _sent.pop())
 
 
-NativeChords._settle = settle  # type: ignore[method-assign]
 BodySender.send = send  # type: ignore[method-assign]
-Checkout.delete = delete  # type: ignore[method-assign]
+_Session.acknowledge = acknowledge  # type: ignore[method-assign]
+
+#: Seconds that a handler of the user's takes for each task of a body.
+_slowness = float(os.environ.get("SLOW_PUBLISH", "0"))
+
+
+def _slow_down(sender: Any = None, **kwargs: Any) -> None:
+    if sender == tasks.record.name:
+        time.sleep(_slowness)
+
+
+if _slowness:
+    signals.before_task_publish.connect(_slow_down, weak=False)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from bench import __main__ as command
 from bench import compare, figures, processes, report
 from bench.figures import LESS, MORE, Row, Run, percentile, ratios
-from bench.peers import PEERS
+from bench.peers import PEERS, Servers
+from bench.place import Place
 from bench.ticks import Ticks, ticking
 
 ABOUT: Dict[str, Any] = {
@@ -286,3 +287,37 @@ def test_memory_and_processor_time_of_this_process_are_read() -> None:
 
 def test_this_backend_is_one_of_the_peers() -> None:
     assert figures.OURS in PEERS
+
+
+# -- runs of several parts -------------------------------------------------------------------------
+
+
+def test_a_run_of_several_parts_names_them_and_the_first_row_counts() -> None:
+    first = make_run(make_row(amqp=[1.0], rpc=[1.0]))
+    about = dict(ABOUT, date="2026-01-02")
+    second = Run(about, [make_row(amqp=[9.0]), make_row(size=10, amqp=[2.0])])
+    run = command.merged([first, second])
+    assert [row.figures["amqp"] for row in run.rows] == [[1.0], [2.0]]
+    assert run.about["date"] == "2026-01-01"
+    assert run.about["parts"] == [dict(about, rows=["store.10"])]
+    assert command.merged([first]) == first
+
+
+def test_rows_of_a_busy_part_are_not_compared_by_the_clock() -> None:
+    busy = Run(dict(ABOUT, busy=True), [make_row(amqp=[1.0], rpc=[1.0])])
+    quiet = make_run(Row("store.cpu", "cpu", "µs", LESS, {"amqp": [1.0], "rpc": [1.0]}))
+    run = Run.from_json(command.merged([quiet, busy]).to_json())
+    assert [change.name for change in compare.changes(run, run)] == ["store.cpu"]
+
+
+def test_the_command_line_sets_the_rounds_of_measures_without_a_number_of_their_own() -> None:
+    def place_with(usual: int) -> Place:
+        nowhere = Servers("", "", "")
+        place = Place(None, nowhere, False, (), (), ())  # type: ignore[arg-type]
+        place.usual_rounds = usual
+        return place
+
+    measures = {"amqp": lambda: {"ms": 1.0}}
+    for usual, wanted, rounds in ((0, None, 5), (0, 25, 25), (3, None, 3), (3, 25, 25)):
+        found = place_with(usual).alternate(measures, wanted)
+        assert len(found["ms"]["amqp"]) == rounds

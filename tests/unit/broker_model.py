@@ -211,6 +211,10 @@ class Link:
         self._channels.append(Channel(self))
         return self._channels[-1]
 
+    def has_room(self) -> bool:
+        """Return whether another channel may be opened."""
+        return True
+
     @contextlib.contextmanager
     def corked(self) -> Iterator[None]:
         # The broker processes one after the other, and possibly only the first.

@@ -13,7 +13,7 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from celery_amqp_results import errors
 from celery_amqp_results.waiting.background import MAX_LOOKS, BackgroundFollower
 from celery_amqp_results.waiting.follower import Update
-from tests.unit.tables import FakeStore, Table, new_id, push, state, timed_out
+from tests.unit.fakes import FakeInbox, FakeStore, new_id, push, reads_of, state, timed_out
 from tests.unit.test_follower import Events, Followed, ids
 
 
@@ -34,10 +34,14 @@ class ManualExecutor:
 
 
 @pytest.fixture
-def inbox() -> Table:
-    table = Table()
+def inbox() -> FakeInbox:
+    table = FakeInbox()
     table.open()
     return table
+
+
+def background(inbox: FakeInbox, store: FakeStore, later: ManualExecutor) -> BackgroundFollower:
+    return BackgroundFollower(inbox, reads_of(inbox, store), store.lookup_timeout, later)
 
 
 def step(follower: BackgroundFollower) -> List[Update]:
@@ -52,10 +56,10 @@ def settle(follower: BackgroundFollower, later: ManualExecutor) -> List[Update]:
     return updates + step(follower)
 
 
-def test_pushes_are_delivered_while_another_task_is_looked_up(inbox: Table) -> None:
+def test_pushes_are_delivered_while_another_task_is_looked_up(inbox: FakeInbox) -> None:
     # Given a task that is covered, and one whose look-up has not been answered.
     store, later = FakeStore(), ManualExecutor()
-    follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
+    follower = background(inbox, store, later)
     mine, other = new_id(), new_id()
     inbox.note_sent(mine)
     follower.add([mine, other])
@@ -71,9 +75,9 @@ def test_pushes_are_delivered_while_another_task_is_looked_up(inbox: Table) -> N
     follower.close()
 
 
-def test_states_pushed_during_a_look_up_follow_its_findings(inbox: Table) -> None:
+def test_states_pushed_during_a_look_up_follow_its_findings(inbox: FakeInbox) -> None:
     store, later = FakeStore(), ManualExecutor()
-    follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
+    follower = background(inbox, store, later)
     task_id = new_id()
     first, second, third = (state(task_id, "PROGRESS") for _ in range(3))
     store.add(first)
@@ -92,11 +96,11 @@ def test_states_pushed_during_a_look_up_follow_its_findings(inbox: Table) -> Non
     follower.close()
 
 
-def test_a_look_up_is_repeated_if_states_may_have_been_missed(inbox: Table) -> None:
+def test_a_look_up_is_repeated_if_states_may_have_been_missed(inbox: FakeInbox) -> None:
     store, later = FakeStore(), ManualExecutor()
-    follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
+    follower = background(inbox, store, later)
     task_id = new_id()
-    inbox._bound.add(inbox.shard(task_id))
+    inbox.cover([task_id], None)
     follower.add([task_id])
     step(follower)
     later.run()
@@ -109,16 +113,16 @@ def test_a_look_up_is_repeated_if_states_may_have_been_missed(inbox: Table) -> N
     follower.close()
 
 
-def test_the_number_of_concurrent_look_ups_is_limited(inbox: Table) -> None:
+def test_the_number_of_concurrent_look_ups_is_limited(inbox: FakeInbox) -> None:
     store, later = FakeStore(), ManualExecutor()
-    follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
+    follower = background(inbox, store, later)
     wanted = [new_id() for _ in range(20)]
     for task_id in wanted:
         follower.add([task_id])
         step(follower)
     assert len(later.jobs) <= MAX_LOOKS
     assert settle(follower, later) == []
-    assert inbox._known.keys() == set(wanted)
+    assert all(map(inbox.covers, wanted))
     # And known tasks are not looked up again.
     step(follower)
     assert not later.jobs
@@ -126,11 +130,11 @@ def test_the_number_of_concurrent_look_ups_is_limited(inbox: Table) -> None:
 
 
 @pytest.mark.parametrize("where", ["cover", "read"])
-def test_only_permanent_errors_are_raised(inbox: Table, where: str) -> None:
+def test_only_permanent_errors_are_raised(inbox: FakeInbox, where: str) -> None:
     store, later = FakeStore(), ManualExecutor()
-    follower = BackgroundFollower(inbox, store, later)  # type: ignore[arg-type]
+    follower = background(inbox, store, later)
     task_id = new_id()
-    inbox._bound.add(inbox.shard(task_id))
+    inbox.cover([task_id], None)
     follower.add([task_id])
     store.failure = timed_out()
     assert settle(follower, later) == []
@@ -169,7 +173,7 @@ class BackgroundEvents(Events):
     @rule(wanted=st.sets(ids, min_size=1))
     def follow(self, wanted: Set[str]) -> None:
         if len(self.all) < 3:
-            follower = BackgroundFollower(self.table, self.store, self.later)  # type: ignore[arg-type]
+            follower = background(self.table, self.store, self.later)
             followed = Followed(follower)
             followed.follower.add(sorted(wanted))
             self.all.append(followed)
@@ -177,7 +181,7 @@ class BackgroundEvents(Events):
     @precondition(something_is_looked_up)
     @rule(count=st.integers(1, 3))
     def look_up(self, count: int) -> None:
-        if self.table.reachable or self.table._epoch:
+        if self.table.reachable or self.table.table.epoch:
             self.later.run(count)
 
     def everything_is_known_in_the_end(self) -> None:

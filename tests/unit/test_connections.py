@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_amqp_results import errors, options
-from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp import connections, retry
 from celery_amqp_results.amqp.connections import TRANSIENT, is_over, is_refusal, time_left
 
 #: Refusals of a broker, under py-amqp's names for the codes of the protocol.
@@ -62,7 +62,7 @@ def test_the_time_left_is_bounded_on_both_sides(
     now: float, deadline: float | None, at_most: float
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "time", types.SimpleNamespace(monotonic=lambda: now))
+        patch.setattr(retry, "time", types.SimpleNamespace(monotonic=lambda: now))
         left = time_left(deadline, at_most)
     assert 0 <= left <= at_most
     if deadline is None:

@@ -74,7 +74,8 @@ class Reader:
             if other.remove:
                 self.disturbed.update(other.ids)
         machine.active.append(self)
-        self.read = store._Read(machine.store, self.link, 0, set(ids), STATE, remove)  # type: ignore[arg-type]
+        request = store._Request({0: set(ids)}, STATE, lambda read: None, remove)
+        self.read = store._Read(machine.store, self.link, 0, request)  # type: ignore[arg-type]
 
     def _between(self) -> None:
         what = self.interludes.pop(0) if self.interludes else "nothing"

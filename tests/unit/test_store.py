@@ -17,7 +17,7 @@ from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.store import checkout
 from celery_amqp_results.store import lookup as store
 from tests.unit.broker_model import Clock, ConfirmChannel, Link, Queue
-from tests.unit.tables import state
+from tests.unit.fakes import state
 
 
 @pytest.mark.parametrize(

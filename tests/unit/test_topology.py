@@ -19,7 +19,7 @@ from celery_amqp_results.protocol.names import (
     Topology,
     client_word,
     encode_word,
-    plan_queue,
+    plan_number,
 )
 
 #: Any text that Python can hold, including lone surrogates.
@@ -113,7 +113,7 @@ def test_routing_key_has_six_words_and_fits(
     assert words == [
         str(here.shard(task_id)),
         client,
-        str(plan_queue(group_id)) if in_chord and group_id else ABSENT,
+        str(plan_number(group_id)) if in_chord and group_id else ABSENT,
         encode_word(group_id),
         encode_word(task_id),
         encode_word(state),
@@ -144,7 +144,7 @@ def test_bindings_match_exactly_the_intended_keys(
         topology.routing_key(task_id, state, Route(BROADCAST)),
     )
     for number in range(PLAN_QUEUES):
-        leads = bool(group_id) and number == plan_queue(group_id)
+        leads = bool(group_id) and number == plan_number(group_id)
         assert matches(topology.plan_binding(number), key) == leads
 
 
@@ -233,21 +233,7 @@ def test_queues_are_declared_as_documented(queue_type: str) -> None:
         return QueueSpec(name, True, False, False, {**arguments, **more})
 
     assert here.shard_queue(7) == durable("celeryresults.shard.7")
-    assert here.chord_queue("g.1") == durable("celeryresults.chord.g%2E1")
-    assert here.chord_queue("g", 60_000) == durable("celeryresults.chord.g", **{"x-expires": 60000})
-    assert here.chord_size_queue("g", 5) == durable(
-        "celeryresults.chord.g.size", **{"x-expires": 5}
-    )
-
-
-@given(texts, texts)
-def test_no_two_chords_share_a_queue(one: str, other: str) -> None:
-    names = [
-        make(group_id).name
-        for group_id in {one, other}
-        for make in (topology.chord_queue, topology.chord_size_queue)
-    ]
-    assert len(set(names)) == len(names)
+    assert here.plan_queue(7) == durable("celeryresults.chords.7")
 
 
 def test_the_exchange_declares_the_number_of_shards() -> None:

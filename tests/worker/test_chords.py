@@ -15,6 +15,7 @@ from celery import Celery, chain, chord, group
 from celery.canvas import StampingVisitor
 from celery.exceptions import ChordError, TaskRevokedError
 
+from celery_amqp_results.protocol.names import PLAN_QUEUES
 from celery_amqp_results.waiting import follower as waiting
 from tests.conftest import PATIENT, Apps, eventually, raw_connection
 from tests.worker.chord_tasks import register
@@ -66,8 +67,10 @@ def world(
     app.set_current()
     try:
         yield app, register(app)
-    finally:
         worker.stop()
+        assert plans_left(app) == 0
+    finally:
+        worker.kill()
         apps.close()
 
 
@@ -85,38 +88,15 @@ def lines(path: Path) -> List[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.fixture(autouse=True)
-def leaves_no_queue(world: World) -> Iterator[None]:
-    """No test leaves any queue of a chord behind."""
-    groups: List[str] = []
-    backend = world[0].backend
-    declare = backend.layout.chords.declare
-
-    def noting(group_id: str, *args: Any) -> Any:
-        groups.append(group_id)
-        return declare(group_id, *args)
-
-    backend.layout.chords.declare = noting
-    yield
-    backend.layout.chords.declare = declare
-    topology = backend._topology
-    with raw_connection(world[0].conf.broker_url) as connection:
-        for group_id in groups:
-            for spec in (topology.chord_queue(group_id), topology.chord_size_queue(group_id)):
-                eventually(lambda name=spec.name: not exists(connection, name))
-
-
-def exists(connection: Any, queue: str) -> bool:
-    from amqp.exceptions import NotFound
-
-    channel = connection.channel()
-    try:
-        channel.queue_declare(queue, passive=True)
-    except NotFound:
-        return False
-    finally:
-        channel.close()
-    return True
+def plans_left(app: Celery) -> int:
+    """Return how many plans are in the plan queues and are held by no leader."""
+    topology = app.backend._topology
+    with raw_connection(app.conf.broker_url) as connection:
+        channel = connection.channel()
+        return sum(
+            channel.queue_declare(topology.plan_queue(number).name, passive=True).message_count
+            for number in range(PLAN_QUEUES)
+        )
 
 
 SHAPES: List[Tuple[str, Callable[[Any], Any], Any]] = [

@@ -27,6 +27,7 @@ if os.environ.get("CI") and sys.version_info >= (3, 10):
         importlib.import_module(name)
 httpx = pytest.importorskip("httpx")
 connect = pytest.importorskip("websockets.sync.client").connect
+ConnectionClosed = pytest.importorskip("websockets.exceptions").ConnectionClosed
 for name in ("django", "fastapi", "uvicorn"):
     pytest.importorskip(name)
 
@@ -152,6 +153,21 @@ def test_fastapi_websocket(environment: Dict[str, str], tmp_path: Path) -> None:
         with connect(f"ws://{address}/count", open_timeout=LONG) as client:
             client.send("30")
             check_count([json.loads(message) for message in client], 30)
+        # Wrong input closes the connection with a reason, and the next one works.
+        for wrong in ("many", "", b"\x00\xff", "9" * 5000):
+            with connect(f"ws://{address}/count", open_timeout=LONG) as client:
+                client.send(wrong)
+                with pytest.raises(ConnectionClosed):
+                    client.recv(LONG)
+                assert client.close_code == 1003
+                assert "number" in str(client.close_reason)
+        # A client may go before it has said anything, or in the middle.
+        with connect(f"ws://{address}/count", open_timeout=LONG):
+            pass
+        with connect(f"ws://{address}/count", open_timeout=LONG) as client:
+            client.send("20")
+            client.recv(LONG)
+            client.send(b"something else")
         with connect(f"ws://{address}/failures", open_timeout=LONG) as failures:
             # There is no event for a watch that is ready, so tasks fail until one failure is seen.
             found: List[Dict[str, Any]] = []
@@ -186,10 +202,22 @@ def test_django(
         serve(environment, tmp_path / "log", *command) as address,
         httpx.Client(base_url=f"http://{address}", timeout=LONG) as client,
     ):
+        # A POST without the token is refused, as by any project of Django.
+        assert client.post("/tasks", params={"total": 30}).status_code == 403
         assert "<progress" in client.get("/").text
-        task_id = client.post("/tasks", params={"total": 30}).json()["id"]
+        headers = {"X-CSRFToken": client.cookies["csrftoken"]}
+
+        def start(total: str) -> httpx.Response:
+            return client.post("/tasks", params={"total": total}, headers=headers)
+
+        task_id = start("30").json()["id"]
         check_count(events(f"http://{address}/tasks/{task_id}/{path}"), 30)
         assert client.get(f"/tasks/{task_id}").json() == {"value": 30}
+        # Wrong input is answered, and so is a task that fails.
+        assert [start(text).status_code for text in ("x", "", "1" * 9)] == [400] * 3
+        assert client.get("/tasks", params={"total": "1"}).status_code == 405
+        failed = client.get(f"/tasks/{start('-1').json()['id']}")
+        assert (failed.status_code, failed.json()) == (422, {"error": "-1 is below zero"})
 
 
 def test_flask(environment: Dict[str, str], tmp_path: Path) -> None:

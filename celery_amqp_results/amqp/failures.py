@@ -1,0 +1,99 @@
+"""Telling apart why an operation on the broker failed.
+
+A *transient* failure may be gone at the next try: a lost connection, a node that is starting, a
+limit on connections that others use up at the moment. A *refusal* stays: a wrong password, a
+missing permission, a queue with other properties. What a user's signal handler raises is neither,
+whatever its class.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import List, NamedTuple, Optional, Tuple, Type
+
+import kombu
+from amqp import exceptions as amqp_errors
+
+__all__ = (
+    "CHANNELS",
+    "CONNECTIONS",
+    "QUEUES",
+    "TRANSIENT",
+    "Limit",
+    "is_refusal",
+    "limit_of",
+    "raise_if_from_signal_handler",
+)
+
+#: What a lost connection, a closed channel or a broken protocol raises.
+TRANSIENT: Tuple[Type[Exception], ...] = (
+    amqp_errors.AMQPError,
+    amqp_errors.MessageNacked,
+    kombu.exceptions.OperationalError,
+    OSError,
+)
+
+#: What a broker limits.
+CONNECTIONS = "connections"
+CHANNELS = "channels"
+QUEUES = "queues"
+
+#: RabbitMQ's texts, from 3.10 to 4.3. Its codes are those of refusals.
+_LIMITS: Tuple[Tuple[str, re.Pattern[str]], ...] = (
+    (CONNECTIONS, re.compile(r"connection limit \((?P<number>\d+)\) is reached")),
+    (CHANNELS, re.compile(r"maximum allowed (?:user )?limit of \(?(?P<number>\d+)")),
+    (CHANNELS, re.compile(r"negotiated channel_max \((?P<number>\d+)\)")),
+    (QUEUES, re.compile(r"queue limit in .*\((?P<number>\d+)\) is reached")),
+)
+
+
+class Limit(NamedTuple):
+    """A limit of the broker that was reached."""
+
+    #: :data:`CONNECTIONS`, :data:`CHANNELS` or :data:`QUEUES`.
+    what: str
+    number: int
+
+
+def limit_of(exc: Optional[BaseException]) -> Optional[Limit]:
+    """Return the limit that the broker says was reached, or ``None`` if *exc* is about none."""
+    if not isinstance(exc, (amqp_errors.NotAllowed, amqp_errors.PreconditionFailed)):
+        return None
+    for what, pattern in _LIMITS:
+        found = pattern.search(str(exc))
+        if found:
+            return Limit(what, int(found["number"]))
+    return None
+
+
+def is_refusal(exc: BaseException) -> bool:
+    """Return whether the broker said no for a reason that trying again does not change.
+
+    Wrong password, no such virtual host, no permission, a declaration that differs. A limit on
+    connections or channels is no refusal: others will close theirs.
+    """
+    if not isinstance(
+        exc,
+        (amqp_errors.AccessRefused, amqp_errors.NotAllowed, amqp_errors.PreconditionFailed),
+    ):
+        return False
+    limit = limit_of(exc)
+    return limit is None or limit.what == QUEUES
+
+
+def raise_if_from_signal_handler(exc: BaseException) -> None:
+    """Raise *exc* again if a signal handler of the program raised it.
+
+    Such a handler may well raise ``TimeoutError`` or another ``OSError``, which would otherwise
+    pass for a network error, and the interrupted call would go on.
+    """
+    traceback = exc.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        interrupted, called = traceback.tb_frame, traceback.tb_next.tb_frame
+        # Python gives a handler the frame that it interrupts. Nothing else is given its caller's.
+        given: List[object] = []
+        for value in called.f_locals.values():
+            given += value if isinstance(value, tuple) else (value,)
+        if any(value is interrupted for value in given):
+            raise exc
+        traceback = traceback.tb_next

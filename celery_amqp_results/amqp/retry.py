@@ -1,0 +1,70 @@
+"""When an operation that failed is tried again."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Callable, Optional
+
+from celery_amqp_results import options
+from celery_amqp_results.amqp import failures
+
+__all__ = ("Retry", "is_over", "time_left")
+
+#: Pauses vary by this share, so that processes that lost a broker together do not return together.
+JITTER = 0.2
+
+
+def time_left(deadline: Optional[float], at_most: float) -> float:
+    """Return the seconds until *deadline* (``time.monotonic``), at most *at_most*, at least 0."""
+    if deadline is None:
+        return at_most
+    return max(0.0, min(at_most, deadline - time.monotonic()))
+
+
+def is_over(deadline: Optional[float]) -> bool:
+    """Return whether *deadline* (``time.monotonic``) is over; ``None`` never is."""
+    return deadline is not None and time.monotonic() >= deadline
+
+
+class Retry:
+    """The tries of one operation. Has no clock and does not sleep.
+
+    Parameters:
+        policy: how often to try again, and the pauses between the tries.
+        end: time (``time.monotonic``) at which to give up; ``None`` for no such time.
+        jitter: returns a random number from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        policy: options.RetryPolicy,
+        end: Optional[float] = None,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._policy = policy
+        self._end = end
+        self._jitter = jitter
+        #: How many tries have failed.
+        self.failed = 0
+
+    def after(self, exc: BaseException, now: float) -> Optional[float]:
+        """Return the seconds to wait before the next try, or ``None`` to give up.
+
+        Parameters:
+            exc: what the last try ended with. Raised again if a signal handler raised it.
+            now: the time (``time.monotonic``).
+        """
+        failures.raise_if_from_signal_handler(exc)
+        self.failed += 1
+        pause = self._policy.pause(self.failed)
+        if pause is None:
+            return None
+        pause *= 1 - JITTER * self._jitter()
+        if self._end is not None and now + pause >= self._end:
+            return None
+        return pause
+
+    def succeeded(self) -> None:
+        """Begin anew: the operation has worked."""
+        self.failed = 0

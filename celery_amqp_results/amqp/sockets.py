@@ -1,0 +1,94 @@
+"""Waiting for sockets, and being woken while waiting, with threads and with greenlets.
+
+Nothing stays registered between two waits. gevent's selector would keep watching a socket that a
+``select()`` found nothing on, and then spin at the first byte that comes while nobody waits.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import select
+import socket
+import types
+from typing import Any, List, Optional
+
+__all__ = ("WakeUp", "readable")
+
+#: Looks for bytes without waiting and without taking them.
+_PEEK = getattr(socket, "MSG_PEEK", 0) | getattr(socket, "MSG_DONTWAIT", 0)
+
+
+def readable(sock: Any, timeout: float) -> bool:
+    """Return whether *sock* has bytes to read, or its end.
+
+    Parameters:
+        sock: a socket.
+        timeout: seconds to wait for that; 0 to look once, without a switch of greenlets.
+    """
+    if timeout <= 0 and not isinstance(getattr(select, "poll", None), types.BuiltinFunctionType):
+        return _peek(sock)
+    return sock.fileno() in _wait([sock], timeout)
+
+
+def _peek(sock: Any) -> bool:
+    # A socket of the system's kind: one of TLS takes no flags. poll() of gevent does not look at
+    # all without time to wait, and select() of both switches to other greenlets.
+    raw = _socket.socket(fileno=sock.fileno())
+    try:
+        raw.recv(1, _PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # Whoever reads will get the error.
+        return True
+    finally:
+        raw.detach()
+    return True
+
+
+def _wait(socks: List[Any], timeout: float) -> List[int]:
+    """Return the numbers of those of *socks* that became readable within *timeout* seconds."""
+    # Looked up at each call: gevent replaces poll, and eventlet removes it.
+    make = getattr(select, "poll", None)
+    if make is None:
+        found, _, _ = select.select(socks, [], [], timeout)
+        return [sock.fileno() for sock in found]
+    poll = make()
+    for sock in socks:
+        poll.register(sock.fileno(), select.POLLIN)
+    return [number for number, _ in poll.poll(1000 * timeout)]
+
+
+class WakeUp:
+    """Wakes a thread that waits for a socket. Any thread may ring."""
+
+    def __init__(self) -> None:
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.setblocking(False)
+        self._sender.setblocking(False)
+
+    def ring(self) -> None:
+        """End the present wait, or the next one if nobody waits."""
+        # A full buffer rings too.
+        with contextlib.suppress(OSError):
+            self._sender.send(b"\0")
+
+    def wait(self, timeout: float, sock: Optional[Any] = None) -> bool:
+        """Wait until :meth:`ring` is called, or *sock* is readable; return whether *sock* is.
+
+        Parameters:
+            timeout: seconds to wait at most.
+            sock: a socket to wait for as well.
+        """
+        found = _wait([self._receiver] if sock is None else [sock, self._receiver], timeout)
+        if self._receiver.fileno() in found:
+            with contextlib.suppress(OSError):
+                while self._receiver.recv(4096):
+                    pass
+        return sock is not None and sock.fileno() in found
+
+    def close(self) -> None:
+        """Close both sockets."""
+        self._receiver.close()
+        self._sender.close()

@@ -1,0 +1,48 @@
+"""Starting threads."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any, Callable, FrozenSet
+
+__all__ = ("block_signals", "start_thread")
+
+#: What the thread itself causes. Blocked, they would end the process without a message.
+_SYNCHRONOUS = frozenset({"SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGTRAP", "SIGSYS", "SIGABRT"})
+
+
+def start_thread(target: Callable[..., Any], name: str, *args: Any) -> threading.Thread:
+    """Start a daemon thread that receives no signals, and return it.
+
+    The system gives a signal to any thread that does not block it. Python runs handlers in the
+    main thread only. A server that waits for signals in C, as uWSGI does, would miss those that
+    reach one of our threads.
+
+    Parameters:
+        target: what the thread runs.
+        name: its name, to which ``celery-results-`` is prepended.
+        *args: arguments for *target*.
+    """
+    thread = threading.Thread(target=target, name=f"celery-results-{name}", args=args, daemon=True)
+    if not hasattr(signal, "pthread_sigmask"):  # pragma: no cover
+        thread.start()
+        return thread
+    # A thread inherits the mask of the one that starts it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _blocked())
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return thread
+
+
+def block_signals() -> None:
+    """Have the calling thread receive no signals, where something else has started it."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, _blocked())
+
+
+def _blocked() -> FrozenSet[int]:
+    synchronous = {getattr(signal, name) for name in _SYNCHRONOUS if hasattr(signal, name)}
+    return frozenset(signal.valid_signals()) - synchronous

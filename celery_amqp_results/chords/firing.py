@@ -1,0 +1,262 @@
+"""Firing a chord: sending its body with the results of its header, or reporting its failure.
+
+It does what Celery's Redis backend does. Where that backend leaves a chord hanging or loses its
+body, this module ends the chord.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import contextvars
+import logging
+import threading
+import time
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Tuple, Type
+
+from celery import states
+from celery.canvas import _chain, chord, group, maybe_signature
+from celery.exceptions import ChordError
+from celery.utils.nodenames import anon_nodename
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.chords import plan as plans
+from celery_amqp_results.chords.leader import Fire
+from celery_amqp_results.chords.service import NotSent, read_ends
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.store.lookup import Store
+
+__all__ = ("BodySender", "Firing", "last_links", "sends_for_another")
+
+logger = logging.getLogger(__name__)
+
+#: Message of a :class:`ChordError`; that of Celery's Redis backend.
+DEPENDENCY = "Dependency {} raised {!r}"
+
+#: What is raised while the broker does not answer.
+UNAVAILABLE: Tuple[Type[Exception], ...] = (
+    errors.BackendUnavailable,
+    errors.LookupTimeout,
+    *connections.TRANSIENT,
+)
+
+#: A body that cannot be sent because the broker does not answer is tried this many times.
+TRIES = 5
+
+#: A connection that has not sent a body for this many seconds is not trusted any more.
+IDLE_SECONDS = 30.0
+
+#: The body that is being sent in this thread or greenlet for a process that waits for it.
+_forwarded: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar(
+    "celery_amqp_results_forwarded", default=None
+)
+
+
+def sends_for_another(task_id: str) -> bool:
+    """Return whether a task is a body whose states go to the process that sent its chord."""
+    return _forwarded.get() == task_id
+
+
+class Firing:
+    """Sends the bodies of chords.
+
+    Parameters:
+        app: returns the Celery app, or ``None`` when it is gone.
+        store: what results are read from that did not fit the leader's memory.
+        content: returns what a plan's message holds.
+
+    Thread-safe. After a fork the child must make a new one.
+    """
+
+    def __init__(
+        self,
+        app: Callable[[], Any],
+        store: Store,
+        content: Callable[[StateMessage], Mapping[str, Any]],
+    ) -> None:
+        self._app = app
+        self._store = store
+        self._content = content
+        self.bodies = BodySender(app)
+
+    def fire(self, action: Fire) -> None:
+        """Send the body of a complete chord, or report the failure of its header.
+
+        Raises:
+            NotSent: when the broker does not answer; nothing is decided then.
+        """
+        app = self._app()
+        if app is None:
+            raise NotSent("the Celery app is gone")
+        # The thread is ours: what a handler or an errback of the user's sees is this app.
+        app.set_current()
+        assert action.plan.message is not None
+        content = self._content(action.plan.message)
+        signature = maybe_signature(dict(content["body"]), app=app)
+        group_id = action.plan.group_id
+        try:
+            results = self._results(app.backend, action)
+        except UNAVAILABLE as exc:
+            raise NotSent(f"its results could not be read: {exc}") from exc
+        except ChordError as exc:
+            logger.error("Chord %r raised: %r", group_id, exc)
+            self._fail(app, signature, exc)
+        except Exception as exc:
+            logger.exception("Chord %r raised: %r", group_id, exc)
+            self._fail(app, signature, _chord_error(f"Join error: {exc!r}", exc))
+        else:
+            self._send(app, signature, results, action)
+
+    def _send(self, app: Any, signature: Any, results: List[Any], action: Fire) -> None:
+        origin = signature.options.get("origin")
+        forwarded = origin is not None and origin != anon_nodename()
+        token = _forwarded.set(signature.options.get("task_id") if forwarded else None)
+        try:
+            self.bodies.send(signature, results, _ancestors(signature, action))
+        except Exception as exc:
+            if isinstance(exc, connections.TRANSIENT) and action.failures + 1 < TRIES:
+                raise NotSent(repr(exc)) from exc
+            logger.exception("Chord callback for %r raised: %r", action.plan.group_id, exc)
+            self._fail(app, signature, _chord_error(f"Callback error: {exc!r}", exc))
+        finally:
+            _forwarded.reset(token)
+
+    @staticmethod
+    def _fail(app: Any, signature: Any, exc: ChordError) -> None:
+        try:
+            app.backend.chord_error_from_stack(signature, exc)
+        except UNAVAILABLE as unavailable:
+            raise NotSent(f"its failure could not be stored: {unavailable}") from unavailable
+
+    def _results(self, backend: Any, action: Fire) -> List[Any]:
+        """Return the results of the header, in its order and nesting.
+
+        Raises:
+            ChordError: when a task has failed; of several the first in order.
+        """
+        ends = dict(action.ends)
+        if action.bodiless:
+            ends.update(read_ends(self._store, action.bodiless))
+        values: Dict[str, Any] = {}
+        for task_id in plans.leaves(action.results):
+            if task_id not in values:
+                values[task_id] = self._value(backend, ends[task_id])
+        return plans.fill(action.results, values)
+
+    @staticmethod
+    def _value(backend: Any, state: StateMessage) -> Any:
+        content = backend.decode_state(state)
+        if content["status"] in states.PROPAGATE_STATES:
+            cause = content["result"]
+            raise _chord_error(DEPENDENCY.format(state.id, cause), cause)
+        return content["result"]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.bodies.close()
+
+
+def _ancestors(signature: Any, action: Fire) -> Dict[str, str]:
+    """Return the ids of the body's parent and root: those it has with Celery's other backends.
+
+    There the body is sent by the task of the header that ends last.
+    """
+    if isinstance(signature, chord) or not action.ends:
+        # A chord takes them for those of its own body.
+        return {}
+    last = max(action.ends.values(), key=lambda state: state.published).id
+    options = signature.options
+    return {
+        "parent_id": options.get("parent_id") or last,
+        "root_id": options.get("root_id") or action.plan.root_id or last,
+    }
+
+
+class BodySender:
+    """Sends the bodies of chords, and knows that the broker has them where it can say so.
+
+    Celery does not wait for confirms unless told to. Here the plan is acknowledged after the body
+    is sent, so on RabbitMQ the body is confirmed before, whatever the settings say. The tasks of a
+    body that is itself a chord are sent like any other of the app.
+
+    Parameters:
+        app: returns the Celery app.
+
+    Thread-safe. After a fork the child must make a new one.
+    """
+
+    def __init__(self, app: Callable[[], Any]) -> None:
+        self._app = app
+        self._lock = threading.Lock()
+        self._idle: Deque[Tuple[float, Any]] = collections.deque()
+
+    def send(self, signature: Any, results: List[Any], options: Mapping[str, Any]) -> None:
+        """Send *signature* with *results*, and with more *options* than it has.
+
+        Raises:
+            Exception: what Celery, kombu or the serializer raises when it cannot be published.
+        """
+        retry_publish = getattr(self._app().amqp, "_retry_publish", _call)
+        with self._producer() as producer:
+            retry_publish(signature.apply_async, (results,), producer=producer, **options)
+
+    @contextlib.contextmanager
+    def _producer(self) -> Iterator[Any]:
+        """Lend a producer; one on which the block raises is not used again."""
+        app = self._app()
+        producer = None
+        with self._lock:
+            while self._idle and producer is None:
+                since, producer = self._idle.pop()
+                if time.monotonic() - since > IDLE_SECONDS:
+                    producer.connection.collect()
+                    producer = None
+        if producer is None:
+            connection = app.connection_for_write()
+            if transports.is_amqp(connection):
+                connection = app.connection_for_write(transport_options={"confirm_publish": True})
+            producer = app.amqp.Producer(connection)
+        try:
+            yield producer
+        except BaseException:
+            with contextlib.suppress(Exception):
+                producer.connection.collect()
+            raise
+        with self._lock:
+            self._idle.append((time.monotonic(), producer))
+
+    def close(self) -> None:
+        """Close the connections."""
+        with self._lock:
+            idle, self._idle = self._idle, collections.deque()
+        for _, producer in idle:
+            with contextlib.suppress(Exception):
+                producer.connection.release()
+
+
+def last_links(signature: Any, app: Any) -> Iterator[Any]:
+    """Yield the simple signatures whose results stand for the result of *signature*."""
+    signature = maybe_signature(signature, app=app)
+    if isinstance(signature, chord):
+        if signature.body is not None:
+            yield from last_links(signature.body, app)
+    elif isinstance(signature, group):
+        for task in signature.tasks:
+            yield from last_links(task, app)
+    elif isinstance(signature, _chain):
+        if signature.tasks:
+            yield from last_links(signature.tasks[-1], app)
+    else:
+        yield signature
+
+
+def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def _chord_error(message: str, cause: Any) -> ChordError:
+    error = ChordError(message)
+    if isinstance(cause, BaseException):
+        error.__cause__ = cause
+    return error

@@ -1,0 +1,595 @@
+"""The leader: decides when a chord is complete, and what has to be done for that.
+
+:class:`Leader` is told what happens (*events*, its methods) and says what to do (*actions*, which
+:meth:`Leader.take` returns). It does no I/O, has no clock and no threads;
+:mod:`~celery_amqp_results.chords.service` is the shell around it.
+
+Of each open chord the leader knows which tasks of the header have ended. It hears of most ends
+because they are pushed. The store is asked where an end may have been missed: a plan that was
+delivered before, or began before the binding was sure to work, and a chord that nothing is heard
+of. A plan is acknowledged when its body was sent, and not before: until then the broker gives it
+to another leader if this one dies.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import heapq
+import itertools
+import math
+from typing import (
+    Deque,
+    Dict,
+    FrozenSet,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
+
+from celery_amqp_results.chords import plan as plans
+from celery_amqp_results.chords.plan import Amendment, Plan
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.names import plan_number
+from celery_amqp_results.protocol.ranking import is_final, supersedes
+
+__all__ = ("Acknowledge", "Action", "Bind", "Fire", "GiveUp", "Leader", "LookUp")
+
+#: Seconds after which the store is asked about a chord of which nothing was heard; doubled each
+#: time, up to the most.
+FIRST_RECHECK = 15.0
+LAST_RECHECK = 300.0
+
+#: A binding may take effect on another node of a cluster a moment after the broker has confirmed
+#: it. Plans of the first seconds are looked up once more after this time.
+SETTLE_SECONDS = 1.0
+
+#: Clocks of two hosts differ by less than this, in microseconds. If they differ by more, the
+#: first recheck finds what was missed.
+SKEW = 4_000_000
+
+#: Seconds before a failed look-up or a failed sending is tried again.
+RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+#: At most this many ids are looked up at once.
+MAX_LOOK_UP = 20_000
+
+#: At most this many ends are kept of chords whose plan has not arrived.
+MAX_EARLY = 100_000
+
+#: At most this many chords are remembered as fired.
+MAX_FIRED = 100_000
+
+#: A delivery of the broker, as the shell calls it.
+Delivery = int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bind:
+    """Have the states of the chords in plan queue *number* pushed."""
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LookUp:
+    """Read *tasks* (states and parts) and *bodies* (states) in the store."""
+
+    tasks: FrozenSet[str]
+    bodies: FrozenSet[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fire:
+    """Send the body of a chord, or fail it if a task of its header has failed."""
+
+    plan: Plan
+    #: The ids of the header's tasks in order and nesting, with those that were added.
+    results: List[str] = dataclasses.field(compare=False)
+    ends: Mapping[str, StateMessage] = dataclasses.field(compare=False)
+    #: Tasks whose ends are known without their bodies, which did not fit the memory.
+    bodiless: FrozenSet[str] = frozenset()
+    #: How many times that was tried and failed.
+    failures: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Acknowledge:
+    """Acknowledge *deliveries*: the chord is over."""
+
+    deliveries: Tuple[Delivery, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GiveUp:
+    """Say that a chord has expired, or that tasks were added to a chord that is over."""
+
+    group_id: str
+    why: str
+
+
+Action = Union[Bind, LookUp, Fire, Acknowledge, GiveUp]
+
+
+class _Chord:
+    """A chord that has a plan and was not acknowledged."""
+
+    def __init__(self, plan: Plan, delivery: Delivery, now: float) -> None:
+        self.plan = plan
+        self.deliveries = [delivery]
+        self.amendments: List[Amendment] = []
+        self.missing: Set[str] = set()
+        self.ends: Dict[str, StateMessage] = {}
+        self.bodiless: Set[str] = set()
+        #: Tasks of the body that the store has to be asked about before the body may be sent.
+        self.unproven: Set[str] = set()
+        self.sending = False
+        self.failures = 0
+        self.pause = FIRST_RECHECK
+        self.recheck_at = now + FIRST_RECHECK
+        #: When a timer is set for.
+        self.timer_at = math.inf
+        self.heard_at = now
+        #: When the latest end was published.
+        self.latest = plan.began
+
+    @property
+    def watched(self) -> Set[str]:
+        """All tasks of the header."""
+        return self.missing | self.ends.keys()
+
+
+class Leader:
+    """Follows the chords of the plan queues that this process leads.
+
+    Parameters:
+        memory: bytes of results that are kept; the others are read again when they are needed.
+
+    Not thread-safe. Times are those of ``time.monotonic`` (*now*) and microseconds since 1970
+    (*wall*).
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._actions: Deque[Action] = collections.deque()
+        self._chords: Dict[str, _Chord] = {}
+        #: Marks of the chords with a task in their headers, and of those whose body it is in.
+        self._waiting: Dict[str, Set[str]] = {}
+        self._proving: Dict[str, Set[str]] = {}
+        #: Marks of the open chords of a header; more than one if the chord was sent again.
+        self._of_group: Dict[str, List[str]] = {}
+        self._fired: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._fired_groups: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._orphans: Dict[str, List[Tuple[Amendment, Delivery]]] = {}
+        #: Ends of tasks that no chord waits for yet, with when they came, by both clocks.
+        self._early: collections.OrderedDict[str, Tuple[StateMessage, int]] = (
+            collections.OrderedDict()
+        )
+        self._bytes = 0
+        #: From when on every end was heard of, by plan queue; ``None`` while it is being bound.
+        self._sure: Dict[int, Optional[int]] = {}
+        #: An end that came before this is perhaps not remembered.
+        self._forgotten = 0
+        #: What the store is asked about next: tasks of headers, and of bodies.
+        self._tasks: Set[str] = set()
+        self._bodies: Set[str] = set()
+        self._asking: Optional[LookUp] = None
+        self._ask_at = 0.0
+        self._ask_failures = 0
+        self._timers: List[Tuple[float, int, str]] = []
+        self._order = itertools.count()
+
+    # -- what the shell asks -----------------------------------------------------------------------
+
+    def take(self) -> List[Action]:
+        """Return what has to be done, in order, each action once."""
+        actions = list(self._actions)
+        self._actions.clear()
+        return actions
+
+    def next_event(self) -> float:
+        """Return when :meth:`tick` is due."""
+        due = self._timers[0][0] if self._timers else math.inf
+        if (self._tasks or self._bodies) and self._asking is None:
+            due = min(due, self._ask_at)
+        return due
+
+    @property
+    def open(self) -> int:
+        """How many chords are open."""
+        return len(self._chords)
+
+    @property
+    def oldest(self) -> Optional[int]:
+        """When the oldest open chord began, in microseconds since 1970."""
+        return min((chord.plan.began for chord in self._chords.values()), default=None)
+
+    @property
+    def leads(self) -> FrozenSet[int]:
+        """Numbers of the plan queues that this process leads."""
+        return frozenset(self._sure)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of results in memory."""
+        return self._bytes
+
+    def progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
+        """Return how many tasks a chord's header has, and which have not ended.
+
+        Parameters:
+            key: id of the header, or of the body.
+
+        Returns:
+            ``None`` where no such chord is open here.
+        """
+        for chord in self._chords.values():
+            if chord.plan.group_id == key or key in chord.plan.proofs:
+                return len(chord.watched), sorted(chord.missing)
+        return None
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def plan_delivered(self, plan: Plan, delivery: Delivery, redelivered: bool, now: float) -> None:
+        """Take a plan that the broker has delivered."""
+        number = plan_number(plan.group_id)
+        self._lead(number)
+        if plan.mark in self._chords:
+            # After a channel was lost, or one that the sender has published twice.
+            self._chords[plan.mark].deliveries.append(delivery)
+            return
+        if plan.mark in self._fired:
+            self._actions.append(Acknowledge((delivery,)))
+            return
+        chord = self._chords[plan.mark] = _Chord(plan, delivery, now)
+        self._of_group.setdefault(plan.group_id, []).append(plan.mark)
+        self._watch(chord, plans.leaves(plan.results))
+        for amendment, other in self._orphans.pop(plan.group_id, ()):
+            self._amend(chord, amendment, other)
+        sure = self._sure.get(number)
+        if sure is None:
+            # The store is asked when the binding stands.
+            self._doubt(chord)
+        elif redelivered or plan.began < max(sure, self._forgotten):
+            self._doubt(chord)
+            self._ask(chord)
+        self._set_chord_timer(chord, now, plan.began)
+        self._fire_if_complete(chord)
+
+    def amendment_delivered(self, amendment: Amendment, delivery: Delivery, now: float) -> None:
+        """Take an amendment that the broker has delivered."""
+        self._lead(plan_number(amendment.group_id))
+        marks = self._of_group.get(amendment.group_id)
+        if marks:
+            self._amend(self._chords[marks[-1]], amendment, delivery)
+        elif amendment.group_id in self._fired_groups:
+            self._give_up_amendment(amendment, delivery)
+        else:
+            self._orphans.setdefault(amendment.group_id, []).append((amendment, delivery))
+            if amendment.expires is not None:
+                # Its id is no mark of a chord.
+                self._set_timer(now + amendment.expires / 1000, amendment.group_id)
+
+    def state_pushed(self, state: StateMessage, now: float, wall: int) -> None:
+        """Take a state that was pushed."""
+        if not is_final(state.state):
+            return
+        marks = self._waiting.get(state.id)
+        if marks:
+            for mark in list(marks):
+                self._end(self._chords[mark], state, now)
+            return
+        known = self._early.pop(state.id, None)
+        if known is not None:
+            self._bytes -= len(known[0].body)
+            if not supersedes(state, known[0]):
+                state = known[0]
+        kept, _ = self._keep(state)
+        self._early[state.id] = (kept, wall)
+        if len(self._early) > MAX_EARLY:
+            self._forget_early()
+
+    def bound(self, number: int, now: float, wall: int) -> None:
+        """Note that the binding of a plan queue stands."""
+        if number not in self._sure:
+            return
+        self._sure[number] = wall + SKEW
+        for chord in self._chords.values():
+            if plan_number(chord.plan.group_id) == number or chord.amendments:
+                chord.recheck_at = min(chord.recheck_at, now + SETTLE_SECONDS)
+                self._set_chord_timer(chord, now, wall)
+                self._ask(chord)
+
+    def looked_up(
+        self,
+        request: LookUp,
+        found: Mapping[str, StateMessage],
+        bodies: Mapping[str, Iterable[StateMessage]],
+        now: float,
+    ) -> None:
+        """Take what the store has of the tasks of *request*.
+
+        Parameters:
+            request: what was asked for.
+            found: the ends of tasks that have ended.
+            bodies: the states of tasks of bodies.
+        """
+        if request is not self._asking:
+            # It was read before the connection was lost.
+            return
+        self._asking = None
+        self._ask_failures = 0
+        self._ask_at = now
+        for mark in self._marks(self._waiting, found):
+            chord = self._chords[mark]
+            for task_id in chord.missing & found.keys():
+                state = found[task_id]
+                if not chord.plan.again or state.published >= chord.plan.began:
+                    self._end(chord, state, now)
+        for mark in self._marks(self._proving, request.bodies):
+            chord = self._chords[mark]
+            chord.unproven -= request.bodies
+            if self._was_sent(chord, bodies):
+                self._remember_fired(chord.plan)
+                self._close(chord)
+            else:
+                self._fire_if_complete(chord)
+
+    def look_up_failed(self, request: LookUp, now: float) -> None:
+        """Note that the store could not be asked."""
+        if request is not self._asking:
+            return
+        self._asking = None
+        self._tasks |= request.tasks & self._waiting.keys()
+        self._bodies |= request.bodies & self._proving.keys()
+        self._ask_at = now + _pause(self._ask_failures)
+        self._ask_failures += 1
+
+    def sent(self, mark: str) -> None:
+        """Note that the body of a chord was sent, or its error reported."""
+        chord = self._chords.get(mark)
+        if chord is not None:
+            self._close(chord)
+
+    def not_sent(self, mark: str, now: float) -> None:
+        """Note that nothing could be sent: it is tried again after a pause."""
+        # Where the broker delivers the plan again, it is not taken for one that was fired.
+        self._fired.pop(mark, None)
+        chord = self._chords.get(mark)
+        if chord is None:
+            return
+        chord.sending = False
+        if not chord.deliveries:
+            self._close(chord)
+            return
+        chord.recheck_at = now + _pause(chord.failures)
+        chord.failures += 1
+        self._push_timer(chord, chord.recheck_at)
+
+    def requeued(self) -> None:
+        """Note that the broker has taken all messages back, and will deliver them here again."""
+        for chord in self._chords.values():
+            chord.deliveries.clear()
+        self._orphans.clear()
+
+    def connection_lost(self) -> None:
+        """Forget all that the broker will deliver again, or that may have changed meanwhile."""
+        kept = {mark: chord for mark, chord in self._chords.items() if chord.sending}
+        self._chords.clear()
+        self._waiting.clear()
+        self._proving.clear()
+        self._of_group.clear()
+        self._orphans.clear()
+        self._early.clear()
+        self._sure.clear()
+        self._tasks.clear()
+        self._bodies.clear()
+        self._asking = None
+        self._timers.clear()
+        self._actions.clear()
+        self._bytes = 0
+        for mark, chord in kept.items():
+            chord.deliveries.clear()
+            chord.timer_at = math.inf
+            self._chords[mark] = chord
+            self._of_group.setdefault(chord.plan.group_id, []).append(mark)
+            self._bytes += sum(len(state.body) for state in chord.ends.values())
+
+    def tick(self, now: float, wall: int) -> None:
+        """Do what is due."""
+        while self._timers and self._timers[0][0] <= now:
+            _, _, key = heapq.heappop(self._timers)
+            chord = self._chords.get(key)
+            if chord is not None:
+                chord.timer_at = math.inf
+                self._look_after(chord, now, wall)
+            elif key in self._orphans:
+                for amendment, delivery in self._orphans.pop(key):
+                    self._give_up_amendment(amendment, delivery)
+        if (self._tasks or self._bodies) and self._asking is None and now >= self._ask_at:
+            self._look_up()
+
+    # -- deciding ----------------------------------------------------------------------------------
+
+    def _lead(self, number: int) -> None:
+        if number not in self._sure:
+            self._sure[number] = None
+            self._actions.append(Bind(number))
+
+    def _watch(self, chord: _Chord, ids: Iterable[str]) -> None:
+        for task_id in ids:
+            if task_id in chord.ends or task_id in chord.missing:
+                continue
+            early = self._early.pop(task_id, None)
+            if early is not None:
+                self._bytes -= len(early[0].body)
+                self._set_end(chord, early[0])
+            else:
+                chord.missing.add(task_id)
+                self._waiting.setdefault(task_id, set()).add(chord.plan.mark)
+
+    def _amend(self, chord: _Chord, amendment: Amendment, delivery: Delivery) -> None:
+        chord.deliveries.append(delivery)
+        if any(amendment.mark == known.mark for known in chord.amendments):
+            return
+        chord.amendments.append(amendment)
+        ids = list(plans.leaves(amendment.results))
+        self._watch(chord, ids)
+        number = plan_number(amendment.subgroup or amendment.group_id)
+        if number not in self._sure:
+            self._lead(number)
+        elif amendment.subgroup is None:
+            return
+        # Those of a group of its own may have ended before the binding stood.
+        self._tasks |= chord.missing.intersection(ids)
+
+    def _end(self, chord: _Chord, state: StateMessage, now: float) -> None:
+        chord.heard_at = now
+        self._set_end(chord, state)
+        self._fire_if_complete(chord)
+
+    def _set_end(self, chord: _Chord, state: StateMessage) -> None:
+        chord.missing.discard(state.id)
+        known = chord.ends.get(state.id)
+        if known is not None:
+            if not supersedes(state, known):
+                return
+            self._bytes -= len(known.body)
+        kept, bodiless = self._keep(state)
+        chord.ends[state.id] = kept
+        (chord.bodiless.add if bodiless else chord.bodiless.discard)(state.id)
+        chord.latest = max(chord.latest, state.published)
+        # A SUCCESS after a FAILURE counts as long as the chord is open.
+        self._waiting.setdefault(state.id, set()).add(chord.plan.mark)
+
+    def _keep(self, state: StateMessage) -> Tuple[StateMessage, bool]:
+        """Return *state*, without its body if that does not fit the memory."""
+        size = len(state.body)
+        while self._early and self._bytes + size > self._memory:
+            self._forget_early()
+        if size and self._bytes + size > self._memory:
+            return dataclasses.replace(state, body=b""), True
+        self._bytes += size
+        return state, not size and state.body_queue is None
+
+    def _forget_early(self) -> None:
+        _, (state, came) = self._early.popitem(last=False)
+        self._bytes -= len(state.body)
+        self._forgotten = max(self._forgotten, came + SKEW)
+
+    def _doubt(self, chord: _Chord) -> None:
+        """Have the store asked, before the body is sent, whether it was sent by another process."""
+        chord.unproven.update(chord.plan.proofs)
+        for proof in chord.plan.proofs:
+            self._proving.setdefault(proof, set()).add(chord.plan.mark)
+
+    def _ask(self, chord: _Chord) -> None:
+        """Have the store asked about what is not known of a chord."""
+        self._tasks |= chord.missing
+        self._bodies |= chord.unproven
+
+    def _look_up(self) -> None:
+        tasks = frozenset(itertools.islice(self._tasks, MAX_LOOK_UP))
+        bodies = frozenset(itertools.islice(self._bodies, MAX_LOOK_UP))
+        self._tasks -= tasks
+        self._bodies -= bodies
+        self._asking = LookUp(tasks, bodies)
+        self._actions.append(self._asking)
+
+    @staticmethod
+    def _marks(table: Mapping[str, Set[str]], ids: Iterable[str]) -> Set[str]:
+        return {mark for task_id in ids for mark in table.get(task_id, ())}
+
+    def _was_sent(self, chord: _Chord, bodies: Mapping[str, Iterable[StateMessage]]) -> bool:
+        return not chord.sending and any(
+            not chord.plan.again or state.published >= chord.plan.began
+            for proof in chord.plan.proofs
+            for state in bodies.get(proof, ())
+        )
+
+    def _fire_if_complete(self, chord: _Chord) -> None:
+        if chord.missing or chord.unproven or chord.sending:
+            return
+        chord.sending = True
+        self._remember_fired(chord.plan)
+        results = plans.amended(chord.plan.results, chord.amendments)
+        self._actions.append(
+            Fire(chord.plan, results, chord.ends, frozenset(chord.bodiless), chord.failures)
+        )
+
+    def _remember_fired(self, plan: Plan) -> None:
+        self._fired[plan.mark] = plan.group_id
+        self._fired_groups[plan.group_id] = None
+        for table in (self._fired, self._fired_groups):
+            while len(table) > MAX_FIRED:
+                table.popitem(last=False)
+
+    def _close(self, chord: _Chord) -> None:
+        """Forget a chord that is over, and acknowledge its messages."""
+        mark, group_id = chord.plan.mark, chord.plan.group_id
+        del self._chords[mark]
+        marks = self._of_group[group_id]
+        marks.remove(mark)
+        if not marks:
+            del self._of_group[group_id]
+        for table, pending, ids in (
+            (self._waiting, self._tasks, chord.watched),
+            (self._proving, self._bodies, chord.plan.proofs),
+        ):
+            for task_id in ids:
+                marks_of = table.get(task_id)
+                if marks_of is not None:
+                    marks_of.discard(mark)
+                    if not marks_of:
+                        del table[task_id]
+                        pending.discard(task_id)
+        self._bytes -= sum(len(state.body) for state in chord.ends.values())
+        if chord.deliveries:
+            self._actions.append(Acknowledge(tuple(chord.deliveries)))
+
+    def _look_after(self, chord: _Chord, now: float, wall: int) -> None:
+        if chord.sending:
+            return
+        expires = chord.plan.expires
+        if expires is not None and wall >= chord.latest + expires * 1000:
+            missing = f"{len(chord.missing)} of {len(chord.watched)} tasks have not ended"
+            self._actions.append(GiveUp(chord.plan.group_id, missing))
+            self._close(chord)
+            return
+        if now >= chord.recheck_at:
+            if chord.missing or chord.unproven:
+                if now - chord.heard_at >= chord.pause / 2 or chord.pause == FIRST_RECHECK:
+                    self._ask(chord)
+                chord.recheck_at = now + chord.pause
+                chord.pause = min(2 * chord.pause, LAST_RECHECK)
+            else:
+                chord.recheck_at = math.inf
+                self._fire_if_complete(chord)
+        self._set_chord_timer(chord, now, wall)
+
+    def _set_chord_timer(self, chord: _Chord, now: float, wall: int) -> None:
+        at = chord.recheck_at
+        if chord.plan.expires is not None:
+            at = min(at, now + (chord.latest + chord.plan.expires * 1000 - wall) / 1e6)
+        self._push_timer(chord, at)
+
+    def _push_timer(self, chord: _Chord, at: float) -> None:
+        if at < chord.timer_at:
+            chord.timer_at = at
+            self._set_timer(at, chord.plan.mark)
+
+    def _give_up_amendment(self, amendment: Amendment, delivery: Delivery) -> None:
+        why = "a task was added to it when it was over"
+        self._actions.append(GiveUp(amendment.group_id, why))
+        self._actions.append(Acknowledge((delivery,)))
+
+    def _set_timer(self, at: float, key: str) -> None:
+        heapq.heappush(self._timers, (at, next(self._order), key))
+
+
+def _pause(failures: int) -> float:
+    return RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)]

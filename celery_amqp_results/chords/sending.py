@@ -1,0 +1,372 @@
+"""Chords as a process sends them and as the tasks of their headers end.
+
+What this process knows of chords belongs to the app: Celery may make several backends.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import time
+import uuid
+import weakref
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
+
+from celery import signals
+from celery.canvas import _chain, chord, group
+from celery.result import ResultSet
+from celery.utils.functional import _regen
+from celery.utils.nodenames import anon_nodename
+from kombu import serialization
+from kombu.exceptions import EncodeError
+
+from celery_amqp_results.chords import plan as plans
+from celery_amqp_results.chords.plan import Amendment, Plan
+from celery_amqp_results.chords.service import Service
+from celery_amqp_results.chords.workers import bell
+from celery_amqp_results.protocol.clock import PublishClock
+from celery_amqp_results.protocol.message import PLAN, StateMessage
+from celery_amqp_results.protocol.names import PLAN_QUEUES, QueueSpec, Topology, plan_number
+from celery_amqp_results.store.publisher import Outgoing, Publisher
+
+__all__ = ("Chords", "Plans", "expect_body")
+
+#: State in the message of a plan, and of an amendment.
+CHORD_STATE = "CHORD"
+AMENDMENT_STATE = "AMENDMENT"
+
+#: At most this many chords are remembered as sent.
+MAX_REMEMBERED = 10_000
+
+#: Seconds between two looks whether a plan queue has a leader, in a process that is no part of a
+#: worker.
+CHECK_SECONDS = 30.0
+
+#: Celery prepares two tasks of a generator before it sends the first, and so on.
+LOOK_AHEAD = 2
+
+_clock = PublishClock()
+
+
+@dataclasses.dataclass
+class _Sending:
+    """A chord that is being sent."""
+
+    body: Any
+    #: The results of the header; a weak reference if they are a generator, whose end may be never
+    #: reached.
+    results: Any
+    plan: Plan
+
+
+class _Lazy(threading.local):
+    """The chords with generators as headers that a thread is sending, innermost last."""
+
+    def __init__(self) -> None:
+        self.results: List[Tuple[str, Any]] = []
+        #: How many tasks were published, and what a generator has raised, by header.
+        self.published: Dict[str, int] = {}
+        self.failed: Dict[str, Exception] = {}
+
+
+class Plans:
+    """Writes and reads the messages in plan queues. Thread-safe, does no I/O.
+
+    Parameters:
+        app: returns the Celery app, or ``None`` when it is gone.
+        topology: names.
+        persistent: whether plans survive a restart of the broker.
+    """
+
+    def __init__(self, app: Callable[[], Any], topology: Topology, persistent: bool) -> None:
+        self._app = app
+        self._topology = topology
+        self._persistent = persistent
+
+    @property
+    def queues(self) -> List[QueueSpec]:
+        """All plan queues."""
+        return [self._topology.plan_queue(number) for number in range(PLAN_QUEUES)]
+
+    def queue(self, group_id: str) -> str:
+        """Return the name of the queue for the plan of the chord with the header *group_id*."""
+        return self._topology.plan_queue(plan_number(group_id)).name
+
+    def write(
+        self,
+        group_id: str,
+        state: str,
+        content: Mapping[str, Any],
+        serializers: Tuple[str, ...] = (),
+    ) -> Outgoing:
+        """Return the message of a plan or amendment, encoded as the app encodes its tasks.
+
+        A body may have arguments that a result may not have.
+
+        Parameters:
+            group_id: id of the header.
+            state: :data:`CHORD_STATE` or :data:`AMENDMENT_STATE`.
+            content: what the message says.
+            serializers: others to try.
+
+        Raises:
+            kombu.exceptions.EncodeError: when no serializer can encode it.
+        """
+        names = list(dict.fromkeys((self._app().conf.task_serializer, *serializers)))
+        while True:
+            try:
+                kind, encoding, body = serialization.dumps(content, serializer=names[0])
+                break
+            except EncodeError:
+                if len(names) == 1:
+                    raise
+                del names[0]
+        if isinstance(body, str):
+            body = body.encode("utf-8")
+        message = StateMessage(group_id, state, _clock.now(), body, kind, encoding, kind=PLAN)
+        return Outgoing(
+            self.queue(group_id),
+            message.properties(self._persistent),
+            body,
+            what=f"the {state} of the header {group_id}",
+        )
+
+    def content(self, message: StateMessage) -> Mapping[str, Any]:
+        """Return what the message of a plan or amendment says.
+
+        Raises:
+            Exception: what the serializer raises.
+            kombu.exceptions.ContentDisallowed: when its content type is not accepted.
+        """
+        conf = self._app().conf
+        content: Mapping[str, Any] = serialization.loads(
+            message.body,
+            content_type=message.content_type,
+            content_encoding=message.content_encoding,
+            accept=serialization.prepare_accept_content(
+                {*conf.accept_content, conf.task_serializer}
+            ),
+        )
+        return content
+
+    def read(self, message: StateMessage) -> Union[Plan, Amendment]:
+        """Return the plan or the amendment that *message* holds.
+
+        Raises:
+            ForeignMessage: when it holds neither.
+            Exception: as :meth:`content`.
+        """
+        if message.state == AMENDMENT_STATE:
+            return Amendment.read(self.content(message), message)
+        return Plan.read(self.content(message), message)
+
+
+class Chords:
+    """Publishes plans, and has chords led.
+
+    Parameters:
+        publisher: publishes plans.
+        messages: writes their messages.
+        service: leads chords, where this process is to.
+
+    Thread-safe. After a fork the child must make a new one.
+    """
+
+    def __init__(self, publisher: Publisher, messages: Plans, service: Service) -> None:
+        self._publisher = publisher
+        self._messages = messages
+        self.service = service
+        self._lock = threading.Lock()
+        self._sending: collections.OrderedDict[str, _Sending] = collections.OrderedDict()
+        self._sent: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._check_at = 0.0
+
+    # -- the sender --------------------------------------------------------------------------------
+
+    def prepare(
+        self, group_id: str, results: Any, body: Any, expires: Optional[int], root_id: Optional[str]
+    ) -> None:
+        """Note a chord whose header is about to be sent. Does no I/O.
+
+        Parameters:
+            group_id: id of the header.
+            results: the results of the header.
+            body: the frozen signature of the body.
+            expires: milliseconds without a new result after which the chord is abandoned.
+            root_id: id of the first task of the workflow, ``None`` if that is one of the header.
+        """
+        lazy = isinstance(results, _regen)
+        with self._lock:
+            again = group_id in self._sent
+            _remember(self._sent, group_id, None)
+            plan = Plan(
+                group_id,
+                uuid.uuid4().hex,
+                [],
+                _clock.now(),
+                expires,
+                again,
+                plans.proofs(body),
+                root_id,
+            )
+            held = weakref.ref(results) if lazy else list(results)
+            _remember(self._sending, group_id, _Sending(body, held, plan))
+        if lazy:
+            _follow_generator(group_id, results)
+
+    def publish_plan(self, group_id: str) -> None:
+        """Publish the plan of a chord, just before the last task of its header is sent.
+
+        Does nothing for a chord that this process has not prepared.
+
+        Raises:
+            kombu.exceptions.EncodeError: when the body cannot be encoded.
+            ResultTooLarge: when the broker refuses a message of this size.
+            DeclarationRefused: when a plan queue exists with other properties.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+        """
+        with self._lock:
+            sending = self._sending.pop(group_id, None)
+        if sending is None:
+            # Before Celery 5.7 a group at the end of a chain in a header has the header's id, and
+            # the worker that sends it gives its size for that of the whole.
+            return
+        results = sending.results
+        if isinstance(results, weakref.ref):
+            results = results()
+            failure = _forget_generator(group_id)
+            if failure is not None:
+                raise failure
+            if results is None:
+                return
+        plan = dataclasses.replace(sending.plan, results=plans.tree(results))
+        content = plan.content(sending.body)
+        serializers = _serializers(sending.body)
+        self._publish(self._messages.write(group_id, CHORD_STATE, content, serializers), group_id)
+
+    def publish_amendment(
+        self, group_id: str, result: Any, after: Optional[str], expires: Optional[int]
+    ) -> None:
+        """Have a chord wait for a task more. To be called by a task of its header.
+
+        Parameters:
+            group_id: id of the header.
+            result: the result of the task or group that is added.
+            after: the task that adds it.
+            expires: milliseconds after which it is abandoned where there is no such chord.
+
+        Raises:
+            DeclarationRefused, BackendUnavailable: as :meth:`publish_plan`.
+        """
+        amendment = Amendment(
+            group_id,
+            uuid.uuid4().hex,
+            after,
+            plans.tree([result]),
+            result.id if isinstance(result, ResultSet) else None,
+            expires=expires,
+        )
+        content = amendment.content()
+        self._publish(self._messages.write(group_id, AMENDMENT_STATE, content), group_id)
+
+    def _publish(self, message: Outgoing, group_id: str) -> None:
+        self._publisher.publish_to(self._messages.queues, message)
+        if bell.in_main or bell.in_child:
+            self.note_chord(group_id)
+
+    # -- leading -----------------------------------------------------------------------------------
+
+    def note_chord(self, group_id: str) -> None:
+        """Have chords led: a part of the chord with this header was stored or sent here."""
+        if bell.in_child:
+            bell.ring()
+        elif bell.in_main:
+            self.service.start(met=True)
+        elif not self.service.running and time.monotonic() >= self._check_at:
+            self._check_at = time.monotonic() + CHECK_SECONDS
+            length = self._publisher.publish((), count=self._messages.queue(group_id))
+            if length is None or not length.consumers:
+                self.service.start(met=True)
+
+    def start_if_needed(self) -> None:
+        """Lead chords if there are any. To be called by the main process of a worker."""
+        self.service.start(met=False)
+
+
+def expect_body(app: Any, body: Any, note_sent: Callable[[str], None]) -> None:
+    """Have the states of a body pushed to this process, although another one will send it.
+
+    A process that waits for a task of its own neither asks the store for it nor binds its shard,
+    which would take longer than all else that a small chord takes. A body that has several tasks is
+    waited for like the task of somebody else; so is one that a task sends, since what runs that
+    task may be somewhere else when it is delivered again.
+    """
+    body_id = body.options.get("task_id")
+    if (
+        body_id
+        and app.current_worker_task is None
+        and not isinstance(body, (_chain, group, chord))
+        # Celery 3's messages say nothing of their senders.
+        and app.conf.task_protocol != 1
+    ):
+        # Celery does the same with a task that is retried.
+        body.options["origin"] = anon_nodename()
+        note_sent(body_id)
+
+
+# -- generators ------------------------------------------------------------------------------------
+
+_lazy = _Lazy()
+
+
+def _follow_generator(group_id: str, results: Any) -> None:
+    """Have the ids of a generator's tasks fixed before Celery copies the tasks.
+
+    Celery copies each task when it prepares it. The copy has the id of the original only if the
+    original was given one before. So each time that a task is published the results are taken a
+    few tasks ahead of it, and the generator still runs while its tasks are sent.
+    """
+    signals.after_task_publish.connect(_take_ahead, weak=False, dispatch_uid=__name__)
+    _lazy.results.append((group_id, weakref.ref(results)))
+    _lazy.published[group_id] = 0
+    _take_ahead()
+
+
+def _take_ahead(**kwargs: Any) -> None:
+    while _lazy.results:
+        group_id, reference = _lazy.results[-1]
+        results = reference()
+        if results is not None:
+            published = _lazy.published[group_id]
+            _lazy.published[group_id] += 1
+            try:
+                results[published + LOOK_AHEAD - 1]
+            except IndexError:
+                pass
+            except Exception as exc:
+                # To Celery the generator seems to have ended there.
+                _lazy.failed[group_id] = exc
+            return
+        # The generator has raised an error.
+        _forget_generator(group_id)
+
+
+def _forget_generator(group_id: str) -> Optional[Exception]:
+    """Stop to follow a generator, and return the error that it has raised, if any."""
+    _lazy.results[:] = [entry for entry in _lazy.results if entry[0] != group_id]
+    _lazy.published.pop(group_id, None)
+    return _lazy.failed.pop(group_id, None)
+
+
+def _serializers(body: Any) -> Tuple[str, ...]:
+    """Return the serializers that a body asks for."""
+    own = body.options.get("serializer")
+    return (own,) if own else ()
+
+
+def _remember(table: Any, key: str, value: Any) -> None:
+    table[key] = value
+    table.move_to_end(key)
+    while len(table) > MAX_REMEMBERED:
+        table.popitem(last=False)

@@ -1,0 +1,583 @@
+"""The shell around the leader: one thread, one connection, and helpers for what takes time.
+
+The thread consumes the plan queues and the states that are pushed, and hands both to the
+:class:`~celery_amqp_results.chords.leader.Leader`. Helper threads read the store and send bodies,
+so that heartbeats go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import logging
+import queue
+import selectors
+import socket
+import threading
+import time
+from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+
+import amqp
+from amqp import exceptions as amqp_errors
+from amqp import spec
+from kombu.exceptions import ContentDisallowed
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.declarations import Declarations, declare_queue
+from celery_amqp_results.chords import leader
+from celery_amqp_results.chords.plan import Amendment, Plan
+from celery_amqp_results.chords.workers import bell
+from celery_amqp_results.protocol.message import (
+    PART,
+    PLAN,
+    STATE,
+    StateMessage,
+    dated,
+)
+from celery_amqp_results.protocol.names import PLAN_QUEUES
+from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.store.lookup import Store
+
+__all__ = ("NotSent", "Service", "read_ends")
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between heartbeats. The broker gives the plans of a leader that is frozen or cut off to
+#: another one after twice that.
+HEARTBEAT = 10.0
+
+#: At most this many plans of one queue are open at once; the broker takes no larger number.
+MAX_OPEN = 65535
+
+#: Seconds after which the broker is asked to take open plans back and to deliver them again. It
+#: closes the channel of a consumer that holds a message for too long, by default for 30 minutes.
+RETAKE_SECONDS = 600.0
+
+#: At most this many threads read the store and send bodies.
+HELPERS = 4
+
+#: Seconds after which a helper that has nothing to do ends.
+HELPER_IDLE = 30.0
+
+#: Seconds that bodies which are being sent are given when the process ends.
+CLOSE_SECONDS = 10.0
+
+#: Seconds between two tries where the broker refuses the connection or what is declared.
+REFUSED_SECONDS = 30.0
+
+
+class NotSent(Exception):
+    """Raised when a body could not be sent now, and it is worth another try."""
+
+
+class Helpers:
+    """Runs functions on a few threads, which are started when they are needed. Thread-safe."""
+
+    def __init__(self, name: str, most: int = HELPERS) -> None:
+        self._name = name
+        self._most = most
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._busy = 0
+        self._queue: queue.Queue[Optional[Callable[[], None]]] = queue.Queue()
+
+    def submit(self, function: Callable[[], None]) -> None:
+        """Have *function* called soon."""
+        with self._lock:
+            self._busy += 1
+            self._queue.put(function)
+            if self._threads < min(self._most, self._busy):
+                self._threads += 1
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is running or waiting to be run."""
+        return self._busy > 0
+
+    def close(self) -> None:
+        """End the threads that have nothing to do, and the others as soon as they have not."""
+        with self._lock:
+            for _ in range(self._threads):
+                self._queue.put(None)
+            self._threads = 0
+
+    def _run(self) -> None:
+        while True:
+            try:
+                function = self._queue.get(timeout=HELPER_IDLE)
+            except queue.Empty:
+                with self._lock:
+                    if self._queue.empty():
+                        self._threads -= 1
+                        return
+                continue
+            if function is None:
+                return
+            try:
+                function()
+            except Exception:
+                logger.exception("a helper of the chord leader has failed")
+            finally:
+                with self._lock:
+                    self._busy -= 1
+
+
+class Service:
+    """Leads chords in a thread of its own.
+
+    Parameters:
+        connector: opens the connection.
+        declarations: names, and the exchange.
+        store: what results are read from.
+        read: returns the plan or amendment in a message.
+        fire: sends the body of a chord; raises :class:`NotSent` to be called again.
+        memory: bytes of results that are kept in memory.
+
+    Thread-safe. Does no I/O until it is started. After a fork the child must make a new one.
+    """
+
+    def __init__(
+        self,
+        connector: connections.Connector,
+        declarations: Declarations,
+        store: Store,
+        read: Callable[[StateMessage], Union[Plan, Amendment]],
+        fire: Callable[[leader.Fire], None],
+        memory: int,
+    ) -> None:
+        self._connector = connector
+        self._declarations = declarations
+        self._store = store
+        self._read = read
+        self._fire = fire
+        self._leader = leader.Leader(memory)
+        self._helpers = Helpers("celery-results-chord-helper")
+        #: What helpers have done: called with the leader, by the thread.
+        self._done: Deque[Callable[[float], None]] = collections.deque()
+        # Guards what follows. No I/O is done while holding it.
+        self._lock = threading.Lock()
+        self._thread: Optional[threading.Thread] = None
+        self._wakeup: Optional[socket.socket] = None
+        #: Whether a chord was met: the plan queues are declared.
+        self._met = False
+        self._closing = False
+        self._close_by = 0.0
+        #: Chords fired, and plans or amendments that were given up, so far.
+        self.fired = 0
+        self.abandoned = 0
+        self.rejected = 0
+
+    # -- for other threads -------------------------------------------------------------------------
+
+    def start(self, met: bool) -> None:
+        """Start to lead, unless that is so.
+
+        Parameters:
+            met: whether there are chords. Otherwise the broker is asked whether there are plan
+                queues, and nothing is done where there are none.
+        """
+        with self._lock:
+            wake = met and not self._met
+            self._met = self._met or met
+            if self._thread is None and not self._closing:
+                self._thread = threading.Thread(
+                    target=self._run, name="celery-results-chords", daemon=True
+                )
+                self._thread.start()
+        if wake:
+            self._wake()
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread was started."""
+        return self._thread is not None
+
+    @property
+    def open(self) -> int:
+        """How many chords are open here."""
+        return self._leader.open
+
+    @property
+    def leads(self) -> int:
+        """How many plan queues are led here."""
+        return len(self._leader.leads)
+
+    def oldest_age(self) -> float:
+        """Return the age of the oldest open chord in seconds; 0 where none is open."""
+        try:
+            oldest = self._leader.oldest
+        except RuntimeError:
+            # The thread has changed the table meanwhile.
+            return self.oldest_age()
+        return 0.0 if oldest is None else max(0.0, time.time() - oldest / 1e6)
+
+    def progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
+        """Return how many tasks a chord's header has, and which have not ended.
+
+        Parameters:
+            key: id of the header, or of the body.
+
+        Returns:
+            ``None`` where no such chord is open here.
+        """
+        try:
+            return self._leader.progress(key)
+        except RuntimeError:
+            return self.progress(key)
+
+    def close(self, wait: bool = True) -> None:
+        """End the thread and close the connection; plans are left to other leaders.
+
+        Parameters:
+            wait: whether to return only when that is done. Bodies that are being sent are given
+                :data:`CLOSE_SECONDS`.
+        """
+        with self._lock:
+            self._close_by = time.monotonic() + (CLOSE_SECONDS if wait else 0.0)
+            self._closing = True
+            thread = self._thread
+        self._wake()
+        if wait and thread is not None and thread is not threading.current_thread():
+            thread.join(CLOSE_SECONDS + 5.0)
+
+    def _wake(self) -> None:
+        with self._lock:
+            if self._wakeup is not None:
+                with contextlib.suppress(OSError):
+                    self._wakeup.send(b"\0")
+
+    # -- the thread --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        mine, theirs = socket.socketpair()
+        for end in (mine, theirs):
+            end.setblocking(False)
+        with self._lock:
+            self._wakeup = theirs
+        attempt = 0
+        try:
+            while not self._closing:
+                session: Optional[_Session] = None
+                try:
+                    session = _Session(self, mine)
+                    attempt = 0
+                    session.lead()
+                    session.close()
+                except Exception as exc:
+                    if session is not None:
+                        session.drop()
+                    self._leader.connection_lost()
+                    self._declarations.forget()
+                    attempt += 1
+                    self._pause(exc, attempt, mine)
+                else:
+                    self._leader.connection_lost()
+                    if not self._closing:
+                        self._wait_for_chord(mine)
+        finally:
+            self._helpers.close()
+            with self._lock:
+                self._wakeup = None
+            mine.close()
+            theirs.close()
+
+    def _pause(self, exc: Exception, attempt: int, wakeup: socket.socket) -> None:
+        """Wait before the next connection is opened."""
+        refused = isinstance(exc, (errors.DeclarationRefused, errors.BackendUnavailable))
+        if refused:
+            pause = REFUSED_SECONDS
+            logger.error("chords cannot be led here, trying again in %.0f s: %s", pause, exc)
+        elif isinstance(exc, connections.TRANSIENT):
+            pause = self._connector.policy.pause(attempt) or self._connector.policy.interval_max
+            logger.warning(
+                "the connection that chords are led on is lost, opening another in %.1f s [%d]: %r",
+                pause,
+                attempt,
+                exc,
+            )
+        else:
+            pause = REFUSED_SECONDS
+            logger.error("the chord leader has failed, and starts again", exc_info=exc)
+        until = time.monotonic() + pause
+        while not self._closing and time.monotonic() < until:
+            _wait((wakeup,), until - time.monotonic())
+            _empty(wakeup)
+
+    def _wait_for_chord(self, wakeup: socket.socket) -> None:
+        """Wait until this process, or a child of it, meets a chord."""
+        while not self._closing and not self._met:
+            reader = bell.reader()
+            ready = _wait([wakeup] if reader is None else [wakeup, reader], 3600.0)
+            _empty(wakeup)
+            if reader in ready:
+                self._met = True
+                bell.drain()
+
+    def perform(self, session: _Session, now: float) -> None:
+        """Do what the leader wants to be done."""
+        while self._done:
+            self._done.popleft()(now)
+        self._leader.tick(now, _wall())
+        while True:
+            actions = self._leader.take()
+            if not actions:
+                return
+            for action in actions:
+                if isinstance(action, leader.Bind):
+                    session.bind(action.number)
+                    self._leader.bound(action.number, now, _wall())
+                elif isinstance(action, leader.Acknowledge):
+                    session.acknowledge(action.deliveries)
+                elif isinstance(action, leader.LookUp):
+                    self._helpers.submit(functools.partial(self._look_up, action))
+                elif isinstance(action, leader.Fire):
+                    self._helpers.submit(functools.partial(self._send, action))
+                else:
+                    self.abandoned += 1
+                    logger.error("chord %s is given up: %s", action.group_id, action.why)
+            self._leader.tick(now, _wall())
+
+    # -- on helper threads -------------------------------------------------------------------------
+
+    def _look_up(self, request: leader.LookUp) -> None:
+        try:
+            found = read_ends(self._store, request.tasks)
+            bodies = self._store.read(request.bodies) if request.bodies else {}
+        except Exception as exc:
+            logger.warning("the results of chords could not be looked up: %r", exc)
+            self._finish(lambda now: self._leader.look_up_failed(request, now))
+        else:
+            self._finish(lambda now: self._leader.looked_up(request, found, bodies, now))
+
+    def _send(self, action: leader.Fire) -> None:
+        mark = action.plan.mark
+        try:
+            self._fire(action)
+        except NotSent as exc:
+            logger.warning(
+                "the body of chord %s was not sent, trying again: %s", action.plan.group_id, exc
+            )
+            self._finish(lambda now: self._leader.not_sent(mark, now))
+        except Exception:
+            logger.exception("chord %s could not be fired", action.plan.group_id)
+            self._finish(lambda now: self._leader.sent(mark))
+        else:
+            self.fired += 1
+            self._finish(lambda now: self._leader.sent(mark))
+
+    def _finish(self, done: Callable[[float], None]) -> None:
+        self._done.append(done)
+        self._wake()
+
+    # -- what is delivered -------------------------------------------------------------------------
+
+    def on_plan(self, message: amqp.Message) -> bool:
+        """Take a message of a plan queue; return whether nobody can read it."""
+        now = time.monotonic()
+        try:
+            state = StateMessage.from_properties(message.properties, message.body)
+            if state.kind != PLAN:
+                raise errors.ForeignMessage(f"property 'type' is {state.kind!r}, not {PLAN!r}")
+            plan = self._read(state)
+        except Exception as exc:
+            # Whatever a serializer raises.
+            self.rejected += 1
+            logger.error("a plan of a chord cannot be read here: %r", exc)
+            return not isinstance(exc, ContentDisallowed)
+        redelivered = bool(message.delivery_info.get("redelivered"))
+        if isinstance(plan, Plan):
+            self._leader.plan_delivered(plan, message.delivery_tag, redelivered, now)
+        else:
+            self._leader.amendment_delivered(plan, message.delivery_tag, now)
+        return False
+
+    def on_state(self, message: amqp.Message) -> None:
+        """Take a state that was pushed."""
+        wall = _wall()
+        try:
+            state = dated(StateMessage.from_properties(message.properties, message.body), wall)
+            self._declarations.topology.check_body_queue(state)
+        except errors.ForeignMessage as exc:
+            self.rejected += 1
+            level = logging.WARNING if self.rejected == 1 else logging.DEBUG
+            logger.log(level, "ignored a foreign or damaged message: %s", exc)
+            return
+        if state.kind in (STATE, PART):
+            self._leader.state_pushed(state, time.monotonic(), wall)
+
+
+def read_ends(store: Store, ids: Iterable[str]) -> Dict[str, StateMessage]:
+    """Return the ends of those of the tasks *ids* that have ended: their states, or their parts.
+
+    Raises:
+        LookupTimeout, BackendUnavailable: as every look-up.
+    """
+    ends: Dict[str, StateMessage] = {}
+    for kind in (STATE, PART):
+        missing = [task_id for task_id in ids if task_id not in ends]
+        if missing:
+            ends.update(_ends(store.read(missing, kind=kind)))
+    return ends
+
+
+def _ends(found: Mapping[str, List[StateMessage]]) -> Dict[str, StateMessage]:
+    current = {task_id: fold(states) for task_id, states in found.items()}
+    return {
+        task_id: state
+        for task_id, state in current.items()
+        if state is not None and is_final(state.state)
+    }
+
+
+class _Session:
+    """One connection of the leader."""
+
+    def __init__(self, service: Service, wakeup: socket.socket) -> None:
+        self._service = service
+        self._wakeup = wakeup
+        self._topology = service._declarations.topology
+        #: Whether there are plan queues.
+        self.found = False
+        self._retake_at = time.monotonic() + RETAKE_SECONDS
+        self.link = service._connector.open_once(HEARTBEAT)
+        try:
+            self._set_up()
+        except BaseException:
+            self.drop()
+            raise
+
+    def _set_up(self) -> None:
+        service = self._service
+        self.channel = self.link.channel()
+        if service._met and service._declarations.declare:
+            service._declarations.ensure_exchange(self.channel)
+            for number in range(PLAN_QUEUES):
+                declare_queue(self.channel, self._topology.plan_queue(number))
+        elif not self._exists():
+            return
+        self.found = True
+        self.queue = str(
+            self.channel.queue_declare(
+                "",
+                durable=False,
+                exclusive=True,
+                auto_delete=True,
+                arguments={"x-queue-type": "classic"},
+            ).queue
+        )
+        self.channel.basic_consume(
+            self.queue, no_ack=True, callback=service.on_state, on_cancel=self._on_cancel
+        )
+        self.channel.basic_qos(0, MAX_OPEN, False)
+        for number in range(PLAN_QUEUES):
+            self.channel.basic_consume(
+                self._topology.plan_queue(number).name,
+                callback=self._on_plan,
+                on_cancel=self._on_cancel,
+            )
+
+    def _exists(self) -> bool:
+        channel = self.link.channel()
+        try:
+            channel.queue_declare(self._topology.plan_queue(0).name, passive=True)
+        except amqp_errors.NotFound:
+            return False
+        channel.close()
+        # Declared together with the queue, and no one needs the permission to declare it again.
+        self._service._met = True
+        return True
+
+    def _on_plan(self, message: amqp.Message) -> None:
+        if self._service.on_plan(message):
+            self.channel.basic_ack(message.delivery_tag)
+
+    def _on_cancel(self, consumer_tag: str) -> None:
+        raise amqp_errors.ConsumerCancelled("a queue of the chord leader was deleted", (60, 30))
+
+    def bind(self, number: int) -> None:
+        """Have the states of the chords in plan queue *number* pushed."""
+        topology = self._topology
+        self.channel.queue_bind(self.queue, topology.exchange, topology.plan_binding(number))
+
+    def _retake(self, now: float) -> None:
+        """Have open plans delivered again, so that none is held for too long."""
+        if self._service.open and now >= self._retake_at:
+            # What comes before the answer was delivered before, and is delivered again.
+            self.channel.send_method(spec.Basic.Recover, "b", (True,), wait=spec.Basic.RecoverOk)
+            self._service._leader.requeued()
+        if not self._service.open or now >= self._retake_at:
+            self._retake_at = now + RETAKE_SECONDS
+
+    def acknowledge(self, deliveries: Iterable[int]) -> None:
+        """Acknowledge *deliveries*."""
+        with self.link.corked():
+            for delivery in deliveries:
+                self.channel.basic_ack(delivery)
+
+    def lead(self) -> None:
+        """Lead until the service is closed or the connection is lost, which raises."""
+        if not self.found:
+            return
+        service = self._service
+        reader = bell.reader()
+        sources: List[Any] = [self.link.socket, self._wakeup]
+        if reader is not None:
+            # Emptied, so that it does not fill up; a child has met a chord, which is known.
+            sources.append(reader)
+        next_tick = 0.0
+        # gevent and eventlet replace DefaultSelector.
+        with selectors.DefaultSelector() as selector:
+            for source in sources:
+                selector.register(source, selectors.EVENT_READ)
+            while not self._finished():
+                now = time.monotonic()
+                service.perform(self, now)
+                pause = min(self.link.idle_time(), service._leader.next_event() - now)
+                ready = {key.fileobj for key, _ in selector.select(max(0.0, pause))}
+                if self._wakeup in ready:
+                    _empty(self._wakeup)
+                if reader in ready:
+                    bell.drain()
+                if self.link.socket in ready:
+                    self.link.drain(0.0)
+                while self.link.buffered():
+                    self.link.drain(0.0)
+                if now >= next_tick:
+                    self._retake(now)
+                    self.link.tick()
+                    next_tick = now + HEARTBEAT / 4
+
+    def _finished(self) -> bool:
+        service = self._service
+        return service._closing and (
+            not (service._helpers.busy or service._done) or time.monotonic() >= service._close_by
+        )
+
+    def close(self) -> None:
+        """Close the connection as the protocol asks."""
+        self.link.close()
+
+    def drop(self) -> None:
+        """Close the connection without a word."""
+        self.link.drop()
+        self._service._connector.leave(self.link)
+
+
+def _wait(sources: Iterable[Any], timeout: float) -> List[Any]:
+    with selectors.DefaultSelector() as selector:
+        for source in sources:
+            selector.register(source, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(max(0.0, timeout))]
+
+
+def _empty(wakeup: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while wakeup.recv(4096):
+            pass
+
+
+def _wall() -> int:
+    return time.time_ns() // 1000

@@ -1,0 +1,106 @@
+"""How the children of a worker tell its main process that there are chords.
+
+The main process of a worker leads chords, but with a pool of processes it is the children that
+send chords and store the results of their headers. Before the pool is started the main process
+opens a pipe, which the children inherit. A child writes a byte when it meets a chord.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from typing import Any, Callable, Optional, Tuple
+
+from celery import signals
+
+__all__ = ("Bell", "bell", "on_ready")
+
+#: Seconds between two bytes of a child: the main process remembers the first.
+RING_SECONDS = 30.0
+
+
+class Bell:
+    """The pipe from the children of a worker to its main process. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pipe: Optional[Tuple[int, int]] = None
+        self._main = 0
+        self._quiet_until = 0.0
+
+    def hang(self) -> None:
+        """Open the pipe, in the main process of a worker."""
+        with self._lock:
+            if self._main != os.getpid():
+                # A worker that is started by a child of another one has children of its own.
+                self._close()
+                reader, writer = os.pipe()
+                os.set_blocking(reader, False)
+                os.set_blocking(writer, False)
+                self._pipe, self._main = (reader, writer), os.getpid()
+
+    @property
+    def in_main(self) -> bool:
+        """Whether this is the main process of a worker."""
+        return self._main == os.getpid()
+
+    @property
+    def in_child(self) -> bool:
+        """Whether this is a child of a worker whose main process listens."""
+        return self._pipe is not None and not self.in_main
+
+    def reader(self) -> Optional[int]:
+        """Return the file descriptor that is readable when a child rings."""
+        return self._pipe[0] if self._pipe is not None and self.in_main else None
+
+    def drain(self) -> None:
+        """Read what was written."""
+        reader = self.reader()
+        if reader is not None:
+            with contextlib.suppress(OSError):
+                while os.read(reader, 4096):
+                    pass
+
+    def ring(self) -> None:
+        """Tell the main process that there are chords, at most every :data:`RING_SECONDS`."""
+        now = time.monotonic()
+        if self._pipe is not None and now >= self._quiet_until:
+            self._quiet_until = now + RING_SECONDS
+            # Full: it was told. Closed: it is gone, and the child will be.
+            with contextlib.suppress(OSError):
+                os.write(self._pipe[1], b"\0")
+
+    def after_fork_in_child(self) -> None:
+        """Be another process's child from now on."""
+        self._lock = threading.Lock()
+        self._quiet_until = 0.0
+
+    def _close(self) -> None:
+        if self._pipe is not None:
+            for end in self._pipe:
+                with contextlib.suppress(OSError):
+                    os.close(end)
+            self._pipe = None
+
+
+#: The bell of this process.
+bell = Bell()
+
+
+def _hang(**kwargs: Any) -> None:
+    bell.hang()
+
+
+signals.worker_init.connect(_hang, weak=False)
+os.register_at_fork(after_in_child=bell.after_fork_in_child)
+
+
+def on_ready(function: Callable[[Any], None]) -> None:
+    """Have *function* called with the app in the main process of a worker when that is ready."""
+
+    def call(sender: Any = None, **kwargs: Any) -> None:
+        function(sender.app)
+
+    signals.worker_ready.connect(call, weak=False)

@@ -1,0 +1,85 @@
+"""Barriers: who waits for which, and which may be shared.
+
+A read may use any barrier that is published after the read began. So all reads that begin while one
+is about to be published share it, and those that begin later share the next. This module does no
+I/O, and is used under a lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Dict, Optional, Tuple
+
+__all__ = ("Barrier", "Barriers")
+
+
+class Barrier:
+    """One barrier, and those who wait for it."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        #: Whether it has come back.
+        self.returned = False
+
+    def wait(self, timeout: float) -> None:
+        """Wait until it has come back or is lost, for *timeout* seconds at most."""
+        self._done.wait(timeout)
+
+    def end(self, returned: bool) -> None:
+        """Have everybody who waits go on."""
+        self.returned = returned
+        self._done.set()
+
+
+class Barriers:
+    """The barriers of one connection."""
+
+    def __init__(self) -> None:
+        #: The one that is about to be published.
+        self._next: Optional[Barrier] = None
+        #: Those under way, by their numbers.
+        self._under_way: Dict[str, Barrier] = {}
+        self._late: Optional[Barrier] = None
+
+    @property
+    def overdue(self) -> bool:
+        """Whether one is under way that was given up: others would be as late."""
+        return self._late is not None
+
+    def join(self) -> Tuple[Barrier, bool]:
+        """Return the barrier to wait for, and whether the caller has to publish it."""
+        if self._next is not None:
+            return self._next, False
+        self._next = Barrier()
+        return self._next, True
+
+    def publish(self, barrier: Barrier) -> str:
+        """Return the number under which to publish *barrier*: nobody joins it any more."""
+        number = uuid.uuid4().hex
+        if self._next is barrier:
+            self._next = None
+            self._under_way[number] = barrier
+        return number
+
+    def take(self, number: str) -> bool:
+        """Take in a barrier that came back; return whether it was one of these."""
+        barrier = self._under_way.pop(number, None)
+        if barrier is None:
+            return False
+        if barrier is self._late:
+            self._late = None
+        barrier.end(True)
+        return True
+
+    def give_up(self, barrier: Barrier) -> None:
+        """Note that *barrier* has not come in time, although it is under way."""
+        if self._late is None and barrier in self._under_way.values():
+            self._late = barrier
+
+    def lost(self) -> None:
+        """End all of them: the connection is lost."""
+        for barrier in (*self._under_way.values(), self._next):
+            if barrier is not None:
+                barrier.end(False)
+        self.__init__()  # type: ignore[misc]

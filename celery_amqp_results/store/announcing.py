@@ -1,0 +1,71 @@
+"""Telling all processes that states were removed.
+
+A process that knows a shard completely answers from memory. So who removes the states of a task
+publishes that to the exchange, as a mark that is kept nowhere, and waits until the broker has
+handed it to all inboxes.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Collection
+
+import amqp
+
+from celery_amqp_results.amqp import connections, frames
+from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
+from celery_amqp_results.protocol.names import BROADCAST, Route, Topology
+
+__all__ = ("announce",)
+
+#: Seconds that the broker's confirm is waited for: somebody else's queue may be stuck.
+CONFIRM_SECONDS = 0.25
+
+
+def announce(link: connections.Link, topology: Topology, ids: Collection[str]) -> None:
+    """Publish that *ids* were removed; return when the broker has confirmed it, or late.
+
+    Parameters:
+        link: an open connection, which the caller is alone with.
+        topology: names.
+        ids: the tasks.
+
+    Raises:
+        amqp.exceptions.AccessRefused, NotFound: when the exchange cannot be written to.
+        amqp.AMQPError, OSError: when the connection is lost.
+    """
+    channel = link.channel()
+    channel.confirm_select()
+    confirmed = 0
+
+    def on_ack(tag: int, multiple: bool) -> None:
+        nonlocal confirmed
+        confirmed = max(confirmed, tag) if multiple else confirmed + 1
+
+    channel.events["basic_ack"].add(on_ack)
+    channel.events["basic_nack"].add(on_ack)
+    now = time.time_ns() // 1000
+    with link.corked():
+        for task_id in ids:
+            mark = StateMessage(
+                task_id, FORGOTTEN, now, b"", "application/octet-stream", "binary", kind=MARK
+            )
+            link.amqp.transport.write(_frames(link, channel, topology, mark))
+    end = time.monotonic() + CONFIRM_SECONDS
+    while confirmed < len(ids) and channel.is_open and not connections.is_over(end):
+        link.drain(connections.time_left(end, CONFIRM_SECONDS))
+    channel.close()
+
+
+def _frames(
+    link: connections.Link, channel: amqp.Channel, topology: Topology, mark: StateMessage
+) -> Any:
+    return frames.publish_frames(
+        channel.channel_id,
+        topology.exchange,
+        topology.routing_key(mark.id, mark.state, Route(BROADCAST)),
+        False,
+        mark.properties(persistent=False),
+        mark.body,
+        link.amqp.frame_max,
+    )

@@ -1,0 +1,213 @@
+"""Brokers that allow few connections, channels or queues, as small hosted plans do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+import uuid
+from typing import Any, Iterator, List, Optional
+
+import pytest
+from celery import Celery
+
+from celery_amqp_results import errors
+from tests.broker.helpers import Waiting, new_id
+from tests.conftest import PATIENT_OPTIONS, Apps, connect
+from tools import rabbitmq
+
+
+class Tenant:
+    """A virtual host with a user of its own, both of which may be limited."""
+
+    def __init__(self, node: rabbitmq.Node) -> None:
+        self.node = node
+        self.name = f"tenant-{uuid.uuid4().hex[:8]}"
+        node.ctl("add_vhost", self.name)
+        node.ctl("add_user", self.name, "secret")
+        node.ctl("set_permissions", "-p", self.name, self.name, ".*", ".*", ".*")
+        address = node.url().rpartition("@")[2].partition("/")[0]
+        self.url = f"amqp://{self.name}:secret@{address}/{self.name}"
+
+    def limit(self, **limits: int) -> None:
+        """Limit the virtual host: ``max_connections`` or ``max_queues``."""
+        named = {name.replace("_", "-"): value for name, value in limits.items()}
+        self.node.ctl("set_vhost_limits", "-p", self.name, json.dumps(named))
+
+    def limit_user(self, **limits: int) -> None:
+        """Limit the user: ``max_connections`` or ``max_channels``."""
+        named = {name.replace("_", "-"): value for name, value in limits.items()}
+        self.node.ctl("set_user_limits", self.name, json.dumps(named))
+
+    def unlimit(self) -> None:
+        """Take all limits away."""
+        # Clearing what was not set is an error on some versions.
+        with contextlib.suppress(rabbitmq.CtlError):
+            self.node.ctl("clear_vhost_limits", "-p", self.name)
+        with contextlib.suppress(rabbitmq.CtlError):
+            self.node.ctl("clear_user_limits", self.name, "all")
+
+    @contextlib.contextmanager
+    def connections(self, count: int) -> Iterator[None]:
+        """Keep so many connections open."""
+        made = [connect(self.url) for _ in range(count)]
+        try:
+            for connection in made:
+                connection.connection  # noqa: B018
+            yield
+        finally:
+            for connection in made:
+                connection.release()
+
+
+@pytest.fixture(scope="module")
+def tenant(_session_node: Optional[rabbitmq.Node]) -> Iterator[Tenant]:
+    """A virtual host that goes away again."""
+    if _session_node is None:
+        pytest.skip("the broker of AMQP_URL is not ours to control")
+    tenant = Tenant(_session_node)
+    yield tenant
+    _session_node.ctl("delete_vhost", tenant.name)
+    _session_node.ctl("delete_user", tenant.name)
+
+
+@pytest.fixture
+def tenant_apps(tenant: Tenant) -> Iterator[Apps]:
+    """Makes apps of the tenant, and takes its limits away afterwards."""
+    apps = Apps(tenant.url)
+    yield apps
+    tenant.unlimit()
+    apps.close()
+
+
+def options(**more: Any) -> Any:
+    return {"shards": 4, **PATIENT_OPTIONS, **more}
+
+
+@pytest.mark.parametrize("whose", ["host", "user"])
+def test_a_limit_on_connections_delays_a_result_and_loses_none(
+    whose: str, tenant: Tenant, tenant_apps: Apps, caplog: Any
+) -> None:
+    # Given a virtual host in which no further connection is allowed
+    app, reader = tenant_apps(), tenant_apps()
+    task_id = new_id()
+    (tenant.limit if whose == "host" else tenant.limit_user)(max_connections=2)
+    with tenant.connections(2):
+        # When a result is stored, looked up and waited for
+        storing = Waiting(lambda: app.backend.store_result(task_id, 1, "SUCCESS"))
+        waiting = Waiting(lambda: reader.AsyncResult(task_id).get(timeout=60))
+        asking = Waiting(lambda: reader.AsyncResult(new_id()).state)
+        time.sleep(4)
+        assert storing.thread.is_alive()
+    # Then that is done as soon as there is a connection again
+    tenant.unlimit()
+    storing.result()
+    assert waiting.result() == 1
+    assert asking.result() == "PENDING"
+    # And the limit was logged, and not at each try
+    logged = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert any("connection limit (2) is reached" in r.getMessage() for r in logged)
+    assert len(logged) < 10, [r.getMessage() for r in logged]
+
+
+def test_an_error_names_the_limit_on_connections(tenant: Tenant, tenant_apps: Apps) -> None:
+    app = tenant_apps(result_backend_transport_options=options(retry_policy={"max_retries": 1}))
+    tenant.limit(max_connections=1)
+    with tenant.connections(1):
+        with pytest.raises(errors.BackendUnavailable, match=r"connection limit \(1\) is reached"):
+            app.backend.store_result(new_id(), 1, "SUCCESS")
+        with pytest.raises(errors.BackendUnavailable, match=r"connection limit \(1\) is reached"):
+            app.backend.get_state(new_id())
+
+
+def test_a_limit_on_queues_is_named_with_the_way_out(tenant: Tenant, tenant_apps: Apps) -> None:
+    # Given a virtual host with 20 queues at most, and an app with more shards
+    tenant.limit(max_queues=20)
+    app = tenant_apps(shards=64)
+    # When results are stored
+    failures: List[BaseException] = []
+    stored: List[str] = []
+    for _ in range(100):
+        task_id = new_id()
+        try:
+            app.backend.store_result(task_id, 1, "SUCCESS")
+            stored.append(task_id)
+        except errors.DeclarationRefused as exc:
+            failures.append(exc)
+    # Then those fail whose queue is not allowed, and the error says why and what to do
+    assert failures
+    for failure in failures:
+        assert "allows 20 queues" in str(failure)
+        assert "?shards=" in str(failure)
+        assert "queue_type" not in str(failure)
+    # And those that were stored are found
+    reader = tenant_apps(shards=64)
+    assert {reader.AsyncResult(task_id).state for task_id in stored} == {"SUCCESS"}
+    # And a queue that becomes free is left to the tasks
+    with connect(tenant.url) as connection:
+        channel = connection.channel()
+        topology = app.backend._topology
+        channel.queue_delete(topology.shard_queue_name(topology.shard(stored[0])))
+        for _ in range(100):
+            with contextlib.suppress(errors.DeclarationRefused):
+                app.backend.store_result(new_id(), 1, "SUCCESS")
+        channel.queue_declare(app.conf.task_default_queue, durable=True, auto_delete=False)
+
+
+def test_an_app_with_fewer_shards_keeps_to_a_limit_on_queues(
+    tenant: Tenant, tenant_apps: Apps
+) -> None:
+    tenant.limit(max_queues=20)
+    app = tenant_apps(shards=16)
+    ids = [new_id() for _ in range(100)]
+    for task_id in ids:
+        app.backend.store_result(task_id, 1, "SUCCESS")
+    assert {app.AsyncResult(task_id).state for task_id in ids} == {"SUCCESS"}
+
+
+def look_up_all_shards(app: Celery) -> None:
+    ids = [new_id() for _ in range(200)]
+    for task_id in ids[:100]:
+        app.backend.store_result(task_id, 1, "SUCCESS")
+    found = dict(app.backend.get_many(ids[:100], timeout=60))
+    assert len(found) == 100
+    states = app.backend.layout.store.read(ids, time.monotonic() + 60)
+    assert sum(map(bool, states.values())) == 100
+    app.backend.layout.forget(ids[:50])
+    states = app.backend.layout.store.read(ids, time.monotonic() + 60)
+    assert sum(map(bool, states.values())) == 50
+
+
+@pytest.mark.parametrize("number", [5, 8])
+def test_a_user_with_few_channels_looks_many_shards_up(
+    number: int, tenant: Tenant, tenant_apps: Apps
+) -> None:
+    tenant.limit_user(max_channels=number)
+    look_up_all_shards(tenant_apps(shards=64))
+
+
+@pytest.mark.parametrize("number", [2, 3, 8])
+def test_a_connection_with_few_channels_looks_many_shards_up(
+    number: int, make_app: Apps, node: rabbitmq.Node
+) -> None:
+    before = node.eval("{ok, N} = application:get_env(rabbit, channel_max), N")
+    node.eval(f"application:set_env(rabbit, channel_max, {number})")
+    try:
+        look_up_all_shards(make_app(shards=64))
+    finally:
+        node.eval(f"application:set_env(rabbit, channel_max, {before})")
+
+
+def test_small_frames_carry_large_results(make_app: Apps, node: rabbitmq.Node) -> None:
+    before = node.eval("{ok, N} = application:get_env(rabbit, frame_max), N")
+    node.eval("application:set_env(rabbit, frame_max, 8192)")
+    try:
+        app, reader = make_app(), make_app()
+        values = ["x" * size for size in (8_000, 8_192, 100_000, 400_000)]
+        ids = [new_id() for _ in values]
+        for task_id, value in zip(ids, values):
+            app.backend.store_result(task_id, value, "SUCCESS")
+        assert [reader.AsyncResult(task_id).get(timeout=60) for task_id in ids] == values
+    finally:
+        node.eval(f"application:set_env(rabbit, frame_max, {before})")

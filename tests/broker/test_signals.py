@@ -1,0 +1,102 @@
+"""Signals: what a program's handlers raise, and which thread receives them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any, Iterator, List, Type
+
+import pytest
+
+from celery_amqp_results.amqp.threads import start_thread
+from tests.broker.helpers import new_id, open_inbox
+from tests.conftest import Apps
+from tools import rabbitmq
+from tools.proxy import Proxy
+
+
+@pytest.fixture
+def alarm() -> Iterator[Any]:
+    """Raises an error in the main thread after a moment."""
+    before = signal.getsignal(signal.SIGALRM)
+
+    def set_alarm(error: Type[Exception], seconds: float = 1.5) -> None:
+        def handler(number: int, frame: Any) -> None:
+            raise error("the program's own time limit")
+
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    yield set_alarm
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+#: Operations that wait for a broker that is away.
+OPERATIONS = {
+    "store": lambda app: app.backend.store_result(new_id(), 1, "SUCCESS"),
+    "state": lambda app: app.backend.get_state(new_id()),
+    "get": lambda app: app.AsyncResult(new_id()).get(timeout=60),
+    "watch": lambda app: list(app.backend.watch([new_id()], timeout=60)),
+    "large": lambda app: app.backend.store_result(new_id(), "x" * 300_000, "SUCCESS"),
+}
+
+
+@pytest.mark.parametrize("error", [TimeoutError, ConnectionResetError])
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("when", ["never there", "gone"])
+def test_an_error_of_an_alarm_handler_ends_the_call(
+    error: Type[Exception],
+    name: str,
+    when: str,
+    make_app: Apps,
+    alarm: Any,
+    node: rabbitmq.Node,
+) -> None:
+    # Given a broker that is away
+    with Proxy(node.amqp_port) as proxy:
+        app = make_app(proxy.url(node.url()), shards=1)
+        if when != "never there":
+            app.backend.store_result(new_id(), 1, "SUCCESS")
+            app.backend.get_state(new_id())
+            open_inbox(app)
+        proxy.refuse()
+        proxy.reset()
+        # When an alarm of the program goes off
+        started = time.monotonic()
+        alarm(error)
+        # Then the call ends with the error of its handler
+        with pytest.raises(error, match="the program's own time limit"):
+            OPERATIONS[name](app)
+        assert time.monotonic() - started < 30
+        app.backend.layout.close(wait=False)
+
+
+def test_no_thread_of_the_backend_receives_signals(make_app: Apps) -> None:
+    # Given a backend with all its threads
+    app = make_app()
+    before = set(threading.enumerate())
+    app.backend.store_result(new_id(), {}, "STARTED")
+    app.backend.get_state(new_id())
+    open_inbox(app)
+    app.AsyncResult(new_id()).then(lambda result: None)
+    threads = [t for t in threading.enumerate() if t not in before]
+    assert {t.name for t in threads} >= {"celery-results-inbox", "celery-results-callbacks"}
+    # Then all of them block the signals that a server may wait for
+    for thread in threads:
+        with open(f"/proc/{os.getpid()}/task/{thread.native_id}/status") as status:
+            blocked = next(int(line.split()[1], 16) for line in status if "SigBlk" in line)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+            assert blocked & 1 << (number - 1), (thread.name, number)
+    # And the thread that started them does not
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
+
+
+def test_a_thread_can_still_be_ended_by_its_own_faults() -> None:
+    masks: List[Any] = []
+    thread = start_thread(lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ())), "x")
+    thread.join()
+    assert signal.SIGSEGV not in masks[0]
+    assert signal.SIGTERM in masks[0]
