@@ -17,7 +17,7 @@ SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test coverage test-newest-rabbitmq test-oldest test-newest-python test-matrix \
 	test-pair lint format types docs \
-	test-faults test-tools soak fuzz screenshots bench bench-check clean
+	test-faults test-tools soak fuzz screenshots bench bench-check dist clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -89,6 +89,11 @@ bench: $(VENV)/.bench ## Measure beside other backends; QUICK=1 for less, BENCH=
 
 bench-check: $(VENV)/.bench ## Measure little, and fail if a ratio is worse than recorded
 	$(BIN)/python -m bench --quick --compare $(BENCH)
+
+dist: $(VENV)/.release ## Build the wheel and the source archive into dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
 
 fuzz: $(VENV)/.test ## Feed the decoders with garbage for SECONDS=60; with atheris if it is installed
 	$(BIN)/python -m tools.fuzz --seconds $(or $(SECONDS),60)

@@ -12,30 +12,32 @@ __all__ = ("one_id_a_shard", "packing_everything", "shard_queue", "shard_queues"
 
 def shards(app: Any) -> int:
     """Return the number of shards."""
-    return int(app.backend._topology.shards)
+    return int(app.backend.config.topology.shards)
 
 
 def shard_queue(app: Any, task_id: str) -> str:
     """Return the name of the queue that keeps the states of a task."""
-    topology = app.backend._topology
+    topology = app.backend.config.topology
     return str(topology.shard_queue_name(topology.shard(task_id)))
 
 
 def shard_queues(app: Any) -> List[str]:
     """Return the names of all shard queues."""
-    topology = app.backend._topology
+    topology = app.backend.config.topology
     return [topology.shard_queue_name(shard) for shard in range(topology.shards)]
 
 
 def one_id_a_shard(app: Any, ids: Iterable[str]) -> List[str]:
     """Return one of *ids* for each shard that has any."""
-    chosen: Dict[int, str] = {app.backend._topology.shard(task_id): task_id for task_id in ids}
+    chosen: Dict[int, str] = {
+        app.backend.config.topology.shard(task_id): task_id for task_id in ids
+    }
     return list(chosen.values())
 
 
 def exchange(app: Any) -> str:
     """Return the name of the exchange for live copies."""
-    return str(app.backend._topology.exchange)
+    return str(app.backend.config.topology.exchange)
 
 
 @contextlib.contextmanager

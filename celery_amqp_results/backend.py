@@ -19,6 +19,7 @@ from typing import (
     Callable,
     ClassVar,
     Collection,
+    ContextManager,
     Dict,
     Generator,
     Iterable,
@@ -35,37 +36,40 @@ import celery
 from celery import states
 from celery.app.task import Context
 from celery.backends.base import Backend
-from celery.exceptions import ImproperlyConfigured, SecurityError, TimeoutError
+from celery.exceptions import SecurityError, TimeoutError
 from celery.result import ResultSet, result_from_tuple
-from celery.utils.nodenames import anon_nodename
-from kombu.compression import encoders, get_encoder
 from kombu.utils.functional import LRUCache
 
-from celery_amqp_results import errors, options
-from celery_amqp_results.amqp import connections, transports
-from celery_amqp_results.amqp.broker import ResultBroker
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections
 from celery_amqp_results.celery4.api import Celery4API
-from celery_amqp_results.chords import workers
+from celery_amqp_results.chords import remote, workers
 from celery_amqp_results.chords.firing import last_links, sends_for_another
 from celery_amqp_results.chords.sending import expect_body
+from celery_amqp_results.config import (
+    BackendConfig,
+    Expirations,
+    Location,
+    codec_of,
+    expiry_of,
+)
 from celery_amqp_results.errors import BacklogLimitExceeded
-from celery_amqp_results.layouts import Layout, LayoutRegistry
+from celery_amqp_results.layouts import Layout, LayoutRegistry, make_layout
 from celery_amqp_results.metrics import Metrics
-from celery_amqp_results.per_task.layout import HEARTBEAT as PER_TASK_HEARTBEAT
-from celery_amqp_results.per_task.layout import PerTaskLayout, Wire
+from celery_amqp_results.options import Options
+from celery_amqp_results.per_task.layout import Wire
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.clock import PublishClock
-from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.ids import id_text, plain_ids, state_name
 from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessage
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topology, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
-from celery_amqp_results.shared_layout import SharedLayout
 from celery_amqp_results.store import marks as tracking
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
 from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.groups import Pass, ask_in_one_pass
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
@@ -155,23 +159,12 @@ class AMQPBackend(Celery4API, Backend):
         auto_delete: bool = True,
         **kwargs: Any,
     ) -> None:
-        conf = app.conf
-        self._url = options.parse_url(kwargs.get("url"))
-        self.options = options.Options.read(
-            conf.result_backend_transport_options or {}, self._url.options
-        )
-        #: ``shared`` or ``per-task``.
-        self.broker = ResultBroker(app, self._url, self.options.use_ssl)
-        self.layout_name = _choose_layout(self.broker, self.options.layout)
-        if self.options.track_sent:
-            _check_tracking(app, self.broker, self.layout_name)
+        location = Location.read(app, kwargs.get("url"), kwargs.pop("options", None))
+        purpose = kwargs.pop("purpose", "")
         # What Celery 4 writes has no place for either; Celery warns where they are set.
-        self.supports_result_compression = self.layout_name == "shared"
-        self.supports_failure_expires = self.layout_name == "shared"
+        self.supports_result_compression = location.layout == "shared"
+        self.supports_failure_expires = location.layout == "shared"
         super().__init__(app, serializer=serializer, **kwargs)
-        self.expires: Optional[float] = _expiry(
-            "result_expires", self.prepare_expires(kwargs.get("expires"))
-        )
         self._arguments = dict(
             kwargs,
             exchange=exchange,
@@ -183,45 +176,62 @@ class AMQPBackend(Celery4API, Backend):
         #: One instance serves all threads, whatever the setting says.
         self.thread_safe = True
         self.persistent = self.prepare_persistent(persistent)
-        self._topology = Topology(
-            exchange or conf.result_exchange, self.options.shards, self.options.queue_type
+        self.expires: Optional[float] = expiry_of(
+            "result_expires", self.prepare_expires(kwargs.get("expires"))
         )
-        self._extended = bool(conf.find_value_for_key("extended", "result"))
-        self.wire = Wire(
-            exchange or conf.result_exchange,
+        conf = app.conf
+        prefix = exchange or conf.result_exchange
+        wire = Wire(
+            prefix,
             exchange_type or conf.result_exchange_type,
             self.persistent,
             auto_delete,
             self.expires,
-            self._extended,
+            bool(conf.find_value_for_key("extended", "result")),
         )
-        self._codec = Codec(
-            self.serializer,
-            self.accept,
-            _compression_of(self) if self.layout_name == "shared" else None,
-            self.options.max_decompressed_size,
-        )
-        self._expiration = expiry.milliseconds(self.expires)
-        failure_expires = conf.get("result_failure_expires")
-        self._failure_expiration = (
-            self._expiration
-            if failure_expires is None
-            else expiry.milliseconds(_expiry("result_failure_expires", failure_expires))
-        )
-        chord_expires = conf.get("result_chord_expires")
-        self._chord_expiration = (
-            self._expiration
-            if chord_expires is None
-            else expiry.milliseconds(_expiry("result_chord_expires", chord_expires))
+        #: Everything that was read from the settings, the URL and the arguments.
+        self.config = BackendConfig(
+            location,
+            Topology(prefix, location.options.shards, location.options.queue_type),
+            wire,
+            # Celery before 5.7 leaves the setting to the backends.
+            codec_of(location, self.serializer, self.accept, conf.result_compression),
+            Expirations.read(conf, self.expires),
+            tuple(sorted(self.accept or ())),
+            purpose,
         )
         self._layouts = _registry_of(app)
-        # Layouts have to decode what they read, so that they know what may be decoded.
-        accept = sorted(self.accept or ())
-        self._layout_key = repr(
-            (self._url.complete(), self.options, self.layout_name, self.wire, accept)
-        )
         self._reset()
         _backends.add(self)
+
+    @property
+    def options(self) -> Options:
+        """The options of the backend."""
+        return self.config.options
+
+    @property
+    def layout_name(self) -> str:
+        """``shared`` or ``per-task``."""
+        return self.config.layout_name
+
+    def clone(self, purpose: str, **options: Any) -> AMQPBackend:
+        """Return a backend like this one, with connections of its own and other options.
+
+        Parameters:
+            purpose: what it is for; clones with the same purpose and options share connections.
+            **options: options that differ, as in ``result_backend_transport_options``.
+
+        Raises:
+            InvalidOption: when an option is unknown or its value is not allowed.
+        """
+        known = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(Options)}
+        known = {name: value for name, value in known.items() if value is not None}
+        return type(self)(
+            self.app,
+            purpose=purpose,
+            options=Options.read({**known, **options}),
+            **self._arguments,
+        )
 
     def _reset(self) -> None:
         """Start afresh, as a new process that has opened nothing."""
@@ -231,6 +241,7 @@ class AMQPBackend(Celery4API, Backend):
         self._pending: Optional[PendingResults] = None
         self._failed = LRUCache(limit=MAX_FAILED)
         self._complaints: Set[str] = set()
+        self._pass = Pass()
 
     @property
     def layout(self) -> Layout:
@@ -238,36 +249,10 @@ class AMQPBackend(Celery4API, Backend):
         if self._pid != os.getpid():
             # Forked by something that does not run Python's hooks.
             self._reset()
-        return self._layouts.get(self._layout_key, self._make_layout)
+        return self._layouts.get(self.config.layout_key, self._make_layout)
 
     def _make_layout(self) -> Layout:
-        policy = self.options.retry_policy
-        connector = connections.Connector(
-            self.broker.connection,
-            policy,
-            self.broker.describe,
-            self.app.main or "celery",
-        )
-        if self.layout_name == "per-task":
-            return PerTaskLayout(
-                self._make_sessions(connector), connector, self.wire, self._codec, self.options
-            )
-        return SharedLayout(
-            connector,
-            self._topology,
-            self.options,
-            client_word(anon_nodename()),
-            self.persistent,
-            self._codec,
-            weakref.ref(self.app),
-        )
-
-    def _make_sessions(self, connector: connections.Connector) -> transports.Sessions:
-        if self.broker.is_amqp():
-            return transports.AMQPSessions(
-                connections.Pool(connector, PER_TASK_HEARTBEAT, "per-task")
-            )
-        return transports.KombuSessions(self.broker.connection, connector)
+        return make_layout(self.app, self.config)
 
     # -- identity ----------------------------------------------------------------------------
 
@@ -277,7 +262,7 @@ class AMQPBackend(Celery4API, Backend):
         Parameters:
             include_password: whether to show it; ``**`` stands for it otherwise.
         """
-        return self._url.complete() if include_password else self._url.sanitized()
+        return self.config.url.complete() if include_password else self.config.url.sanitized()
 
     def __reduce__(self, args: Tuple[Any, ...] = (), kwargs: Optional[Meta] = None) -> Any:
         """Pickle as the arguments it was made with; the app is the one of the reading process."""
@@ -288,7 +273,7 @@ class AMQPBackend(Celery4API, Backend):
 
         Costs some microseconds, and no I/O. Closing the backend does not reset the counts.
         """
-        return self._layouts.metrics(self._layout_key)
+        return self._layouts.metrics(self.config.layout_key)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.as_uri(include_password=False)}>"
@@ -307,10 +292,10 @@ class AMQPBackend(Celery4API, Backend):
         retried = current is not None and current.request.id == task_id
         if not retried and not sends_for_another(task_id):
             self.layout.note_sent(task_id)
-        if self.options.track_sent and self.broker.is_that_of(producer.connection):
+        if self.options.track_sent and self.config.broker.is_that_of(producer.connection):
             self.layout.mark_sent(
                 producer.connection,
-                tracking.mark(task_id, tracking.SENT, _clock.now(), self._expiration),
+                tracking.mark(task_id, tracking.SENT, _clock.now(), self.config.expirations.result),
             )
         return {}
 
@@ -368,8 +353,8 @@ class AMQPBackend(Celery4API, Backend):
         final = is_final(state) or state == ABORTED
         counts = route.in_chord and is_final(state)
         part = None
-        if counts and _shorter(message.expiration, self._chord_expiration):
-            part = dataclasses.replace(message, kind=PART, expiration=self._chord_expiration)
+        if counts and _shorter(message.expiration, self.config.expirations.chord):
+            part = dataclasses.replace(message, kind=PART, expiration=self.config.expirations.chord)
             part = layout.detach(part)
         layout.publish(layout.detach(message), route, final, part)
         if counts:
@@ -395,7 +380,7 @@ class AMQPBackend(Celery4API, Backend):
         The base class looks ``result_extended`` up for every state, and goes from one time zone to
         the other by way of a third.
         """
-        if self._extended or not format_date or not DATES_IN_ZONE_OF_APP:
+        if self.config.wire.extended or not format_date or not DATES_IN_ZONE_OF_APP:
             complete: Meta = super()._get_result_meta(
                 result, state, traceback, request, format_date, encode
             )
@@ -425,7 +410,7 @@ class AMQPBackend(Celery4API, Backend):
         kind: str,
         expiration: Optional[int],
     ) -> StateMessage:
-        content_type, content_encoding, compression, body = self._codec.encode(meta)
+        content_type, content_encoding, compression, body = self.config.codec.encode(meta)
         return StateMessage(
             message_id,
             state,
@@ -445,14 +430,7 @@ class AMQPBackend(Celery4API, Backend):
                 return expiry.milliseconds(seconds)
             except ValueError as exc:
                 self._complain(f"{where} is of no use, and result_expires applies: {exc}")
-        if state == states.FAILURE:
-            return self._failure_expiration
-        if state in states.READY_STATES or self._failure_expiration is None:
-            return self._expiration
-        # A state on the way must not outlive the one at the end: the task would seem to run again.
-        if self._expiration is None:
-            return self._failure_expiration
-        return min(self._expiration, self._failure_expiration)
+        return self.config.expirations.of(state)
 
     def _complain(self, text: str) -> None:
         """Log a mistake of the user's once."""
@@ -471,7 +449,7 @@ class AMQPBackend(Celery4API, Backend):
 
     def _read_content(self, state: StateMessage) -> Meta:
         """Return what the serializer makes of *state*; its body may have to be fetched."""
-        return self._codec.decode(self._complete(state))
+        return self.config.codec.decode(self._complete(state))
 
     def _decode_state(self, state: StateMessage) -> Meta:
         meta = self._read_content(state)
@@ -533,11 +511,20 @@ class AMQPBackend(Celery4API, Backend):
             ForeignMessage: when the meta is damaged.
         """
         task_id = id_text(task_id)
-        state = self.layout.poll((task_id,))[task_id]
+        present = self._pass.states
+        state = present[task_id] if task_id in present else self.layout.poll((task_id,))[task_id]
         meta = None if state is None else self._decode_if_kept(state)
         if meta is None:
             return {"status": states.PENDING, "result": None}
         return meta
+
+    def one_pass(self, group: ResultSet) -> ContextManager[None]:
+        """Read all members of *group* at once, for what is asked of them in a ``with`` block.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
+        return self._pass.over(self.layout.poll, group)
 
     def task_result_exists(self, task_id: str) -> bool:
         """Return whether a state of the task is kept, or with ``track_sent`` it was sent.
@@ -577,7 +564,12 @@ class AMQPBackend(Celery4API, Backend):
         self.layout.forget((task_id,))
         if self.options.track_sent:
             self.layout.mark(
-                [tracking.mark(task_id, tracking.FORGOTTEN, _clock.now(), self._expiration)], True
+                [
+                    tracking.mark(
+                        task_id, tracking.FORGOTTEN, _clock.now(), self.config.expirations.result
+                    )
+                ],
+                True,
             )
 
     def cleanup(self) -> None:
@@ -1007,7 +999,11 @@ class AMQPBackend(Celery4API, Backend):
         meta = {"status": GROUP_STATE, "group_id": group_id, "result": members}
         self.layout.save_group(
             self._encode_state(
-                group_id, GROUP_STATE, self.layout.shape(meta), GROUP, self._expiration
+                group_id,
+                GROUP_STATE,
+                self.layout.shape(meta),
+                GROUP,
+                self.config.expirations.result,
             )
         )
         return result
@@ -1017,7 +1013,7 @@ class AMQPBackend(Celery4API, Backend):
         if group is None:
             return None
         try:
-            meta = self._codec.decode(self._complete(group))
+            meta = self.config.codec.decode(self._complete(group))
         except errors.ResultExpired as exc:
             logger.warning("taken for expired: %s", exc)
             return None
@@ -1027,6 +1023,7 @@ class AMQPBackend(Celery4API, Backend):
             raise errors.ForeignMessage(
                 f"the group {group_id!r} has no members as its result: {exc!r:.300}"
             ) from exc
+        ask_in_one_pass(meta["result"])
         return meta
 
     def _delete_group(self, group_id: str) -> None:
@@ -1049,7 +1046,7 @@ class AMQPBackend(Celery4API, Backend):
         current = self.app.current_worker_task
         root_id = None if current is None else current.request.root_id or current.request.id
         group_id, results = header_result_args
-        chords.prepare(group_id, results, body, self._chord_expiration, root_id)
+        chords.prepare(group_id, results, body, self.config.expirations.chord, root_id)
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         """Publish the plan of a chord, just before the last task of its header is sent.
@@ -1080,7 +1077,7 @@ class AMQPBackend(Celery4API, Backend):
             return
         current = self.app.current_worker_task
         after = None if current is None else current.request.id
-        chords.publish_amendment(chord_id, result, after, self._chord_expiration)
+        chords.publish_amendment(chord_id, result, after, self.config.expirations.chord)
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
         """Have the leader of a chord know what a task of its header returned.
@@ -1106,7 +1103,7 @@ class AMQPBackend(Celery4API, Backend):
             "result": self.encode_result(result, state),
             "task_id": request.id,
         }
-        part = self._encode_state(request.id, state, content, PART, self._chord_expiration)
+        part = self._encode_state(request.id, state, content, PART, self.config.expirations.chord)
         layout.publish_part(layout.detach(part), request.group)
 
     def chord_error_from_stack(self, callback: Any, exc: Optional[BaseException] = None) -> Any:
@@ -1153,54 +1150,9 @@ class AMQPBackend(Celery4API, Backend):
             pending, self._pending = self._pending, None
         if pending is not None:
             pending.close()
-        layout = self._layouts.pop(self._layout_key)
+        layout = self._layouts.pop(self.config.layout_key)
         if layout is not None:
             layout.close()
-
-
-def _choose_layout(broker: ResultBroker, wanted: Optional[str]) -> str:
-    """Return the layout: the one that is *wanted*, or the one that the transport can do."""
-    if broker.is_amqp():
-        return wanted or "shared"
-    if wanted == "shared":
-        raise errors.InvalidOption(
-            "the layout 'shared' needs RabbitMQ; the transport "
-            f"{transports.transport_name(broker.place)!r} can do 'per-task'"
-        )
-    return "per-task"
-
-
-def _check_tracking(app: Any, broker: ResultBroker, layout: str) -> None:
-    if layout != "shared":
-        raise errors.InvalidOption(
-            f"the option 'track_sent' needs the layout 'shared', and the layout is {layout!r}"
-        )
-    here, there = app.connection_for_write(), broker.place
-    if (here.host, here.virtual_host) != (there.host, there.virtual_host):
-        raise errors.InvalidOption(
-            "the option 'track_sent' needs results on the broker of the tasks, since the marks go "
-            f"with these; here results go to {broker.url.sanitized()} and tasks elsewhere"
-        )
-
-
-def _compression_of(backend: Any) -> Optional[str]:
-    """Return kombu's name of the compression of results, or ``None``.
-
-    Celery before 5.7 has the setting, and leaves it to the backends.
-    """
-    if hasattr(backend, "compression"):
-        known: Optional[str] = backend.compression
-        return known
-    name: Optional[str] = backend.app.conf.result_compression
-    if name:
-        try:
-            get_encoder(name)
-        except KeyError as exc:
-            raise ImproperlyConfigured(
-                f"result_compression is {name!r}, which kombu does not know; it knows "
-                f"{', '.join(sorted(encoders()))}"
-            ) from exc
-    return name or None
 
 
 def _route_of(request: Any) -> Route:
@@ -1225,14 +1177,6 @@ def _client_of(request: Any) -> str:
 def _shorter(expiration: Optional[float], other: Optional[float]) -> bool:
     """Return whether an expiration (``None`` for never) is before another."""
     return expiration is not None and (other is None or expiration < other)
-
-
-def _expiry(name: str, value: Any) -> Optional[float]:
-    """Return the expiry that the setting *name* gives in seconds, ``None`` for never."""
-    try:
-        return expiry.seconds(value)
-    except ValueError as exc:
-        raise ImproperlyConfigured(f"{name}: {exc}") from None
 
 
 def _own_expiries(app: Any, request: Any) -> Iterator[Tuple[str, Any]]:
@@ -1302,6 +1246,7 @@ def _on_worker_ready(app: Any) -> None:
     """Have the main process of a worker lead chords."""
     backend = app.backend
     if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
+        remote.register()
         backend.layout.chords.start_if_needed()
 
 

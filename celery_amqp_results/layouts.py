@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import weakref
 from typing import (
     Any,
     Callable,
@@ -21,14 +22,21 @@ from typing import (
     Sequence,
 )
 
+from celery.utils.nodenames import anon_nodename
+
+from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.chords.sending import Chords
+from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.metrics import Metrics
+from celery_amqp_results.per_task.layout import HEARTBEAT as PER_TASK_HEARTBEAT
+from celery_amqp_results.per_task.layout import PerTaskLayout
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.protocol.names import Route
+from celery_amqp_results.protocol.names import Route, client_word
+from celery_amqp_results.shared_layout import SharedLayout
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.watch import Tap
 
-__all__ = ("Layout", "LayoutRegistry")
+__all__ = ("Layout", "LayoutRegistry", "make_layout")
 
 
 class Layout(Protocol):
@@ -123,6 +131,33 @@ class Layout(Protocol):
 
     def close(self, wait: bool = True) -> None:
         """Close all connections and end all threads."""
+
+
+def make_layout(app: Any, config: BackendConfig) -> Layout:
+    """Return the layout that *config* asks for. Does no I/O.
+
+    Parameters:
+        app: the Celery app, which is not kept alive.
+    """
+    broker, options = config.broker, config.options
+    connector = connections.Connector(
+        broker.connection, options.retry_policy, broker.describe, app.main or "celery"
+    )
+    if config.layout_name == "shared":
+        return SharedLayout(
+            connector,
+            config.topology,
+            options,
+            client_word(anon_nodename()),
+            config.wire.persistent,
+            config.codec,
+            weakref.ref(app),
+        )
+    sessions: transports.Sessions = transports.KombuSessions(broker.connection, connector)
+    if broker.is_amqp():
+        pool = connections.Pool(connector, PER_TASK_HEARTBEAT, "per-task")
+        sessions = transports.AMQPSessions(pool)
+    return PerTaskLayout(sessions, connector, config.wire, config.codec, options)
 
 
 class LayoutRegistry:

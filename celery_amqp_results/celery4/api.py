@@ -11,7 +11,6 @@ import contextlib
 import socket
 import time
 from typing import (
-    TYPE_CHECKING,
     Any,
     Callable,
     ClassVar,
@@ -28,11 +27,9 @@ from celery.backends.base import Backend
 
 from celery_amqp_results import errors
 from celery_amqp_results.celery4 import consumer, producer
-from celery_amqp_results.per_task.layout import BACKLOG_LIMIT, NoCacheQueue, Wire
+from celery_amqp_results.config import BackendConfig
+from celery_amqp_results.per_task.layout import BACKLOG_LIMIT, NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text
-
-if TYPE_CHECKING:
-    from celery_amqp_results.protocol.names import Topology
 
 __all__ = ("Celery4API",)
 
@@ -51,27 +48,25 @@ class Celery4API(Backend):
     BacklogLimitExceeded = errors.BacklogLimitExceeded
 
     # Set by the backend.
-    layout_name: str
-    wire: Wire
-    _topology: Topology
+    config: BackendConfig
 
     @property
     def exchange(self) -> kombu.Exchange:
         """The exchange that results are published to; in the layout ``shared`` a copy of each."""
-        if self.layout_name == "per-task":
-            return self.wire.exchange_entity()
-        topology = self._topology
+        if self.config.layout_name == "per-task":
+            return self.config.wire.exchange_entity()
+        topology = self.config.topology
         return kombu.Exchange(topology.exchange, "topic", arguments=topology.exchange_arguments)
 
     @property
     def delivery_mode(self) -> int:
         """2 for messages that survive a restart of the broker, otherwise 1."""
-        return self.wire.delivery_mode
+        return self.config.wire.delivery_mode
 
     @property
     def auto_delete(self) -> bool:
         """Whether a task's queue goes with its last consumer, in the layout ``per-task``."""
-        return self.wire.auto_delete
+        return self.config.wire.auto_delete
 
     def rkey(self, task_id: str) -> str:
         """Return the routing key of a task.
@@ -81,9 +76,9 @@ class Celery4API(Backend):
         is the key to bind a queue by that is to get all states of the task.
         """
         task_id = id_text(task_id)
-        if self.layout_name == "per-task":
-            return self.wire.rkey(task_id)
-        return self._topology.task_binding(task_id)
+        if self.config.layout_name == "per-task":
+            return self.config.wire.rkey(task_id)
+        return self.config.topology.task_binding(task_id)
 
     def destination_for(self, task_id: str, request: Any) -> Tuple[str, str]:
         """Return the routing key and the correlation id of a task's result.
@@ -101,9 +96,9 @@ class Celery4API(Backend):
         That is the task's queue, or in the layout ``shared`` the queue of its shard.
         """
         task_id = id_text(task_id)
-        if self.layout_name == "per-task":
-            return [self.wire.queue_entity(task_id)]
-        topology = self._topology
+        if self.config.layout_name == "per-task":
+            return [self.config.wire.queue_entity(task_id)]
+        topology = self.config.topology
         spec = topology.shard_queue(topology.shard(task_id))
         return [
             self.Queue(

@@ -17,9 +17,10 @@ from celery.exceptions import TimeoutError
 from celery_amqp_results import errors
 from celery_amqp_results.cli.common import Failed, Session
 from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding
-from celery_amqp_results.cli.limits import PLAN_QUEUES, advice_on_refusal
+from celery_amqp_results.cli.limits import advice_on_refusal
 from celery_amqp_results.cli.output import age, counted, size
 from celery_amqp_results.protocol import expiry
+from celery_amqp_results.protocol.names import PLAN_QUEUES
 
 __all__ = (
     "alarm_findings",
@@ -139,7 +140,7 @@ def chord_findings(broker: Any) -> Iterator[Finding]:
     plans = 0
     stuck: List[str] = []
     for number in range(PLAN_QUEUES):
-        name = f"{topology.prefix}.chords.{number}"
+        name = topology.plan_queue(number).name
         try:
             found = broker.count(name)
         except Failed:
@@ -367,7 +368,7 @@ def content_findings(session: Session, broker: Any) -> Iterator[Finding]:
         )
     filled = [shard for shard, length in lengths.items() if length]
     contents = broker.read(inspection.spread(sorted(filled), 4))
-    expires = session.backend._expiration
+    expires = session.backend.config.expirations.result
     if contents.shards and contents.oldest is not None and expires is not None:
         kept = (contents.results + contents.running) * len(filled) / contents.shards
         growth = growth_finding(kept, time.time() - contents.oldest, expires / 1000, shards)
@@ -398,7 +399,7 @@ def content_findings(session: Session, broker: Any) -> Iterator[Finding]:
             "they wait for a worker, run without track_started, ignore their results, or were "
             "lost with their queue: see `celery inspect reserved` and the lengths of the queues",
         )
-    if contents.everlasting and session.backend._expiration is not None:
+    if contents.everlasting and session.backend.config.expirations.result is not None:
         yield Finding(
             "everlasting",
             "info",
@@ -443,7 +444,7 @@ def probe_findings(session: Session) -> Iterator[Finding]:
             "error",
             f"a result could not be stored and read: {exc} (worked: {done})",
             advice_on_refusal(str(exc), backend.options.shards)
-            or f"check alarms, policies and permissions: {permissions(backend._topology)}",
+            or f"check alarms, policies and permissions: {permissions(backend.config.topology)}",
         )
         return
     if not waited or not found:
@@ -454,7 +455,7 @@ def probe_findings(session: Session) -> Iterator[Finding]:
             + ("found any more" if waited else "pushed to who waits"),
             "look for a policy that drops messages of these queues (message-ttl, max-length), and "
             "for what deletes them: `rabbitmqctl list_queues name policy | grep "
-            f"{backend._topology.prefix}`",
+            f"{backend.config.topology.prefix}`",
         )
         return
     spent = ", ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in took)
@@ -526,7 +527,7 @@ def old_exchange_findings(broker: Any) -> Iterator[Finding]:
 def setting_findings(session: Session) -> Iterator[Finding]:
     """Yield which settings have consequences."""
     backend, conf = session.backend, session.app.conf
-    if backend._expiration is None:
+    if backend.config.expirations.result is None:
         yield Finding(
             "expiry",
             "warning",
@@ -534,7 +535,9 @@ def setting_findings(session: Session) -> Iterator[Finding]:
             "set result_expires, or have every reader forget() what it has read",
         )
     else:
-        yield Finding("expiry", "ok", f"results expire after {age(backend._expiration / 1000)}")
+        yield Finding(
+            "expiry", "ok", f"results expire after {age(backend.config.expirations.result / 1000)}"
+        )
     if not backend.persistent:
         yield Finding(
             "persistence",

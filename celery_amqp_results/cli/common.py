@@ -125,11 +125,7 @@ def _open(app: Any) -> Any:
             Exit.CONFIGURATION,
         )
     # Its connections are closed with the command, and it gives up sooner.
-    _, (cls, arguments, keywords) = theirs.__reduce__()
-    backend = cls(*arguments, app=app, **keywords)
-    backend.options = dataclasses.replace(backend.options, retry_policy=RETRY_POLICY)
-    backend._layout_key += " of the command line"
-    return backend
+    return theirs.clone("the command line", retry_policy=RETRY_POLICY)
 
 
 def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:

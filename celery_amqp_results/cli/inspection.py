@@ -119,7 +119,7 @@ class Broker:
     def __init__(self, session: Session) -> None:
         self.session = session
         backend = session.backend
-        self.topology = backend._topology
+        self.topology = backend.config.topology
         self.connector = backend.layout._connector
         self.link: connections.Link = self.connector.open(HEARTBEAT)
         self._channel: Any = None
@@ -272,7 +272,7 @@ class Broker:
             Failed: when *url* is given and does not answer.
         """
         try:
-            return management.find(self.session.backend.broker.connection(), url, guess)
+            return management.find(self.session.backend.config.broker.connection(), url, guess)
         except management.ManagementError as exc:
             raise Failed(str(exc), Exit.UNAVAILABLE) from exc
 

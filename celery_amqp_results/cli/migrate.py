@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import uuid
 from typing import Any, Dict, List, Optional, Tuple
@@ -116,14 +115,8 @@ def migrate(
 
 def _per_task(session: Session) -> Any:
     """Return a backend that reads queues of single tasks on the same broker."""
-    new = session.backend
-    _, (cls, arguments, keywords) = new.__reduce__()
-    options = dict(new._url.options, layout="per-task")
-    url = dataclasses.replace(new._url, options=options).complete()
-    old = cls(*arguments, app=session.app, **dict(keywords, url=url))
-    old.options = dataclasses.replace(old.options, retry_policy=RETRY_POLICY)
-    old._layout_key += " of the command line"
-    return old
+    options = {"layout": "per-task", "track_sent": False, "retry_policy": RETRY_POLICY}
+    return session.backend.clone("the command line", **options)
 
 
 def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) -> str:
@@ -147,10 +140,12 @@ def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) 
     if not delete:
         assert state is not None
         try:
-            found = dict(old._codec.decode(state), task_id=task_id)
+            found = dict(old.config.codec.decode(state), task_id=task_id)
         except (KombuError, errors.ForeignMessage):
             return "unreadable"
-        message = new._encode_state(task_id, state.state, found, STATE, new._expiration)
+        message = new._encode_state(
+            task_id, state.state, found, STATE, new.config.expirations.result
+        )
 
         # Not deleted before the broker has it.
         new.layout.publish(new.layout.detach(message), Route(BROADCAST), True)

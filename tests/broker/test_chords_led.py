@@ -96,7 +96,7 @@ def new_ids(count: int) -> List[str]:
 
 def plans_left(raw: Any, app: Celery) -> int:
     channel = raw.channel()
-    names = [app.backend._topology.plan_queue(number).name for number in range(PLAN_QUEUES)]
+    names = [app.backend.config.topology.plan_queue(number).name for number in range(PLAN_QUEUES)]
     return sum(channel.queue_declare(name, passive=True).message_count for name in names)
 
 
@@ -287,7 +287,7 @@ def test_apply_chord_and_set_chord_size_may_be_called_on_different_backends(
 def test_how_long_an_abandoned_chord_is_kept(
     make_app: Apps, settings: Dict[str, Any], expected: Optional[int], group_id: str
 ) -> None:
-    assert make_app(**settings).backend._chord_expiration == expected
+    assert make_app(**settings).backend.config.expirations.chord == expected
 
 
 def test_an_abandoned_chord_is_given_up(
@@ -480,7 +480,7 @@ def test_a_foreign_message_in_a_plan_queue_is_dropped(
     body = send(app, group_id, ["a"])
     channel = raw.channel()
     for number in range(PLAN_QUEUES):
-        queue = app.backend._topology.plan_queue(number).name
+        queue = app.backend.config.topology.plan_queue(number).name
         for properties in ({}, {"type": "part"}, {"type": "plan"}, {"type": "fence"}):
             channel.basic_publish(amqp.Message(b"junk", **properties), routing_key=queue)
     lead(app)

@@ -48,7 +48,7 @@ def test_the_number_of_queues_and_bindings_does_not_grow_with_tasks(
 ) -> None:
     # Given one task for each of the shards, and an inbox that is bound to all of them.
     worker = make_app()
-    shard = app.backend._topology.shard
+    shard = app.backend.config.topology.shard
     first = [next(i for i in iter(new_id, None) if shard(i) == n) for n in range(8)]
     for task_id in first:
         worker.backend.store_result(task_id, 1, states.SUCCESS)
@@ -171,7 +171,9 @@ def test_polling_with_a_different_number_of_shards_is_refused_instead_of_pending
 ) -> None:
     writer, reader = make_app(shards=8), make_app(shards=16)
     task_id = new_id()
-    while writer.backend._topology.shard(task_id) == reader.backend._topology.shard(task_id):
+    while writer.backend.config.topology.shard(task_id) == reader.backend.config.topology.shard(
+        task_id
+    ):
         task_id = new_id()
     writer.backend.store_result(task_id, 1, states.SUCCESS)
     with pytest.raises(ImproperlyConfigured, match="'shards'"):
@@ -189,7 +191,9 @@ def test_a_different_queue_type_is_refused_with_a_clear_error(make_app: Apps) ->
 
 
 def delete_shard(connection: amqp.Connection, app: Celery, task_id: str) -> str:
-    name = str(app.backend._topology.shard_queue(app.backend._topology.shard(task_id)).name)
+    name = str(
+        app.backend.config.topology.shard_queue(app.backend.config.topology.shard(task_id)).name
+    )
     connection.channel().queue_delete(name)
     return name
 
@@ -225,7 +229,7 @@ def test_a_shard_queue_deleted_under_an_intermediate_state_is_declared_again(
 
 def id_beside(app: Celery, task_id: str) -> str:
     """Return another id in the shard of *task_id*."""
-    shard = app.backend._topology.shard
+    shard = app.backend.config.topology.shard
     while True:
         other = new_id()
         if shard(other) == shard(task_id):

@@ -170,7 +170,7 @@ def test_a_user_without_configure_rights_uses_what_an_administrator_declared(
 
         # And gets an error for a missing shard, even if an inbox receives the copy
         writer.backend.close()
-        shard = f"{make_app.prefix}.shard.{writer.backend._topology.shard(task_id)}"
+        shard = f"{make_app.prefix}.shard.{writer.backend.config.topology.shard(task_id)}"
         node.ctl("delete_queue", shard)
         with pytest.raises(errors.DeclarationRefused, match=re.escape(shard)):
             writer.backend.store_result(task_id, 42, "SUCCESS")

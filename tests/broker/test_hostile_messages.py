@@ -207,7 +207,7 @@ UNREADABLE["a deep table"] = (1 << 13, deep_table(3000))
 
 
 def shard_of(app: Celery, task_id: str) -> str:
-    topology = app.backend._topology
+    topology = app.backend.config.topology
     return str(topology.shard_queue(topology.shard(task_id)).name)
 
 
@@ -279,8 +279,8 @@ def test_a_state_in_the_wrong_shard_is_not_found_and_is_reported(
 ) -> None:
     app = make(make_app)
     task_id = new_id()
-    shard = app.backend._topology.shard(task_id)
-    other = next(i for i in iter(new_id, "") if app.backend._topology.shard(i) != shard)
+    shard = app.backend.config.topology.shard(task_id)
+    other = next(i for i in iter(new_id, "") if app.backend.config.topology.shard(i) != shard)
     app.backend.store_result(other, "other", states.SUCCESS)
     publish_to(raw, shard_of(app, other), [("", state_properties(task_id), state_body(task_id))])
     with caplog.at_level(logging.WARNING, "celery_amqp_results"):
@@ -325,7 +325,7 @@ def test_a_hostile_push_does_not_end_the_inbox(
     task_id, other = new_id(), new_id()
     waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG))
     until_watched(app, task_id, eventually)
-    topology = app.backend._topology
+    topology = app.backend.config.topology
     exchange = topology.exchange
     channel = raw.channel()
     key = topology.routing_key(other, states.SUCCESS, Route("all"))
@@ -465,7 +465,7 @@ def test_hostile_messages_in_a_plan_queue_neither_fire_nor_stop_a_chord(
     app = make(make_app)
     chords = app.backend.layout.chords
     group_id, member = new_id(), new_id()
-    queue = app.backend._topology.plan_queue(plan_number(group_id)).name
+    queue = app.backend.config.topology.plan_queue(plan_number(group_id)).name
     body = app.signature("tests.body")
     body.freeze()
 

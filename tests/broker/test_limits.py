@@ -147,7 +147,7 @@ def test_a_limit_on_queues_is_named_with_the_way_out(tenant: Tenant, tenant_apps
     # And a queue that becomes free is left to the tasks
     with connect(tenant.url) as connection:
         channel = connection.channel()
-        topology = app.backend._topology
+        topology = app.backend.config.topology
         channel.queue_delete(topology.shard_queue_name(topology.shard(stored[0])))
         for _ in range(100):
             with contextlib.suppress(errors.DeclarationRefused):

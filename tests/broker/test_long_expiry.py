@@ -34,7 +34,7 @@ def test_what_is_kept_for_months_is_stored_and_read(
 
 def test_a_chord_may_be_kept_for_months(make_app: Apps) -> None:
     app = make_app(result_chord_expires=str(60 * 24 * 3600))
-    assert app.backend._chord_expiration == MILLISECONDS
+    assert app.backend.config.expirations.chord == MILLISECONDS
 
 
 @pytest.mark.parametrize("given", [TWO_MONTHS, str(60 * 24 * 3600), 60 * 24 * 3600])

@@ -52,7 +52,7 @@ class Shown:
     def backend(self, backend: Any) -> None:
         self.texts += [repr(backend), str(backend), backend.as_uri(include_password=False)]
         self.texts += [repr(value) for value in vars(backend.layout).values()]
-        self.texts += [repr(backend._url), repr(backend.metrics())]
+        self.texts += [repr(backend.config.url), repr(backend.metrics())]
 
     def records(self, records: List[logging.LogRecord]) -> None:
         formatter = logging.Formatter("%(name)s %(message)s")

@@ -30,7 +30,7 @@ class Tap:
     def __init__(self, connection: amqp.Connection, app: Celery) -> None:
         self._channel = connection.channel()
         exchange = f"{app.conf.result_exchange}.states"
-        arguments = app.backend._topology.exchange_arguments
+        arguments = app.backend.config.topology.exchange_arguments
         self._channel.exchange_declare(
             exchange, "topic", durable=True, auto_delete=False, arguments=arguments
         )
@@ -98,7 +98,7 @@ def test_pickle_preserves_types_that_json_cannot(make_app: Apps) -> None:
 
 def id_in_shard_of(app: Celery, task_id: str) -> str:
     """Return a new id whose state goes to the same shard."""
-    shard = app.backend._topology.shard
+    shard = app.backend.config.topology.shard
     return next(i for i in iter(new_id, None) if shard(i) == shard(task_id))
 
 

@@ -56,7 +56,7 @@ def sign_and_forge(app: Celery, folder: str) -> List[str]:
         octets = bytearray(state.body)
         octets[at] = octets[at] ^ 1 if chr(octets[at] ^ 1).isalnum() else ord("A")
         wrong = dataclasses.replace(state, id=altered, body=bytes(octets))
-        topology = app.backend._topology
+        topology = app.backend.config.topology
         shard = topology.shard(altered)
         layout.publisher.publish(
             [Outgoing(topology.shard_queue_name(shard), wrong.properties(True), wrong.body, shard)]

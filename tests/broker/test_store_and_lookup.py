@@ -378,7 +378,7 @@ def test_a_shard_with_more_messages_than_a_channel_may_hold_is_read_and_packed(
     writer = make_app(shards=1, lookup_timeout=60)
     first, last = new_id(), new_id()
     writer.backend.store_result(first, "first", states.SUCCESS)
-    queue = writer.backend._topology.shard_queue(0).name
+    queue = writer.backend.config.topology.shard_queue(0).name
     loose = StateMessage(new_id(), states.SUCCESS, 1, b"{}", "application/json", "utf-8")
     with writer.connection_for_write() as connection:
         channel = connection.channel()

@@ -122,7 +122,7 @@ def test_a_shard_that_a_mark_failed_to_declare_raises_for_the_storing_process(
     app = make(make_app)
     with raw.channel() as channel:
         channel.queue_declare(
-            app.backend._topology.shard_queue_name(0), durable=True, auto_delete=False
+            app.backend.config.topology.shard_queue_name(0), durable=True, auto_delete=False
         )
     app.send_task("task")
     # Then storing raises the error
@@ -134,7 +134,7 @@ def test_marks_declare_nothing_if_declaring_is_turned_off(make_app: Apps, raw: A
     app = make_app(
         result_backend_transport_options={"shards": 1, "track_sent": True, "declare": False}
     )
-    topology = app.backend._topology
+    topology = app.backend.config.topology
     # Given the shard, but no exchange
     spec = topology.shard_queue(0)
     channel = raw.channel()
@@ -161,7 +161,7 @@ def test_a_task_that_is_sent_to_another_broker_is_not_marked_there(make_app: App
     app = make(make_app)
     with app.connection_for_write("amqp://guest:guest@127.0.0.1:1/other") as connection:
         producer = app.amqp.Producer(connection, auto_declare=False)
-        assert not app.backend.broker.is_that_of(producer.connection)
+        assert not app.backend.config.broker.is_that_of(producer.connection)
         # This connects to nothing
         app.backend.on_task_call(producer, new_id())
         assert not connection.connected

@@ -55,7 +55,7 @@ def test_returned_messages_between_confirms_are_published_again(
     for task_id in first:
         app.backend.store_result(task_id, 1, "SUCCESS")
     app.backend.layout.publisher.publish(())
-    topology = app.backend._topology
+    topology = app.backend.config.topology
     channel = raw.channel()
     for shard in range(8):
         channel.queue_delete(topology.shard_queue_name(shard))
@@ -74,7 +74,7 @@ def test_a_returned_message_is_not_confused_with_an_earlier_one(make_app: Apps) 
     # Given states in a shard that the broker has not confirmed
     app = make_app(shards=1)
     app.backend.store_result(str(uuid.uuid4()), 0, "SUCCESS")
-    queue = app.backend._topology.shard_queue_name(0)
+    queue = app.backend.config.topology.shard_queue_name(0)
     link = app.backend.layout.publisher._connector.open(0.0)
     channel = ConfirmChannel(link)
     names = [f"{when} {number}" for when in ("before", "after") for number in range(5)]
@@ -103,7 +103,7 @@ def test_a_refused_state_without_a_waiter_fails_no_other_store(
     # Given two shards, one of which accepts a single message
     options = {"shards": 2, "declare": False, "retry_policy": {"max_retries": 0}}
     app = make_app(result_backend_transport_options=options)
-    topology = app.backend._topology
+    topology = app.backend.config.topology
     channel = raw.channel()
     declare_exchange(channel, topology)
     full = {"x-max-length": 1, "x-overflow": "reject-publish"}
@@ -142,7 +142,7 @@ def test_a_temporarily_refused_state_is_stored_with_a_later_result(
     # Given a shard that accepts a single message, and is full
     options = {"shards": 1, "declare": False}
     app = make_app(result_backend_transport_options=options)
-    topology, channel = app.backend._topology, raw.channel()
+    topology, channel = app.backend.config.topology, raw.channel()
     spec = topology.shard_queue(0)
     arguments = {**spec.arguments, "x-max-length": 1, "x-overflow": "reject-publish"}
     declare_exchange(channel, topology)

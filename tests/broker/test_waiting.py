@@ -411,7 +411,7 @@ def test_an_inbox_that_receives_nothing_is_replaced(
     until_watched(app, task_id, eventually)
     # Deleting the exchange deletes its bindings; another process declares it without the inbox's.
     channel = raw.channel()
-    channel.exchange_delete(app.backend._topology.exchange)
+    channel.exchange_delete(app.backend.config.topology.exchange)
     make_app().backend.store_result(task_id, 1, states.SUCCESS)
     assert waiting.result() == 1
     eventually(lambda: inbox.connections > 1)

@@ -267,7 +267,7 @@ def test_stats_estimate_by_the_number_of_shards(make_app: Apps) -> None:
     # Given shards of which some are packed: one message of these holds many results
     app = make_app(shards=16)
     ids = [store(app, n) for n in range(1600)]
-    topology = app.backend._topology
+    topology = app.backend.config.topology
     packed = [task_id for task_id in ids if topology.shard(task_id) % 2]
     for task_id in packed[:64]:
         app.backend.layout.store.read((task_id,))

@@ -117,7 +117,7 @@ def test_a_new_installation_causes_no_warning(make_app: Apps) -> None:
 def test_long_shards_are_reported(make_app: Apps, amqp_url: str) -> None:
     app = make_app(shards=1)
     store(app, 1)
-    queue = app.backend._topology.shard_queue(0).name
+    queue = app.backend.config.topology.shard_queue(0).name
     publish(amqp_url, queue, time.time(), count=4000)
     report = amqp_only(app, "--no-probe")
     assert report["shards"]["severity"] == "warning"
@@ -128,7 +128,7 @@ def test_long_shards_are_reported(make_app: Apps, amqp_url: str) -> None:
 def test_a_rate_too_high_for_the_expiry_is_reported(make_app: Apps, amqp_url: str) -> None:
     app = make_app(shards=1)
     store(app, 1)
-    queue = app.backend._topology.shard_queue(0).name
+    queue = app.backend.config.topology.shard_queue(0).name
     # 300 in 601 seconds are 43,000 a day
     publish(amqp_url, queue, time.time() - 601, count=300)
     report = amqp_only(app, "--no-probe")
@@ -146,7 +146,7 @@ def test_damaged_never_expiring_and_future_messages_are_reported(
 ) -> None:
     app = make_app(shards=1)
     store(app, 1)
-    queue = app.backend._topology.shard_queue(0).name
+    queue = app.backend.config.topology.shard_queue(0).name
     publish(amqp_url, queue, time.time() + 90, expiration=None)
     with raw_connection(amqp_url) as connection:
         channel = connection.channel()
@@ -165,7 +165,7 @@ def test_a_shard_held_by_another_consumer_is_reported(make_app: Apps, amqp_url: 
     app = make_app(result_backend_transport_options={"shards": 1, "lookup_timeout": 1})
     for n in range(3):
         store(app, n)
-    queue = app.backend._topology.shard_queue(0).name
+    queue = app.backend.config.topology.shard_queue(0).name
     with raw_connection(amqp_url) as connection:
         # The first consumer is the single active consumer, until it leaves.
         channel = connection.channel()

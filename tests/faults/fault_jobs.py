@@ -17,7 +17,7 @@ from tests.subprocesses import hear, say
 def hold_shard(app: Celery, shard: int) -> int:
     """Check a shard out, say so, and read on when told; return the number of messages seen."""
     layout = app.backend.layout
-    queue = app.backend._topology.shard_queue_name(shard)
+    queue = app.backend.config.topology.shard_queue_name(shard)
     with layout.store._pool.link() as link:
         checkout = Checkout(link, queue, lambda message: None)
         deadline = time.monotonic() + 60

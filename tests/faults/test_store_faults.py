@@ -289,7 +289,7 @@ def test_a_shard_queue_that_is_deleted_is_declared_again(make_app: Apps, raw: An
     app = make_app(result_backend_transport_options={"shards": 1})
     first, second = new_ids(2)
     app.backend.store_result(first, 1, states.SUCCESS)
-    raw.channel().queue_delete(app.backend._topology.shard_queue(0).name)
+    raw.channel().queue_delete(app.backend.config.topology.shard_queue(0).name)
     app.backend.store_result(second, 2, states.SUCCESS)
     assert app.backend._get_task_meta_for(second)["result"] == 2
     assert app.backend._get_task_meta_for(first)["status"] == states.PENDING
@@ -320,7 +320,7 @@ def test_a_reader_that_holds_a_quorum_queue_too_long_is_evicted(
     app = make_app(result_backend_transport_options={"shards": 1, "queue_type": "quorum"})
     (task_id,) = new_ids(1)
     app.backend.store_result(task_id, 1, states.SUCCESS)
-    queue = app.backend._topology.shard_queue_name(0)
+    queue = app.backend.config.topology.shard_queue_name(0)
     with app.backend.layout.store._pool.link() as link:
         # Given a live reader that holds the shard for longer than two seconds
         hold = longest_hold("quorum", 2 - GRACE)

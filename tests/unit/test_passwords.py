@@ -42,7 +42,7 @@ def test_passwords_are_never_shown(
         app.conf.result_backend = backend_url
     backend = app.backend
     shown: List[str] = [repr(backend), str(backend), backend.as_uri(include_password=False)]
-    shown += [repr(backend.options), repr(backend._codec), repr(backend._topology)]
+    shown += [repr(backend.options), repr(backend.config.codec), repr(backend.config.topology)]
     caplog.set_level("DEBUG")
 
     def attempt(work: Any) -> None:

@@ -90,7 +90,7 @@ def lines(path: Path) -> List[str]:
 
 def plans_left(app: Celery) -> int:
     """Return how many plans are in the plan queues and are held by no leader."""
-    topology = app.backend._topology
+    topology = app.backend.config.topology
     with raw_connection(app.conf.broker_url) as connection:
         channel = connection.channel()
         return sum(

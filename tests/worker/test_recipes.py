@@ -63,13 +63,18 @@ def environment(
     _session_node.ctl("delete_vhost", vhost)
 
 
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextlib.contextmanager
 def serve(environment: Dict[str, str], log: Path, *command: str) -> Iterator[str]:
     """Run a server; yield its address, without the scheme."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    port = address.rpartition(":")[2]
+    port = free_port()
+    address = f"127.0.0.1:{port}"
     arguments = [each.format(address=address, port=port) for each in command]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -82,7 +87,7 @@ def serve(environment: Dict[str, str], log: Path, *command: str) -> Iterator[str
 
     def listens() -> bool:
         assert process.poll() is None, log.read_text(errors="replace")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return True
         return False
 

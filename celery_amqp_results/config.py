@@ -1,0 +1,208 @@
+"""What a backend is set up with: read from Celery's settings, the result URL and the options.
+
+Nothing here does I/O. It may import ``options`` and what is below it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Iterable, Optional, Tuple
+
+from celery import states
+from celery.exceptions import ImproperlyConfigured
+from kombu.compression import encoders, get_encoder
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import transports
+from celery_amqp_results.amqp.broker import ResultBroker
+from celery_amqp_results.options import Options, ResultURL, parse_url
+from celery_amqp_results.per_task.layout import Wire
+from celery_amqp_results.protocol import expiry
+from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.names import Topology
+
+__all__ = ("BackendConfig", "Expirations", "Location", "expiry_of")
+
+
+@dataclasses.dataclass(frozen=True)
+class Expirations:
+    """Milliseconds after which states expire, ``None`` for never."""
+
+    #: The setting ``result_expires``.
+    result: Optional[int]
+    #: The setting ``result_failure_expires``, for the state FAILURE.
+    failure: Optional[int]
+    #: The setting ``result_chord_expires``, for what a chord needs until it is fired.
+    chord: Optional[int]
+
+    @classmethod
+    def read(cls, conf: Any, expires: Optional[float]) -> Expirations:
+        """Return what the settings *conf* say.
+
+        Parameters:
+            expires: seconds that results are kept.
+
+        Raises:
+            ImproperlyConfigured: when a setting is no expiry.
+        """
+        result = expiry.milliseconds(expires)
+
+        def other(name: str) -> Optional[int]:
+            value = conf.get(name)
+            return result if value is None else expiry.milliseconds(expiry_of(name, value))
+
+        return cls(result, other("result_failure_expires"), other("result_chord_expires"))
+
+    def of(self, state: str) -> Optional[int]:
+        """Return the milliseconds after which *state* expires, ``None`` for never."""
+        if state == states.FAILURE:
+            return self.failure
+        if state in states.READY_STATES or self.failure is None:
+            return self.result
+        # A state on the way must not outlive the one at the end: the task would seem to run again.
+        return self.failure if self.result is None else min(self.result, self.failure)
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where results are kept and how they get there: the URL, the options and the layout."""
+
+    url: ResultURL
+    options: Options
+    broker: ResultBroker = dataclasses.field(repr=False, compare=False)
+    #: ``shared`` or ``per-task``.
+    layout: str
+
+    @classmethod
+    def read(cls, app: Any, url: Optional[str], given: Optional[Options]) -> Location:
+        """Return where the settings of *app* and the result backend URL say that results are.
+
+        Parameters:
+            given: options that count instead of those of the settings and the URL.
+
+        Raises:
+            InvalidOption: when an option is unknown or its value is not allowed.
+        """
+        parsed = parse_url(url)
+        options = given or Options.read(
+            app.conf.result_backend_transport_options or {}, parsed.options
+        )
+        broker = ResultBroker(app, parsed, options.use_ssl)
+        layout = _choose_layout(broker, options.layout)
+        if options.track_sent:
+            _check_tracking(app, broker, layout)
+        return cls(parsed, options, broker, layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendConfig:
+    """Everything that a backend reads from its app's settings, its URL and its arguments."""
+
+    location: Location
+    topology: Topology
+    #: What the layout ``per-task`` declares and publishes.
+    wire: Wire
+    codec: Codec
+    expirations: Expirations
+    #: Content types that may be read.
+    accept: Tuple[str, ...]
+    #: Distinguishes backends that must not share connections with the app's own; empty for that.
+    purpose: str = ""
+
+    @property
+    def options(self) -> Options:
+        """The options of the backend."""
+        return self.location.options
+
+    @property
+    def url(self) -> ResultURL:
+        """The result backend URL."""
+        return self.location.url
+
+    @property
+    def broker(self) -> ResultBroker:
+        """The broker that keeps the results."""
+        return self.location.broker
+
+    @property
+    def layout_name(self) -> str:
+        """``shared`` or ``per-task``."""
+        return self.location.layout
+
+    @property
+    def layout_key(self) -> str:
+        """What backends that share a layout, and so its connections, have in common."""
+        location = self.location
+        return repr(
+            (
+                location.url.complete(),
+                location.options,
+                location.layout,
+                self.wire,
+                self.accept,
+                self.purpose,
+            )
+        )
+
+
+def codec_of(
+    location: Location, serializer: str, accept: Optional[Iterable[str]], compression: Optional[str]
+) -> Codec:
+    """Return the codec that the serializer settings ask for.
+
+    Parameters:
+        serializer: kombu's name of a serializer.
+        accept: content types that may be read.
+        compression: the setting ``result_compression``; Celery 4's messages have no place for it.
+
+    Raises:
+        ImproperlyConfigured: when kombu does not know the compression.
+    """
+    if location.layout != "shared":
+        compression = None
+    if compression:
+        try:
+            get_encoder(compression)
+        except KeyError as exc:
+            raise ImproperlyConfigured(
+                f"result_compression is {compression!r}, which kombu does not know; it knows "
+                f"{', '.join(sorted(encoders()))}"
+            ) from exc
+    return Codec(serializer, accept, compression or None, location.options.max_decompressed_size)
+
+
+def expiry_of(name: str, value: Any) -> Optional[float]:
+    """Return the expiry that the setting *name* gives in seconds, ``None`` for never.
+
+    Raises:
+        ImproperlyConfigured: when it is none.
+    """
+    try:
+        return expiry.seconds(value)
+    except ValueError as exc:
+        raise ImproperlyConfigured(f"{name}: {exc}") from None
+
+
+def _choose_layout(broker: ResultBroker, wanted: Optional[str]) -> str:
+    """Return the layout: the one that is *wanted*, or the one that the transport can do."""
+    if broker.is_amqp():
+        return wanted or "shared"
+    if wanted == "shared":
+        raise errors.InvalidOption(
+            "the layout 'shared' needs RabbitMQ; the transport "
+            f"{transports.transport_name(broker.place)!r} can do 'per-task'"
+        )
+    return "per-task"
+
+
+def _check_tracking(app: Any, broker: ResultBroker, layout: str) -> None:
+    if layout != "shared":
+        raise errors.InvalidOption(
+            f"the option 'track_sent' needs the layout 'shared', and the layout is {layout!r}"
+        )
+    here, there = app.connection_for_write(), broker.place
+    if (here.host, here.virtual_host) != (there.host, there.virtual_host):
+        raise errors.InvalidOption(
+            "the option 'track_sent' needs results on the broker of the tasks, since the marks go "
+            f"with these; here results go to {broker.url.sanitized()} and tasks elsewhere"
+        )

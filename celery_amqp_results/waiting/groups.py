@@ -1,0 +1,91 @@
+"""Groups that ask for all their members at once.
+
+Celery's result sets ask for one member after the other. For the progress of a group of a thousand
+tasks that would be a thousand questions to the broker. A restored group reads what it does not know
+yet in one pass, and answers from that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Type, TypeVar
+
+from celery.result import ResultSet
+
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.waiting import results as trees
+
+__all__ = ("Pass", "ask_in_one_pass")
+
+_M = TypeVar("_M", bound=Callable[..., Any])
+
+#: The methods of a result set that ask for every member.
+ASKING = ("ready", "successful", "failed", "waiting", "completed_count")
+
+
+class Pass:
+    """The states that one thread has read for what it is doing right now."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    @property
+    def states(self) -> Mapping[str, Optional[StateMessage]]:
+        """The states of the present pass; none where there is no pass."""
+        found: Mapping[str, Optional[StateMessage]] = getattr(self._local, "states", {})
+        return found
+
+    @contextlib.contextmanager
+    def over(
+        self,
+        read: Callable[[List[str]], Dict[str, Optional[StateMessage]]],
+        group: ResultSet,
+    ) -> Iterator[None]:
+        """Answer from one read of all members of *group* that are not known to be ready.
+
+        A pass within another one, of a group in a group, is part of it.
+        """
+        if hasattr(self._local, "states"):
+            yield
+            return
+        missing = [leaf.id for leaf in trees.leaves(group) if leaf._cache is None]
+        self._local.states = read(missing) if missing else {}
+        try:
+            yield
+        finally:
+            del self._local.states
+
+
+def ask_in_one_pass(tree: Any) -> None:
+    """Have each result set in *tree* ask for all its members at once."""
+    # Not remembered for longer: these classes refer to the app.
+    made: Dict[type, type] = {}
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ResultSet):
+            kind = type(node)
+            if kind not in made:
+                made[kind] = _in_one_pass(kind)
+            node.__class__ = made[kind]
+            nodes.extend(node.results)
+        if getattr(node, "parent", None) is not None:
+            nodes.append(node.parent)
+
+
+def _in_one_pass(kind: Type[ResultSet]) -> Type[ResultSet]:
+    """Return a subclass of *kind* that differs in how it asks; pickled it is as *kind*."""
+    methods = {name: _wrapped(getattr(kind, name)) for name in ASKING}
+    return type(kind.__name__, (kind,), methods)
+
+
+def _wrapped(method: _M) -> _M:
+    @functools.wraps(method)
+    def ask(self: Any, *args: Any, **kwargs: Any) -> Any:
+        one_pass = getattr(self.backend, "one_pass", None)
+        with contextlib.nullcontext() if one_pass is None else one_pass(self):
+            return method(self, *args, **kwargs)
+
+    return ask  # type: ignore[return-value]

@@ -1,0 +1,84 @@
+"""The progress of a restored group is read in one pass."""
+
+from __future__ import annotations
+
+import pickle
+import uuid
+from typing import Any, List
+
+import pytest
+from celery import Celery, states
+from celery.result import GroupResult
+
+from tests.broker.helpers import new_id
+from tests.conftest import Apps
+
+
+def saved_group(app: Celery, stored: int, pending: int = 0) -> str:
+    """Save a group with so many members that are stored and so many that are not."""
+    ids = [new_id() for _ in range(stored + pending)]
+    for number, task_id in enumerate(ids[:stored]):
+        app.backend.store_result(task_id, number, states.SUCCESS)
+    results = [app.AsyncResult(task_id) for task_id in ids]
+    group = app.GroupResult(str(uuid.uuid4()), results)
+    group.save()
+    return str(group.id)
+
+
+@pytest.fixture
+def asked(make_app: Apps, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A second app, and the batches of ids that its layout is asked for."""
+    app = make_app()
+    batches: List[int] = []
+    poll = app.backend.layout.poll
+
+    def counted(ids: Any) -> Any:
+        batches.append(len(ids))
+        return poll(ids)
+
+    monkeypatch.setattr(app.backend.layout, "poll", counted)
+    return app, batches
+
+
+def test_each_question_about_a_group_is_one_read(app: Celery, asked: Any) -> None:
+    reader, batches = asked
+    group = GroupResult.restore(saved_group(app, 20, pending=5), app=reader)
+    assert group.completed_count() == 20
+    assert batches == [25]
+    # What has finished is known, and not read again.
+    assert not group.ready()
+    assert group.waiting()
+    assert not group.failed()
+    assert not group.successful()
+    assert batches == [25, 5, 5, 5, 5]
+
+
+def test_a_group_in_a_group_is_read_with_it(app: Celery, asked: Any) -> None:
+    reader, batches = asked
+    inner = GroupResult.restore(saved_group(app, 3), app=app)
+    outer = app.GroupResult(new_id(), [inner, app.AsyncResult(new_id())])
+    outer.save()
+    restored = GroupResult.restore(outer.id, app=reader)
+    assert not restored.ready()
+    assert batches == [4]
+    assert restored.results[0].completed_count() == 3
+
+
+def test_each_question_is_answered_anew(app: Celery, asked: Any) -> None:
+    reader, _ = asked
+    group = GroupResult.restore(saved_group(app, 0, pending=2), app=reader)
+    for number in range(2):
+        assert group.completed_count() == number
+        app.backend.store_result(group.results[number].id, None, states.SUCCESS)
+    assert group.successful()
+
+
+def test_a_restored_group_is_a_group_like_others(app: Celery, asked: Any) -> None:
+    reader, _ = asked
+    group = GroupResult.restore(saved_group(app, 3), app=reader)
+    assert isinstance(group, GroupResult)
+    assert type(group).__name__ == "GroupResult"
+    assert group == app.GroupResult(group.id, list(group.results))
+    assert group.get(timeout=60) == [0, 1, 2]
+    copy = pickle.loads(pickle.dumps(group.as_tuple()))
+    assert copy == group.as_tuple()

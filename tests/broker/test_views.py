@@ -1,0 +1,231 @@
+"""States that are read from memory after a barrier, by a process that did not send the tasks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Callable, List
+
+import amqp
+import pytest
+from celery import Celery, states
+from celery.exceptions import TimeoutError
+
+from celery_amqp_results.feed import table as table_module
+from tests.broker.helpers import LONG, Waiting, new_id, open_inbox
+from tests.conftest import Apps, eventually
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A binding may be relied on at once: there is one node."""
+    monkeypatch.setattr(table_module, "STEADY", 0.0)
+
+
+def until_live(reader: Celery, task_id: str) -> None:
+    """Have *reader* ask for a task until it knows the task's shard completely."""
+
+    def asked() -> bool:
+        before = reader.backend.metrics().remembered
+        reader.AsyncResult(task_id).state  # noqa: B018
+        return reader.backend.metrics().remembered > before
+
+    eventually(asked)
+
+
+@pytest.fixture
+def reader(make_app: Apps) -> Celery:
+    return make_app(shards=1)
+
+
+@pytest.fixture
+def writer(make_app: Apps) -> Celery:
+    return make_app(shards=1)
+
+
+def test_a_state_is_read_without_a_request_to_the_shard(writer: Celery, reader: Celery) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    before = reader.backend.metrics()
+    assert before.views == 1
+    for state in (states.STARTED, states.SUCCESS):
+        writer.backend.store_result(task_id, 1, state)
+        if state == states.SUCCESS:
+            assert reader.AsyncResult(task_id).state == state
+    assert reader.AsyncResult(new_id()).state == states.PENDING
+    after = reader.backend.metrics()
+    assert after.shards_read == before.shards_read
+    assert after.barriers > before.barriers
+    assert after.view_bytes > before.view_bytes
+
+
+def test_results_from_before_are_known_to_exist(writer: Celery, reader: Celery) -> None:
+    # Given results that were packed, and others that were not
+    ids = [new_id() for _ in range(100)]
+    for number, task_id in enumerate(ids):
+        writer.backend.store_result(task_id, number, states.SUCCESS)
+    until_live(reader, new_id())
+    # Then all are found, and nothing else
+    assert dict(reader.backend.get_many(ids, timeout=0)).keys() == set(ids)
+    assert [reader.AsyncResult(task_id).get(timeout=LONG) for task_id in ids] == list(range(100))
+    assert reader.AsyncResult(new_id()).state == states.PENDING
+
+
+def test_what_is_forgotten_is_forgotten_in_all_processes(
+    writer: Celery, reader: Celery, make_app: Apps
+) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    make_app(shards=1).AsyncResult(task_id).forget()
+    assert reader.AsyncResult(task_id).state == states.PENDING
+    assert not reader.backend.task_result_exists(task_id)
+
+
+def test_a_result_that_has_expired_is_not_read_from_memory(make_app: Apps, reader: Celery) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    writer = make_app(shards=1, result_expires=0.5)
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    eventually(lambda: reader.AsyncResult(task_id).state == states.PENDING)
+
+
+def test_a_large_result_is_read_through_its_pointer(writer: Celery, reader: Celery) -> None:
+    task_id, value = new_id(), "x" * 300_000
+    until_live(reader, task_id)
+    writer.backend.store_result(task_id, value, states.SUCCESS)
+    assert reader.AsyncResult(task_id).get(timeout=LONG) == value
+    assert reader.AsyncResult(task_id).result == value
+
+
+def test_a_batch_is_read_after_one_barrier(writer: Celery, reader: Celery) -> None:
+    ids = [new_id() for _ in range(200)]
+    until_live(reader, ids[0])
+    for task_id in ids[:100]:
+        writer.backend.store_result(task_id, 1, states.SUCCESS)
+    before = reader.backend.metrics()
+    assert len(list(reader.backend.get_many(ids, max_iterations=1))) == 100
+    after = reader.backend.metrics()
+    assert after.barriers == before.barriers + 1
+    assert after.shards_read == before.shards_read
+
+
+def test_a_wait_in_a_live_shard_ends_with_a_push(writer: Celery, reader: Celery) -> None:
+    finished, other = new_id(), new_id()
+    until_live(reader, other)
+    writer.backend.store_result(finished, 1, states.SUCCESS)
+    before = reader.backend.metrics().shards_read
+    assert reader.AsyncResult(finished).get(timeout=LONG) == 1
+    assert reader.backend.metrics().shards_read == before
+    waiting = Waiting(lambda: reader.AsyncResult(other).get(timeout=LONG))
+    writer.backend.store_result(other, 2, states.SUCCESS)
+    assert waiting.result() == 2
+
+
+def test_threads_share_barriers(writer: Celery, reader: Celery) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    found: List[str] = []
+
+    def ask() -> None:
+        for _ in range(30):
+            found.append(reader.AsyncResult(task_id).state)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    before = reader.backend.metrics()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert found == [states.PENDING] * 240
+    after = reader.backend.metrics()
+    assert after.remembered - before.remembered == 240
+    assert after.barriers - before.barriers < 240
+
+
+def test_a_purged_shard_is_noticed_when_the_view_is_checked(
+    writer: Celery, reader: Celery, raw: amqp.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_module, "FIRST_CHECK", 0.0)
+    monkeypatch.setattr(table_module, "SETTLED", 0.0)
+    task_id = new_id()
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    eventually(lambda: reader.backend.metrics().views or not reader.AsyncResult(task_id).state)
+    raw.channel().queue_purge(reader.backend._topology.shard_queue_name(0))
+    eventually(lambda: reader.AsyncResult(task_id).state == states.PENDING)
+
+
+def test_where_barriers_are_refused_the_store_is_read(
+    writer: Celery, reader: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    session = reader.backend.layout.inbox._session
+    session._on_barriers_refused(403, "ACCESS_REFUSED", 60, 40)
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    before = reader.backend.metrics().remembered
+    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    assert reader.backend.metrics().remembered == before
+
+
+def test_a_barrier_that_does_not_come_back_is_not_waited_for_twice(
+    writer: Celery, reader: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    inbox = reader.backend.layout.inbox
+    take: Callable[[str], Any] = inbox._on_barrier
+    monkeypatch.setattr(inbox, "_on_barrier", lambda number: None)
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    for _ in range(3):
+        assert reader.AsyncResult(task_id).state == states.SUCCESS
+    # When it comes after all, barriers are used again.
+    (number,) = inbox._barriers._under_way
+    monkeypatch.setattr(inbox, "_on_barrier", take)
+    take(number)
+    until_live(reader, task_id)
+
+
+def test_very_short_timeouts_find_a_result_in_the_end(writer: Celery, reader: Celery) -> None:
+    task_id = new_id()
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    end = time.monotonic() + LONG
+    while time.monotonic() < end:
+        try:
+            assert reader.AsyncResult(task_id).get(timeout=0.001) == 1
+            return
+        except TimeoutError:
+            continue
+    pytest.fail("it was never found")
+
+
+def test_a_wait_that_is_over_keeps_the_look_up_s_connection(
+    writer: Celery, reader: Celery, raw: amqp.Connection
+) -> None:
+    task_id = new_id()
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    # Given a shard that another reader holds
+    channel = raw.channel()
+    channel.basic_consume(reader.backend._topology.shard_queue_name(0), callback=lambda m: None)
+    for _ in range(5):
+        with pytest.raises(TimeoutError):
+            reader.AsyncResult(task_id).get(timeout=0.01)
+    pool = reader.backend.layout.store._pool
+    assert len(pool._idle) == 1
+    channel.close()
+    assert reader.AsyncResult(task_id).get(timeout=LONG) == 1
+
+
+def test_an_inbox_is_not_opened_for_reads_that_are_rare(writer: Celery, reader: Celery) -> None:
+    reader.AsyncResult(new_id()).state  # noqa: B018
+    assert reader.backend.layout.inbox._thread is None
+
+
+def test_own_tasks_are_read_from_memory(reader: Celery) -> None:
+    open_inbox(reader)
+    result = reader.send_task("tests.nothing")
+    assert result.state == states.PENDING
+    assert reader.backend.metrics().remembered == 1
+    assert reader.backend.metrics().shards_read == 0
