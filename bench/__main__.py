@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
@@ -90,25 +91,35 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
         reporter.line(", ".join(f"{name} {value}" for name, value in about.items()))
         started = time.monotonic()
         rows: List[Row] = []
+        failed: List[str] = []
         try:
-            for row in _rows(place, options, reporter):
+            for row in _rows(place, options, reporter, failed):
                 rows.append(row)
                 reporter.row(row)
                 if options.json:
                     options.json.write_text(Run(about, rows).to_json(), encoding="utf-8")
         except KeyboardInterrupt:
             reporter.line("interrupted: these are the rows so far")
+        if failed:
+            about["failed"] = failed
         about["seconds"] = round(time.monotonic() - started)
         about["busy"] = about["busy"] or _busy()
         about["load"] = f"{about['load']}; at the end {_load()}"
     return Run(about, rows)
 
 
-def _rows(place: Place, options: argparse.Namespace, reporter: Reporter) -> Iterator[Row]:
+def _rows(
+    place: Place, options: argparse.Namespace, reporter: Reporter, failed: List[str]
+) -> Iterator[Row]:
     short = [name for name in measures.ALL if name not in measures.THOROUGH]
     for name in options.measures or (short if options.quick else measures.ALL):
         begun = time.monotonic()
-        yield from measures.ALL[name](place)
+        try:
+            yield from measures.ALL[name](place)
+        except Exception:
+            # The other measures are worth having.
+            reporter.line(f"-- {name} has failed:\n{traceback.format_exc()}")
+            failed.append(name)
         reporter.line(f"-- {name}: {time.monotonic() - begun:.0f} s, load {_load()}")
 
 
@@ -198,7 +209,7 @@ def _finish(run: Run, options: argparse.Namespace, reporter: Reporter) -> int:
         for path in plots.draw(run, options.plots):
             reporter.line(f"wrote {path}")
     path = recorded_path(run)
-    code = 0
+    code = 1 if run.about.get("failed") else 0
     if options.compare:
         try:
             recorded = Run.read(path)
@@ -208,7 +219,7 @@ def _finish(run: Run, options: argparse.Namespace, reporter: Reporter) -> int:
             worse = compare.regressions(recorded, run)
             compared = sum(1 for _ in compare.changes(recorded, run))
             reporter.regressions(worse, compared, recorded)
-            code = 1 if worse else 0
+            code = 1 if worse else code
     if options.record:
         path.parent.mkdir(exist_ok=True)
         path.write_text(run.to_json(), encoding="utf-8")
