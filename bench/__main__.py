@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import amqp
 import celery
@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kept", default="", metavar="N,N",
         help="how many results are kept for look-ups; default: 10000 with --quick; 1000, 10000 and "
              "100000 without; 1000000 takes ten minutes")
+    add("--fleet", default="", metavar="NxM,NxM",
+        help="web processes and tasks a second of the measure fleet, such as 8x50")
     add("--rounds", type=int, default=0, metavar="N",
         help="rounds of each peer, but for chords and the fleet; default: 5, with --quick 3")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -138,12 +140,18 @@ def _place(stack: contextlib.ExitStack, options: argparse.Namespace, reporter: R
     kept = [int(number) for number in options.kept.split(",") if number]
     place = Place(node, servers, options.quick, kept, here, (redis.pid, lasting.pid))
     place.usual_rounds = options.rounds
+    place.fleet = [_pair(text) for text in options.fleet.split(",") if text]
     if not options.quick and not node.version.startswith("3."):
         tuned = stack.enter_context(services.private_rabbitmq(options.distribution, services.TUNED))
         place.servers = dataclasses.replace(servers, tuned=tuned.url())
         place.tuned_pid = tuned.pid
     stack.callback(place.end_workers)
     return place
+
+
+def _pair(text: str) -> Tuple[int, int]:
+    first, _, second = text.partition("x")
+    return int(first), int(second)
 
 
 def _about(node: rabbitmq.Node, quick: bool) -> Dict[str, Any]:
