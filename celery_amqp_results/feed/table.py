@@ -502,7 +502,7 @@ class Table:
             view = self._views.get(shard)
             if view is None:
                 continue
-            if view.steady(now) and (not view.live or now >= view.check_at):
+            if view.steady(now) and now >= view.check_at:
                 look.census.add(shard)
             # It may not lie in the shard yet, of a quorum queue for one.
             for at, state in view.lately:
@@ -542,10 +542,13 @@ class Table:
     def _take_found(self, task_id: str, look: Look, states: List[StateMessage], now: float) -> None:
         view = self._view(self._topology.shard(task_id))
         own = task_id in self._sent
-        if not own and view.bound_at is None:
-            # What happens next would not be pushed.
+        if not own and (view.bound_at is None or look.began < view.bound_at):
+            # What happens next, or has happened since, would not be pushed.
             return
         sure = view.steady(look.began) or (own and look.began - self._opened_at >= STEADY)
+        if view.live and not sure:
+            # The view knows better.
+            return
         entry = self._recent.get(task_id)
         known = []
         if entry is not None and entry.state is not None and entry.at >= look.began - SETTLED:
@@ -591,8 +594,8 @@ class Table:
         for task_id in list(self._view(shard).ids):
             entry = self._recent[task_id]
             if entry.state is None:
-                if task_id not in self._sent or task_id in by_id:
-                    self._take_out(task_id)
+                # The view is going to say so itself.
+                self._take_out(task_id)
             elif entry.at >= look.began - SETTLED and task_id not in look.forgotten:
                 by_id.setdefault(task_id, []).append(entry.state)
             elif not entry.sure or number_of(task_id) not in census.digests:
