@@ -43,7 +43,7 @@ from kombu.utils.functional import LRUCache
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.celery4.api import Celery4API
-from celery_amqp_results.chords import workers
+from celery_amqp_results.chords import remote, workers
 from celery_amqp_results.chords.firing import last_links, sends_for_another
 from celery_amqp_results.chords.sending import expect_body
 from celery_amqp_results.config import (
@@ -1246,6 +1246,7 @@ def _on_worker_ready(app: Any) -> None:
     """Have the main process of a worker lead chords."""
     backend = app.backend
     if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
+        remote.register()
         backend.layout.chords.start_if_needed()
 
 

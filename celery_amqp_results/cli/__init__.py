@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from celery_amqp_results.cli.chord import chord
 from celery_amqp_results.cli.doctor import doctor
 from celery_amqp_results.cli.migrate import migrate
 from celery_amqp_results.cli.purge import purge
@@ -28,5 +29,5 @@ def results() -> None:
     """
 
 
-for _command in (get, watch, forget, stats, doctor, purge, migrate):
+for _command in (get, watch, forget, chord, stats, doctor, purge, migrate):
     results.add_command(_command)

@@ -17,9 +17,10 @@ from celery.exceptions import TimeoutError
 from celery_amqp_results import errors
 from celery_amqp_results.cli.common import Failed, Session
 from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding
-from celery_amqp_results.cli.limits import PLAN_QUEUES, advice_on_refusal
+from celery_amqp_results.cli.limits import advice_on_refusal
 from celery_amqp_results.cli.output import age, counted, size
 from celery_amqp_results.protocol import expiry
+from celery_amqp_results.protocol.names import PLAN_QUEUES
 
 __all__ = (
     "alarm_findings",
@@ -139,7 +140,7 @@ def chord_findings(broker: Any) -> Iterator[Finding]:
     plans = 0
     stuck: List[str] = []
     for number in range(PLAN_QUEUES):
-        name = f"{topology.prefix}.chords.{number}"
+        name = topology.plan_queue(number).name
         try:
             found = broker.count(name)
         except Failed:

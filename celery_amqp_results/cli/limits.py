@@ -11,6 +11,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 
 from celery_amqp_results.cli.findings import Finding
 from celery_amqp_results.cli.output import counted
+from celery_amqp_results.protocol.names import PLAN_QUEUES
 
 __all__ = (
     "Limits",
@@ -20,9 +21,6 @@ __all__ = (
     "limits_from",
     "recommended_shards",
 )
-
-#: Queues in which the plans of chords are kept.
-PLAN_QUEUES = 8
 
 #: Queues of a process that waits: its inbox, and one that tells that the inbox was full.
 QUEUES_OF_A_WAITER = 2

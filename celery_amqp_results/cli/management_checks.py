@@ -128,7 +128,7 @@ def clock_finding(skew: Optional[float]) -> Optional[Finding]:
 
 def _policies(session: Session, topology: Topology, api: Any) -> Iterator[Finding]:
     """Yield what policies do to our queues, whether these are there yet or not."""
-    queues = api.queues(_prefixed(topology, "shard|large|chords?"))
+    queues = api.queues(_prefixed(topology, "shard|large|chords"))
     inboxes = set(_inboxes(topology, api))
     if inboxes:
         queues += [queue for queue in api.queues("^amq\\.gen-") if queue["name"] in inboxes]

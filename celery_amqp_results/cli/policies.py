@@ -98,7 +98,7 @@ def roles(
     return [
         keeping("results", f"{prefix}.shard.", topology.shard_queue_name(0), expires),
         keeping("results", f"{prefix}.large.", large, expires),
-        keeping("chords", f"{prefix}.chord", f"{prefix}.chords.0", chord_expires),
+        keeping("chords", f"{prefix}.chords.", topology.plan_queue(0).name, chord_expires),
         Role(
             "states in inboxes",
             "amq.gen-",

@@ -1,0 +1,35 @@
+"""A remote-control command of workers: how far a chord is.
+
+Only the leader of a chord knows its header, and the leader is the main process of some worker. So
+the question goes to all workers, by Celery's remote control, and the leader answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict
+
+__all__ = ("COMMAND", "register")
+
+#: Name of the command: ``celery -A proj inspect results_chord ID``.
+COMMAND = "results_chord"
+
+
+def register() -> None:
+    """Add the command to the worker in this process."""
+    # This imports the worker, which other processes have no use for.
+    from celery.worker.control import inspect_command
+
+    inspect_command(name=COMMAND, args=[("key", str)], signature="<id of the header or the body>")(
+        _answer
+    )
+
+
+def _answer(state: Any, key: str, **kwargs: Any) -> Dict[str, Any]:
+    """Tell how far a chord is that this worker leads."""
+    layout = getattr(state.app.backend, "layout", None)
+    chords = getattr(layout, "chords", None)
+    found = None if chords is None else chords.service.progress(key)
+    if found is None:
+        return {"led": False}
+    tasks, missing = found
+    return {"led": True, "tasks": tasks, "missing": list(missing)}
