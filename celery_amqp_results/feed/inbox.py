@@ -662,6 +662,8 @@ class _Session:
         )
         for client in (inbox._client, BROADCAST):
             channel.queue_bind(self.queue, topology.exchange, topology.client_binding(client))
+        # Other brokers than RabbitMQ limit consumers unless told otherwise.
+        channel.basic_qos(0, 0, False)
         channel.basic_consume(
             self.queue, no_ack=True, callback=inbox._receive, on_cancel=self._on_cancel
         )
