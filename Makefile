@@ -17,7 +17,7 @@ SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test coverage test-newest-rabbitmq test-oldest test-newest-python test-matrix \
 	test-pair lint format types docs \
-	test-faults test-tools soak mutants fuzz screenshots bench bench-check dist clean
+	test-faults test-tools soak simulate mutants fuzz screenshots bench bench-check dist clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -97,6 +97,9 @@ dist: $(VENV)/.release ## Build the wheel and the source archive into dist/, and
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
+
+simulate: $(VENV)/.test ## Run the simulation of reads with SEEDS=10000 seeds, from FIRST=0 on
+	$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),10000) --first $(or $(FIRST),0)
 
 fuzz: $(VENV)/.test ## Feed the decoders with garbage for SECONDS=60; with atheris if it is installed
 	$(BIN)/python -m tools.fuzz --seconds $(or $(SECONDS),60)

@@ -33,7 +33,7 @@ from typing import (
 )
 
 import celery
-from celery import states
+from celery import signals, states
 from celery.app.task import Context
 from celery.backends.base import Backend
 from celery.exceptions import SecurityError, TimeoutError
@@ -1128,6 +1128,40 @@ class AMQPBackend(Celery4API, Backend):
                     self.on_chord_part_return(request, states.FAILURE, exc)
         return info
 
+    def chord_progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
+        """Return how many tasks the header of an open chord has, and which have not ended.
+
+        Does no I/O.
+
+        Parameters:
+            key: id of the header, or of the body.
+
+        Returns:
+            ``None`` where this process does not lead such a chord.
+        """
+        chords = self.layout.chords
+        return None if chords is None else chords.service.progress(key)
+
+    def ask_chord_leaders(self, key: str, timeout: float = 1.0) -> Optional[Tuple[int, List[str]]]:
+        """Ask all workers for :meth:`chord_progress`, by Celery's remote control.
+
+        Parameters:
+            key: id of the header, or of the body.
+            timeout: seconds to wait for replies.
+
+        Returns:
+            ``None`` where no worker replies that it leads such a chord: it is over, there is none,
+            or remote control is switched off.
+        """
+        replies = self.app.control.broadcast(
+            workers.COMMAND, arguments={"key": key}, reply=True, timeout=timeout
+        )
+        for reply in replies or ():
+            for answer in reply.values():
+                if isinstance(answer, dict) and "tasks" in answer:
+                    return answer["tasks"], list(answer["missing"])
+        return None
+
     def decode_state(self, state: StateMessage) -> Meta:
         """Return the meta that *state* holds.
 
@@ -1242,14 +1276,22 @@ def _at_exit() -> None:
         registry.close()
 
 
+def _at_end_of_worker_process(**kwargs: Any) -> None:
+    # A child of a pool ends without Python's exit functions.
+    for registry in list(_registries.values()):
+        registry.flush()
+
+
 def _on_worker_ready(app: Any) -> None:
     """Have the main process of a worker lead chords."""
     backend = app.backend
     if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
         remote.register()
         backend.layout.chords.start_if_needed()
+        workers.answer_questions(backend.chord_progress)
 
 
 workers.on_ready(_on_worker_ready)
+signals.worker_process_shutdown.connect(_at_end_of_worker_process, weak=False)
 os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)

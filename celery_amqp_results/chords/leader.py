@@ -52,6 +52,9 @@ SETTLE_SECONDS = 1.0
 #: first recheck finds what was missed.
 SKEW = 4_000_000
 
+#: Seconds after which an amendment to a chord that is over is given up.
+LAST_AMENDMENT = 60.0
+
 #: Seconds before a failed look-up or a failed sending is tried again.
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -266,13 +269,15 @@ class Leader:
         marks = self._of_group.get(amendment.group_id)
         if marks:
             self._amend(self._chords[marks[-1]], amendment, delivery)
-        elif amendment.group_id in self._fired_groups:
-            self._give_up_amendment(amendment, delivery)
         else:
             self._orphans.setdefault(amendment.group_id, []).append((amendment, delivery))
-            if amendment.expires is not None:
-                # Its id is no mark of a chord.
-                self._set_timer(now + amendment.expires / 1000, amendment.group_id)
+            patience = None if amendment.expires is None else amendment.expires / 1000
+            if amendment.group_id in self._fired_groups:
+                # The chord is over, unless it was sent again and its plan is to come.
+                patience = min(patience or LAST_AMENDMENT, LAST_AMENDMENT)
+            if patience is not None:
+                # The id of a header is no mark of a chord.
+                self._set_timer(now + patience, amendment.group_id)
 
     def state_pushed(self, state: StateMessage, now: float, wall: int) -> None:
         """Take a state that was pushed."""

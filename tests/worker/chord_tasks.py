@@ -112,6 +112,12 @@ def register(app: Celery) -> SimpleNamespace:
         return x
 
     @task(bind=True)
+    def adds_a_group(self: Any, more: int) -> int:
+        """Add a group to the chord of this header task."""
+        self.add_to_chord(group(add.s(1000, number) for number in range(more)))
+        return more
+
+    @task(bind=True)
     def adds_one_that_adds(self: Any, depth: int) -> int:
         if depth:
             self.add_to_chord(adds_one_that_adds.s(depth - 1))

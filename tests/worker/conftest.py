@@ -71,6 +71,7 @@ def launch_worker(
     args: tuple[str, ...] = (),
     env: dict[str, str] | None = None,
     python: str = sys.executable,
+    options: tuple[str, ...] = (),
 ) -> Worker:
     """Start ``celery worker`` for the tasks of *module* with the settings of *app*.
 
@@ -86,7 +87,7 @@ def launch_worker(
         **(env or {}),
     )
     command = [
-        python, "-m", "celery", "-A", module, "worker", "--pool", pool,
+        python, "-m", "celery", *options, "-A", module, "worker", "--pool", pool,
         "--concurrency", str(concurrency), "--loglevel", "INFO", "--without-gossip",
         "--without-mingle", "--hostname", f"w-{uuid.uuid4().hex[:8]}@localhost", *args,
     ]  # fmt: skip

@@ -1,0 +1,461 @@
+"""The leader of chords, without a broker: events in, actions out."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
+
+import pytest
+
+from celery_amqp_results.chords import leader as leading
+from celery_amqp_results.chords.leader import (
+    Acknowledge,
+    Bind,
+    Fire,
+    GiveUp,
+    Leader,
+    LookUp,
+)
+from celery_amqp_results.chords.plan import Amendment, Plan, amended, fill, leaves
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.names import plan_number
+
+#: A wall clock, in microseconds, and the monotonic clock of the same moment.
+WALL = 1_000_000_000_000
+NOW = 1000.0
+LATER = 60_000_000
+
+GROUP = "header"
+NUMBER = plan_number(GROUP)
+
+
+def plan(*results: Any, began: int = WALL + LATER, mark: str = "m", **options: Any) -> Plan:
+    return Plan(GROUP, mark, list(results), began, **options)
+
+
+def end(task_id: str, published: int = WALL, state: str = "SUCCESS", body: bytes = b"x") -> Any:
+    return StateMessage(task_id, state, published, body, "application/json", "utf-8")
+
+
+def settled(memory: int = 1000) -> Leader:
+    """Return a leader whose binding has stood for long."""
+    leader = Leader(memory)
+    leader.plan_delivered(plan(mark="first"), 0, False, NOW)
+    (bind, *_) = leader.take()
+    assert bind == Bind(NUMBER)
+    leader.bound(NUMBER, NOW, WALL)
+    leader.sent("first")
+    leader.tick(NOW, WALL)
+    leader.take()
+    return leader
+
+
+def kinds(actions: Iterable[Any]) -> List[type]:
+    return [type(action) for action in actions]
+
+
+def test_a_chord_is_fired_once_when_all_its_tasks_have_ended() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", "b"), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.state_pushed(end("b", state="STARTED"), NOW, WALL)
+    leader.tick(NOW, WALL)
+    assert leader.take() == []
+    assert leader.progress(GROUP) == (2, ["b"])
+    leader.state_pushed(end("b"), NOW, WALL)
+    leader.state_pushed(end("b"), NOW, WALL)
+    (fire,) = leader.take()
+    assert isinstance(fire, Fire)
+    assert fire.results == ["a", "b"]
+    assert set(fire.ends) == {"a", "b"}
+    leader.sent("m")
+    assert leader.take() == [Acknowledge((7,))]
+    assert (leader.open, leader.held_bytes) == (0, 0)
+
+
+def test_ends_that_come_before_the_plan_count() -> None:
+    leader = settled()
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    assert kinds(leader.take()) == [Fire]
+
+
+def test_a_first_plan_is_looked_up_when_the_binding_stands_and_once_more_a_second_later() -> None:
+    leader = Leader(1000)
+    leader.plan_delivered(plan("a", "b", proofs=("body",)), 7, False, NOW)
+    leader.tick(NOW, WALL)
+    assert leader.take() == [Bind(NUMBER)]
+    leader.bound(NUMBER, NOW, WALL)
+    leader.tick(NOW, WALL)
+    (request,) = leader.take()
+    assert request == LookUp(frozenset("ab"), frozenset(["body"]))
+    leader.looked_up(request, {"a": end("a")}, {"body": []}, NOW)
+    assert leader.take() == []
+    assert leader.next_event() == NOW + leading.SETTLE_SECONDS
+    later = NOW + leading.SETTLE_SECONDS
+    leader.tick(later, WALL)
+    (request,) = leader.take()
+    assert request == LookUp(frozenset("b"), frozenset())
+    leader.looked_up(request, {"b": end("b")}, {}, later)
+    assert kinds(leader.take()) == [Fire]
+
+
+def test_a_redelivered_plan_whose_body_was_sent_is_acknowledged() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", proofs=("body",)), 7, True, NOW)
+    # Complete, but another leader may have sent the body
+    leader.state_pushed(end("a"), NOW, WALL)
+    assert leader.take() == []
+    leader.tick(NOW, WALL)
+    (request,) = leader.take()
+    leader.looked_up(request, {}, {"body": [end("body", state="STARTED")]}, NOW)
+    assert leader.take() == [Acknowledge((7,))]
+
+
+def test_a_redelivered_plan_whose_body_was_not_sent_is_fired() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", proofs=("body",)), 7, True, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.tick(NOW, WALL)
+    (request,) = leader.take()
+    leader.looked_up(request, {}, {"body": []}, NOW)
+    assert kinds(leader.take()) == [Fire]
+
+
+def test_a_chord_that_is_sent_again_is_not_taken_for_the_one_before() -> None:
+    leader = settled()
+    began = WALL + LATER
+    again = plan("a", again=True, began=began, proofs=("body",))
+    leader.plan_delivered(again, 7, True, NOW)
+    leader.tick(NOW, WALL)
+    (request,) = leader.take()
+    old = began - 1
+    leader.looked_up(request, {"a": end("a", old)}, {"body": [end("body", old)]}, NOW)
+    assert leader.take() == []
+    leader.state_pushed(end("a", began + 1), NOW, WALL)
+    assert kinds(leader.take()) == [Fire]
+
+
+def test_what_was_fired_here_is_never_fired_again() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    assert kinds(leader.take()) == [Fire]
+    # The connection is lost while the body is being sent, and the plan is delivered again
+    leader.connection_lost()
+    leader.plan_delivered(plan("a"), 1, True, NOW)
+    leader.bound(NUMBER, NOW, WALL)
+    leader.sent("m")
+    assert leader.take() == [Bind(NUMBER), Acknowledge((1,))]
+    # Once more, after it was acknowledged in vain
+    leader.plan_delivered(plan("a"), 2, True, NOW)
+    assert leader.take() == [Acknowledge((2,))]
+
+
+def test_a_body_that_could_not_be_sent_is_tried_again() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    assert kinds(leader.take()) == [Fire]
+    leader.not_sent("m", NOW)
+    assert leader.next_event() == pytest.approx(NOW + leading.RETRY_SECONDS[0])
+    leader.tick(leader.next_event(), WALL)
+    (fire,) = leader.take()
+    assert fire.failures == 1
+    leader.connection_lost()
+    leader.not_sent("m", NOW)
+    # Whoever is given the plan next sends it
+    assert (leader.open, leader.take()) == (0, [])
+    leader.plan_delivered(plan("a"), 8, True, NOW)
+    assert leader.open == 1
+
+
+def test_messages_that_were_taken_back_are_acknowledged_by_their_new_deliveries() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.requeued()
+    leader.state_pushed(end("a"), NOW, WALL)
+    assert kinds(leader.take()) == [Fire]
+    leader.plan_delivered(plan("a"), 8, True, NOW)
+    leader.sent("m")
+    assert leader.take() == [Acknowledge((8,))]
+
+
+def amendment(*results: Any, after: Optional[str] = "a", **options: Any) -> Amendment:
+    return Amendment(GROUP, options.pop("mark", "x"), after, list(results), **options)
+
+
+def test_an_amendment_is_waited_for_and_acknowledged_with_the_plan() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", "b"), 7, False, NOW)
+    leader.amendment_delivered(amendment("c"), 8, NOW)
+    leader.amendment_delivered(amendment("c"), 9, NOW)
+    for task_id in "ab":
+        leader.state_pushed(end(task_id), NOW, WALL)
+    assert leader.take() == []
+    leader.state_pushed(end("c"), NOW, WALL)
+    (fire,) = leader.take()
+    assert fire.results == ["a", "c", "b"]
+    leader.sent("m")
+    assert leader.take() == [Acknowledge((7, 8, 9))]
+    leader.amendment_delivered(amendment("d"), 10, NOW)
+    assert leader.take() == []
+    leader.tick(NOW + leading.LAST_AMENDMENT, WALL)
+    assert kinds(leader.take()) == [GiveUp, Acknowledge]
+
+
+def test_an_amendment_that_comes_before_its_plan_waits_for_it() -> None:
+    leader = settled()
+    leader.amendment_delivered(amendment("c", expires=1000), 8, NOW)
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    assert leader.take() == []
+    leader.state_pushed(end("c"), NOW, WALL)
+    assert kinds(leader.take()) == [Fire]
+    other = Amendment("other", "y", None, ["z"], expires=1000)
+    leader.amendment_delivered(other, 9, NOW)
+    leader.take()
+    leader.tick(NOW + 1.1, WALL)
+    assert kinds(leader.take()) == [GiveUp, Acknowledge]
+
+
+def test_a_group_that_is_added_is_pushed_under_its_own_id() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    subgroup = next(name for name in map(str, range(99)) if plan_number(name) != NUMBER)
+    leader.amendment_delivered(amendment(["c", "d"], subgroup=subgroup), 8, NOW)
+    assert leader.take() == [Bind(plan_number(subgroup))]
+    leader.bound(plan_number(subgroup), NOW, WALL)
+    leader.tick(NOW, WALL)
+    (request,) = leader.take()
+    assert {"c", "d"} <= request.tasks
+
+
+def test_an_abandoned_chord_is_given_up_when_nothing_has_come_for_its_expiry() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", "b", began=WALL, expires=10_000), 7, False, NOW)
+    leader.state_pushed(end("a", WALL + 5_000_000), NOW + 5, WALL + 5_000_000)
+    leader.tick(NOW + 14, WALL + 14_000_000)
+    assert GiveUp not in kinds(leader.take())
+    leader.tick(NOW + 16, WALL + 16_000_000)
+    assert kinds(leader.take())[:2] == [GiveUp, Acknowledge]
+    assert leader.open == 0
+
+
+def test_a_chord_of_which_nothing_is_heard_is_looked_up_less_and_less_often() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    asked = []
+    now = NOW
+    while now < NOW + 1000:
+        now = leader.next_event()
+        leader.tick(now, WALL)
+        for action in leader.take():
+            asked.append(now - NOW)
+            leader.looked_up(action, {}, {}, now)
+    assert asked[:4] == [15, 30, 60, 120]
+    assert max(b - a for a, b in zip(asked, asked[1:])) <= leading.LAST_RECHECK
+
+
+def test_a_look_up_that_failed_is_repeated() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, True, NOW)
+    leader.tick(NOW, WALL)
+    (request,) = leader.take()
+    leader.look_up_failed(request, NOW)
+    assert leader.next_event() > NOW
+    leader.tick(leader.next_event(), WALL)
+    assert leader.take() == [request]
+
+
+def test_results_over_the_memory_are_kept_without_their_bodies() -> None:
+    leader = settled(memory=10)
+    leader.plan_delivered(plan("a", "b"), 7, False, NOW)
+    leader.state_pushed(end("a", body=b"x" * 9), NOW, WALL)
+    leader.state_pushed(end("b", body=b"x" * 9), NOW, WALL)
+    (fire,) = leader.take()
+    assert fire.bodiless == {"b"}
+    assert leader.held_bytes == 9
+
+
+def test_what_no_plan_waits_for_makes_room() -> None:
+    leader = settled(memory=10)
+    leader.state_pushed(end("a", body=b"x" * 9), NOW, WALL + LATER)
+    leader.state_pushed(end("b", body=b"x" * 9), NOW, WALL + LATER)
+    assert leader.held_bytes == 9
+    # What was forgotten is looked up
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.tick(NOW, WALL)
+    assert leader.take() == [LookUp(frozenset("a"), frozenset())]
+
+
+def test_results_are_put_together_in_the_order_and_nesting_of_the_header() -> None:
+    nested = ["a", ["b", ["c"]], "b"]
+    assert list(leaves(nested)) == ["a", "b", "c", "b"]
+    assert fill(nested, {"a": 1, "b": 2, "c": 3}) == [1, [2, [3]], 2]
+    more = [amendment("d", after="c"), amendment("e", ["f"], after="d"), amendment("g", after="?")]
+    assert amended(nested, more) == ["a", ["b", ["c", "d", "e", "f"]], "b", "g"]
+
+
+# -- interleavings ---------------------------------------------------------------------------------
+
+
+class World:
+    """Chords, a store, plan queues, and processes that lead, die and are cut off at random."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.now, self.wall = NOW, WALL
+        self.store: Dict[str, StateMessage] = {}
+        self.queue: Dict[int, Plan] = {}
+        self.delivered: Set[int] = set()
+        self.redelivered: Set[int] = set()
+        self.unended: List[Tuple[str, int]] = []
+        #: What is pushed, and on its way; and what helpers do.
+        self.pushed: List[StateMessage] = []
+        self.work: List[Any] = []
+        self.bound: Set[int] = set()
+        #: How often each body was sent by each process, and how many processes there were.
+        self.sent: Dict[str, List[int]] = {}
+        self.process = 0
+        self.leader = Leader(self.random.choice([0, 5, 1000]))
+        self.count = 0
+
+    def send_chord(self) -> None:
+        self.count += 1
+        mark = f"c{self.count}"
+        ids = [f"{mark}.{n}" for n in range(self.random.randrange(1, 4))]
+        self.wall += 1
+        new = Plan(f"g{self.count % 5}", mark, list(ids), self.wall, proofs=(f"{mark}.body",))
+        early = self.random.randrange(len(ids) + 1)
+        for task_id in ids[:early]:
+            self.finish(task_id, new)
+        self.unended.extend((task_id, self.count) for task_id in ids[early:])
+        self.queue[self.count] = new
+        self.sent[mark] = []
+
+    def finish(self, task_id: str, of: Plan) -> None:
+        self.wall += 1
+        self.store[task_id] = end(task_id, self.wall)
+        if plan_number(of.group_id) in self.bound:
+            self.pushed.append(self.store[task_id])
+
+    def finish_one(self) -> None:
+        if self.unended:
+            task_id, number = self.unended.pop(self.random.randrange(len(self.unended)))
+            self.finish(task_id, self.queue[number])
+
+    def deliver(self) -> None:
+        ready = sorted(self.queue.keys() - self.delivered)
+        if ready:
+            number = ready[0]
+            self.delivered.add(number)
+            again = number in self.redelivered
+            self.leader.plan_delivered(self.queue[number], number, again, self.now)
+
+    def push(self) -> None:
+        if self.pushed:
+            self.leader.state_pushed(self.pushed.pop(0), self.now, self.wall)
+
+    def do_work(self) -> None:
+        if not self.work:
+            return
+        process, action = self.work.pop(self.random.randrange(len(self.work)))
+        here = process == self.process
+        if isinstance(action, LookUp):
+            if self.random.random() < 0.2:
+                self.leader.look_up_failed(action, self.now)
+                return
+            found = {i: self.store[i] for i in action.tasks if i in self.store}
+            bodies = {i: [self.store[i]] for i in action.bodies if i in self.store}
+            self.leader.looked_up(action, found, bodies, self.now)
+            return
+        mark = action.plan.mark
+        if self.random.random() < 0.2:
+            self.leader.not_sent(mark, self.now)
+            return
+        assert set(action.ends) == set(action.plan.results)
+        assert set(action.ends) <= self.store.keys()
+        self.sent[mark].append(process)
+        if self.random.random() < 0.5:
+            self.store[f"{mark}.body"] = end(f"{mark}.body", self.wall)
+        if here:
+            self.leader.sent(mark)
+
+    def tick(self) -> None:
+        self.now += self.random.choice([0.0, 0.3, 20.0])
+        self.wall += int(self.random.choice([0, 300_000, 20_000_000]))
+        self.leader.tick(self.now, self.wall)
+
+    def lose(self, dies: bool) -> None:
+        self.redelivered |= self.delivered
+        self.delivered.clear()
+        self.pushed.clear()
+        self.bound.clear()
+        if dies:
+            self.process += 1
+            self.work.clear()
+            self.leader = Leader(1000)
+        else:
+            self.leader.connection_lost()
+
+    def retake(self) -> None:
+        self.redelivered |= self.delivered
+        self.delivered.clear()
+        self.leader.requeued()
+
+    def act(self) -> None:
+        for action in self.leader.take():
+            if isinstance(action, Bind):
+                self.bound.add(action.number)
+                self.leader.bound(action.number, self.now, self.wall)
+            elif isinstance(action, Acknowledge):
+                for number in action.deliveries:
+                    assert number in self.delivered, "what was not delivered is acknowledged"
+                    self.delivered.discard(number)
+                    # It is over only if its body was sent.
+                    assert self.sent[self.queue.pop(number).mark]
+            else:
+                assert isinstance(action, (LookUp, Fire))
+                self.work.append((self.process, action))
+
+    def step(self, faults: float) -> None:
+        choices = [
+            self.send_chord,
+            self.finish_one,
+            self.deliver,
+            self.push,
+            self.do_work,
+            self.tick,
+        ]
+        if self.random.random() < faults:
+            self.random.choice([lambda: self.lose(True), lambda: self.lose(False), self.retake])()
+        else:
+            self.random.choice(choices)()
+        self.act()
+
+    def come_to_rest(self) -> None:
+        for _ in range(3000):
+            if not self.queue:
+                return
+            for move in (self.finish_one, self.deliver, self.push, self.do_work, self.tick):
+                move()
+                self.act()
+        raise AssertionError(f"chords that were never fired: {self.queue}")
+
+
+@pytest.mark.parametrize("faults", [0.0, 0.03, 0.2])
+def test_every_chord_is_fired_whatever_happens_and_once_by_each_process(faults: float) -> None:
+    for seed in range(300):
+        world = World(seed)
+        try:
+            for _ in range(150):
+                world.step(faults)
+            world.come_to_rest()
+            for mark, processes in world.sent.items():
+                assert len(processes) == len(set(processes)), f"{mark} was sent by {processes}"
+                if not faults:
+                    assert len(processes) == 1
+            assert (world.leader.open, world.leader.held_bytes >= 0) == (0, True)
+        except AssertionError as exc:
+            raise AssertionError(f"seed {seed}, faults {faults}: {exc}") from exc
