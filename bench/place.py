@@ -7,7 +7,18 @@ import contextlib
 import dataclasses
 import gc
 import uuid
-from typing import Any, Callable, DefaultDict, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    DefaultDict,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import kombu
 
@@ -30,6 +41,7 @@ class Place:
         peers: names of the peers that are installed and wanted.
         redis_pids: processes of the Redis servers.
         tuned_pid: process of the RabbitMQ with other settings, or 0.
+        fleet: web processes and tasks a second of the measure *fleet*; empty for its own.
         usual_rounds: rounds of a measure that has no number of its own; 0 for 5, or 3 if *quick*.
     """
 
@@ -41,6 +53,7 @@ class Place:
     redis_pids: Sequence[int]
     tuned_pid: int = 0
     usual_rounds: int = 0
+    fleet: Sequence[Tuple[int, int]] = ()
     _workers: Dict[str, programs.Worker] = dataclasses.field(default_factory=dict)
 
     @property

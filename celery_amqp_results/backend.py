@@ -28,7 +28,7 @@ from typing import (
 )
 
 import celery
-from celery import states
+from celery import signals, states
 from celery.app.task import Context
 from celery.backends.base import Backend
 from celery.exceptions import SecurityError, TimeoutError
@@ -895,6 +895,12 @@ def _at_exit() -> None:
         registry.close()
 
 
+def _at_end_of_worker_process(**kwargs: Any) -> None:
+    # A child of a pool ends without Python's exit functions.
+    for registry in list(_registries.values()):
+        registry.flush()
+
+
 def _on_worker_ready(app: Any) -> None:
     """Have the main process of a worker lead chords."""
     backend = app.backend
@@ -905,5 +911,6 @@ def _on_worker_ready(app: Any) -> None:
 
 
 workers.on_ready(_on_worker_ready)
+signals.worker_process_shutdown.connect(_at_end_of_worker_process, weak=False)
 os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)

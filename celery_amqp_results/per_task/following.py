@@ -428,6 +428,7 @@ class PushFollower(_Follower):
             channel = link.amqp.channel(1)
             self._layout.declare_exchange(_Channel(channel))
             self._queue = channel.queue_declare("", exclusive=True, auto_delete=True).queue
+            channel.basic_qos(0, 0, False)
             channel.basic_consume(self._queue, no_ack=True, callback=self._on_message)
         except BaseException:
             link.drop()

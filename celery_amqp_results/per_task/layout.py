@@ -791,6 +791,9 @@ class PerTaskLayout:
                     ) from exc
                 time.sleep(connections.time_left(deadline, pause))
 
+    def flush(self) -> None:
+        """Do nothing: whatever is published is waited for."""
+
     def close(self, wait: bool = True) -> None:
         """Close all connections; whoever waits gets an error."""
         if self._pid != os.getpid():
