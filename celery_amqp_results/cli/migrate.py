@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -19,7 +20,7 @@ from celery_amqp_results.cli.common import (
     management_options,
     shared_only,
 )
-from celery_amqp_results.protocol.message import STATE
+from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.names import BROADCAST, Route
 from celery_amqp_results.protocol.ranking import is_final
 
@@ -143,10 +144,18 @@ def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) 
             found = dict(old.config.codec.decode(state), task_id=task_id)
         except (KombuError, errors.ForeignMessage):
             return "unreadable"
-        message = new._encode_state(
-            task_id, state.state, found, STATE, new.config.expirations.result
+        kind, encoding, compression, body = new.config.codec.encode(found)
+        message = StateMessage(
+            task_id,
+            state.state,
+            time.time_ns() // 1000,
+            body,
+            kind,
+            encoding,
+            compression,
+            new.config.expirations.result,
+            STATE,
         )
-
         # Not deleted before the broker has it.
         new.layout.publish(new.layout.detach(message), Route(BROADCAST), True)
     old.layout.forget((task_id,))
