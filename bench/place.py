@@ -17,6 +17,7 @@ from typing import (
     Mapping,
     Optional,
     Sequence,
+    Set,
     Tuple,
 )
 
@@ -54,6 +55,8 @@ class Place:
     tuned_pid: int = 0
     usual_rounds: int = 0
     fleet: Sequence[Tuple[int, int]] = ()
+    #: Peers whose workers have run enough tasks to be measured.
+    warm: Set[str] = dataclasses.field(default_factory=set)
     _workers: Dict[str, programs.Worker] = dataclasses.field(default_factory=dict)
 
     @property
@@ -156,5 +159,6 @@ class Place:
         for worker in self._workers.values():
             worker.stop()
         self._workers.clear()
+        self.warm.clear()
         # Results in cycles tell their backends that they go: now, while these are there.
         gc.collect()

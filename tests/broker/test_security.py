@@ -32,12 +32,12 @@ LONG_AGO = 1_000_000
 
 
 def shard_of(app: Celery, task_id: str) -> str:
-    topology = app.backend._topology
+    topology = app.backend.config.topology
     return str(topology.shard_queue_name(topology.shard(task_id)))
 
 
 def exchange_of(app: Celery) -> str:
-    return str(app.backend._topology.exchange)
+    return str(app.backend.config.topology.exchange)
 
 
 def forge(url: str, app: Celery, task_id: str) -> None:
@@ -202,7 +202,7 @@ def attack_signed_results(app: Celery, folder: str) -> Dict[str, Any]:
         return state
 
     def publish(state: Any) -> None:
-        topology = app.backend._topology
+        topology = app.backend.config.topology
         shard = topology.shard(state.id)
         queue = topology.shard_queue_name(shard)
         outgoing = Outgoing(queue, state.properties(True), state.body, shard)
