@@ -1,4 +1,4 @@
-"""A remote-control command of workers: how far a chord is.
+"""A remote-control command of workers: which chords they lead, and how far one is.
 
 Only the leader of a chord knows its header, and the leader is the main process of some worker. So
 the question goes to all workers, by Celery's remote control, and the leader answers.
@@ -19,16 +19,26 @@ def register() -> None:
     # This imports the worker, which other processes have no use for.
     from celery.worker.control import inspect_command
 
-    inspect_command(name=COMMAND, args=[("key", str)], signature="<id of the header or the body>")(
+    inspect_command(name=COMMAND, args=[("key", str)], signature="[id of the header or the body]")(
         _answer
     )
 
 
-def _answer(state: Any, key: str, **kwargs: Any) -> Dict[str, Any]:
-    """Tell how far a chord is that this worker leads."""
+def _answer(state: Any, key: str = "", **kwargs: Any) -> Dict[str, Any]:
+    """Tell which chords this worker leads, or how far one of them is."""
     layout = getattr(state.app.backend, "layout", None)
     chords = getattr(layout, "chords", None)
-    found = None if chords is None else chords.service.progress(key)
+    if chords is None:
+        return {"led": False}
+    service = chords.service
+    if not key:
+        return {
+            "led": bool(service.leads),
+            "queues": service.leads,
+            "open": service.open,
+            "oldest_seconds": service.oldest_age(),
+        }
+    found = service.progress(key)
     if found is None:
         return {"led": False}
     tasks, missing = found

@@ -1,4 +1,4 @@
-"""``results chord``: how far a chord is, and which tasks of its header have not ended."""
+"""``results chord``: the leaders of chords, and which tasks of a header have not ended."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from celery import states
 
 from celery_amqp_results.chords.remote import COMMAND
 from celery_amqp_results.cli.common import Exit, Failed, Session, command, shared_only
+from celery_amqp_results.cli.output import age, counted
 from celery_amqp_results.cli.reading import present
 
 __all__ = ("chord",)
@@ -16,9 +17,14 @@ __all__ = ("chord",)
 #: Missing tasks that are listed for people, at most; ``--json`` lists all.
 MAX_LISTED = 50
 
+_NO_ANSWER = (
+    "no worker has answered: start one, since workers lead chords, and leave remote control on "
+    "(worker_enable_remote_control); `celery results doctor` finds chords that wait"
+)
+
 
 @command(name="chord")
-@click.argument("key", metavar="ID")
+@click.argument("key", metavar="[ID]", required=False)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -27,13 +33,17 @@ MAX_LISTED = 50
     metavar="SECONDS",
     help="How long workers have to answer.",
 )
-def chord(session: Session, key: str, timeout: float) -> None:
+def chord(session: Session, key: Optional[str], timeout: float) -> None:
     """Show how many tasks of a chord's header have not ended, and which.
 
     ID is that of the header (the group) or of the body. The worker that leads the chord answers,
-    by remote control. Exits with 3 while tasks are missing, or when no worker leads the chord.
+    by remote control. Without ID all leaders are shown: their open chords, and the oldest. Exits
+    with 3 while tasks are missing, or when no worker leads the chord.
     """
     shared_only(session, "chord")
+    if not key:
+        _leaders(session, timeout)
+        return
     answers = _ask(session, key, timeout)
     leader = next((worker for worker, answer in answers.items() if answer.get("led")), None)
     if leader is None:
@@ -53,6 +63,29 @@ def chord(session: Session, key: str, timeout: float) -> None:
     else:
         _show(session, found)
     session.end(Exit.NOT_READY if missing else Exit.OK)
+
+
+def _leaders(session: Session, timeout: float) -> None:
+    """Show which workers lead chords."""
+    answers = _ask(session, "", timeout)
+    if not answers:
+        raise Failed(_NO_ANSWER, Exit.NOT_READY)
+    leaders = {worker: answer for worker, answer in answers.items() if answer.get("led")}
+    names = ("queues", "open", "oldest_seconds")
+    found = {worker: {name: answer[name] for name in names} for worker, answer in leaders.items()}
+    if session.output.json:
+        session.output.data({"workers": len(answers), "leaders": found})
+        return
+    rows = [
+        (worker, each["queues"], each["open"], age(each["oldest_seconds"]) if each["open"] else "-")
+        for worker, each in sorted(found.items())
+    ]
+    if rows:
+        session.output.table(
+            "leaders of chords", ("worker", ">plan queues", ">open chords", ">oldest"), rows
+        )
+    else:
+        session.output.line(f"none of {counted(len(answers), 'worker')} leads chords so far")
 
 
 def _ask(session: Session, key: str, timeout: float) -> Dict[str, Dict[str, Any]]:
@@ -76,11 +109,7 @@ def _nobody_leads(key: str, workers: int) -> NoReturn:
             "never sent",
             Exit.NOT_READY,
         )
-    raise Failed(
-        "no worker has answered: start one, since workers lead chords, and leave remote control "
-        "on (worker_enable_remote_control); `celery results doctor` finds chords that wait",
-        Exit.NOT_READY,
-    )
+    raise Failed(_NO_ANSWER, Exit.NOT_READY)
 
 
 def _show(session: Session, found: Dict[str, Any]) -> None:

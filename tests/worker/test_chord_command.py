@@ -44,6 +44,13 @@ def test_the_command_names_the_tasks_that_have_not_ended(
             assert (found["tasks"], found["ended"]) == (5, 4)
             assert found["missing"] == {late.options["task_id"]: "PENDING"}
             assert "@" in found["leader"]
+        # And without an id the leaders are shown, with their open chords
+        (shown,) = lines(run(app, "chord", "--json"))
+        assert shown["workers"] == 1
+        (leader,) = shown["leaders"].values()
+        assert (leader["queues"] >= 1, leader["open"]) == (True, 1)
+        assert leader["oldest_seconds"] > 0
+        assert found["leader"] in run(app, "chord").stdout
         text = run(app, "chord", header.id).stdout
         assert "4 of 5 tasks" in text
         assert late.options["task_id"] in text
@@ -57,6 +64,7 @@ def test_the_command_names_the_tasks_that_have_not_ended(
 
 
 def test_without_a_worker_the_command_says_so(make_app: Apps) -> None:
-    result = run(make_app(), "chord", "--timeout", "0.2", str(uuid.uuid4()))
-    assert result.exit_code == Exit.NOT_READY
-    assert "no worker has answered" in result.stderr
+    for arguments in ((str(uuid.uuid4()),), ()):
+        result = run(make_app(), "chord", "--timeout", "0.2", *arguments)
+        assert result.exit_code == Exit.NOT_READY
+        assert "no worker has answered" in result.stderr
