@@ -68,7 +68,7 @@ class Bell:
         now = time.monotonic()
         if self._pipe is not None and now >= self._quiet_until:
             self._quiet_until = now + RING_SECONDS
-            # Full: it was told. Closed: it is gone, and the child will be.
+            # The pipe is full: the main process will read it. Or closed: that process is gone.
             with contextlib.suppress(OSError):
                 os.write(self._pipe[1], b"\0")
 
