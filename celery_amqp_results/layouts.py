@@ -129,6 +129,9 @@ class Layout(Protocol):
     def forget_group(self, group_id: str) -> None:
         """Delete a group that was kept."""
 
+    def flush(self) -> None:
+        """Wait until the broker has what was published, at most some seconds."""
+
     def close(self, wait: bool = True) -> None:
         """Close all connections and end all threads."""
 
@@ -214,6 +217,12 @@ class LayoutRegistry:
             if layout is not None:
                 parts.append(layout.metrics())
         return parts[0] if len(parts) == 1 else Metrics.total(parts)
+
+    def flush(self) -> None:
+        """Wait until the broker has what was published, at most some seconds."""
+        if self._pid == os.getpid():
+            for layout in list(self._layouts.values()):
+                layout.flush()
 
     def close(self, wait: bool = True) -> None:
         """Close all layouts, unless they are another process's."""

@@ -46,6 +46,9 @@ class Metrics:
         "publishes",
         "Publishing was given up, since the broker was away, or did not take it, for too long",
     )
+    late_copies: int = _metric(
+        COUNTER, "states", "States whose live copies were not confirmed within 250 ms"
+    )
     pushed: int = _metric(COUNTER, "states", "States that were pushed to the inbox")
     looked_up: int = _metric(COUNTER, "ids", "Ids of tasks and groups that were looked up")
     shards_read: int = _metric(COUNTER, "reads", "Shards that were read, for look-ups and forget()")

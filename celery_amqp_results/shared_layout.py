@@ -59,12 +59,13 @@ class SharedLayout:
         codec: Codec,
         app: Callable[[], Any],
     ) -> None:
-        self._connector = connector
+        self.connector = connector
         self._topology = topology
         self._options = options
         self._persistent = persistent
         self._declarations = declarations = Declarations(topology, options.declare)
-        self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups")
+        # One for all threads: a process has few connections, whatever it does.
+        self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups", limit=1)
         self.publisher = Publisher(connector, declarations)
         self.store = Store(
             self._pool,
@@ -106,6 +107,7 @@ class SharedLayout:
             retried=publisher.retried,
             refused=publisher.refused,
             failed=publisher.failed,
+            late_copies=publisher.late_copies,
             pushed=inbox.received,
             looked_up=store.looked_up,
             shards_read=store.shards_read,
@@ -258,7 +260,7 @@ class SharedLayout:
         Parameters:
             wanted: names of the states to get, ``None`` for all.
         """
-        tap = Tap(self._connector, self._declarations, wanted)
+        tap = Tap(self.connector, self._declarations, wanted)
         self._taps.add(tap)
         return tap
 
@@ -280,6 +282,10 @@ class SharedLayout:
     def forget_group(self, group_id: str) -> None:
         """Delete a group that was kept."""
         self.store.remove((group_id,), kind=GROUP)
+
+    def flush(self) -> None:
+        """Wait until the broker has what was published, at most some seconds."""
+        self.publisher.flush()
 
     def close(self, wait: bool = True) -> None:
         """Close all connections and end all threads.

@@ -1,11 +1,17 @@
-"""Publishing on one channel, and knowing what of it the broker has taken over."""
+"""Publishing on one channel, and knowing which messages the broker has taken over.
+
+A :class:`Publication` is the handle of one message. A :class:`ConfirmLog` decides what each answer
+of the broker means for them; it does no I/O and has no clock. A :class:`ConfirmChannel` moves the
+bytes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import logging
 import time
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import amqp
 import amqp.exceptions
@@ -13,30 +19,35 @@ import amqp.exceptions
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections, frames
 
-__all__ = ("ConfirmChannel", "Outgoing", "QueueLength")
+__all__ = ("ConfirmChannel", "ConfirmLog", "Outgoing", "Publication", "QueueLength", "Status")
 
 logger = logging.getLogger(__name__)
 
-#: How long the broker may take to confirm before the connection is taken for dead, in seconds.
-#: Not counted while the broker says that it blocks publishers.
+#: Seconds that the broker may take to confirm before the connection is taken for dead. Not counted
+#: while the broker says that it blocks publishers.
 CONFIRM_TIMEOUT = 30.0
+
+
+#: Live copies whose confirms are looked for, at most. A stuck queue of a third party, bound to the
+#: exchange, confirms none.
+MAX_COPIES = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
     """A message to publish."""
 
-    #: Name of the queue that keeps it. It comes back where that queue is not there.
+    #: Name of the queue that keeps it. The message comes back if there is no such queue.
     queue: str
     #: AMQP properties, by py-amqp's names.
     properties: Mapping[str, Any]
     body: bytes
-    #: Number of the shard whose queue that is, which is declared first; ``None`` for no shard.
+    #: Number of the shard whose queue that is, which is declared if the message comes back;
+    #: ``None`` for no shard.
     shard: Optional[int] = None
-    #: What it is, for messages of errors.
+    #: A description, for error messages.
     what: str = "a message"
-    #: Exchange and routing key that a copy is published to, for whoever listens there. Nobody waits
-    #: for its confirm: that nobody listens, or that somebody's queue is stuck, is no error.
+    #: Exchange and routing key of the live copy, which need not reach any queue.
     pushed: Optional[Tuple[str, str]] = None
 
 
@@ -49,11 +60,183 @@ class QueueLength(NamedTuple):
     consumers: int
 
 
+class Status(enum.Enum):
+    """What became of a publication."""
+
+    UNSENT = "unsent"
+    SENT = "sent"
+    #: The broker has it.
+    CONFIRMED = "confirmed"
+    #: There is no such queue.
+    RETURNED = "returned"
+    #: The queue does not take it (nack).
+    REFUSED = "refused"
+    #: The connection was lost before the broker said anything.
+    LOST = "lost"
+
+
+class Publication:
+    """One message on its way.
+
+    Parameters:
+        message: the message.
+        waited: whether somebody waits for its confirm.
+    """
+
+    __slots__ = (
+        "copying",
+        "failure",
+        "message",
+        "refusals",
+        "returned",
+        "sent",
+        "status",
+        "waited",
+    )
+
+    def __init__(self, message: Outgoing, waited: bool = True) -> None:
+        self.message = message
+        self.waited = waited
+        self.status = Status.UNSENT
+        #: Whether the live copy is unconfirmed.
+        self.copying = False
+        #: Whether the message came back; its confirm comes after that.
+        self.returned = False
+        #: When it was sent (``time.monotonic``).
+        self.sent = 0.0
+        #: What the connection was lost with.
+        self.failure: Optional[BaseException] = None
+        #: How often a queue has refused it.
+        self.refusals = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more will be heard of the message that is to be kept."""
+        return self.status is not Status.SENT
+
+
+class ConfirmLog:
+    """What was published on one channel, and what the broker has said about it.
+
+    Delivery tags count from 1. A message has one, and its live copy the next one.
+    """
+
+    def __init__(self) -> None:
+        self._tag = 0
+        # Both in the order of publishing.
+        self._kept: Dict[int, Publication] = {}
+        self._copies: Dict[int, Publication] = {}
+        #: What came back or was refused, and nobody waits for.
+        self.strays: List[Publication] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[Publication]:
+        return iter(list(self._kept.values()))
+
+    def unwaited(self) -> List[Publication]:
+        """Return what was sent, is unconfirmed, and is waited for by nobody."""
+        # Copied in one step: another thread may take in confirms meanwhile.
+        return [publication for publication in list(self._kept.values()) if not publication.waited]
+
+    def has_late_copy(self, before: float) -> bool:
+        """Return whether a live copy sent before that time is still unconfirmed."""
+        oldest = next(iter(self._copies.values()), None)
+        return oldest is not None and oldest.sent < before
+
+    def sent(self, publication: Publication, now: float) -> None:
+        """Note that *publication* is being sent, with its live copy if it has one."""
+        self._tag += 1
+        self._kept[self._tag] = publication
+        publication.status, publication.returned, publication.failure = Status.SENT, False, None
+        publication.sent = now
+        publication.copying = publication.message.pushed is not None
+        if publication.copying:
+            self._tag += 1
+            self._copies[self._tag] = publication
+            if len(self._copies) > MAX_COPIES:
+                self._copies.pop(next(iter(self._copies))).copying = False
+
+    def acknowledged(self, tag: int, multiple: bool) -> None:
+        """Note that the broker has confirmed *tag*, or everything up to it."""
+        for publication in _taken(self._kept, tag, multiple):
+            self._settle(publication, Status.RETURNED if publication.returned else Status.CONFIRMED)
+        for publication in _taken(self._copies, tag, multiple):
+            publication.copying = False
+
+    def refused(self, tag: int, multiple: bool) -> int:
+        """Note that the broker refused *tag*, or everything up to it.
+
+        Returns:
+            How many live copies are among that. A queue that is bound to the exchange did not take
+            them; the states are kept nevertheless.
+        """
+        for publication in _taken(self._kept, tag, multiple):
+            publication.refusals += 1
+            self._settle(publication, Status.REFUSED)
+        copies = _taken(self._copies, tag, multiple)
+        for publication in copies:
+            publication.copying = False
+        return len(copies)
+
+    def _settle(self, publication: Publication, status: Status) -> None:
+        publication.status = status
+        if not publication.waited and status is not Status.CONFIRMED:
+            self.strays.append(publication)
+
+    def came_back(self, queue: str, properties: Mapping[str, Any], body: bytes) -> None:
+        """Note that a message was returned: there is no *queue*. Its confirm follows.
+
+        A message sent earlier to the same queue may be unconfirmed still, and need not come back:
+        the queue was there then. So the message itself has to be found.
+        """
+        candidates = [
+            publication
+            for publication in self._kept.values()
+            if publication.message.queue == queue and not publication.returned
+        ]
+        identity = _identity(properties)
+        alike = [p for p in candidates if p.message.body == body]
+        same = [p for p in alike if _identity(p.message.properties) == identity]
+        # Headers that are no UTF-8 come back as nothing that could be compared.
+        for publication in (same or alike or candidates)[:1]:
+            publication.returned = True
+
+    def lost(self, failure: BaseException) -> List[Publication]:
+        """Note that the connection was lost; return everything that nothing was heard of."""
+        lost = list(self._kept.values())
+        # The copy of a kept state may be lost. Whoever still waits for it sends both again.
+        lost += [p for p in self._copies.values() if p.waited and p.status is Status.CONFIRMED]
+        for publication in lost:
+            publication.status, publication.failure = Status.LOST, failure
+        for publication in self._copies.values():
+            publication.copying = False
+        self._kept, self._copies = {}, {}
+        return lost
+
+
+def _taken(unsettled: Dict[int, Publication], tag: int, multiple: bool) -> List[Publication]:
+    """Remove what *tag* means from *unsettled*, and return it."""
+    if not multiple:
+        publication = unsettled.pop(tag, None)
+        return [] if publication is None else [publication]
+    # Keys are in ascending order.
+    settled = []
+    for key in unsettled:
+        if key > tag:
+            break
+        settled.append(key)
+    return [unsettled.pop(key) for key in settled]
+
+
 class ConfirmChannel:
     """A channel in confirm mode, and what is unconfirmed on it.
 
+    Not thread-safe.
+
     Parameters:
-        link: an open connection, which the caller is alone with.
+        link: an open connection.
 
     Raises:
         amqp.AMQPError, OSError: when the connection is lost, here and in all methods.
@@ -61,33 +244,25 @@ class ConfirmChannel:
 
     def __init__(self, link: connections.Link) -> None:
         self.link = link
+        self.log = ConfirmLog()
         self.channel = link.channel()
         self.channel.confirm_select()
-        self._tag = 0
-        #: What is to be kept, by delivery tag, in the order of publishing.
-        self.unconfirmed: Dict[int, Outgoing] = {}
-        #: What the broker has refused to keep, by delivery tag.
-        self.nacked: Dict[int, Outgoing] = {}
-        #: What was to be kept in a queue that is not there.
-        self.returned: List[Outgoing] = []
         self._asking: Optional[amqp.Channel] = None
-        self.channel.events["basic_ack"].add(self._on_ack)
+        self.channel.events["basic_ack"].add(self.log.acknowledged)
         self.channel.events["basic_nack"].add(self._on_nack)
         self.channel.events["basic_return"].add(self._on_return)
 
-    def publish(self, message: Outgoing) -> int:
-        """Publish *message*, and then its copy for who listens; wait for no confirm.
+    def publish(self, publication: Publication) -> None:
+        """Publish a message, and then its live copy; wait for no confirm.
 
-        In this order: who begins to listen too late for the copy finds what is kept. Both are
-        written at once. Should the connection be lost between them, and the first be confirmed
-        already, then who listens learns of it by asking the store.
-
-        Returns:
-            The delivery tag of what is to be kept.
+        In this order: a reader that binds too late for the copy finds what is kept. Both are
+        written at once. If the connection is lost between them, a reader learns of the state at its
+        next look-up.
         """
         connection = self.link.amqp
         if not self.channel.is_open or connection.transport is None:
             raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
+        message = publication.message
         octets = frames.publish_frames(
             self.channel.channel_id,
             "",
@@ -98,75 +273,41 @@ class ConfirmChannel:
             connection.frame_max,
             message.pushed,
         )
-        tag = self._tag = self._tag + 1
-        self.unconfirmed[tag] = message
-        if message.pushed is not None:
-            # Of the copy, which is not waited for.
-            self._tag += 1
+        self.log.sent(publication, time.monotonic())
         connection.transport.write(octets)
         # What py-amqp's heartbeats go by.
         connection.bytes_sent += 1
-        return tag
-
-    def _on_ack(self, tag: int, multiple: bool) -> None:
-        self._settle(tag, multiple)
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
-        refused = self._settle(tag, multiple)
-        if not refused:
+        if self.log.refused(tag, multiple):
             # A queue that is full, or the inbox of a process whose node is cut off.
             logger.info("a queue bound to the exchange refuses a state, which is kept all the same")
-        self.nacked.update(refused)
-
-    def _settle(self, tag: int, multiple: bool) -> Dict[int, Outgoing]:
-        """Note that the broker is done with *tag*; return what of that was to be kept."""
-        if not multiple:
-            message = self.unconfirmed.pop(tag, None)
-            return {} if message is None else {tag: message}
-        # Keys are in ascending order.
-        settled = []
-        for key in self.unconfirmed:
-            if key > tag:
-                break
-            settled.append(key)
-        return {key: self.unconfirmed.pop(key) for key in settled}
 
     def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
-        # It comes before its confirm. What was published earlier to the same queue may be
-        # unconfirmed still, and need not come back: the queue was there then.
-        known = {id(outgoing) for outgoing in self.returned}
-        candidates = [
-            outgoing
-            for outgoing in self.unconfirmed.values()
-            if outgoing.queue == routing_key and id(outgoing) not in known
-        ]
-        properties = _identity(message.properties)
-        alike = [outgoing for outgoing in candidates if outgoing.body == message.body]
-        same = [outgoing for outgoing in alike if _identity(outgoing.properties) == properties]
-        # Headers that are no UTF-8 come back as nothing that could be compared.
-        self.returned += (same or alike or candidates)[:1]
+        self.log.came_back(routing_key, message.properties, message.body)
 
-    def wait(self, tags: Sequence[int], deadline: Optional[float] = None) -> None:
-        """Wait until the broker has settled *tags*.
+    def wait(self, publications: Iterable[Publication], deadline: Optional[float] = None) -> None:
+        """Wait until all of *publications* are settled.
+
+        For a caller that has the connection to itself.
 
         Parameters:
-            tags: delivery tags.
+            publications: what was published here.
             deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
                 publishers; ``None`` for when the connection is taken for dead.
 
         Raises:
-            NotConfirmed: when it has not done so in time.
+            NotConfirmed: when the broker has not answered in time.
         """
         started = time.monotonic()
         patience = started + CONFIRM_TIMEOUT
-        # The oldest last: each is looked for until it is settled, and not again.
-        waiting = list(reversed(tags))
+        waiting = list(publications)
         while True:
-            while waiting and waiting[-1] not in self.unconfirmed:
-                waiting.pop()
+            waiting = [publication for publication in waiting if not publication.settled]
             if not waiting:
                 return
-            self._take_in(connections.time_left(deadline, 1.0))
+            if self.link.readable(connections.time_left(deadline, 1.0)):
+                self.take_in()
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 why = ""
@@ -181,9 +322,7 @@ class ConfirmChannel:
             if self.link.blocked:
                 patience = now + CONFIRM_TIMEOUT
             elif now > patience:
-                raise errors.NotConfirmed(
-                    f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s"
-                )
+                raise no_confirm()
 
     def length(self, queue: str) -> Optional[QueueLength]:
         """Return how long *queue* is now, or ``None`` where there is no such queue."""
@@ -199,20 +338,20 @@ class ConfirmChannel:
             return None
         return QueueLength(found.message_count, found.consumer_count)
 
-    def collect(self) -> None:
-        """Take in the confirms that have come so far, without waiting."""
-        while self._take_in(0.0):
-            pass
+    def take_in(self) -> None:
+        """Handle everything that the broker has sent, without waiting for more."""
+        while self.link.readable():
+            confirmed = False
+            for tag, multiple in self.link.acks(self.channel.channel_id):
+                self.log.acknowledged(tag, multiple)
+                confirmed = True
+            if not confirmed:
+                self.link.drain(0.0)
 
-    def _take_in(self, timeout: float) -> bool:
-        """Handle what the broker sends; return ``False`` when nothing came in *timeout* seconds."""
-        if not self.link.readable(timeout):
-            return False
-        confirmed = False
-        for tag, multiple in self.link.acks(self.channel.channel_id):
-            self._settle(tag, multiple)
-            confirmed = True
-        return confirmed or self.link.drain(0.0)
+
+def no_confirm() -> errors.NotConfirmed:
+    """Return the error for a connection on which no confirm comes."""
+    return errors.NotConfirmed(f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s")
 
 
 def _identity(properties: Mapping[str, Any]) -> Tuple[Any, ...]:

@@ -42,6 +42,7 @@ __all__ = (
     "Link",
     "LookupTries",
     "Pool",
+    "channel_nowait",
     "is_over",
     "is_refusal",
     "limit_of",
@@ -67,7 +68,8 @@ _METHOD_FRAME = 1
 #: Bytes of class, method, tag and multiple.
 _SIZE_OF_ACK = 13
 
-_once = OnceLogger(logger)
+#: The longest wait that any system's locks can do, in seconds.
+LONGEST_WAIT = 3600.0
 
 #: An idle connection of a pool is closed after this many seconds.
 IDLE_SECONDS = 60.0
@@ -139,6 +141,9 @@ class Link:
         # py-amqp's connection refers to kombu's weakly in places; keep it as long as ours.
         self._kombu = connection
         self.amqp = established
+        #: For waiting until it is readable. Kept, since py-amqp would open another when asked for
+        #: that of a connection that is lost.
+        self.socket = established.transport.sock
         self.heartbeat = heartbeat
         #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
         self.blocked: Optional[str] = None
@@ -169,11 +174,6 @@ class Link:
     def alive(self) -> bool:
         """Whether the connection was open when it was last used."""
         return bool(self.amqp.connected)
-
-    @property
-    def socket(self) -> Any:
-        """The socket, for waiting until it is readable."""
-        return self.amqp.transport.sock
 
     def drain(self, timeout: float) -> bool:
         """Handle what the broker sends until one message is complete, or nothing comes.
@@ -279,18 +279,7 @@ class Link:
             on_close: called when the broker closes the channel, with its code and text for why
                 and the numbers of class and method; the connection goes on.
         """
-        channel = self.amqp.Channel(self.amqp)
-        channel.auto_decode = False
-
-        def closed(code: int, text: str, class_id: int, method_id: int) -> None:
-            channel.send_method(spec.Channel.CloseOk)
-            channel.collect()
-            on_close(code, text, class_id, method_id)
-
-        # py-amqp would open the channel anew, and wait for that.
-        channel._callbacks[spec.Channel.Close] = closed
-        channel.send_method(spec.Channel.Open, "s", ("",))
-        return channel
+        return channel_nowait(self.amqp, on_close)
 
     @contextlib.contextmanager
     def corked(self) -> Iterator[None]:
@@ -333,6 +322,30 @@ class Link:
         """Close the socket without a word."""
         with contextlib.suppress(Exception):
             self.amqp.collect()
+
+
+def channel_nowait(
+    connection: amqp.Connection, on_close: Callable[[int, str, int, int], None]
+) -> amqp.Channel:
+    """Open a channel on *connection* without waiting for the broker's answer.
+
+    Parameters:
+        connection: an open connection, perhaps one that somebody else uses as well.
+        on_close: see :meth:`Link.channel_nowait`.
+    """
+    # Not kombu's class of channels, which would be closed with a producer's.
+    channel = amqp.Channel(connection)
+    channel.auto_decode = False
+
+    def closed(code: int, text: str, class_id: int, method_id: int) -> None:
+        channel.send_method(spec.Channel.CloseOk)
+        channel.collect()
+        on_close(code, text, class_id, method_id)
+
+    # py-amqp would open the channel anew, and wait for that.
+    channel._callbacks[spec.Channel.Close] = closed
+    channel.send_method(spec.Channel.Open, "s", ("",))
+    return channel
 
 
 #: All connections of this process.
@@ -401,6 +414,8 @@ class Connector:
         self.describe = describe
         #: Number of the host that is tried first, counted over all rounds through the hosts.
         self._host = 0
+        #: For what is the same at each try.
+        self._once = OnceLogger(logger)
         #: How many channels a connection may open, once the broker has refused one.
         self._max_channels: Optional[int] = None
 
@@ -428,7 +443,7 @@ class Connector:
         limit = limit_of(exc)
         if limit is not None and limit.what == CHANNELS:
             self._max_channels = max(2, (self._max_channels or limit.number) // 2)
-            _once.log(
+            self._once.log(
                 logging.WARNING,
                 CHANNELS,
                 "look-ups open at most %d channels at once from now on: %s",
@@ -475,6 +490,7 @@ class Connector:
                 connection.maybe_switch_next()
                 continue
             self._host = link.host = first + attempt
+            self._once.forget(CONNECTIONS)
             return link
         raise AssertionError("unreachable")  # pragma: no cover
 
@@ -505,7 +521,6 @@ class Connector:
                     raise self._unreachable(exc, tries.failed, limited) from exc
                 time.sleep(time_left(deadline, pause))
             else:
-                _once.forget(CONNECTIONS)
                 return link
 
     def is_limited(self, exc: BaseException) -> bool:
@@ -513,7 +528,7 @@ class Connector:
         limit = limit_of(exc)
         if limit is None:
             return False
-        _once.log(
+        self._once.log(
             logging.WARNING,
             CONNECTIONS,
             "the broker at %s allows no further connection, which is tried again: %s",
@@ -577,6 +592,10 @@ class LookupTries:
         time.sleep(pause)
 
 
+def _semaphore_timeout(deadline: Optional[float]) -> Optional[float]:
+    return None if deadline is None else time_left(deadline, LONGEST_WAIT)
+
+
 class Pool:
     """Open connections that are lent to one user at a time.
 
@@ -588,12 +607,18 @@ class Pool:
         connector: opens the connections.
         heartbeat: seconds between heartbeats; 0 for none.
         name: what they are for; names the thread.
+        limit: how many connections are open at once; whoever needs one more waits. ``None`` for
+            any number.
 
     Thread-safe. After a fork the child must make a new pool and let go of this one untouched.
     """
 
-    def __init__(self, connector: Connector, heartbeat: float, name: str) -> None:
+    def __init__(
+        self, connector: Connector, heartbeat: float, name: str, limit: Optional[int] = None
+    ) -> None:
         self._connector = connector
+        self._free = None if limit is None else threading.Semaphore(limit)
+        self._limit = limit
         #: How a user of the pool retries what it does on its connections.
         self.policy = connector.policy
         self._heartbeat = heartbeat
@@ -611,11 +636,30 @@ class Pool:
         One on which the block raises is not used again.
 
         Parameters:
-            deadline: time (``time.monotonic``) after which opening a new one is given up.
+            deadline: time (``time.monotonic``) after which opening a new one, and waiting for one
+                that others use, is given up.
 
         Raises:
             BackendUnavailable: when a new one was needed and could not be opened.
+            LookupTimeout: when others used all connections until the deadline.
         """
+        if self._free is None:
+            with self._lend(deadline) as link:
+                yield link
+            return
+        if not self._free.acquire(timeout=_semaphore_timeout(deadline)):
+            raise errors.LookupTimeout(
+                f"{self._limit} connections for {self._name} were in use by other threads of this "
+                "process until the time was over; asking again is safe"
+            )
+        try:
+            with self._lend(deadline) as link:
+                yield link
+        finally:
+            self._free.release()
+
+    @contextlib.contextmanager
+    def _lend(self, deadline: Optional[float]) -> Iterator[Link]:
         link = self._take() or self._connector.open(self._heartbeat, deadline, self._name)
         self._connector.restrict(link)
         try:

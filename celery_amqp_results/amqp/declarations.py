@@ -1,4 +1,4 @@
-"""Declaring the exchange and the shard queues, each once per process and connection to the broker.
+"""Declaring the exchange once per process and connection, and a shard queue when it is missing.
 
 A declaration of what is there already costs a fraction of a millisecond, a new queue 3 to 8: so
 nothing is declared that is not used, and nothing twice. What is remembered is forgotten when a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, Optional, Set
+from typing import Any, Optional
 
 from amqp import exceptions as amqp_errors
 
@@ -18,7 +18,7 @@ from celery_amqp_results.amqp import failures
 from celery_amqp_results.protocol.names import QueueSpec, Topology
 
 #: Seconds for which no queue is declared after the broker has refused one because of a limit.
-LIMIT_PAUSE = 60.0
+LIMIT_PAUSE = 10.0
 
 __all__ = ("Declarations", "declare_exchange", "declare_queue")
 
@@ -36,7 +36,6 @@ class Declarations:
         self.declare = declare
         self._lock = threading.Lock()
         self._exchange = False
-        self._shards: Set[int] = set()
         #: How many queues the broker allows, once it has refused one, and what it said.
         self._limit: Optional[int] = None
         self._limited_by = ""
@@ -44,13 +43,6 @@ class Declarations:
         self._asked_again = 0.0
         #: Goes up with :meth:`forget`: what is declared meanwhile is not remembered.
         self._generation = 0
-
-    def has_shard(self, shard: int) -> bool:
-        """Return whether the queue of *shard* needs no declaration by this process.
-
-        It may be gone nevertheless: then what is published to it comes back.
-        """
-        return shard in self._shards or not self.declare
 
     def ensure_exchange(self, channel: Any) -> None:
         """Declare the exchange, if this process has not.
@@ -78,8 +70,9 @@ class Declarations:
             raise errors.DeclarationRefused(
                 f"the broker has an exchange {topology.exchange!r} that differs from the one "
                 f"wanted here: {exc}. If the difference is in the alternate exchange, other "
-                "processes spread the results over another number of shards (here it is "
-                f"{topology.shards}): give all of them the same option 'shards', or this app a "
+                "processes spread the results over another number of shards, or over queues of "
+                f"another type (here it is {topology.shards} of type {topology.queue_type}): give "
+                "all of them the same options 'shards' and 'queue_type', or this app a "
                 "'result_exchange' of its own."
             ) from exc
         with self._lock:
@@ -123,25 +116,10 @@ class Declarations:
 
         No answer is waited for: where the broker refuses, it closes the channel, and
         :meth:`refusal` says what that means.
-
-        Raises:
-            DeclarationRefused: when the broker has refused a queue because of a limit lately.
         """
-        if self._limit is not None and time.monotonic() < self._asked_again:
-            # Others need queues as well, and first of all the queues of tasks.
-            raise self._too_many_queues()
         _declare_queue(channel, self.topology.shard_queue(shard), nowait=True)
 
-    def remember_shard(self, shard: int) -> None:
-        """Remember that the queue of *shard* was asked for.
-
-        To be called by who forgets everything again if that is refused. What another connection
-        publishes before the queue is there comes back to it.
-        """
-        with self._lock:
-            self._shards.add(shard)
-
-    def refusal(self, exc: BaseException) -> Optional[errors.DeclarationRefused]:
+    def refusal(self, exc: BaseException) -> Optional[Exception]:
         """Return the error to raise for *exc*, or ``None`` if it is not about a declaration."""
         if not self.declare and isinstance(exc, amqp_errors.NotFound):
             return self.missing(f"exchange or queue that results need ({exc})")
@@ -155,7 +133,18 @@ class Declarations:
             return None
         return _refused(exc)
 
-    def _limited(self, number: int, exc: BaseException) -> errors.DeclarationRefused:
+    def check_limit(self) -> None:
+        """Raise if the broker has refused a queue because of a limit lately.
+
+        Others need queues as well, and first of all the queues of tasks.
+
+        Raises:
+            BackendUnavailable: which names the limit.
+        """
+        if self._limit is not None and time.monotonic() < self._asked_again:
+            raise self._too_many_queues()
+
+    def _limited(self, number: int, exc: BaseException) -> errors.BackendUnavailable:
         """Remember that the broker allows *number* queues, and return the error that says so."""
         with self._lock:
             self._limit = number
@@ -163,10 +152,10 @@ class Declarations:
             self._limited_by = str(exc)
         return self._too_many_queues()
 
-    def _too_many_queues(self) -> errors.DeclarationRefused:
+    def _too_many_queues(self) -> errors.BackendUnavailable:
         shards = self.topology.shards
         fewer = max(1, min(16, (self._limit or 0) // 4))
-        return errors.DeclarationRefused(
+        return errors.BackendUnavailable(
             f"the broker allows {self._limit} queues, and results are spread over {shards}: "
             f"{self._limited_by}. Let results use fewer: give all processes the option "
             f"'shards', as in '?shards={fewer}' in the result backend URL, and this app a "
@@ -178,7 +167,6 @@ class Declarations:
         with self._lock:
             self._generation += 1
             self._exchange = False
-            self._shards = set()
 
 
 def declare_exchange(channel: Any, topology: Topology, nowait: bool = False) -> None:

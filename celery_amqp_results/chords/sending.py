@@ -285,7 +285,7 @@ class Chords:
             self.service.start(met=True)
         elif not self.service.running and time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + CHECK_SECONDS
-            length = self._publisher.publish((), count=self._messages.queue(group_id))
+            length = self._publisher.length(self._messages.queue(group_id))
             if length is None or not length.consumers:
                 self.service.start(met=True)
 

@@ -161,11 +161,12 @@ class Topology:
         """Arguments of the exchange.
 
         RabbitMQ keeps no arguments of our own and compares none of them, but it does compare the
-        name of the alternate exchange, which need not exist. With the number of shards in it, a
-        process that counts the shards differently is refused, instead of looking for results in
+        name of the alternate exchange, which need not exist. With the number and type of the shards
+        in it, a process that expects others is refused, instead of looking for results in
         the wrong places and finding them pending.
         """
-        return {"alternate-exchange": f"{self.prefix}.shards-{self.shards}"}
+        kind = "" if self.queue_type == "classic" else f"-{self.queue_type}"
+        return {"alternate-exchange": f"{self.prefix}.shards-{self.shards}{kind}"}
 
     def shard(self, task_id: str) -> int:
         """Return the number of the shard that keeps *task_id*, a task's or a group's id."""

@@ -23,7 +23,7 @@ from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
-from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing
+from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication, Status
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
@@ -410,11 +410,12 @@ class _Read:
         if expires is not None:
             properties["expiration"] = str(expires)
         channel = self._store.confirm_channel(self._link)
-        tag = channel.publish(
+        published = Publication(
             Outgoing(self.checkout.queue, properties, page.encode(content), self.shard)
         )
-        channel.wait((tag,), self._end)
-        if channel.nacked or channel.returned:
+        channel.publish(published)
+        channel.wait((published,), self._end)
+        if published.status is not Status.CONFIRMED:
             raise errors.NotConfirmed(f"the broker did not take a page for {self.checkout.queue!r}")
 
 

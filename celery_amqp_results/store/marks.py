@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Optional, Set
 
 import amqp
 import kombu
-from amqp import spec
 
 from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.amqp.confirms import Outgoing
@@ -91,18 +90,13 @@ class _Side:
         #: Why no more marks are published, if so.
         self.refused: Optional[str] = None
         self._requested: Set[int] = set()
-        # Not kombu's channel, which would be closed with the producer's.
-        self.channel = amqp.Channel(connection)
-        self.channel._callbacks[spec.Channel.Close] = self._on_close
-        self.channel.send_method(spec.Channel.Open, "s", ("",))
+        self.channel = connections.channel_nowait(connection, self._on_close)
         if not declarations.declare:
             return
         # Refused where others count the shards differently: marks would go astray.
         declare_exchange(self.channel, declarations.topology, nowait=True)
 
     def _on_close(self, code: int, text: str, class_id: int, method_id: int) -> None:
-        self.channel.send_method(spec.Channel.CloseOk)
-        self.channel.collect()
         self.refused = f"({code}) {text}"
         logger.warning(
             "tasks that are sent on this connection are not tracked any more: %s", self.refused

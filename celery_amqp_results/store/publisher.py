@@ -1,90 +1,97 @@
 """Publishing states, and waiting until the broker has them.
 
-Every connection publishes on one channel in confirm mode. What must not be lost is waited for;
-what need not be waited for is remembered until its confirm comes along with a later one, and is
-published again if the connection is lost before. A state may then be on the broker twice, which
-the fold of states makes harmless.
+All threads of a process publish on one channel in confirm mode, see
+:mod:`~celery_amqp_results.amqp.shared_channel`. A final state is waited for. Any other state is
+remembered until its confirm has come, which is looked for with the next message and a second later.
+It is published again if the connection is lost before. A state may then be on the broker twice,
+which the fold of states makes harmless.
+
+No queue is declared before it is needed: a message to a shard without a queue comes back, and is
+published again after a declaration.
 """
 
 from __future__ import annotations
 
 import collections
-import itertools
 import logging
-import re
 import threading
 import time
-from typing import (
-    Callable,
-    Deque,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    Type,
-    TypeVar,
-)
-
-from amqp import exceptions as amqp_errors
+from typing import Callable, Deque, List, Optional, Sequence, Tuple, Type, TypeVar
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections
-from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, QueueLength
+from celery_amqp_results.amqp import connections, retry
+from celery_amqp_results.amqp.confirms import (
+    ConfirmChannel,
+    ConfirmLog,
+    Outgoing,
+    Publication,
+    QueueLength,
+    Status,
+)
 from celery_amqp_results.amqp.declarations import Declarations, declare_queue
+from celery_amqp_results.amqp.shared_channel import SharedChannel, Waiter
+from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.protocol.names import QueueSpec
+from celery_amqp_results.store.delivery import (
+    Delivery,
+    Verdict,
+    concerns,
+    describe,
+    size_limit,
+)
 
-__all__ = ("Outgoing", "Publisher", "QueueLength", "Receipt")
+__all__ = ("Outgoing", "Publisher", "QueueLength")
 
 logger = logging.getLogger(__name__)
 
-#: How many messages that nobody waits for may be unconfirmed on one connection.
+#: How many messages that nobody waits for may be unconfirmed.
 MAX_UNCONFIRMED = 500
 
 #: After so many messages that nobody waits for the confirms that have come are taken in.
 COLLECT_EVERY = 50
 
-#: Seconds after which what the broker has refused, and nobody waits for, is published again. What
-#: it refuses once more after all of them is lost.
+#: Seconds that :meth:`Publisher.publish` waits for the confirms of live copies. They normally come
+#: first. A queue of a third party that is stuck must not hold up results.
+COPY_SECONDS = 0.25
+
+#: Seconds after which a confirm that nobody waits for is looked for.
+CHECK_SECONDS = 1.0
+
+#: The thread that does so ends after so many checks with nothing to do.
+IDLE_CHECKS = 10
+
+#: Seconds after which a message that a queue has refused, and nobody waits for, is published again.
+#: If it is refused after all of them, it is lost.
 REFUSAL_PAUSES = (0.0, 0.2, 0.5, 1.0, 2.0)
 
-#: Publishing has no heartbeats: a dead connection is noticed at the next message, which the
-#: kernel gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
-HEARTBEAT = 0.0
-
-#: What the broker says of a message that is too large: it closes the channel.
-_MAX_SIZE = re.compile(r"larger than .*?max size (\d+)")
+#: Seconds that a process that ends waits for confirms.
+FLUSH_SECONDS = 10.0
 
 _T = TypeVar("_T")
 
 _FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *connections.TRANSIENT)
 
 
-class Receipt(NamedTuple):
-    """Messages on their way, whose confirms somebody is going to ask for."""
-
-    channel: ConfirmChannel
-    messages: Tuple[Outgoing, ...]
-
-
 class Publisher:
-    """Publishes messages on connections of its own.
+    """Publishes messages on one connection.
 
     Parameters:
-        connector: opens connections.
-        declarations: declares the shards before they are first used.
+        connector: opens the connection.
+        declarations: declares the exchange, and shards that are not there.
 
-    Thread-safe: each thread that publishes at the same moment has a connection to itself. After a
-    fork the child must make a new publisher.
+    Thread-safe. After a fork the child must make a new publisher.
     """
 
     def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
         self._connector = connector
         self._declarations = declarations
+        self._channel = SharedChannel(connector, self._adopt)
+        #: What nobody waits for and has to be published again.
+        self._strays: Deque[Publication] = collections.deque(maxlen=MAX_UNCONFIRMED)
+        # Guards everything below. No I/O is done while holding it.
         self._lock = threading.Lock()
-        self._idle: Deque[ConfirmChannel] = collections.deque()
-        self._closed = False
+        self._keeper: Optional[threading.Thread] = None
+        self._closed = threading.Event()
         #: What was published so far, see :class:`~celery_amqp_results.metrics.Metrics`.
         self.stored = 0
         self.confirmed = 0
@@ -93,15 +100,11 @@ class Publisher:
         self.retried = 0
         self.refused = 0
         self.failed = 0
-        #: Messages that nobody waits for, of connections lost before their confirm came.
-        self._orphans: Deque[Outgoing] = collections.deque(maxlen=MAX_UNCONFIRMED)
+        self.late_copies = 0
 
-    def publish(
-        self,
-        messages: Sequence[Outgoing],
-        confirm: bool = True,
-        count: Optional[str] = None,
-    ) -> Optional[QueueLength]:
+    # -- what is asked of it -----------------------------------------------------------------
+
+    def publish(self, messages: Sequence[Outgoing], confirm: bool = True) -> None:
         """Publish *messages*, in order, and wait for their confirms together.
 
         Tried again as the retry policy says when the connection is lost; a message may then be
@@ -109,12 +112,8 @@ class Publisher:
 
         Parameters:
             messages: what to publish.
-            confirm: whether to return only when the broker has all of them.
-            count: name of a queue whose length is asked for after the confirms.
-
-        Returns:
-            The length of the queue *count*; ``None`` where there is no such queue, which is so
-            when a mandatory message to it came back.
+            confirm: whether to return only when the broker has all of them. Their live copies are
+                waited for as well, for a moment.
 
         Raises:
             DeclarationRefused: when the exchange or a shard exists with other properties.
@@ -122,12 +121,7 @@ class Publisher:
             BackendUnavailable: when the broker could not be reached or refuses us; nothing is
                 known of the messages then.
         """
-
-        def work(channel: ConfirmChannel) -> Optional[QueueLength]:
-            gone = self._publish(channel, messages, confirm)
-            return None if count is None or count in gone else channel.length(count)
-
-        return self._run(work, messages, confirm)
+        self._deliver(Delivery(messages), confirm)
 
     def publish_apart(self, queue: QueueSpec, message: Outgoing) -> None:
         """Declare *queue*, publish *message* to it, and return when the broker has it.
@@ -137,13 +131,11 @@ class Publisher:
             DeclarationRefused: when the queue exists with other properties.
             BackendUnavailable: when the broker could not be reached or refuses us.
         """
-
-        def work(channel: ConfirmChannel) -> None:
-            declare_queue(channel.channel, queue)
-            if self._publish(channel, (message,), True):
-                raise errors.NotConfirmed(f"the queue {queue.name!r} was deleted meanwhile")
-
-        self._run(work, (message,))
+        self._ask(lambda channel: declare_queue(channel.channel, queue), (message,))
+        delivery = Delivery((message,))
+        self._deliver(delivery, True)
+        if delivery.gone:
+            raise errors.NotConfirmed(f"the queue {queue.name!r} was deleted meanwhile")
         with self._lock:
             self.large += 1
 
@@ -158,18 +150,30 @@ class Publisher:
                 not be declared here.
             BackendUnavailable: when the broker could not be reached or refuses us.
         """
+        delivery = Delivery((message,))
+        self._deliver(delivery, True)
+        if not delivery.gone:
+            return
+        if not self._declarations.declare:
+            raise self._declarations.missing(f"queue {message.queue!r}")
 
-        def work(channel: ConfirmChannel) -> None:
-            if not self._publish(channel, (message,), True):
-                return
-            if not self._declarations.declare:
-                raise self._declarations.missing(f"queue {message.queue!r}")
+        def declare(channel: ConfirmChannel) -> None:
             for queue in queues:
                 declare_queue(channel.channel, queue)
-            if self._publish(channel, (message,), True):
-                raise errors.NotConfirmed(f"the queue {message.queue!r} was deleted meanwhile")
 
-        self._run(work, (message,))
+        self._ask(declare, (message,))
+        delivery = Delivery((message,))
+        self._deliver(delivery, True)
+        if delivery.gone:
+            raise errors.NotConfirmed(f"the queue {message.queue!r} was deleted meanwhile")
+
+    def length(self, queue: str) -> Optional[QueueLength]:
+        """Return how long *queue* is now, or ``None`` where there is no such queue.
+
+        Raises:
+            BackendUnavailable: when the broker could not be reached or refuses us.
+        """
+        return self._ask(lambda channel: channel.length(queue))
 
     def delete(self, queues: Sequence[str]) -> None:
         """Delete *queues* with all that is in them; they need not exist.
@@ -182,391 +186,355 @@ class Publisher:
             for queue in queues:
                 channel.channel.queue_delete(queue)
 
-        self._run(work, ())
+        self._ask(work)
 
-    def declare(
-        self, queues: Sequence[QueueSpec], messages: Sequence[Outgoing] = ()
-    ) -> Optional[Receipt]:
-        """Declare *queues*, and publish *messages*, unless somebody reads one of the queues.
+    def flush(self, timeout: float = FLUSH_SECONDS) -> None:
+        """Wait until the broker has what nobody waits for, at most *timeout* seconds.
+
+        To be called when the process ends.
+        """
+        end = time.monotonic() + timeout
+        left: List[Publication] = []
+        try:
+            while not connections.is_over(end):
+                left = self._channel.collect()
+                if not left and not self._has_strays():
+                    return
+                if self._has_strays():
+                    left = self._send([], time.monotonic()).unwaited()
+                self._channel.wait(Waiter(left), end)
+        except _FAILURES as exc:
+            connections.raise_if_from_signal_handler(exc)
+            logger.info("states were not confirmed when the process ended: %r", exc)
+        count = len(self._strays) + sum(not p.settled for p in left)
+        if count:
+            logger.warning("%d states were not confirmed when the process ended", count)
+
+    def close(self) -> None:
+        """Wait for what is unconfirmed, and close the connection."""
+        self._closed.set()
+        self.flush()
+        self._channel.close()
+
+    # -- delivering --------------------------------------------------------------------------
+
+    def _deliver(self, delivery: Delivery, confirm: bool) -> None:
+        """Publish what of *delivery* has to be, again as the policy says when that fails.
 
         Parameters:
-            queues: what to declare.
-            messages: what to publish; that the broker has them is to be asked for with
-                :meth:`wait_for`.
-
-        Returns:
-            ``None`` when somebody reads one of the queues already; nothing is published then.
-
-        Raises:
-            DeclarationRefused: when one of them exists with other properties.
-            BackendUnavailable: when the broker could not be reached or refuses us.
+            delivery: what to publish.
+            confirm: whether to wait for the confirms.
         """
+        tries = retry.Retry(self._connector.policy)
+        verdict = Verdict(delivery.unsent(), [], None, [], [])
+        while True:
+            failure: Optional[BaseException] = None
+            try:
+                log = self._send(verdict.again, time.monotonic(), verdict.declare, confirm)
+                if not confirm:
+                    self._keep_up(log)
+                    break
+                # States that were stored before are confirmed before: they may be of this task.
+                self._channel.wait(Waiter([*delivery.publications, *log.unwaited()]))
+            except _FAILURES as exc:
+                connections.raise_if_from_signal_handler(exc)
+                failure = exc
+            except BaseException:
+                self._abandon(delivery)
+                raise
+            verdict = delivery.judge()
+            if not verdict.again and failure is None:
+                self._wait_for_copies(delivery)
+                # The connection may have been lost meanwhile, and with it some of the copies.
+                verdict = delivery.judge()
+                if not verdict.again:
+                    break
+            self._prepare(delivery, verdict, failure or verdict.failure, tries)
+        self._count(delivery.messages, confirm)
 
-        def work(channel: ConfirmChannel) -> Optional[Receipt]:
-            if sum(declare_queue(channel.channel, queue) for queue in queues):
-                return None
-            if messages:
-                self._publish(channel, messages, False)
-            return Receipt(channel, tuple(messages))
-
-        return self._run(work, messages)
-
-    def wait_for(self, receipt: Receipt) -> bool:
-        """Wait until the broker has what was published; return ``False`` if no queue took it.
-
-        Raises:
-            ResultTooLarge, BackendUnavailable: see :meth:`publish`.
-        """
-        channel, messages = receipt
-        with self._lock:
-            mine = channel in self._idle
-            if mine:
-                self._idle.remove(channel)
-        gone: Set[str] = set()
-
-        def work(other: ConfirmChannel) -> None:
-            # Where another thread has the connection now, or it is lost, it is published again.
-            on_it = other is channel
-            gone.update(self._publish(other, () if on_it else messages, True, messages))
-
-        self._run(work, messages, True, channel if mine else None)
-        return gone.isdisjoint(message.queue for message in messages)
-
-    def _run(
+    def _prepare(
         self,
-        work: Callable[[ConfirmChannel], _T],
-        messages: Sequence[Outgoing],
-        confirm: bool = False,
-        channel: Optional[ConfirmChannel] = None,
-    ) -> _T:
-        """Do *work* for *messages*, again as the policy says when the connection is lost.
+        delivery: Delivery,
+        verdict: Verdict,
+        failure: Optional[BaseException],
+        tries: retry.Retry,
+    ) -> None:
+        """Wait until it is time to publish again, or raise the error that ends the attempts."""
+        returned = describe([p.message for p in verdict.again])
+        if failure is None and verdict.declare and not (verdict.homeless or verdict.refused):
+            if not self._declarations.declare:
+                self._abandon(delivery)
+                names = sorted({p.message.queue for p in verdict.again})
+                raise self._declarations.missing(f"queue {', '.join(names)}")
+            # The first message to a shard finds no queue: that is how a shard begins.
+            self._declarations.check_limit()
+            logger.info("a shard queue is declared, since it is not there: %s", returned)
+            return
+        if failure is None and verdict.refused:
+            failure = errors.NotConfirmed(
+                "the broker refused to take (nack) "
+                + describe([p.message for p in verdict.refused])
+            )
+        elif failure is None:
+            failure = errors.NotConfirmed(f"no queue takes {returned}")
+        try:
+            pause = self._judge(failure, delivery.messages, tries)
+        except Exception as final:
+            self._abandon(delivery)
+            refused = not isinstance(final, errors.NotConfirmed) and connections.is_refusal(
+                final.__cause__ or final
+            )
+            with self._lock:
+                if refused:
+                    self.refused += 1
+                else:
+                    self.failed += 1
+            raise
+        with self._lock:
+            self.retried += 1
+        logger.warning(
+            "%s was not published, trying again in %.1f s [%d/%s]: %r",
+            describe(delivery.messages),
+            pause,
+            tries.failed,
+            self._connector.policy.max_retries,
+            failure,
+        )
+        try:
+            time.sleep(pause)
+        except BaseException:
+            self._abandon(delivery)
+            raise
+
+    def _ask(self, work: Callable[[ConfirmChannel], _T], messages: Sequence[Outgoing] = ()) -> _T:
+        """Do *work*, which asks the broker something, again as the policy says when it fails.
 
         Parameters:
             work: what to do.
-            messages: those that *work* publishes, every time that it is done.
-            confirm: whether they are confirmed when it is done.
-            channel: what the first try uses, and nobody else does; ``None`` for any.
+            messages: what it is for, in messages of errors.
         """
-        attempt = 0
+        tries = retry.Retry(self._connector.policy)
         while True:
             try:
-                channel = channel or self._acquire()
-                done = work(channel)
+                with self._channel.open(time.monotonic()) as channel:
+                    return work(channel)
             except _FAILURES as exc:
-                connections.raise_if_from_signal_handler(exc)
-                if channel is not None:
-                    _discard_oversize(channel, messages, exc)
-                    self._drop(channel, messages)
-                    self._connector.leave(channel.link)
-                attempt += 1
-                try:
-                    pause = self._judge(exc, messages, attempt)
-                except errors.NotConfirmed:
-                    self._count_failure(refused=False)
-                    raise
-                except Exception as final:
-                    self._count_failure(connections.is_refusal(final.__cause__ or final))
-                    raise
+                self._forget_declarations()
+                pause = self._judge(exc, messages, tries)
                 with self._lock:
                     self.retried += 1
-                logger.warning(
-                    "%s was not published, trying again in %.1f s [%d/%s]: %r",
-                    _what(messages),
-                    pause,
-                    attempt,
-                    self._connector.policy.max_retries,
-                    exc,
-                )
+                logger.info("a request about queues is repeated after %r", exc)
                 time.sleep(pause)
-                channel = None
-            except BaseException:
-                # Interrupted (a time limit, Ctrl-C), or a declaration was refused: half a frame
-                # may be on the wire.
-                if channel is not None:
-                    self._drop(channel, messages)
-                raise
-            else:
-                self._release(channel, messages, confirm)
-                return done
 
-    def _count_failure(self, refused: bool) -> None:
-        with self._lock:
-            if refused:
-                self.refused += 1
-            else:
-                self.failed += 1
-
-    def _publish(
+    def _send(
         self,
-        channel: ConfirmChannel,
-        messages: Sequence[Outgoing],
-        confirm: bool,
-        published: Sequence[Outgoing] = (),
-    ) -> Set[str]:
-        """Publish, and return the names of queues that are not there and need not be.
+        publications: Sequence[Publication],
+        since: float,
+        declare: Sequence[int] = (),
+        waited: bool = True,
+    ) -> ConfirmLog:
+        """Write *publications*, and what has to be published again and nobody waits for.
 
         Parameters:
-            channel: where to publish.
-            messages: what to publish.
-            confirm: whether to wait until the broker has everything that was published there.
-            published: what was published there before, and is an error as well if it is refused.
-        """
-        gone: Set[str] = set()
-        mine = {id(message) for message in (*messages, *published)}
-        declarations = self._declarations
-        declarations.ensure_exchange(channel.channel)
-        if self._orphans:
-            self._publish_orphans(channel)
-        pending = list(messages)
-        again = declared = False
-        refusals = 0
-        while True:
-            self._write(channel, pending, confirm or again)
-            if any(id(message) in mine for message in channel.nacked.values()):
-                refused = list(channel.nacked.values())
-                raise errors.NotConfirmed(f"the broker refused to take (nack) {_what(refused)}")
-            # What is left was published before by those who have not waited. A node that goes down
-            # refuses everything for a while: who waits for a confirm gives it a few seconds.
-            unwanted = list(channel.nacked.values())
-            if unwanted:
-                pauses = REFUSAL_PAUSES if confirm else REFUSAL_PAUSES[:1]
-                refusals += 1
-                if refusals <= len(pauses):
-                    time.sleep(pauses[refusals - 1])
-                else:
-                    logger.error(
-                        "lost, since the broker refused it %d times (nack): %s",
-                        refusals,
-                        _what(unwanted),
-                    )
-                    unwanted = []
-                channel.nacked = {}
-            returned, channel.returned = channel.returned, []
-            gone.update(message.queue for message in returned if message.shard is None)
-            homeless = self._homeless(returned, mine)
-            pending = homeless + unwanted
-            if not pending:
-                return gone
-            if homeless:
-                if declared:
-                    raise errors.NotConfirmed(f"no queue takes {_what(messages)}")
-                logger.warning(
-                    "a shard queue is not there, and is declared now: %s", _what(homeless)
-                )
-                declarations.forget()
-                declared = True
-            # With another copy: who has begun to listen since has neither heard of it nor found it.
-            again = True
+            publications: what to publish.
+            since: when this attempt began.
+            declare: shards to declare before.
+            waited: whether somebody will wait for the confirms of *publications*.
 
-    def _write(self, channel: ConfirmChannel, messages: Sequence[Outgoing], wait: bool) -> None:
-        """Publish *messages*, to shards that are declared where that has to be done.
-
-        Parameters:
-            channel: where to publish.
-            messages: what to publish.
-            wait: whether to wait until the broker has settled everything that was published there.
+        Returns:
+            What is unconfirmed on the connection.
         """
         declarations = self._declarations
-        missing = [
-            message.shard
-            for message in messages
-            if message.shard is not None and not declarations.has_shard(message.shard)
-        ]
-        if len(messages) == 1 and not missing:
-            channel.publish(messages[0])
-        else:
-            with channel.link.corked():
-                for shard in dict.fromkeys(missing):
-                    declarations.request_shard(channel.channel, shard)
-                for message in messages:
-                    channel.publish(message)
-        if wait:
-            channel.wait(list(channel.unconfirmed))
-        elif len(channel.unconfirmed) > MAX_UNCONFIRMED:
-            # Not for all of them: the broker is not to run dry meanwhile.
-            channel.wait(list(itertools.islice(channel.unconfirmed, MAX_UNCONFIRMED // 2)))
-        elif len(channel.unconfirmed) % COLLECT_EVERY == 0:
-            channel.collect()
-        # By now the queues are there, if that was waited for. What another thread publishes
-        # sooner would come back to it.
-        for shard in missing:
-            declarations.remember_shard(shard)
-        if channel.returned and channel.unconfirmed:
-            # What was published before the shard is declared again may come back as well.
-            channel.wait(list(channel.unconfirmed))
-
-    def _homeless(self, returned: Sequence[Outgoing], mine: Set[int]) -> List[Outgoing]:
-        """Return those of *returned* that are to be published again to a shard.
-
-        They may have been published long before, and not been waited for.
-
-        Parameters:
-            returned: what has come back.
-            mine: by ``id()``, what whoever publishes now is to be told of.
-
-        Raises:
-            DeclarationRefused: when one of *mine* has no shard, and none is to be declared.
-        """
-        homeless = [message for message in returned if message.shard is not None]
-        if not homeless or self._declarations.declare:
-            return homeless
-        names = ", ".join(sorted({message.queue for message in homeless}))
-        missing_queue = self._declarations.missing(f"queue {names}")
-        if any(id(message) in mine for message in homeless):
-            raise missing_queue
-        logger.error("lost: %s: %s", _what(homeless), missing_queue)
-        return []
-
-    def _publish_orphans(self, channel: ConfirmChannel) -> None:
-        while True:
-            with self._lock:
-                if not self._orphans:
-                    return
-                message = self._orphans.popleft()
-            try:
-                # Under this channel's watch from now on.
-                channel.publish(message)
-            except BaseException:
-                if all(message is not other for other in channel.unconfirmed.values()):
-                    with self._lock:
-                        self._orphans.appendleft(message)
-                raise
-
-    def _judge(self, exc: BaseException, messages: Sequence[Outgoing], attempt: int) -> float:
-        """Return the pause before the next try, or raise where there is to be none."""
-        if isinstance(exc, errors.BackendUnavailable) and not isinstance(exc, errors.NotConfirmed):
-            # Connecting has its own tries, by the same policy.
-            raise exc
-        refusal = self._declarations.refusal(exc)
-        if refusal is not None:
-            raise refusal from exc
-        limit = _size_limit(exc)
-        if limit is not None:
-            largest = max(messages, key=lambda message: len(message.body), default=None)
-            if largest is not None and len(largest.body) > limit:
-                too_large = errors.ResultTooLarge(
-                    f"{largest.what} has {len(largest.body)} bytes when encoded, and the broker at "
-                    f"{self._connector.describe()} takes messages of up to {limit} bytes "
-                    "(max_message_size in its rabbitmq.conf). Return less, set "
-                    "result_compression, or raise that limit."
-                )
-                too_large.size, too_large.limit = len(largest.body), limit
-                raise too_large from exc
-        elif connections.is_refusal(exc):
-            raise errors.BackendUnavailable(
-                f"the broker at {self._connector.describe()} refuses {_what(messages)}: {exc}. "
-                "Check the user's permissions on the exchange and the queues "
-                f"{self._declarations.topology.prefix}.*, and on the default exchange (amq.default)"
-            ) from exc
-        pause = self._connector.policy.pause(attempt)
-        if pause is None:
-            raise errors.NotConfirmed(
-                f"the broker at {self._connector.describe()} did not confirm {_what(messages)} "
-                f"in {attempt} tries: {exc!r}"
-            ) from exc
-        return pause
-
-    def _acquire(self) -> ConfirmChannel:
-        while True:
-            with self._lock:
-                if not self._idle:
-                    break
-                channel = self._idle.pop()
-            if channel.link.alive and channel.channel.is_open:
-                return channel
-            self._drop(channel, ())
-        link = self._connector.open(HEARTBEAT, None, "publish")
         try:
-            return ConfirmChannel(link)
+            with self._channel.open(since) as channel:
+                declarations.ensure_exchange(channel.channel)
+                if channel.log.strays or self._strays:
+                    self._send_strays(channel)
+                if len(publications) == 1 and not declare:
+                    channel.publish(publications[0])
+                elif publications:
+                    with channel.link.corked():
+                        for shard in declare:
+                            declarations.request_shard(channel.channel, shard)
+                        for publication in publications:
+                            channel.publish(publication)
+                if not waited:
+                    for publication in publications:
+                        publication.waited = False
+                return channel.log
         except BaseException:
-            link.drop()
-            self._connector.leave(link)
+            self._forget_declarations()
             raise
 
-    def _release(
-        self, channel: ConfirmChannel, published: Sequence[Outgoing], confirmed: bool
-    ) -> None:
-        channel.link.idle_since = time.monotonic()
-        surplus: Optional[ConfirmChannel] = None
+    def _send_strays(self, channel: ConfirmChannel) -> None:
+        strays, channel.log.strays = [*self._strays, *channel.log.strays], []
+        self._strays.clear()
+        now = time.monotonic()
+        for number, publication in enumerate(strays):
+            message = publication.message
+            if publication.status is Status.REFUSED:
+                if publication.refusals > len(REFUSAL_PAUSES):
+                    logger.error(
+                        "lost, since the broker refused it %d times (nack): %s",
+                        publication.refusals,
+                        message.what,
+                    )
+                    continue
+                if now < publication.sent + REFUSAL_PAUSES[publication.refusals - 1]:
+                    self._strays.append(publication)
+                    continue
+            elif publication.status is Status.RETURNED:
+                if message.shard is None:
+                    continue
+                if not self._declarations.declare:
+                    logger.error(
+                        "lost: %s: %s",
+                        message.what,
+                        self._declarations.missing(f"queue {message.queue}"),
+                    )
+                    continue
+                try:
+                    self._declarations.check_limit()
+                except errors.BackendUnavailable as exc:
+                    logger.error("lost: %s: %s", message.what, exc)
+                    continue
+                self._declarations.request_shard(channel.channel, message.shard)
+            try:
+                channel.publish(publication)
+            except BaseException:
+                self._strays.extend(strays[number + (not publication.settled) :])
+                raise
+
+    def _keep_up(self, log: ConfirmLog) -> None:
+        """See that not too much is unconfirmed, and that all of it is looked after."""
+        if len(log) > MAX_UNCONFIRMED:
+            # Not for all of them, so that the broker does not run dry meanwhile.
+            self._channel.wait(Waiter(log.unwaited()[: MAX_UNCONFIRMED // 2]))
+        elif len(log) % COLLECT_EVERY == 0:
+            self._channel.collect()
+        if self._keeper is None and not self._closed.is_set():
+            with self._lock:
+                if self._keeper is None:
+                    self._keeper = start_thread(self._keep, "confirms")
+
+    def _wait_for_copies(self, delivery: Delivery) -> None:
+        """Wait a moment for the confirms of live copies.
+
+        A reader may then rely on having been sent the state. While an older copy is late, a queue
+        of a third party is stuck, and nothing is waited for.
+        """
+        if not any(publication.copying for publication in delivery.publications):
+            return
+        now = time.monotonic()
+        with self._channel.present() as channel:
+            late = channel is not None and channel.log.has_late_copy(now - COPY_SECONDS)
+        if not late:
+            self._channel.wait(Waiter(delivery.publications, copies=True), now + COPY_SECONDS)
+        count = sum(publication.copying for publication in delivery.publications)
+        for publication in delivery.publications:
+            publication.waited = False
+        if count:
+            with self._lock:
+                self.late_copies += count
+
+    def _abandon(self, delivery: Delivery) -> None:
+        """Wait for *delivery* no more; its caller has an error."""
+        for publication in delivery.publications:
+            publication.waited = False
+
+    def _count(self, messages: Sequence[Outgoing], confirmed: bool) -> None:
         with self._lock:
-            for message in published:
+            for message in messages:
                 self.published_bytes += len(message.body)
-                # Others are parts of chords, marks, and bodies of large results.
+                # Others are marks, and bodies of large results.
                 if message.pushed is not None:
                     self.stored += 1
                     self.confirmed += confirmed
-            if self._closed:
-                surplus = channel
-            else:
-                self._idle.append(channel)
-                oldest = self._idle[0]
-                # Left over from a time when more threads published at once.
-                if channel.link.idle_since - oldest.link.idle_since > connections.IDLE_SECONDS:
-                    surplus = self._idle.popleft()
-        if surplus is not None:
-            self._close(surplus)
 
-    def _drop(self, channel: ConfirmChannel, current: Sequence[Outgoing]) -> None:
-        """Let go of a broken connection, keeping what others published on it unconfirmed."""
-        mine = {id(message) for message in current}
-        left = (*channel.unconfirmed.values(), *channel.returned, *channel.nacked.values())
-        # What has come back may be unconfirmed as well.
-        self._orphans.extend(m for key, m in {id(m): m for m in left}.items() if key not in mine)
-        channel.link.drop()
+    def _judge(self, exc: BaseException, messages: Sequence[Outgoing], tries: retry.Retry) -> float:
+        """Return the pause before the next try, or raise where there is to be none."""
+        pause = tries.after(exc, time.monotonic())
+        if isinstance(exc, errors.BackendUnavailable) and not isinstance(exc, errors.NotConfirmed):
+            # Connecting has its own tries, by the same policy.
+            raise exc
+        if concerns(exc, messages):
+            self._raise_refusal(exc, messages)
+        if pause is None:
+            raise errors.NotConfirmed(
+                f"the broker at {self._connector.describe()} did not confirm {describe(messages)} "
+                f"in {tries.failed} tries: {exc!r}"
+            ) from exc
+        return pause
+
+    def _raise_refusal(self, exc: BaseException, messages: Sequence[Outgoing]) -> None:
+        """Raise the error for *exc* if it is one that trying again does not change."""
+        refusal = self._declarations.refusal(exc)
+        if refusal is not None:
+            raise refusal from exc
+        limit = size_limit(exc)
+        if limit is not None and messages:
+            largest = max(messages, key=lambda message: len(message.body))
+            too_large = errors.ResultTooLarge(
+                f"{largest.what} has {len(largest.body)} bytes when encoded, and the broker at "
+                f"{self._connector.describe()} takes messages of up to {limit} bytes "
+                "(max_message_size in its rabbitmq.conf). Return less, set "
+                "result_compression, or raise that limit."
+            )
+            too_large.size, too_large.limit = len(largest.body), limit
+            raise too_large from exc
+        if limit is None and connections.is_refusal(exc):
+            raise errors.BackendUnavailable(
+                f"the broker at {self._connector.describe()} refuses {describe(messages)}: {exc}. "
+                "Check the user's permissions on the exchange and the queues "
+                f"{self._declarations.topology.prefix}.*, and on the default exchange (amq.default)"
+            ) from exc
+
+    def _forget_declarations(self) -> None:
         # The broker may have restarted without what was declared.
         self._declarations.forget()
 
-    def close(self) -> None:
-        """Wait for what is unconfirmed, and close the connections."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = list(self._idle), collections.deque()
-        for channel in idle:
-            self._close(channel)
+    # -- what nobody waits for ---------------------------------------------------------------
 
-    def _close(self, channel: ConfirmChannel) -> None:
-        try:
-            self._publish(channel, (), True)
-        except _FAILURES as exc:
-            if channel.unconfirmed:
-                logger.warning(
-                    "%d states were not confirmed when their connection was closed: %r",
-                    len(channel.unconfirmed),
-                    exc,
-                )
-        channel.link.close()
-
-
-def _size_limit(exc: BaseException) -> Optional[int]:
-    """Return the largest size that the broker takes, if *exc* says that a message is larger."""
-    if not isinstance(exc, amqp_errors.PreconditionFailed):
-        return None
-    found = _MAX_SIZE.search(str(exc))
-    return int(found.group(1)) if found else None
-
-
-def _discard_oversize(
-    channel: ConfirmChannel, current: Sequence[Outgoing], exc: BaseException
-) -> None:
-    """Forget what the broker will never take, and that nobody waits for."""
-    limit = _size_limit(exc)
-    if limit is None:
-        return
-    mine = {id(message) for message in current}
-    for tag, message in list(channel.unconfirmed.items()):
-        if len(message.body) > limit and id(message) not in mine:
-            del channel.unconfirmed[tag]
+    def _adopt(self, publication: Publication) -> None:
+        """Have something published again that was on a lost connection."""
+        failure, message = publication.failure, publication.message
+        limit = size_limit(failure)
+        if limit is not None and len(message.body) > limit:
             logger.error(
                 "%s is lost: it has %d bytes, and the broker takes up to %d",
                 message.what,
                 len(message.body),
                 limit,
             )
+            return
+        self._strays.append(publication)
 
+    def _has_strays(self) -> bool:
+        with self._channel.present() as channel:
+            return bool(self._strays or (channel is not None and channel.log.strays))
 
-def _what(messages: Sequence[Outgoing]) -> str:
-    if not messages:
-        return "a request about queues"
-    return ", ".join(message.what for message in messages[:3]) + (
-        f" and {len(messages) - 3} more" if len(messages) > 3 else ""
-    )
+    def _keep(self) -> None:
+        """Look for confirms that nobody waits for, until there are none for a while."""
+        idle = 0
+        while not self._closed.wait(CHECK_SECONDS):
+            try:
+                busy = self._check()
+            except Exception as exc:
+                busy = True
+                logger.info("states that nobody waits for are not published yet: %r", exc)
+            idle = 0 if busy else idle + 1
+            if idle >= IDLE_CHECKS:
+                break
+        with self._lock:
+            self._keeper = None
+
+    def _check(self) -> bool:
+        """Publish again what was lost; return whether anything is unconfirmed."""
+        unconfirmed = self._channel.collect()
+        if self._has_strays():
+            unconfirmed = self._send([], time.monotonic()).unwaited()
+        old = [p for p in unconfirmed if time.monotonic() - p.sent > CHECK_SECONDS]
+        if old:
+            # Takes the connection for dead when nothing comes for long.
+            self._channel.wait(Waiter(old))
+        return bool(unconfirmed) or self._has_strays()

@@ -390,6 +390,7 @@ class Tap:
             else:
                 for name in self._wanted:
                     channel.queue_bind(queue, topology.exchange, topology.state_binding(name))
+            channel.basic_qos(0, 0, False)
             channel.basic_consume(
                 queue, no_ack=True, callback=self._on_message, on_cancel=_on_cancel
             )

@@ -125,7 +125,7 @@ def test_sending_groups_and_keeping_their_results_opens_no_result_connection(
     task = app.signature("tests.nothing")
     sent = [group([task.clone() for _ in range(5)]).apply_async() for _ in range(3)]
     sent.append((task | group([task.clone(), task.clone()])).apply_async())
-    pending = app.backend._pending
+    pending = app.backend.waits.pending
     eventually(lambda: pending is None or not pending._results)
     assert app.backend.layout.inbox._thread is None
     assert not exchange_exists(raw, app)
@@ -265,14 +265,14 @@ def test_a_waiter_that_binds_while_a_state_is_returned_gets_it_pushed(
     until_stored(app)
     queue = channel.queue_declare("", exclusive=True).queue
     declarations = app.backend.layout.publisher._declarations
-    forget = declarations.forget
+    check_limit = declarations.check_limit
 
     def begin() -> None:
         # The returned state is in no shard now, and its copy was published before this binding.
         channel.queue_bind(queue, declarations.topology.exchange, "#")
-        forget()
+        check_limit()
 
-    monkeypatch.setattr(declarations, "forget", begin)
+    monkeypatch.setattr(declarations, "check_limit", begin)
     # When a state is published for a missing shard, and a waiter binds meanwhile
     delete_shard(raw, app, task_id)
     app.backend.store_result(task_id, 1, states.SUCCESS)

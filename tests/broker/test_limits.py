@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import time
 import uuid
 from typing import Any, Iterator, List, Optional
@@ -13,6 +14,7 @@ import pytest
 from celery import Celery
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp import declarations
 from tests.broker.helpers import Waiting, new_id
 from tests.conftest import PATIENT_OPTIONS, Apps, connect
 from tools import rabbitmq
@@ -121,8 +123,11 @@ def test_an_error_names_the_limit_on_connections(tenant: Tenant, tenant_apps: Ap
             app.backend.get_state(new_id())
 
 
-def test_a_limit_on_queues_is_named_with_the_way_out(tenant: Tenant, tenant_apps: Apps) -> None:
+def test_a_limit_on_queues_is_named_with_the_way_out(
+    tenant: Tenant, tenant_apps: Apps, monkeypatch: Any
+) -> None:
     # Given a virtual host with 20 queues at most, and an app with more shards
+    monkeypatch.setattr(declarations, "LIMIT_PAUSE", 60.0)
     tenant.limit(max_queues=20)
     app = tenant_apps(shards=64)
     # When results are stored
@@ -133,7 +138,7 @@ def test_a_limit_on_queues_is_named_with_the_way_out(tenant: Tenant, tenant_apps
         try:
             app.backend.store_result(task_id, 1, "SUCCESS")
             stored.append(task_id)
-        except errors.DeclarationRefused as exc:
+        except errors.BackendUnavailable as exc:
             failures.append(exc)
     # Then those fail whose queue is not allowed, and the error says why and what to do
     assert failures
@@ -150,7 +155,7 @@ def test_a_limit_on_queues_is_named_with_the_way_out(tenant: Tenant, tenant_apps
         topology = app.backend.config.topology
         channel.queue_delete(topology.shard_queue_name(topology.shard(stored[0])))
         for _ in range(100):
-            with contextlib.suppress(errors.DeclarationRefused):
+            with contextlib.suppress(errors.BackendUnavailable):
                 app.backend.store_result(new_id(), 1, "SUCCESS")
         channel.queue_declare(app.conf.task_default_queue, durable=True, auto_delete=False)
 
@@ -211,3 +216,25 @@ def test_small_frames_carry_large_results(make_app: Apps, node: rabbitmq.Node) -
         assert [reader.AsyncResult(task_id).get(timeout=60) for task_id in ids] == values
     finally:
         node.eval(f"application:set_env(rabbit, frame_max, {before})")
+
+
+def test_threads_that_meet_a_limit_on_connections_store_all(
+    tenant: Tenant, tenant_apps: Apps
+) -> None:
+    # Given few connections for many threads
+    app = tenant_apps()
+    tenant.limit(max_connections=3)
+    ids = [new_id() for _ in range(40)]
+
+    def store(part: List[str]) -> None:
+        for task_id in part:
+            app.backend.store_result(task_id, 1, "SUCCESS")
+
+    # When all of them store
+    threads = [threading.Thread(target=store, args=(ids[n::8],)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    # Then nothing is lost
+    assert {app.AsyncResult(task_id).state for task_id in ids} == {"SUCCESS"}

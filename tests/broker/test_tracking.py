@@ -47,10 +47,7 @@ def test_the_fate_of_a_task_is_never_sent_waiting_stored_or_forgotten(make_app: 
     assert other.backend.fate(new_id()) == Fate("unknown")
     # It was sent, and no process has stored anything so far: not even the exchange exists
     result = sender.send_task("task")
-    assert (
-        sender._backend_cache.layout.publisher._idle
-        == type(sender.backend.layout.publisher._idle)()
-    )
+    assert sender.backend.layout.publisher._channel._channel is None
     for app in (sender, other):
         fate = until(app, result.id, "sent")
         assert fate.since is not None
@@ -113,21 +110,6 @@ def test_a_broker_that_refuses_marks_does_not_refuse_tasks(
     count = channel.queue_declare(app.conf.task_default_queue, passive=True).message_count
     assert count == 5
     assert "not tracked any more" in caplog.text
-
-
-def test_a_shard_that_a_mark_failed_to_declare_raises_for_the_storing_process(
-    make_app: Apps, raw: Any
-) -> None:
-    # Given an incompatible shard, and a process whose mark for it was refused
-    app = make(make_app)
-    with raw.channel() as channel:
-        channel.queue_declare(
-            app.backend.config.topology.shard_queue_name(0), durable=True, auto_delete=False
-        )
-    app.send_task("task")
-    # Then storing raises the error
-    with pytest.raises(errors.DeclarationRefused):
-        app.backend.store_result(new_id(), 1, states.SUCCESS)
 
 
 def test_marks_declare_nothing_if_declaring_is_turned_off(make_app: Apps, raw: Any) -> None:

@@ -153,7 +153,7 @@ def test_a_purged_shard_is_noticed_when_the_view_is_checked(
     task_id = new_id()
     writer.backend.store_result(task_id, 1, states.SUCCESS)
     eventually(lambda: reader.backend.metrics().views or not reader.AsyncResult(task_id).state)
-    raw.channel().queue_purge(reader.backend._topology.shard_queue_name(0))
+    raw.channel().queue_purge(reader.backend.config.topology.shard_queue_name(0))
     eventually(lambda: reader.AsyncResult(task_id).state == states.PENDING)
 
 
@@ -208,7 +208,9 @@ def test_a_wait_that_is_over_keeps_the_look_up_s_connection(
     writer.backend.store_result(task_id, 1, states.SUCCESS)
     # Given a shard that another reader holds
     channel = raw.channel()
-    channel.basic_consume(reader.backend._topology.shard_queue_name(0), callback=lambda m: None)
+    channel.basic_consume(
+        reader.backend.config.topology.shard_queue_name(0), callback=lambda m: None
+    )
     for _ in range(5):
         with pytest.raises(TimeoutError):
             reader.AsyncResult(task_id).get(timeout=0.01)

@@ -11,7 +11,7 @@ import pytest
 from celery import states
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import confirms
+from celery_amqp_results.amqp import confirms, declarations
 from celery_amqp_results.store import lookup as store_module
 from tests import subprocesses
 from tests.conftest import Apps, eventually
@@ -84,15 +84,14 @@ def test_a_look_up_is_answered_even_if_the_broker_blocks_its_packing(
     # Given an alarm that starts when a reader has read its shard and is about to pack it
     with contextlib.ExitStack() as stack:
 
-        def publish_blocked(self: Any, message: Any) -> int:
+        def publish_blocked(self: Any, publication: Any) -> None:
             stack.enter_context(alarm(node, "memory"))
             monkeypatch.setattr(confirms.ConfirmChannel, "publish", publish)
             # The broker accepts the first message, and then blocks the connection.
-            publish(self, message)
-            tag = publish(self, message)
+            publish(self, confirms.Publication(publication.message))
+            publish(self, publication)
             eventually(lambda: self.link.drain(0.1) and self.link.blocked)
             blocked.append(self.link.blocked)
-            return tag
 
         monkeypatch.setattr(confirms.ConfirmChannel, "publish", publish_blocked)
         assert app.backend._get_task_meta_for(ids[5])["result"] == 5
@@ -168,8 +167,9 @@ def limited(node: rabbitmq.Node, **limits: int) -> Iterator[None]:
 
 
 def test_a_refused_queue_declaration_raises_an_error_with_the_reason(
-    make_app: Apps, node: rabbitmq.Node
+    make_app: Apps, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(declarations, "LIMIT_PAUSE", 0.0)
     app = make_app()
     task_id = new_ids(1)[0]
     with (

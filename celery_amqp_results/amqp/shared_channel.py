@@ -1,0 +1,309 @@
+"""One publishing channel for all threads and greenlets of a process.
+
+Whoever publishes writes to the socket at once, and then waits for the confirm. One of those who
+wait is the *leader*: it reads the socket, and wakes the others when their confirms have come. When
+it has its own, it hands the lead to another. A process with one thread so reads its own confirms,
+as if it had the channel to itself, and several threads share the broker's group commits.
+
+The socket is read and written under one lock, which TLS needs. Nobody holds it while waiting for
+bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from typing import Callable, Deque, Iterator, List, Optional, Sequence
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import confirms, connections
+from celery_amqp_results.amqp.confirms import ConfirmChannel, Publication
+
+__all__ = ("SharedChannel", "Waiter")
+
+#: Publishing has no heartbeats. A dead connection is noticed at the next message, which the
+#: kernel gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
+HEARTBEAT = 0.0
+
+#: The longest single wait for bytes, in seconds. An alarm of the broker is looked for in between.
+STEP = 1.0
+
+
+class Waiter:
+    """A thread that waits for some publications.
+
+    Parameters:
+        publications: what it waits for.
+        copies: whether it waits for the live copies, and not for what is kept.
+    """
+
+    def __init__(self, publications: Sequence[Publication], copies: bool = False) -> None:
+        self._missing = list(publications)
+        self._copies = copies
+        self._event: Optional[threading.Event] = None
+
+    @property
+    def done(self) -> bool:
+        """Whether everything it waits for is settled."""
+        missing = self._missing
+        while missing:
+            last = missing[-1]
+            if last.copying if self._copies else not last.settled:
+                return False
+            missing.pop()
+        return True
+
+    def follow(self) -> None:
+        """Get ready for :meth:`wait`."""
+        if self._event is None:
+            self._event = threading.Event()
+        self._event.clear()
+
+    def wait(self, timeout: float) -> None:
+        """Wait to be woken, at most *timeout* seconds."""
+        assert self._event is not None
+        self._event.wait(timeout)
+
+    def wake(self) -> None:
+        """End the present :meth:`wait`."""
+        assert self._event is not None
+        self._event.set()
+
+
+class SharedChannel:
+    """Opens the channel, and moves bytes on it for many threads.
+
+    Parameters:
+        connector: opens the connection.
+        on_lost: called with every publication that a lost connection leaves behind and that
+            nobody waits for. Must not publish.
+
+    Thread-safe. After a fork the child must make a new one.
+    """
+
+    def __init__(
+        self, connector: connections.Connector, on_lost: Callable[[Publication], None]
+    ) -> None:
+        self._connector = connector
+        self._on_lost = on_lost
+        # Guards the channel, and everything read from its socket or written to it.
+        self._io = threading.Lock()
+        self._channel: Optional[ConfirmChannel] = None
+        #: When the last attempt to open it began, and how it failed.
+        self._opening = 0.0
+        self._open_failure: Optional[errors.BackendUnavailable] = None
+        # Guards the two below. Taken within the lock above, never around it.
+        self._turn = threading.Lock()
+        self._led = False
+        self._followers: Deque[Waiter] = collections.deque()
+
+    @contextlib.contextmanager
+    def open(self, since: float) -> Iterator[ConfirmChannel]:
+        """Lend the channel for a ``with`` block that writes, or that asks the broker something.
+
+        When the block raises, the connection is lost for everybody: half a frame may be on it.
+
+        Parameters:
+            since: when the caller's attempt began. It shares the failure of an attempt to connect
+                that began after that, instead of making one more.
+
+        Raises:
+            BackendUnavailable: when the connection could not be opened.
+        """
+        with self._io:
+            channel = self._ready(since)
+            try:
+                yield channel
+            except BaseException as exc:
+                self._lose(channel, exc)
+                raise
+
+    @contextlib.contextmanager
+    def present(self) -> Iterator[Optional[ConfirmChannel]]:
+        """Lend the channel if there is one; ``None`` otherwise."""
+        with self._io:
+            channel = self._channel
+            try:
+                yield channel
+            except BaseException as exc:
+                if channel is not None:
+                    self._lose(channel, exc)
+                raise
+
+    def _ready(self, since: float) -> ConfirmChannel:
+        channel = self._channel
+        if channel is not None:
+            try:
+                # A load balancer may have closed the connection while it was idle.
+                channel.take_in()
+                if channel.link.alive and channel.channel.is_open:
+                    return channel
+                failure: BaseException = errors.BackendUnavailable("the connection was closed")
+            except connections.TRANSIENT as exc:
+                connections.raise_if_from_signal_handler(exc)
+                failure = exc
+            except BaseException as exc:
+                self._lose(channel, exc)
+                raise
+            self._lose(channel, failure)
+        if self._open_failure is not None and self._opening >= since:
+            raise errors.BackendUnavailable(
+                str(self._open_failure)
+            ) from self._open_failure.__cause__
+        self._opening, self._open_failure = time.monotonic(), None
+        try:
+            link = self._connector.open(HEARTBEAT, None, "publish")
+        except errors.BackendUnavailable as exc:
+            self._open_failure = exc
+            raise
+        try:
+            self._channel = ConfirmChannel(link)
+        except BaseException:
+            link.drop()
+            self._connector.leave(link)
+            raise
+        return self._channel
+
+    def _lose(self, channel: ConfirmChannel, failure: BaseException) -> None:
+        """Let go of the connection. Whoever waits for something on it finds that it is lost."""
+        if self._channel is channel:
+            self._channel = None
+        left = [*channel.log.strays, *channel.log.lost(failure)]
+        channel.log.strays = []
+        for publication in left:
+            if not publication.waited:
+                self._on_lost(publication)
+        channel.link.drop()
+        self._connector.leave(channel.link)
+        self._wake_done()
+
+    def wait(self, waiter: Waiter, deadline: Optional[float] = None) -> None:
+        """Wait until *waiter* is done; a lost connection ends the wait as well.
+
+        Parameters:
+            waiter: what to wait for.
+            deadline: time (``time.monotonic``) at which to stop waiting, or ``None``. Without one
+                the connection is taken for dead when no confirm comes for
+                :data:`confirms.CONFIRM_TIMEOUT` seconds and the broker blocks nobody.
+        """
+        patience = time.monotonic() + confirms.CONFIRM_TIMEOUT
+        while not waiter.done:
+            self._take_turn(waiter, deadline)
+            now = time.monotonic()
+            if connections.is_over(deadline):
+                return
+            channel = self._channel
+            if channel is not None and channel.link.blocked:
+                patience = now + confirms.CONFIRM_TIMEOUT
+            elif now > patience and channel is not None and not waiter.done:
+                with self._io:
+                    if channel is self._channel:
+                        self._lose(channel, confirms.no_confirm())
+
+    def _take_turn(self, waiter: Waiter, deadline: Optional[float]) -> None:
+        """Read as the leader, or wait for what the leader reads."""
+        with self._turn:
+            lead = not self._led
+            if lead:
+                self._led = True
+            else:
+                waiter.follow()
+                self._followers.append(waiter)
+        if not lead:
+            waiter.wait(connections.time_left(deadline, STEP))
+            with self._turn, contextlib.suppress(ValueError):
+                self._followers.remove(waiter)
+            return
+        try:
+            self._read(connections.time_left(deadline, STEP))
+            while not waiter.done and not connections.is_over(deadline) and self._channel:
+                self._wake_done()
+                if not self._read(connections.time_left(deadline, STEP)):
+                    break
+        finally:
+            self._hand_over()
+
+    def _read(self, timeout: float) -> bool:
+        """Take in what comes within *timeout* seconds; return whether anything did."""
+        channel = self._channel
+        if channel is None:
+            return False
+        try:
+            if not channel.link.readable(timeout):
+                return False
+        except (OSError, ValueError) as exc:
+            connections.raise_if_from_signal_handler(exc)
+            # Another thread has lost the connection, and closed its socket.
+            if channel is self._channel:
+                raise
+            return False
+        with self._io:
+            if channel is self._channel:
+                try:
+                    channel.take_in()
+                except connections.TRANSIENT as exc:
+                    connections.raise_if_from_signal_handler(exc)
+                    self._lose(channel, exc)
+                except BaseException as exc:
+                    self._lose(channel, exc)
+                    raise
+        return True
+
+    def _wake_done(self) -> None:
+        if not self._followers:
+            return
+        with self._turn:
+            done = [follower for follower in self._followers if follower.done]
+            for follower in done:
+                self._followers.remove(follower)
+                follower.wake()
+
+    def _hand_over(self) -> None:
+        with self._turn:
+            self._led = False
+            followers, self._followers = list(self._followers), collections.deque()
+            led = False
+            for follower in followers:
+                if follower.done:
+                    follower.wake()
+                elif not led:
+                    # It will lead.
+                    led = True
+                    follower.wake()
+                else:
+                    self._followers.append(follower)
+
+    def collect(self) -> List[Publication]:
+        """Take in what has come without waiting; return what nobody waits for."""
+        with self._io:
+            channel = self._channel
+            if channel is None:
+                return []
+            try:
+                channel.take_in()
+            except connections.TRANSIENT as exc:
+                connections.raise_if_from_signal_handler(exc)
+                self._lose(channel, exc)
+                return []
+            except BaseException as exc:
+                self._lose(channel, exc)
+                raise
+            return channel.log.unwaited()
+
+    def close(self) -> None:
+        """Close the connection as the protocol asks."""
+        with self._io:
+            channel = self._channel
+            if channel is not None:
+                self._channel = None
+                for publication in [*channel.log.strays, *channel.log.lost(_closed())]:
+                    if not publication.waited:
+                        self._on_lost(publication)
+                channel.link.close()
+        self._wake_done()
+
+
+def _closed() -> errors.BackendUnavailable:
+    return errors.BackendUnavailable("the result backend was closed")
