@@ -283,7 +283,7 @@ def test_what_no_plan_waits_for_makes_room() -> None:
     leader.state_pushed(end("a", body=b"x" * 9), NOW, WALL + LATER)
     leader.state_pushed(end("b", body=b"x" * 9), NOW, WALL + LATER)
     assert leader.held_bytes == 9
-    # Forgotten results are looked up
+    # The forgotten end is looked up
     leader.plan_delivered(plan("a"), 7, False, NOW)
     leader.tick(NOW, WALL)
     assert leader.take() == [LookUp(frozenset("a"), frozenset())]
