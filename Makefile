@@ -17,7 +17,7 @@ SCRIPTS := demo examples tools tests $(wildcard bench)
 
 .PHONY: help demo test coverage test-newest-rabbitmq test-oldest test-newest-python test-matrix \
 	test-pair lint format types docs \
-	test-faults test-tools soak fuzz screenshots bench bench-check dist clean
+	test-faults test-tools soak simulate mutants fuzz screenshots bench bench-check dist clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -45,9 +45,9 @@ test-tools: $(VENV)/.test ## Run the tests of what runs the private RabbitMQ nod
 	$(BIN)/python -m pytest tests/tools
 
 # The faults are chosen at random; the same SEED chooses the same ones.
-soak: $(VENV)/.test ## Break things for MINUTES=n under load; SEED=n, RABBITMQ=forky, FAULTS="words"
+soak: $(VENV)/.test ## Break things for MINUTES=n under load; SEED=n, RABBITMQ=forky, HISTORY=folder
 	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) \
-		$(if $(RABBITMQ),--distribution $(RABBITMQ)) $(FAULTS)
+		$(if $(RABBITMQ),--distribution $(RABBITMQ)) $(if $(HISTORY),--history $(HISTORY)) $(FAULTS)
 
 test-oldest: ## Run unit and broker tests with the oldest supported Celery, and Python 3.9 if it is here
 	@$(MAKE) --no-print-directory VENV=.venv-oldest PINS=tools/oldest.txt \
@@ -70,9 +70,10 @@ test-pair:
 	.venv-$(PAIR)/bin/python $(RUN_TESTS) \
 		$(if $(filter tests,$(PYTEST)),tests/unit tests/broker tests/worker,$(PYTEST))
 
-lint: $(VENV)/.lint ## Check style, and that the code is formatted
+lint: $(VENV)/.lint ## Check style and imports, and that the code is formatted
 	$(BIN)/ruff check celery_amqp_results $(SCRIPTS)
 	$(BIN)/ruff format --check celery_amqp_results $(SCRIPTS)
+	$(BIN)/lint-imports
 
 format: $(VENV)/.lint ## Format the code
 	$(BIN)/ruff check --fix celery_amqp_results $(SCRIPTS)
@@ -90,10 +91,16 @@ bench: $(VENV)/.bench ## Measure beside other backends; QUICK=1 for less, BENCH=
 bench-check: $(VENV)/.bench ## Measure little, and fail if a ratio is worse than recorded
 	$(BIN)/python -m bench --quick --compare $(BENCH)
 
+mutants: $(VENV)/.test ## Change the pure cores in small ways and see whether tests notice; MODULES="page"
+	$(BIN)/python -m tools.mutants $(MODULES)
+
 dist: $(VENV)/.release ## Build the wheel and the source archive into dist/, and check them
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
+
+simulate: $(VENV)/.test ## Run the simulation of reads with SEEDS=10000 seeds, from FIRST=0 on
+	$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),10000) --first $(or $(FIRST),0)
 
 fuzz: $(VENV)/.test ## Feed the decoders with garbage for SECONDS=60; with atheris if it is installed
 	$(BIN)/python -m tools.fuzz --seconds $(or $(SECONDS),60)

@@ -14,8 +14,9 @@ import os
 import platform
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import amqp
 import celery
@@ -48,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kept", default="", metavar="N,N",
         help="how many results are kept for look-ups; default: 10000 with --quick; 1000, 10000 and "
              "100000 without; 1000000 takes ten minutes")
+    add("--fleet", default="", metavar="NxM,NxM",
+        help="web processes and tasks a second of the measure fleet, such as 8x50")
     add("--rounds", type=int, default=0, metavar="N",
         help="rounds of each peer, but for chords and the fleet; default: 5, with --quick 3")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -90,25 +93,35 @@ def _measure(options: argparse.Namespace, reporter: Reporter) -> Run:
         reporter.line(", ".join(f"{name} {value}" for name, value in about.items()))
         started = time.monotonic()
         rows: List[Row] = []
+        failed: List[str] = []
         try:
-            for row in _rows(place, options, reporter):
+            for row in _rows(place, options, reporter, failed):
                 rows.append(row)
                 reporter.row(row)
                 if options.json:
                     options.json.write_text(Run(about, rows).to_json(), encoding="utf-8")
         except KeyboardInterrupt:
             reporter.line("interrupted: these are the rows so far")
+        if failed:
+            about["failed"] = failed
         about["seconds"] = round(time.monotonic() - started)
         about["busy"] = about["busy"] or _busy()
         about["load"] = f"{about['load']}; at the end {_load()}"
     return Run(about, rows)
 
 
-def _rows(place: Place, options: argparse.Namespace, reporter: Reporter) -> Iterator[Row]:
+def _rows(
+    place: Place, options: argparse.Namespace, reporter: Reporter, failed: List[str]
+) -> Iterator[Row]:
     short = [name for name in measures.ALL if name not in measures.THOROUGH]
     for name in options.measures or (short if options.quick else measures.ALL):
         begun = time.monotonic()
-        yield from measures.ALL[name](place)
+        try:
+            yield from measures.ALL[name](place)
+        except Exception:
+            # The other measures are worth having.
+            reporter.line(f"-- {name} has failed:\n{traceback.format_exc()}")
+            failed.append(name)
         reporter.line(f"-- {name}: {time.monotonic() - begun:.0f} s, load {_load()}")
 
 
@@ -127,12 +140,18 @@ def _place(stack: contextlib.ExitStack, options: argparse.Namespace, reporter: R
     kept = [int(number) for number in options.kept.split(",") if number]
     place = Place(node, servers, options.quick, kept, here, (redis.pid, lasting.pid))
     place.usual_rounds = options.rounds
+    place.fleet = [_pair(text) for text in options.fleet.split(",") if text]
     if not options.quick and not node.version.startswith("3."):
         tuned = stack.enter_context(services.private_rabbitmq(options.distribution, services.TUNED))
         place.servers = dataclasses.replace(servers, tuned=tuned.url())
         place.tuned_pid = tuned.pid
     stack.callback(place.end_workers)
     return place
+
+
+def _pair(text: str) -> Tuple[int, int]:
+    first, _, second = text.partition("x")
+    return int(first), int(second)
 
 
 def _about(node: rabbitmq.Node, quick: bool) -> Dict[str, Any]:
@@ -198,7 +217,7 @@ def _finish(run: Run, options: argparse.Namespace, reporter: Reporter) -> int:
         for path in plots.draw(run, options.plots):
             reporter.line(f"wrote {path}")
     path = recorded_path(run)
-    code = 0
+    code = 1 if run.about.get("failed") else 0
     if options.compare:
         try:
             recorded = Run.read(path)
@@ -208,7 +227,7 @@ def _finish(run: Run, options: argparse.Namespace, reporter: Reporter) -> int:
             worse = compare.regressions(recorded, run)
             compared = sum(1 for _ in compare.changes(recorded, run))
             reporter.regressions(worse, compared, recorded)
-            code = 1 if worse else 0
+            code = 1 if worse else code
     if options.record:
         path.parent.mkdir(exist_ok=True)
         path.write_text(run.to_json(), encoding="utf-8")

@@ -28,6 +28,11 @@ class Member(assistant.Server):
         """Return the name under which this process sends tasks."""
         return {"origin": anon_nodename(), "reply_to": self._app.thread_oid}
 
+    def metrics(self) -> Dict[str, int]:
+        """Return what the backend has counted; nothing if it is not this one."""
+        metrics = getattr(self._app.backend, "metrics", None)
+        return dict(metrics().as_dict()) if metrics is not None else {}
+
     def browse(self, number: int, start: float, timetable: Mapping[str, Any]) -> Dict[str, Any]:
         """Send and poll as the timetable says."""
         table = Timetable(**timetable)

@@ -7,7 +7,19 @@ import contextlib
 import dataclasses
 import gc
 import uuid
-from typing import Any, Callable, DefaultDict, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    DefaultDict,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 import kombu
 
@@ -30,6 +42,7 @@ class Place:
         peers: names of the peers that are installed and wanted.
         redis_pids: processes of the Redis servers.
         tuned_pid: process of the RabbitMQ with other settings, or 0.
+        fleet: web processes and tasks a second of the measure *fleet*; empty for its own.
         usual_rounds: rounds of a measure that has no number of its own; 0 for 5, or 3 if *quick*.
     """
 
@@ -41,6 +54,9 @@ class Place:
     redis_pids: Sequence[int]
     tuned_pid: int = 0
     usual_rounds: int = 0
+    fleet: Sequence[Tuple[int, int]] = ()
+    #: Peers whose workers have run enough tasks to be measured.
+    warm: Set[str] = dataclasses.field(default_factory=set)
     _workers: Dict[str, programs.Worker] = dataclasses.field(default_factory=dict)
 
     @property
@@ -143,5 +159,6 @@ class Place:
         for worker in self._workers.values():
             worker.stop()
         self._workers.clear()
+        self.warm.clear()
         # Results in cycles tell their backends that they go: now, while these are there.
         gc.collect()

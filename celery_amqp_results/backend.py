@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import contextvars
 import dataclasses
 import datetime
 import logging
@@ -18,16 +16,13 @@ from typing import (
     Any,
     Callable,
     ClassVar,
-    Collection,
     ContextManager,
     Dict,
     Generator,
     Iterable,
     Iterator,
     List,
-    Mapping,
     Optional,
-    Set,
     Tuple,
     Union,
 )
@@ -58,18 +53,14 @@ from celery_amqp_results.layouts import Layout, LayoutRegistry, make_layout
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
 from celery_amqp_results.per_task.layout import Wire
-from celery_amqp_results.protocol import expiry
-from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.ids import id_text, plain_ids, state_name
-from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessage
-from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, Topology, client_word
-from celery_amqp_results.protocol.ranking import ABORTED, is_final
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.names import Topology
+from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.recording import Recorder
 from celery_amqp_results.store import marks as tracking
-from celery_amqp_results.waiting import results as trees
-from celery_amqp_results.waiting import watch as watching
-from celery_amqp_results.waiting.callbacks import PendingResults
-from celery_amqp_results.waiting.follower import Update
 from celery_amqp_results.waiting.groups import Pass, ask_in_one_pass
+from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
@@ -78,33 +69,13 @@ logger = logging.getLogger(__name__)
 #: The state of a group that is kept by ``GroupResult.save``, in header and body.
 GROUP_STATE = "GROUP"
 
-#: A mistake of the user's is logged once; so many are remembered.
-MAX_COMPLAINTS = 100
-
 #: Celery before 5.5 writes when a task has ended in UTC.
 DATES_IN_ZONE_OF_APP = celery.VERSION >= (5, 5)
-
-#: How often ``on_interval`` is called where no interval is given, in seconds.
-DEFAULT_INTERVAL = 0.5
-SHORTEST_INTERVAL = 0.01
 
 #: So many tasks are remembered as failed.
 MAX_FAILED = 1000
 
-#: The longest that a watcher waits at once while nothing happens, in seconds.
-WATCH_INTERVAL = 5.0
-
 Meta = Dict[str, Any]
-
-_clock = PublishClock()
-
-_NOT_GIVEN: Any = object()
-
-#: The task of a chord's header whose final state was just stored in this thread or greenlet, and
-#: the id of the header.
-_stored: contextvars.ContextVar[Optional[Tuple[str, Optional[str]]]] = contextvars.ContextVar(
-    "celery_amqp_results_stored", default=None
-)
 
 
 class AMQPBackend(Celery4API, Backend):
@@ -201,6 +172,10 @@ class AMQPBackend(Celery4API, Backend):
             purpose,
         )
         self._layouts = _registry_of(app)
+        #: Stores what becomes of tasks.
+        self.recorder = Recorder(app.tasks.get, self.config, lambda: self.layout)
+        #: Waits for tasks.
+        self.waits = Waits(lambda: self.layout, self.decode_state)
         self._reset()
         _backends.add(self)
 
@@ -235,12 +210,9 @@ class AMQPBackend(Celery4API, Backend):
 
     def _reset(self) -> None:
         """Start afresh, as a new process that has opened nothing."""
-        self._lock = threading.Lock()
-        self._resolving = threading.RLock()
         self._pid = os.getpid()
-        self._pending: Optional[PendingResults] = None
+        self.waits.reset()
         self._failed = LRUCache(limit=MAX_FAILED)
-        self._complaints: Set[str] = set()
         self._pass = Pass()
 
     @property
@@ -292,11 +264,7 @@ class AMQPBackend(Celery4API, Backend):
         retried = current is not None and current.request.id == task_id
         if not retried and not sends_for_another(task_id):
             self.layout.note_sent(task_id)
-        if self.options.track_sent and self.config.broker.is_that_of(producer.connection):
-            self.layout.mark_sent(
-                producer.connection,
-                tracking.mark(task_id, tracking.SENT, _clock.now(), self.config.expirations.result),
-            )
+        self.recorder.mark_sent(task_id, producer.connection)
         return {}
 
     def _store_result(
@@ -338,33 +306,13 @@ class AMQPBackend(Celery4API, Backend):
         brief: bool = False,
     ) -> None:
         """Publish a state; a *brief* one without the arguments of the task, which may be long."""
-        layout, name = self.layout, state_name(state)
         if brief:
             result = self.encode_result(result, state)
         meta = self._get_result_meta(result, state, traceback, request)
         meta["task_id"] = task_id
         if brief:
             meta.update({name: None for name in ("args", "kwargs") if name in meta})
-        message = self._encode_state(
-            task_id, name, layout.shape(meta), STATE, self._expiration_of(name, request)
-        )
-        route = _route_of(request)
-        # ABORTED as well: who asked a task to stop relies on it.
-        final = is_final(state) or state == ABORTED
-        counts = route.in_chord and is_final(state)
-        part = None
-        if counts and _shorter(message.expiration, self.config.expirations.chord):
-            part = dataclasses.replace(message, kind=PART, expiration=self.config.expirations.chord)
-            part = layout.detach(part)
-        layout.publish(layout.detach(message), route, final, part)
-        if counts:
-            _stored.set((task_id, route.group_id))
-        if self.options.track_sent and is_final(state):
-            # Its loss would do little harm: it is not waited for.
-            expiration = tracking.ended_expiration(message.expiration)
-            self.layout.mark(
-                [tracking.mark(task_id, tracking.ENDED, _clock.now(), expiration)], False
-            )
+        self.recorder.record(task_id, state_name(state), meta, request)
 
     def _get_result_meta(
         self,
@@ -402,42 +350,6 @@ class AMQPBackend(Celery4API, Backend):
                 meta["parent_id"] = parent_id
         return meta
 
-    def _encode_state(
-        self,
-        message_id: str,
-        state: str,
-        meta: Mapping[str, Any],
-        kind: str,
-        expiration: Optional[int],
-    ) -> StateMessage:
-        content_type, content_encoding, compression, body = self.config.codec.encode(meta)
-        return StateMessage(
-            message_id,
-            state,
-            _clock.now(),
-            body,
-            content_type,
-            content_encoding,
-            compression,
-            expiration,
-            kind,
-        )
-
-    def _expiration_of(self, state: str, request: Any = None) -> Optional[int]:
-        """Return the milliseconds after which a state expires, ``None`` for never."""
-        for where, seconds in _own_expiries(self.app, request):
-            try:
-                return expiry.milliseconds(seconds)
-            except ValueError as exc:
-                self._complain(f"{where} is of no use, and result_expires applies: {exc}")
-        return self.config.expirations.of(state)
-
-    def _complain(self, text: str) -> None:
-        """Log a mistake of the user's once."""
-        if text not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
-            self._complaints.add(text)
-            logger.warning("%s", text)
-
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether trying again may help: the broker is away, not unwilling."""
         cause = exc.__cause__ or exc
@@ -447,12 +359,19 @@ class AMQPBackend(Celery4API, Backend):
 
     # -- reading -----------------------------------------------------------------------------
 
-    def _read_content(self, state: StateMessage) -> Meta:
+    def read_content(self, state: StateMessage) -> Meta:
         """Return what the serializer makes of *state*; its body may have to be fetched."""
         return self.config.codec.decode(self._complete(state))
 
-    def _decode_state(self, state: StateMessage) -> Meta:
-        meta = self._read_content(state)
+    def decode_state(self, state: StateMessage) -> Meta:
+        """Return the meta that *state* holds.
+
+        Raises:
+            ResultExpired: when its body is gone.
+            LookupTimeout, BackendUnavailable: when its body could not be read.
+            kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
+        """
+        meta = self.read_content(state)
         try:
             decoded: Meta = self.meta_from_decoded(meta)
         except SecurityError:
@@ -492,14 +411,6 @@ class AMQPBackend(Celery4API, Backend):
             )
         return complete
 
-    def _decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
-        """Return the meta of *state*, or ``None`` where its body is gone."""
-        try:
-            return self._decode_state(state)
-        except errors.ResultExpired as exc:
-            logger.warning("taken for expired: %s", exc)
-            return None
-
     def _get_task_meta_for(self, task_id: str) -> Meta:
         """Return the meta of a task; of one that nothing is known of, a pending one.
 
@@ -513,7 +424,7 @@ class AMQPBackend(Celery4API, Backend):
         task_id = id_text(task_id)
         present = self._pass.states
         state = present[task_id] if task_id in present else self.layout.poll((task_id,))[task_id]
-        meta = None if state is None else self._decode_if_kept(state)
+        meta = None if state is None else self.waits.decode_if_kept(state)
         if meta is None:
             return {"status": states.PENDING, "result": None}
         return meta
@@ -562,15 +473,7 @@ class AMQPBackend(Celery4API, Backend):
     def _forget(self, task_id: str) -> None:
         self._failed.pop(task_id, None)
         self.layout.forget((task_id,))
-        if self.options.track_sent:
-            self.layout.mark(
-                [
-                    tracking.mark(
-                        task_id, tracking.FORGOTTEN, _clock.now(), self.config.expirations.result
-                    )
-                ],
-                True,
-            )
+        self.recorder.mark_forgotten(task_id)
 
     def cleanup(self) -> None:
         """Do nothing: the broker drops what has expired."""
@@ -584,127 +487,6 @@ class AMQPBackend(Celery4API, Backend):
     def is_async(self) -> bool:
         """True: a group tells its callbacks when its last member is ready."""
         return True
-
-    def _follow(
-        self,
-        ids: Iterable[str],
-        timeout: Optional[float] = None,
-        interval: Optional[float] = None,
-        on_interval: Optional[Callable[[], Any]] = None,
-        on_message: Optional[Callable[[Meta], Any]] = None,
-        parents: Collection[Any] = (),
-    ) -> Iterator[Tuple[str, StateMessage]]:
-        """Wait for tasks; yield the final state of each as it comes.
-
-        Parameters:
-            ids: the tasks.
-            timeout: seconds for all of them; ``None`` for no end, 0 to poll once.
-            interval: seconds between calls of *on_interval*, 0.5 by default.
-            on_interval: called now and then while waiting, and once more when all have ended.
-            on_message: called with the meta of every state, in the order of publishing.
-            parents: result objects of tasks before these in a chain. The tasks are not waited for
-                any more when one of the parents fails.
-
-        Raises:
-            celery.exceptions.TimeoutError: when *timeout* is over.
-            Exception: the exception of a parent that failed.
-        """
-        ids = list(dict.fromkeys(ids))
-        before = {id_text(parent.id): parent for parent in parents}
-        before = {task_id: before[task_id] for task_id in before if task_id not in ids}
-        with contextlib.closing(
-            self._updates(ids, timeout, interval, on_interval, before)
-        ) as updates:
-            for update in updates:
-                parent = before.get(update.task_id)
-                if parent is not None:
-                    if update.final is not None:
-                        self._resolve(parent, update.final)
-                        parent.maybe_throw()
-                    continue
-                if on_message is not None:
-                    for state in update.states:
-                        self._call(on_message, state)
-                if update.final is not None:
-                    yield update.task_id, update.final
-
-    def _updates(
-        self,
-        ids: Iterable[str],
-        timeout: Optional[float] = None,
-        interval: Optional[float] = None,
-        on_interval: Optional[Callable[[], Any]] = None,
-        parents: Collection[str] = (),
-    ) -> Generator[Update, None, None]:
-        """Follow tasks until they end; yield what is new of them and of their parents.
-
-        The parameters are those of _follow; *parents* are ids.
-
-        Raises:
-            celery.exceptions.TimeoutError: when *timeout* is over.
-        """
-        ids = list(dict.fromkeys(ids))
-        if timeout is not None and timeout <= 0:
-            yield from self._poll_once(ids, timeout, parents)
-        else:
-            yield from self._updates_until(ids, timeout, interval, on_interval, parents)
-        if on_interval is not None:
-            # Celery raises the errors of parents from here. A header that has failed is known
-            # to have before its body is.
-            on_interval()
-
-    def _poll_once(
-        self, ids: List[str], timeout: float, parents: Collection[str]
-    ) -> Iterator[Update]:
-        missing = 0
-        found = self.layout.poll(list(dict.fromkeys((*parents, *ids))))
-        for task_id, state in found.items():
-            final = state if state is not None and is_final(state.state) else None
-            if final is None and task_id not in parents:
-                missing += 1
-            if state is not None:
-                yield Update(task_id, [state], final)
-        if missing:
-            raise _timed_out(timeout, missing, len(ids))
-
-    def _updates_until(
-        self,
-        ids: List[str],
-        timeout: Optional[float],
-        interval: Optional[float],
-        on_interval: Optional[Callable[[], Any]],
-        parents: Collection[str],
-    ) -> Iterator[Update]:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
-        follower, pid = self.layout.follower(), os.getpid()
-        missing = set(ids)
-        try:
-            follower.add((*parents, *ids))
-            next_interval = time.monotonic() + interval
-            while missing:
-                now = time.monotonic()
-                if deadline is not None and now >= deadline:
-                    raise _timed_out(timeout, len(missing), len(ids))
-                try:
-                    updates = follower.step(deadline, max(0.0, next_interval - now))
-                except errors.BackendUnavailable as exc:
-                    refused = exc.__cause__ is not None and connections.is_refusal(exc.__cause__)
-                    if refused or not connections.is_over(deadline):
-                        raise
-                    # Reaching the broker has taken all the time there was.
-                    raise _timed_out(timeout, len(missing), len(ids)) from exc
-                missing.difference_update(u.task_id for u in updates if u.final is not None)
-                yield from updates
-                if missing and time.monotonic() >= next_interval:
-                    next_interval = time.monotonic() + interval
-                    if on_interval is not None:
-                        on_interval()
-        finally:
-            # A generator may be carried into a forked child, where what it follows by is not its
-            # own and has locks that nobody releases any more.
-            if os.getpid() == pid:
-                follower.close()
 
     def watch(
         self,
@@ -744,22 +526,7 @@ class AMQPBackend(Celery4API, Backend):
         first meta. Closing it, or dropping it, takes back all that it has bound. After an error it
         has ended; watching again is safe.
         """
-        wanted = watching.read_states(states)
-        if target is None:
-            tap = self.layout.tap(wanted)
-            return watching.watch_everything(tap, self._decode_state, timeout)
-        found = watching.read_target(target)
-        return watching.watch_ids(
-            self._updates(found.ids, timeout, WATCH_INTERVAL),
-            found.ended,
-            self._decode_state,
-            wanted,
-        )
-
-    def _call(self, on_message: Callable[[Meta], Any], state: StateMessage) -> None:
-        meta = self._decode_if_kept(state)
-        if meta is not None:
-            on_message(meta)
+        return self.waits.watch(target, states, timeout)
 
     def wait_for(
         self,
@@ -790,8 +557,9 @@ class AMQPBackend(Celery4API, Backend):
         task_id = id_text(task_id)
         meta = self._cache.get(task_id) if cache else None
         if not meta or meta["status"] not in READY_STATES:
-            ((_, state),) = self._follow((task_id,), timeout, interval, on_interval)
-            meta = self._decode_state(state)
+            patience = Patience(timeout, interval, on_interval)
+            ((_, state),) = self.waits.follow((task_id,), patience)
+            meta = self.decode_state(state)
         if meta["status"] in PROPAGATE_STATES:
             raise self.exception_to_python(meta["result"])
         return meta["result"]
@@ -815,23 +583,10 @@ class AMQPBackend(Celery4API, Backend):
             Exception: the exception of the task, if it failed and *propagate* is true.
         """
         self._ensure_not_eager()
-        for _, state in self._follow(
-            (id_text(result.id),), timeout, interval, on_interval, on_message
-        ):
-            self._resolve(result, state)
+        patience = Patience(timeout, interval, on_interval)
+        for _, state in self.waits.follow((id_text(result.id),), patience, on_message):
+            self.waits.resolve(result, state)
         return result.maybe_throw(callback=callback, propagate=propagate)
-
-    def _resolve(self, result: Any, state: StateMessage) -> None:
-        """Give a result object its final state and have its callbacks called, once."""
-        if result._cache is not None:
-            return
-        # Reading may take a look-up, which others must not wait for.
-        meta = self._decode_state(state)
-        with self._resolving:
-            if result._cache is not None:
-                return
-            result._set_cache(meta)
-        result.on_ready(result)
 
     def iter_native(
         self,
@@ -855,51 +610,8 @@ class AMQPBackend(Celery4API, Backend):
                 the members will never run.
         """
         self._ensure_not_eager()
-        waited: Dict[str, List[Any]] = {}
-        groups = []
-        for node in result.results:
-            if isinstance(node, ResultSet):
-                unready = [leaf for leaf in trees.leaves(node) if not _is_ready(leaf)]
-                groups.append((node, {id_text(leaf.id) for leaf in unready}))
-            else:
-                unready = [] if _is_ready(node) else [node]
-                if not unready:
-                    yield node.id, _meta_of(node)
-            for leaf in unready:
-                waited.setdefault(id_text(leaf.id), []).append(leaf)
-        members = {id_text(n.id): n for n in result.results if not isinstance(n, ResultSet)}
-        for node, missing in groups:
-            if not missing:
-                yield node.id, node.results
-        groups = [(node, missing) for node, missing in groups if missing]
-        parents = self._unfailed_parents(result) if waited else []
-        for task_id, state in self._follow(
-            waited, timeout, interval, on_interval, on_message, parents
-        ):
-            for leaf in waited.pop(task_id):
-                self._resolve(leaf, state)
-            if task_id in members:
-                yield members[task_id].id, _meta_of(leaf)
-            for node, missing in groups:
-                if task_id in missing:
-                    missing.discard(task_id)
-                    if not missing:
-                        yield node.id, node.results
-
-    @staticmethod
-    def _unfailed_parents(result: Any) -> List[Any]:
-        """Return the tasks before a group in a chain that are not known to have ended.
-
-        Raises:
-            Exception: the exception of one that has failed.
-        """
-        unknown = []
-        for parent in trees.parents(result):
-            if not _is_ready(parent):
-                unknown.append(parent)
-            elif not parent.ignored:
-                parent.maybe_throw()
-        return unknown
+        patience = Patience(timeout, interval, on_interval)
+        return self.waits.members(result, patience, on_message)
 
     def get_many(
         self,
@@ -943,9 +655,10 @@ class AMQPBackend(Celery4API, Backend):
                 missing.append(task_id)
         if max_iterations is not None:
             timeout = (max_iterations - 1) * (interval or DEFAULT_INTERVAL)
+        patience = Patience(timeout, interval, on_interval)
         try:
-            for task_id, state in self._follow(missing, timeout, interval, on_interval, on_message):
-                meta = self._decode_state(state)
+            for task_id, state in self.waits.follow(missing, patience, on_message):
+                meta = self.decode_state(state)
                 if meta["status"] == states.SUCCESS:
                     self._cache[task_id] = meta
                 yield task_id, meta
@@ -963,12 +676,7 @@ class AMQPBackend(Celery4API, Backend):
                 is waited for (not given) are told by whoever waits.
         """
         if weak is False:
-            if self._pending is None:
-                layout = self.layout
-                with self._lock:
-                    if self._pending is None:
-                        self._pending = PendingResults(layout.follower, self._resolve)
-            self._pending.add(result)
+            self.waits.add_callback(result)
         return result
 
     def add_pending_results(self, results: Iterable[Any], weak: bool = False) -> List[Any]:
@@ -977,9 +685,7 @@ class AMQPBackend(Celery4API, Backend):
 
     def remove_pending_result(self, result: Any) -> Any:
         """Take no interest any more. Safe within garbage collection: no lock, no I/O."""
-        pending = self._pending
-        if pending is not None:
-            pending.remove(result)
+        self.waits.remove_callback(result)
         return result
 
     # -- groups ------------------------------------------------------------------------------
@@ -997,15 +703,7 @@ class AMQPBackend(Celery4API, Backend):
         group_id = id_text(group_id)
         members = plain_ids(result.as_tuple())
         meta = {"status": GROUP_STATE, "group_id": group_id, "result": members}
-        self.layout.save_group(
-            self._encode_state(
-                group_id,
-                GROUP_STATE,
-                self.layout.shape(meta),
-                GROUP,
-                self.config.expirations.result,
-            )
-        )
+        self.recorder.save_group(group_id, GROUP_STATE, meta)
         return result
 
     def _restore_group(self, group_id: str) -> Optional[Meta]:
@@ -1090,21 +788,12 @@ class AMQPBackend(Celery4API, Backend):
             ResultTooLarge: when the broker refuses a message of this size.
             BackendUnavailable: when the broker cannot be reached or refuses us.
         """
-        layout = self.layout
-        if layout.chords is None:
+        if self.layout.chords is None:
             super().on_chord_part_return(request, state, result, **kwargs)
-            return
-        stored = _stored.get()
-        _stored.set(None)
-        if not request.id or not request.group or stored == (request.id, request.group):
-            return
-        content = {
-            "status": state,
-            "result": self.encode_result(result, state),
-            "task_id": request.id,
-        }
-        part = self._encode_state(request.id, state, content, PART, self.config.expirations.chord)
-        layout.publish_part(layout.detach(part), request.group)
+        elif request.id and request.group:
+            result = self.encode_result(result, state)
+            meta = {"status": state, "result": result, "task_id": request.id}
+            self.recorder.record_part(request.id, request.group, meta)
 
     def chord_error_from_stack(self, callback: Any, exc: Optional[BaseException] = None) -> Any:
         """Fail the body of a chord, whose header or whose sending has failed.
@@ -1128,50 +817,6 @@ class AMQPBackend(Celery4API, Backend):
                     self.on_chord_part_return(request, states.FAILURE, exc)
         return info
 
-    def chord_progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
-        """Return how many tasks the header of an open chord has, and which have not ended.
-
-        Does no I/O.
-
-        Parameters:
-            key: id of the header, or of the body.
-
-        Returns:
-            ``None`` where this process does not lead such a chord.
-        """
-        chords = self.layout.chords
-        return None if chords is None else chords.service.progress(key)
-
-    def ask_chord_leaders(self, key: str, timeout: float = 1.0) -> Optional[Tuple[int, List[str]]]:
-        """Ask all workers for :meth:`chord_progress`, by Celery's remote control.
-
-        Parameters:
-            key: id of the header, or of the body.
-            timeout: seconds to wait for replies.
-
-        Returns:
-            ``None`` where no worker replies that it leads such a chord: it is over, there is none,
-            or remote control is switched off.
-        """
-        replies = self.app.control.broadcast(
-            workers.COMMAND, arguments={"key": key}, reply=True, timeout=timeout
-        )
-        for reply in replies or ():
-            for answer in reply.values():
-                if isinstance(answer, dict) and "tasks" in answer:
-                    return answer["tasks"], list(answer["missing"])
-        return None
-
-    def decode_state(self, state: StateMessage) -> Meta:
-        """Return the meta that *state* holds.
-
-        Raises:
-            ResultExpired: when its body is gone.
-            LookupTimeout, BackendUnavailable: when its body could not be read.
-            kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
-        """
-        return self._decode_state(state)
-
     # -- the end -----------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -1180,69 +825,10 @@ class AMQPBackend(Celery4API, Backend):
         That includes equal backends of the same app, which share them. The backend can be used
         again, and then opens anew.
         """
-        with self._lock:
-            pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.close()
+        self.waits.close()
         layout = self._layouts.pop(self.config.layout_key)
         if layout is not None:
             layout.close()
-
-
-def _route_of(request: Any) -> Route:
-    """Return what the routing key of a state says of the task of *request*."""
-    group_id = getattr(request, "group", None)
-    return Route(_client_of(request), group_id, bool(group_id and getattr(request, "chord", None)))
-
-
-def _client_of(request: Any) -> str:
-    """Return the routing key's word for the process that sent the task of *request*."""
-    origin = getattr(request, "origin", None)
-    if origin and not getattr(request, "replaced_task_nesting", 0):
-        return client_word(origin)
-    if isinstance(request, Context) and request.hostname and not origin:
-        # The message said nothing of its sender, who so cannot count on being pushed to.
-        return ABSENT
-    # No request, one that was made up, or one of a task that another process has put in the place
-    # of the task that was sent: the sender is somebody, and may wait.
-    return BROADCAST
-
-
-def _shorter(expiration: Optional[float], other: Optional[float]) -> bool:
-    """Return whether an expiration (``None`` for never) is before another."""
-    return expiration is not None and (other is None or expiration < other)
-
-
-def _own_expiries(app: Any, request: Any) -> Iterator[Tuple[str, Any]]:
-    """Yield what a task says of its own expiry, and where; what counts more comes first."""
-    if request is None:
-        return
-    # A header of the message becomes an attribute; of a task that is called eagerly it does not.
-    own = getattr(request, expiry.NAME, _NOT_GIVEN)
-    if own is _NOT_GIVEN:
-        own = (getattr(request, "headers", None) or {}).get(expiry.NAME, _NOT_GIVEN)
-    if own is not _NOT_GIVEN:
-        yield f"the header {expiry.NAME!r} of a task", own
-    name = getattr(request, "task", None)
-    task = app.tasks.get(name) if isinstance(name, str) else None
-    own = getattr(task, expiry.NAME, _NOT_GIVEN)
-    if own is not _NOT_GIVEN:
-        yield f"the attribute {expiry.NAME!r} of the task {name}", own
-
-
-def _timed_out(timeout: Optional[float], missing: int, total: int) -> TimeoutError:
-    what = "The task is" if total == 1 else f"{missing} of {total} tasks are"
-    return TimeoutError(f"The operation timed out: {what} not ready after {timeout:g} seconds.")
-
-
-def _is_ready(node: Any) -> bool:
-    return node._cache is not None or node.ignored
-
-
-def _meta_of(node: Any) -> Meta:
-    # What ignores its result is not waited for: as AsyncResult.get, which returns None.
-    meta: Meta = node._cache or {"status": states.SUCCESS, "result": None, "task_id": node.id}
-    return meta
 
 
 _backends: weakref.WeakSet[AMQPBackend] = weakref.WeakSet()
@@ -1262,7 +848,6 @@ def _registry_of(app: Any) -> LayoutRegistry:
 
 def _after_fork_in_child() -> None:
     # The parent's connections are let go of without a word: their sockets are the parent's.
-    _clock.after_fork_in_child()
     global _registries_lock
     _registries_lock = threading.Lock()
     for registry in list(_registries.values()):
@@ -1288,7 +873,6 @@ def _on_worker_ready(app: Any) -> None:
     if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
         remote.register()
         backend.layout.chords.start_if_needed()
-        workers.answer_questions(backend.chord_progress)
 
 
 workers.on_ready(_on_worker_ready)

@@ -59,7 +59,7 @@ class SharedLayout:
         codec: Codec,
         app: Callable[[], Any],
     ) -> None:
-        self._connector = connector
+        self.connector = connector
         self._topology = topology
         self._options = options
         self._persistent = persistent
@@ -260,7 +260,7 @@ class SharedLayout:
         Parameters:
             wanted: names of the states to get, ``None`` for all.
         """
-        tap = Tap(self._connector, self._declarations, wanted)
+        tap = Tap(self.connector, self._declarations, wanted)
         self._taps.add(tap)
         return tap
 

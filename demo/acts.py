@@ -402,11 +402,12 @@ def _tables(
     )
     whose = "on the broker" if broker.node is not None else "of this demo on the broker"
     view.table(f"Queues {whose}", ("when", ">queues"), queues)
-    most = queues[0][1] + SHARDS + 2
+    # An inbox with the queue beside it; the plan queues of chords, and their leader's inbox.
+    most = queues[0][1] + SHARDS + 2 + PLAN_QUEUES + 2
     show.expect(queues[-1][1] <= most, f"{queues[-1][1]} queues, of at most {most}")
     view.line(
         f"{SHARDS} of them keep the results, however many these are (an app has 256 unless told "
-        "otherwise)."
+        f"otherwise). {PLAN_QUEUES} keep the plans of chords."
     )
     view.line("The milliseconds are from the end of a task in the worker to its arrival here.")
 

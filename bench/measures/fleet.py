@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 import uuid
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
-from bench.figures import LESS, Figures, Row
+from bench.figures import LESS, OURS, Figures, Row
 from bench.journal import Poll, Verdict, judge
 from bench.place import Place
 from bench.programs import Assistant
@@ -23,38 +24,46 @@ from bench.schedule import Timetable
 STORING = 2
 
 #: Seconds before a round begins, so that all processes have got their commands.
-AHEAD = 1.0
+AHEAD = 0.7
 
 #: Seconds of a round.
-SECONDS = 5.0
+SECONDS = 4.0
 
-#: Seconds of the first round of new processes, which is not counted.
+#: Seconds of the first round of new processes, which is not counted: it builds shard views.
 WARM_UP = 20.0
+#: The same for Redis, whose processes learn nothing that makes them faster.
+SHORT_WARM_UP = 4.0
 
-#: Web processes and tasks a second. Quorum queues are measured with the fewest processes only.
-FULL = ((8, (50, 150)), (16, (50, 150)))
-QUICK = ((8, (50,)),)
+#: Web processes and tasks a second, unless the command line says otherwise.
+FULL = ((8, 50), (8, 150), (16, 50), (16, 150))
+QUICK = FULL[:1]
+
+#: Quorum queues are measured with at most this many processes.
+FEWEST = 8
 
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield latencies of polls, processor time of the broker for each task, and stale answers."""
-    for processes, rates in QUICK if place.quick else FULL:
+    pairs = place.fleet or (QUICK if place.quick else FULL)
+    for processes in dict.fromkeys(processes for processes, _ in pairs):
         names = place.chosen("amqp", "redis")
-        if not place.quick and processes == FULL[0][0]:
+        if not place.quick and processes <= FEWEST:
             names = place.chosen("amqp", "amqp, quorum", "redis")
+        rates = [rate for each, rate in pairs if each == processes]
         with contextlib.ExitStack() as stack:
             fleets = {
                 name: stack.enter_context(Fleet.running(place, name, processes)) for name in names
             }
-            for fleet in fleets.values():
-                fleet.round(rates[0], WARM_UP / 2 if place.quick else WARM_UP)
+            for name, fleet in fleets.items():
+                seconds = WARM_UP if name.startswith(OURS) else SHORT_WARM_UP
+                fleet.round(rates[0], seconds / 2 if place.quick else seconds)
             for rate in rates:
                 yield from _at_rate(place, fleets, processes, rate)
 
 
 def _at_rate(place: Place, fleets: Mapping[str, Fleet], processes: int, rate: int) -> Iterator[Row]:
     found = place.alternate(
-        {name: _round(fleet, rate) for name, fleet in fleets.items()},
+        {name: functools.partial(fleet.round, rate) for name, fleet in fleets.items()},
         rounds=3,
         warm_up=False,
     )
@@ -71,14 +80,6 @@ def _at_rate(place: Place, fleets: Mapping[str, Fleet], processes: int, rate: in
     yield row("client", "processor time of web processes, each task polled", "µs", True)
     yield row("stale", "answers older than a store that had returned", "answers", True)
     yield row("late", "largest delay of a step of the load generator", "ms", True)
-
-
-def _round(fleet: Fleet, rate: int) -> Callable[[], Mapping[str, float]]:
-    def work() -> Dict[str, float]:
-        fleet.round(rate, 1.0)
-        return fleet.round(rate, SECONDS)
-
-    return work
 
 
 @dataclasses.dataclass
@@ -107,7 +108,7 @@ class Fleet:
             storing = [start() for _ in range(STORING)]
             yield cls(place, name, web, storing, [one.ask("origin") for one in web])
 
-    def round(self, rate: int, seconds: float) -> Dict[str, float]:
+    def round(self, rate: int, seconds: float = SECONDS) -> Dict[str, float]:
         """Run one round and return its figures."""
         table = Timetable(uuid.uuid4().hex, len(self.web), len(self.storing), rate, seconds)
         arguments = {

@@ -37,7 +37,10 @@ def measure(place: Place) -> Iterator[Row]:
 
 def warm(place: Place, *extra: str) -> None:
     """Have every shard declared by the workers of this backend, and of the variants *extra*."""
-    for worker in place.workers("amqp", "amqp, transient", *extra).values():
+    for name, worker in place.workers("amqp", "amqp, transient", *extra).items():
+        if name in place.warm:
+            continue
+        place.warm.add(name)
         tasks = group(worker.app.signature("bench.noop") for _ in range(FIRST))
         tasks.apply_async().get(timeout=300)
 

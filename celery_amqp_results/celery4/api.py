@@ -30,6 +30,7 @@ from celery_amqp_results.celery4 import consumer, producer
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.per_task.layout import BACKLOG_LIMIT, NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text
+from celery_amqp_results.waiting.waits import Patience
 
 __all__ = ("Celery4API",)
 
@@ -139,8 +140,9 @@ class Celery4API(Backend):
             celery.exceptions.TimeoutError: when *timeout* is over.
         """
         task_id = id_text(task_id)
-        ((_, state),) = self._follow((task_id,), timeout, None, on_interval)
-        meta: Meta = self._decode_state(state)
+        patience = Patience(timeout, None, on_interval)
+        ((_, state),) = self.waits.follow((task_id,), patience)
+        meta: Meta = self.decode_state(state)
         self._cache[task_id] = meta
         return meta
 
@@ -228,7 +230,7 @@ class Celery4API(Backend):
         state = self.layout.poll((task_id,), backlog_limit)[task_id]
         if state is None:
             return {"status": states.PENDING, "result": None}
-        meta: Meta = self._decode_state(state)
+        meta: Meta = self.decode_state(state)
         if cache and meta["status"] == states.SUCCESS:
             self._cache[task_id] = meta
         return meta

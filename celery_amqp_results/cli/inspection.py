@@ -120,7 +120,7 @@ class Broker:
         self.session = session
         backend = session.backend
         self.topology = backend.config.topology
-        self.connector = backend.layout._connector
+        self.connector = backend.layout.connector
         self.link: connections.Link = self.connector.open(HEARTBEAT)
         self._channel: Any = None
 

@@ -143,10 +143,8 @@ def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) 
             found = dict(old.config.codec.decode(state), task_id=task_id)
         except (KombuError, errors.ForeignMessage):
             return "unreadable"
-        message = new._encode_state(
-            task_id, state.state, found, STATE, new.config.expirations.result
-        )
-
+        expiration = new.config.expirations.result
+        message = new.recorder.encode(task_id, state.state, found, STATE, expiration)
         # Not deleted before the broker has it.
         new.layout.publish(new.layout.detach(message), Route(BROADCAST), True)
     old.layout.forget((task_id,))

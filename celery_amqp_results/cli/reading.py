@@ -14,6 +14,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.cli.common import Exit, Failed, Session, check_ids, command
 from celery_amqp_results.protocol.ids import state_name
 from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.waiting.waits import Patience
 
 __all__ = ("describe", "forget", "get", "group_ids")
 
@@ -87,12 +88,12 @@ def present(
     """
     backend = session.backend
     try:
-        for update in backend._updates(ids, timeout):
+        for update in backend.waits.updates(ids, Patience(timeout)):
             state = update.final or fold(update.states)
             if state is None:
                 continue
             try:
-                decoded = backend._decode_if_kept(state)
+                decoded = backend.waits.decode_if_kept(state)
                 if decoded is not None:
                     yield update.task_id, decoded
             except (KombuError, SecurityError, errors.ForeignMessage) as exc:

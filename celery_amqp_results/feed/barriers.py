@@ -1,4 +1,4 @@
-"""Barriers: who waits for which, and which may be shared.
+"""Barriers, and the reads that share them.
 
 A read may use any barrier that is published after the read began. So all reads that begin while one
 is about to be published share it, and those that begin later share the next. This module does no
@@ -15,7 +15,7 @@ __all__ = ("Barrier", "Barriers")
 
 
 class Barrier:
-    """One barrier, and those who wait for it."""
+    """One barrier, and the threads that wait for it."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
@@ -27,7 +27,7 @@ class Barrier:
         self._done.wait(timeout)
 
     def end(self, returned: bool) -> None:
-        """Have everybody who waits go on."""
+        """Let all waiting threads go on."""
         self.returned = returned
         self._done.set()
 
@@ -55,7 +55,7 @@ class Barriers:
         return self._next, True
 
     def publish(self, barrier: Barrier) -> str:
-        """Return the number under which to publish *barrier*: nobody joins it any more."""
+        """Return the number under which to publish *barrier*. No read joins it any more."""
         number = uuid.uuid4().hex
         if self._next is barrier:
             self._next = None

@@ -56,24 +56,24 @@ _T = TypeVar("_T")
 
 #: The property ``type`` of a barrier.
 BARRIER = "barrier"
-#: A barrier that has not come back after so many seconds is not waited for any longer.
+#: Seconds after which a read no longer waits for its barrier.
 BARRIER_SECONDS = 1.0
 
 #: Seconds between heartbeats: a connection that died without a word is noticed after twice that.
 HEARTBEAT = 15.0
 
-#: A read that would profit from an inbox starts one again so many seconds after it gave up.
+#: Seconds after which a read starts an inbox again that has given up.
 RESTART = 30.0
 
-#: The inbox queue holds at most so many messages. The reader takes them as they come, so that
+#: The largest number of messages in the inbox queue. The reader takes them as they come, so that
 #: this is reached only while the process stands still, for as long as its heartbeat allows.
 MAX_QUEUED = 1_000_000
 
 
 class Waiter:
-    """Somebody who waits for states of some tasks.
+    """A waiter: collects the states of the tasks that it watches.
 
-    The reader thread fills it; the one who waits takes out. Its methods may be called by any
+    The reader thread fills it, and the waiting thread takes out. Its methods may be called by any
     thread.
 
     Parameters:
@@ -90,7 +90,7 @@ class Waiter:
         self._failure: Optional[Exception] = None
 
     def poke(self) -> None:
-        """Wake the one who waits."""
+        """Wake the waiting thread."""
         self._event.set()
         if self._wake is not None:
             self._wake()
@@ -172,10 +172,12 @@ class Inbox:
         self._failure: Optional[Exception] = None
         self._failed_at = 0.0
         self._waiters: Dict[str, List[Waiter]] = {}
+        #: Those of them that other processes have sent.
+        self._strangers: Set[str] = set()
         self._table = Table(declarations.topology, limit)
         self._barriers = Barriers()
         self._session: Optional[_Session] = None
-        #: What of the present connection is not to be trusted.
+        #: Why the present connection must be replaced, or empty.
         self._suspicion = ""
         #: States received, and messages that were none.
         self.received = 0
@@ -187,7 +189,7 @@ class Inbox:
 
     @property
     def waited_for(self) -> int:
-        """How many tasks somebody waits for."""
+        """The number of tasks that clients wait for."""
         return len(self._waiters)
 
     @property
@@ -226,7 +228,8 @@ class Inbox:
     def watch(self, ids: Collection[str], waiter: Waiter) -> Set[str]:
         """Hand the states of *ids* to *waiter* from now on.
 
-        What is known of own tasks is handed over at once. All others have to be looked up.
+        The state of an own task is handed over at once, if it is known. The waiter learns which
+        tasks it has to look up.
 
         Returns:
             Those whose states are pushed already.
@@ -237,7 +240,9 @@ class Inbox:
             pushed = set(ids) - self.unbound(ids) if self._table.epoch else set()
             for task_id in ids:
                 self._waiters.setdefault(task_id, []).append(waiter)
-                if not self._table.is_own(task_id):
+                if task_id in self._strangers or not self._table.is_own(task_id):
+                    # It stays one as long as clients wait, even if this process sends it later.
+                    self._strangers.add(task_id)
                     self._table.watched(task_id, 1)
                     uncovered.append(task_id)
                     continue
@@ -271,13 +276,14 @@ class Inbox:
         if waiters is None or waiter not in waiters:
             return
         waiters.remove(waiter)
-        if not self._table.is_own(task_id):
+        if task_id in self._strangers:
             self._table.watched(task_id, -1)
         if not waiters:
             del self._waiters[task_id]
+            self._strangers.discard(task_id)
 
     def unbound(self, ids: Collection[str]) -> Set[str]:
-        """Return those of *ids* that somebody else has sent and whose shards are not bound."""
+        """Return the strangers' tasks among *ids* whose shards are not bound."""
         with self._changed:
             table, topology = self._table, self._declarations.topology
             return {
@@ -377,7 +383,7 @@ class Inbox:
             return epoch if barrier.returned and epoch == self._table.epoch else 0
 
     def _publish(self, session: _Session, barrier: Barrier) -> None:
-        """Publish a barrier; whoever begins to read from now on needs another."""
+        """Publish a barrier. Reads that begin later need another one."""
         try:
             with session.writing:
                 with self._changed:
@@ -389,7 +395,7 @@ class Inbox:
             self.suspect(f"a barrier could not be published: {exc!r}")
         finally:
             with self._changed:
-                # Interrupted: nobody is to wait for one that is never published.
+                # After an interrupt, no read may join a barrier that is never published.
                 self._barriers.publish(barrier)
 
     def recall(self, ids: Iterable[str], epoch: int) -> Dict[str, Optional[StateMessage]]:
@@ -449,7 +455,7 @@ class Inbox:
                 self._wake_reader()
 
     def close(self, wait: bool = True) -> None:
-        """Close the connection and end the thread; who waits gets an error.
+        """Close the connection and end the thread. Waiting clients get an error.
 
         Parameters:
             wait: whether to return only when the thread has ended.
@@ -671,7 +677,7 @@ class _Session:
         )
         #: Keys that the broker was asked to bind, in order.
         self._binding: Deque[int] = collections.deque()
-        # The answers come in order, and nobody waits for them.
+        # The answers come in order, and no thread waits for them.
         channel._callbacks[spec.Queue.BindOk] = self._on_bind_ok
         # A broker that refuses barriers closes this channel alone.
         self._barrier_channel = self.link.channel_nowait(self._on_barriers_refused)
@@ -683,7 +689,7 @@ class _Session:
         self._bind_and_unbind()
 
     def wake(self) -> None:
-        """Have :meth:`read` look at what there is to do. May be called by any thread."""
+        """Make :meth:`read` carry out the pending requests. May be called by any thread."""
         with contextlib.suppress(OSError):
             self._theirs.send(b"\0")
 

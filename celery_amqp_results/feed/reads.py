@@ -120,8 +120,12 @@ class Reads:
 
     def _count(self) -> None:
         try:
-            for shard in self._inbox.uncounted():
-                self._look_up((), None, (shard,))
+            for _ in self._inbox.uncounted():
+                # Asked each time: the inbox may be closed, and reads take censuses as well.
+                shards = self._inbox.uncounted()[:1]
+                if not shards:
+                    return
+                self._look_up((), None, shards)
         except (errors.BackendUnavailable, errors.DeclarationRefused) as exc:
             logger.info("shards could not be read ahead: %s", exc)
         finally:

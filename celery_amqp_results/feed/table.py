@@ -1,8 +1,7 @@
 """What a process knows of tasks and shards: the table behind every read.
 
-The table is told what happens and says what is known. It does no I/O, has no thread and no clock:
-each event that depends on the time is given it. The inbox feeds it, see
-:mod:`celery_amqp_results.feed.inbox`.
+The shell reports events, and asks the table what is known. The table does no I/O, has no thread and
+no clock: the shell passes the time with each event. See :mod:`celery_amqp_results.feed.inbox`.
 
 **Shards.** The table has a view of each shard that strangers' tasks are read in, or waited for:
 
@@ -28,7 +27,7 @@ bound     a census ends that began          live
           ``STEADY`` after the binding
 live      a check is due, a read            live      census; the view is replaced by it
 any       ``PAYS`` states were pushed       absent    unbind, not within ``LEAST_BOUND`` of the
-          since the last read                         binding, nor while somebody waits
+          since the last read                         binding, nor while clients wait
 any       the connection is lost            lost      forget everything
 ========  ================================  ========  ==========================================
 
@@ -83,28 +82,28 @@ ALL = -1
 #: Seconds that a binding has to stand before a read may rely on it: on another node of a cluster it
 #: may take effect a moment later.
 STEADY = 1.0
-#: A second read of a shard within so many seconds binds it.
+#: A second read of a shard within this time binds it, in seconds.
 READ_AGAIN = 60.0
-#: So many look-ups of strangers' tasks within so many seconds bind all shards.
+#: This number of look-ups of strangers' tasks, within this time in seconds, binds all shards.
 MANY_READS = 20
 MANY_READS_SECONDS = 10.0
 #: A binding pays for itself while fewer states are pushed between two reads. A push costs the
 #: broker about a hundredth of what a checkout does.
 PAYS = 100
-#: A binding stands for so many seconds at least: bindings are metadata, and must not churn.
+#: The shortest life of a binding, in seconds: bindings are metadata, and must not churn.
 LEAST_BOUND = 30.0
 #: Seconds after which a live view is checked against the store; doubled each time, up to the last.
 FIRST_CHECK = 15.0
 LAST_CHECK = 300.0
-#: What was pushed so many seconds before a checkout is in the shard by then, if it is kept at all.
+#: Seconds after which a pushed state certainly lies in its shard, unless it was lost.
 SETTLED = 10.0
-#: A final state of a task that is in no live view is known for so many seconds.
+#: How long a final state outside a live view is known, in seconds.
 KEEP_FINAL = 15.0
 
-#: A state that was published so many microseconds ago, and was not pushed, is not going to be.
+#: A state that is older than this and was not pushed will not be pushed, in microseconds.
 LATE = 5_000_000
 
-#: An id as Celery makes them. Others are somebody's own, and may have been used before.
+#: An id as Celery makes them. The application chose others itself, and may have used them before.
 _NEW_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 #: Bytes that a state takes in memory besides its body, about, and an id that nothing is known of.
@@ -114,9 +113,10 @@ NOTHING_OVERHEAD = 300
 DIGEST_SIZE = 8
 #: Bytes kept of what was pushed lately, of each shard that is not live.
 MAX_LATELY_BYTES = 256 * 1024
-#: Ids remembered as sent by this process, at most. Without that, a task is taken for a stranger's.
+#: Ids remembered as sent by this process, at most. A task whose id is forgotten counts as a
+#: stranger's.
 MAX_SENT = 100_000
-#: Digests that were added one by one are sorted in when there are so many.
+#: The number of single digests that are added before all are sorted.
 MAX_LOOSE_DIGESTS = 512
 
 
@@ -166,7 +166,7 @@ class Look:
     #: Number of the connection, 0 for none.
     epoch: int
     began: float
-    #: The shards whose census is to be taken.
+    #: The shards of the census.
     census: Set[int]
     #: What was pushed of the tasks, and in the shards of the census, since it began or shortly
     #: before.
@@ -206,7 +206,7 @@ class _View:
         self.ids: Set[str] = set()
         #: Digests of all others that the shard holds states of; ``None`` while it is not live.
         self.digests: Optional[Digests] = None
-        #: What was pushed lately while it was not live, with the times.
+        #: States that were pushed lately while it was not live, with the times.
         self.lately: Deque[Tuple[float, StateMessage]] = collections.deque()
         self.lately_bytes = 0
         #: How many states were pushed since it was last read.
@@ -226,7 +226,7 @@ class _View:
             at, oldest = self.lately.popleft()
             self.lately_bytes -= len(oldest.body)
             if self.bound_at is not None and at >= now - SETTLED:
-                # Of what was pushed before, something is not known any more.
+                # Some of the states that were pushed before are no longer known.
                 self.bound_at = max(self.bound_at, at)
             if not self.lately:
                 break
@@ -264,7 +264,8 @@ class Table:
         self._sent: BoundedDict[str, None] = BoundedDict(MAX_SENT)
         self._own_read_at: Optional[float] = None
         self._looks: List[Look] = []
-        #: Keys to be bound; keys that were asked for; keys that stand, with the times.
+        #: Keys that should be bound; keys that the broker was asked for; keys that stand, with
+        #: the times.
         self._wanted: Set[int] = set()
         self._requested: Set[int] = set()
         self._standing: Dict[int, float] = {}
@@ -278,7 +279,7 @@ class Table:
         self._credit = 0
         #: Whether an inbox would be of use.
         self.wants_inbox = False
-        #: What a check has found that should have been pushed, for the log.
+        #: A state that a check has found and that was not pushed, for the log.
         self.missed = ""
 
     # -- what is known -------------------------------------------------------------------------
@@ -298,7 +299,7 @@ class Table:
         return task_id in self._sent
 
     def is_due(self, task_id: str, now: float) -> bool:
-        """Whether the view of the task's shard is to be checked against the store."""
+        """Whether the view of the task's shard is due for a check against the store."""
         view = self._views.get(self._topology.shard(task_id))
         return view is not None and view.live and now >= view.check_at
 
@@ -311,8 +312,8 @@ class Table:
             task_id: the task.
             now: the time.
             wall: microseconds since 1970.
-            sure: whether the answer may be relied on after a barrier. A client that waits is told
-                of what comes anyway, and asks the store again later.
+            sure: whether the answer may be relied on after a barrier. A waiting client
+                receives later states anyway, and asks the store again later.
 
         Raises:
             Unread: when the store has to be asked.
@@ -362,7 +363,7 @@ class Table:
         """This process is about to send a task."""
         again = task_id in self._sent
         self._sent[task_id] = None
-        # Of an id that is not plainly new the store may hold a state.
+        # The store may hold a state of an id that is not plainly new.
         if self.epoch and not again and task_id not in self._recent and _NEW_ID.fullmatch(task_id):
             self._remember(task_id, None, now, now - self._opened_at >= STEADY)
 
@@ -388,7 +389,7 @@ class Table:
             view.note(state, now)
         elif number_of(state.id) not in view.digests:
             self._remember(state.id, state, now, True)
-        # Of the others, an older state that is only stored may count more.
+        # Otherwise an older state that is only in the store may be the current one.
 
     def forgotten(self, task_id: str, now: float) -> None:
         """Nothing is stored of the task any more."""
@@ -467,16 +468,16 @@ class Table:
         return shard in self._standing or ALL in self._standing
 
     def watched(self, task_id: str, count: int) -> None:
-        """So many clients more (or fewer) wait for a stranger's task."""
+        """Change the number of clients that wait for a stranger's task."""
         shard = self._topology.shard(task_id)
         self._watched[shard] = self._watched.get(shard, 0) + count
         if self._watched[shard] <= 0:
             del self._watched[shard]
 
     def uncounted(self, now: float) -> List[int]:
-        """Return the shards of which a census is worth its while although nobody reads them now.
+        """Return the shards whose census pays although no read asks for them now.
 
-        Where so much is read that all are bound, the next read may be of any of them.
+        When frequent reads have bound all shards, the next read may ask for any of them.
         """
         since = self._standing.get(ALL)
         if since is None or now - since < STEADY:
@@ -494,7 +495,7 @@ class Table:
         Parameters:
             ids: the tasks.
             now: the time.
-            shards: others of which a census is to be taken.
+            shards: further shards for a census.
         """
         look = Look(set(ids), self.epoch, now, set())
         self._looks.append(look)
@@ -502,7 +503,7 @@ class Table:
             view = self._views.get(shard)
             if view is None:
                 continue
-            if view.steady(now) and (not view.live or now >= view.check_at):
+            if view.steady(now) and now >= view.check_at:
                 look.census.add(shard)
             # It may not lie in the shard yet, of a quorum queue for one.
             for at, state in view.lately:
@@ -542,10 +543,13 @@ class Table:
     def _take_found(self, task_id: str, look: Look, states: List[StateMessage], now: float) -> None:
         view = self._view(self._topology.shard(task_id))
         own = task_id in self._sent
-        if not own and view.bound_at is None:
-            # What happens next would not be pushed.
+        if not own and (view.bound_at is None or look.began < view.bound_at):
+            # What happens next, or has happened since, would not be pushed.
             return
         sure = view.steady(look.began) or (own and look.began - self._opened_at >= STEADY)
+        if view.live and not sure:
+            # The view knows better.
+            return
         entry = self._recent.get(task_id)
         known = []
         if entry is not None and entry.state is not None and entry.at >= look.began - SETTLED:
@@ -591,12 +595,12 @@ class Table:
         for task_id in list(self._view(shard).ids):
             entry = self._recent[task_id]
             if entry.state is None:
-                if task_id not in self._sent or task_id in by_id:
-                    self._take_out(task_id)
+                # The view is going to say so itself.
+                self._take_out(task_id)
             elif entry.at >= look.began - SETTLED and task_id not in look.forgotten:
                 by_id.setdefault(task_id, []).append(entry.state)
             elif not entry.sure or number_of(task_id) not in census.digests:
-                # It has expired, or somebody has deleted it.
+                # It has expired, or was deleted.
                 self._take_out(task_id)
         return {
             task_id: current
@@ -607,7 +611,7 @@ class Table:
     # -- bindings ------------------------------------------------------------------------------
 
     def actions(self, now: float) -> List[Action]:
-        """Return what is to be bound and unbound, each once."""
+        """Return the bindings to add and to remove, each once."""
         self.restless = False
         found = []
         if ALL in self._standing and now - self._standing[ALL] >= STEADY:

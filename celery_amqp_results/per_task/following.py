@@ -21,7 +21,19 @@ import socket
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar, Deque, Dict, Iterable, List, Optional, Set, Tuple
+from typing import (
+    Any,
+    ClassVar,
+    Collection,
+    Deque,
+    Dict,
+    Iterable,
+    List,
+    Optional,
+    Protocol,
+    Set,
+    Tuple,
+)
 
 import kombu
 from amqp import exceptions as amqp_errors
@@ -32,9 +44,6 @@ from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.waiting.follower import FIRST_RECHECK, LAST_RECHECK, Update
-
-if TYPE_CHECKING:
-    from celery_amqp_results.per_task.layout import PerTaskLayout
 
 __all__ = ("PollingFollower", "PushFollower")
 
@@ -56,6 +65,39 @@ PAUSE_SHARE = 0.1
 PROBES = 50
 
 
+class Queues(Protocol):
+    """What a follower needs of the layout: it reads the queues of tasks."""
+
+    sessions: transports.Sessions
+    connector: connections.Connector
+    #: Whether the backend was closed.
+    closed: bool
+
+    @property
+    def exchange(self) -> str:
+        """Name of the exchange that states are published to."""
+
+    def rkey(self, task_id: str) -> str:
+        """Return the name of the queue of a task, which is its routing key as well."""
+
+    def read(
+        self, ids: Collection[str], *, settle: bool, deadline: Optional[float]
+    ) -> Dict[str, Optional[StateMessage]]:
+        """Return the present state of each of *ids*, or ``None`` where nothing is known."""
+
+    def state_of(self, message: kombu.Message) -> StateMessage:
+        """Return the state that *message* holds, decoded."""
+
+    def received_again(self, state: StateMessage) -> StateMessage:
+        """Return *state* as if it was received now."""
+
+    def declare_exchange(self, session: transports.Session) -> None:
+        """Declare the exchange, unless this process has."""
+
+    def closed_follower(self, follower: PushFollower) -> None:
+        """Note that *follower* was closed."""
+
+
 def _key(state: StateMessage) -> Tuple[str, int]:
     return state.state, hash(state.body)
 
@@ -63,7 +105,7 @@ def _key(state: StateMessage) -> Tuple[str, int]:
 class _Follower:
     """What both kinds of followers do. For one thread, and to be closed at the end."""
 
-    def __init__(self, layout: PerTaskLayout) -> None:
+    def __init__(self, layout: Queues) -> None:
         self._layout = layout
         #: The tasks that have not ended, each with the state that counts so far.
         self.pending: Dict[str, Optional[StateMessage]] = {}
@@ -126,7 +168,7 @@ class PollingFollower(_Follower):
 
     _all: ClassVar[weakref.WeakSet[PollingFollower]] = weakref.WeakSet()
 
-    def __init__(self, layout: PerTaskLayout) -> None:
+    def __init__(self, layout: Queues) -> None:
         super().__init__(layout)
         self._event = threading.Event()
         self._since = time.monotonic()
@@ -162,7 +204,7 @@ class PollingFollower(_Follower):
 
         Raises:
             BackendUnavailable: when the broker cannot be reached or refuses us.
-            Exception: whatever :meth:`PerTaskLayout.poll` raises.
+            Exception: whatever :meth:`Queues.poll` raises.
         """
         until = time.monotonic() + connections.time_left(deadline, pause)
         while True:
@@ -190,7 +232,7 @@ class PushFollower(_Follower):
     closed at the end.
     """
 
-    def __init__(self, layout: PerTaskLayout) -> None:
+    def __init__(self, layout: Queues) -> None:
         super().__init__(layout)
         self._link: Optional[connections.Link] = None
         self._channel: Any = None
@@ -254,7 +296,7 @@ class PushFollower(_Follower):
 
         Raises:
             BackendUnavailable: when the broker cannot be reached or refuses us.
-            Exception: whatever :meth:`PerTaskLayout.poll` raises.
+            Exception: whatever :meth:`Queues.poll` raises.
         """
         until = time.monotonic() + connections.time_left(deadline, pause)
         try:
@@ -353,7 +395,7 @@ class PushFollower(_Follower):
             self._probing = link.amqp.channel()
         try:
             # Without such a queue the broker closes the channel, and py-amqp opens it again.
-            found = self._probing.queue_declare(self._layout.wire.rkey(task_id), passive=True)
+            found = self._probing.queue_declare(self._layout.rkey(task_id), passive=True)
         except amqp_errors.NotFound:
             return False
         return bool(found.message_count)
@@ -373,9 +415,8 @@ class PushFollower(_Follower):
             return []
         if self._link is None:
             self._open(deadline)
-        wire = self._layout.wire
         for task_id in new:
-            self._channel.queue_bind(self._queue, wire.exchange, wire.rkey(task_id))
+            self._channel.queue_bind(self._queue, self._layout.exchange, self._layout.rkey(task_id))
             self._covered.add(task_id)
         self._unpushed.extend(new)
         self._waiting_since = time.monotonic()
@@ -401,7 +442,7 @@ class PushFollower(_Follower):
         except (ContentDisallowed, errors.ForeignMessage) as exc:
             # Raised where somebody waits, not in the middle of reading the connection.
             key = message.delivery_info.get("routing_key")
-            if any(self._layout.wire.rkey(task_id) == key for task_id in self.pending):
+            if any(self._layout.rkey(task_id) == key for task_id in self.pending):
                 self._failure = exc
 
     def _receive(self, link: connections.Link, until: float) -> List[Update]:

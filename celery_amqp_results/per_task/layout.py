@@ -318,6 +318,15 @@ class PerTaskLayout:
         #: Queues that exist but were found to be empty, for as long as we looked.
         self._empty: collections.OrderedDict[str, None] = collections.OrderedDict()
 
+    @property
+    def exchange(self) -> str:
+        """Name of the exchange that states are published to."""
+        return self.wire.exchange
+
+    def rkey(self, task_id: str) -> str:
+        """Return the name of the queue of a task, which is its routing key as well."""
+        return self.wire.rkey(task_id)
+
     # -- what is written -----------------------------------------------------------------------
 
     def shape(self, result_meta: Mapping[str, Any]) -> Dict[str, Any]:

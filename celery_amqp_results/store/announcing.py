@@ -1,7 +1,7 @@
 """Telling all processes that states were removed.
 
-A process that knows a shard completely answers from memory. So who removes the states of a task
-publishes that to the exchange, as a mark that is kept nowhere, and waits until the broker has
+A process that knows a shard completely answers from memory. So a process that removes the states of
+a task publishes a mark to the exchange, which no queue keeps, and waits until the broker has
 handed it to all inboxes.
 """
 
@@ -18,7 +18,7 @@ from celery_amqp_results.protocol.names import BROADCAST, Route, Topology
 
 __all__ = ("announce",)
 
-#: Seconds that the broker's confirm is waited for: somebody else's queue may be stuck.
+#: The longest wait for the broker's confirm, in seconds: a third-party queue may be stuck.
 CONFIRM_SECONDS = 0.25
 
 

@@ -251,7 +251,11 @@ class Publisher:
                 verdict = delivery.judge()
                 if not verdict.again:
                     break
-            self._prepare(delivery, verdict, failure or verdict.failure, tries)
+            failure = failure or verdict.failure
+            if failure is not None:
+                # The exchange may have been deleted: the broker says so after the message.
+                self._forget_declarations()
+            self._prepare(delivery, verdict, failure, tries)
         self._count(delivery.messages, confirm)
 
     def _choose_copies(self, verdict: Verdict, confirm: bool) -> None:

@@ -437,7 +437,7 @@ def test_no_blocking_call_runs_on_the_event_loop(app: Celery, worker: Celery) ->
     spy(layout.store, "read")
     spy(layout.store, "remove")
     spy(layout.inbox, "cover")
-    spy(layout._connector, "open_once")
+    spy(layout.connector, "open_once")
     others = new_id(), new_id()
     store(worker, others[0], 1)
 

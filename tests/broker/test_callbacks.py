@@ -191,7 +191,7 @@ def test_a_thousand_callbacks_run_and_leave_no_state(
         app.backend.store_result(result.id, result.id, states.SUCCESS)
     eventually(lambda: len(called.results) == 1000)
     assert {r.result for r in called.results} == {r.id for r in results}
-    assert not app.backend._pending._results
+    assert not app.backend.waits.pending._results
 
 
 def test_a_removed_pending_result_calls_no_callback(
@@ -200,7 +200,7 @@ def test_a_removed_pending_result_calls_no_callback(
     result, called = app.AsyncResult(new_id()), Calls()
     result.then(called)
     app.backend.remove_pending_result(result)
-    eventually(lambda: not app.backend._pending._results)
+    eventually(lambda: not app.backend.waits.pending._results)
     app.backend.store_result(result.id, 1, states.SUCCESS)
     other, after = app.AsyncResult(new_id()), Calls()
     other.then(after)
@@ -228,7 +228,7 @@ def test_a_result_set_does_not_start_following_its_members(
     # A result set adds itself as a callback of its members. That alone is no request for them.
     members = [app.AsyncResult(new_id()) for _ in range(100)]
     group = GroupResult(new_id(), members, app=app)
-    eventually(lambda: not app.backend._pending._results)
+    eventually(lambda: not app.backend.waits.pending._results)
     assert app.backend.layout.inbox._thread is None
     # A member with a callback of its own is followed.
     called = Calls()
@@ -243,11 +243,11 @@ def test_a_pending_result_without_a_callback_is_dropped(
 ) -> None:
     monkeypatch.setattr("celery_amqp_results.waiting.callbacks.GRACE", 0.05)
     app.backend.add_pending_result(app.AsyncResult(new_id()), weak=False)
-    eventually(lambda: not app.backend._pending._results)
+    eventually(lambda: not app.backend.waits.pending._results)
 
 
 def test_no_thread_starts_without_a_callback(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert app.AsyncResult(task_id).get(timeout=LONG) == 1
-    assert app.backend._pending is None
+    assert app.backend.waits.pending is None

@@ -125,7 +125,7 @@ def test_sending_groups_and_keeping_their_results_opens_no_result_connection(
     task = app.signature("tests.nothing")
     sent = [group([task.clone() for _ in range(5)]).apply_async() for _ in range(3)]
     sent.append((task | group([task.clone(), task.clone()])).apply_async())
-    pending = app.backend._pending
+    pending = app.backend.waits.pending
     eventually(lambda: pending is None or not pending._results)
     assert app.backend.layout.inbox._thread is None
     assert not exchange_exists(raw, app)

@@ -21,7 +21,7 @@ from tools.proxy import Proxy
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Run *work* in so many threads at once; raise what any of them raises."""
+    """Run *work* in *count* threads at once; raise what any of them raises."""
     waiting = [Waiting(lambda n=n: work(n)) for n in range(count)]  # type: ignore[misc]
     for each in waiting:
         each.result()
@@ -195,7 +195,7 @@ def test_a_closed_idle_connection_loses_no_state(
         for close in (proxy.reset, proxy.halve, proxy.swallow):
             close()
             task_id = new_id()
-            # And a state is stored that nobody waits for
+            # And a state is stored without waiting for its confirm
             app.backend.store_result(task_id, {}, "STARTED")
             if close == proxy.swallow:
                 proxy.resume()

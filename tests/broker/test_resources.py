@@ -140,12 +140,12 @@ def test_ten_thousand_results_are_collected_while_locks_are_held(make_app: Apps)
             watched.append(weakref.ref(result))
         del result, results
         layout = backend.layout
-        pending = backend._pending
+        pending = backend.waits.pending
         assert pending is not None
 
         # When the collector runs in a thread that holds every lock there is
         def collect() -> int:
-            with layout.inbox._changed, pending._lock, backend._lock, layout.publisher._lock:
+            with layout.inbox._changed, pending._lock, backend.waits._lock, layout.publisher._lock:
                 return gc.collect()
 
         assert Waiting(collect).result() >= 8_000

@@ -326,7 +326,7 @@ def test_garbage_collection_of_thousands_of_results_disturbs_no_wait(app: Celery
         thread.join(LONG)
         assert not thread.is_alive()
     # Then no trace of the dropped ones is left.
-    eventually(lambda: not app.backend._pending._results)
+    eventually(lambda: not app.backend.waits.pending._results)
 
 
 def test_a_pickled_result_can_be_waited_for_in_another_process(app: Celery) -> None:

@@ -37,7 +37,7 @@ import time
 from pathlib import Path
 from typing import Any, Counter, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
-__all__ = ("Journal", "Limits", "Verdict", "Violation", "check", "load", "value")
+__all__ = ("Journal", "Limits", "Verdict", "Violation", "check", "history", "load", "value")
 
 PENDING = "PENDING"
 SUCCESS = "SUCCESS"
@@ -145,6 +145,10 @@ class Journal:
     def crashed(self) -> None:
         """Record that the broker is about to be killed, and again that it was killed."""
         self._note("crash", time.monotonic())
+
+    def deleted(self) -> None:
+        """Record that results are about to be deleted on purpose, and again that they were."""
+        self._note("delete", time.monotonic())
 
     @contextlib.contextmanager
     def storing(self, task_id: str, state: str, result: Any) -> Iterator[None]:
@@ -273,11 +277,63 @@ def load(folder: Path) -> Record:
                 record.forgotten[task_id] = min(at, record.forgotten.get(task_id, at))
             elif what == "crash":
                 record.crashes.extend(event)
+            elif what == "delete":
+                pass  # check() has a parameter for it.
             else:
                 raise ValueError(f"{path}: unknown event {what!r}")
         record.waits.extend(waits.values())
     record.crashes.sort()
     return record
+
+
+def history(folder: Path) -> List[Dict[str, Any]]:
+    """Return all journals of a folder in the format of :mod:`tools.check_history`."""
+    events: List[Dict[str, Any]] = []
+    # Processes may still run: without a common end, a result could be in the journal of its reader
+    # and not yet in that of its writer, which was read before.
+    end = time.monotonic()
+    for path in sorted(folder.glob("*.journal")):
+        process = path.name[: -len(".journal")]
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
+            for event in _as_history(number, *json.loads(line)):
+                if event["time"] <= end:
+                    events.append({"process": process, **event})
+    return sorted(events, key=lambda event: event["time"])
+
+
+def _as_history(number: int, what: str, *event: Any) -> Iterator[Dict[str, Any]]:
+    if what == "store":
+        yield _event("invoke", "store", event[4], task=event[0], value=event[1:4])
+    elif what == "stored":
+        outcome = "ok" if event[5] is None else "info"
+        yield _event(outcome, "store", event[4], task=event[0], value=event[1:4], error=event[5])
+    elif what == "read":
+        kind, task_id, state, version, digest, began, ended = event
+        yield _event("invoke", "read", began, task=task_id, op=-number, kind=kind)
+        value = (state, version, digest)
+        yield _event("ok", "read", ended, task=task_id, op=-number, kind=kind, value=value)
+    elif what == "unread":
+        began, ended, timeout, error = event
+        yield _event("invoke", "read", began, op=-number, kind="look-up", timeout=timeout)
+        yield _event("fail", "read", ended, op=-number, kind="look-up", error=error)
+    elif what == "wait":
+        wait, tasks, began, deadline = event
+        yield _event("invoke", "wait", began, op=wait, tasks=tasks, timeout=deadline - began)
+    elif what in ("got", "heard"):
+        wait, task_id, state, version, digest, at = event
+        by, value = ("return" if what == "got" else "message"), (state, version, digest)
+        yield _event("info", "deliver", at, op=wait, task=task_id, value=value, by=by)
+    elif what == "waited":
+        wait, at, error = event
+        yield _event("ok" if error is None else "fail", "wait", at, op=wait, error=error)
+    elif what == "forget":
+        yield _event("invoke", "forget", event[1], task=event[0])
+    else:
+        yield _event("info", what, event[0])
+
+
+def _event(type: str, f: str, time: float, **more: Any) -> Dict[str, Any]:
+    return {"time": time, "type": type, "f": f, **more}
 
 
 # -- the verdict ---------------------------------------------------------------------------------

@@ -11,16 +11,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import random
 import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence
 
-from tests.faults import faults
+from tests.faults import faults, recorder
+from tests.faults.load import Load
 from tests.faults.recorder import Verdict
-from tools import rabbitmq
+from tools import check_history, rabbitmq
 
 
 @dataclasses.dataclass
@@ -116,7 +119,25 @@ def soak(kind: str, options: argparse.Namespace, minutes: float, rows: Dict[str,
                         # Each fault once before any of them twice.
                         queue = chance.sample(chosen, len(chosen))
                     bad += _round(place, queue.pop(), rows)
+                bad += _check_history(place.load, options.history)
     return bad
+
+
+def _check_history(load: Load, folder: Optional[str]) -> bool:
+    """Check all that the load did by the independent checker; keep the history in *folder*."""
+    events = recorder.history(load.folder)
+    if folder is not None:
+        path = Path(folder, f"{load.run}.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+        print(f"the history is in {path}", flush=True)
+    found = check_history.check(events)
+    print(f"independent checker: {len(events)} events, {len(found)} violations", flush=True)
+    for violation in found[:20]:
+        print(*violation, flush=True)
+    if found:
+        print(f"journals are in {load.keep()}", flush=True)
+    return bool(found)
 
 
 def _wanted(name: str, words: Sequence[str]) -> bool:
@@ -129,7 +150,11 @@ def _round(place: faults.Place, fault: faults.Fault, rows: Dict[str, Row]) -> in
     print(f"{time.strftime('%H:%M:%S')} {fault.name}", end=" ", flush=True)
     for _ in range(fault.times):
         load.until_stored(30)
+        if fault.loses:
+            load.journal.deleted()
         fault.provoke(place)
+        if fault.loses:
+            load.journal.deleted()
     if fault.loses:
         # Deleted results are lost by design: only later ones are checked.
         began = load.now()
@@ -167,6 +192,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         choices=("single", "cluster", "both"),
         default="both",
         help="one node, or a cluster of three, or one after the other",
+    )
+    parser.add_argument(
+        "--history", metavar="FOLDER", help="keep the histories, for tools/check_history.py"
     )
     parser.add_argument("faults", nargs="*", help="parts of the names of faults; all by default")
     options = parser.parse_args(arguments)

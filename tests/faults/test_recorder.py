@@ -10,6 +10,7 @@ import pytest
 
 from tests.faults import recorder
 from tests.faults.recorder import Journal, Limits, Verdict, check, load, value
+from tools import check_history
 
 
 class Clock:
@@ -368,3 +369,26 @@ def test_only_operations_within_the_given_times_are_checked(
     assert kinds(check(record, until=between)) == ["lost"]
     assert kinds(check(record, since=between)) == []
     assert record.promised(since=between) == ["u"]
+
+
+def test_the_history_for_the_independent_checker_agrees(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict], tmp_path: Path, clock: Clock
+) -> None:
+    number = reader.began_to_wait(["t"], 10)
+    look_up(reader, "PENDING", None)
+    for state, version in (("PROGRESS", 0), ("SUCCESS", 1)):
+        result = store(storer, state, version)
+        reader.heard(number, "t", state, result)
+        look_up(reader, state, result)
+    reader.got(number, "t", "SUCCESS", value("t", 1))
+    reader.waited(number)
+    storer.crashed()
+    assert judge().violations == check_history.check(recorder.history(tmp_path)) == []
+    look_up(reader, "PENDING", None)
+    assert kinds(judge()) == [v.rule for v in check_history.check(recorder.history(tmp_path))]
+    storer.deleted()
+    reader.began_to_forget("t")
+    reader.failed_to_read(clock(), 1, "TimeoutError()")
+    assert {event["f"] for event in recorder.history(tmp_path)} == {
+        "store", "read", "wait", "deliver", "crash", "delete", "forget"
+    }  # fmt: skip

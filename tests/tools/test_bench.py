@@ -8,7 +8,8 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 from hypothesis import given
@@ -321,3 +322,23 @@ def test_the_command_line_sets_the_rounds_of_measures_without_a_number_of_their_
     for usual, wanted, rounds in ((0, None, 5), (0, 25, 25), (3, None, 3), (3, 25, 25)):
         found = place_with(usual).alternate(measures, wanted)
         assert len(found["ms"]["amqp"]) == rounds
+
+
+def test_a_measure_that_fails_leaves_the_rows_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(place: Place) -> Iterator[Row]:
+        yield make_row(size=10, amqp=[1.0])
+        raise RuntimeError("no worker")
+
+    def good(place: Place) -> Iterator[Row]:
+        yield make_row(size=20, amqp=[2.0])
+
+    place = Place(SimpleNamespace(version="4.3.6"), Servers("", "", ""), True, (), (), ())  # type: ignore[arg-type]
+    monkeypatch.setattr(command, "_place", lambda *_: place)
+    monkeypatch.setattr(command.measures, "ALL", {"broken": broken, "good": good})
+    target = tmp_path / "run.json"
+    assert command.main(["--json", str(target)]) == 1
+    assert [row.name for row in Run.read(target).rows] == ["store.10", "store.20"]
+    assert Run.read(target).about["failed"] == ["broken"]
+    assert "RuntimeError: no worker" in capsys.readouterr().out

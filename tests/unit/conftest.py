@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "unit",
-    max_examples=100,
+    max_examples=int(os.environ.get("EXAMPLES", "100")),
     # A slow machine is no failure.
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

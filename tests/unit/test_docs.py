@@ -17,11 +17,6 @@ from celery_amqp_results.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
-#: Where the files of the main branch are, as pages and as they are.
-REPOSITORY = (
-    "https://github.com/celery-amqp-results/celery-amqp-results/blob/main/",
-    "https://raw.githubusercontent.com/celery-amqp-results/celery-amqp-results/main/",
-)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
 
@@ -139,22 +134,11 @@ def anchors(page: Path) -> Set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_work(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for address in REPOSITORY:
-        # README.md has absolute addresses, because PyPI shows it too.
-        text = text.replace(address, "")
     for target, anchor in re.findall(r"\]\(([^)#: ]*)(?:#([^) ]*))?\)", text):
         path = (page.parent / target).resolve() if target else page
         assert path.exists(), f"{page.name} links to {target}"
         if anchor:
             assert anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
-
-
-def test_the_readme_has_only_links_that_also_work_on_pypi() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)]*)\)", text)
-    assert targets
-    for target in targets:
-        assert target.startswith(REPOSITORY), target
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -1,0 +1,215 @@
+"""Recording what becomes of tasks: states and marks are encoded and handed to the layout.
+
+It may import ``layouts``, ``config`` and what is below them, and knows nothing of Celery's backend
+class.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import logging
+import os
+from typing import Any, Callable, Iterator, Mapping, Optional, Tuple
+
+from celery.app.task import Context
+
+from celery_amqp_results.amqp.once import OnceLogger
+from celery_amqp_results.config import BackendConfig
+from celery_amqp_results.layouts import Layout
+from celery_amqp_results.protocol import expiry
+from celery_amqp_results.protocol.clock import PublishClock
+from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessage
+from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, client_word
+from celery_amqp_results.protocol.ranking import ABORTED, is_final
+from celery_amqp_results.store import marks as tracking
+
+__all__ = ("Recorder",)
+
+logger = logging.getLogger(__name__)
+
+_clock = PublishClock()
+
+_NOT_GIVEN: Any = object()
+
+#: The task of a chord's header whose final state was just stored in this thread or greenlet, and
+#: the id of the header.
+_stored: contextvars.ContextVar[Optional[Tuple[str, Optional[str]]]] = contextvars.ContextVar(
+    "celery_amqp_results_stored", default=None
+)
+
+
+class Recorder:
+    """Encodes states and publishes them.
+
+    Parameters:
+        tasks: returns the task of a name, or ``None``.
+        config: the backend's.
+        layout: returns the layout of this process.
+
+    Thread-safe.
+    """
+
+    def __init__(
+        self, tasks: Callable[[str], Any], config: BackendConfig, layout: Callable[[], Layout]
+    ) -> None:
+        self._tasks = tasks
+        self._config = config
+        self._layout = layout
+        self._complaints = OnceLogger(logger)
+
+    def encode(
+        self,
+        message_id: str,
+        state: str,
+        meta: Mapping[str, Any],
+        kind: str,
+        expiration: Optional[int],
+    ) -> StateMessage:
+        """Return *meta* as a message that was published now.
+
+        Raises:
+            kombu.exceptions.EncodeError: when the serializer cannot encode it.
+            ResultTooLarge: when it is to be compressed, and nobody would decompress so much.
+        """
+        content_type, content_encoding, compression, body = self._config.codec.encode(meta)
+        return StateMessage(
+            message_id,
+            state,
+            _clock.now(),
+            body,
+            content_type,
+            content_encoding,
+            compression,
+            expiration,
+            kind,
+        )
+
+    def record(self, task_id: str, state: str, meta: Mapping[str, Any], request: Any) -> None:
+        """Publish a state of a task.
+
+        Parameters:
+            task_id: the task.
+            state: name of the state.
+            meta: what is stored.
+            request: the task's request, or ``None``.
+
+        Raises:
+            kombu.exceptions.EncodeError, ResultTooLarge: see :meth:`encode`.
+            BackendUnavailable, DeclarationRefused: see :meth:`Layout.publish`.
+        """
+        layout, config = self._layout(), self._config
+        expiration = self._expiration_of(state, request)
+        message = self.encode(task_id, state, layout.shape(meta), STATE, expiration)
+        route = _route_of(request)
+        counts = route.in_chord and is_final(state)
+        part = None
+        if counts and _shorter(message.expiration, config.expirations.chord):
+            part = dataclasses.replace(message, kind=PART, expiration=config.expirations.chord)
+            part = layout.detach(part)
+        # ABORTED as well: who asked a task to stop relies on it.
+        final = is_final(state) or state == ABORTED
+        layout.publish(layout.detach(message), route, final, part)
+        if counts:
+            _stored.set((task_id, route.group_id))
+        if config.options.track_sent and is_final(state):
+            # Its loss would do little harm: it is not waited for.
+            expiration = tracking.ended_expiration(message.expiration)
+            layout.mark([tracking.mark(task_id, tracking.ENDED, _clock.now(), expiration)], False)
+
+    def record_part(self, task_id: str, group_id: str, meta: Mapping[str, Any]) -> None:
+        """Publish what a task of a chord's header returned, unless its state was just stored.
+
+        Raises:
+            kombu.exceptions.EncodeError, ResultTooLarge: see :meth:`encode`.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+        """
+        stored = _stored.get()
+        _stored.set(None)
+        if stored == (task_id, group_id):
+            return
+        layout = self._layout()
+        part = self.encode(task_id, meta["status"], meta, PART, self._config.expirations.chord)
+        layout.publish_part(layout.detach(part), group_id)
+
+    def save_group(self, group_id: str, state: str, meta: Mapping[str, Any]) -> None:
+        """Keep a group.
+
+        Raises:
+            kombu.exceptions.EncodeError, ResultTooLarge: see :meth:`encode`.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+        """
+        layout = self._layout()
+        expiration = self._config.expirations.result
+        layout.save_group(self.encode(group_id, state, layout.shape(meta), GROUP, expiration))
+
+    def mark_sent(self, task_id: str, connection: Any) -> None:
+        """Publish with ``track_sent`` that a task is sent on *connection*; waits for nothing."""
+        if self._config.options.track_sent and self._config.broker.is_that_of(connection):
+            self._layout().mark_sent(connection, self._mark(task_id, tracking.SENT))
+
+    def mark_forgotten(self, task_id: str) -> None:
+        """Publish with ``track_sent`` that a task was forgotten.
+
+        Raises:
+            BackendUnavailable, DeclarationRefused: see :meth:`Layout.mark`.
+        """
+        if self._config.options.track_sent:
+            self._layout().mark([self._mark(task_id, tracking.FORGOTTEN)], True)
+
+    def _mark(self, task_id: str, name: str) -> StateMessage:
+        return tracking.mark(task_id, name, _clock.now(), self._config.expirations.result)
+
+    def _expiration_of(self, state: str, request: Any) -> Optional[int]:
+        """Return the milliseconds after which a state expires, ``None`` for never."""
+        for where, seconds in self._own_expiries(request):
+            try:
+                return expiry.milliseconds(seconds)
+            except ValueError as exc:
+                text = f"{where} is of no use, and result_expires applies: {exc}"
+                self._complaints.log(logging.WARNING, text, "%s", text)
+        return self._config.expirations.of(state)
+
+    def _own_expiries(self, request: Any) -> Iterator[Tuple[str, Any]]:
+        """Yield what a task says of its own expiry, and where; what counts more comes first."""
+        if request is None:
+            return
+        # A header of the message becomes an attribute; of a task that is called eagerly it does
+        # not.
+        own = getattr(request, expiry.NAME, _NOT_GIVEN)
+        if own is _NOT_GIVEN:
+            own = (getattr(request, "headers", None) or {}).get(expiry.NAME, _NOT_GIVEN)
+        if own is not _NOT_GIVEN:
+            yield f"the header {expiry.NAME!r} of a task", own
+        name = getattr(request, "task", None)
+        task = self._tasks(name) if isinstance(name, str) else None
+        own = getattr(task, expiry.NAME, _NOT_GIVEN)
+        if own is not _NOT_GIVEN:
+            yield f"the attribute {expiry.NAME!r} of the task {name}", own
+
+
+def _route_of(request: Any) -> Route:
+    """Return what the routing key of a state says of the task of *request*."""
+    group_id = getattr(request, "group", None)
+    return Route(_client_of(request), group_id, bool(group_id and getattr(request, "chord", None)))
+
+
+def _client_of(request: Any) -> str:
+    """Return the routing key's word for the process that sent the task of *request*."""
+    origin = getattr(request, "origin", None)
+    if origin and not getattr(request, "replaced_task_nesting", 0):
+        return client_word(origin)
+    if isinstance(request, Context) and request.hostname and not origin:
+        # The message said nothing of its sender, who so cannot count on being pushed to.
+        return ABSENT
+    # No request, one that was made up, or one of a task that another process has put in the place
+    # of the task that was sent: the sender is somebody, and may wait.
+    return BROADCAST
+
+
+def _shorter(expiration: Optional[float], other: Optional[float]) -> bool:
+    """Return whether an expiration (``None`` for never) is before another."""
+    return expiration is not None and (other is None or expiration < other)
+
+
+os.register_at_fork(after_in_child=_clock.after_fork_in_child)

@@ -1,0 +1,364 @@
+"""Waiting for tasks as Celery's result objects do: with timeouts, intervals, parents, callbacks.
+
+A :class:`Waits` object turns what followers bring into metas and into result objects that are
+ready. It knows nothing of Celery's backend class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Set,
+    Tuple,
+    Union,
+)
+
+from celery import states
+from celery.exceptions import TimeoutError
+from celery.result import ResultSet
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.protocol.ids import id_text
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.waiting import results as trees
+from celery_amqp_results.waiting import watch as watching
+from celery_amqp_results.waiting.callbacks import PendingResults
+from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.following import Following
+
+__all__ = ("DEFAULT_INTERVAL", "Patience", "Waits")
+
+logger = logging.getLogger(__name__)
+
+#: How often ``on_interval`` is called where no interval is given, in seconds.
+DEFAULT_INTERVAL = 0.5
+SHORTEST_INTERVAL = 0.01
+
+#: The longest that a watcher waits at once while nothing happens, in seconds.
+WATCH_INTERVAL = 5.0
+
+Meta = Dict[str, Any]
+
+
+class Readable(Protocol):
+    """What waiting needs of a layout."""
+
+    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+        """Return the present state of each of *ids*, or ``None`` where nothing is known."""
+
+    def follower(self) -> Following:
+        """Return a follower of no tasks yet."""
+
+    def tap(self, wanted: Optional[Collection[str]] = None) -> watching.Tap:
+        """Return a tap of everything that is published."""
+
+
+class Patience(NamedTuple):
+    """How long to wait, and what to do meanwhile."""
+
+    #: Seconds in total; ``None`` for no end, 0 to poll once.
+    timeout: Optional[float] = None
+    #: Seconds between calls of *on_interval*, 0.5 by default.
+    interval: Optional[float] = None
+    #: Called now and then while waiting, and once more when all have ended.
+    on_interval: Optional[Callable[[], Any]] = None
+
+    def timed_out(self, missing: int, total: int) -> TimeoutError:
+        """Return the error that says that some tasks have not ended in time."""
+        what = "The task is" if total == 1 else f"{missing} of {total} tasks are"
+        return TimeoutError(
+            f"The operation timed out: {what} not ready after {self.timeout:g} seconds."
+        )
+
+
+class Waits:
+    """Waits for tasks.
+
+    Parameters:
+        layout: returns the layout of this process.
+        decode: returns the meta of a state.
+
+    Thread-safe. After a fork the child calls :meth:`reset`.
+    """
+
+    def __init__(
+        self, layout: Callable[[], Readable], decode: Callable[[StateMessage], Meta]
+    ) -> None:
+        self._layout = layout
+        self._decode = decode
+        self.reset()
+
+    def reset(self) -> None:
+        """Start afresh, as a new process that waits for nothing."""
+        self._lock = threading.Lock()
+        self._resolving = threading.Lock()
+        #: The results with callbacks; ``None`` where there was none yet.
+        self.pending: Optional[PendingResults] = None
+
+    def updates(
+        self, ids: Iterable[str], patience: Patience, parents: Collection[str] = ()
+    ) -> Generator[Update, None, None]:
+        """Follow tasks until they end; yield what is new of them and of their parents.
+
+        Raises:
+            celery.exceptions.TimeoutError: when the timeout is over.
+        """
+        ids = list(dict.fromkeys(ids))
+        if patience.timeout is not None and patience.timeout <= 0:
+            yield from self._poll_once(ids, patience, parents)
+        else:
+            yield from self._updates_until(ids, patience, parents)
+        if patience.on_interval is not None:
+            # Celery raises the errors of parents from here. A header that has failed is known
+            # to have before its body is.
+            patience.on_interval()
+
+    def _poll_once(
+        self, ids: List[str], patience: Patience, parents: Collection[str]
+    ) -> Iterator[Update]:
+        missing = 0
+        found = self._layout().poll(list(dict.fromkeys((*parents, *ids))))
+        for task_id, state in found.items():
+            final = state if state is not None and is_final(state.state) else None
+            if final is None and task_id not in parents:
+                missing += 1
+            if state is not None:
+                yield Update(task_id, [state], final)
+        if missing:
+            raise patience.timed_out(missing, len(ids))
+
+    def _updates_until(
+        self, ids: List[str], patience: Patience, parents: Collection[str]
+    ) -> Iterator[Update]:
+        timeout, interval, on_interval = patience
+        deadline = None if timeout is None else time.monotonic() + timeout
+        interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
+        follower, pid = self._layout().follower(), os.getpid()
+        missing = set(ids)
+        try:
+            follower.add((*parents, *ids))
+            next_interval = time.monotonic() + interval
+            while missing:
+                now = time.monotonic()
+                if deadline is not None and now >= deadline:
+                    raise patience.timed_out(len(missing), len(ids))
+                try:
+                    updates = follower.step(deadline, max(0.0, next_interval - now))
+                except errors.BackendUnavailable as exc:
+                    refused = exc.__cause__ is not None and connections.is_refusal(exc.__cause__)
+                    if refused or not connections.is_over(deadline):
+                        raise
+                    # Reaching the broker has taken all the time there was.
+                    raise patience.timed_out(len(missing), len(ids)) from exc
+                missing.difference_update(u.task_id for u in updates if u.final is not None)
+                yield from updates
+                if missing and time.monotonic() >= next_interval:
+                    next_interval = time.monotonic() + interval
+                    if on_interval is not None:
+                        on_interval()
+        finally:
+            # A generator may be carried into a forked child, where what it follows by is not its
+            # own and has locks that nobody releases any more.
+            if os.getpid() == pid:
+                follower.close()
+
+    def follow(
+        self,
+        ids: Iterable[str],
+        patience: Patience,
+        on_message: Optional[Callable[[Meta], Any]] = None,
+        parents: Collection[Any] = (),
+    ) -> Iterator[Tuple[str, StateMessage]]:
+        """Wait for tasks; yield the final state of each as it comes.
+
+        Parameters:
+            ids: the tasks.
+            patience: how long.
+            on_message: called with the meta of every state, in the order of publishing.
+            parents: result objects of tasks before these in a chain. The tasks are not waited for
+                any more when one of the parents fails.
+
+        Raises:
+            celery.exceptions.TimeoutError: when the timeout is over.
+            Exception: the exception of a parent that failed.
+        """
+        ids = list(dict.fromkeys(ids))
+        before = {id_text(parent.id): parent for parent in parents}
+        before = {task_id: before[task_id] for task_id in before if task_id not in ids}
+        with contextlib.closing(self.updates(ids, patience, before)) as updates:
+            for update in updates:
+                parent = before.get(update.task_id)
+                if parent is not None:
+                    if update.final is not None:
+                        self.resolve(parent, update.final)
+                        parent.maybe_throw()
+                    continue
+                if on_message is not None:
+                    self._report(update, on_message)
+                if update.final is not None:
+                    yield update.task_id, update.final
+
+    def _report(self, update: Update, on_message: Callable[[Meta], Any]) -> None:
+        for state in update.states:
+            meta = self.decode_if_kept(state)
+            if meta is not None:
+                on_message(meta)
+
+    def decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
+        """Return the meta of *state*, or ``None`` where its body is gone."""
+        try:
+            return self._decode(state)
+        except errors.ResultExpired as exc:
+            logger.warning("taken for expired: %s", exc)
+            return None
+
+    def resolve(self, result: Any, state: StateMessage) -> None:
+        """Give a result object its final state and have its callbacks called, once."""
+        if result._cache is not None:
+            return
+        # Reading may take a look-up, which others must not wait for.
+        meta = self._decode(state)
+        with self._resolving:
+            if result._cache is not None:
+                return
+            result._set_cache(meta)
+        result.on_ready(result)
+
+    def members(
+        self,
+        result: Any,
+        patience: Patience,
+        on_message: Optional[Callable[[Meta], Any]] = None,
+    ) -> Iterator[Tuple[str, Union[Meta, List[Any]]]]:
+        """Wait for the members of a result set; yield each as it becomes ready.
+
+        Yields:
+            ``(id, meta)``, and for a member that is a group itself ``(id, members)`` when all of
+            its members are ready.
+
+        Raises:
+            celery.exceptions.TimeoutError: when the timeout is over.
+            Exception: the exception of a task before the group in its chain, when that has failed:
+                the members will never run.
+        """
+        missing = _Missing(result)
+        yield from missing.ready
+        parents = _unfailed_parents(result) if missing.leaves else []
+        for task_id, state in self.follow(list(missing.leaves), patience, on_message, parents):
+            for leaf in missing.leaves[task_id]:
+                self.resolve(leaf, state)
+            yield from missing.end(task_id)
+
+    def watch(
+        self, target: Any, names: Union[str, Iterable[str], None], timeout: Optional[float]
+    ) -> Generator[Meta, None, None]:
+        """Yield the meta of every state of *target*, or of everything, as it happens.
+
+        Raises:
+            TypeError, ValueError: when *target* or *names* are none, at once.
+        """
+        wanted = watching.read_states(names)
+        if target is None:
+            tap = self._layout().tap(wanted)
+            return watching.watch_everything(tap, self._decode, timeout)
+        found = watching.read_target(target)
+        updates = self.updates(found.ids, Patience(timeout, WATCH_INTERVAL))
+        return watching.watch_ids(updates, found.ended, self._decode, wanted)
+
+    def add_callback(self, result: Any) -> None:
+        """Have the callbacks of *result* called when its task ends. Does no I/O."""
+        if self.pending is None:
+            layout = self._layout()
+            with self._lock:
+                if self.pending is None:
+                    self.pending = PendingResults(layout.follower, self.resolve)
+        self.pending.add(result)
+
+    def remove_callback(self, result: Any) -> None:
+        """Call no callbacks of *result*. Safe within garbage collection: no lock, no I/O."""
+        pending = self.pending
+        if pending is not None:
+            pending.remove(result)
+
+    def close(self) -> None:
+        """Call no callbacks any more."""
+        with self._lock:
+            pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.close()
+
+
+class _Missing:
+    """The members of a result set that have not ended yet."""
+
+    def __init__(self, result: Any) -> None:
+        #: What is to be yielded of members that are ready already.
+        self.ready: List[Tuple[str, Any]] = []
+        #: The result objects of each task that is waited for.
+        self.leaves: Dict[str, List[Any]] = {}
+        self._members: Dict[str, Any] = {}
+        self._groups: List[Tuple[Any, Set[str]]] = []
+        for node in result.results:
+            unready = [leaf for leaf in trees.leaves(node) if not _is_ready(leaf)]
+            for leaf in unready:
+                self.leaves.setdefault(id_text(leaf.id), []).append(leaf)
+            if isinstance(node, ResultSet):
+                self._groups.append((node, {id_text(leaf.id) for leaf in unready}))
+            else:
+                self._members[id_text(node.id)] = node
+                if not unready:
+                    self.ready.append((node.id, _meta_of(node)))
+        self.ready += [(node.id, node.results) for node, missing in self._groups if not missing]
+
+    def end(self, task_id: str) -> Iterator[Tuple[str, Any]]:
+        """Yield what has become ready by the end of a task."""
+        member = self._members.get(task_id)
+        if member is not None:
+            yield member.id, _meta_of(member)
+        for node, missing in self._groups:
+            if task_id in missing:
+                missing.discard(task_id)
+                if not missing:
+                    yield node.id, node.results
+
+
+def _unfailed_parents(result: Any) -> List[Any]:
+    """Return the tasks before a group in a chain that are not known to have ended.
+
+    Raises:
+        Exception: the exception of one that has failed.
+    """
+    unknown = []
+    for parent in trees.parents(result):
+        if not _is_ready(parent):
+            unknown.append(parent)
+        elif not parent.ignored:
+            parent.maybe_throw()
+    return unknown
+
+
+def _is_ready(node: Any) -> bool:
+    return node._cache is not None or node.ignored
+
+
+def _meta_of(node: Any) -> Meta:
+    # What ignores its result is not waited for: as AsyncResult.get, which returns None.
+    meta: Meta = node._cache or {"status": states.SUCCESS, "result": None, "task_id": node.id}
+    return meta

@@ -1,0 +1,36 @@
+"""The table of tasks and shards in several processes, with everything in any order."""
+
+from __future__ import annotations
+
+import pytest
+
+from celery_amqp_results.feed.table import Table
+from tests.simulation.model import Broken, Simulation, run_many
+
+#: `make simulate` runs more.
+SEEDS = 300
+
+
+def test_no_answer_is_wrong_in_any_order_of_events() -> None:
+    runs = list(run_many(0, SEEDS))
+    # The runs are about memory, and not only about look-ups.
+    assert sum(run.remembered for run in runs) > sum(run.answered for run in runs) / 20
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    assert Simulation(7).run().schedule == Simulation(7).run().schedule
+
+
+@pytest.mark.parametrize("fault", ["bindings are relied on at once", "pushes are lost"])
+def test_the_simulation_finds_faults(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    if fault == "pushes are lost":
+        pushed = Table.pushed
+        monkeypatch.setattr(
+            Table, "pushed",
+            lambda self, state, now: None if state.published % 7 == 0 else pushed(self, state, now),
+        )  # fmt: skip
+    else:
+        monkeypatch.setattr("celery_amqp_results.feed.table.STEADY", 0.0)
+    with pytest.raises(Broken, match="seed"):
+        for _ in run_many(0, 3 * SEEDS):
+            pass
