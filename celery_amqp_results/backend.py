@@ -817,40 +817,6 @@ class AMQPBackend(Celery4API, Backend):
                     self.on_chord_part_return(request, states.FAILURE, exc)
         return info
 
-    def chord_progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
-        """Return how many tasks the header of an open chord has, and which have not ended.
-
-        Does no I/O.
-
-        Parameters:
-            key: id of the header, or of the body.
-
-        Returns:
-            ``None`` where this process does not lead such a chord.
-        """
-        chords = self.layout.chords
-        return None if chords is None else chords.service.progress(key)
-
-    def ask_chord_leaders(self, key: str, timeout: float = 1.0) -> Optional[Tuple[int, List[str]]]:
-        """Ask all workers for :meth:`chord_progress`, by Celery's remote control.
-
-        Parameters:
-            key: id of the header, or of the body.
-            timeout: seconds to wait for replies.
-
-        Returns:
-            ``None`` where no worker replies that it leads such a chord: it is over, there is none,
-            or remote control is switched off.
-        """
-        replies = self.app.control.broadcast(
-            workers.COMMAND, arguments={"key": key}, reply=True, timeout=timeout
-        )
-        for reply in replies or ():
-            for answer in reply.values():
-                if isinstance(answer, dict) and "tasks" in answer:
-                    return answer["tasks"], list(answer["missing"])
-        return None
-
     # -- the end -----------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -907,7 +873,6 @@ def _on_worker_ready(app: Any) -> None:
     if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
         remote.register()
         backend.layout.chords.start_if_needed()
-        workers.answer_questions(backend.chord_progress)
 
 
 workers.on_ready(_on_worker_ready)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 #: Message of a :class:`ChordError`; that of Celery's Redis backend.
 DEPENDENCY = "Dependency {} raised {!r}"
 
-#: What is raised while the broker does not answer.
+#: Errors that are raised while the broker does not answer.
 UNAVAILABLE: Tuple[Type[Exception], ...] = (
     errors.BackendUnavailable,
     errors.LookupTimeout,

@@ -1,8 +1,8 @@
 """The leader: decides when a chord is complete, and what has to be done for that.
 
-:class:`Leader` is told what happens (*events*, its methods) and says what to do (*actions*, which
-:meth:`Leader.take` returns). It does no I/O, has no clock and no threads;
-:mod:`~celery_amqp_results.chords.service` is the shell around it.
+:class:`Leader` receives *events* (its methods) and returns *actions* (:meth:`Leader.take`). It does
+no I/O, has no clock and no threads; :mod:`~celery_amqp_results.chords.service` is the shell around
+it.
 
 Of each open chord the leader knows which tasks of the header have ended. It hears of most ends
 because they are pushed. The store is asked where an end may have been missed: a plan that was
@@ -39,8 +39,7 @@ from celery_amqp_results.protocol.ranking import is_final, supersedes
 
 __all__ = ("Acknowledge", "Action", "Bind", "Fire", "GiveUp", "Leader", "LookUp")
 
-#: Seconds after which the store is asked about a chord of which nothing was heard; doubled each
-#: time, up to the most.
+#: Seconds until the leader looks up a silent chord in the store; doubled each time, up to the most.
 FIRST_RECHECK = 15.0
 LAST_RECHECK = 300.0
 
@@ -128,7 +127,7 @@ class _Chord:
         self.missing: Set[str] = set()
         self.ends: Dict[str, StateMessage] = {}
         self.bodiless: Set[str] = set()
-        #: Tasks of the body that the store has to be asked about before the body may be sent.
+        #: Tasks of the body to look up in the store before the body may be sent.
         self.unproven: Set[str] = set()
         self.sending = False
         self.failures = 0
@@ -177,7 +176,7 @@ class Leader:
         self._sure: Dict[int, Optional[int]] = {}
         #: An end that came before this is perhaps not remembered.
         self._forgotten = 0
-        #: What the store is asked about next: tasks of headers, and of bodies.
+        #: The next look-up: tasks of headers, and of bodies.
         self._tasks: Set[str] = set()
         self._bodies: Set[str] = set()
         self._asking: Optional[LookUp] = None
@@ -273,7 +272,7 @@ class Leader:
             self._orphans.setdefault(amendment.group_id, []).append((amendment, delivery))
             patience = None if amendment.expires is None else amendment.expires / 1000
             if amendment.group_id in self._fired_groups:
-                # The chord is over, unless it was sent again and its plan is to come.
+                # The chord is over, unless it was sent again and its plan comes later.
                 patience = min(patience or LAST_AMENDMENT, LAST_AMENDMENT)
             if patience is not None:
                 # The id of a header is no mark of a chord.
@@ -319,7 +318,7 @@ class Leader:
         """Take what the store has of the tasks of *request*.
 
         Parameters:
-            request: what was asked for.
+            request: the look-up.
             found: the ends of tasks that have ended.
             bodies: the states of tasks of bodies.
         """

@@ -199,7 +199,7 @@ def amended(results: List[Any], amendments: Iterable[Amendment]) -> List[Any]:
                 yield list(extend(node))
 
     extended = list(extend(results))
-    # Those of tasks that nobody knows come last.
+    # Those of unknown tasks come last.
     while added:
         extended.extend(extend(added.pop(next(iter(added)))))
     return extended

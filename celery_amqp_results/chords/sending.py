@@ -299,7 +299,7 @@ def expect_body(app: Any, body: Any, note_sent: Callable[[str], None]) -> None:
 
     A process that waits for a task of its own neither asks the store for it nor binds its shard,
     which would take longer than all else that a small chord takes. A body that has several tasks is
-    waited for like the task of somebody else; so is one that a task sends, since what runs that
+    waited for like the task of another process; so is one that a task sends, since what runs that
     task may be somewhere else when it is delivered again.
     """
     body_id = body.options.get("task_id")

@@ -375,7 +375,7 @@ class Service:
     # -- what is delivered -------------------------------------------------------------------------
 
     def on_plan(self, message: amqp.Message) -> bool:
-        """Take a message of a plan queue; return whether nobody can read it."""
+        """Take a message of a plan queue; return whether no leader can read it."""
         now = time.monotonic()
         try:
             state = StateMessage.from_properties(message.properties, message.body)
@@ -505,7 +505,7 @@ class _Session:
     def _retake(self, now: float) -> None:
         """Have open plans delivered again, so that none is held for too long."""
         if self._service.open and now >= self._retake_at:
-            # What comes before the answer was delivered before, and is delivered again.
+            # Everything that comes before the answer is delivered again.
             self.channel.send_method(spec.Basic.Recover, "b", (True,), wait=spec.Basic.RecoverOk)
             self._service._leader.requeued()
         if not self._service.open or now >= self._retake_at:

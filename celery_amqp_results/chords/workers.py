@@ -11,14 +11,11 @@ import contextlib
 import os
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 from celery import signals
 
-__all__ = ("COMMAND", "Bell", "answer_questions", "bell", "on_ready")
-
-#: Name of the remote control command that asks for the progress of a chord.
-COMMAND = "amqp_results_chord"
+__all__ = ("Bell", "bell", "on_ready")
 
 #: Seconds between two bytes of a child: the main process remembers the first.
 RING_SECONDS = 30.0
@@ -71,7 +68,7 @@ class Bell:
         now = time.monotonic()
         if self._pipe is not None and now >= self._quiet_until:
             self._quiet_until = now + RING_SECONDS
-            # Full: it was told. Closed: it is gone, and the child will be.
+            # The pipe is full: the main process will read it. Or closed: that process is gone.
             with contextlib.suppress(OSError):
                 os.write(self._pipe[1], b"\0")
 
@@ -107,19 +104,3 @@ def on_ready(function: Callable[[Any], None]) -> None:
         function(sender.app)
 
     signals.worker_ready.connect(call, weak=False)
-
-
-def answer_questions(progress: Callable[[str], Optional[Tuple[int, List[str]]]]) -> None:
-    """Have this worker answer the remote control command :data:`COMMAND`.
-
-    Parameters:
-        progress: returns how many tasks a chord's header has and which have not ended, or ``None``.
-    """
-    # It imports much that only workers need.
-    from celery.worker.control import inspect_command
-
-    def amqp_results_chord(state: Any, key: str) -> Dict[str, Any]:
-        found = progress(key)
-        return {} if found is None else {"tasks": found[0], "missing": found[1]}
-
-    inspect_command(name=COMMAND, args=[("key", str)], signature="[KEY]")(amqp_results_chord)

@@ -172,6 +172,8 @@ class Inbox:
         self._failure: Optional[Exception] = None
         self._failed_at = 0.0
         self._waiters: Dict[str, List[Waiter]] = {}
+        #: Those of them that other processes have sent.
+        self._strangers: Set[str] = set()
         self._table = Table(declarations.topology, limit)
         self._barriers = Barriers()
         self._session: Optional[_Session] = None
@@ -238,7 +240,9 @@ class Inbox:
             pushed = set(ids) - self.unbound(ids) if self._table.epoch else set()
             for task_id in ids:
                 self._waiters.setdefault(task_id, []).append(waiter)
-                if not self._table.is_own(task_id):
+                if task_id in self._strangers or not self._table.is_own(task_id):
+                    # It stays one as long as clients wait, even if this process sends it later.
+                    self._strangers.add(task_id)
                     self._table.watched(task_id, 1)
                     uncovered.append(task_id)
                     continue
@@ -272,10 +276,11 @@ class Inbox:
         if waiters is None or waiter not in waiters:
             return
         waiters.remove(waiter)
-        if not self._table.is_own(task_id):
+        if task_id in self._strangers:
             self._table.watched(task_id, -1)
         if not waiters:
             del self._waiters[task_id]
+            self._strangers.discard(task_id)
 
     def unbound(self, ids: Collection[str]) -> Set[str]:
         """Return the strangers' tasks among *ids* whose shards are not bound."""

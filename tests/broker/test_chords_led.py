@@ -22,6 +22,7 @@ from celery_amqp_results.chords.service import Service
 from celery_amqp_results.protocol.message import PART
 from celery_amqp_results.protocol.names import PLAN_QUEUES
 from tests.conftest import PATIENCE, Apps, eventually
+from tools.proxy import Proxy
 
 
 @pytest.fixture(params=["classic", "quorum"])
@@ -499,3 +500,37 @@ def test_the_number_of_queues_does_not_change_with_the_number_of_chords(
     for _ in range(30):
         send(app, uuid.uuid4().hex, new_ids(2))
     assert node.queue_count() == before
+
+
+def test_a_leader_that_is_cut_off_loses_its_chords_to_another_one(
+    make_app: Apps, node: Any, group_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "HEARTBEAT", 1.0)
+    with Proxy(node.amqp_port) as proxy:
+        far, near = make_app(broker_url=proxy.url(node.url())), make_app()
+        # Given a leader behind a network that fails, and another process that consumes plans
+        lead(far)
+        ids = new_ids(2)
+        body = send(near, group_id, ids)
+        eventually(lambda: service_of(far).open == 1)
+        lead(near)
+        # When the leader is cut off, and the chord is completed
+        proxy.stall()
+        for task_id in ids:
+            near.backend.mark_as_done(task_id, 1, request(task_id, group_id, body))
+        # Then the other process fires it, and the first one fires none
+        eventually(lambda: near.backend.metrics().chords_fired == 1)
+        proxy.reset()
+        proxy.resume()
+        again = uuid.uuid4().hex
+        (task_id,) = new_ids(1)
+        body = send(near, again, [task_id])
+        near.backend.mark_as_done(task_id, 1, request(task_id, again, body))
+
+        def fired() -> int:
+            return sum(each.backend.metrics().chords_fired for each in (near, far))
+
+        eventually(lambda: fired() == 2)
+        eventually(lambda: service_of(near).open + service_of(far).open == 0)
+        assert fired() == 2
+        far.backend.close()

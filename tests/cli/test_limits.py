@@ -7,7 +7,9 @@ from typing import Iterator
 
 import amqp
 import pytest
+from celery import chord
 
+from celery_amqp_results.protocol.names import PLAN_QUEUES
 from tests.cli.conftest import Administrator
 from tests.cli.test_commands import new_id, run
 from tests.cli.test_doctor import Report, amqp_only, managed
@@ -114,3 +116,16 @@ def test_plans_of_chords_without_a_leader(managed_apps: Apps, led: bool) -> None
             channel.queue_delete(name)
     assert (name in text) == (not led)
     assert ("1 chord in 1 plan queue" in text) == (not led)
+
+
+def test_a_chord_that_was_sent_while_no_worker_runs(managed_apps: Apps) -> None:
+    app = managed_apps()
+    part, body = (app.signature(name, app=app) for name in ("some.part", "some.body"))
+    chord([part, part], app=app)(body)
+    text = amqp_only(app, "--no-probe").said("chords", "warning")
+    assert "1 chord in 1 plan queue" in text
+    assert "start a worker" in text
+    with raw_connection(managed_apps.url) as connection:
+        channel = connection.channel()
+        for number in range(PLAN_QUEUES):
+            channel.queue_delete(app.backend.config.topology.plan_queue(number).name)

@@ -164,7 +164,7 @@ def test_a_body_that_could_not_be_sent_is_tried_again() -> None:
     assert fire.failures == 1
     leader.connection_lost()
     leader.not_sent("m", NOW)
-    # Whoever is given the plan next sends it
+    # The next leader of the plan sends it
     assert (leader.open, leader.take()) == (0, [])
     leader.plan_delivered(plan("a"), 8, True, NOW)
     assert leader.open == 1
@@ -283,7 +283,7 @@ def test_what_no_plan_waits_for_makes_room() -> None:
     leader.state_pushed(end("a", body=b"x" * 9), NOW, WALL + LATER)
     leader.state_pushed(end("b", body=b"x" * 9), NOW, WALL + LATER)
     assert leader.held_bytes == 9
-    # What was forgotten is looked up
+    # The forgotten end is looked up
     leader.plan_delivered(plan("a"), 7, False, NOW)
     leader.tick(NOW, WALL)
     assert leader.take() == [LookUp(frozenset("a"), frozenset())]
