@@ -84,7 +84,7 @@ os._exit(0)
             assert process.stdout is not None
             assert process.stdin is not None
             assert json.loads(process.stdout.readline()) == "ready"
-            # When a load balancer closes the connections while nobody uses them
+            # When a load balancer closes the connections while they are idle
             proxy.refuse()
             proxy.reset()
             process.stdin.write("go\n")

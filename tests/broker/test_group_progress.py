@@ -15,7 +15,7 @@ from tests.conftest import Apps
 
 
 def saved_group(app: Celery, stored: int, pending: int = 0) -> str:
-    """Save a group with so many members that are stored and so many that are not."""
+    """Save a group with *stored* members that have a state and *pending* ones that do not."""
     ids = [new_id() for _ in range(stored + pending)]
     for number, task_id in enumerate(ids[:stored]):
         app.backend.store_result(task_id, number, states.SUCCESS)
@@ -27,7 +27,7 @@ def saved_group(app: Celery, stored: int, pending: int = 0) -> str:
 
 @pytest.fixture
 def asked(make_app: Apps, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A second app, and the batches of ids that its layout is asked for."""
+    """A second app, and the batches of ids that its layout reads."""
     app = make_app()
     batches: List[int] = []
     poll = app.backend.layout.poll
@@ -45,7 +45,7 @@ def test_each_question_about_a_group_is_one_read(app: Celery, asked: Any) -> Non
     group = GroupResult.restore(saved_group(app, 20, pending=5), app=reader)
     assert group.completed_count() == 20
     assert batches == [25]
-    # What has finished is known, and not read again.
+    # Finished members are known, and not read again.
     assert not group.ready()
     assert group.waiting()
     assert not group.failed()

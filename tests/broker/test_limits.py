@@ -52,7 +52,7 @@ class Tenant:
 
     @contextlib.contextmanager
     def connections(self, count: int) -> Iterator[None]:
-        """Keep so many connections open."""
+        """Keep *count* connections open."""
         made = [connect(self.url) for _ in range(count)]
         try:
             for connection in made:

@@ -54,7 +54,7 @@ def write(raw: amqp.Connection) -> Callable[..., None]:
 
 
 def bound(app: Celery) -> bool:
-    """Return whether somebody waits with all bindings in place."""
+    """Return whether a waiter has all its bindings in place."""
     followers = list(app.backend.layout._followers)
     return bool(followers) and all(f._covered >= f.pending.keys() for f in followers)
 

@@ -1,4 +1,4 @@
-"""What a user who may publish on the virtual host can do, what prevents it, and what does not.
+"""Attacks by users who may publish on the virtual host, and the measures against them.
 
 Hostile content is covered by ``test_hostile_messages.py``, the permissions of each role by
 ``test_documented_permissions.py``.

@@ -1,4 +1,4 @@
-"""The app of workers that are killed while they lead chords. Not for the tests' own process.
+"""The app of workers that are killed while they lead chords. For subprocesses only.
 
 The leader of a chord with the body ``mortal`` is killed with SIGKILL at the point that it names,
 the first time that a leader gets there.

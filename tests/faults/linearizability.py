@@ -18,7 +18,7 @@ from celery import Celery, states
 from celery_amqp_results import errors
 from tests import subprocesses
 
-#: What a task goes through; the number of a version is its place here.
+#: The states of a task in order; the number of a version is its place here.
 STAGES = (states.PENDING, states.STARTED, states.SUCCESS)
 FINAL = len(STAGES) - 1
 
@@ -90,13 +90,13 @@ def read(app: Celery, run: str, rate: float) -> Dict[str, Any]:
 
 
 def check(stores: Iterable[Event], reads: Iterable[Event], seen_counts: bool = True) -> List[str]:
-    """Return what is wrong with the answers.
+    """Return the wrong answers.
 
     Parameters:
-        stores: what was stored.
-        reads: what was read.
-        seen_counts: whether what was seen once has to be seen ever after. What was not confirmed
-            when a broker is killed may be lost although somebody has seen it.
+        stores: all stores.
+        reads: all reads.
+        seen_counts: whether a state that was read once must be found ever after. A state without
+            a confirm may be lost when a broker is killed, even if a process has read it.
     """
     wrong = []
     stored: Dict[int, List[Event]] = {}
@@ -107,8 +107,8 @@ def check(stores: Iterable[Event], reads: Iterable[Event], seen_counts: bool = T
         by_task.setdefault(each.task, []).append(each)
     for number, answers in by_task.items():
         began = {each.version: each.began for each in stored.get(number, ())}
-        # What was seen, or stored for certain, and when that was over. Only a final state is
-        # certain when ``store_result`` returns.
+        # The ends of reads and of certain stores. Only a final state is certain when
+        # ``store_result`` returns.
         seen = [(e.ended, e.version) for e in stored.get(number, ()) if e.version == FINAL]
         if seen_counts:
             seen += [(answer.ended, answer.version) for answer in answers]

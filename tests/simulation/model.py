@@ -6,7 +6,7 @@ take effect some time after they were confirmed; inboxes that deliver in order; 
 connections; and a crash that loses what was not confirmed. A seed decides in which order everything
 happens. Nothing else does: the same seed gives the same run.
 
-What is published to a shard and to the exchange in one write takes effect in one step.
+Messages published to a shard and to the exchange in one write take effect in one step.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Process:
     table: Table
     connected: bool = False
     inbox: Deque[Any] = dataclasses.field(default_factory=lambda: Deque())
-    #: Keys that were asked for and not answered; keys that route, and those that soon will.
+    #: Requested and unanswered keys; keys that route, and those that soon will.
     asked: List[int] = dataclasses.field(default_factory=list)
     routing: Set[int] = dataclasses.field(default_factory=set)
     late: Dict[int, float] = dataclasses.field(default_factory=dict)
@@ -395,7 +395,7 @@ class Simulation:
             task.seen = [(seen, at) for seen, at in task.seen if seen < stage]
             self._write(task, stage, state)
         for read in self.reads:
-            # What they have read before the crash may be what was lost.
+            # Before the crash they may have read the states that were lost.
             read.answers.clear()
             if read.look is not None:
                 read.process.table.end(read.look, {}, {}, self.now)

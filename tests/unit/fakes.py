@@ -68,7 +68,7 @@ class FakeSession:
 class FakeInbox(Inbox):
     """An inbox whose reader thread binds at once what is wanted, and reads nothing.
 
-    What is pushed is given to :func:`push`. Its connection is there from the first
+    Tests deliver states with :func:`push`. Its connection is there from the first
     :meth:`cover` on, until :meth:`lose`; while ``reachable`` is false it cannot be opened.
     Bindings are old enough to be relied on, unless ``fresh`` is set.
     """
@@ -124,7 +124,7 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.states: Dict[str, List[StateMessage]] = {}
-        #: What was asked for, call by call.
+        #: The ids requested, by call.
         self.asked: List[List[str]] = []
         #: What reading raises, if anything.
         self.failure: Optional[Exception] = None

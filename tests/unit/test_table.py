@@ -79,7 +79,7 @@ def test_one_read_binds_nothing_and_the_second_binds_the_shard(table: Table) -> 
     assert bind(table, 1.0) == []
     table.asked([task_id], 2.0)
     assert bind(table, 2.0) == [Action(True, 3)]
-    # It is asked for once.
+    # It is requested once.
     assert bind(table, 2.0) == []
 
 
@@ -162,7 +162,7 @@ def test_a_view_that_nobody_reads_is_dropped_when_it_costs_more_than_reads(live:
     late = 10.0 + table_module.LEAST_BOUND
     for number in range(table_module.PAYS + 1):
         live.pushed(state(id_in(3)), 10.0 + number / 1000)
-    # Not at once: bindings do not churn.
+    # This happens later, so that bindings do not churn.
     assert bind(live, 11.0) == []
     live.pushed(state(id_in(3)), late)
     assert bind(live, late) == [Action(False, 3)]
@@ -247,7 +247,7 @@ def test_an_own_task_is_known_since_it_was_sent(table: Table) -> None:
     table.sent(early, 0.5)
     table.sent(task_id, 2.0)
     assert known(table, task_id) is None
-    # Somebody who waits may rely on the other, too.
+    # A waiter may rely on the other one too.
     assert known(table, early) == "?"
     assert known(table, early, sure=False) is None
     table.pushed(state(task_id, "STARTED"), 3.0)
@@ -361,7 +361,7 @@ def test_states_pushed_lately_are_limited_in_bytes(table: Table) -> None:
     bind(table, 0.0)
     for number in range(100):
         table.pushed(state(id_in(3), body=b"x" * 10_000), number / 100)
-    # What was pushed before the last of them is not known, so that the view cannot be live.
+    # States pushed before the last of them are unknown, so the view cannot be live.
     count(table, 3, 1.0)
     assert table.live_views == 0
     count(table, 3, 3.0)
