@@ -87,6 +87,7 @@ class Publication:
         "copying",
         "failure",
         "message",
+        "push",
         "refusals",
         "returned",
         "sent",
@@ -98,6 +99,9 @@ class Publication:
         self.message = message
         self.waited = waited
         self.status = Status.UNSENT
+        #: Whether the live copy is sent together with the message. Otherwise it follows when the
+        #: message is confirmed.
+        self.push = True
         #: Whether the live copy is unconfirmed.
         self.copying = False
         #: Whether the message came back; its confirm comes after that.
@@ -151,12 +155,17 @@ class ConfirmLog:
         self._kept[self._tag] = publication
         publication.status, publication.returned, publication.failure = Status.SENT, False, None
         publication.sent = now
-        publication.copying = publication.message.pushed is not None
-        if publication.copying:
-            self._tag += 1
-            self._copies[self._tag] = publication
-            if len(self._copies) > MAX_COPIES:
-                self._copies.pop(next(iter(self._copies))).copying = False
+        publication.copying = False
+        if publication.push and publication.message.pushed is not None:
+            self.copy_sent(publication)
+
+    def copy_sent(self, publication: Publication) -> None:
+        """Note that the live copy of *publication* is being sent."""
+        publication.push = publication.copying = True
+        self._tag += 1
+        self._copies[self._tag] = publication
+        if len(self._copies) > MAX_COPIES:
+            self._copies.pop(next(iter(self._copies))).copying = False
 
     def acknowledged(self, tag: int, multiple: bool) -> None:
         """Note that the broker has confirmed *tag*, or everything up to it."""
@@ -271,11 +280,30 @@ class ConfirmChannel:
             message.properties,
             message.body,
             connection.frame_max,
-            message.pushed,
+            message.pushed if publication.push else None,
         )
         self.log.sent(publication, time.monotonic())
         connection.transport.write(octets)
         # What py-amqp's heartbeats go by.
+        connection.bytes_sent += 1
+
+    def publish_copy(self, publication: Publication) -> None:
+        """Publish the live copy of a message that the broker has confirmed."""
+        connection = self.link.amqp
+        if not self.channel.is_open or connection.transport is None:
+            raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
+        message = publication.message
+        assert message.pushed is not None
+        octets = frames.publish_frames(
+            self.channel.channel_id,
+            *message.pushed,
+            False,
+            message.properties,
+            message.body,
+            connection.frame_max,
+        )
+        self.log.copy_sent(publication)
+        connection.transport.write(octets)
         connection.bytes_sent += 1
 
     def _on_nack(self, tag: int, multiple: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, Optional
+from typing import Any, Optional, Set
 
 from amqp import exceptions as amqp_errors
 
@@ -36,6 +36,7 @@ class Declarations:
         self.declare = declare
         self._lock = threading.Lock()
         self._exchange = False
+        self._shards: Set[int] = set()
         #: How many queues the broker allows, once it has refused one, and what it said.
         self._limit: Optional[int] = None
         self._limited_by = ""
@@ -43,6 +44,15 @@ class Declarations:
         self._asked_again = 0.0
         #: Goes up with :meth:`forget`: what is declared meanwhile is not remembered.
         self._generation = 0
+
+    def knows(self, shard: Optional[int]) -> bool:
+        """Return whether the queue of *shard* was there when this process last used it."""
+        return shard is None or shard in self._shards
+
+    def remember(self, shard: int) -> None:
+        """Note that the queue of *shard* is there."""
+        with self._lock:
+            self._shards.add(shard)
 
     def ensure_exchange(self, channel: Any) -> None:
         """Declare the exchange, if this process has not.
@@ -167,6 +177,7 @@ class Declarations:
         with self._lock:
             self._generation += 1
             self._exchange = False
+            self._shards.clear()
 
 
 def declare_exchange(channel: Any, topology: Topology, nowait: bool = False) -> None:

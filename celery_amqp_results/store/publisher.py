@@ -229,6 +229,7 @@ class Publisher:
         verdict = Verdict(delivery.unsent(), [], None, [], [])
         while True:
             failure: Optional[BaseException] = None
+            self._choose_copies(verdict, confirm)
             try:
                 log = self._send(verdict.again, time.monotonic(), verdict.declare, confirm)
                 if not confirm:
@@ -244,6 +245,7 @@ class Publisher:
                 raise
             verdict = delivery.judge()
             if not verdict.again and failure is None:
+                self._send_copies(delivery)
                 self._wait_for_copies(delivery)
                 # The connection may have been lost meanwhile, and with it some of the copies.
                 verdict = delivery.judge()
@@ -255,6 +257,43 @@ class Publisher:
                 self._forget_declarations()
             self._prepare(delivery, verdict, failure, tries)
         self._count(delivery.messages, confirm)
+
+    def _choose_copies(self, verdict: Verdict, confirm: bool) -> None:
+        """Decide which live copies are sent at once.
+
+        A reader that receives a state must find it in the store from then on. So the copy waits
+        for the confirm where the shard may have no queue. What is not waited for is sent with a
+        declaration instead.
+        """
+        for publication in verdict.again:
+            shard = publication.message.shard
+            publication.push = True
+            if shard is None or shard in verdict.declare or self._declarations.knows(shard):
+                continue
+            if confirm or not self._declarations.declare:
+                publication.push = not confirm
+            else:
+                self._declarations.check_limit()
+                verdict.declare.append(shard)
+
+    def _send_copies(self, delivery: Delivery) -> None:
+        """Send the live copies that waited for a confirm."""
+        held = [p for p in delivery.publications if not p.push and p.message.pushed is not None]
+        for publication in delivery.publications:
+            shard = publication.message.shard
+            if shard is not None and publication.status is Status.CONFIRMED:
+                self._declarations.remember(shard)
+        if not held:
+            return
+        try:
+            with self._channel.open(time.monotonic()) as channel:
+                for publication in held:
+                    channel.publish_copy(publication)
+        except _FAILURES as exc:
+            connections.raise_if_from_signal_handler(exc)
+            # Both are sent again.
+            for publication in held:
+                publication.status, publication.failure = Status.LOST, exc
 
     def _prepare(
         self,
@@ -362,6 +401,9 @@ class Publisher:
                             declarations.request_shard(channel.channel, shard)
                         for publication in publications:
                             channel.publish(publication)
+                if not waited:
+                    for shard in declare:
+                        declarations.remember(shard)
                 if not waited:
                     for publication in publications:
                         publication.waited = False

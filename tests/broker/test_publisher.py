@@ -261,3 +261,17 @@ def test_a_live_copy_is_confirmed_before_the_store_returns(make_app: Apps) -> No
         with app.backend.layout.publisher._channel.present() as channel:
             assert not channel.log._copies
     assert inbox is listener.backend.layout.inbox
+
+
+def test_a_pushed_state_is_in_the_store_even_if_its_shard_is_new(make_app: Apps) -> None:
+    # Given a client that is pushed the first state of each shard
+    app, client = make_app(shards=64), make_app(shards=64)
+    for _ in range(60):
+        task_id = new_id()
+        client.backend.layout.note_sent(task_id)
+        waiting = Waiting(lambda task_id=task_id: client.AsyncResult(task_id).get(timeout=60))
+        app.backend.store_result(task_id, 1, "SUCCESS")
+        # When it has received that
+        assert waiting.result() == 1
+        # Then a reader finds it
+        assert client.backend.layout.store.read((task_id,))[task_id]
