@@ -264,7 +264,8 @@ class AMQPBackend(Celery4API, Backend):
         retried = current is not None and current.request.id == task_id
         if not retried and not sends_for_another(task_id):
             self.layout.note_sent(task_id)
-        self.recorder.mark_sent(task_id, producer.connection)
+        if self.options.track_sent:
+            self.recorder.mark_sent(task_id, producer.connection)
         return {}
 
     def _store_result(

@@ -102,6 +102,12 @@ class Codec:
             # Some serializers turn every text that looks like a UUID into one.
             if isinstance(meta.get(name), uuid.UUID):
                 meta[name] = id_text(meta[name])
+        if isinstance(meta["status"], (list, dict)):
+            # Celery looks states up in sets, where such a value raises a TypeError.
+            raise errors.ForeignMessage(
+                f"the {message.state} of {message.id!r} names no state: "
+                f"{reprlib.repr(meta['status'])}"
+            )
         if message.kind == STATE and message.id:
             said = state_name(meta["status"]), meta.get("task_id", message.id)
             if said != (message.state, message.id):
