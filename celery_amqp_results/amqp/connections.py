@@ -130,7 +130,7 @@ class Link:
     """One open AMQP connection. Not thread-safe: one user at a time.
 
     Parameters:
-            connection: kombu's connection, which knows the broker.
+        connection: kombu's connection, which knows the broker.
         established: the open connection that it made.
         heartbeat: seconds between heartbeats; 0 for none.
     """
@@ -276,8 +276,8 @@ class Link:
         """Open a channel without waiting for the broker's answer.
 
         Parameters:
-                on_close: called when the broker closes the channel, with its code and text for the
-                    reason and the numbers of class and method. The connection stays open.
+            on_close: called when the broker closes the channel, with its code and text for the
+                reason and the numbers of class and method. The connection stays open.
         """
         return channel_nowait(self.amqp, on_close)
 
@@ -330,7 +330,7 @@ def channel_nowait(
     """Open a channel on *connection* without waiting for the broker's answer.
 
     Parameters:
-            connection: an open connection, which others may use as well.
+        connection: an open connection, which others may use as well.
         on_close: see :meth:`Link.channel_nowait`.
     """
     # kombu's class of channels would be closed together with a producer's.
@@ -607,10 +607,10 @@ class Pool:
         connector: opens the connections.
         heartbeat: seconds between heartbeats; 0 for none.
         name: what they are for; names the thread.
-            limit: how many connections may be open at once; a user that needs one more waits.
-                ``None`` for no limit.
+        limit: how many connections may be open at once; a user that needs one more waits. ``None``
+            for no limit.
 
-        Thread-safe. After a fork the child must make a new pool and never use this one again.
+    Thread-safe. After a fork the child must make a new pool and never use this one again.
     """
 
     def __init__(
