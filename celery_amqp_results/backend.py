@@ -503,24 +503,24 @@ class AMQPBackend(Celery4API, Backend):
         comes after a newer one. It ends when all the tasks have ended.
 
         Parameters:
-                target: a task id, a result object, a group or another result set, a list of these,
-                    or ``None`` for every state of every task from now on, which does not end. Such
-                    a watch misses states published while the connection is lost, and logs a
-                    warning. Given tasks are looked up again after that, so only states before the
-                    current one are missed.
+            target: a task id, a result object, a group or another result set, a list of these, or
+                ``None`` for every state of every task from now on, which does not end. Such a watch
+                misses states published while the connection is lost, and logs a warning. Given
+                tasks are looked up again after that, so only states before the current one are
+                missed.
             states: names of the states to yield, or one name; ``None`` for all.
-                timeout: seconds in total; ``None`` for no end, 0 for the current states alone.
+            timeout: seconds in total; ``None`` for no end, 0 for the current states alone.
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* is over and a given task has not ended.
                 A watch of everything just ends.
-                Unsupported: for a watch of everything in the layout ``per-task``.
+            Unsupported: for a watch of everything in the layout ``per-task``.
             BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or
                 when the backend was closed.
             LookupTimeout: when *timeout* is 0 and the store could not be read in time.
             kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot
                 be decoded. A watch of everything leaves it out and logs a warning.
-                TypeError, ValueError: when *target* or *states* are invalid, at once.
+            TypeError, ValueError: when *target* or *states* are invalid, at once.
             RuntimeError: when the watch was begun before a fork and goes on in the child.
 
         The generator is for one thread at a time; it opens nothing before the first meta is
@@ -546,7 +546,7 @@ class AMQPBackend(Celery4API, Backend):
         Parameters:
             task_id: the task.
             timeout: seconds to wait; ``None`` for no end, 0 to poll once.
-                cache: whether a cached result is acceptable.
+            cache: whether a cached result is acceptable.
             no_ack: accepted for compatibility; reading never removes a result.
             on_interval: called about every *interval* seconds while waiting.
             interval: seconds, 0.5 by default.
@@ -637,10 +637,10 @@ class AMQPBackend(Celery4API, Backend):
             interval: seconds between calls of *on_interval*, 0.5 by default.
             no_ack, now, getfields, PROPAGATE_STATES: accepted for compatibility; reading never
                 removes a result, and deadlines are monotonic.
-                READY_STATES: states in which a cached result is acceptable.
+            READY_STATES: states in which a cached result is acceptable.
             on_message: called with the meta of every state.
-                on_interval: called periodically while waiting.
-                max_iterations: how many intervals to wait; then the iteration ends. 1 polls once.
+            on_interval: called periodically while waiting.
+            max_iterations: how many intervals to wait; then the iteration ends. 1 polls once.
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* is over.

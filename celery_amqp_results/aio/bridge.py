@@ -117,10 +117,10 @@ class _Driver:
 
     Parameters:
         layout: makes the follower.
-            post: called by the thread with a function and arguments for the loop to call; returns
-                whether the loop still exists.
-            take: the loop calls it with updates.
-            fail: the loop calls it with the ids that are no longer followed, and the reason.
+        post: called by the thread with a function and arguments for the loop to call; returns
+            whether the loop still exists.
+        take: the loop calls it with updates.
+        fail: the loop calls it with the ids that are no longer followed, and the reason.
 
     Thread-safe.
     """

@@ -142,7 +142,7 @@ class _Ends:
 
     Parameters:
         ids: the tasks.
-            failing: those of the tasks whose failure ends the wait.
+        failing: those of the tasks whose failure ends the wait.
     """
 
     __slots__ = ("failing", "found", "future", "missing")
@@ -232,8 +232,8 @@ async def get(
         target: a task id, a result object, or a group or another result set, of which the values
             are returned as a list, of groups in it as lists in the list.
         timeout: seconds; ``None`` for no end, 0 to ask once.
-            propagate: whether to raise the exception of a task that failed; otherwise it is
-                returned. The first failure in a group ends the wait.
+        propagate: whether to raise the exception of a task that failed; otherwise it is returned.
+            The first failure in a group ends the wait.
         app: the app of a task id; the current app by default. Result objects know theirs.
         follow_parents: whether to raise the exception of a task before this one in a chain, which
             so will never run. Only with *propagate*.
@@ -247,7 +247,7 @@ async def get(
             ``asyncio.TimeoutError``.
         Exception: the exception of the task, if it failed and *propagate* is true.
         BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or when
-                    the backend was closed. A connection lost later is reopened silently.
+            the backend was closed. A connection lost later is reopened silently.
         TypeError: when *target* cannot be waited for.
 
     When the coroutine is cancelled the task goes on; it may be waited for again. Callbacks of a
@@ -441,7 +441,7 @@ class _Feed:
 
     Parameters:
         ids: the tasks; ``None`` for everything.
-            wanted: names of the states to keep; ``None`` for all.
+        wanted: names of the states to keep; ``None`` for all.
     """
 
     def __init__(
@@ -711,22 +711,22 @@ def watch(
     ends when all the tasks have ended.
 
     Parameters:
-            target: a task id, a result object, a group or another result set, a list of these, or
-                ``None`` for every state of every task from about now on, which does not end.
+        target: a task id, a result object, a group or another result set, a list of these, or
+            ``None`` for every state of every task from about now on, which does not end.
         states: names of the states to get, or one name; ``None`` for all.
-            timeout: seconds in total from the first iteration; ``None`` for no end, 0 for the
-                current states alone.
+        timeout: seconds in total from the first iteration; ``None`` for no end, 0 for the current
+            states alone.
         app: the app of task ids and of everything; the current app by default.
 
     Returns:
-            An asynchronous iterator. It may be closed with ``aclose``, or by ``async with``. Asking
-            for the next meta may be cancelled or timed out without losing any. At most 10,000
-            states are buffered for a slow reader. Beyond that the oldest that are not final are
-            dropped; a watch of everything drops the oldest, final or not.
+        An asynchronous iterator. It may be closed with ``aclose``, or by ``async with``. Asking for
+        the next meta may be cancelled or timed out without losing any. At most 10,000 states are
+        buffered for a slow reader. Beyond that the oldest that are not final are dropped; a watch
+        of everything drops the oldest, final or not.
 
     Raises:
-            TypeError, ValueError: when *target* or *states* are invalid, at once.
-            Unsupported: for a watch of everything in the layout ``per-task``, at once.
+        TypeError, ValueError: when *target* or *states* are invalid, at once.
+        Unsupported: for a watch of everything in the layout ``per-task``, at once.
 
     Iterating raises:
         WaitTimeout: when *timeout* is over and a given task has not ended. A watch of everything
@@ -852,7 +852,7 @@ async def forget(target: Any, *, app: Any = None) -> None:
     """Delete everything kept of a task and those before it in a chain, or of a group's members.
 
     Parameters:
-            target: a task id, a result object, or a group. The cache of a result object is cleared.
+        target: a task id, a result object, or a group. The cache of a result object is cleared.
         app: the app of a task id; the current app by default.
 
     Raises:

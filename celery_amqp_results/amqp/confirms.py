@@ -80,7 +80,7 @@ class Publication:
 
     Parameters:
         message: the message.
-            waited: whether a caller waits for its confirm.
+        waited: whether a caller waits for its confirm.
     """
 
     __slots__ = (
@@ -322,10 +322,9 @@ class ConfirmChannel:
         For a caller that uses the connection exclusively.
 
         Parameters:
-                publications: publications made on this channel.
-                deadline: time (``time.monotonic``) at which to give up, even while the broker
-                    blocks publishers; with ``None`` the wait ends when the connection counts as
-                    dead.
+            publications: publications made on this channel.
+            deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
+                publishers; with ``None`` the wait ends when the connection counts as dead.
 
         Raises:
             NotConfirmed: when the broker has not answered in time.

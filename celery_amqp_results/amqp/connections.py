@@ -134,7 +134,7 @@ class Link:
     """One open AMQP connection. Not thread-safe: one user at a time.
 
     Parameters:
-            connection: kombu's connection, which knows the broker.
+        connection: kombu's connection, which knows the broker.
         established: the open connection that it made.
         heartbeat: seconds between heartbeats; 0 for none.
     """
@@ -280,8 +280,8 @@ class Link:
         """Open a channel without waiting for the broker's answer.
 
         Parameters:
-                on_close: called when the broker closes the channel, with its code and text for the
-                    reason and the numbers of class and method. The connection stays open.
+            on_close: called when the broker closes the channel, with its code and text for the
+                reason and the numbers of class and method. The connection stays open.
         """
         return channel_nowait(self.amqp, on_close)
 
@@ -334,7 +334,7 @@ def channel_nowait(
     """Open a channel on *connection* without waiting for the broker's answer.
 
     Parameters:
-            connection: an open connection, which others may use as well.
+        connection: an open connection, which others may use as well.
         on_close: see :meth:`Link.channel_nowait`.
     """
     # kombu's class of channels would be closed together with a producer's.

@@ -28,8 +28,7 @@ class Declarations:
 
     Parameters:
         topology: names and queue arguments.
-            declare: whether the exchange and the shards are declared here; otherwise they must
-                exist.
+        declare: whether the exchange and the shards are declared here; otherwise they must exist.
     """
 
     def __init__(self, topology: Topology, declare: bool = True) -> None:
@@ -59,8 +58,8 @@ class Declarations:
         """Declare the exchange, if this process has not.
 
         Raises:
-                DeclarationRefused: when it exists with other properties, or is missing and must not
-                    be declared here.
+            DeclarationRefused: when it exists with other properties, or is missing and must not be
+                declared here.
         """
         if self._exchange:
             return
@@ -187,8 +186,7 @@ def declare_exchange(channel: Any, topology: Topology, nowait: bool = False) -> 
     Parameters:
         channel: an open channel.
         topology: its name and arguments.
-            nowait: whether to skip waiting for an answer. If the broker refuses, it closes the
-                channel.
+        nowait: whether to skip waiting for an answer. If the broker refuses, it closes the channel.
 
     Raises:
         amqp.PreconditionFailed: when it exists with other properties, and an answer is waited for.

@@ -118,7 +118,7 @@ def publish_frames(
         channel: number of the channel.
         exchange: name of the exchange; empty for the default exchange.
         routing_key: up to 255 bytes.
-            mandatory: whether the broker returns a message that no queue takes.
+        mandatory: whether the broker returns a message that no queue takes.
         properties: AMQP properties by py-amqp's names; headers are text or whole numbers.
         body: the body, of any length.
         frame_max: the largest frame that the connection allows, in bytes.

@@ -36,7 +36,7 @@ class Waiter:
 
     Parameters:
         publications: what it waits for.
-            copies: whether it waits for the live copies instead of the durable ones.
+        copies: whether it waits for the live copies instead of the durable ones.
     """
 
     def __init__(self, publications: Sequence[Publication], copies: bool = False) -> None:
@@ -77,8 +77,8 @@ class SharedChannel:
 
     Parameters:
         connector: opens the connection.
-            on_lost: called with every publication that a lost connection leaves behind and that no
-                caller waits for. Must not publish.
+        on_lost: called with every publication that a lost connection leaves behind and that no
+            caller waits for. Must not publish.
 
     Thread-safe. After a fork the child must make a new one.
     """
@@ -183,10 +183,10 @@ class SharedChannel:
         """Wait until *waiter* is done; a lost connection ends the wait as well.
 
         Parameters:
-                waiter: what to wait for.
-                deadline: time (``time.monotonic``) at which to stop waiting. With ``None`` the
-                    connection counts as dead after :data:`confirms.CONFIRM_TIMEOUT` seconds without
-                    a confirm, unless the broker blocks publishers.
+            waiter: what to wait for.
+            deadline: time (``time.monotonic``) at which to stop waiting. With ``None`` the
+                connection counts as dead after :data:`confirms.CONFIRM_TIMEOUT` seconds without a
+                confirm, unless the broker blocks publishers.
         """
         patience = time.monotonic() + confirms.CONFIRM_TIMEOUT
         while not waiter.done:

@@ -208,9 +208,9 @@ class Celery4API(Backend):
 
         Parameters:
             task_id: the task.
-                backlog_limit: how many states may be skipped in the layout ``per-task``; the layout
-                    ``shared`` has no such limit.
-                cache: whether a cached result is acceptable, and the result is cached.
+            backlog_limit: how many states may be skipped in the layout ``per-task``; the layout
+                ``shared`` has no such limit.
+            cache: whether a cached result is acceptable, and the result is cached.
 
         Raises:
             BacklogLimitExceeded: when there are more states.

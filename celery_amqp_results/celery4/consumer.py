@@ -23,9 +23,9 @@ class Consumer(kombu.Consumer):
         no_ack: whether nothing has to be acknowledged; what each queue says by default.
         auto_declare: whether queues are declared at once; true by default.
         callbacks: called in their order with (body, message).
-            on_decode_error: called with (message, exception) for a message that cannot be decoded;
-                by default the exception is raised.
-            on_message: called with the message alone, not decoded, instead of *callbacks*.
+        on_decode_error: called with (message, exception) for a message that cannot be decoded; by
+            default the exception is raised.
+        on_message: called with the message alone, not decoded, instead of *callbacks*.
         accept: names of serializers or content types that are accepted.
         prefetch_count: first limit of :meth:`qos`.
         tag_prefix: begins the consumer tags.
@@ -90,11 +90,11 @@ class Consumer(kombu.Consumer):
         channel are not affected.
 
         Parameters:
-                active: ``False`` to stop, ``True`` to resume. Repeated calls do nothing.
+            active: ``False`` to stop, ``True`` to resume. Repeated calls do nothing.
 
         Raises:
-                NotImplementedError: for stopping, when a queue would be deleted with its last
-                    consumer (``auto_delete``); nothing is stopped.
+            NotImplementedError: for stopping, when a queue would be deleted with its last consumer
+                (``auto_delete``); nothing is stopped.
         """
         if bool(active) == self._flowing:
             return
@@ -156,7 +156,7 @@ class Consumer(kombu.Consumer):
 
         Parameters:
             prefetch_size: not supported by RabbitMQ; 0, for no limit in bytes.
-                prefetch_count: how many messages; 0 for no limit.
+            prefetch_count: how many messages; 0 for no limit.
             apply_global: whether the limit is for all consumers of the channel together, and not
                 for each one that is begun later. Since RabbitMQ 4.3 it is for each in any case.
 
