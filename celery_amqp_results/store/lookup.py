@@ -52,9 +52,9 @@ PACK_AT = 32
 #: line.
 PACK_SECONDS = 0.03
 
-#: A shard with this many messages counts as long. If the last shard of a look-up is long, packing it
-#: may take this share of the reading time: others have waited for long anyway, and the next reads
-#: become faster.
+#: A shard with this many messages counts as long. If the last shard of a look-up is long, packing
+#: it may take this share of the reading time: others have waited for long anyway, and the next
+#: reads become faster.
 LONG_SHARD = 10_000
 LONG_PACK_SHARE = 0.2
 

@@ -230,7 +230,7 @@ class Publisher:
                 if not confirm:
                     self._keep_up(log)
                     break
-                # Confirms of states stored earlier come earlier; these may belong to the same task.
+                # States stored earlier must be confirmed as well: they may be of the same task.
                 self._channel.wait(Waiter([*delivery.publications, *log.unwaited()]))
             except _FAILURES as exc:
                 connections.raise_if_from_signal_handler(exc)

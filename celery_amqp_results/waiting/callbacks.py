@@ -80,8 +80,8 @@ class PendingResults:
 
     def remove(self, result: Any) -> None:
         """Unregister *result*. Takes no lock and does no I/O."""
-        # Does not wake the thread, since that takes a lock, and the garbage collector may call this.
-        # A registered result is referenced from here, so it is always removed explicitly.
+        # Does not wake the thread: that takes a lock, and the garbage collector may call this. A
+        # registered result is referenced from here, so it is always removed explicitly.
         task_id = id_text(result.id)
         if task_id in self._results:
             self._removed.append((task_id, id(result)))

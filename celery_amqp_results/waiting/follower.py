@@ -51,7 +51,7 @@ LAST_RECHECK = 300.0
 SILENCE = 1.0
 
 #: If the store has had a final state for this many seconds without a push, the inbox is suspected
-#: to be deaf, unless it receives states published later than that.
+#: to be deaf. It is not while states are still coming in that were all published before that time.
 LATE = 5.0
 
 #: After a possible loss, pushed states of a task are held back until the store was read, for at
