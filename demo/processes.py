@@ -82,8 +82,8 @@ class Broker:
     def queues(self) -> int:
         """Return how many queues there are.
 
-        A private node counts all its queues. On the user's own broker, where listing may be forbidden,
-        only the demo's declared queues are counted, by name.
+        A private node counts all its queues. On the user's own broker, where listing may be
+        forbidden, only the demo's declared queues are counted, by name.
         """
         if self.node is not None:
             return self.node.queue_count()
