@@ -40,6 +40,9 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 #: Sizes on the pages that were chosen, not measured.
 NOT_MEASURED = ("300 bytes",)
 
+#: Units that the first column of a table names.
+COUNTS = ("answers", "connections", "queues")
+
 #: A table with its comment.
 TABLE = re.compile(
     r"(?P<comment><!-- figures: (?P<run>\S+)\n(?P<fields>[^>]*?)-->\n+)"
@@ -61,6 +64,8 @@ def cell(run: Run, name: str, peer: str) -> str:
     if not values:
         return ""
     value, unit = statistics.median(values), row.unit
+    if unit in COUNTS:
+        return number(value)
     if unit == "ms" and value >= 1000:
         value, unit = value / 1000, "s"
     return f"{number(value)}{'' if unit.startswith('/') else ' '}{unit}"

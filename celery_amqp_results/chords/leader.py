@@ -255,9 +255,9 @@ class Leader:
         sure = self._sure.get(number)
         if sure is None:
             # The store is asked when the binding stands.
-            self._doubt(chord)
+            self._doubt(chord, redelivered)
         elif redelivered or plan.began < max(sure, self._forgotten):
-            self._doubt(chord)
+            self._doubt(chord, redelivered)
             self._ask(chord)
         self._set_chord_timer(chord, now, plan.began)
         self._fire_if_complete(chord)
@@ -485,8 +485,11 @@ class Leader:
         self._bytes -= len(state.body)
         self._forgotten = max(self._forgotten, came + SKEW)
 
-    def _doubt(self, chord: _Chord) -> None:
+    def _doubt(self, chord: _Chord, redelivered: bool) -> None:
         """Have the store asked, before the body is sent, whether it was sent by another process."""
+        if chord.plan.again and not redelivered:
+            # The body of the sending before may still be running.
+            return
         chord.unproven.update(chord.plan.proofs)
         for proof in chord.plan.proofs:
             self._proving.setdefault(proof, set()).add(chord.plan.mark)

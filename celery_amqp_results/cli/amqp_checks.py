@@ -222,8 +222,8 @@ def declaration_findings(session: Session, broker: Any) -> Iterator[Finding]:
                 "exchange",
                 "error",
                 str(exc),
-                "give all processes the same option 'shards', or this app a result_exchange of "
-                "its own",
+                "give all processes the same options 'shards' and 'queue_type', or this app a "
+                "result_exchange of its own",
             )
             return
         except amqp_errors.AccessRefused:

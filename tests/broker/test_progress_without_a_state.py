@@ -10,7 +10,7 @@ from celery import Celery, states
 
 from celery_amqp_results import aio
 from celery_amqp_results.cli.reading import describe
-from tests.broker.helpers import LONG, Waiting, new_id
+from tests.broker.helpers import LONG, Waiting, new_id, until_stored
 from tests.conftest import Apps
 
 PROGRESS = {"done": 3}
@@ -28,6 +28,7 @@ def test_progress_without_a_state_is_read_with_its_meta(
     task_id = new_id()
     app.backend.store_result(task_id, {"pid": 1}, states.STARTED)
     app.backend.store_result(task_id, PROGRESS, state)
+    until_stored(app)
     reader = make_app(app.conf.result_backend)
     result = reader.AsyncResult(task_id)
     assert result.state == state
@@ -60,6 +61,7 @@ def test_progress_without_a_state_is_pushed(
 def test_coroutines_are_given_progress_without_a_state(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, PROGRESS, None)
+    until_stored(app)
 
     async def main() -> None:
         meta = await aio.get_meta(task_id, app=app)
@@ -73,16 +75,18 @@ def test_coroutines_are_given_progress_without_a_state(app: Celery) -> None:
 def test_a_state_that_is_no_text_is_kept_as_it_is(app: Celery, make_app: Apps) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, PROGRESS, 7)
+    until_stored(app)
     result = make_app(app.conf.result_backend).AsyncResult(task_id)
     assert result.state == 7
     assert result.info == PROGRESS
 
 
 def test_a_task_reports_progress_without_a_state(app: Celery) -> None:
-    @app.task(name="report", bind=True)
+    @app.task(name=f"report-{new_id()}", bind=True, shared=False)
     def report(self: Any) -> None:
         """Never runs."""
 
     task_id = new_id()
     report.update_state(task_id=task_id, meta=PROGRESS)
+    until_stored(app)
     assert app.AsyncResult(task_id).info == PROGRESS

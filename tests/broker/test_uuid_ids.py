@@ -15,7 +15,7 @@ from kombu import serialization
 
 from celery_amqp_results import aio
 from celery_amqp_results.cli.reading import describe
-from tests.broker.helpers import LONG
+from tests.broker.helpers import LONG, until_stored
 from tests.conftest import Apps
 
 
@@ -52,11 +52,12 @@ def test_a_uuid_can_be_revoked_aborted_and_updated(app: Celery) -> None:
     AbortableAsyncResult(aborted, app=app).abort()
     assert AbortableAsyncResult(str(aborted), app=app).is_aborted()
 
-    @app.task(name="update")
+    @app.task(name=f"update-{uuid.uuid4()}", shared=False)
     def update() -> None:
         """Never runs."""
 
     update.update_state(task_id=updated, state="PROGRESS", meta={"done": 1})
+    until_stored(app)
     assert app.AsyncResult(str(updated)).info == {"done": 1}
 
 
