@@ -69,17 +69,17 @@ logger = logging.getLogger(__name__)
 #: The state of a group that is kept by ``GroupResult.save``, in header and body.
 GROUP_STATE = "GROUP"
 
-#: Celery before 5.5 writes when a task has ended in UTC.
+#: Celery before 5.5 stores the end time of a task in UTC.
 DATES_IN_ZONE_OF_APP = celery.VERSION >= (5, 5)
 
-#: So many tasks are remembered as failed.
+#: The number of failed tasks that are remembered.
 MAX_FAILED = 1000
 
 Meta = Dict[str, Any]
 
 
 class AMQPBackend(Celery4API, Backend):
-    """Keeps task results in RabbitMQ, and pushes them to those who wait.
+    """Stores task results in RabbitMQ, and pushes them to waiting clients.
 
     Parameters:
         app: the Celery app.
@@ -104,9 +104,9 @@ class AMQPBackend(Celery4API, Backend):
     needed.
     """
 
-    #: Waiting is pushed to, so that ``GroupResult.get`` may wait for all members at once.
+    #: Results are pushed, so ``GroupResult.get`` can wait for all members at once.
     supports_native_join = True
-    #: The broker drops what has expired: no periodic task has to.
+    #: The broker drops expired results, so no periodic task is needed.
     supports_autoexpire = True
     supports_result_compression = True
     supports_failure_expires = True
@@ -132,7 +132,7 @@ class AMQPBackend(Celery4API, Backend):
     ) -> None:
         location = Location.read(app, kwargs.get("url"), kwargs.pop("options", None))
         purpose = kwargs.pop("purpose", "")
-        # What Celery 4 writes has no place for either; Celery warns where they are set.
+        # Celery 4's format has no place for either; Celery warns if they are set.
         self.supports_result_compression = location.layout == "shared"
         self.supports_failure_expires = location.layout == "shared"
         super().__init__(app, serializer=serializer, **kwargs)
@@ -172,7 +172,7 @@ class AMQPBackend(Celery4API, Backend):
             purpose,
         )
         self._layouts = _registry_of(app)
-        #: Stores what becomes of tasks.
+        #: Stores the states of tasks.
         self.recorder = Recorder(app.tasks.get, self.config, lambda: self.layout)
         #: Waits for tasks.
         self.waits = Waits(lambda: self.layout, self.decode_state)
@@ -209,7 +209,7 @@ class AMQPBackend(Celery4API, Backend):
         )
 
     def _reset(self) -> None:
-        """Start afresh, as a new process that has opened nothing."""
+        """Start afresh, like a new process that has opened nothing."""
         self._pid = os.getpid()
         self.waits.reset()
         self._failed = LRUCache(limit=MAX_FAILED)
@@ -237,11 +237,11 @@ class AMQPBackend(Celery4API, Backend):
         return self.config.url.complete() if include_password else self.config.url.sanitized()
 
     def __reduce__(self, args: Tuple[Any, ...] = (), kwargs: Optional[Meta] = None) -> Any:
-        """Pickle as the arguments it was made with; the app is the one of the reading process."""
+        """Pickle as its arguments; the app is the one of the unpickling process."""
         return super().__reduce__(args, dict(self._arguments, url=self.url, **(kwargs or {})))
 
     def metrics(self) -> Metrics:
-        """Return what this process has done so far, for all equal backends of the app.
+        """Return counts of what this process has done, for all equal backends of the app.
 
         Costs some microseconds, and no I/O. Closing the backend does not reset the counts.
         """
@@ -255,16 +255,17 @@ class AMQPBackend(Celery4API, Backend):
     def on_task_call(self, producer: Any, task_id: str) -> Meta:
         """Note that a task is about to be sent.
 
-        With ``track_sent`` that is published, on the connection that sends the task; nothing is
-        waited for. Without it this does no I/O.
+        With ``track_sent`` this publishes a mark on the connection that sends the task, and does
+        not wait for a confirm. Otherwise this does no I/O.
         """
         task_id = id_text(task_id)
         current = self.app.current_worker_task
-        # A task that is retried or replaced stays the task of the one who sent it first.
+        # A retried or replaced task keeps its first sender.
         retried = current is not None and current.request.id == task_id
         if not retried and not sends_for_another(task_id):
             self.layout.note_sent(task_id)
-        self.recorder.mark_sent(task_id, producer.connection)
+        if self.options.track_sent:
+            self.recorder.mark_sent(task_id, producer.connection)
         return {}
 
     def _store_result(
@@ -288,8 +289,8 @@ class AMQPBackend(Celery4API, Backend):
         try:
             self._store(task_id, result, state, traceback, request)
         except errors.ResultTooLarge as exc:
-            # Of a SUCCESS, Celery stores a FAILURE with this error. Of a failure that is too large
-            # itself something has to be known as well: whoever waits must not wait for ever.
+            # Celery turns a SUCCESS into a FAILURE with this error. For a FAILURE that is too large
+            # itself, a short state must be stored, or waiting clients would wait for ever.
             if not is_final(state) or state == states.SUCCESS:
                 raise
             logger.error("task %s ended with %s, which is stored without details", task_id, exc)
@@ -305,7 +306,7 @@ class AMQPBackend(Celery4API, Backend):
         request: Any,
         brief: bool = False,
     ) -> None:
-        """Publish a state; a *brief* one without the arguments of the task, which may be long."""
+        """Publish a state; *brief* omits the arguments of the task, which may be long."""
         if brief:
             result = self.encode_result(result, state)
         meta = self._get_result_meta(result, state, traceback, request)
@@ -323,10 +324,10 @@ class AMQPBackend(Celery4API, Backend):
         format_date: bool = True,
         encode: bool = False,
     ) -> Meta:
-        """Return the meta of a state: what Celery's base class returns, in a third of the time.
+        """Return the meta of a state: the same as Celery's base class, in a third of the time.
 
-        The base class looks ``result_extended`` up for every state, and goes from one time zone to
-        the other by way of a third.
+        The base class reads ``result_extended`` for every state, and converts between time zones by
+        way of a third one.
         """
         if self.config.wire.extended or not format_date or not DATES_IN_ZONE_OF_APP:
             complete: Meta = super()._get_result_meta(
@@ -351,7 +352,7 @@ class AMQPBackend(Celery4API, Backend):
         return meta
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
-        """Return whether trying again may help: the broker is away, not unwilling."""
+        """Return whether a retry may help: the broker is unreachable, but has not refused."""
         cause = exc.__cause__ or exc
         return isinstance(
             exc, (errors.BackendUnavailable, *connections.TRANSIENT)
@@ -360,7 +361,7 @@ class AMQPBackend(Celery4API, Backend):
     # -- reading -----------------------------------------------------------------------------
 
     def read_content(self, state: StateMessage) -> Meta:
-        """Return what the serializer makes of *state*; its body may have to be fetched."""
+        """Return the decoded body of *state*, which may have to be fetched."""
         return self.config.codec.decode(self._complete(state))
 
     def decode_state(self, state: StateMessage) -> Meta:
@@ -375,7 +376,7 @@ class AMQPBackend(Celery4API, Backend):
         try:
             decoded: Meta = self.meta_from_decoded(meta)
         except SecurityError:
-            # Celery's own: the exception is something else that could be called.
+            # Celery's own check: the named exception is some other callable.
             raise
         except Exception as exc:
             raise errors.ForeignMessage(
@@ -388,14 +389,14 @@ class AMQPBackend(Celery4API, Backend):
     def is_cached(self, task_id: str) -> bool:
         """Return whether this process knows how a task has ended.
 
-        Celery's task that polls for chords finds so which task of a header has failed. Failures
-        are not in the cache itself, as a task that is delivered again may still succeed.
+        Celery's polling chord task uses this to find the failed task of a header. Failures are not
+        in the cache itself, as a redelivered task may still succeed.
         """
         task_id = id_text(task_id)
         return task_id in self._cache or task_id in self._failed
 
     def _complete(self, state: StateMessage) -> StateMessage:
-        """Return *state* with its body, which may be kept elsewhere.
+        """Return *state* with its body, which may be kept in another queue.
 
         Raises:
             ResultExpired: when the body is gone.
@@ -412,7 +413,7 @@ class AMQPBackend(Celery4API, Backend):
         return complete
 
     def _get_task_meta_for(self, task_id: str) -> Meta:
-        """Return the meta of a task; of one that nothing is known of, a pending one.
+        """Return the meta of a task; a pending one if nothing is known of it.
 
         Raises:
             LookupTimeout: when the store could not be read in time.
@@ -430,7 +431,7 @@ class AMQPBackend(Celery4API, Backend):
         return meta
 
     def one_pass(self, group: ResultSet) -> ContextManager[None]:
-        """Read all members of *group* at once, for what is asked of them in a ``with`` block.
+        """Read all members of *group* at once, and serve reads in a ``with`` block from that.
 
         Raises:
             LookupTimeout, BackendUnavailable: as every look-up.
@@ -438,7 +439,7 @@ class AMQPBackend(Celery4API, Backend):
         return self._pass.over(self.layout.poll, group)
 
     def task_result_exists(self, task_id: str) -> bool:
-        """Return whether a state of the task is kept, or with ``track_sent`` it was sent.
+        """Return whether a state of the task is kept or, with ``track_sent``, whether it was sent.
 
         Raises:
             LookupTimeout, BackendUnavailable: as every look-up.
@@ -446,7 +447,7 @@ class AMQPBackend(Celery4API, Backend):
         return self.fate(task_id).status in ("stored", "sent")
 
     def fate(self, task_id: str) -> tracking.Fate:
-        """Return what is known of a task: with ``track_sent``, also where no state is kept.
+        """Return what is known of a task; with ``track_sent`` this includes tasks without a state.
 
         Raises:
             LookupTimeout, BackendUnavailable: as every look-up.
@@ -456,14 +457,14 @@ class AMQPBackend(Celery4API, Backend):
         mark = None
         if state is None and self.options.track_sent:
             mark = self.layout.last_mark(task_id)
-            # A state that was stored since may still be on its way to the inbox, which poll()
-            # asks once it follows the task. After the mark: a task that has ended had its state
-            # before that.
+            # A new state may still be on its way to the inbox, which poll() asks once it follows
+            # the task. Look after reading the mark: a task that has ended had its state before
+            # that.
             state = self.layout.kept(task_id)
         return tracking.Fate.read(state, mark)
 
     def forget(self, task_id: Any) -> None:
-        """Delete all that is kept of a task.
+        """Delete everything kept of a task.
 
         Raises:
             LookupTimeout, BackendUnavailable: as every look-up.
@@ -497,34 +498,34 @@ class AMQPBackend(Celery4API, Backend):
     ) -> Generator[Meta, None, None]:
         """Watch tasks: yield the meta of every state as it happens.
 
-        A meta is what :meth:`get_task_meta` returns, and has the ``task_id``. Of each task the
-        state that counts now comes first, then those that come to count, each once; an older state
-        never comes after a newer. It ends when all the tasks have ended.
+        A meta is what :meth:`get_task_meta` returns, with the ``task_id``. The current state of
+        each task comes first, then each state that becomes current, once; an older state never
+        comes after a newer one. It ends when all the tasks have ended.
 
         Parameters:
             target: a task id, a result object, a group or another result set, a list of these, or
-                ``None`` for every state of every task from now on, which does not end. What is
-                published while the connection is lost is then missed, and a warning is logged.
-                Given tasks are looked up again after that, so that only states on the way to the
-                present one are missed.
+                ``None`` for every state of every task from now on, which does not end. Such a watch
+                misses states published while the connection is lost, and logs a warning. Given
+                tasks are looked up again after that, so only states before the current one are
+                missed.
             states: names of the states to yield, or one name; ``None`` for all.
-            timeout: seconds in total; ``None`` for no end, 0 for the present states alone.
+            timeout: seconds in total; ``None`` for no end, 0 for the current states alone.
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* is over and a given task has not ended.
                 A watch of everything just ends.
-            Unsupported: when everything is to be watched in the layout ``per-task``.
+            Unsupported: for a watch of everything in the layout ``per-task``.
             BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or
                 when the backend was closed.
             LookupTimeout: when *timeout* is 0 and the store could not be read in time.
             kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot
                 be decoded. A watch of everything leaves it out and logs a warning.
-            TypeError, ValueError: when *target* or *states* are none, at once.
+            TypeError, ValueError: when *target* or *states* are invalid, at once.
             RuntimeError: when the watch was begun before a fork and goes on in the child.
 
-        The generator is for one thread at a time; nothing is opened before it is asked for the
-        first meta. Closing it, or dropping it, takes back all that it has bound. After an error it
-        has ended; watching again is safe.
+        The generator is for one thread at a time; it opens nothing before the first meta is
+        requested. Closing or dropping it removes all its bindings. After an error it has ended;
+        watching again is safe.
         """
         return self.waits.watch(target, states, timeout)
 
@@ -545,7 +546,7 @@ class AMQPBackend(Celery4API, Backend):
         Parameters:
             task_id: the task.
             timeout: seconds to wait; ``None`` for no end, 0 to poll once.
-            cache: whether a result in the cache will do.
+            cache: whether a cached result is acceptable.
             no_ack: accepted for compatibility; reading never removes a result.
             on_interval: called about every *interval* seconds while waiting.
             interval: seconds, 0.5 by default.
@@ -576,7 +577,7 @@ class AMQPBackend(Celery4API, Backend):
         propagate: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Wait until *result* is ready and return its value; what ``AsyncResult.get`` does.
+        """Wait until *result* is ready and return its value, for ``AsyncResult.get``.
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* seconds are over.
@@ -636,10 +637,10 @@ class AMQPBackend(Celery4API, Backend):
             interval: seconds between calls of *on_interval*, 0.5 by default.
             no_ack, now, getfields, PROPAGATE_STATES: accepted for compatibility; reading never
                 removes a result, and deadlines are monotonic.
-            READY_STATES: states in which a result in the cache will do.
+            READY_STATES: states in which a cached result is acceptable.
             on_message: called with the meta of every state.
-            on_interval: called now and then while waiting.
-            max_iterations: yield what is ready within so many intervals, then end; 1 polls once.
+            on_interval: called periodically while waiting.
+            max_iterations: how many intervals to wait; then the iteration ends. 1 polls once.
 
         Raises:
             celery.exceptions.TimeoutError: when *timeout* is over.
@@ -667,24 +668,24 @@ class AMQPBackend(Celery4API, Backend):
                 raise
 
     def add_pending_result(self, result: Any, weak: Optional[bool] = None) -> Any:
-        """Take an interest in a result. Does no I/O.
+        """Register a result. Does no I/O.
 
         Parameters:
             result: a result object.
-            weak: ``False`` for a callback (``AsyncResult.then``), which is then called when the
-                task ends although nobody waits. A member of a group (``True``) and a result that
-                is waited for (not given) are told by whoever waits.
+            weak: ``False`` for a callback (``AsyncResult.then``), which is called when the task
+                ends even if no thread waits for it. For a member of a group (``True``) and a result
+                that is waited for (not given), the waiting thread calls the callbacks.
         """
         if weak is False:
             self.waits.add_callback(result)
         return result
 
     def add_pending_results(self, results: Iterable[Any], weak: bool = False) -> List[Any]:
-        """Take an interest in several results, see :meth:`add_pending_result`."""
+        """Register several results, see :meth:`add_pending_result`."""
         return [self.add_pending_result(result, weak=weak) for result in results]
 
     def remove_pending_result(self, result: Any) -> Any:
-        """Take no interest any more. Safe within garbage collection: no lock, no I/O."""
+        """Unregister a result. Safe within garbage collection: no lock, no I/O."""
         self.waits.remove_callback(result)
         return result
 
@@ -730,10 +731,10 @@ class AMQPBackend(Celery4API, Backend):
     # -- chords ------------------------------------------------------------------------------
 
     def apply_chord(self, header_result_args: Tuple[str, Any], body: Any, **kwargs: Any) -> None:
-        """Note a chord whose header is about to be sent. Does no I/O, and takes no task of it.
+        """Note a chord whose header is about to be sent. Does no I/O, and keeps no task of it.
 
-        Falls back to what Celery's base class does, a task that polls, where the layout has no
-        chords of its own; so does everything below.
+        In a layout without chords of its own, this and the methods below fall back to Celery's base
+        class, which polls with a task.
         """
         chords = self.layout.chords
         if chords is None:
@@ -749,7 +750,7 @@ class AMQPBackend(Celery4API, Backend):
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         """Publish the plan of a chord, just before the last task of its header is sent.
 
-        Does nothing for a chord that this process has not prepared by :meth:`apply_chord`.
+        Does nothing for a chord that was not prepared by :meth:`apply_chord` in this process.
 
         Raises:
             kombu.exceptions.EncodeError: when the body cannot be encoded.
@@ -764,7 +765,7 @@ class AMQPBackend(Celery4API, Backend):
         chords.publish_plan(group_id)
 
     def add_to_chord(self, chord_id: str, result: Any) -> None:
-        """Have the chord wait for one task or group more. To be called by a task of its header.
+        """Add one task or group to a chord. A task of its header must call this.
 
         Raises:
             BackendUnavailable: when the broker cannot be reached or refuses us.
@@ -778,10 +779,10 @@ class AMQPBackend(Celery4API, Backend):
         chords.publish_amendment(chord_id, result, after, self.config.expirations.chord)
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
-        """Have the leader of a chord know what a task of its header returned.
+        """Tell the leader of a chord what a task of its header returned.
 
-        Its state says so, where one is stored and kept for long enough. May be called any number of
-        times for a task.
+        Publishes nothing if the stored state says so and is kept long enough. May be called any
+        number of times for a task.
 
         Raises:
             kombu.exceptions.EncodeError: when the serializer cannot encode the result.
@@ -796,10 +797,10 @@ class AMQPBackend(Celery4API, Backend):
             self.recorder.record_part(request.id, request.group, meta)
 
     def chord_error_from_stack(self, callback: Any, exc: Optional[BaseException] = None) -> Any:
-        """Fail the body of a chord, whose header or whose sending has failed.
+        """Fail the body of a chord whose header failed, or that could not be sent.
 
         Celery stops there. A body may be a task of the header of another chord, which would then
-        wait for ever: here that one gets its part.
+        wait for ever: this method also reports the failure to that chord.
         """
         if exc is None:
             exc = sys.exc_info()[1]
@@ -820,10 +821,10 @@ class AMQPBackend(Celery4API, Backend):
     # -- the end -----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close all connections and end all threads; whoever waits gets an error.
+        """Close all connections and end all threads; waiting calls raise an error.
 
-        That includes equal backends of the same app, which share them. The backend can be used
-        again, and then opens anew.
+        This includes equal backends of the same app, which share them. The backend can be used
+        again, and then reconnects.
         """
         self.waits.close()
         layout = self._layouts.pop(self.config.layout_key)
@@ -847,7 +848,7 @@ def _registry_of(app: Any) -> LayoutRegistry:
 
 
 def _after_fork_in_child() -> None:
-    # The parent's connections are let go of without a word: their sockets are the parent's.
+    # Dropped without closing: the sockets are the parent's.
     global _registries_lock
     _registries_lock = threading.Lock()
     for registry in list(_registries.values()):
@@ -862,13 +863,13 @@ def _at_exit() -> None:
 
 
 def _at_end_of_worker_process(**kwargs: Any) -> None:
-    # A child of a pool ends without Python's exit functions.
+    # A child of a pool ends without running Python's exit functions.
     for registry in list(_registries.values()):
         registry.flush()
 
 
 def _on_worker_ready(app: Any) -> None:
-    """Have the main process of a worker lead chords."""
+    """Start leading chords in the main process of a worker."""
     backend = app.backend
     if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
         remote.register()

@@ -1,4 +1,4 @@
-"""What a backend is set up with: read from Celery's settings, the result URL and the options.
+"""The configuration of a backend, from Celery's settings, the result URL and the options.
 
 Nothing here does I/O. It may import ``options`` and what is below it.
 """
@@ -37,13 +37,13 @@ class Expirations:
 
     @classmethod
     def read(cls, conf: Any, expires: Optional[float]) -> Expirations:
-        """Return what the settings *conf* say.
+        """Read the expirations from the settings *conf*.
 
         Parameters:
             expires: seconds that results are kept.
 
         Raises:
-            ImproperlyConfigured: when a setting is no expiry.
+            ImproperlyConfigured: when a setting is not an expiry.
         """
         result = expiry.milliseconds(expires)
 
@@ -59,7 +59,7 @@ class Expirations:
             return self.failure
         if state in states.READY_STATES or self.failure is None:
             return self.result
-        # A state on the way must not outlive the one at the end: the task would seem to run again.
+        # An earlier state must not outlive the final one: the task would seem to run again.
         return self.failure if self.result is None else min(self.result, self.failure)
 
 
@@ -75,10 +75,10 @@ class Location:
 
     @classmethod
     def read(cls, app: Any, url: Optional[str], given: Optional[Options]) -> Location:
-        """Return where the settings of *app* and the result backend URL say that results are.
+        """Return the location of results for the settings of *app* and the result backend URL.
 
         Parameters:
-            given: options that count instead of those of the settings and the URL.
+            given: options that replace those of the settings and the URL.
 
         Raises:
             InvalidOption: when an option is unknown or its value is not allowed.
@@ -100,13 +100,13 @@ class BackendConfig:
 
     location: Location
     topology: Topology
-    #: What the layout ``per-task`` declares and publishes.
+    #: The objects that the layout ``per-task`` declares and publishes.
     wire: Wire
     codec: Codec
     expirations: Expirations
     #: Content types that may be read.
     accept: Tuple[str, ...]
-    #: Distinguishes backends that must not share connections with the app's own; empty for that.
+    #: Distinguishes backends with connections of their own; empty for those that share the app's.
     purpose: str = ""
 
     @property
@@ -131,7 +131,7 @@ class BackendConfig:
 
     @property
     def layout_key(self) -> str:
-        """What backends that share a layout, and so its connections, have in common."""
+        """The key that is equal for backends that share a layout, and so its connections."""
         location = self.location
         return repr(
             (
@@ -175,7 +175,7 @@ def expiry_of(name: str, value: Any) -> Optional[float]:
     """Return the expiry that the setting *name* gives in seconds, ``None`` for never.
 
     Raises:
-        ImproperlyConfigured: when it is none.
+        ImproperlyConfigured: when it is not an expiry.
     """
     try:
         return expiry.seconds(value)
@@ -184,7 +184,7 @@ def expiry_of(name: str, value: Any) -> Optional[float]:
 
 
 def _choose_layout(broker: ResultBroker, wanted: Optional[str]) -> str:
-    """Return the layout: the one that is *wanted*, or the one that the transport can do."""
+    """Return the *wanted* layout, or the default for the transport."""
     if broker.is_amqp():
         return wanted or "shared"
     if wanted == "shared":

@@ -1,7 +1,7 @@
-"""What the backend needs of a layout: a way to keep results on a broker.
+"""The interface between the backend and a layout: a way to keep results on a broker.
 
 ``shared`` keeps all results in a fixed number of queues; ``per-task`` has a queue for each task,
-as Celery 4 had. The backend turns Celery's calls into these few.
+like Celery 4. The backend turns Celery's calls into the methods of :class:`Layout`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ __all__ = ("Layout", "LayoutRegistry", "make_layout")
 class Layout(Protocol):
     """Keeps results on a broker. Thread-safe; made anew after a fork."""
 
-    #: Sends and leads chords; ``None`` where a task has to poll for their parts.
+    #: Sends and leads chords; ``None`` where Celery's polling task completes chords.
     chords: Optional[Chords]
 
     def metrics(self) -> Metrics:
-        """Return what was done so far."""
+        """Return the counts so far."""
 
     def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return what of a meta is written."""
+        """Return the fields of a meta that are written."""
 
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
@@ -61,20 +61,20 @@ class Layout(Protocol):
         final: bool,
         part: Optional[StateMessage] = None,
     ) -> None:
-        """Publish a state; of a *final* one, return only when the broker has it.
+        """Publish a state; for a *final* one, return only when the broker has confirmed it.
 
         Parameters:
             state: the state.
-            route: what its routing key says.
-            final: whether the broker has to have it.
-            part: what the leader of a chord counts, where the state itself is not kept as long.
+            route: the other parts of its routing key.
+            final: whether to wait for the confirm.
+            part: a message for the leader of a chord, where the state itself is not kept as long.
         """
 
     def publish_part(self, part: StateMessage, group_id: str) -> None:
-        """Publish what a task of a chord's header returned, whose state is not stored."""
+        """Publish the return value of a chord's header task whose state is not stored."""
 
     def mark_sent(self, connection: Any, sent: StateMessage) -> None:
-        """Publish a mark on a connection that sends tasks. Waits for nothing."""
+        """Publish a mark on a connection that sends tasks. Does not wait for anything."""
 
     def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
         """Publish marks."""
@@ -83,38 +83,38 @@ class Layout(Protocol):
         """Return the last mark of a task, or ``None``."""
 
     def kept(self, task_id: str) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task, whatever was pushed of it."""
+        """Return the state that the broker keeps of a task, regardless of pushed states."""
 
     def detach(self, state: StateMessage) -> StateMessage:
-        """Return *state*, or a pointer to its body where that is large and kept elsewhere now."""
+        """Return *state*, or if it is large a pointer to its body, which is now kept elsewhere."""
 
     def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
-        """Return the state that a pointer stands for, or ``None`` where the body is gone."""
+        """Return the state that a pointer stands for, or ``None`` if the body is gone."""
 
     def poll(
         self, ids: Collection[str], backlog_limit: Optional[int] = None
     ) -> Dict[str, Optional[StateMessage]]:
-        """Return the present state of each of *ids*, or ``None`` where nothing is known.
+        """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
         Parameters:
-            backlog_limit: how many states of one task are fast-forwarded, where that is limited.
+            backlog_limit: how many states of one task may be skipped, where that is limited.
         """
 
     def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
-        """Return a follower of no tasks yet.
+        """Return a follower without tasks.
 
         Parameters:
-            submit: calls a function with arguments on another thread, where tasks may be looked up.
+            submit: calls a function with arguments on another thread; tasks may be looked up there.
         """
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
-        """Return a tap of everything that is published.
+        """Return a tap of all published states.
 
         Parameters:
             wanted: names of the states to get, ``None`` for all.
 
         Raises:
-            Unsupported: where there is no such thing.
+            Unsupported: where the layout has no tap.
         """
 
     def forget(self, ids: Collection[str]) -> None:
@@ -130,7 +130,7 @@ class Layout(Protocol):
         """Delete a group that was kept."""
 
     def flush(self) -> None:
-        """Wait until the broker has what was published, at most some seconds."""
+        """Wait until the broker has all published messages, at most a few seconds."""
 
     def close(self, wait: bool = True) -> None:
         """Close all connections and end all threads."""
@@ -164,13 +164,13 @@ def make_layout(app: Any, config: BackendConfig) -> Layout:
 
 
 class LayoutRegistry:
-    """The layouts in use by the backends of one app, which share them where they are equal.
+    """The layouts in use by the backends of one app. Equal backends share one.
 
-    Celery makes a backend anew for each result object that is unpickled, and may make two when
-    two threads ask for one at the same time: they are not to have connections of their own each.
+    Celery makes a new backend for each result object that is unpickled, and may make two when two
+    threads ask for one at the same time. They share connections instead of opening their own.
 
-    Thread-safe. In a forked child it is empty: what the parent has opened is let go of without a
-    word.
+    Thread-safe. In a forked child it is empty: the parent's connections are dropped without closing
+    them.
     """
 
     def __init__(self) -> None:
@@ -181,11 +181,11 @@ class LayoutRegistry:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._layouts: Dict[Hashable, Layout] = {}
-        #: What layouts that were closed have done.
+        #: The counts of layouts that were closed.
         self._past: Dict[Hashable, Metrics] = {}
 
     def get(self, key: Hashable, make: Callable[[], Layout]) -> Layout:
-        """Return the layout for *key*, which *make* makes where there is none."""
+        """Return the layout for *key*; *make* makes it if there is none."""
         if self._pid != os.getpid():
             # Forked by something that does not run Python's hooks.
             self.reset()
@@ -198,7 +198,7 @@ class LayoutRegistry:
         return layout
 
     def pop(self, key: Hashable) -> Optional[Layout]:
-        """Take out the layout for *key*, to be closed, or return ``None`` if there is none."""
+        """Remove and return the layout for *key*, for the caller to close, or return ``None``."""
         with self._lock:
             layout = self._layouts.pop(key, None)
             if layout is not None:
@@ -207,7 +207,7 @@ class LayoutRegistry:
         return layout
 
     def metrics(self, key: Hashable) -> Metrics:
-        """Return what the layouts for *key* have done in this process."""
+        """Return the counts of the layouts for *key* in this process."""
         if self._pid != os.getpid():
             self.reset()
         with self._lock:
@@ -219,7 +219,7 @@ class LayoutRegistry:
         return parts[0] if len(parts) == 1 else Metrics.total(parts)
 
     def flush(self) -> None:
-        """Wait until the broker has what was published, at most some seconds."""
+        """Wait until the broker has all published messages, at most a few seconds."""
         if self._pid == os.getpid():
             for layout in list(self._layouts.values()):
                 layout.flush()

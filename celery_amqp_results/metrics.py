@@ -1,7 +1,7 @@
-"""What the backend of a process has done so far, in numbers.
+"""Counts of a process's work with results.
 
-The counting is done where a lock is held anyway, so that it costs next to nothing and no count is
-lost among threads. A process that is forked starts at zero, as one that was just started.
+Counting happens where a lock is held anyway, so it costs next to nothing and threads lose no
+counts. A forked process starts at zero, like any new one.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 They come from two places: the setting ``result_backend_transport_options`` and the query of the
 result URL (``amqp://host/vhost?shards=64``); the URL wins. An option that is unknown or has a bad
-value is an error that names the option, the value and what is allowed: a typing error must not
+value is an error that names the option, the value and the allowed values: a typing error must not
 become a silent default. This module does no I/O.
 """
 
@@ -33,7 +33,7 @@ _FALSE = frozenset({"0", "false", "no", "off"})
 
 @dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """How often, and how patiently, an operation on the broker is tried again.
+    """How often, and with which pauses, a failed operation on the broker is retried.
 
     The names are those of kombu's ``retry_policy`` and of Celery's other backends.
     """
@@ -50,7 +50,7 @@ class RetryPolicy:
     def pause(self, attempt: int) -> Optional[float]:
         """Return the seconds to wait before try number *attempt* (1 is the first new try).
 
-        Returns ``None`` where there is to be no further try.
+        Returns ``None`` if there must be no further try.
         """
         if self.max_retries is not None and attempt > self.max_retries:
             return None
@@ -59,7 +59,7 @@ class RetryPolicy:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What can be chosen about the backend beyond Celery's own settings.
+    """The options of the backend beyond Celery's own settings.
 
     All processes that share results must have the same ``layout``, ``shards`` and ``queue_type``.
     """
@@ -72,19 +72,19 @@ class Options:
     queue_type: str = "classic"
     #: Whether ``store_result`` of a final state waits until the broker has it.
     confirm: bool = True
-    #: Seconds within which a look-up has to be answered.
+    #: Time limit of a look-up, in seconds.
     lookup_timeout: float = 10.0
     #: Bytes of results that are packed into one message, at most.
     page_size: int = 256 * 1024
     #: Bytes of an encoded result up to which it is kept in a shard; a larger one has its own queue.
     inline_limit: int = 128 * 1024
-    #: Bytes of memory that a process takes for what it knows of tasks, about.
+    #: About how many bytes of memory a process uses for its knowledge of tasks.
     view_memory: int = 32 * 1024 * 1024
-    #: Bytes that a compressed result may have when it is decompressed.
+    #: Most bytes of a compressed result after decompression.
     max_decompressed_size: int = 128 * 1024 * 1024
-    #: Whether it is noted that a task was sent, has ended, or was forgotten.
+    #: Whether to record that a task was sent, has ended, or was forgotten.
     track_sent: bool = False
-    #: Whether the exchange and the shard queues are declared; else somebody else has to do it.
+    #: Whether the backend declares the exchange and the shard queues; otherwise they must exist.
     declare: bool = True
     #: TLS of the connections for results, as in ``broker_use_ssl``; ``None`` to follow the URL.
     use_ssl: Union[bool, Mapping[str, Any], None] = None
@@ -208,7 +208,7 @@ def _retry_policy(value: Any) -> RetryPolicy:
     return RetryPolicy(**policy)
 
 
-#: What py-amqp takes for TLS.
+#: The TLS options that py-amqp accepts.
 _TLS_NAMES = frozenset(
     {
         "ca_certs",
@@ -277,8 +277,8 @@ def parse_url(url: Optional[str]) -> ResultURL:
     The query may hold our options and what kombu reads from it (``login_method``, ``ssl_*``).
 
     Raises:
-        InvalidOption: when two of several URLs give different values for one option, or when one
-            is no URL, which is what a password with a ``/`` or ``?`` of its own makes of it.
+        InvalidOption: when two of several URLs give different values for one option, or when one is
+            not a URL, for example because its password contains a ``/`` or ``?``.
     """
     brokers = []
     options: Dict[str, str] = {}
@@ -310,8 +310,8 @@ def _check_location(location: str) -> None:
     try:
         urlsplit(f"//{location}").port  # noqa: B018
     except ValueError:
-        # kombu would refuse it later. Until then half a password would pass for a port, for an
-        # option or for another host, and be shown; so nothing of it is repeated here.
+        # kombu would refuse it later. Until then half a password would be parsed as a port, an
+        # option or another host, and be shown; so this message repeats nothing of it.
         raise errors.InvalidOption(
             "the result backend URL is not valid: what should be a host and the number of a port "
             "is not. Are characters such as '/', '?', '#' and ';' in the user name and the "

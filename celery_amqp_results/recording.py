@@ -144,8 +144,8 @@ class Recorder:
         layout.save_group(self.encode(group_id, state, layout.shape(meta), GROUP, expiration))
 
     def mark_sent(self, task_id: str, connection: Any) -> None:
-        """Publish with ``track_sent`` that a task is sent on *connection*; waits for nothing."""
-        if self._config.options.track_sent and self._config.broker.is_that_of(connection):
+        """Publish that a task is sent on *connection*; waits for nothing."""
+        if self._config.broker.is_that_of(connection):
             self._layout().mark_sent(connection, self._mark(task_id, tracking.SENT))
 
     def mark_forgotten(self, task_id: str) -> None:

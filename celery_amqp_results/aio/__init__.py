@@ -12,10 +12,10 @@
     async for task_id, value in aio.as_completed(group_result):
         print(task_id, value)
 
-Nothing here blocks the event loop, and no thread is made for who waits: one thread for each event
-loop and app follows all tasks together. Coroutines are cancelled and timed out as any other is. A
-program may have several event loops; what is returned here is for the loop that asked for it.
-Tasks are sent as ever: ``delay()`` speaks with the broker, and blocks while it does.
+Nothing here blocks the event loop, and waiting starts no thread per coroutine: one thread for each
+event loop and app follows all tasks together. Coroutines are cancelled and timed out like any
+other. A program may have several event loops; each object returned here belongs to the loop that
+asked for it. Tasks are sent as usual: ``delay()`` talks to the broker, and blocks while it does.
 """
 
 from celery_amqp_results.aio.coroutines import (

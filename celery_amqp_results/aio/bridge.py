@@ -1,11 +1,11 @@
 """From the threads of the backend to an event loop.
 
 There is one :class:`Bridge` for each pair of an event loop and a layout, however many coroutines
-wait. A thread of it, the *driver*, follows all their tasks together, and hands what is new to the
-loop. What blocks, look-ups above all, runs on a few threads that all bridges share, in batches. So
-nothing blocks the loop, and a look-up that takes long holds up nobody but who asked for it.
+wait. Its thread, the *driver*, follows all their tasks together and passes new states to the loop.
+Blocking calls, mostly look-ups, run in batches on a few threads that all bridges share. So nothing
+blocks the loop, and a slow look-up delays only the coroutines that asked for it.
 
-A bridge lives while somebody waits, and a few seconds longer.
+A bridge lives while coroutines wait, and a few seconds longer.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-#: The driver's thread ends when it has had nothing to follow for so long, in seconds.
+#: The driver's thread ends after this many seconds without a task to follow.
 LINGER = 5.0
 
-#: Threads for what blocks, at most, in the process.
+#: The most threads for blocking calls in the process.
 MAX_THREADS = 8
 
 
 class Subscriber(Protocol):
-    """Somebody on the event loop who wants to know of tasks. Called by the loop alone."""
+    """Receives updates about tasks on the event loop. Called by the loop alone."""
 
     def take(self, update: Update) -> None:
-        """Take what is new of a task."""
+        """Take the new states of a task."""
 
     def fail(self, failure: Exception) -> None:
-        """Take that nothing more will come."""
+        """Take the error after which nothing more comes."""
 
 
 # -- what blocks -----------------------------------------------------------------------------------
 
 
 class _Threads:
-    """The threads for what blocks; other ones in a forked child."""
+    """The threads for blocking calls; a forked child has its own."""
 
     def __init__(self) -> None:
         self.reset()
@@ -97,7 +97,7 @@ def _submit(function: Callable[..., Any], *args: Any) -> None:
     try:
         _threads.get().submit(function, *args)
     except RuntimeError:
-        # The interpreter is about to end, and has no threads to spare any more.
+        # The interpreter is about to end and can start no more threads.
         function(*args)
 
 
@@ -113,14 +113,14 @@ async def run_blocking(function: Callable[..., _T], *args: Any) -> _T:
 
 
 class _Driver:
-    """Follows tasks on a thread of its own, and posts what is new.
+    """Follows tasks on a thread of its own, and posts updates to the loop.
 
     Parameters:
         layout: makes the follower.
-        post: called with a function and arguments for the loop to call; returns whether there is
-            still a loop. By the thread.
-        take: to be called by the loop with updates.
-        fail: to be called by the loop with ids, which are not followed any more, and why.
+        post: called by the thread with a function and arguments for the loop to call; returns
+            whether the loop still exists.
+        take: the loop calls it with updates.
+        fail: the loop calls it with the ids that are no longer followed, and the reason.
 
     Thread-safe.
     """
@@ -139,7 +139,7 @@ class _Driver:
         # Guards the three that follow.
         self._lock = threading.Lock()
         self._follower: Optional[Following] = None
-        #: Ids to follow (true) or not to follow any more (false), in order.
+        #: Ids to follow (true) or to stop following (false), in order.
         self._commands: List[Tuple[bool, Sequence[str]]] = []
         self.running = False
 
@@ -148,7 +148,7 @@ class _Driver:
         self._command(True, ids)
 
     def discard(self, ids: Sequence[str]) -> None:
-        """Follow *ids* no more. Does no I/O."""
+        """Stop following *ids*. Does no I/O."""
         self._command(False, ids)
 
     def _command(self, add: bool, ids: Sequence[str]) -> None:
@@ -215,16 +215,17 @@ class _Driver:
                     follower.discard(task_id)
 
     def _lose(self, follower: Following, exc: Exception) -> None:
-        """Say that what is followed has failed, and follow it no more."""
+        """Report that the followed tasks have failed, and stop following them."""
         ids = list(follower.pending)
         for task_id in ids:
             follower.discard(task_id)
         self._post(self._fail, ids, exc)
 
     def _find_culprits(self, follower: Following, exc: Exception) -> None:
-        """Find the task whose result has raised *exc*: the others are not to suffer for it.
+        """Find the task whose result has raised *exc*, so that the others go on.
 
-        The layout ``per-task`` decodes what it reads, and cannot if the content is not accepted.
+        The layout ``per-task`` decodes results as it reads them, and rejects content types that are
+        not accepted.
         """
         found = False
         for task_id in list(follower.pending):
@@ -241,7 +242,7 @@ class _Driver:
 
 
 class _TapDriver:
-    """Has every state that is published handed to the loop, on a thread of its own."""
+    """Passes every published state to the loop, on a thread of its own."""
 
     def __init__(
         self,
@@ -277,38 +278,38 @@ class _TapDriver:
 
 
 class Bridge:
-    """Hands what happens to tasks to those who wait for them on one event loop.
+    """Delivers updates about tasks to the coroutines that wait for them on one event loop.
 
     Parameters:
         loop: the event loop.
         layout: where the results are kept.
 
-    To be used on the loop's thread, but for :meth:`abandon`.
+    For the loop's thread only, except :meth:`abandon` and :meth:`abandon_everything`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, layout: Layout) -> None:
-        # The registry would otherwise keep the loop for ever: it has the bridge by the loop.
+        # The registry maps the loop to the bridge: a strong reference would keep the loop for ever.
         self._loop = weakref.ref(loop)
         self.layout = layout
         self._driver = _Driver(layout, self._post, self._take, self._fail_tasks)
         self._subscribers: Dict[str, List[Subscriber]] = {}
-        #: Of tasks that are followed, the state that counts so far: for who comes later.
+        #: The current state of each followed task, for coroutines that begin to wait later.
         self._present: Dict[str, StateMessage] = {}
-        #: Ids that the driver is to be told of at the end of this turn of the loop.
+        #: Ids that the driver gets at the end of this turn of the loop.
         self._added: List[str] = []
-        #: Who asked for the present state of tasks in this turn of the loop.
+        #: Futures of the coroutines that asked for the current state in this turn of the loop.
         self._asked: Dict[str, List[asyncio.Future[Optional[StateMessage]]]] = {}
         self._taps: Dict[Optional[FrozenSet[str]], Tuple[_TapDriver, List[Subscriber]]] = {}
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits, and no thread is at work."""
+        """Whether no coroutine waits and no thread is at work."""
         return not (
             self._subscribers or self._added or self._asked or self._taps or self._driver.running
         )
 
     def _post(self, function: Optional[Callable[..., None]], *args: Any) -> bool:
-        """Have the loop call *function*; return whether there is still a loop. For any thread."""
+        """Make the loop call *function*; return whether the loop still exists. For any thread."""
         loop = self._loop()
         if loop is None or loop.is_closed():
             return False
@@ -322,7 +323,7 @@ class Bridge:
     # -- given tasks ---------------------------------------------------------------------------
 
     def subscribe(self, ids: Iterable[str], subscriber: Subscriber) -> None:
-        """Have *subscriber* told of *ids*, beginning with what is known."""
+        """Send updates of *ids* to *subscriber*, beginning with the known states."""
         for task_id in ids:
             subscribers = self._subscribers.get(task_id)
             if subscribers is None:
@@ -344,7 +345,7 @@ class Bridge:
             self._driver.add(wanted)
 
     def unsubscribe(self, ids: Iterable[str], subscriber: Subscriber) -> None:
-        """Tell *subscriber* of *ids* no more."""
+        """Send no more updates of *ids* to *subscriber*."""
         left = []
         for task_id in ids:
             subscribers = self._subscribers.get(task_id)
@@ -360,7 +361,7 @@ class Bridge:
             self._driver.discard(left)
 
     def abandon(self, ids: Collection[str], subscriber: Subscriber) -> None:
-        """Do as :meth:`unsubscribe` when the loop comes to it. For any thread."""
+        """Schedule :meth:`unsubscribe` on the loop. For any thread."""
         self._post(self.unsubscribe, ids, subscriber)
 
     def _take(self, updates: List[Update]) -> None:
@@ -390,10 +391,10 @@ class Bridge:
     def subscribe_to_everything(
         self, wanted: Optional[FrozenSet[str]], subscriber: Subscriber
     ) -> None:
-        """Have *subscriber* told of every state that is published from about now on.
+        """Send every state that is published from about now on to *subscriber*.
 
         Raises:
-            Unsupported: where there is no such thing.
+            Unsupported: when the layout cannot watch everything.
         """
         if wanted not in self._taps:
             tap = self.layout.tap(wanted)
@@ -417,7 +418,7 @@ class Bridge:
     def unsubscribe_from_everything(
         self, wanted: Optional[FrozenSet[str]], subscriber: Subscriber
     ) -> None:
-        """Tell *subscriber* nothing more."""
+        """Send no more states to *subscriber*."""
         if wanted not in self._taps:
             return
         driver, subscribers = self._taps[wanted]
@@ -428,15 +429,15 @@ class Bridge:
             driver.close()
 
     def abandon_everything(self, wanted: Optional[FrozenSet[str]], subscriber: Subscriber) -> None:
-        """Do as :meth:`unsubscribe_from_everything` when the loop comes to it. For any thread."""
+        """Schedule :meth:`unsubscribe_from_everything` on the loop. For any thread."""
         self._post(self.unsubscribe_from_everything, wanted, subscriber)
 
     # -- asking once ---------------------------------------------------------------------------
 
     async def poll(self, ids: Sequence[str]) -> Dict[str, Optional[StateMessage]]:
-        """Return the present state of each of *ids*, or ``None`` where nothing is known.
+        """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
-        All that is asked for in one turn of the loop is looked up together.
+        All ids requested in one turn of the loop are looked up together.
 
         Raises:
             LookupTimeout, BackendUnavailable, DeclarationRefused: as ``Layout.poll``.
@@ -452,7 +453,7 @@ class Bridge:
             return {task_id: await future for task_id, future in futures.items()}
         finally:
             for future in futures.values():
-                # An error is the same for all, and was raised once.
+                # The error is shared by all callers, and another one raises it.
                 if not future.cancel() and not future.cancelled():
                     future.exception()
 
@@ -481,7 +482,7 @@ class Bridge:
 
 
 def _copied(exc: BaseException) -> Any:
-    """Return a copy of *exc* to be raised: raising one object at many places makes it grow."""
+    """Return a copy of *exc* to raise: one object raised at many places makes it grow."""
     try:
         copied = copy.copy(exc)
     except Exception:
@@ -505,7 +506,7 @@ def bridge_of(backend: Any) -> Bridge:
         bridges = _bridges.setdefault(loop, {})
         bridge = bridges.get(id(layout))
         if bridge is None:
-            # An idle one has threads no more, and would keep its layout for nothing.
+            # An idle bridge has no threads left, and would only keep its layout alive.
             for key in [key for key, each in bridges.items() if each.idle]:
                 del bridges[key]
             bridge = bridges[id(layout)] = Bridge(loop, layout)

@@ -59,11 +59,11 @@ _T = TypeVar("_T")
 
 Meta = Dict[str, Any]
 
-#: A body of more bytes is decoded on another thread: on the loop it would hold up everybody.
+#: A larger body is decoded on another thread, since decoding it here would block the loop.
 LARGE_BODY = 64 * 1024
 
-#: States that wait for somebody who watches and does not ask for them, at most. Of given tasks,
-#: the oldest that are not final are left out then, of everything the oldest.
+#: The most states that a watch buffers for a slow reader. Beyond that it drops the oldest: of given
+#: tasks only those that are not final, of everything any.
 MAX_BUFFERED = 10_000
 
 
@@ -104,7 +104,7 @@ def _id(leaf: Any) -> str:
 
 
 def _is_known(leaf: Any) -> bool:
-    """Whether nobody has to be asked about *leaf*."""
+    """Whether *leaf* is known without asking the store."""
     return not isinstance(leaf, str) and (
         leaf.ignored
         or (leaf._cache is not None and leaf._cache["status"] in celery_states.READY_STATES)
@@ -113,14 +113,14 @@ def _is_known(leaf: Any) -> bool:
 
 def _known_value(leaf: Any) -> Tuple[str, Any]:
     """Return state and value of what :func:`_is_known`."""
-    # What ignores its result is not waited for: AsyncResult.get returns None.
+    # A task that ignores its result is not waited for: AsyncResult.get returns None.
     if leaf.ignored:
         return celery_states.SUCCESS, None
     return leaf._cache["status"], leaf._cache["result"]
 
 
 async def _decoded(backend: Any, state: StateMessage) -> StateMessage:
-    """Return *state*, decoded on another thread if that may take long.
+    """Return *state*, decoded on another thread if decoding may take long.
 
     The body of a large result is fetched from the broker there as well.
 
@@ -142,7 +142,7 @@ class _Ends:
 
     Parameters:
         ids: the tasks.
-        failing: those whose failure is the end of it; there may be others among them.
+        failing: those of the tasks whose failure ends the wait.
     """
 
     __slots__ = ("failing", "found", "future", "missing")
@@ -232,8 +232,8 @@ async def get(
         target: a task id, a result object, or a group or another result set, of which the values
             are returned as a list, of groups in it as lists in the list.
         timeout: seconds; ``None`` for no end, 0 to ask once.
-        propagate: whether to raise the exception of a task that failed; it is returned otherwise.
-            Of a group, the first failure ends the wait.
+        propagate: whether to raise the exception of a task that failed; otherwise it is returned.
+            The first failure in a group ends the wait.
         app: the app of a task id; the current app by default. Result objects know theirs.
         follow_parents: whether to raise the exception of a task before this one in a chain, which
             so will never run. Only with *propagate*.
@@ -247,7 +247,7 @@ async def get(
             ``asyncio.TimeoutError``.
         Exception: the exception of the task, if it failed and *propagate* is true.
         BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or when
-            the backend was closed. A connection that is lost later is opened anew, unseen.
+            the backend was closed. A connection lost later is reopened silently.
         TypeError: when *target* cannot be waited for.
 
     When the coroutine is cancelled the task goes on; it may be waited for again. Callbacks of a
@@ -316,7 +316,7 @@ def _common_backend(leaves: Iterable[Any], app: Any) -> Any:
     """Return the backend of all of *leaves*, of which there is at least one.
 
     Raises:
-        TypeError: when there are several.
+        TypeError: when they have several backends.
     """
     backends = [_backend_of(leaf, app) for leaf in leaves]
     if any(each.layout is not backends[0].layout for each in backends):
@@ -403,9 +403,9 @@ def _resolve(backend: Any, leaf: Any, state: StateMessage) -> Tuple[str, Any]:
 
 
 class _Pause:
-    """Lets others have the loop when much is done in one go."""
+    """Yields to the event loop during long work."""
 
-    #: Seconds after which they are let.
+    #: Seconds of work before it yields.
     SLICE = 0.005
 
     def __init__(self) -> None:
@@ -422,7 +422,7 @@ def _raise_failure(leaf: Any, state: str, value: Any) -> None:
     if state not in celery_states.PROPAGATE_STATES:
         return
     if not isinstance(leaf, (str, EagerResult)):
-        # With the traceback of the worker, where that is set up.
+        # Includes the worker's traceback, if the app enables that.
         leaf.maybe_throw(propagate=True)
     raise value if isinstance(value, BaseException) else Exception(value)
 
@@ -437,11 +437,11 @@ def _value(node: Any, known: Dict[str, Tuple[str, Any]]) -> Any:
 
 
 class _Feed:
-    """What has come for somebody who iterates, and was not asked for yet.
+    """Buffers states for a coroutine that iterates.
 
     Parameters:
         ids: the tasks; ``None`` for everything.
-        wanted: names of the states that are wanted; ``None`` for all.
+        wanted: names of the states to keep; ``None`` for all.
     """
 
     def __init__(
@@ -451,13 +451,13 @@ class _Feed:
         self.wanted = wanted
         self.arrived: Deque[StateMessage] = collections.deque()
         self.failure: Optional[Exception] = None
-        #: States left out since too many waited.
+        #: States dropped because too many were waiting.
         self.left_out = 0
         self._newest = watching.Newest()
         self._waiting: Optional[asyncio.Future[None]] = None
 
     def take(self, update: Update) -> None:
-        # Of everything the tap has sorted out what does not count.
+        # The tap drops superseded states itself.
         counting = update.states if self.missing is None else self._newest.take(update)
         for state in counting:
             if self.wanted is None or state.state in self.wanted:
@@ -492,7 +492,7 @@ class _Feed:
             self._waiting.set_result(None)
 
     async def wait(self, seconds: Optional[float]) -> None:
-        """Wait until something has come, for *seconds* at most."""
+        """Wait until a state has come, for *seconds* at most."""
         loop = asyncio.get_running_loop()
         self._waiting = loop.create_future()
         handle = None if seconds is None else loop.call_later(seconds, self._wake)
@@ -505,12 +505,12 @@ class _Feed:
 
 
 class _Stream(Generic[_T]):
-    """What :class:`Watch` and :class:`Completed` have in common.
+    """The common part of :class:`Watch` and :class:`Completed`.
 
-    An asynchronous iterator, for one coroutine at a time. Unlike an asynchronous generator it goes
-    on after the coroutine that asked for the next item was cancelled or timed out: nothing is lost
-    by that. Leaving the loop, or :meth:`aclose`, takes back all that was bound; so does dropping
-    the object.
+    An asynchronous iterator, for one coroutine at a time. Unlike an asynchronous generator it can
+    be used further after the coroutine that asked for the next item was cancelled or timed out; no
+    item is lost. Leaving the loop, calling :meth:`aclose` or dropping the object removes all its
+    bindings.
     """
 
     def __init__(
@@ -543,7 +543,7 @@ class _Stream(Generic[_T]):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End it, and take back all that was bound. May be called more than once."""
+        """End the iteration and remove its bindings. May be called more than once."""
         if self._ended:
             return
         self._ended = True
@@ -552,7 +552,7 @@ class _Stream(Generic[_T]):
                 self._bridge.unsubscribe_from_everything(self._wanted, self._feed)
             else:
                 self._bridge.unsubscribe(self._ids, self._feed)
-            # Somebody may be asking at this moment.
+            # A coroutine may be waiting for the next item now.
             self._feed._wake()
 
     def __del__(self) -> None:
@@ -579,7 +579,7 @@ class _Stream(Generic[_T]):
             self._asking = False
 
     def _take_known(self) -> Optional[Tuple[_T]]:
-        """Return what is known without asking, one after the other."""
+        """Return the next item that is known without asking the store."""
         raise NotImplementedError
 
     async def _item(self, state: StateMessage) -> Optional[Tuple[_T]]:
@@ -605,7 +605,7 @@ class _Stream(Generic[_T]):
         assert feed is not None
         while True:
             while feed.arrived:
-                # Taken out only when it is decoded: who is cancelled meanwhile has lost nothing.
+                # Removed only after decoding: a coroutine cancelled meanwhile has lost nothing.
                 state = feed.arrived[0]
                 decoded = await self._decoded_or_none(state)
                 if feed.arrived and feed.arrived[0] is state:
@@ -630,7 +630,7 @@ class _Stream(Generic[_T]):
             await feed.wait(seconds)
 
     async def _decoded_or_none(self, state: StateMessage) -> Optional[StateMessage]:
-        """Return *state*, decoded; ``None`` where one among those of everybody cannot be."""
+        """Return *state*, decoded; ``None`` if a watch of everything cannot decode it."""
         try:
             return await _decoded(self._backend, state)
         except watching.UNREADABLE as exc:
@@ -671,7 +671,7 @@ class Watch(_Stream[Meta]):
         if target is None:
             backend, ids = _backend_of("", app), None
             if timeout is None or timeout > 0:
-                # Where that cannot be done it is said at once.
+                # Raises at once where that is not supported.
                 backend.layout.tap(wanted)
         else:
             found = watching.read_target(target)
@@ -706,27 +706,27 @@ def watch(
 ) -> Watch:
     """Watch tasks: iterate over the metas of states as they happen.
 
-    Does what ``backend.watch`` does, for coroutines: of each task the state that counts now comes
-    first, then those that come to count, each once; an older state never comes after a newer. It
+    Does what ``backend.watch`` does, for coroutines: the current state of each task comes first,
+    then each state that becomes current, once; an older state never comes after a newer one. It
     ends when all the tasks have ended.
 
     Parameters:
         target: a task id, a result object, a group or another result set, a list of these, or
             ``None`` for every state of every task from about now on, which does not end.
         states: names of the states to get, or one name; ``None`` for all.
-        timeout: seconds in total from the first iteration; ``None`` for no end, 0 for the present
+        timeout: seconds in total from the first iteration; ``None`` for no end, 0 for the current
             states alone.
         app: the app of task ids and of everything; the current app by default.
 
     Returns:
-        An asynchronous iterator. It may be closed with ``aclose``, or by ``async with``. Asking
-        for the next meta may be cancelled or timed out without losing any. Of given tasks at most
-        10,000 states wait for who does not ask for them; the oldest that are not final are then
-        left out, of everything the oldest.
+        An asynchronous iterator. It may be closed with ``aclose``, or by ``async with``. Asking for
+        the next meta may be cancelled or timed out without losing any. At most 10,000 states are
+        buffered for a slow reader. Beyond that the oldest that are not final are dropped; a watch
+        of everything drops the oldest, final or not.
 
     Raises:
-        TypeError, ValueError: when *target* or *states* are none, at once.
-        Unsupported: when everything is to be watched in the layout ``per-task``, at once.
+        TypeError, ValueError: when *target* or *states* are invalid, at once.
+        Unsupported: for a watch of everything in the layout ``per-task``, at once.
 
     Iterating raises:
         WaitTimeout: when *timeout* is over and a given task has not ended. A watch of everything
@@ -743,7 +743,7 @@ def watch(
 def _backend_of_all(target: Any, app: Any) -> Any:
     nodes = list(watching.nodes(target))
     waited = [node for node in nodes if not isinstance(node, EagerResult)]
-    # Where there is nothing to wait for, nobody is asked.
+    # With nothing to wait for, no backend is needed.
     return _common_backend(waited, app) if waited else None
 
 
@@ -809,10 +809,10 @@ def as_completed(
 
 
 async def get_meta(target: Any, *, app: Any = None) -> Meta:
-    """Return the present meta of a task, as ``backend.get_task_meta`` does, with the ``task_id``.
+    """Return the current meta of a task, as ``backend.get_task_meta`` does, with the ``task_id``.
 
-    Of a task that nothing is known of it is ``{"status": "PENDING", "result": None}``. All that is
-    asked for in one turn of the event loop is looked up together.
+    The meta of an unknown task is ``{"status": "PENDING", "result": None}``. All tasks requested in
+    one turn of the event loop are looked up together.
 
     Parameters:
         target: a task id or a result object.
@@ -841,7 +841,7 @@ async def get_meta(target: Any, *, app: Any = None) -> Meta:
 
 
 async def state(target: Any, *, app: Any = None) -> str:
-    """Return the name of the present state of a task, ``PENDING`` if nothing is known of it.
+    """Return the name of the current state of a task, ``PENDING`` if nothing is known of it.
 
     Parameters and errors are those of :func:`get_meta`.
     """
@@ -849,10 +849,10 @@ async def state(target: Any, *, app: Any = None) -> str:
 
 
 async def forget(target: Any, *, app: Any = None) -> None:
-    """Delete all that is kept of a task, of those before it in a chain, or of a group's members.
+    """Delete everything kept of a task and those before it in a chain, or of a group's members.
 
     Parameters:
-        target: a task id, a result object, or a group. What a result object has cached is dropped.
+        target: a task id, a result object, or a group. The cache of a result object is cleared.
         app: the app of a task id; the current app by default.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Publishing on one channel, and knowing which messages the broker has taken over.
+"""Publishing on one channel, and tracking which messages the broker has confirmed.
 
 A :class:`Publication` is the handle of one message. A :class:`ConfirmLog` decides what each answer
 of the broker means for them; it does no I/O and has no clock. A :class:`ConfirmChannel` moves the
@@ -23,13 +23,13 @@ __all__ = ("ConfirmChannel", "ConfirmLog", "Outgoing", "Publication", "QueueLeng
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that the broker may take to confirm before the connection is taken for dead. Not counted
-#: while the broker says that it blocks publishers.
+#: Seconds without a confirm after which the connection counts as dead. The time in which the broker
+#: blocks publishers does not count.
 CONFIRM_TIMEOUT = 30.0
 
 
-#: Live copies whose confirms are looked for, at most. A stuck queue of a third party, bound to the
-#: exchange, confirms none.
+#: The most live copies with outstanding confirms. A stuck third-party queue that is bound to the
+#: exchange confirms none.
 MAX_COPIES = 200
 
 
@@ -52,16 +52,16 @@ class Outgoing:
 
 
 class QueueLength(NamedTuple):
-    """What the broker says of a queue."""
+    """The length of a queue, as the broker reports it."""
 
-    #: Messages that nobody holds.
+    #: Messages ready for delivery.
     messages: int
-    #: Readers; with a single active consumer, those that wait in line may not be counted.
+    #: Consumers; with a single active consumer, the waiting ones may not be counted.
     consumers: int
 
 
 class Status(enum.Enum):
-    """What became of a publication."""
+    """The outcome of a publication."""
 
     UNSENT = "unsent"
     SENT = "sent"
@@ -76,11 +76,11 @@ class Status(enum.Enum):
 
 
 class Publication:
-    """One message on its way.
+    """One message being published.
 
     Parameters:
         message: the message.
-        waited: whether somebody waits for its confirm.
+        waited: whether a caller waits for its confirm.
     """
 
     __slots__ = (
@@ -108,19 +108,19 @@ class Publication:
         self.returned = False
         #: When it was sent (``time.monotonic``).
         self.sent = 0.0
-        #: What the connection was lost with.
+        #: The error that the connection was lost with.
         self.failure: Optional[BaseException] = None
         #: How often a queue has refused it.
         self.refusals = 0
 
     @property
     def settled(self) -> bool:
-        """Whether nothing more will be heard of the message that is to be kept."""
+        """Whether the broker has given its last answer for the durable copy."""
         return self.status is not Status.SENT
 
 
 class ConfirmLog:
-    """What was published on one channel, and what the broker has said about it.
+    """Tracks the messages published on one channel, and the broker's answers.
 
     Delivery tags count from 1. A message has one, and its live copy the next one.
     """
@@ -130,7 +130,7 @@ class ConfirmLog:
         # Both in the order of publishing.
         self._kept: Dict[int, Publication] = {}
         self._copies: Dict[int, Publication] = {}
-        #: What came back or was refused, and nobody waits for.
+        #: Messages that were returned or refused and that no caller waits for.
         self.strays: List[Publication] = []
 
     def __len__(self) -> int:
@@ -140,7 +140,7 @@ class ConfirmLog:
         return iter(list(self._kept.values()))
 
     def unwaited(self) -> List[Publication]:
-        """Return what was sent, is unconfirmed, and is waited for by nobody."""
+        """Return the unconfirmed publications that no caller waits for."""
         # Copied in one step: another thread may take in confirms meanwhile.
         return [publication for publication in list(self._kept.values()) if not publication.waited]
 
@@ -178,7 +178,8 @@ class ConfirmLog:
         """Note that the broker refused *tag*, or everything up to it.
 
         Returns:
-            How many live copies are among that. A queue that is bound to the exchange did not take
+            The number of live copies among them. A queue that is bound to the exchange did not take
+            them; the durable copies are not affected.
             them; the states are kept nevertheless.
         """
         for publication in _taken(self._kept, tag, multiple):
@@ -197,8 +198,8 @@ class ConfirmLog:
     def came_back(self, queue: str, properties: Mapping[str, Any], body: bytes) -> None:
         """Note that a message was returned: there is no *queue*. Its confirm follows.
 
-        A message sent earlier to the same queue may be unconfirmed still, and need not come back:
-        the queue was there then. So the message itself has to be found.
+        An earlier message to the same queue may still be unconfirmed without having come back: the
+        queue existed then. So the message itself must be identified.
         """
         candidates = [
             publication
@@ -208,14 +209,15 @@ class ConfirmLog:
         identity = _identity(properties)
         alike = [p for p in candidates if p.message.body == body]
         same = [p for p in alike if _identity(p.message.properties) == identity]
-        # Headers that are no UTF-8 come back as nothing that could be compared.
+        # Headers that are not UTF-8 come back as something that cannot be compared.
         for publication in (same or alike or candidates)[:1]:
             publication.returned = True
 
     def lost(self, failure: BaseException) -> List[Publication]:
-        """Note that the connection was lost; return everything that nothing was heard of."""
+        """Note that the connection was lost; return all publications without an answer."""
         lost = list(self._kept.values())
-        # The copy of a kept state may be lost. Whoever still waits for it sends both again.
+        # The live copy of a kept state may be lost. A caller that still waits for it sends both
+        # again.
         lost += [p for p in self._copies.values() if p.waited and p.status is Status.CONFIRMED]
         for publication in lost:
             publication.status, publication.failure = Status.LOST, failure
@@ -226,7 +228,7 @@ class ConfirmLog:
 
 
 def _taken(unsettled: Dict[int, Publication], tag: int, multiple: bool) -> List[Publication]:
-    """Remove what *tag* means from *unsettled*, and return it."""
+    """Remove the publications that *tag* stands for from *unsettled*, and return them."""
     if not multiple:
         publication = unsettled.pop(tag, None)
         return [] if publication is None else [publication]
@@ -240,7 +242,7 @@ def _taken(unsettled: Dict[int, Publication], tag: int, multiple: bool) -> List[
 
 
 class ConfirmChannel:
-    """A channel in confirm mode, and what is unconfirmed on it.
+    """A channel in confirm mode, and its unconfirmed publications.
 
     Not thread-safe.
 
@@ -262,11 +264,11 @@ class ConfirmChannel:
         self.channel.events["basic_return"].add(self._on_return)
 
     def publish(self, publication: Publication) -> None:
-        """Publish a message, and then its live copy; wait for no confirm.
+        """Publish a message, then its live copy; do not wait for confirms.
 
-        In this order: a reader that binds too late for the copy finds what is kept. Both are
-        written at once. If the connection is lost between them, a reader learns of the state at its
-        next look-up.
+        The order matters: a reader that binds too late for the live copy finds the durable copy.
+        Both are written at once. If the connection is lost between them, a reader learns of the
+        state at its next look-up.
         """
         connection = self.link.amqp
         if not self.channel.is_open or connection.transport is None:
@@ -284,7 +286,7 @@ class ConfirmChannel:
         )
         self.log.sent(publication, time.monotonic())
         connection.transport.write(octets)
-        # What py-amqp's heartbeats go by.
+        # py-amqp's heartbeats count these bytes.
         connection.bytes_sent += 1
 
     def publish_copy(self, publication: Publication) -> None:
@@ -308,7 +310,7 @@ class ConfirmChannel:
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
         if self.log.refused(tag, multiple):
-            # A queue that is full, or the inbox of a process whose node is cut off.
+            # A full queue, or the inbox of a process whose node is cut off.
             logger.info("a queue bound to the exchange refuses a state, which is kept all the same")
 
     def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
@@ -317,12 +319,12 @@ class ConfirmChannel:
     def wait(self, publications: Iterable[Publication], deadline: Optional[float] = None) -> None:
         """Wait until all of *publications* are settled.
 
-        For a caller that has the connection to itself.
+        For a caller that uses the connection exclusively.
 
         Parameters:
-            publications: what was published here.
+            publications: publications made on this channel.
             deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
-                publishers; ``None`` for when the connection is taken for dead.
+                publishers; with ``None`` the wait ends when the connection counts as dead.
 
         Raises:
             NotConfirmed: when the broker has not answered in time.
@@ -353,9 +355,9 @@ class ConfirmChannel:
                 raise no_confirm()
 
     def length(self, queue: str) -> Optional[QueueLength]:
-        """Return how long *queue* is now, or ``None`` where there is no such queue."""
+        """Return the present length of *queue*, or ``None`` if it does not exist."""
         if self._asking is None:
-            # The broker closes the channel when there is no such queue: not this one.
+            # The broker closes the channel if the queue does not exist, so use a separate channel.
             self._asking = self.link.channel()
         try:
             found = self._asking.queue_declare(queue, passive=True)
@@ -383,6 +385,6 @@ def no_confirm() -> errors.NotConfirmed:
 
 
 def _identity(properties: Mapping[str, Any]) -> Tuple[Any, ...]:
-    """Return what tells a message from others in the same queue."""
+    """Return the fields that distinguish a message from others in the same queue."""
     headers = properties.get("application_headers") or {}
     return properties.get("correlation_id"), properties.get("message_id"), headers

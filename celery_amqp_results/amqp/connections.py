@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 import weakref
-from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 
 import amqp
 import kombu
@@ -58,7 +58,7 @@ CONNECT_TIMEOUT = 4.0
 #: How long a single read or write on an open connection may take, in seconds.
 IO_TIMEOUT = 10.0
 
-#: How many bytes are asked of a socket at once.
+#: How many bytes are read from a socket at once.
 RECEIVE_SIZE = 64 * 1024
 
 #: The frame of a ``basic.ack``: type, channel, size, class, method, delivery tag, multiple, end.
@@ -68,18 +68,22 @@ _METHOD_FRAME = 1
 #: Bytes of class, method, tag and multiple.
 _SIZE_OF_ACK = 13
 
-#: The longest wait that any system's locks can do, in seconds.
-LONGEST_WAIT = 3600.0
-
 #: An idle connection of a pool is closed after this many seconds.
 IDLE_SECONDS = 60.0
+
+#: A user that has had a connection for this many seconds waits for something that may take long,
+#: such as a shard that a frozen process holds. Its connection no longer counts against the limit
+#: of the pool, so that other users need not wait for it.
+STUCK_SECONDS = 2.0
+#: At most this many connections do not count.
+MAX_STUCK = 8
 
 
 class _Received:
     """Reads from a socket in large pieces, for a py-amqp transport that reads in small ones.
 
-    py-amqp asks the socket three times for each frame, and gives up Python's global lock each
-    time: while another thread computes, each would take a turn of its 5 ms.
+    py-amqp reads the socket three times for each frame and releases the GIL each time. While
+    another thread computes, each read would wait for one 5 ms switch interval.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -100,17 +104,17 @@ class _Received:
         return piece
 
     def pending(self) -> bool:
-        """Return whether received bytes wait to be asked for."""
+        """Return whether received bytes are buffered."""
         return self._at < len(self._data)
 
     def fill(self) -> None:
-        """Ask the socket for more, unless received bytes wait to be asked for."""
+        """Read more bytes from the socket, unless received bytes are buffered."""
         if not self.pending():
             self._data = self._receive(RECEIVE_SIZE)
             self._at = 0
 
     def take(self, start: bytes, size: int) -> bytes:
-        """Return the next *size* bytes if they were received and begin with *start*, or none."""
+        """Return the next *size* bytes if they are buffered and begin with *start*, or none."""
         at = self._at
         if not self._data.startswith(start, at) or len(self._data) - at < size:
             return b""
@@ -118,19 +122,19 @@ class _Received:
         return self._data[at : at + size]
 
     def delivery(self) -> Optional[frames.Delivery]:
-        """Return the message that was received next, if it is complete, and leave it there."""
+        """Return the next buffered message if it is complete, without consuming it."""
         return frames.read_delivery(self._data, self._at)
 
     def skip(self, end: int) -> None:
-        """Go on behind what :meth:`delivery` returned."""
+        """Consume the message that :meth:`delivery` returned."""
         self._at = end
 
 
 class Link:
-    """One open AMQP connection. Not thread-safe: whoever holds it is alone with it.
+    """One open AMQP connection. Not thread-safe: one user at a time.
 
     Parameters:
-        connection: what kombu knows of the broker.
+        connection: kombu's connection, which knows the broker.
         established: the open connection that it made.
         heartbeat: seconds between heartbeats; 0 for none.
     """
@@ -141,8 +145,8 @@ class Link:
         # py-amqp's connection refers to kombu's weakly in places; keep it as long as ours.
         self._kombu = connection
         self.amqp = established
-        #: For waiting until it is readable. Kept, since py-amqp would open another when asked for
-        #: that of a connection that is lost.
+        #: For waiting until it is readable. Kept here, since py-amqp would reconnect when asked for
+        #: the socket of a lost connection.
         self.socket = established.transport.sock
         self.heartbeat = heartbeat
         #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
@@ -154,8 +158,8 @@ class Link:
         self.publishing: Any = None
         #: How many channels may be open at once, where the broker allows fewer than it negotiates.
         self.max_channels = established.channel_max
-        # Bounds every read and write that sets no shorter bound of its own, so that a broker that
-        # stops answering is an error and not a hang.
+        # Bounds every read and write without a shorter timeout, so that a broker that stops
+        # answering causes an error and not a hang.
         self.socket.settimeout(IO_TIMEOUT)
         self._received = _Received(established.transport)
         established.on_inbound_frame = frames.tolerant(established.on_inbound_frame)
@@ -199,7 +203,7 @@ class Link:
         return True
 
     def _deliver(self) -> bool:
-        """Hand the message that was received next to its consumer, unless py-amqp has to do it."""
+        """Pass the next buffered message to its consumer, unless py-amqp must do that."""
         delivery = self._received.delivery()
         channel = delivery and (self.amqp.channels or {}).get(delivery.channel)
         if not delivery or not channel or channel.is_closing or channel.auto_decode:
@@ -208,18 +212,18 @@ class Link:
         if consumer is None:
             return False
         self._received.skip(delivery.end)
-        # What py-amqp's heartbeats go by.
+        # py-amqp's heartbeats count these frames.
         self.amqp.bytes_recv += delivery.frames
         delivery.message.channel = channel
         consumer(delivery.message)
         return True
 
     def acks(self, channel: int) -> Iterator[Tuple[int, bool]]:
-        """Yield the confirms (delivery tag, and whether of all before) that have come.
+        """Yield the buffered confirms: delivery tag, and whether it includes all before.
 
-        They end before the first frame that is something else, or not complete: that is left to
-        :meth:`drain`. py-amqp would take ten times as long over each. Reads the socket, which has
-        to be readable.
+        They end before the first frame that is something else or not complete, which is left to
+        :meth:`drain`. py-amqp would take ten times as long for each. Reads the socket, which must
+        be readable.
 
         Parameters:
             channel: number of the channel that they are for.
@@ -230,21 +234,21 @@ class Link:
             frame = self._received.take(start, _ACK.size)
             if not frame:
                 return
-            # What py-amqp's heartbeats go by.
+            # py-amqp's heartbeats count these frames.
             self.amqp.bytes_recv += 1
             *_, tag, multiple, _ = _ACK.unpack(frame)
             yield tag, bool(multiple)
 
     def buffered(self) -> bool:
-        """Whether bytes were received that the socket's readiness does not show any more."""
+        """Whether received bytes are buffered that the socket's readiness no longer shows."""
         if self._received.pending():
             return True
-        # TLS decrypts whole records: more than was read may lie there.
+        # TLS decrypts whole records, so it may hold more bytes than were read.
         pending = getattr(self.socket, "pending", None)
         return bool(pending is not None and pending())
 
     def idle_time(self) -> float:
-        """Seconds that may be waited for the socket before :meth:`tick` is due again."""
+        """The longest wait for the socket, in seconds, before :meth:`tick` is due again."""
         if self.buffered():
             return 0.0
         return self.heartbeat / 4 if self.heartbeat else IO_TIMEOUT
@@ -276,8 +280,8 @@ class Link:
         """Open a channel without waiting for the broker's answer.
 
         Parameters:
-            on_close: called when the broker closes the channel, with its code and text for why
-                and the numbers of class and method; the connection goes on.
+            on_close: called when the broker closes the channel, with its code and text for the
+                reason and the numbers of class and method. The connection stays open.
         """
         return channel_nowait(self.amqp, on_close)
 
@@ -319,7 +323,7 @@ class Link:
         self.drop()
 
     def drop(self) -> None:
-        """Close the socket without a word."""
+        """Close the socket without the protocol's handshake."""
         with contextlib.suppress(Exception):
             self.amqp.collect()
 
@@ -330,10 +334,10 @@ def channel_nowait(
     """Open a channel on *connection* without waiting for the broker's answer.
 
     Parameters:
-        connection: an open connection, perhaps one that somebody else uses as well.
+        connection: an open connection, which others may use as well.
         on_close: see :meth:`Link.channel_nowait`.
     """
-    # Not kombu's class of channels, which would be closed with a producer's.
+    # kombu's class of channels would be closed together with a producer's.
     channel = amqp.Channel(connection)
     channel.auto_decode = False
 
@@ -342,7 +346,7 @@ def channel_nowait(
         channel.collect()
         on_close(code, text, class_id, method_id)
 
-    # py-amqp would open the channel anew, and wait for that.
+    # py-amqp would reopen the channel, and wait for that.
     channel._callbacks[spec.Channel.Close] = closed
     channel.send_method(spec.Channel.Open, "s", ("",))
     return channel
@@ -353,9 +357,9 @@ _links: weakref.WeakSet[Link] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    # The sockets are the parent's. Closing them here says nothing to the broker, while leaving
-    # that to py-amqp's destructors may shut down the connection, and keeping them open would keep
-    # it alive at the broker after the parent has ended.
+    # The sockets are the parent's. Closing them here sends nothing to the broker. py-amqp's
+    # destructors might shut down the connection, and open sockets would keep it alive at the broker
+    # after the parent has ended.
     for link in list(_links):
         with contextlib.suppress(Exception):
             transport = link.amqp.transport
@@ -414,7 +418,7 @@ class Connector:
         self.describe = describe
         #: Number of the host that is tried first, counted over all rounds through the hosts.
         self._host = 0
-        #: For what is the same at each try.
+        #: Logs repeated failures once.
         self._once = OnceLogger(logger)
         #: How many channels a connection may open, once the broker has refused one.
         self._max_channels: Optional[int] = None
@@ -423,22 +427,22 @@ class Connector:
         return f"{self._app_name} {os.getpid()}@{socket.gethostname()} ({purpose})"
 
     def leave(self, link: Link) -> None:
-        """Try other hosts first from now on: *link* has failed.
+        """Try other hosts first from now on, since *link* has failed.
 
-        A node that is cut off from its cluster takes connections, and does nothing on them.
+        A node that is cut off from its cluster accepts connections, but does nothing on them.
         """
         if link.host == self._host:
             self._host += 1
 
     def restrict(self, link: Link) -> None:
-        """Have *link* keep to what the broker is known to allow."""
+        """Apply the broker's known channel limit to *link*."""
         if self._max_channels is not None:
             link.max_channels = self._max_channels
 
     def note_limit(self, exc: BaseException) -> None:
         """Open fewer channels from now on if *exc* says that there were too many.
 
-        The limit is that of a user or a node, and counts those of other connections too.
+        The limit applies to a user or a node, and includes the channels of other connections.
         """
         limit = limit_of(exc)
         if limit is not None and limit.what == CHANNELS:
@@ -524,7 +528,7 @@ class Connector:
                 return link
 
     def is_limited(self, exc: BaseException) -> bool:
-        """Return whether a limit of the broker is in the way, and log that once until it is not."""
+        """Return whether *exc* is about a broker limit; log each limit once until it is over."""
         limit = limit_of(exc)
         if limit is None:
             return False
@@ -592,39 +596,38 @@ class LookupTries:
         time.sleep(pause)
 
 
-def _semaphore_timeout(deadline: Optional[float]) -> Optional[float]:
-    return None if deadline is None else time_left(deadline, LONGEST_WAIT)
-
-
 class Pool:
     """Open connections that are lent to one user at a time.
 
-    The connection used last is lent first, so that as many are open as are in use at once, and
-    the others get old and are closed. While connections are idle a thread keeps their heartbeats
-    going and closes the old ones; it ends when none is left.
+    The connection used last is lent first: only as many stay open as are in use at once, and the
+    others grow old and are closed. While connections are idle a thread keeps their heartbeats going
+    and closes the old ones; it ends when none is left.
 
     Parameters:
         connector: opens the connections.
         heartbeat: seconds between heartbeats; 0 for none.
         name: what they are for; names the thread.
-        limit: how many connections are open at once; whoever needs one more waits. ``None`` for
-            any number.
+        limit: how many connections may be in use at once, besides those whose users are stuck
+            (:data:`STUCK_SECONDS`); a user that needs one more waits. ``None`` for no limit.
 
-    Thread-safe. After a fork the child must make a new pool and let go of this one untouched.
+    Thread-safe. After a fork the child must make a new pool and never use this one again.
     """
 
     def __init__(
         self, connector: Connector, heartbeat: float, name: str, limit: Optional[int] = None
     ) -> None:
         self._connector = connector
-        self._free = None if limit is None else threading.Semaphore(limit)
         self._limit = limit
         #: How a user of the pool retries what it does on its connections.
         self.policy = connector.policy
         self._heartbeat = heartbeat
         self._name = name
-        # Guards all that follows. No I/O is done while holding it.
-        self._changed = threading.Condition(threading.Lock())
+        # One lock guards all that follows. No I/O is done while holding it.
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._returned = threading.Condition(lock)
+        #: When each connection in use was lent, by a handle of its user.
+        self._lent: Dict[object, float] = {}
         self._idle: Deque[Link] = collections.deque()
         self._keeper: Optional[threading.Thread] = None
         self._closed = False
@@ -633,7 +636,7 @@ class Pool:
     def link(self, deadline: Optional[float] = None) -> Iterator[Link]:
         """Lend a connection for the duration of a ``with`` block.
 
-        One on which the block raises is not used again.
+        A connection on which the block raises is not used again.
 
         Parameters:
             deadline: time (``time.monotonic``) after which opening a new one, and waiting for one
@@ -643,20 +646,35 @@ class Pool:
             BackendUnavailable: when a new one was needed and could not be opened.
             LookupTimeout: when others used all connections until the deadline.
         """
-        if self._free is None:
-            with self._lend(deadline) as link:
-                yield link
-            return
-        if not self._free.acquire(timeout=_semaphore_timeout(deadline)):
-            raise errors.LookupTimeout(
-                f"{self._limit} connections for {self._name} were in use by other threads of this "
-                "process until the time was over; asking again is safe"
-            )
+        user = self._reserve(deadline)
         try:
             with self._lend(deadline) as link:
                 yield link
         finally:
-            self._free.release()
+            with self._changed:
+                del self._lent[user]
+                self._returned.notify()
+
+    def _reserve(self, deadline: Optional[float]) -> object:
+        """Wait until one more connection may be in use; return the handle of its user."""
+        user = object()
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                if self._limit is None or len(self._lent) - self._stuck(now) < self._limit:
+                    self._lent[user] = now
+                    return user
+                if is_over(deadline):
+                    raise errors.LookupTimeout(
+                        f"{self._limit} connections for {self._name} were in use by other threads "
+                        "of this process until the time was over; asking again is safe"
+                    )
+                self._returned.wait(time_left(deadline, STUCK_SECONDS / 4))
+
+    def _stuck(self, now: float) -> int:
+        """Return how many connections in use do not count, since their users are stuck."""
+        stuck = sum(1 for lent_at in self._lent.values() if now - lent_at >= STUCK_SECONDS)
+        return min(stuck, MAX_STUCK)
 
     @contextlib.contextmanager
     def _lend(self, deadline: Optional[float]) -> Iterator[Link]:
@@ -679,8 +697,8 @@ class Pool:
                     return None
                 link = self._idle.pop()
             try:
-                # Something unasked for may have come on an idle connection: a heartbeat, the
-                # broker's leave to reuse a channel's number, or the end.
+                # An idle connection may have received something: a heartbeat, the broker's
+                # permission to reuse a channel number, or the close.
                 while link.alive and link.readable():
                     link.drain(0.001)
                 if link.alive:
@@ -711,7 +729,7 @@ class Pool:
                 if self._closed or not self._idle:
                     self._keeper = None
                     return
-                # The oldest are on the left. They are out of reach while they are looked after.
+                # The oldest are on the left. No other thread can take them during this check.
                 links, self._idle = self._idle, collections.deque()
             kept = []
             now = time.monotonic()

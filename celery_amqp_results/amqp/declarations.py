@@ -1,8 +1,8 @@
 """Declaring the exchange once per process and connection, and a shard queue when it is missing.
 
-A declaration of what is there already costs a fraction of a millisecond, a new queue 3 to 8: so
-nothing is declared that is not used, and nothing twice. What is remembered is forgotten when a
-connection is lost, since the broker may have lost what was declared, too.
+Declaring something that exists costs a fraction of a millisecond, a new queue 3 to 8 ms. So nothing
+is declared before it is used, and nothing twice. When a connection is lost the process forgets what
+it has declared, since the broker may have lost that, too.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ("Declarations", "declare_exchange", "declare_queue")
 
 
 class Declarations:
-    """Remembers what of a topology this process has declared. Thread-safe.
+    """Remembers which parts of a topology this process has declared. Thread-safe.
 
     Parameters:
         topology: names and queue arguments.
-        declare: whether the exchange and the shards are declared here; else they have to be there.
+        declare: whether the exchange and the shards are declared here; otherwise they must exist.
     """
 
     def __init__(self, topology: Topology, declare: bool = True) -> None:
@@ -37,12 +37,12 @@ class Declarations:
         self._lock = threading.Lock()
         self._exchange = False
         self._shards: Set[int] = set()
-        #: How many queues the broker allows, once it has refused one, and what it said.
+        #: The broker's limit on queues and its error text, once it has refused one.
         self._limit: Optional[int] = None
         self._limited_by = ""
         #: When to ask it again.
         self._asked_again = 0.0
-        #: Goes up with :meth:`forget`: what is declared meanwhile is not remembered.
+        #: Incremented by :meth:`forget`: concurrent declarations are not remembered.
         self._generation = 0
 
     def knows(self, shard: Optional[int]) -> bool:
@@ -58,8 +58,8 @@ class Declarations:
         """Declare the exchange, if this process has not.
 
         Raises:
-            DeclarationRefused: when it exists with other properties, or does not exist and is not
-                to be declared here.
+            DeclarationRefused: when it exists with other properties, or is missing and must not be
+                declared here.
         """
         if self._exchange:
             return
@@ -90,10 +90,10 @@ class Declarations:
                 self._exchange = True
 
     def check_exchange(self, channel: Any) -> None:
-        """Find out, once, whether the exchange is as it should be, if it is there at all.
+        """Check once that the exchange has the expected properties, if it exists.
 
-        For those who only read, and declare nothing: it tells them that others count the shards
-        differently. A user who may not declare the exchange is not told, and reads on.
+        For processes that only read and declare nothing: they learn that others count the shards
+        differently. A user who may not declare the exchange reads on without this check.
 
         Raises:
             DeclarationRefused: when it exists with other properties.
@@ -103,7 +103,7 @@ class Declarations:
             # A passive declaration compares nothing.
             self.ensure_exchange(channel)
         except amqp_errors.NotFound:
-            # Nobody has stored anything yet.
+            # No process has stored anything yet.
             pass
         except amqp_errors.AccessRefused:
             self._exchange = True
@@ -124,8 +124,8 @@ class Declarations:
     def request_shard(self, channel: Any, shard: int) -> None:
         """Ask for the queue of *shard* to be declared.
 
-        No answer is waited for: where the broker refuses, it closes the channel, and
-        :meth:`refusal` says what that means.
+        Does not wait for an answer. If the broker refuses, it closes the channel, and
+        :meth:`refusal` explains the error.
         """
         _declare_queue(channel, self.topology.shard_queue(shard), nowait=True)
 
@@ -136,7 +136,7 @@ class Declarations:
         limit = failures.limit_of(exc)
         if limit is not None and limit.what == failures.QUEUES:
             return self._limited(limit.number, exc)
-        # What a precondition failed of otherwise is the size of a message.
+        # The other cause of a failed precondition is the size of a message.
         if not isinstance(exc, amqp_errors.PreconditionFailed) or "inequivalent arg" not in str(
             exc
         ):
@@ -144,9 +144,9 @@ class Declarations:
         return _refused(exc)
 
     def check_limit(self) -> None:
-        """Raise if the broker has refused a queue because of a limit lately.
+        """Raise if the broker has recently refused a queue because of a limit.
 
-        Others need queues as well, and first of all the queues of tasks.
+        Other programs need queues as well, above all the queues of tasks.
 
         Raises:
             BackendUnavailable: which names the limit.
@@ -186,7 +186,7 @@ def declare_exchange(channel: Any, topology: Topology, nowait: bool = False) -> 
     Parameters:
         channel: an open channel.
         topology: its name and arguments.
-        nowait: whether to wait for no answer: where the broker refuses, it closes the channel.
+        nowait: whether to skip waiting for an answer. If the broker refuses, it closes the channel.
 
     Raises:
         amqp.PreconditionFailed: when it exists with other properties, and an answer is waited for.

@@ -1,9 +1,9 @@
-"""Telling apart why an operation on the broker failed.
+"""Classifying why an operation on the broker failed.
 
 A *transient* failure may be gone at the next try: a lost connection, a node that is starting, a
-limit on connections that others use up at the moment. A *refusal* stays: a wrong password, a
-missing permission, a queue with other properties. What a user's signal handler raises is neither,
-whatever its class.
+limit on connections that others use up at the moment. A *refusal* is permanent: a wrong password, a
+missing permission, a queue with other properties. An exception from a user's signal handler is
+neither, whatever its class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = (
     "raise_if_from_signal_handler",
 )
 
-#: What a lost connection, a closed channel or a broken protocol raises.
+#: Errors of a lost connection, a closed channel or a broken protocol.
 TRANSIENT: Tuple[Type[Exception], ...] = (
     amqp_errors.AMQPError,
     amqp_errors.MessageNacked,
@@ -67,7 +67,7 @@ def limit_of(exc: Optional[BaseException]) -> Optional[Limit]:
 
 
 def is_refusal(exc: BaseException) -> bool:
-    """Return whether the broker said no for a reason that trying again does not change.
+    """Return whether the broker refused for a reason that a retry does not change.
 
     Wrong password, no such virtual host, no permission, a declaration that differs. A limit on
     connections or channels is no refusal: others will close theirs.
@@ -84,13 +84,14 @@ def is_refusal(exc: BaseException) -> bool:
 def raise_if_from_signal_handler(exc: BaseException) -> None:
     """Raise *exc* again if a signal handler of the program raised it.
 
-    Such a handler may well raise ``TimeoutError`` or another ``OSError``, which would otherwise
-    pass for a network error, and the interrupted call would go on.
+    Such a handler may raise ``TimeoutError`` or another ``OSError``, which would otherwise look
+    like a network error, and the interrupted call would go on.
     """
     traceback = exc.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         interrupted, called = traceback.tb_frame, traceback.tb_next.tb_frame
-        # Python gives a handler the frame that it interrupts. Nothing else is given its caller's.
+        # Python passes a handler the frame that it interrupts. No other function is passed its
+        # caller's.
         given: List[object] = []
         for value in called.f_locals.values():
             given += value if isinstance(value, tuple) else (value,)

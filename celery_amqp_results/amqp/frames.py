@@ -1,10 +1,10 @@
 """The frames of a message, built and read in one go; and what py-amqp cannot read, made readable.
 
 py-amqp serialises any method with any properties, which takes 100 microseconds a message. A state
-has few properties, and always the same: so built by hand the same bytes take a tenth of that.
-What is delivered py-amqp reads piece by piece, three for each frame; where all frames of a message
-have come it is read here in a third of the time, and py-amqp reads its properties only.
-This module does no I/O; its tests read what it makes with py-amqp.
+has few properties, always the same ones, so building the same bytes by hand takes a tenth of that.
+py-amqp also reads deliveries piece by piece, three pieces for each frame. When all frames of a
+message have arrived, this module reads it in a third of the time and leaves only the properties to
+py-amqp. This module does no I/O; its tests read its frames with py-amqp.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ("UNREADABLE", "Delivery", "publish_frames", "read_delivery", "toleran
 
 logger = logging.getLogger(__name__)
 
-#: How the property ``type`` begins of a message whose properties py-amqp cannot read.
+#: The beginning of the property ``type`` of a message whose properties py-amqp cannot read.
 UNREADABLE = "unreadable properties: "
 
 _FRAME = struct.Struct(">BHI")
@@ -118,7 +118,7 @@ def publish_frames(
         channel: number of the channel.
         exchange: name of the exchange; empty for the default exchange.
         routing_key: up to 255 bytes.
-        mandatory: whether a message that no queue takes is to come back.
+        mandatory: whether the broker returns a message that no queue takes.
         properties: AMQP properties by py-amqp's names; headers are text or whole numbers.
         body: the body, of any length.
         frame_max: the largest frame that the connection allows, in bytes.
@@ -170,8 +170,7 @@ class Delivery(NamedTuple):
 def read_delivery(data: bytes, start: int) -> Optional[Delivery]:
     """Return the message whose frames begin at *start* of *data*.
 
-    Returns ``None`` where there is something else, or not all of it, or anything odd about it:
-    py-amqp knows what to make of that.
+    Returns ``None`` if it is something else, incomplete, or odd in any way: py-amqp handles those.
     """
     try:
         kind, channel, size, *method = _START_OF_DELIVER.unpack_from(data, start)
@@ -191,7 +190,7 @@ def read_delivery(data: bytes, start: int) -> Optional[Delivery]:
         if (kind, number) != (_HEADER, channel) or data[end] != _LAST:
             return None
         message = amqp.Message()
-        # A piece of its own, which nothing in it can make py-amqp read beyond.
+        # A slice, so that py-amqp cannot read beyond its end.
         message.inbound_header(data[head:end])
         count, left, pieces = 2, message.body_size, []
         while left:
@@ -226,14 +225,14 @@ Frame = Tuple[int, int, Any]
 
 
 def tolerant(on_frame: Callable[[Frame], bool]) -> Callable[[Frame], bool]:
-    """Return *on_frame*, py-amqp's handler of frames, made to outlive messages of other programs.
+    """Return *on_frame*, py-amqp's handler of frames, made to survive malformed messages.
 
-    RabbitMQ passes on what a publisher says in bytes that are no UTF-8, in times that are no
-    dates, and in tables in tables in tables. py-amqp raises at that, in the middle of reading a
-    connection: one such message in a queue would end every reader of it.
+    RabbitMQ passes on bytes that are not UTF-8, times that are not dates, and deeply nested tables.
+    py-amqp raises an error at these in the middle of reading a connection: one such message in a
+    queue would break every reader of it.
 
     A message whose properties cannot be read has only a ``type``, which begins with
-    :data:`UNREADABLE`. One whose routing key cannot be read is not seen at all.
+    :data:`UNREADABLE`. One whose routing key cannot be read is skipped entirely.
     """
 
     def handle(frame: Frame) -> bool:

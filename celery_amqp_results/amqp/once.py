@@ -1,4 +1,4 @@
-"""What is remembered up to a limit: a dictionary, and what was logged already."""
+"""Bounded memory: a dictionary with a limit, and a logger that logs each message once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _V = TypeVar("_V")
 
 
 class BoundedDict(Generic[_K, _V]):
-    """A dictionary that forgets what was set longest ago.
+    """A dictionary that drops its oldest entries.
 
     Not thread-safe: its owner has a lock.
 
@@ -99,6 +99,6 @@ class OnceLogger:
         self._logger.log(level if first else logging.DEBUG, message, *args)
 
     def forget(self, key: Hashable) -> None:
-        """Log the next message with *key* again: what it said is over."""
+        """Log the next message with *key* at full level again."""
         with self._lock:
             self._seen.pop(key)

@@ -1,12 +1,12 @@
 """One publishing channel for all threads and greenlets of a process.
 
-Whoever publishes writes to the socket at once, and then waits for the confirm. One of those who
-wait is the *leader*: it reads the socket, and wakes the others when their confirms have come. When
-it has its own, it hands the lead to another. A process with one thread so reads its own confirms,
-as if it had the channel to itself, and several threads share the broker's group commits.
+A publisher writes to the socket at once, and then waits for the confirm. One waiting thread is the
+*leader*: it reads the socket, and wakes the others when their confirms have come. When it has its
+own, it passes the lead to another. A process with one thread thus reads its own confirms as if it
+had the channel to itself, and several threads share the broker's group commits.
 
-The socket is read and written under one lock, which TLS needs. Nobody holds it while waiting for
-bytes.
+One lock guards all reads and writes of the socket, which TLS needs. No thread holds it while it
+waits for bytes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from celery_amqp_results.amqp.confirms import ConfirmChannel, Publication
 
 __all__ = ("SharedChannel", "Waiter")
 
-#: Publishing has no heartbeats. A dead connection is noticed at the next message, which the
-#: kernel gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
+#: Publishing has no heartbeats. A dead connection is noticed at the next message, which the kernel
+#: gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
 HEARTBEAT = 0.0
 
-#: The longest single wait for bytes, in seconds. An alarm of the broker is looked for in between.
+#: The longest single wait for bytes, in seconds. Between waits the thread looks for an alarm.
 STEP = 1.0
 
 
@@ -36,7 +36,7 @@ class Waiter:
 
     Parameters:
         publications: what it waits for.
-        copies: whether it waits for the live copies, and not for what is kept.
+        copies: whether it waits for the live copies instead of the durable ones.
     """
 
     def __init__(self, publications: Sequence[Publication], copies: bool = False) -> None:
@@ -77,8 +77,8 @@ class SharedChannel:
 
     Parameters:
         connector: opens the connection.
-        on_lost: called with every publication that a lost connection leaves behind and that
-            nobody waits for. Must not publish.
+        on_lost: called with every publication that a lost connection leaves behind and that no
+            caller waits for. Must not publish.
 
     Thread-safe. After a fork the child must make a new one.
     """
@@ -103,7 +103,7 @@ class SharedChannel:
     def open(self, since: float) -> Iterator[ConfirmChannel]:
         """Lend the channel for a ``with`` block that writes, or that asks the broker something.
 
-        When the block raises, the connection is lost for everybody: half a frame may be on it.
+        When the block raises, all threads lose the connection: half a frame may be on it.
 
         Parameters:
             since: when the caller's attempt began. It shares the failure of an attempt to connect
@@ -122,7 +122,7 @@ class SharedChannel:
 
     @contextlib.contextmanager
     def present(self) -> Iterator[Optional[ConfirmChannel]]:
-        """Lend the channel if there is one; ``None`` otherwise."""
+        """Lend the channel if it is open; ``None`` otherwise."""
         with self._io:
             channel = self._channel
             try:
@@ -167,7 +167,7 @@ class SharedChannel:
         return self._channel
 
     def _lose(self, channel: ConfirmChannel, failure: BaseException) -> None:
-        """Let go of the connection. Whoever waits for something on it finds that it is lost."""
+        """Drop the connection. Every thread that waits on it finds that it is lost."""
         if self._channel is channel:
             self._channel = None
         left = [*channel.log.strays, *channel.log.lost(failure)]
@@ -184,9 +184,9 @@ class SharedChannel:
 
         Parameters:
             waiter: what to wait for.
-            deadline: time (``time.monotonic``) at which to stop waiting, or ``None``. Without one
-                the connection is taken for dead when no confirm comes for
-                :data:`confirms.CONFIRM_TIMEOUT` seconds and the broker blocks nobody.
+            deadline: time (``time.monotonic``) at which to stop waiting. With ``None`` the
+                connection counts as dead after :data:`confirms.CONFIRM_TIMEOUT` seconds without a
+                confirm, unless the broker blocks publishers.
         """
         patience = time.monotonic() + confirms.CONFIRM_TIMEOUT
         while not waiter.done:
@@ -276,7 +276,7 @@ class SharedChannel:
                     self._followers.append(follower)
 
     def collect(self) -> List[Publication]:
-        """Take in what has come without waiting; return what nobody waits for."""
+        """Take in buffered confirms without waiting; return stray publications."""
         with self._io:
             channel = self._channel
             if channel is None:
@@ -293,7 +293,7 @@ class SharedChannel:
             return channel.log.unwaited()
 
     def close(self) -> None:
-        """Close the connection as the protocol asks."""
+        """Close the connection with the protocol's handshake."""
         with self._io:
             channel = self._channel
             if channel is not None:

@@ -1,7 +1,7 @@
-"""Waiting for sockets, and being woken while waiting, with threads and with greenlets.
+"""Waiting for sockets with threads or greenlets, and waking a thread that waits.
 
-Nothing stays registered between two waits. gevent's selector would keep watching a socket that a
-``select()`` found nothing on, and then spin at the first byte that comes while nobody waits.
+Nothing stays registered between two waits. gevent's selector would keep watching a socket after an
+empty ``select()``, and then spin at the first byte that comes while no thread waits.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def readable(sock: Any, timeout: float) -> bool:
 
 
 def _peek(sock: Any) -> bool:
-    # A socket of the system's kind: one of TLS takes no flags. poll() of gevent does not look at
-    # all without time to wait, and select() of both switches to other greenlets.
+    # A plain system socket, since a TLS socket takes no flags. gevent's poll() with a timeout of 0
+    # does not look at all, and select() switches to other greenlets.
     raw = _socket.socket(fileno=sock.fileno())
     try:
         raw.recv(1, _PEEK)
     except BlockingIOError:
         return False
     except OSError:
-        # Whoever reads will get the error.
+        # The next read raises the error.
         return True
     finally:
         raw.detach()
@@ -69,7 +69,7 @@ class WakeUp:
         self._sender.setblocking(False)
 
     def ring(self) -> None:
-        """End the present wait, or the next one if nobody waits."""
+        """End the present wait, or the next one if no thread waits."""
         # A full buffer rings too.
         with contextlib.suppress(OSError):
             self._sender.send(b"\0")

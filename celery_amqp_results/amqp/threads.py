@@ -8,7 +8,7 @@ from typing import Any, Callable, FrozenSet
 
 __all__ = ("block_signals", "start_thread")
 
-#: What the thread itself causes. Blocked, they would end the process without a message.
+#: Signals caused by the thread itself. If blocked, they would end the process without a message.
 _SYNCHRONOUS = frozenset({"SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGTRAP", "SIGSYS", "SIGABRT"})
 
 
@@ -38,7 +38,7 @@ def start_thread(target: Callable[..., Any], name: str, *args: Any) -> threading
 
 
 def block_signals() -> None:
-    """Have the calling thread receive no signals, where something else has started it."""
+    """Make the calling thread receive no signals, if other code has started it."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, _blocked())
 

@@ -62,7 +62,7 @@ def is_amqp(connection: kombu.Connection) -> bool:
 
 
 class Session(Protocol):
-    """What an operation on the broker is given. For one thread, for the time of the operation."""
+    """The access that an operation has to the broker. For one thread, until the operation ends."""
 
     @property
     def channel(self) -> Any:
@@ -77,7 +77,7 @@ class Sessions(Protocol):
     amqp: bool
     #: Whether all who use the broker are in this process.
     local: bool
-    #: What a lost connection, or an operation that failed, raises.
+    #: The errors of a lost connection or a failed operation.
     errors: Tuple[Type[Exception], ...]
 
     def session(self, deadline: Optional[float] = None) -> ContextManager[Session]:

@@ -1,8 +1,8 @@
-"""What the backend of Celery 4 offered beyond what Celery 5 calls.
+"""The public methods of Celery 4's backend that Celery 5 does not call.
 
-Programs that were written against ``celery.backends.amqp`` find the attributes and methods of its
-reference page here, with the parameters and defaults documented there. What answered with
-``NotImplementedError`` in Celery 4 works.
+Programs written against ``celery.backends.amqp`` find the attributes and methods of its reference
+page here, with the documented parameters and defaults. Methods that raised ``NotImplementedError``
+in Celery 4 work.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Meta = Dict[str, Any]
 
 
 class Celery4API(Backend):
-    """The backend of Celery 4, where it is more than what Celery 5 calls."""
+    """The methods of Celery 4's backend that Celery 5 does not call."""
 
     Exchange: ClassVar[Type[producer.Exchange]] = producer.Exchange
     Producer: ClassVar[Type[producer.Producer]] = producer.Producer
     Consumer: ClassVar[Type[consumer.Consumer]] = consumer.Consumer
-    #: The queue that is declared each time that it is used.
+    #: The queue class that declares a queue at every use.
     Queue: ClassVar[Type[NoCacheQueue]] = NoCacheQueue
 
     BacklogLimitExceeded = errors.BacklogLimitExceeded
@@ -73,8 +73,8 @@ class Celery4API(Backend):
         """Return the routing key of a task.
 
         In the layout ``per-task`` that is the task id without dashes, which is the name of its
-        queue as well. In the layout ``shared`` the key differs with each state; what is returned
-        is the key to bind a queue by that is to get all states of the task.
+        queue as well. In the layout ``shared`` each state has its own key; this returns the binding
+        key for a queue that receives all states of the task.
         """
         task_id = id_text(task_id)
         if self.config.layout_name == "per-task":
@@ -92,7 +92,7 @@ class Celery4API(Backend):
         return self.rkey(task_id), getattr(request, "correlation_id", None) or task_id
 
     def on_reply_declare(self, task_id: str) -> List[kombu.Queue]:
-        """Return what has to be declared for the result of a task to be kept.
+        """Return the queues that must be declared before the result of a task is stored.
 
         That is the task's queue, or in the layout ``shared`` the queue of its shard.
         """
@@ -104,7 +104,7 @@ class Celery4API(Backend):
         return [
             self.Queue(
                 spec.name,
-                # The default exchange, which every queue is bound to by its name.
+                # The default exchange routes by queue name.
                 kombu.Exchange(""),
                 spec.name,
                 durable=spec.durable,
@@ -155,10 +155,10 @@ class Celery4API(Backend):
         now: Callable[[], float] = time.monotonic,
         wait: Optional[Callable[..., Any]] = None,
     ) -> Dict[str, Meta]:
-        """Read results with a consumer of one's own until at least one final state has come.
+        """Read results with the caller's own consumer until at least one final state has come.
 
-        For a queue of one's own that is bound to :attr:`exchange`. A consumer of a task's queue
-        takes the result away from all others.
+        For a private queue that is bound to :attr:`exchange`. A consumer on a task's queue takes
+        the result away from all others.
 
         Parameters:
             connection: a kombu connection.
@@ -200,17 +200,17 @@ class Celery4API(Backend):
     def get_task_meta(
         self, task_id: str, backlog_limit: int = BACKLOG_LIMIT, cache: bool = True
     ) -> Meta:
-        """Return the present meta of a task; of one that nothing is known of, a pending one.
+        """Return the current meta of a task; a pending one if nothing is known of it.
 
-        Celery 4 had *backlog_limit* as the second parameter, Celery 5 has *cache* there, which
-        its own code always names. A second positional argument that is ``True`` or ``False`` is
-        taken for *cache*.
+        The second parameter was *backlog_limit* in Celery 4 and is *cache* in Celery 5, whose own
+        code always passes it by name. A second positional argument that is ``True`` or ``False`` is
+        treated as *cache*.
 
         Parameters:
             task_id: the task.
-            backlog_limit: how many states may be fast-forwarded in the layout ``per-task``; the
-                layout ``shared`` has no such limit.
-            cache: whether a result in the cache will do, and is to be put there.
+            backlog_limit: how many states may be skipped in the layout ``per-task``; the layout
+                ``shared`` has no such limit.
+            cache: whether a cached result is acceptable, and the result is cached.
 
         Raises:
             BacklogLimitExceeded: when there are more states.
@@ -236,7 +236,7 @@ class Celery4API(Backend):
         return meta
 
     def poll(self, task_id: str, backlog_limit: int = BACKLOG_LIMIT) -> Meta:
-        """Return the present meta of a task, see :meth:`get_task_meta`."""
+        """Return the current meta of a task, see :meth:`get_task_meta`."""
         return self.get_task_meta(task_id, backlog_limit)
 
     def reload_task_result(self, task_id: str) -> None:

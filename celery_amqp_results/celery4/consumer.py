@@ -1,8 +1,8 @@
-"""kombu's ``Consumer``, with what its page promises and RabbitMQ does not do.
+"""kombu's ``Consumer``, with the documented methods that RabbitMQ does not support.
 
 RabbitMQ answers ``flow(False)``, ``recover()`` without ``requeue`` and a limit in bytes by closing
-the whole connection (540, NOT_IMPLEMENTED). Here the first is done in another way, and the other
-two are errors before anything is sent, so that the channel stays usable.
+the whole connection (540, NOT_IMPLEMENTED). Here ``flow`` is implemented in another way. The other
+two raise an error before anything is sent, so that the channel stays usable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ("Consumer",)
 
 
 class Consumer(kombu.Consumer):
-    """A consumer, as kombu's; see there for all that is not here.
+    """A consumer like kombu's, whose documentation covers the rest.
 
     Parameters:
         channel: a channel, or a connection, whose default channel is taken.
@@ -23,9 +23,9 @@ class Consumer(kombu.Consumer):
         no_ack: whether nothing has to be acknowledged; what each queue says by default.
         auto_declare: whether queues are declared at once; true by default.
         callbacks: called in their order with (body, message).
-        on_decode_error: called with (message, exception) for what cannot be decoded; by default
-            the exception is raised.
-        on_message: called with the message alone, not decoded, in the place of *callbacks*.
+        on_decode_error: called with (message, exception) for a message that cannot be decoded; by
+            default the exception is raised.
+        on_message: called with the message alone, not decoded, instead of *callbacks*.
         accept: names of serializers or content types that are accepted.
         prefetch_count: first limit of :meth:`qos`.
         tag_prefix: begins the consumer tags.
@@ -46,9 +46,9 @@ class Consumer(kombu.Consumer):
         prefetch_count: Optional[int] = None,
         tag_prefix: Optional[str] = None,
     ) -> None:
-        # By name: what is or was consumed from, and with which no_ack.
+        # By name: the queues ever consumed from, and with which no_ack.
         self._consumed: Dict[str, Tuple[kombu.Queue, Optional[bool]]] = {}
-        # The same of what is consumed from when the flow is enabled again.
+        # By name: the queues to consume from when the flow is enabled again.
         self._held: Dict[str, Tuple[kombu.Queue, Optional[bool]]] = {}
         self._flowing = True
         super().__init__(
@@ -71,7 +71,7 @@ class Consumer(kombu.Consumer):
         no_ack: Optional[bool] = None,
         nowait: bool = True,
     ) -> Any:
-        # What kombu does for each queue, however consuming begins.
+        # kombu calls this for each queue, however consuming begins.
         if not self._flowing:
             self._held.setdefault(queue.name, (queue, no_ack))
             return None
@@ -80,20 +80,20 @@ class Consumer(kombu.Consumer):
         return super()._basic_consume(queue, consumer_tag, no_ack, nowait)
 
     def flow(self, active: bool) -> None:
-        """Stop the delivery of messages to this consumer, or go on with it.
+        """Stop or resume the delivery of messages to this consumer.
 
-        RabbitMQ has no such request. Stopping ends the consumers of all queues at the broker and
-        remembers them, and going on begins them again. What was delivered stays this consumer's,
-        and may still be acknowledged, but does not count for the limit of :meth:`qos` any more.
-        Messages that are on the way are still handed out, within this call. Until the delivery
-        goes on, :meth:`consume` only notes what is wanted, also after :meth:`revive`. Other
-        consumers of the channel are not touched.
+        RabbitMQ has no such request. Stopping cancels the consumers of all queues at the broker and
+        remembers them; resuming starts them again. Messages already delivered may still be
+        acknowledged, but no longer count for the limit of :meth:`qos`. Messages on the way are
+        still passed to the callbacks, within this call. While the delivery is stopped,
+        :meth:`consume` only remembers the queues, also after :meth:`revive`. Other consumers of the
+        channel are not affected.
 
         Parameters:
-            active: ``False`` to stop, ``True`` to go on. Nothing is done where that is so already.
+            active: ``False`` to stop, ``True`` to resume. Repeated calls do nothing.
 
         Raises:
-            NotImplementedError: for stopping, when a queue would go with its last consumer
+            NotImplementedError: for stopping, when a queue would be deleted with its last consumer
                 (``auto_delete``); nothing is stopped.
         """
         if bool(active) == self._flowing:
@@ -113,13 +113,13 @@ class Consumer(kombu.Consumer):
                     "messages. Nothing was stopped. Use qos(prefetch_count=...), and acknowledge "
                     "when more may come"
                 )
-        # Before the rest, as messages may come meanwhile, whose callbacks may ask for the same.
+        # First, since messages may come meanwhile, and their callbacks may call this as well.
         self._flowing = False
         self._held = held
         super().cancel()
 
     def cancel(self) -> None:
-        """End the delivery from all queues; what was delivered stays this consumer's."""
+        """Cancel the consumers of all queues; messages already delivered may be acknowledged."""
         self._held.clear()
         self._consumed.clear()
         super().cancel()
@@ -127,24 +127,24 @@ class Consumer(kombu.Consumer):
     close = cancel
 
     def cancel_by_queue(self, queue: Union[kombu.Queue, str]) -> None:
-        """End the delivery from one queue, given by name or itself."""
+        """Cancel the consumer of one queue, given by name or itself."""
         name = queue if isinstance(queue, str) else queue.name
         self._held.pop(name, None)
         self._consumed.pop(name, None)
         super().cancel_by_queue(queue)
 
     def revive(self, channel: Any) -> None:
-        """Go on with another channel, after the connection is lost.
+        """Resume on another channel after the connection was lost.
 
-        Queues are declared, the first limit of :meth:`qos` is set, and what was consumed from is
-        consumed from again.
+        Declares the queues, sets the first limit of :meth:`qos`, and consumes again from the same
+        queues.
 
         Parameters:
             channel: the channel, or a connection, whose default channel is taken.
         """
         before = {name: each for name, each in self._consumed.items() if self.consuming_from(name)}
         super().revive(channel)
-        # kombu before 5.7 does not go on consuming.
+        # kombu before 5.7 does not resume consuming.
         for queue in self.queues:
             if queue.name in before:
                 self._basic_consume(queue, no_ack=before[queue.name][1], nowait=False)
@@ -156,7 +156,7 @@ class Consumer(kombu.Consumer):
 
         Parameters:
             prefetch_size: not supported by RabbitMQ; 0, for no limit in bytes.
-            prefetch_count: so many messages; 0 for no limit.
+            prefetch_count: how many messages; 0 for no limit.
             apply_global: whether the limit is for all consumers of the channel together, and not
                 for each one that is begun later. Since RabbitMQ 4.3 it is for each in any case.
 

@@ -1,9 +1,9 @@
-"""What a process knows of tasks and shards: the table behind every read.
+"""A process's knowledge of tasks and shards: the table behind every read.
 
-The shell reports events, and asks the table what is known. The table does no I/O, has no thread and
-no clock: the shell passes the time with each event. See :mod:`celery_amqp_results.feed.inbox`.
+The shell reports events and queries the table. The table does no I/O, has no thread and no clock:
+the shell passes the time with each event. See :mod:`celery_amqp_results.feed.inbox`.
 
-**Shards.** The table has a view of each shard that strangers' tasks are read in, or waited for:
+**Shards.** The table has a view of each shard in which strangers' tasks are read or waited for:
 
 ========  =====================================  ================================================
 state     meaning                                how a read of a stranger's task is answered
@@ -31,20 +31,20 @@ any       ``PAYS`` states were pushed       absent    unbind, not within ``LEAST
 any       the connection is lost            lost      forget everything
 ========  ================================  ========  ==========================================
 
-A *census* is a checkout of a shard that collects what the whole shard holds: the loose states, and
-of everything else eight bytes, the digest of the id.
+A *census* is a checkout that records everything in a shard: the loose states in full, and of
+everything else the digest of the id, eight bytes.
 
 When more than a quarter of the shards is bound, or strangers' tasks are read often, one key binds
 all of them.
 
-**Tasks.** What is known of a task is complete, or nothing is kept of it. It is complete
+**Tasks.** The table's knowledge of a task is either complete, or dropped. It is complete
 
-- in a live view: what the view says;
+- in a live view, by the view itself;
 - when this process has sent it while the client's binding stood;
 - when it was looked up while a binding stood that brings its states.
 
-Each look-up is a *look*: an object that collects what is pushed of its tasks while the store is
-read, so that nothing is missed between the two.
+Each look-up is a *look*: an object that collects the states pushed for its tasks while the store is
+read, so that no state is missed between the two.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
 
 __all__ = ("ALL", "Action", "Look", "Table", "Unread")
 
-#: Stands for the number of a shard where all of them are bound by one key.
+#: The key that stands for all shards, where one binding covers them.
 ALL = -1
 
 #: Seconds that a binding has to stand before a read may rely on it: on another node of a cluster it
@@ -103,15 +103,15 @@ KEEP_FINAL = 15.0
 #: A state that is older than this and was not pushed will not be pushed, in microseconds.
 LATE = 5_000_000
 
-#: An id as Celery makes them. The application chose others itself, and may have used them before.
+#: An id as Celery makes them. Other ids come from the application, which may have reused them.
 _NEW_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
-#: Bytes that a state takes in memory besides its body, about, and an id that nothing is known of.
+#: About how many bytes a state takes in memory besides its body, or an id without a known state.
 STATE_OVERHEAD = 700
 NOTHING_OVERHEAD = 300
 #: Bytes for a digest.
 DIGEST_SIZE = 8
-#: Bytes kept of what was pushed lately, of each shard that is not live.
+#: Bytes of recently pushed states that are kept for each shard that is not live.
 MAX_LATELY_BYTES = 256 * 1024
 #: Ids remembered as sent by this process, at most. A task whose id is forgotten counts as a
 #: stranger's.
@@ -121,13 +121,13 @@ MAX_LOOSE_DIGESTS = 512
 
 
 class Unread(Exception):
-    """Raised where only a look-up can say what the state of a task is."""
+    """Raised when only a look-up can tell the state of a task."""
 
 
 class Action(NamedTuple):
-    """Something to do on the broker."""
+    """A change of a binding on the broker."""
 
-    #: Whether to bind, or else to unbind.
+    #: True to bind, false to unbind.
     bind: bool
     #: Number of the shard, or :data:`ALL`.
     key: int
@@ -168,7 +168,7 @@ class Look:
     began: float
     #: The shards of the census.
     census: Set[int]
-    #: What was pushed of the tasks, and in the shards of the census, since it began or shortly
+    #: States pushed for the tasks, and in the shards of the census, since it began or shortly
     #: before.
     pushed: Dict[str, List[StateMessage]] = dataclasses.field(default_factory=dict)
     #: Tasks that were forgotten since.
@@ -177,13 +177,13 @@ class Look:
 
 @dataclasses.dataclass(eq=False)
 class _Entry:
-    """All that is known of a task: its current state, or that there is none."""
+    """The knowledge of one task: its current state, or that there is none."""
 
     shard: int
     state: Optional[StateMessage]
     #: When it became known, or was last pushed.
     at: float
-    #: Whether a read may rely on it. A client that waits for the task may do so anyway.
+    #: Whether a read may rely on it. A client that waits for the task may use it anyway.
     sure: bool
 
     @property
@@ -194,7 +194,7 @@ class _Entry:
 
 
 class _View:
-    """What is known of a shard."""
+    """The knowledge of one shard."""
 
     def __init__(self) -> None:
         #: When it was last read, and whether the connection was lost since it was bound.
@@ -202,11 +202,11 @@ class _View:
         self.lost = False
         #: Since when a binding stands, ``None`` while there is none.
         self.bound_at: Optional[float] = None
-        #: The tasks of which a state is known.
+        #: The tasks with a known state.
         self.ids: Set[str] = set()
-        #: Digests of all others that the shard holds states of; ``None`` while it is not live.
+        #: Digests of all other ids with states in the shard; ``None`` while it is not live.
         self.digests: Optional[Digests] = None
-        #: States that were pushed lately while it was not live, with the times.
+        #: States pushed recently while it was not live, with the times.
         self.lately: Deque[Tuple[float, StateMessage]] = collections.deque()
         self.lately_bytes = 0
         #: How many states were pushed since it was last read.
@@ -219,20 +219,20 @@ class _View:
         return self.digests is not None
 
     def note(self, state: StateMessage, now: float) -> None:
-        """Keep what was pushed for a while."""
+        """Keep a pushed state for a while."""
         self.lately.append((now, state))
         self.lately_bytes += len(state.body)
         while self.lately[0][0] < now - SETTLED or self.lately_bytes > MAX_LATELY_BYTES:
             at, oldest = self.lately.popleft()
             self.lately_bytes -= len(oldest.body)
             if self.bound_at is not None and at >= now - SETTLED:
-                # Some of the states that were pushed before are no longer known.
+                # Some of the states pushed before were dropped.
                 self.bound_at = max(self.bound_at, at)
             if not self.lately:
                 break
 
     def clear(self) -> None:
-        """Drop what was pushed lately."""
+        """Drop the recently pushed states."""
         self.lately.clear()
         self.lately_bytes = 0
 
@@ -242,11 +242,11 @@ class _View:
 
 
 class Table:
-    """What this process knows of tasks and shards. Not thread-safe.
+    """A process's knowledge of tasks and shards. Not thread-safe.
 
     Parameters:
         topology: which shard keeps which task.
-        limit: bytes of memory for all that is known.
+        limit: bytes of memory for this knowledge.
     """
 
     def __init__(self, topology: Topology, limit: int) -> None:
@@ -257,15 +257,14 @@ class Table:
         self.connections = 0
         self._opened_at = 0.0
         self._views: Dict[int, _View] = {}
-        #: The tasks that are known, the one that was last read or pushed last.
+        #: The known tasks; the one read or pushed last comes last.
         self._recent: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
         self._recent_bytes = 0
         self._digest_count = 0
         self._sent: BoundedDict[str, None] = BoundedDict(MAX_SENT)
         self._own_read_at: Optional[float] = None
         self._looks: List[Look] = []
-        #: Keys that should be bound; keys that the broker was asked for; keys that stand, with
-        #: the times.
+        #: Keys that should be bound; keys requested from the broker; bound keys, with the times.
         self._wanted: Set[int] = set()
         self._requested: Set[int] = set()
         self._standing: Dict[int, float] = {}
@@ -273,7 +272,7 @@ class Table:
         self._watched: Dict[int, int] = {}
         #: Whether :meth:`actions` has something to do.
         self.restless = False
-        #: When strangers' tasks were looked up lately.
+        #: Times of the latest look-ups of strangers' tasks.
         self._reads: Deque[float] = collections.deque(maxlen=MANY_READS)
         #: How many more states may be pushed before the binding of all shards stops paying.
         self._credit = 0
@@ -316,7 +315,7 @@ class Table:
                 receives later states anyway, and asks the store again later.
 
         Raises:
-            Unread: when the store has to be asked.
+            Unread: when only the store can tell.
         """
         entry = self._recent.get(task_id)
         shard = self._topology.shard(task_id) if entry is None else entry.shard
@@ -355,7 +354,7 @@ class Table:
         self._requested.clear()
         self._standing.clear()
         self.missed = ""
-        # Only what is waited for is bound again at once.
+        # Only shards with waiting clients are bound again at once.
         self._wanted = set(self._watched)
         self.restless = bool(self._wanted)
 
@@ -363,7 +362,7 @@ class Table:
         """This process is about to send a task."""
         again = task_id in self._sent
         self._sent[task_id] = None
-        # The store may hold a state of an id that is not plainly new.
+        # The store may already hold a state of any other id.
         if self.epoch and not again and task_id not in self._recent and _NEW_ID.fullmatch(task_id):
             self._remember(task_id, None, now, now - self._opened_at >= STEADY)
 
@@ -407,7 +406,7 @@ class Table:
             view.note(state, at)
 
     def discard(self, task_id: str) -> None:
-        """Drop what is known of a task, unless its shard is known completely."""
+        """Drop the knowledge of a task, unless its shard is known completely."""
         entry = self._recent.get(task_id)
         if entry is not None and not self._view(entry.shard).live:
             self._take_out(task_id)
@@ -428,7 +427,7 @@ class Table:
     # -- reads ---------------------------------------------------------------------------------
 
     def asked(self, ids: Iterable[str], now: float) -> None:
-        """The states of *ids* are read: count that, and bind what is read often."""
+        """Count reads of *ids*, and bind the shards that are read often."""
         own = False
         shards: Set[int] = set()
         for task_id in ids:
@@ -456,7 +455,7 @@ class Table:
                 self._want(ALL)
 
     def cover(self, ids: Iterable[str]) -> Set[int]:
-        """Want the shards of strangers among *ids* bound; return those that are not yet."""
+        """Request bindings for the strangers among *ids*; return the shards not yet bound."""
         shards = {self._topology.shard(task_id) for task_id in ids if task_id not in self._sent}
         missing = {shard for shard in shards if not self.is_bound(shard)}
         for shard in missing:
@@ -505,7 +504,7 @@ class Table:
                 continue
             if view.steady(now) and now >= view.check_at:
                 look.census.add(shard)
-            # It may not lie in the shard yet, of a quorum queue for one.
+            # The state may not lie in the shard yet, for example in a quorum queue.
             for at, state in view.lately:
                 if at >= now - SETTLED and (state.id in look.ids or shard in look.census):
                     look.pushed.setdefault(state.id, []).append(state)
@@ -524,7 +523,7 @@ class Table:
         Parameters:
             look: what :meth:`begin` returned.
             found: the states that the store holds of each id that could be read.
-            censuses: of shards that were read.
+            censuses: the censuses of the shards that were read.
             now: the time.
             wall: microseconds since 1970.
         """
@@ -544,11 +543,11 @@ class Table:
         view = self._view(self._topology.shard(task_id))
         own = task_id in self._sent
         if not own and (view.bound_at is None or look.began < view.bound_at):
-            # What happens next, or has happened since, would not be pushed.
+            # States since then would not be pushed.
             return
         sure = view.steady(look.began) or (own and look.began - self._opened_at >= STEADY)
         if view.live and not sure:
-            # The view knows better.
+            # The view has newer knowledge.
             return
         entry = self._recent.get(task_id)
         known = []
@@ -557,7 +556,7 @@ class Table:
         self._remember(task_id, fold([*states, *look.pushed.get(task_id, ()), *known]), now, sure)
 
     def _take_census(self, shard: int, look: Look, census: Census, now: float, wall: int) -> None:
-        """Have a view become live, or replace it by what a check has found."""
+        """Make a view live, or replace it by the findings of a check."""
         view = self._view(shard)
         checked = view.digests
         before = {task_id: self._recent[task_id].state for task_id in view.ids}
@@ -567,7 +566,7 @@ class Table:
         for task_id, state in current.items():
             number = number_of(task_id)
             if number in census.digests:
-                # More of it is in a page: only a look-up tells which state counts.
+                # More of its states are in a page: only a look-up tells the current one.
                 self._take_out(task_id)
                 continue
             if (
@@ -595,7 +594,7 @@ class Table:
         for task_id in list(self._view(shard).ids):
             entry = self._recent[task_id]
             if entry.state is None:
-                # The view is going to say so itself.
+                # The live view will contain this task.
                 self._take_out(task_id)
             elif entry.at >= look.began - SETTLED and task_id not in look.forgotten:
                 by_id.setdefault(task_id, []).append(entry.state)
@@ -638,7 +637,7 @@ class Table:
             self._wanted.add(ALL)
 
     def _drop_idle(self, shard: int, view: _View, now: float) -> None:
-        """Want a binding no more that does not pay for itself."""
+        """Stop requesting a binding that does not pay for itself."""
         if ALL in self._standing:
             if self._credit >= 0 or self._watched or now - self._standing[ALL] < LEAST_BOUND:
                 return
@@ -678,7 +677,7 @@ class Table:
             self._drop_oldest_view(now)
 
     def _evict(self) -> None:
-        """Forget the body that was not asked for, and not pushed, for longest."""
+        """Drop the entry that was neither read nor pushed for longest."""
         task_id, entry = next(iter(self._recent.items()))
         self._take_out(task_id)
         view = self._view(entry.shard)
@@ -704,7 +703,7 @@ class Table:
         self._digest_count += len(digests or ())
 
     def _drop_oldest_view(self, now: float) -> None:
-        """Let go of the live view that was not read for longest: the digests are too many."""
+        """Drop the live view that was not read for longest: there are too many digests."""
         live = [view for view in self._views.values() if view.digests]
         if live:
             oldest = min(live, key=lambda view: view.read_at or 0.0)
@@ -712,7 +711,7 @@ class Table:
             oldest.check_at = now + LAST_CHECK
 
     def _end(self, view: _View) -> None:
-        """No binding stands any more: only what this process has sent is still pushed."""
+        """Note that no binding stands: only states of the process's own tasks are still pushed."""
         for task_id in [task_id for task_id in view.ids if task_id not in self._sent]:
             self._take_out(task_id)
         self._set_digests(view, None)

@@ -1,14 +1,14 @@
 """Waiting for tasks in the layout ``per-task``.
 
-On AMQP a follower has a connection with an exclusive queue of its own, bound to the result
-exchange by the key of each task that it follows: what a worker publishes, of Celery 4 or 5, comes
-to the task's queue and to this one, and the former is never consumed. A task is read once after
-its binding stands, so that no state falls in between. celery-node and gocelery publish to the
-task's queue alone: the follower looks into the queues of tasks of which nothing was pushed, a few
-at a time, for a tenth of the time at most.
+On AMQP a follower has a connection with an exclusive queue of its own, bound to the result exchange
+by the key of each task that it follows. A state published by a Celery 4 or 5 worker goes to the
+task's queue and to this one; the task's queue is never consumed. A task is read once after its
+binding stands, so that no state falls in between. celery-node and gocelery publish to the task's
+queue alone. So the follower also looks into the queues of tasks without pushed states, a few at a
+time, for a tenth of the time at most.
 
-On the other transports the queues are read again and again, at an interval that grows with the
-time waited. What is published in the same process, as with ``memory://``, ends the pause.
+On the other transports the queues are read again and again, at an interval that grows with the time
+waited. A state published in the same process, as with ``memory://``, ends the pause.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 #: Seconds between heartbeats on the connection of a follower.
 HEARTBEAT = 15.0
 
-#: A follower that has so many bindings of tasks that have ended starts with a new queue.
+#: A follower starts with a new queue at this number of bindings of ended tasks.
 MAX_STALE = 1000
 
 #: Pauses between two looks, in seconds: a share of the time waited so far, within limits.
@@ -61,12 +61,12 @@ SHORTEST_PROBE_PAUSE = 0.05
 LONGEST_PAUSE = 0.5
 PAUSE_SHARE = 0.1
 
-#: Queues that a follower to which states are pushed looks into at once.
+#: How many queues a follower that receives pushed states looks into at once.
 PROBES = 50
 
 
 class Queues(Protocol):
-    """What a follower needs of the layout: it reads the queues of tasks."""
+    """The part of the layout that a follower needs: it reads the queues of tasks."""
 
     sessions: transports.Sessions
     connector: connections.Connector
@@ -83,7 +83,7 @@ class Queues(Protocol):
     def read(
         self, ids: Collection[str], *, settle: bool, deadline: Optional[float]
     ) -> Dict[str, Optional[StateMessage]]:
-        """Return the present state of each of *ids*, or ``None`` where nothing is known."""
+        """Return the current state of each of *ids*, or ``None`` where nothing is known."""
 
     def state_of(self, message: kombu.Message) -> StateMessage:
         """Return the state that *message* holds, decoded."""
@@ -103,11 +103,11 @@ def _key(state: StateMessage) -> Tuple[str, int]:
 
 
 class _Follower:
-    """What both kinds of followers do. For one thread, and to be closed at the end."""
+    """The common part of both kinds of followers. For one thread; must be closed at the end."""
 
     def __init__(self, layout: Queues) -> None:
         self._layout = layout
-        #: The tasks that have not ended, each with the state that counts so far.
+        #: The tasks that have not ended, each with its current state so far.
         self.pending: Dict[str, Optional[StateMessage]] = {}
         # States carry no time and no id: one with the same name and body is the same.
         self._seen: Dict[str, Set[Tuple[str, int]]] = {}
@@ -124,24 +124,24 @@ class _Follower:
             self.pending.setdefault(task_id, None)
 
     def discard(self, task_id: str) -> None:
-        """Follow *task_id* no more."""
+        """Stop following *task_id*."""
         self.pending.pop(task_id, None)
         self._seen.pop(task_id, None)
 
     def close(self) -> None:
-        """Follow nothing any more."""
+        """Stop following all tasks."""
         self.pending.clear()
         self._seen.clear()
 
     def _read(self, ids: Iterable[str], deadline: Optional[float]) -> List[Update]:
-        """Read the queues of *ids* and return what is new."""
+        """Read the queues of *ids* and return the updates."""
         if self._layout.closed:
             raise errors.BackendUnavailable("the result backend was closed while waiting")
         found = self._layout.read(list(ids), settle=False, deadline=deadline)
         return self._news([state for state in found.values() if state is not None])
 
     def _news(self, states: Iterable[StateMessage]) -> List[Update]:
-        """Return what is new in *states*, which are in the order in which they were received."""
+        """Return the updates in *states*, which are in the order in which they were received."""
         news: Dict[str, List[StateMessage]] = {}
         for state in states:
             if state.id not in self.pending:
@@ -177,7 +177,7 @@ class PollingFollower(_Follower):
 
     @classmethod
     def wake_all(cls) -> None:
-        """Have every follower in the process read its queues: there is something new in one."""
+        """Make every follower in the process read its queues, since one has a new state."""
         for follower in list(cls._all):
             follower._due = 0.0
             follower._event.set()
@@ -189,15 +189,15 @@ class PollingFollower(_Follower):
         self._due = 0.0
 
     def poke(self) -> None:
-        """Have :meth:`step` return soon. May be called by any thread."""
+        """Make :meth:`step` return soon. May be called by any thread."""
         self._event.set()
 
     def pause(self, seconds: float) -> None:
-        """Wait for *seconds*, or until there is something to do."""
+        """Wait for *seconds*, or until poked."""
         self._event.wait(seconds)
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait at most *pause* seconds for something new and return it.
+        """Wait at most *pause* seconds for updates and return them.
 
         Parameters:
             deadline: time (``time.monotonic``) after which connecting is given up.
@@ -226,10 +226,10 @@ class PollingFollower(_Follower):
 
 
 class PushFollower(_Follower):
-    """Follows tasks by a queue of its own that gets their states as well.
+    """Follows tasks by a queue of its own that receives their states as well.
 
-    The connection is opened when the first task turns out not to have ended already, and is
-    closed at the end.
+    The connection is opened when the first task turns out not to have ended already, and is closed
+    at the end.
     """
 
     def __init__(self, layout: Queues) -> None:
@@ -243,7 +243,7 @@ class PushFollower(_Follower):
         self._stale = 0
         self._looked_at: Set[str] = set()
         self._arrived: List[StateMessage] = []
-        #: Tasks whose queues have to be looked into, in turn, and when that is due.
+        #: Tasks whose queues must be checked, in turn, and when that is due.
         self._unpushed: Deque[str] = collections.deque()
         self._probe_at = 0.0
         self._probing: Any = None
@@ -258,18 +258,19 @@ class PushFollower(_Follower):
         self._ringer.setblocking(False)
 
     def discard(self, task_id: str) -> None:
-        """Follow *task_id* no more."""
+        """Stop following *task_id*."""
         super().discard(task_id)
         self._looked_at.discard(task_id)
         if task_id in self._covered:
             self._covered.discard(task_id)
-            # Unbinding takes as long as binding; deleting the queue at the end takes all with it.
+            # Unbinding takes as long as binding; deleting the queue at the end removes all
+            # bindings.
             self._stale += 1
             if self._stale > MAX_STALE:
                 self._drop()
 
     def close(self) -> None:
-        """Follow nothing any more, and close the connection."""
+        """Stop following all tasks, and close the connection."""
         self._covered.clear()
         super().close()
         link, self._link, self._channel = self._link, None, None
@@ -280,16 +281,16 @@ class PushFollower(_Follower):
         self._ringer.close()
 
     def poke(self) -> None:
-        """Have :meth:`step` return soon. May be called by any thread."""
+        """Make :meth:`step` return soon. May be called by any thread."""
         with contextlib.suppress(OSError):
             self._ringer.send(b"!")
 
     def pause(self, seconds: float) -> None:
-        """Wait for *seconds*, or until there is something to do."""
+        """Wait for *seconds*, or until poked or pushed to."""
         self._wait(time.monotonic() + seconds, None)
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait at most *pause* seconds for something new and return it.
+        """Wait at most *pause* seconds for updates and return them.
 
         Parameters:
             deadline: time (``time.monotonic``) after which connecting is given up.
@@ -309,7 +310,7 @@ class PushFollower(_Follower):
                     return updates
             new = self.pending.keys() - self._looked_at
             if new:
-                # What has ended needs no binding.
+                # An ended task needs no binding.
                 self._looked_at |= new
                 updates = self._read(new, deadline)
                 if updates:
@@ -344,17 +345,17 @@ class PushFollower(_Follower):
         return []
 
     def _read(self, ids: Iterable[str], deadline: Optional[float]) -> List[Update]:
-        """Read the queues of *ids* and return what is new, together with what was pushed of them.
+        """Read the queues of *ids* and return the updates, together with pushed states.
 
-        What a queue holds may have been published after states that were pushed and not received
-        yet: handed out behind it, they would make a task go back.
+        A state in a queue may be newer than pushed states that have not been received yet. If those
+        came after it, a task would seem to go backwards.
         """
         if self._link is None:
             return super()._read(ids, deadline)
         if self._layout.closed:
             raise errors.BackendUnavailable("the result backend was closed while waiting")
         found = self._layout.read(list(ids), settle=False, deadline=deadline)
-        # All that was pushed before comes before the answer to this.
+        # The answer to this comes after all states pushed before.
         self._channel.queue_declare(self._queue, passive=True)
         arrived, self._arrived = self._arrived, []
         states: List[StateMessage] = []
@@ -363,7 +364,7 @@ class PushFollower(_Follower):
             if state is not None:
                 keys = [_key(each) for each in pushed]
                 if _key(state) in keys:
-                    # What was pushed before that is older.
+                    # Pushed states up to this one are older.
                     newer = len(keys) - keys[::-1].index(_key(state))
                     pushed = pushed[newer:]
                 states.append(state)
@@ -372,7 +373,7 @@ class PushFollower(_Follower):
         return self._news(states)
 
     def _probe(self, link: connections.Link, deadline: Optional[float]) -> List[Update]:
-        """Read those queues of tasks of which nothing was pushed that have something."""
+        """Read the non-empty queues among tasks without pushed states."""
         begun = time.monotonic()
         filled = []
         for _ in range(min(PROBES, len(self._unpushed))):
@@ -394,7 +395,7 @@ class PushFollower(_Follower):
         if self._probing is None:
             self._probing = link.amqp.channel()
         try:
-            # Without such a queue the broker closes the channel, and py-amqp opens it again.
+            # If the queue does not exist the broker closes the channel, and py-amqp reopens it.
             found = self._probing.queue_declare(self._layout.rkey(task_id), passive=True)
         except amqp_errors.NotFound:
             return False
@@ -409,7 +410,7 @@ class PushFollower(_Follower):
             link.drop()
 
     def _cover(self, deadline: Optional[float]) -> List[Update]:
-        """Bind what is not bound, and read it once more."""
+        """Bind the tasks without a binding, and read them once more."""
         new = [task_id for task_id in self.pending if task_id not in self._covered]
         if not new:
             return []
@@ -440,13 +441,14 @@ class PushFollower(_Follower):
         try:
             self._arrived.append(self._layout.state_of(message))
         except (ContentDisallowed, errors.ForeignMessage) as exc:
-            # Raised where somebody waits, not in the middle of reading the connection.
+            # An error here is raised to the waiting caller, and not while the connection is being
+            # read.
             key = message.delivery_info.get("routing_key")
             if any(self._layout.rkey(task_id) == key for task_id in self.pending):
                 self._failure = exc
 
     def _receive(self, link: connections.Link, until: float) -> List[Update]:
-        """Wait for pushes until *until*, or until something else is to be done."""
+        """Wait for pushes until *until*, or until other work is due."""
         if not self._arrived and self._failure is None:
             link.tick()
             probe_at = self._probe_at if self._unpushed else until
@@ -461,7 +463,7 @@ class PushFollower(_Follower):
         arrived, self._arrived = self._arrived, []
         pushed = {state.id for state in arrived}
         if not pushed.isdisjoint(self._unpushed):
-            # Its writer publishes to the exchange, and so will go on to.
+            # Its writer publishes to the exchange, and so will later states.
             self._unpushed = collections.deque(i for i in self._unpushed if i not in pushed)
         return self._news(arrived)
 

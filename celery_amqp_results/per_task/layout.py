@@ -1,48 +1,48 @@
 """The layout ``per-task``: one queue for each task, declared and written exactly as Celery 4 did.
 
-Celery 4 and 5 can so share a broker while a fleet is moved from one to the other, and results can
-be kept on every transport of kombu. What is declared and published is described in
-``docs/wire.md``; what differs from Celery 4 is how it is read.
+So Celery 4 and 5 can share a broker while a fleet moves from one to the other, and results can be
+kept on every transport of kombu. ``docs/wire.md`` describes all declarations and messages; only the
+way of reading differs from Celery 4.
 
 **Reading without taking away.** A message can only be read by taking it out of its queue. Celery 4
-took it with ``basic.get`` and put it back, so that a second reader, in between, saw no message and
-said PENDING. Here:
+took it with ``basic.get`` and put it back. A second reader in between saw no message and reported
+PENDING. Here:
 
-- A reader puts a message back as soon as it has it, before it decodes anything, where it is the
-  only one in the queue. The queue then looks empty for about one round trip.
-- A reader that finds a queue that *exists* but holds nothing looks again, in short pauses of
-  random length, for :data:`SETTLE_SECONDS`, before it says PENDING. Nobody here declares a queue
-  without publishing to it, so this is rare: either somebody is reading at the same moment, or a
-  process of Celery 4 has asked for a task that has not stored anything, or is waiting for it. The
-  broker does not tell these apart: it counts the messages that can be had, and the consumers of a
-  queue, among which a quorum queue counts readers. A process that has found a queue empty for so
-  long looks only briefly the next time. That a queue does not exist is the usual way to learn
-  that nothing is known of a task; polling therefore declares nothing.
+- A reader puts a message back at once, before it decodes anything, if it is the only one in the
+  queue. The queue then looks empty for about one round trip.
+- A reader that finds a queue that *exists* but holds nothing looks again, in short pauses of random
+  length, for :data:`SETTLE_SECONDS`, before it reports PENDING. This is rare, since a queue is only
+  declared to publish to it. Either another reader holds the message at the moment, or a process of
+  Celery 4 has asked for, or waits for, a task without a stored result. The broker does not
+  distinguish these cases: it counts the ready messages and the consumers of a queue, and a quorum
+  queue counts readers as consumers. After finding a queue empty for that time, a process looks only
+  briefly the next time. Usually a missing queue says that nothing is known of a task; polling
+  therefore declares nothing.
 - The threads of one process read one queue one after the other.
-- Readers never consume: the queue of Celery 4 is deleted with its last consumer, and the result
-  in it. A Celery 4 process that waits does consume, and so takes the result away.
+- Readers never consume: the queue of Celery 4 is deleted with its last consumer, and the result in
+  it. A Celery 4 process that waits does consume, and so takes the result away.
 
-A reader that dies holding a message leaves it to the broker, which puts it back. One that is
-stopped while it holds a message keeps it until its heartbeats are missed (ten seconds or so):
-others can then see PENDING, as the queue tells them nothing more.
+The broker puts back the message of a reader that dies. A reader that is stopped while it holds a
+message keeps it until its heartbeats are missed (ten seconds or so). Until then others can report
+PENDING, as the queue tells them nothing more.
 
 **Quorum queues** (the broker's default type, where ``auto_delete`` is off) count how often a
-message was put back, and drop it at a limit, which is 20 since RabbitMQ 4.0. They show the count
-to the reader, and a reader who sees one publishes a copy, waits until the broker has it, and
-acknowledges the original, which starts the count anew. A reader in between sees the state twice,
-and one that dies there leaves it twice; either is folded by the next one.
+message was put back, and drop it at a limit, which is 20 since RabbitMQ 4.0. They show the count to
+the reader. A reader that sees a count publishes a copy, waits for the confirm, and acknowledges the
+original, which resets the count. A reader in between sees the state twice, and one that dies there
+leaves it twice; the next reader merges the two.
 
-**State history** is fast-forwarded: a reader acknowledges every state that a later one
-supersedes, and puts back one. Messages of Celery 4 carry no time, so that the order in the queue
-is the order of the states.
+**State history** is compacted: a reader acknowledges every state that a later one supersedes, and
+puts back one. Messages of Celery 4 carry no time, so the order in the queue is the order of the
+states.
 
 **Transient results** (``result_persistent = False``) made Celery 4 declare a transient queue.
 RabbitMQ has deprecated these, and refuses them where they are not permitted: the queue is then
-durable, and only the messages are transient. A broker that permits them gets what Celery 4
-declares, since the two must agree on the queue. Where a queue exists that differs, by another
-``result_expires`` or another ``result_persistent``, it is used as it is.
+durable, and only the messages are transient. A broker that permits them gets Celery 4's
+declarations, since the two must agree on the queue. An existing queue that differs, by another
+``result_expires`` or another ``result_persistent``, is used as it is.
 
-On the transports other than AMQP everything depends on what these offer. ``memory://`` is exact:
+The guarantees on other transports depend on the transport. ``memory://`` is exact:
 all its users are in the process. With others, such as ``filesystem://``, a process that is killed
 while it holds a message loses it, unless the transport restores it; and nothing expires. kombu
 writes its files in more than one step, and names those of one millisecond in no order: a reader in
@@ -104,32 +104,32 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-#: Seconds between heartbeats: a process that is stopped while it holds a message, and does not
-#: answer, loses it to the others after two to three times that.
+#: Seconds between heartbeats: a stopped process that holds a message loses it to the others after
+#: two to three times that.
 HEARTBEAT = 5.0
 
-#: A queue may hold this many states; one more is too much to fast-forward.
+#: A queue may hold this many states; with more, the read fails.
 BACKLOG_LIMIT = 1000
 
-#: For how long a queue that exists but looks empty is looked at again, in seconds. Too short, and a
-#: finished task seems to be pending: eight processes that did nothing but read one result, on two
-#: busy cores, found it within 0.44, so that this leaves more than four times the worst case seen.
-#: Too long, and the answer comes late for a task that is pending: so long takes the first look of
-#: a process at a task of which Celery 4 has declared the queue and nothing is stored.
+#: How long a queue that exists but looks empty is looked at again, in seconds. If this is too
+#: short, a finished task seems to be pending: eight processes that did nothing but read one result,
+#: on two busy cores, found it within 0.44 s, so this leaves more than four times the worst case
+#: seen. If it is too long, the answer for a pending task comes late: a process waits this long at
+#: its first look at a task whose queue Celery 4 has declared and that has no stored result.
 SETTLE_SECONDS = 2.0
-#: The same where the queue was found to be empty before.
+#: The same, if the queue was found to be empty before.
 AGAIN_SETTLE_SECONDS = 0.05
-#: So many warnings are remembered, and given only once.
+#: The number of warnings that are remembered, to log each only once.
 MAX_TOLD = 100
-#: So many queues are remembered as empty.
+#: The number of queues that are remembered as empty.
 MAX_EMPTY = 10_000
-#: The same on a transport that does not tell whether a queue exists: there every look at a task
-#: that is pending takes that long.
+#: The same on a transport that cannot tell whether a queue exists: there every look at a pending
+#: task takes this long.
 BLIND_SETTLE_SECONDS = 0.1
 #: The longest pause between two looks, in seconds.
 SETTLE_PAUSE = 0.005
 
-#: What of a result's meta is written, and ``result_extended`` writes in addition.
+#: The fields of a result's meta that are written, and those that ``result_extended`` adds.
 FIELDS = ("task_id", "status", "result", "traceback", "children")
 EXTENDED_FIELDS = ("name", "args", "kwargs", "worker", "retries", "queue")
 #: The same of a saved group, which Celery 4 could not save.
@@ -138,10 +138,10 @@ GROUP_FIELDS = ("status", "result", "group_id")
 #: The state in the meta of a saved group.
 GROUP_STATE = "GROUP"
 
-#: A final state that a quorum queue says was put back so often is published anew.
+#: A quorum queue's return count at which a final state is published anew.
 MAX_RETURNS_FINAL = 1
-#: The same for a state that is not final. What is published anew goes to the end of the queue,
-#: where it could come behind a newer one that is not final either: so, seldom.
+#: The same for a state that is not final. The copy goes to the end of the queue, possibly behind a
+#: newer state that is not final either, so this is done rarely.
 MAX_RETURNS = 10
 
 #: Headers with which quorum queues count; a copy starts without.
@@ -149,14 +149,14 @@ COUNT_HEADERS = ("x-delivery-count", "x-acquired-count")
 
 
 class NoCacheQueue(kombu.Queue):
-    """A queue that is declared each time: it may have expired, or gone with its consumer."""
+    """A queue that is declared at every use: it may have expired, or gone with its consumer."""
 
     can_cache_declaration = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """What Celery 4 declares and publishes, as it follows from the settings."""
+    """Celery 4's declarations and messages, as they follow from the settings."""
 
     #: The setting ``result_exchange``.
     exchange: str = "celeryresults"
@@ -166,7 +166,7 @@ class Wire:
     persistent: bool = True
     #: Whether a queue is deleted with its last consumer.
     auto_delete: bool = True
-    #: Seconds after which the broker deletes a queue that nobody uses, or ``None``.
+    #: Seconds without use after which the broker deletes a queue, or ``None``.
     expires: Optional[float] = None
     #: The setting ``result_extended``.
     extended: bool = False
@@ -195,7 +195,7 @@ class Wire:
         """Return the queue of *task_id*, not bound to a channel.
 
         Parameters:
-            **changes: arguments of ``kombu.Queue`` that are to differ.
+            **changes: arguments of ``kombu.Queue`` to override.
         """
         name = self.rkey(task_id)
         arguments: Dict[str, Any] = {
@@ -207,7 +207,7 @@ class Wire:
         return NoCacheQueue(name, self.exchange_entity(), name, **arguments)
 
     def shape(self, result_meta: Mapping[str, Any]) -> Dict[str, Any]:
-        """Return what is written of *result_meta*, in the order in which Celery 4 writes it."""
+        """Return the written fields of *result_meta*, in Celery 4's order."""
         if result_meta.get("status") == GROUP_STATE and "group_id" in result_meta:
             fields: Tuple[str, ...] = GROUP_FIELDS
         elif self.extended:
@@ -218,13 +218,13 @@ class Wire:
 
 
 class _Locks:
-    """A lock for each name, while it is in use."""
+    """A lock for each name in use."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all: after a fork, those who hold one are not in this process."""
+        """Forget all locks: after a fork, their holders are not in this process."""
         self._guard = threading.Lock()
         self._entries: Dict[str, List[Any]] = {}
 
@@ -255,13 +255,13 @@ class _Locks:
                     self._entries.pop(name, None)
 
 
-#: By queue name. One for the process: two apps in it may read the same queue, as a test and the
-#: worker that it runs in a thread do.
+#: By queue name. Per process, since two apps in it may read the same queue, for example a test and
+#: the worker that it runs in a thread.
 _locks = _Locks()
 os.register_at_fork(after_in_child=_locks.reset)
 
 
-#: What is wrong with the content of a queue.
+#: Errors about the content of a queue.
 _FINDINGS = (ContentDisallowed, errors.BacklogLimitExceeded, errors.ForeignMessage)
 
 
@@ -274,17 +274,17 @@ class PerTaskLayout:
 
     Parameters:
         sessions: channels to the broker.
-        connector: opens the connections of those who wait, where the broker speaks AMQP.
-        wire: what is declared and published.
+        connector: opens the connections of waiting clients, where the broker speaks AMQP.
+        wire: the declarations and messages.
         codec: decodes metas.
         settings: the backend's options.
-        backlog_limit: how many states of one task are fast-forwarded.
+        backlog_limit: how many states of one task may be skipped.
 
-    Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and let
-    go of this one untouched.
+    Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and never
+    use this one again.
     """
 
-    #: Celery's task that polls ends chords: other transports cannot lock a queue.
+    #: Celery's polling task completes chords: other transports cannot lock a queue.
     chords: Optional[Chords] = None
 
     def __init__(
@@ -304,18 +304,18 @@ class PerTaskLayout:
         self._codec = codec
         self._settings = settings
         self._pid = os.getpid()
-        # Messages carry no time: the order in which they are received stands for it.
+        # Messages carry no time, so the order in which they are received is used instead.
         self._received = itertools.count(1)
         self._exchange_declared = False
         self._transient_queues = not wire.persistent
         self._told: Set[str] = set()
-        #: Messages that are damaged or not ours, as often as they were met.
+        #: Damaged or foreign messages, counted at each encounter.
         self.rejected = 0
         self._guard = threading.Lock()
         self._followers: Set[PushFollower] = set()
         self._stored = 0
         self._published_bytes = 0
-        #: Queues that exist but were found to be empty, for as long as we looked.
+        #: Queues that exist but stayed empty as long as the process looked.
         self._empty: collections.OrderedDict[str, None] = collections.OrderedDict()
 
     @property
@@ -330,11 +330,11 @@ class PerTaskLayout:
     # -- what is written -----------------------------------------------------------------------
 
     def shape(self, result_meta: Mapping[str, Any]) -> Dict[str, Any]:
-        """Return what is written of a meta."""
+        """Return the fields of a meta that are written."""
         return self.wire.shape(result_meta)
 
     def note_sent(self, task_id: str) -> None:
-        """Do nothing: the queue is declared by the one who has a state to put there."""
+        """Do nothing: the process that stores a state declares the queue."""
 
     def mark_sent(self, connection: Any, sent: StateMessage) -> None:
         """Do nothing: a task's queue has no place for marks."""
@@ -347,7 +347,7 @@ class PerTaskLayout:
         return None
 
     def kept(self, task_id: str) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task, whatever was pushed of it."""
+        """Return the state that the broker keeps of a task, regardless of pushed states."""
         return self.poll((task_id,))[task_id]
 
     def detach(self, state: StateMessage) -> StateMessage:
@@ -355,7 +355,7 @@ class PerTaskLayout:
         return state
 
     def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
-        """Return *pointer*, which is none."""
+        """Return *pointer*: this layout has no pointers."""
         return pointer
 
     def publish_part(self, part: StateMessage, group_id: str) -> None:
@@ -369,10 +369,10 @@ class PerTaskLayout:
         final: bool,
         part: Optional[StateMessage] = None,
     ) -> None:
-        """Publish a state, and return when the broker has it.
+        """Publish a state, and return when the broker has confirmed it.
 
-        States that are not final are waited for as well: two states of a task must not overtake
-        each other, as Celery 4 takes the last one for the present one.
+        This also waits for states that are not final: two states of a task must not overtake each
+        other, as Celery 4 uses the last one as the current one.
 
         Raises:
             BackendUnavailable: when the broker cannot be reached, or does not confirm it.
@@ -385,7 +385,7 @@ class PerTaskLayout:
             self._published_bytes += len(state.body)
 
     def metrics(self) -> Metrics:
-        """Return what was done so far. Does no I/O; less is counted than in the layout shared."""
+        """Return the counts so far. Does no I/O; this counts less than the layout ``shared``."""
         with self._guard:
             return Metrics(
                 stored=self._stored,
@@ -395,7 +395,7 @@ class PerTaskLayout:
             )
 
     def save_group(self, group: StateMessage) -> None:
-        """Keep a group, in a queue that is named after it as a task's is."""
+        """Keep a group, in a queue that is named like a task's."""
         self._put(group)
 
     def _put(self, state: StateMessage) -> None:
@@ -415,8 +415,8 @@ class PerTaskLayout:
                 correlation_id=state.id,
             )
 
-        # Elsewhere than on AMQP a message that is put back goes to the end of its queue, and must
-        # not come behind one that is newer.
+        # On other transports a message that is put back goes to the end of its queue, and must not
+        # end up behind a newer one.
         order = contextlib.nullcontext() if self.sessions.amqp else self._hold(name)
         with order:
             self._run(f"the {state.state} of {state.id} cannot be stored", put)
@@ -442,8 +442,8 @@ class PerTaskLayout:
         if self._settings.confirm:
             channel.basic_publish = channel.basic_publish_confirm
         try:
-            # Mandatory: the queue goes with a consumer of Celery 4 that ends between our
-            # declaration and now.
+            # Mandatory: the queue may go with a consumer of Celery 4 that ends after our
+            # declaration.
             producer.publish(body, exchange=exchange, mandatory=True, **properties)
         except amqp_errors.PreconditionFailed as exc:
             raise errors.ResultTooLarge(
@@ -532,22 +532,22 @@ class PerTaskLayout:
     def poll(
         self, ids: Collection[str], backlog_limit: Optional[int] = None
     ) -> Dict[str, Optional[StateMessage]]:
-        """Return the present state of each of *ids*, or ``None`` where nothing is known.
+        """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
         Parameters:
             ids: the tasks.
-            backlog_limit: how many states of one task are fast-forwarded, the layout's own limit
-                by default.
+            backlog_limit: how many states of one task may be skipped, the layout's own limit by
+                default.
 
         Raises:
-            BacklogLimitExceeded: when a queue holds more states. Those that were read are
-                fast-forwarded, so that asking again gets further.
+            BacklogLimitExceeded: when a queue holds more states. The states already read are
+                skipped, so that a retry gets further.
             LookupTimeout: when another thread reads a queue for too long.
             BackendUnavailable: when the broker cannot be reached or refuses us.
             kombu.exceptions.ContentDisallowed: when a state is of a content type that is not
-                accepted. It is left where it is.
-            ForeignMessage: when a queue holds a message that is damaged, or no state. It is left
-                where it is.
+                accepted. It stays in its queue.
+            ForeignMessage: when a queue holds a message that is damaged, or not a state. It stays
+                in its queue.
         """
         return self.read(ids, backlog_limit=backlog_limit)
 
@@ -559,13 +559,13 @@ class PerTaskLayout:
         backlog_limit: Optional[int] = None,
         deadline: Optional[float] = None,
     ) -> Dict[str, Optional[StateMessage]]:
-        """Return the present state of each of *ids*, see :meth:`poll`.
+        """Return the current state of each of *ids*, see :meth:`poll`.
 
         Parameters:
             kind: :data:`~celery_amqp_results.protocol.message.STATE` or
                 :data:`~celery_amqp_results.protocol.message.GROUP`.
-            settle: whether to look again where a queue exists but is empty. Not needed by
-                somebody who will ask again anyway.
+            settle: whether to look again where a queue exists but is empty. A caller that polls
+                repeatedly does not need that.
             deadline: time (``time.monotonic``) after which connecting is given up.
         """
         limit = self.backlog_limit if backlog_limit is None else backlog_limit
@@ -579,7 +579,7 @@ class PerTaskLayout:
                     with self._hold(self.wire.rkey(task_id)):
                         found[task_id] = self._read_one(session, task_id, kind, settle, limit)
                 except _FINDINGS as exc:
-                    # Nothing is wrong with the connection.
+                    # The error is not about the connection.
                     return exc
             return None
 
@@ -601,7 +601,7 @@ class PerTaskLayout:
         while True:
             try:
                 if self.sessions.local:
-                    # Getting from a queue that is not there would make one.
+                    # In memory:// a basic.get from a missing queue would create it.
                     queue(session.channel).queue_declare(passive=True)
                 reader = _Reader(self, session, queue, task_id, kind, limit)
                 state = reader.read()
@@ -630,7 +630,7 @@ class PerTaskLayout:
         return (amqp_errors.ChannelError,)
 
     def received_again(self, state: StateMessage) -> StateMessage:
-        """Return *state* as if it was received now: what was read meanwhile is older."""
+        """Return *state* as received now: all states read meanwhile are older."""
         return dataclasses.replace(state, published=next(self._received))
 
     def state_of(self, message: kombu.Message) -> StateMessage:
@@ -638,11 +638,11 @@ class PerTaskLayout:
 
         Raises:
             kombu.exceptions.ContentDisallowed: when its content type is not accepted.
-            ForeignMessage: when it is damaged, or no state.
+            ForeignMessage: when it is damaged, or not a state.
         """
         body = message.body
         bare = StateMessage(
-            # Not known before it is decoded.
+            # Unknown before decoding.
             "",
             "message",
             next(self._received),
@@ -669,7 +669,7 @@ class PerTaskLayout:
         ):
             message.requeue()
             return
-        # A quorum queue, which drops what is put back too often.
+        # A quorum queue, which drops messages that are put back too often.
         properties = {
             name: value
             for name, value in message.properties.items()
@@ -687,14 +687,14 @@ class PerTaskLayout:
             headers=headers,
             **properties,
         )
-        # Where no queue took the copy, the queue is gone, and so is the original.
+        # If no queue took the copy, the queue is gone, and so is the original.
         message.ack()
 
     def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
-        """Return a follower of no tasks yet.
+        """Return a follower without tasks.
 
         Parameters:
-            submit: not used; queues are read by the thread that follows.
+            submit: not used; the following thread reads queues itself.
         """
         if not self.sessions.amqp:
             return PollingFollower(self)
@@ -704,7 +704,7 @@ class PerTaskLayout:
         return follower
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
-        """Raise: here a state is published by the key of its task, and to no other.
+        """Raise: this layout publishes states only by the key of their task.
 
         Raises:
             Unsupported: always.
@@ -764,7 +764,7 @@ class PerTaskLayout:
         operation: Callable[[transports.Session], _T],
         deadline: Optional[float] = None,
     ) -> _T:
-        """Do something with a channel, trying again as the retry policy says.
+        """Run an operation with a channel, and retry as the policy says.
 
         Raises:
             BackendUnavailable: when the broker cannot be reached, or refuses us.
@@ -792,10 +792,10 @@ class PerTaskLayout:
                 time.sleep(connections.time_left(deadline, pause))
 
     def flush(self) -> None:
-        """Do nothing: whatever is published is waited for."""
+        """Do nothing: every publish waits for its confirm."""
 
     def close(self, wait: bool = True) -> None:
-        """Close all connections; whoever waits gets an error."""
+        """Close all connections; waiting calls raise an error."""
         if self._pid != os.getpid():
             # Forked: the connections are the parent's.
             return
@@ -832,17 +832,17 @@ class _Reader:
         self._task_id = task_id
         self._kind = kind
         self._limit = limit
-        #: Messages about something else: two ids can differ in dashes only.
+        #: Messages about other ids: two ids can differ in dashes only.
         self.others: List[kombu.Message] = []
 
     def read(self) -> Optional[StateMessage]:
-        """Take all states, put the one that counts back, and return it."""
+        """Take all states, put back the current one, and return it."""
         layout = self._layout
         message = self._queue.get(no_ack=False)
         if message is None:
             return None
         if message.delivery_info.get("message_count") == 0 and not returns_of(message):
-            # Alone in its queue: others need not wait until it is decoded.
+            # Alone in its queue: other readers need not wait for the decoding.
             message.requeue()
             try:
                 state = layout.state_of(message)
@@ -864,7 +864,7 @@ class _Reader:
                 try:
                     found = layout.state_of(message)
                 except (ContentDisallowed, errors.ForeignMessage) as exc:
-                    # It stays where it is, and must not hide a good one behind it.
+                    # It stays in the queue, and must not hide a good one behind it.
                     layout.note_damage(self._queue.name, exc)
                     damage = exc
                     if len(self.others) > self._limit:
@@ -877,7 +877,7 @@ class _Reader:
                     if old is not None:
                         old.ack()
                     count += 1
-                    # Where what is put back goes to the end, it has to be the last one.
+                    # On transports that put back at the end, the current state must be last.
                     if count > self._limit and layout.sessions.amqp:
                         break
                 message = self._queue.get(no_ack=False)
@@ -892,7 +892,7 @@ class _Reader:
                 "asking again goes on with the rest"
             )
         if damage is not None and (current is None or not is_final(current.state)):
-            # It may be the end of the task, which would seem to run for ever.
+            # It may be the final state, and the task would seem to run for ever.
             raise damage
         return current
 

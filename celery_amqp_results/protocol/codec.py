@@ -17,7 +17,7 @@ from celery_amqp_results.protocol.message import STATE, StateMessage
 
 __all__ = ("Codec",)
 
-#: What of a meta are ids.
+#: The fields of a meta that are ids.
 ID_FIELDS = ("task_id", "parent_id", "group_id")
 
 
@@ -28,7 +28,7 @@ class Codec:
         serializer: kombu's name of the serializer to write with.
         accept: content types that may be read.
         compression: kombu's name of the compression to write with, or ``None``.
-        max_decompressed: bytes that a compressed body may have when it is decompressed.
+        max_decompressed: the most bytes of a compressed body after decompression.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Codec:
 
         Raises:
             kombu.exceptions.EncodeError: when the serializer cannot encode it.
-            ResultTooLarge: when it is to be compressed, and nobody would decompress so much.
+            ResultTooLarge: when a body to compress is larger than readers would decompress.
         """
         content_type, content_encoding, payload = serialization.dumps(
             meta, serializer=self.serializer
@@ -71,7 +71,7 @@ class Codec:
 
         Raises:
             kombu.exceptions.ContentDisallowed: when its content type is not accepted.
-            ForeignMessage: when the body is damaged, or is no meta.
+            ForeignMessage: when the body is damaged, or is not a meta.
         """
         if message.decoded is not None:
             return dict(message.decoded)
@@ -89,19 +89,25 @@ class Codec:
         except serialization.ContentDisallowed:
             raise
         except Exception as exc:
-            # Whatever the serializer or the decompressor raises on a damaged body.
+            # The serializer or the decompressor may raise anything on a damaged body.
             raise errors.ForeignMessage(
                 f"the {message.state} of {message.id!r} cannot be decoded: {exc!r:.300}"
             ) from exc
         if not isinstance(meta, dict) or "status" not in meta or "result" not in meta:
-            # Of a pickle, repr() may be anybody's; and it is as long as the value.
+            # repr() of an unpickled object may run foreign code, and is as long as the value.
             raise errors.ForeignMessage(
                 f"the {message.state} of {message.id!r} decodes to no meta: {reprlib.repr(meta)}"
             )
         for name in ID_FIELDS:
-            # Some serializers make a UUID of every text that looks like one.
+            # Some serializers turn every text that looks like a UUID into one.
             if isinstance(meta.get(name), uuid.UUID):
                 meta[name] = id_text(meta[name])
+        if isinstance(meta["status"], (list, dict)):
+            # Celery looks states up in sets, where such a value raises a TypeError.
+            raise errors.ForeignMessage(
+                f"the {message.state} of {message.id!r} names no state: "
+                f"{reprlib.repr(meta['status'])}"
+            )
         if message.kind == STATE and message.id:
             said = state_name(meta["status"]), meta.get("task_id", message.id)
             if said != (message.state, message.id):
@@ -113,8 +119,8 @@ class Codec:
 
 
 def _check_encoding(name: str) -> None:
-    """Refuse encodings that are no text: among Python's are some that decompress."""
+    """Refuse encodings that are not text: some of Python's decompress."""
     if name not in ("utf-8", "binary") and name.lower() not in serialization.SKIP_DECODE:
         with contextlib.suppress(UnicodeError):
-            # A LookupError for what is no text encoding.
+            # Raises LookupError for an encoding that is not text.
             b"x".decode(name)

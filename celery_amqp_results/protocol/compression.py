@@ -13,16 +13,16 @@ from kombu import compression as kombu_compression
 
 __all__ = ("MAX_DECOMPRESSED", "decompress")
 
-#: A decompressed body has at most so many bytes, where nothing else is said.
+#: The default limit of a decompressed body, in bytes.
 MAX_DECOMPRESSED = 128 * 1024 * 1024
-#: Memory that decompressing LZMA may take besides; the highest preset takes a fourth of it.
+#: Additional memory that decompressing LZMA may take; the highest preset takes a fourth of it.
 LZMA_MEMORY = 256 * 1024 * 1024
-#: So many bytes of a Brotli body at a time: each may give up to 16 MiB for some ten of them.
+#: Bytes of a Brotli body that are decompressed at a time: 10 bytes may expand to 16 MiB.
 BROTLI_PIECE = 32
 
 
 def _decompress_stream(decompressor: Any, body: bytes, limit: int) -> bytes:
-    """Decompress with one of the standard library's decompressors, which all work alike."""
+    """Decompress with a decompressor of the standard library."""
     data: bytes = decompressor.decompress(body, limit + 1)
     if len(data) <= limit and not decompressor.eof:
         raise ValueError("the compressed data ends too early")
@@ -57,8 +57,8 @@ def _decompress_zstd(body: bytes, limit: int) -> bytes:
     return data
 
 
-#: By content type, how to decompress at most so many bytes and one more: kombu's own functions
-#: fill the memory with whatever comes.
+#: By content type: functions that stop one byte after the limit. kombu's own functions have no
+#: limit and can fill the memory.
 _DECOMPRESS: Dict[str, Callable[[bytes, int], bytes]] = {
     "application/x-gzip": lambda body, limit: _decompress_stream(zlib.decompressobj(), body, limit),
     "application/x-bz2": lambda body, limit: _decompress_stream(bz2.BZ2Decompressor(), body, limit),
@@ -75,12 +75,12 @@ def decompress(body: bytes, compression: str, limit: int) -> bytes:
 
     Parameters:
         compression: content type of one of kombu's compressions.
-        limit: how many bytes it may have. Of a compression that an app has registered with kombu
-            itself that can only be seen when it is done.
+        limit: how many bytes it may have. A compression that an app has registered with kombu
+            itself is only checked after decompressing everything.
 
     Raises:
-        ValueError: when it has more, or when nobody knows the compression.
-        Exception: what the decompressor raises on damaged data.
+        ValueError: when it has more, or when the compression is unknown.
+        Exception: errors of the decompressor on damaged data.
     """
     function = _DECOMPRESS.get(compression)
     if function is not None:

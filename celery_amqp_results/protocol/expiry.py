@@ -1,4 +1,4 @@
-"""How long a result is kept, as users say it and as the broker is told. Does no I/O."""
+"""How long a result is kept, in the user's format and in the broker's. Does no I/O."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ("MAX_MILLISECONDS", "NAME", "milliseconds", "seconds")
 #: Header of a task's message, and attribute of a task, with the expiry of its results.
 NAME = "result_expires"
 
-#: The longest expiration that RabbitMQ takes, of messages and of queues: ten years.
+#: The longest expiration that RabbitMQ accepts for messages and queues: ten years.
 MAX_MILLISECONDS = 315_360_000_000
 
 
@@ -20,7 +20,7 @@ def seconds(value: Any) -> Optional[float]:
 
     Parameters:
         value: seconds, as a number or as text, which is what environment variables hold; or a
-            timedelta. 0 and ``None`` are never. More than ten years are ten years.
+            timedelta. 0 and ``None`` mean never. More than ten years are treated as ten years.
 
     Raises:
         ValueError: when it is none of these, or negative.

@@ -17,13 +17,13 @@ __all__ = ("StateMessage",)
 #: Kinds of messages in a shard, in the property ``type``.
 STATE = "state"
 GROUP = "group"
-#: What became of a task, see :mod:`~celery_amqp_results.store.marks`.
+#: The fate of a task, see :mod:`~celery_amqp_results.store.marks`.
 MARK = "mark"
 #: The mark of a task whose states were deleted. It is also published to the exchange.
 FORGOTTEN = "FORGOTTEN"
-#: What a header task of a chord returned, where its state does not say so for long enough.
+#: The return value of a chord's header task, if its state is not kept long enough.
 PART = "part"
-#: What is to be done when a chord is complete; in a plan queue.
+#: The plan of a chord, in a plan queue.
 PLAN = "plan"
 #: Header with the time of publishing, in microseconds since 1970.
 PUBLISHED = "published"
@@ -37,10 +37,10 @@ COMPRESSION_HEADER = "compression"
 BODY_QUEUE_HEADER = "body-queue"
 #: Longest AMQP short string, in bytes.
 MAX_SHORT_STRING = 255
-#: No clock is off by more than this, in microseconds. A state from later than that may not hide
-#: what other workers say of the task.
+#: The largest credible clock error, in microseconds. A state dated further ahead must not hide the
+#: states of other workers.
 MAX_AHEAD = 24 * 3600 * 1_000_000
-#: The time that such a state is taken to be of.
+#: The time that replaces such a date.
 UNKNOWN_TIME = 0
 
 
@@ -64,9 +64,9 @@ class StateMessage:
     expiration: Optional[int] = None
     #: :data:`STATE`, :data:`GROUP`, :data:`MARK`, :data:`PART` or :data:`PLAN`.
     kind: str = STATE
-    #: The queue that has the body, where that is too large for a shard; :attr:`body` is empty then.
+    #: The queue that has a body too large for a shard; :attr:`body` is empty then.
     body_queue: Optional[str] = None
-    #: The meta, where it had to be decoded to know the state: :meth:`Codec.decode` returns it.
+    #: The meta, if decoding it was needed to know the state: :meth:`Codec.decode` returns it.
     decoded: Optional[Mapping[str, Any]] = dataclasses.field(
         default=None, compare=False, repr=False
     )
@@ -107,7 +107,7 @@ class StateMessage:
             body: the body, not decoded.
 
         Raises:
-            ForeignMessage: when it is not a message that :meth:`properties` could have described.
+            ForeignMessage: when :meth:`properties` could not have described such a message.
         """
         kind = properties.get("type")
         if kind not in (STATE, GROUP, MARK, PART, PLAN):
@@ -148,10 +148,10 @@ class StateMessage:
 
 
 def checked(state: StateMessage) -> StateMessage:
-    """Return *state*, which came out of a page, if its fields are what they should be.
+    """Return *state*, which was read from a page, if its fields are valid.
 
     Raises:
-        ForeignMessage: when one is not.
+        ForeignMessage: when a field is invalid.
     """
     if not (
         isinstance(state.id, str)
@@ -170,10 +170,10 @@ def checked(state: StateMessage) -> StateMessage:
 
 
 def dated(state: StateMessage, now: int) -> StateMessage:
-    """Return *state*, published at :data:`UNKNOWN_TIME` if it claims to be of the far future.
+    """Return *state*, published at :data:`UNKNOWN_TIME` if its date is in the far future.
 
-    A worker whose clock is wrong by years has results all the same. But among states that rank
-    alike it would win for ever, so it loses.
+    Results of a worker whose clock is wrong by years still count. But among states of equal rank
+    such a state would win for ever, so it loses.
 
     Parameters:
         now: microseconds since 1970.
@@ -189,10 +189,10 @@ def _short(value: Any) -> str:
 
 
 def message_id(properties: Mapping[str, Any]) -> str:
-    """Return the id that a message is about, from its properties alone.
+    """Return the id in a message's properties.
 
     Raises:
-        ForeignMessage: when it names none.
+        ForeignMessage: when they contain none.
     """
     found = properties.get("correlation_id")
     if isinstance(found, str) and found:

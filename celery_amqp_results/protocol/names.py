@@ -12,7 +12,7 @@
     routing key      <shard>.<client>.<plan queue>.<group>.<task>.<STATE>
 
 This module does no I/O and knows nothing of connections. ``docs/wire.md`` describes the same for
-programs in other languages: what changes here changes there.
+programs in other languages: a change here needs a change there.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ __all__ = (
     "plan_number",
 )
 
-#: Stands in a routing key for a word that there is none of.
+#: Stands in a routing key for an absent word.
 ABSENT = "-"
 
-#: Milliseconds for which a quorum queue waits for a reader whose node it cannot reach. The nodes of
-#: a cluster may lose sight of each other for a moment.
+#: Milliseconds that a quorum queue waits for a reader whose node it cannot reach. The nodes of a
+#: cluster may lose contact for a moment.
 DISCONNECTED_TIMEOUT = 1000
 
-#: Stands for the client in the routing key of a state that is written by somebody who does not
-#: know who sent the task: a revoke, a chord that failed, a task replaced by another. Every inbox
-#: gets these, since the one that sent the task may wait for them. It is no digest.
+#: Stands for the client in the routing key of a state whose writer does not know who sent the task:
+#: a revoke, a chord that failed, a task replaced by another. Every inbox receives these states,
+#: since the sender of the task may wait for them. It is not a digest.
 BROADCAST = "all"
 
-#: First word of the key under which an inbox that was full says so: no number of a shard.
+#: First word of the key by which an overflowing inbox reports that; not a shard number.
 OVERFLOW = "overflow"
 
 #: Number of queues for the plans of chords. Every process must use the same number.
@@ -69,9 +69,8 @@ def encode_word(value: Optional[str]) -> str:
     """Return *value* as one word of a routing key.
 
     Letters, digits, ``_`` and ``-`` stand for themselves, anything else for ``%XX`` of its UTF-8
-    bytes, so that a dot does not end the word and ``*`` and ``#`` can be bound literally. What
-    would be longer than :data:`MAX_WORD` becomes ``~`` and a digest. Different values give
-    different words.
+    bytes, so that a dot does not end the word and ``*`` and ``#`` can be bound literally. A word
+    longer than :data:`MAX_WORD` becomes ``~`` and a digest. Different values give different words.
 
     Parameters:
         value: any text; ``None`` and the empty text give :data:`ABSENT`.
@@ -82,7 +81,7 @@ def encode_word(value: Optional[str]) -> str:
         return "%2D"
     if len(value) <= MAX_WORD and _SAFE.issuperset(value):
         return value
-    # Lone surrogates are no UTF-8; they are legal in a Python string, so in a task id as well.
+    # Lone surrogates are not valid UTF-8, but legal in a Python string and so in a task id.
     raw = value.encode("utf-8", "surrogatepass")
     if len(raw) <= MAX_WORD:
         word = "".join(chr(b) if chr(b) in _SAFE else f"%{b:02X}" for b in raw)
@@ -123,7 +122,7 @@ def plan_number(group_id: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """What a routing key says of a task besides its id: who waits for its states."""
+    """The parts of a routing key that identify the waiting clients, besides the task id."""
 
     #: Word of the process that sent the task, see :func:`client_word`.
     client: str = ABSENT
@@ -153,17 +152,17 @@ class Topology:
 
     @property
     def exchange(self) -> str:
-        """Name of the topic exchange that a copy of every state is published to."""
+        """Name of the topic exchange that receives a copy of every state."""
         return f"{self.prefix}.states"
 
     @property
     def exchange_arguments(self) -> Dict[str, Any]:
         """Arguments of the exchange.
 
-        RabbitMQ keeps no arguments of our own and compares none of them, but it does compare the
-        name of the alternate exchange, which need not exist. With the number and type of the shards
-        in it, a process that expects others is refused, instead of looking for results in
-        the wrong places and finding them pending.
+        RabbitMQ neither keeps nor compares arguments of our own. It does compare the name of the
+        alternate exchange, which need not exist. That name contains the number and type of the
+        shards. So a process with other settings is refused, instead of looking for results in the
+        wrong places and finding them pending.
         """
         kind = "" if self.queue_type == "classic" else f"-{self.queue_type}"
         return {"alternate-exchange": f"{self.prefix}.shards-{self.shards}{kind}"}
@@ -191,19 +190,19 @@ class Topology:
 
         Parameters:
             task_id: id of the task or group.
-            mark: what tells it from the other queues of the task; random.
-            expires: milliseconds after which the broker deletes it when nobody has read it;
-                ``None`` for never.
+            mark: a random text that distinguishes it from the task's other queues.
+            expires: milliseconds after which the broker deletes it if it was not read; ``None`` for
+                never.
         """
         return self._expiring(f"{self.prefix}.large.{encode_word(task_id)}.{mark}", expires)
 
     def check_body_queue(self, state: StateMessage) -> None:
-        """Check that the queue which *state* points to is one for its body.
+        """Check that *state* points to a queue that can hold its body.
 
-        What it names is read by whoever waits for it, and deleted by whoever forgets it.
+        Waiting clients read that queue, and ``forget()`` deletes it.
 
         Raises:
-            ForeignMessage: when it names another queue.
+            ForeignMessage: when it points to another queue.
         """
         if state.body_queue is not None:
             start = self.large_queue(state.id, "").name
@@ -222,18 +221,18 @@ class Topology:
     def _queue_arguments(self) -> Dict[str, Any]:
         arguments: Dict[str, Any] = {
             "x-queue-type": self.queue_type,
-            # Being the single active consumer is the lock of a checkout.
+            # The single active consumer holds the lock of a checkout.
             "x-single-active-consumer": True,
         }
         if self.queue_type == "quorum":
-            # Every read returns messages, and a limit on deliveries drops what was returned too
-            # often. It is 20 by default since 4.0. There -1 is no limit, but before 4.0 a message
-            # has reached that limit when it is returned for the first time, and is gone. So it is
-            # a number that no message lives to see, which means the same everywhere.
+            # Every read returns messages, and a limit on deliveries drops those returned too often.
+            # It is 20 by default since 4.0, where -1 means no limit. But before 4.0, -1 drops a
+            # message when it is returned for the first time. This number is effectively unlimited
+            # in all versions.
             arguments["x-delivery-limit"] = 2**31 - 1
-            # A reader whose node is killed or cut off has the queue until this is over, a minute by
-            # default since 4.3: all others would wait in line for so long. Unknown, and at once,
-            # before 4.3.
+            # A reader whose node is killed or cut off keeps the queue until this timeout, a minute
+            # by default since 4.3, and all others wait in line. Before 4.3 the argument is unknown,
+            # and the queue is released at once.
             arguments["x-consumer-disconnected-timeout"] = DISCONNECTED_TIMEOUT
         return arguments
 
@@ -244,11 +243,11 @@ class Topology:
     @staticmethod
     def every_binding() -> str:
         """Return the binding key for every message of all shards."""
-        # Not "#", which an inbox that overflows would match.
+        # "#" would also match the key of an inbox that overflows.
         return "*.*.*.#"
 
     def definitions(self, vhost: str) -> Dict[str, Any]:
-        """Return what is declared once, in the format of RabbitMQ's definitions.
+        """Return the permanent declarations, in the format of RabbitMQ's definitions.
 
         Parameters:
             vhost: name of the virtual host.
@@ -306,7 +305,7 @@ class Topology:
         Parameters:
             task_id: the task's id, of any length and shape.
             state: name of the state.
-            route: what else is known of the task.
+            route: the other parts of the routing key.
         """
         return (
             f"{self.shard(task_id)}.{route.client}.{route.plan_queue}"

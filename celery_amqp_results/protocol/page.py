@@ -1,9 +1,9 @@
 """Pages: many results in one message.
 
-Taking one message out of a queue costs the same whether it holds one result or a thousand. A
-reader therefore packs the loose results that it finds in a shard into pages. A page is searched as
-bytes for the digests of the ids that are wanted, and only the entries that match are decoded. This
-module does no I/O; ``docs/wire.md`` describes the format.
+Taking one message out of a queue costs the same whether it holds one result or a thousand. A reader
+therefore packs the loose results in a shard into pages. A page is searched as bytes for the digests
+of the wanted ids, and only matching entries are decoded. This module does no I/O; ``docs/wire.md``
+describes the format.
 
 ::
 
@@ -65,10 +65,10 @@ _MAGIC = b"CARpage1"
 #: About how many bytes an entry has besides its body.
 OVERHEAD = 160
 
-#: Searching a page for so many ids one by one takes about as long as going through its index.
+#: Searching a page for this many single ids takes about as long as going through its index.
 MANY = 32
 
-#: A census keeps so many bytes of loose states, and of the others their digests.
+#: Bytes of loose states that a census keeps; of further states it keeps only the digests.
 MAX_CENSUS_BYTES = 2 * 1024 * 1024
 
 _COUNT = struct.Struct(">I")
@@ -124,14 +124,14 @@ def encode(states: Iterable[StateMessage]) -> bytes:
     return b"".join([_MAGIC, _COUNT.pack(len(entries)), *index, *(entry for _, entry in entries)])
 
 
-#: Called with what is wrong with an entry that is left out.
+#: Called with the error about a damaged entry that is left out.
 OnDamage = Callable[[errors.ForeignMessage], None]
 
 
 class Wanted:
     """Ids to find in any number of pages.
 
-    The digest of an id is made when the first page is searched, and not once more for each page.
+    The digests are computed for the first page and reused for the others.
 
     Parameters:
         message_ids: ids of tasks, or of groups.
@@ -154,16 +154,16 @@ class Wanted:
 def find(
     page: bytes, message_ids: Union[Wanted, Iterable[str]], on_damage: Optional[OnDamage] = None
 ) -> Iterator[StateMessage]:
-    """Yield the states in *page* that are about one of *message_ids*.
+    """Yield the states of *message_ids* in *page*.
 
-    Those of one id come in the order of the page.
+    States with the same id come in the order of the page.
 
     Parameters:
-        message_ids: as :class:`Wanted` where several pages are searched for the same ids.
+        message_ids: a :class:`Wanted` if several pages are searched for the same ids.
         on_damage: called with each damaged entry; the others are found all the same.
 
     Raises:
-        ForeignMessage: when the page is damaged, or an entry is and nobody wants to know.
+        ForeignMessage: when the page is damaged, or an entry is and *on_damage* is not given.
     """
     wanted = message_ids if isinstance(message_ids, Wanted) else Wanted(message_ids)
     end = _index_end(page)
@@ -177,9 +177,9 @@ def find(
 
 
 def _matches(page: bytes, end: int, wanted: Collection[bytes]) -> Iterator[int]:
-    """Yield where in the index of *page* there is one of the digests *wanted*."""
+    """Yield the positions of the digests *wanted* in the index of *page*."""
     if len(wanted) > MANY:
-        # One pass over the index, however many are wanted.
+        # One pass over the index, for any number of digests.
         for at in range(_HEADER, end, _RECORD.size):
             if page[at : at + _DIGEST_SIZE] in wanted:
                 yield at
@@ -187,7 +187,7 @@ def _matches(page: bytes, end: int, wanted: Collection[bytes]) -> Iterator[int]:
     for each in wanted:
         at = page.find(each, _HEADER, end)
         while at != -1:
-            # What looks like the digest may be parts of two records.
+            # The matching bytes may belong to two records.
             if (at - _HEADER) % _RECORD.size == 0:
                 yield at
             at = page.find(each, at + 1, end)
@@ -200,7 +200,7 @@ def decode(page: bytes, on_damage: Optional[OnDamage] = None) -> List[StateMessa
         on_damage: called with each damaged entry; the others are returned all the same.
 
     Raises:
-        ForeignMessage: when the page is damaged, or an entry is and nobody wants to know.
+        ForeignMessage: when the page is damaged, or an entry is and *on_damage* is not given.
     """
     states = []
     budget = len(page)
@@ -225,7 +225,7 @@ def digests(page: bytes) -> Iterable[int]:
 
 
 class Census:
-    """What a checkout has seen of a whole shard.
+    """The content of a whole shard, as a checkout has seen it.
 
     Attributes:
         loose: states of tasks, in the order of the shard.
@@ -248,7 +248,7 @@ class Census:
             self.loose.append(state)
 
     def add_page(self, page: bytes) -> None:
-        """Count what is in a page.
+        """Count the entries of a page.
 
         Raises:
             ForeignMessage: when the page is damaged.
@@ -306,11 +306,11 @@ def select(
 ) -> Tuple[List[StateMessage], List[StateMessage]]:
     """Divide *states* into those worth keeping in a page and those that may be dropped.
 
-    Of a task that has ended only the state that counts is kept, unless it has expired. Of a task
-    that goes on only what has expired is dropped: somebody may want its history.
+    For a task that has ended only the current state is kept, unless it has expired. For a task that
+    goes on only expired states are dropped, since a watcher may want its history.
 
     Parameters:
-        states: of any number of tasks and groups; all that the shard has of each.
+        states: states of any number of tasks and groups; for each, all states in the shard.
         now: microseconds since 1970.
 
     Returns:
@@ -342,5 +342,5 @@ def expiration(states: Iterable[StateMessage], now: int) -> Optional[int]:
         if state.expiration is None:
             return None
         latest = max(latest, state.published + state.expiration * 1000)
-    # Not earlier than any of its entries: each is checked by itself when it is read.
+    # The latest of its entries decides: each entry's own expiration is checked when it is read.
     return min(max(1, -(-(latest - now) // 1000)), expiry.MAX_MILLISECONDS)
