@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Type, TypeVar
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Type, TypeVar
 
 from celery.result import ResultSet
 
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.waiting import results as trees
 
 __all__ = ("Pass", "ask_in_one_pass")
 
@@ -41,16 +40,20 @@ class Pass:
     def over(
         self,
         read: Callable[[List[str]], Dict[str, Optional[StateMessage]]],
-        group: ResultSet,
+        tasks: Iterable[Any],
     ) -> Iterator[None]:
-        """Answer from one read of all members of *group* that are not known to be ready.
+        """Answer from one read of all *tasks* that are not known to be ready.
 
         A pass within another one, of a group in a group, is part of it.
+
+        Parameters:
+            read: reads the states of ids.
+            tasks: result objects.
         """
         if hasattr(self._local, "states"):
             yield
             return
-        missing = [leaf.id for leaf in trees.leaves(group) if leaf._cache is None]
+        missing = [task.id for task in tasks if task._cache is None]
         self._local.states = read(missing) if missing else {}
         try:
             yield
