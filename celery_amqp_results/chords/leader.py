@@ -184,7 +184,7 @@ class Leader:
         self._timers: List[Tuple[float, int, str]] = []
         self._order = itertools.count()
 
-    # -- what the shell asks -----------------------------------------------------------------------
+    # -- queries of the shell ----------------------------------------------------------------------
 
     def take(self) -> List[Action]:
         """Return the pending actions in order, each once."""

@@ -372,7 +372,7 @@ class Service:
         self._done.append(done)
         self._wake()
 
-    # -- what is delivered -------------------------------------------------------------------------
+    # -- deliveries --------------------------------------------------------------------------------
 
     def on_plan(self, message: amqp.Message) -> bool:
         """Take in a message of a plan queue; return whether no leader can read it."""

@@ -287,7 +287,7 @@ class Table:
         #: A state that a check has found and that was not pushed, for the log.
         self.missed = ""
 
-    # -- what is known -------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------
 
     @property
     def memory(self) -> int:
@@ -323,7 +323,7 @@ class Table:
             task_id: the task.
             now: the time.
             wall: microseconds since 1970.
-            sure: whether the answer may be relied on after a barrier. A waiting client
+            sure: whether the caller relies on the answer after a barrier. A waiting client
                 receives later states anyway, and asks the store again later.
 
         Raises:
@@ -403,7 +403,7 @@ class Table:
         # Otherwise an older state that is only in the store may be the current one.
 
     def forgotten(self, task_id: str, now: float) -> None:
-        """Nothing is stored of the task any more."""
+        """The states of the task were removed."""
         view = self._view(self._topology.shard(task_id))
         for look in self._looks:
             look.forgotten.add(task_id)
