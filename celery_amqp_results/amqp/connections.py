@@ -371,8 +371,8 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-#: Transport options that would change what the backend relies on. It waits for confirms itself,
-#: and its look-ups need their own heartbeat.
+#: Transport options that the backend must set itself: it waits for confirms itself, and its
+#: look-ups need their own heartbeat.
 _OVERRIDDEN = ("confirm_publish", "heartbeat")
 
 
@@ -384,7 +384,7 @@ def _override_transport_options(connection: kombu.Connection, name: str) -> None
     given = dict(connection.transport_options or {})
     for option in _OVERRIDDEN:
         given.pop(option, None)
-    # As an attribute it can be shortened to what is left of a deadline.
+    # As an attribute it can be shortened to the rest of a deadline.
     connection.connect_timeout = given.pop("connect_timeout", None) or connection.connect_timeout
     properties = dict(given.get("client_properties") or {})
     theirs = properties.get("connection_name")
@@ -501,12 +501,12 @@ class Connector:
     def open(
         self, heartbeat: float, deadline: Optional[float] = None, purpose: str = "results"
     ) -> Link:
-        """Open a connection, trying again as the retry policy says.
+        """Open a connection; retry as the retry policy says.
 
         Parameters:
             heartbeat: seconds between heartbeats; 0 for none.
-            deadline: time (``time.monotonic``) after which to give up; not before, unless the
-                retry policy says so.
+            deadline: time (``time.monotonic``) after which to give up; the retry policy may end
+                the tries earlier.
             purpose: what the connection is for, see :meth:`open_once`.
 
         Raises:
@@ -561,8 +561,8 @@ class LookupTries:
 
     Parameters:
         policy: how long to wait between them.
-        end: time (``time.monotonic``) at which the look-up has to be over.
-        prefix: beginning of the names of the queues, for messages of errors.
+        end: the look-up's time limit (``time.monotonic``).
+        prefix: beginning of the names of the queues, for error messages.
     """
 
     def __init__(self, policy: options.RetryPolicy, end: float, prefix: str) -> None:
@@ -574,12 +574,12 @@ class LookupTries:
         """Wait before the next try.
 
         Parameters:
-            exc: what the last one ended with.
-            what: what could not be read.
+            exc: the error of the last try.
+            what: a description of the read, for error messages.
 
         Raises:
             BackendUnavailable: when the broker has refused it.
-            LookupTimeout: when there is no time for another, or there were enough.
+            LookupTimeout: when the time or the tries are used up.
         """
         pause = self._tries.after(exc, time.monotonic())
         if is_refusal(exc):
@@ -618,7 +618,7 @@ class Pool:
     ) -> None:
         self._connector = connector
         self._limit = limit
-        #: How a user of the pool retries what it does on its connections.
+        #: How a user of the pool retries its operations.
         self.policy = connector.policy
         self._heartbeat = heartbeat
         self._name = name
@@ -639,8 +639,8 @@ class Pool:
         A connection on which the block raises is not used again.
 
         Parameters:
-            deadline: time (``time.monotonic``) after which opening a new one, and waiting for one
-                that others use, is given up.
+            deadline: time (``time.monotonic``) after which it no longer opens a connection, or
+                waits for one.
 
         Raises:
             BackendUnavailable: when a new one was needed and could not be opened.

@@ -55,7 +55,7 @@ class Barriers:
         return self._next, True
 
     def publish(self, barrier: Barrier) -> str:
-        """Return the number under which to publish *barrier*. No read joins it any more."""
+        """Return the number under which to publish *barrier*. From then on no read joins it."""
         number = uuid.uuid4().hex
         if self._next is barrier:
             self._next = None

@@ -73,8 +73,7 @@ MAX_QUEUED = 1_000_000
 class Waiter:
     """A waiter: collects the states of the tasks that it watches.
 
-    The reader thread fills it, and the waiting thread takes out. Its methods may be called by any
-    thread.
+    The reader thread fills it, and the waiting thread empties it. Any thread may call its methods.
 
     Parameters:
         wake: called, by any thread, whenever there is something to take; ``None`` where
@@ -212,7 +211,7 @@ class Inbox:
         with self._changed:
             return self._table.live_views
 
-    # -- what the process does -------------------------------------------------------------
+    # -- clients ---------------------------------------------------------------------------
 
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
@@ -667,7 +666,7 @@ class _Session:
         )
         for client in (inbox._client, BROADCAST):
             channel.queue_bind(self.queue, topology.exchange, topology.client_binding(client))
-        # Other brokers than RabbitMQ limit consumers unless told otherwise.
+        # Brokers other than RabbitMQ limit consumers by default.
         channel.basic_qos(0, 0, False)
         channel.basic_consume(
             self.queue, no_ack=True, callback=inbox._receive, on_cancel=self._on_cancel

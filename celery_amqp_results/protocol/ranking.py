@@ -15,7 +15,7 @@ from celery_amqp_results.protocol.message import StateMessage
 
 __all__ = ("fold", "is_final", "supersedes")
 
-#: The state of ``celery.contrib.abortable``, which imports too much for one word.
+#: The state of ``celery.contrib.abortable``; importing that module for one constant is too slow.
 ABORTED = "ABORTED"
 
 

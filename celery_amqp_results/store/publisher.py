@@ -102,7 +102,7 @@ class Publisher:
         self.failed = 0
         self.late_copies = 0
 
-    # -- what is asked of it -----------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------
 
     def publish(self, messages: Sequence[Outgoing], confirm: bool = True) -> None:
         """Publish *messages*, in order, and wait for their confirms together.
