@@ -248,7 +248,8 @@ class PushFollower(_Follower):
         self._probe_at = 0.0
         self._probing: Any = None
         self._waiting_since = time.monotonic()
-        self._failure: Optional[Exception] = None
+        #: Why a pushed message cannot be read, by the task that it is about.
+        self._failures_of: Dict[str, Exception] = {}
         self._failures = 0
         self._pause = FIRST_RECHECK
         self._recheck_at = time.monotonic() + FIRST_RECHECK
@@ -260,6 +261,7 @@ class PushFollower(_Follower):
     def discard(self, task_id: str) -> None:
         """Stop following *task_id*."""
         super().discard(task_id)
+        self._failures_of.pop(task_id, None)
         self._looked_at.discard(task_id)
         if task_id in self._covered:
             self._covered.discard(task_id)
@@ -444,21 +446,22 @@ class PushFollower(_Follower):
             # An error here is raised to the waiting caller, and not while the connection is being
             # read.
             key = message.delivery_info.get("routing_key")
-            if any(self._layout.rkey(task_id) == key for task_id in self.pending):
-                self._failure = exc
+            for task_id in self.pending:
+                if self._layout.rkey(task_id) == key:
+                    self._failures_of[task_id] = exc
 
     def _receive(self, link: connections.Link, until: float) -> List[Update]:
         """Wait for pushes until *until*, or until other work is due."""
-        if not self._arrived and self._failure is None:
+        if not self._arrived and not self._failures_of:
             link.tick()
             probe_at = self._probe_at if self._unpushed else until
             self._wait(min(until, self._recheck_at, probe_at), link)
-        while self._failure is None and link.readable():
+        while not self._failures_of and link.readable():
             link.drain(0.001)
         if self._layout.closed:
             raise errors.BackendUnavailable("the result backend was closed while waiting")
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
+        if self._failures_of:
+            _, failure = self._failures_of.popitem()
             raise failure
         arrived, self._arrived = self._arrived, []
         pushed = {state.id for state in arrived}

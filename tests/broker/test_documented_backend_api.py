@@ -400,8 +400,8 @@ def test_the_documented_parameters_survive_pickling(app: Celery) -> None:
     app.set_current()
     again = pickle.loads(pickle.dumps(backend))
     for each in (backend, again):
-        assert each.wire.exchange == f"{app.conf.result_exchange}.x"
-        assert each.wire.exchange_type == "topic"
+        assert each.config.wire.exchange == f"{app.conf.result_exchange}.x"
+        assert each.config.wire.exchange_type == "topic"
         assert (each.persistent, each.delivery_mode) == (False, 1)
         assert (each.serializer, each.auto_delete) == ("pickle", False)
         each.close()

@@ -21,6 +21,8 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, Optional
 import amqp
 from amqp import spec
 
+from celery_amqp_results.amqp.confirms import Publication, Status
+
 
 class Killed(Exception):
     """Raised in a client that has been killed."""
@@ -160,24 +162,21 @@ class Channel:
 class ConfirmChannel:
     """The part of :class:`celery_amqp_results.amqp.confirms.ConfirmChannel` that packing uses."""
 
-    nacked = frozenset[int]()
-    returned = ()
-
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._tag = 0
 
-    def publish(self, message: Any) -> int:
+    def publish(self, publication: Publication) -> None:
         self._link.operation()
+        message = publication.message
         self._link.find(message.queue).publish(message.properties, message.body)
-        self._tag += 1
-        return self._tag
 
-    def wait(self, tags: Any, end: Any = None) -> None:
+    def wait(self, publications: Any, end: Any = None) -> None:
         # The reader receives messages while it waits for its confirms.
         self._link.operation()
         while self._link.drain(0.0):
             pass
+        for publication in publications:
+            publication.status = Status.CONFIRMED
 
 
 class Link:
