@@ -16,6 +16,6 @@ __all__ = ("AMQPBackend", "errors")
 
 __version__ = "0.1.0"
 
-# Where the backend lived in Celery 4: what imports it from there goes on working.
+# The backend's module in Celery 4: imports from there keep working.
 sys.modules.setdefault("celery.backends.amqp", backend)
 celery.backends.amqp = sys.modules["celery.backends.amqp"]

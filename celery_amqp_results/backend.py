@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import datetime
+import functools
 import logging
 import operator
 import os
@@ -59,6 +60,7 @@ from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.recording import Recorder
 from celery_amqp_results.store import marks as tracking
+from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting.groups import Pass, ask_in_one_pass
 from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits
 
@@ -436,7 +438,7 @@ class AMQPBackend(Celery4API, Backend):
         Raises:
             LookupTimeout, BackendUnavailable: as every look-up.
         """
-        return self._pass.over(self.layout.poll, group)
+        return self._pass.over(self.layout.poll, trees.leaves(group))
 
     def task_result_exists(self, task_id: str) -> bool:
         """Return whether a state of the task is kept or, with ``track_sent``, whether it was sent.
@@ -584,10 +586,17 @@ class AMQPBackend(Celery4API, Backend):
             Exception: the exception of the task, if it failed and *propagate* is true.
         """
         self._ensure_not_eager()
+        if on_interval is not None and result.parent is not None:
+            on_interval = functools.partial(self._ask_parents, result, on_interval)
         patience = Patience(timeout, interval, on_interval)
         for _, state in self.waits.follow((id_text(result.id),), patience, on_message):
             self.waits.resolve(result, state)
         return result.maybe_throw(callback=callback, propagate=propagate)
+
+    def _ask_parents(self, result: Any, on_interval: Callable[[], Any]) -> None:
+        """Call *on_interval*, in which Celery asks for each parent, with one read of them all."""
+        with self._pass.over(self.layout.poll, trees.parents(result)):
+            on_interval()
 
     def iter_native(
         self,

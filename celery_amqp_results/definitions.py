@@ -1,4 +1,4 @@
-"""Prints what has to be on the broker for processes that declare nothing.
+"""Prints the broker definitions for deployments in which processes declare nothing.
 
 ::
 

@@ -55,7 +55,7 @@ class DeclarationRefused(ImproperlyConfigured):
 
 
 class BackendUnavailable(OperationalError):
-    """Raised when the broker cannot be reached, or does not let us in."""
+    """Raised when the broker cannot be reached, or refuses us."""
 
 
 class LookupTimeout(BackendUnavailable):
@@ -90,16 +90,16 @@ class ResultTooLarge(BackendError, EncodeError):
 class ResultExpired(BackendError):
     """Raised when a large result ends while it is being read: it expired, or was forgotten.
 
-    What asks for the state of a task says PENDING then, as of any other that has expired.
+    The state of such a task then reads PENDING, as for any other expired result.
     """
 
 
 class BacklogLimitExceeded(BackendError):
-    """Raised when a task has too much state history to fast-forward."""
+    """Raised when a task has more states in its queue than may be skipped."""
 
 
 class Unsupported(NotImplementedError):
-    """Raised when the layout or the transport in use cannot do what was asked."""
+    """Raised when the layout or the transport in use does not support an operation."""
 
 
 class WaitTimeout(TimeoutError, asyncio.TimeoutError):

@@ -1,4 +1,4 @@
-"""Recording what becomes of tasks: states and marks are encoded and handed to the layout.
+"""Recording the states of tasks: encodes states and marks, and passes them to the layout.
 
 It may import ``layouts``, ``config`` and what is below them, and knows nothing of Celery's backend
 class.
@@ -43,8 +43,8 @@ class Recorder:
     """Encodes states and publishes them.
 
     Parameters:
-        tasks: returns the task of a name, or ``None``.
-        config: the backend's.
+        tasks: returns the task with a name, or ``None``.
+        config: the configuration of the backend.
         layout: returns the layout of this process.
 
     Thread-safe.
@@ -70,7 +70,7 @@ class Recorder:
 
         Raises:
             kombu.exceptions.EncodeError: when the serializer cannot encode it.
-            ResultTooLarge: when it is to be compressed, and nobody would decompress so much.
+            ResultTooLarge: when a result to compress is larger than readers would decompress.
         """
         content_type, content_encoding, compression, body = self._config.codec.encode(meta)
         return StateMessage(
@@ -91,7 +91,7 @@ class Recorder:
         Parameters:
             task_id: the task.
             state: name of the state.
-            meta: what is stored.
+            meta: the meta to store.
             request: the task's request, or ``None``.
 
         Raises:
@@ -107,18 +107,18 @@ class Recorder:
         if counts and _shorter(message.expiration, config.expirations.chord):
             part = dataclasses.replace(message, kind=PART, expiration=config.expirations.chord)
             part = layout.detach(part)
-        # ABORTED as well: who asked a task to stop relies on it.
+        # ABORTED counts as final here, since a client that aborts a task relies on it.
         final = is_final(state) or state == ABORTED
         layout.publish(layout.detach(message), route, final, part)
         if counts:
             _stored.set((task_id, route.group_id))
         if config.options.track_sent and is_final(state):
-            # Its loss would do little harm: it is not waited for.
+            # Losing a mark does little harm, so its confirm is not waited for.
             expiration = tracking.ended_expiration(message.expiration)
             layout.mark([tracking.mark(task_id, tracking.ENDED, _clock.now(), expiration)], False)
 
     def record_part(self, task_id: str, group_id: str, meta: Mapping[str, Any]) -> None:
-        """Publish what a task of a chord's header returned, unless its state was just stored.
+        """Publish the return value of a chord's header task, unless its state was just stored.
 
         Raises:
             kombu.exceptions.EncodeError, ResultTooLarge: see :meth:`encode`.
@@ -144,12 +144,12 @@ class Recorder:
         layout.save_group(self.encode(group_id, state, layout.shape(meta), GROUP, expiration))
 
     def mark_sent(self, task_id: str, connection: Any) -> None:
-        """Publish that a task is sent on *connection*; waits for nothing."""
+        """Publish that a task is sent on *connection*, without waiting for a confirm."""
         if self._config.broker.is_that_of(connection):
             self._layout().mark_sent(connection, self._mark(task_id, tracking.SENT))
 
     def mark_forgotten(self, task_id: str) -> None:
-        """Publish with ``track_sent`` that a task was forgotten.
+        """With ``track_sent``, publish that a task was forgotten.
 
         Raises:
             BackendUnavailable, DeclarationRefused: see :meth:`Layout.mark`.
@@ -171,11 +171,10 @@ class Recorder:
         return self._config.expirations.of(state)
 
     def _own_expiries(self, request: Any) -> Iterator[Tuple[str, Any]]:
-        """Yield what a task says of its own expiry, and where; what counts more comes first."""
+        """Yield a task's own expiries and their sources, the one with precedence first."""
         if request is None:
             return
-        # A header of the message becomes an attribute; of a task that is called eagerly it does
-        # not.
+        # A header of the message becomes an attribute, except for a task that is called eagerly.
         own = getattr(request, expiry.NAME, _NOT_GIVEN)
         if own is _NOT_GIVEN:
             own = (getattr(request, "headers", None) or {}).get(expiry.NAME, _NOT_GIVEN)
@@ -189,7 +188,7 @@ class Recorder:
 
 
 def _route_of(request: Any) -> Route:
-    """Return what the routing key of a state says of the task of *request*."""
+    """Return the route of the states of the task of *request*."""
     group_id = getattr(request, "group", None)
     return Route(_client_of(request), group_id, bool(group_id and getattr(request, "chord", None)))
 
@@ -200,10 +199,10 @@ def _client_of(request: Any) -> str:
     if origin and not getattr(request, "replaced_task_nesting", 0):
         return client_word(origin)
     if isinstance(request, Context) and request.hostname and not origin:
-        # The message said nothing of its sender, who so cannot count on being pushed to.
+        # The message does not name its sender, which therefore cannot rely on pushed states.
         return ABSENT
-    # No request, one that was made up, or one of a task that another process has put in the place
-    # of the task that was sent: the sender is somebody, and may wait.
+    # There is no request, it was constructed, or another process has replaced the task. The sender
+    # is unknown, but may be waiting.
     return BROADCAST
 
 

@@ -34,7 +34,7 @@ LEADER_MEMORY = 64 * 1024 * 1024
 
 
 class SharedLayout:
-    """Puts publisher, store and inbox together.
+    """Combines publisher, store and inbox.
 
     Parameters:
         connector: opens connections.
@@ -45,8 +45,8 @@ class SharedLayout:
         codec: decodes metas.
         app: returns the Celery app, or ``None`` when it is gone.
 
-    Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and let
-    go of this one untouched: closing it would speak on the parent's connections.
+    Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and never
+    use this one again: closing it would write to the parent's connections.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class SharedLayout:
         self._options = options
         self._persistent = persistent
         self._declarations = declarations = Declarations(topology, options.declare)
-        # One for all threads: a process has few connections, whatever it does.
+        # One for all threads, so that a process has few connections.
         self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups", limit=1)
         self.publisher = Publisher(connector, declarations)
         self.store = Store(
@@ -96,7 +96,7 @@ class SharedLayout:
         self.chords: Optional[Chords] = Chords(self.publisher, self._plans, self._leading)
 
     def metrics(self) -> Metrics:
-        """Return what was done so far. Does no I/O."""
+        """Return the counts so far. Does no I/O."""
         publisher, store, inbox = self.publisher, self.store, self.inbox
         leading = self._leading
         return Metrics(
@@ -127,7 +127,7 @@ class SharedLayout:
         )
 
     def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return *result_meta*: all of it is written."""
+        """Return *result_meta*, of which all fields are written."""
         return result_meta
 
     def note_sent(self, task_id: str) -> None:
@@ -135,11 +135,11 @@ class SharedLayout:
         self.inbox.note_sent(task_id)
 
     def mark_sent(self, connection: Any, sent: StateMessage) -> None:
-        """Publish a mark on a connection that sends tasks. Waits for nothing, raises nothing."""
+        """Publish a mark on a connection that sends tasks. Never waits, never raises."""
         self._marker.publish(connection, self._outgoing_mark(sent))
 
     def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
-        """Publish marks; where they are to be confirmed, return when the broker has them.
+        """Publish marks; with *confirm*, wait for their confirms.
 
         Raises:
             BackendUnavailable, DeclarationRefused: see
@@ -152,7 +152,7 @@ class SharedLayout:
         return fold(self.store.read((task_id,), kind=MARK)[task_id])
 
     def _outgoing_mark(self, mark: StateMessage) -> Outgoing:
-        # Without a copy for who listens: nobody waits for it.
+        # Without a live copy, since no client waits for a mark.
         shard = self._topology.shard(mark.id)
         return Outgoing(
             self._topology.shard_queue_name(shard),
@@ -163,11 +163,11 @@ class SharedLayout:
         )
 
     def kept(self, task_id: str) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task, whatever was pushed of it."""
+        """Return the state that the broker keeps of a task, regardless of pushed states."""
         return fold(self.store.read((task_id,))[task_id])
 
     def detach(self, state: StateMessage) -> StateMessage:
-        """Return *state*, or a pointer to its body where that is over ``inline_limit``.
+        """Return *state*, or a pointer to its body if that is over ``inline_limit``.
 
         Raises:
             BackendUnavailable, ResultTooLarge: see
@@ -176,7 +176,7 @@ class SharedLayout:
         return self._large.detach(state)
 
     def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
-        """Return the state that a pointer stands for, or ``None`` where the body is gone."""
+        """Return the state that a pointer stands for, or ``None`` if the body is gone."""
         return self._large.fetch(pointer)
 
     def publish(
@@ -186,13 +186,13 @@ class SharedLayout:
         final: bool,
         part: Optional[StateMessage] = None,
     ) -> None:
-        """Publish a state; of a *final* one, return only when the broker has it.
+        """Publish a state; for a *final* one, return only when the broker has confirmed it.
 
         Parameters:
             state: the state.
-            route: what its routing key says.
-            final: whether the broker has to have it.
-            part: what the leader of a chord counts, where the state itself is not kept as long.
+            route: the other parts of its routing key.
+            final: whether to wait for the confirm.
+            part: a message for the leader of a chord, where the state itself is not kept as long.
 
         Raises:
             BackendUnavailable, ResultTooLarge, DeclarationRefused: see
@@ -201,14 +201,14 @@ class SharedLayout:
         messages = [self._outgoing(state, route)]
         if part is not None:
             messages.append(self._outgoing(part, Route(group_id=route.group_id, in_chord=True)))
-        # A chord waits for it, and nobody sends it again.
+        # A chord waits for this state, and it is not sent again.
         confirm = final and (self._options.confirm or route.in_chord)
         self.publisher.publish(messages, confirm)
         self.inbox.note_stored(state)
         self._note_chord(route, final)
 
     def publish_part(self, part: StateMessage, group_id: str) -> None:
-        """Publish what a task of a chord's header returned, whose state is not stored.
+        """Publish the return value of a chord's header task whose state is not stored.
 
         Raises:
             BackendUnavailable, ResultTooLarge, DeclarationRefused: as :meth:`publish`.
@@ -236,7 +236,7 @@ class SharedLayout:
     def poll(
         self, ids: Collection[str], backlog_limit: Optional[int] = None
     ) -> Dict[str, Optional[StateMessage]]:
-        """Return the present state of each of *ids*, or ``None`` where nothing is known.
+        """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
         Parameters:
             backlog_limit: not used; any number of states is read.
@@ -244,18 +244,18 @@ class SharedLayout:
         return self.reads.read(ids)
 
     def follower(self, submit: Optional[Callable[..., Any]] = None) -> Follower:
-        """Return a follower of no tasks yet.
+        """Return a follower without tasks.
 
         Parameters:
-            submit: calls a function with arguments on another thread. With it tasks are looked up
-                there, and a follower of many never stands still.
+            submit: calls a function with arguments on another thread. If it is given, look-ups run
+                there, and the follower never blocks on them.
         """
         if submit is None:
             return Follower(self.inbox, self.reads)
         return BackgroundFollower(self.inbox, self.reads, self._options.lookup_timeout, submit)
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
-        """Return a tap of everything that is published.
+        """Return a tap of all published states.
 
         Parameters:
             wanted: names of the states to get, ``None`` for all.
@@ -265,7 +265,7 @@ class SharedLayout:
         return tap
 
     def forget(self, ids: Collection[str]) -> None:
-        """Delete everything about *ids*, in the broker and in the memory of all processes."""
+        """Delete everything about *ids*, on the broker and in the memory of all processes."""
         self.store.remove(ids)
         self.store.announce_removal(ids)
         for task_id in ids:
@@ -276,26 +276,26 @@ class SharedLayout:
         self.publisher.publish((self._outgoing(self.detach(group), Route(group_id=group.id)),))
 
     def read_group(self, group_id: str) -> Optional[StateMessage]:
-        """Return the group as it was kept last, or ``None``."""
+        """Return the saved group, or ``None``."""
         return fold(self.store.read((group_id,), kind=GROUP)[group_id])
 
     def forget_group(self, group_id: str) -> None:
-        """Delete a group that was kept."""
+        """Delete a saved group."""
         self.store.remove((group_id,), kind=GROUP)
 
     def flush(self) -> None:
-        """Wait until the broker has what was published, at most some seconds."""
+        """Wait until the broker has all published messages, at most a few seconds."""
         self.publisher.flush()
 
     def close(self, wait: bool = True) -> None:
         """Close all connections and end all threads.
 
         Parameters:
-            wait: whether to return only when all is done.
+            wait: whether to wait until that is done.
         """
         for tap in list(self._taps):
             tap.shut()
-        # It sends bodies until then, and reads the store for that.
+        # The leader sends bodies until it is closed, and reads the store for that.
         self._leading.close(wait)
         self.inbox.close(wait)
         self.publisher.close()

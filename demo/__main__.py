@@ -1,4 +1,4 @@
-"""``python -m demo``: what ``make demo`` runs."""
+"""``python -m demo``: the program behind ``make demo``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from demo import interrupts
 
-#: What a shell reports of a program that ended by Ctrl-C.
+#: The shell's exit code of a program that ended by Ctrl-C.
 INTERRUPTED = 130
 
 
@@ -15,7 +15,7 @@ def main() -> int:
     """Run the demo and return its exit code."""
     interrupts.install()
     try:
-        # Imported only now: Ctrl-C during the imports is to end as cleanly as later.
+        # Imported only now, so that Ctrl-C during the imports ends as cleanly as later.
         from demo import acts
 
         return acts.main()
@@ -23,7 +23,7 @@ def main() -> int:
         print("\nInterrupted. Everything that was started has ended.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has gone; Python would complain about it once more at exit.
+        # The reader of the output has gone; without this Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

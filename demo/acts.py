@@ -29,10 +29,10 @@ from demo import interrupts, processes, reader, screen
 from demo.processes import Broker, Failed, settings
 from tools import rabbitmq
 
-#: Seconds within which each part of the demo has to be done.
+#: Time limit of each part of the demo, in seconds.
 TIMEOUT = 60.0
 
-#: Fewer than the default of 256, which would be declared at first use: over a second of waiting.
+#: Fewer than the default of 256, whose declaration at first use would take over a second.
 SHARDS = 16
 
 WORKER_PROCESSES = 4
@@ -45,7 +45,7 @@ SINGLE_LOOKUPS = 20
 #: How often a reader reads everything.
 ROUNDS = 2
 
-#: Celery prefers these to what the app says.
+#: Celery prefers these variables to the app's configuration.
 CELERY_VARIABLES = (
     "CELERY_BROKER_URL",
     "CELERY_BROKER_READ_URL",
@@ -57,13 +57,13 @@ CELERY_VARIABLES = (
 
 
 class Show:
-    """What has been sent, and what came of it.
+    """The sent tasks and their outcomes.
 
     Parameters:
-        view: where it is shown.
+        view: the screen that shows them.
         app: the app that sends.
         tasks: how many members the group has.
-        every_state: whether every state comes, or the latest where several came in a row.
+        every_state: whether every state is pushed, or only the latest of several in a row.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Show:
         self.every_state = every_state
         self.plain = max(10, tasks // 5)
         self.header = max(2, min(100, tasks))
-        #: Everything sent, by id: what the sender saw of it.
+        #: Everything sent, by id, as the sender saw it.
         self.seen: reader.Seen = {}
         self.singles: List[str] = []
         self.group_id = ""
@@ -152,7 +152,7 @@ class Show:
         self.row("failing tasks", came, bar)
 
     def send_progress(self, bars: screen.Bars) -> None:
-        """Tasks that report how far they are: every report is pushed."""
+        """Tasks that report progress: every report is pushed."""
         from demo.tasks import render
 
         results = [render.delay(FRAMES, SECONDS_A_FRAME) for _ in RENDERED]
@@ -182,7 +182,7 @@ class Show:
         )
 
     def send_group(self, bars: screen.Bars) -> None:
-        """A group, which is saved for those who read it later."""
+        """A group, which is saved for later readers."""
         from demo.tasks import square
 
         bar = bars.add("group", self.tasks)
@@ -199,7 +199,7 @@ class Show:
         self.row("a group", "all returned", bar)
 
     def send_chord(self, bars: screen.Bars) -> None:
-        """A chord, whose body the last part sends off."""
+        """A chord, whose body is sent when the last part ends."""
         from demo.tasks import square, total
 
         bar = bars.add("chord", self.header)
@@ -242,12 +242,12 @@ class Show:
         return ROUNDS * (len(self.singles) + self.tasks)
 
     def question(self) -> Dict[str, Any]:
-        """Return what a reader is asked."""
+        """Return the request to a reader."""
         return {"ids": self.singles, "group": self.group_id, "rounds": ROUNDS}
 
 
 class Pushes:
-    """Takes what is pushed, moves a bar, and says how long it was on its way."""
+    """Counts pushed states on a bar, and measures their delay."""
 
     def __init__(self, bar: screen.Bar) -> None:
         self._bar = bar
@@ -276,12 +276,12 @@ class Pushes:
             self._arrived.notify_all()
 
     def wait_for(self, count: int) -> bool:
-        """Return whether so many have come, as soon as they have."""
+        """Wait until *count* states have come; return whether they have."""
         with self._arrived:
             return self._arrived.wait_for(lambda: self._bar.done >= count, TIMEOUT)
 
     def summary(self, what: str) -> str:
-        """Return how fast they came."""
+        """Return a summary with the median delay."""
         if not self._delays:
             return what
         return f"{what}, median {1000 * statistics.median(self._delays):.1f} ms"
@@ -293,8 +293,8 @@ class Pushes:
 def run_on_broker(
     stack: contextlib.ExitStack, view: screen.Screen, broker: Broker, tasks: int, readers: int
 ) -> Show:
-    """The demo with a worker, and readers, that are processes of their own."""
-    # Of the processes that are started, too: those that have to be killed leave things behind.
+    """The demo with a worker and readers as separate processes."""
+    # The processes of the demo use it as well: a killed process leaves files behind.
     folder = Path(stack.enter_context(held_folder()))
     variables = dict(settings(broker.url, broker.name, SHARDS), TMPDIR=str(folder))
     os.environ.update(variables)
@@ -348,7 +348,7 @@ def run_on_broker(
 
 @contextlib.contextmanager
 def held_folder() -> Any:
-    """A temporary folder that an interrupt cannot leave behind."""
+    """A temporary folder that is removed even after an interrupt."""
     with interrupts.held():
         folder = tempfile.TemporaryDirectory(prefix="celery-results-demo-")
     with folder as path:
@@ -369,7 +369,7 @@ def _read(
         running.append((name, process, bar))
     for _, process, _ in running:
         process.ask(show.question())
-    # One thread listens to each reader, so that all bars move.
+    # One thread reads from each reader, so that all bars move.
     with concurrent.futures.ThreadPoolExecutor(len(running)) as threads:
         listeners = [threads.submit(_listen, process, bar) for _, process, bar in running]
     return [
@@ -431,7 +431,7 @@ def run_in_memory(
 
     from demo.tasks import app
 
-    # The worker would log what fails on purpose between the lines of the demo.
+    # The worker would log the intended failures between the lines of the demo.
     logging.getLogger("celery.app.trace").setLevel(logging.CRITICAL)
     stack.callback(app.backend.close)
     with view.step("starting a worker thread") as done:
@@ -486,7 +486,7 @@ def run_in_memory(
 def find_broker(
     stack: contextlib.ExitStack, view: screen.Screen, given: Optional[str]
 ) -> Optional[Broker]:
-    """Return the broker to use, or ``None`` where there is none."""
+    """Return the broker to use, or ``None`` if there is none."""
     name = f"celery-results-demo-{uuid.uuid4().hex[:8]}"
     if not given:
         try:
@@ -540,7 +540,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             print(f"The demo failed: {exc}\n{logs}", file=sys.stderr)
             return 1
         finally:
-            # Cleaning up is not to be interrupted: it ends by itself.
+            # Cleaning up must not be interrupted: it ends by itself.
             interrupts.ignore()
     view.line("")
     for wrong in show.wrong:

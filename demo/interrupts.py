@@ -12,8 +12,8 @@ import sys
 import time
 from typing import Any, Iterator
 
-#: A terminal, make and a shell may each pass on the same Ctrl-C: one within so many seconds of
-#: another is the same.
+#: A terminal, make and a shell may each pass on the same Ctrl-C: interrupts within this many
+#: seconds count as one.
 SAME = 1.0
 
 #: Seconds after which an interrupt that was swallowed is raised again.
@@ -41,7 +41,7 @@ def ignore() -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Put off an interrupt until the end of the ``with`` block."""
+    """Delay an interrupt until the end of the ``with`` block."""
     global _held, _pending
     _held += 1
     try:

@@ -1,4 +1,4 @@
-"""What the demo starts: a broker, a worker, readers. Each is ended again, whatever happens."""
+"""The processes of the demo: a broker, a worker, readers. Each is always ended again."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tools import rabbitmq
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: Seconds until a worker has to be ready, and until a process that was asked to end is killed.
+#: Seconds for a worker to become ready, and for a process to end before it is killed.
 READY = 60.0
 GRACE = 3.0
 
 
 def settings(broker: str, name: str, shards: int) -> Dict[str, str]:
-    """Return the environment variables that :mod:`demo.tasks` makes its app from.
+    """Return the environment variables from which :mod:`demo.tasks` makes its app.
 
     Parameters:
         broker: URL of the broker.
@@ -46,7 +46,7 @@ class Broker:
 
     Parameters:
         url: where it is.
-        node: the private node that it is, or ``None`` where it is somebody's own.
+        node: the node if the demo has started it, or ``None`` for a broker of the user.
         name: first part of the name of everything that the demo declares.
         shards: how many queues keep the results.
     """
@@ -56,7 +56,7 @@ class Broker:
         self.node = node
         self.name = name
         self.topology = Topology(name, shards, "classic")
-        #: Queues that are deleted at the end if they are still there.
+        #: Queues that are deleted at the end if they still exist.
         self.others: List[str] = []
 
     def product(self) -> str:
@@ -82,8 +82,8 @@ class Broker:
     def queues(self) -> int:
         """Return how many queues there are.
 
-        On a private node that is all queues; on somebody's own broker, which does not tell
-        everybody, those that the demo has declared there by name.
+        A private node counts all its queues. On the user's own broker, where listing may be
+        forbidden, only the demo's declared queues are counted, by name.
         """
         if self.node is not None:
             return self.node.queue_count()
@@ -102,12 +102,12 @@ class Broker:
             return True
 
     def clean_up(self) -> None:
-        """Delete what the demo has declared, but for what goes away with a private node."""
+        """Delete everything the demo has declared that does not go away with a private node."""
         if self.node is not None:
             return
         with self._connection() as connection:
             channel = connection.channel()
-            # Deleting what is not there is no error.
+            # Deleting a missing queue is not an error.
             for name in (*self._names(), *self.others):
                 channel.queue_delete(name)
             for name in (self.topology.exchange, f"{self.name}.tasks"):
@@ -115,13 +115,13 @@ class Broker:
 
 
 class Process:
-    """A Python process of the demo's, in a session of its own: Ctrl-C does not reach it.
+    """A Python process of the demo, in its own session: Ctrl-C does not reach it.
 
     Parameters:
-        module: what it runs.
+        module: the module to run.
         arguments: its arguments.
-        variables: environment variables that it gets in addition.
-        output: file for what it prints; ``None`` to read it with :meth:`answers`.
+        variables: additional environment variables.
+        output: file for its output; ``None`` to read it with :meth:`answers`.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Process:
             self._process.stdin.close()
 
     def answers(self) -> Iterator[Dict[str, Any]]:
-        """Yield the lines that it prints, decoded, until it ends.
+        """Yield the lines of its output, decoded, until it ends.
 
         Raises:
             Failed: when it fails.
@@ -170,12 +170,12 @@ class Process:
             raise Failed(f"a reader failed:\n{complaints.decode(errors='replace')[-2000:]}")
 
     def log(self) -> str:
-        """Return the end of what it has printed."""
+        """Return the end of its output."""
         assert self._output is not None
         return self._output.read_text(errors="replace")[-2000:]
 
     def wait_for(self, text: str) -> None:
-        """Return when it has printed *text*.
+        """Wait until it has printed *text*.
 
         Raises:
             Failed: when it ends first, or takes too long.
@@ -218,10 +218,10 @@ def start_node(stack: contextlib.ExitStack) -> rabbitmq.Node:
     """
     rabbitmq.ensure_installed()
     node = rabbitmq.Node(rabbitmq.distribution())
-    # It takes a few seconds, and only then is it known what has to be ended.
+    # Starting takes a few seconds, and the process to end is known only after that.
     with interrupts.held():
         stack.callback(node.stop)
-        # Its data goes away, so that it need not put it in order first.
+        # Its data is discarded, so it need not shut down cleanly.
         stack.callback(node.kill)
         node.start()
     return node

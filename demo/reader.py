@@ -1,7 +1,7 @@
-"""A process that has sent nothing and reads results by their ids.
+"""A process that has sent no tasks and reads results by their ids.
 
-It gets ``{"ids": [...], "group": id, "rounds": n}`` on standard input and writes lines of JSON: now
-and then how many results it has read, and at last what it read in each round, and how long that
+It receives ``{"ids": [...], "group": id, "rounds": n}`` on standard input and writes lines of JSON:
+periodically the number of results read, and at last the results of each round and the time that it
 took.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 from celery.result import AsyncResult, GroupResult
 
-#: Seconds in which a group has to be read.
+#: Time limit for reading a group, in seconds.
 TIMEOUT = 60.0
 
 #: How many results are read between two reports.
@@ -50,7 +50,7 @@ def read(app: Any, ids: List[str], group_id: str, on_read: Callable[[], Any]) ->
 
 
 def main() -> int:
-    """Read what standard input says."""
+    """Carry out the request on standard input."""
     from demo.tasks import app
 
     wanted = json.load(sys.stdin)
@@ -77,5 +77,5 @@ def _say(what: Dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C is the demo's business, which then ends this process.
+    # The demo handles Ctrl-C, and then ends this process.
     sys.exit(main())

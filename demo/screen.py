@@ -1,4 +1,4 @@
-"""What the demo shows: live on a terminal, lines of plain text where it is piped."""
+"""The output of the demo: live on a terminal, lines of plain text in a pipe."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class _RichBar(Bar):
 
 
 class Screen:
-    """Plain text, a line for everything that has been done."""
+    """Plain text, with a line for every finished step."""
 
     def __init__(self) -> None:
-        #: What to show the end of if the demo fails.
+        #: Log files whose ends are shown if the demo fails.
         self.logs: List[Path] = []
 
     def title(self, name: str, text: str) -> None:
@@ -90,7 +90,7 @@ class Screen:
         print(text, flush=True)
 
     def warn(self, text: str) -> None:
-        """Show something that is not as it should be."""
+        """Show a warning."""
         self.line(text)
 
     def good(self, text: str) -> None:
@@ -98,12 +98,12 @@ class Screen:
         self.line(text)
 
     def status(self, doing: str) -> ContextManager[Any]:
-        """Show, while the block runs, what is being done."""
+        """Show a description of the work while the block runs."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def step(self, doing: str) -> Iterator[List[str]]:
-        """Show that something is being done, and then what the block puts into the list."""
+        """Show a description of the work, and then the lines that the block puts into the list."""
         started = time.monotonic()
         done: List[str] = []
         yield done
@@ -132,7 +132,7 @@ class Screen:
 
 
 class Bars:
-    """Makes bars. Here they say a word only when they are finished."""
+    """Makes bars. These print a line only when they are finished."""
 
     def __init__(self, screen: Screen) -> None:
         self._screen = screen

@@ -22,13 +22,13 @@ def _make_app() -> Celery:
         task_default_queue=f"{name}.tasks",
         task_default_exchange=f"{name}.tasks",
         task_default_routing_key=f"{name}.tasks",
-        # On somebody's own broker the demo's worker is not to answer to their control messages.
+        # On the user's own broker the demo's worker must not answer other control messages.
         worker_enable_remote_control=False,
         worker_prefetch_multiplier=16,
         broker_connection_retry_on_startup=True,
     )
     if broker.startswith("memory"):
-        # Seconds between two looks of the worker at its queue: a second, unless told otherwise.
+        # Seconds between two polls of the worker's queue; the default is one second.
         app.conf.broker_transport_options = {"polling_interval": 0.01}
     else:
         app.conf.result_backend_transport_options = {

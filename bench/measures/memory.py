@@ -13,10 +13,10 @@ from bench.place import Place
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield bytes for each result that is awaited."""
-    count = 2000 if place.quick else 20000
+    count = 2000 if place.quick else 5000
     found = place.alternate(
         {name: _waiting(place, name, count) for name in place.chosen("amqp", "rpc", "redis")},
-        rounds=1 if place.quick else 3,
+        rounds=1 if place.quick else 2,
         warm_up=False,
     )
     yield Row(

@@ -66,7 +66,7 @@ class Subscriber(Protocol):
         """Take the error after which nothing more comes."""
 
 
-# -- what blocks -----------------------------------------------------------------------------------
+# -- blocking calls --------------------------------------------------------------------------------
 
 
 class _Threads:
@@ -102,7 +102,7 @@ def _submit(function: Callable[..., Any], *args: Any) -> None:
 
 
 async def run_blocking(function: Callable[..., _T], *args: Any) -> _T:
-    """Call *function* on one of a few threads and return what it returns.
+    """Call *function* on one of a few threads and return its result.
 
     When the waiting coroutine is cancelled, the function runs to its end all the same.
     """

@@ -67,7 +67,7 @@ LARGE_BODY = 64 * 1024
 MAX_BUFFERED = 10_000
 
 
-# -- what is waited for ----------------------------------------------------------------------------
+# -- targets ---------------------------------------------------------------------------------------
 
 
 def _backend_of(node: Any, app: Any = None) -> Any:
@@ -229,8 +229,8 @@ async def get(
     """Wait for a task and return its value, as ``AsyncResult.get`` does.
 
     Parameters:
-        target: a task id, a result object, or a group or another result set, of which the values
-            are returned as a list, of groups in it as lists in the list.
+        target: a task id, a result object, or a group or another result set. A group returns a
+            list of values, with a nested list for each group in it.
         timeout: seconds; ``None`` for no end, 0 to ask once.
         propagate: whether to raise the exception of a task that failed; otherwise it is returned.
             The first failure in a group ends the wait.
@@ -788,7 +788,7 @@ def as_completed(
             of groups in a group come one by one.
         timeout: seconds in total from the first iteration; ``None`` for no end, 0 to ask once.
         propagate: whether to raise the exception of a task that failed. ``async for`` ends there,
-            but the iterator can be asked on. Otherwise the exception is the value.
+            but the iterator can be used further. Otherwise the exception is the value.
         app: the app of task ids; the current app by default.
 
     Returns:

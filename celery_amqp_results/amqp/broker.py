@@ -79,7 +79,7 @@ class ResultBroker:
         app = self._app()
         if self.url.broker is not None or app is None:
             return self.url.sanitized()
-        # The app's own broker: its address says more than "amqp://".
+        # The app's own broker: its address is more helpful than "amqp://".
         connection = app.connection_for_write()
         hosts = connection.alt or [connection.as_uri(include_password=True)]
         return options.parse_url(";".join(map(str, hosts))).sanitized()

@@ -71,7 +71,7 @@ class Status(enum.Enum):
     RETURNED = "returned"
     #: The queue does not take it (nack).
     REFUSED = "refused"
-    #: The connection was lost before the broker said anything.
+    #: The connection was lost before the broker answered.
     LOST = "lost"
 
 

@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 import weakref
-from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 
 import amqp
 import kombu
@@ -68,11 +68,15 @@ _METHOD_FRAME = 1
 #: Bytes of class, method, tag and multiple.
 _SIZE_OF_ACK = 13
 
-#: The longest wait that any system's locks can do, in seconds.
-LONGEST_WAIT = 3600.0
-
 #: An idle connection of a pool is closed after this many seconds.
 IDLE_SECONDS = 60.0
+
+#: A user that has had a connection for this many seconds waits for something that may take long,
+#: such as a shard that a frozen process holds. Its connection no longer counts against the limit
+#: of the pool, so that other users need not wait for it.
+STUCK_SECONDS = 2.0
+#: At most this many connections do not count.
+MAX_STUCK = 8
 
 
 class _Received:
@@ -367,8 +371,8 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-#: Transport options that would change what the backend relies on. It waits for confirms itself,
-#: and its look-ups need their own heartbeat.
+#: Transport options that the backend must set itself: it waits for confirms itself, and its
+#: look-ups need their own heartbeat.
 _OVERRIDDEN = ("confirm_publish", "heartbeat")
 
 
@@ -380,7 +384,7 @@ def _override_transport_options(connection: kombu.Connection, name: str) -> None
     given = dict(connection.transport_options or {})
     for option in _OVERRIDDEN:
         given.pop(option, None)
-    # As an attribute it can be shortened to what is left of a deadline.
+    # As an attribute it can be shortened to the rest of a deadline.
     connection.connect_timeout = given.pop("connect_timeout", None) or connection.connect_timeout
     properties = dict(given.get("client_properties") or {})
     theirs = properties.get("connection_name")
@@ -497,12 +501,12 @@ class Connector:
     def open(
         self, heartbeat: float, deadline: Optional[float] = None, purpose: str = "results"
     ) -> Link:
-        """Open a connection, trying again as the retry policy says.
+        """Open a connection; retry as the retry policy says.
 
         Parameters:
             heartbeat: seconds between heartbeats; 0 for none.
-            deadline: time (``time.monotonic``) after which to give up; not before, unless the
-                retry policy says so.
+            deadline: time (``time.monotonic``) after which to give up; the retry policy may end
+                the tries earlier.
             purpose: what the connection is for, see :meth:`open_once`.
 
         Raises:
@@ -557,8 +561,8 @@ class LookupTries:
 
     Parameters:
         policy: how long to wait between them.
-        end: time (``time.monotonic``) at which the look-up has to be over.
-        prefix: beginning of the names of the queues, for messages of errors.
+        end: the look-up's time limit (``time.monotonic``).
+        prefix: beginning of the names of the queues, for error messages.
     """
 
     def __init__(self, policy: options.RetryPolicy, end: float, prefix: str) -> None:
@@ -570,12 +574,12 @@ class LookupTries:
         """Wait before the next try.
 
         Parameters:
-            exc: what the last one ended with.
-            what: what could not be read.
+            exc: the error of the last try.
+            what: a description of the read, for error messages.
 
         Raises:
             BackendUnavailable: when the broker has refused it.
-            LookupTimeout: when there is no time for another, or there were enough.
+            LookupTimeout: when the time or the tries are used up.
         """
         pause = self._tries.after(exc, time.monotonic())
         if is_refusal(exc):
@@ -592,10 +596,6 @@ class LookupTries:
         time.sleep(pause)
 
 
-def _semaphore_timeout(deadline: Optional[float]) -> Optional[float]:
-    return None if deadline is None else time_left(deadline, LONGEST_WAIT)
-
-
 class Pool:
     """Open connections that are lent to one user at a time.
 
@@ -607,8 +607,8 @@ class Pool:
         connector: opens the connections.
         heartbeat: seconds between heartbeats; 0 for none.
         name: what they are for; names the thread.
-        limit: how many connections may be open at once; a user that needs one more waits. ``None``
-            for no limit.
+        limit: how many connections may be in use at once, besides those whose users are stuck
+            (:data:`STUCK_SECONDS`); a user that needs one more waits. ``None`` for no limit.
 
     Thread-safe. After a fork the child must make a new pool and never use this one again.
     """
@@ -617,14 +617,17 @@ class Pool:
         self, connector: Connector, heartbeat: float, name: str, limit: Optional[int] = None
     ) -> None:
         self._connector = connector
-        self._free = None if limit is None else threading.Semaphore(limit)
         self._limit = limit
-        #: How a user of the pool retries what it does on its connections.
+        #: How a user of the pool retries its operations.
         self.policy = connector.policy
         self._heartbeat = heartbeat
         self._name = name
-        # Guards all that follows. No I/O is done while holding it.
-        self._changed = threading.Condition(threading.Lock())
+        # One lock guards all that follows. No I/O is done while holding it.
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._returned = threading.Condition(lock)
+        #: When each connection in use was lent, by a handle of its user.
+        self._lent: Dict[object, float] = {}
         self._idle: Deque[Link] = collections.deque()
         self._keeper: Optional[threading.Thread] = None
         self._closed = False
@@ -636,27 +639,42 @@ class Pool:
         A connection on which the block raises is not used again.
 
         Parameters:
-            deadline: time (``time.monotonic``) after which opening a new one, and waiting for one
-                that others use, is given up.
+            deadline: time (``time.monotonic``) after which it no longer opens a connection, or
+                waits for one.
 
         Raises:
             BackendUnavailable: when a new one was needed and could not be opened.
             LookupTimeout: when others used all connections until the deadline.
         """
-        if self._free is None:
-            with self._lend(deadline) as link:
-                yield link
-            return
-        if not self._free.acquire(timeout=_semaphore_timeout(deadline)):
-            raise errors.LookupTimeout(
-                f"{self._limit} connections for {self._name} were in use by other threads of this "
-                "process until the time was over; asking again is safe"
-            )
+        user = self._reserve(deadline)
         try:
             with self._lend(deadline) as link:
                 yield link
         finally:
-            self._free.release()
+            with self._changed:
+                del self._lent[user]
+                self._returned.notify()
+
+    def _reserve(self, deadline: Optional[float]) -> object:
+        """Wait until one more connection may be in use; return the handle of its user."""
+        user = object()
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                if self._limit is None or len(self._lent) - self._stuck(now) < self._limit:
+                    self._lent[user] = now
+                    return user
+                if is_over(deadline):
+                    raise errors.LookupTimeout(
+                        f"{self._limit} connections for {self._name} were in use by other threads "
+                        "of this process until the time was over; asking again is safe"
+                    )
+                self._returned.wait(time_left(deadline, STUCK_SECONDS / 4))
+
+    def _stuck(self, now: float) -> int:
+        """Return how many connections in use do not count, since their users are stuck."""
+        stuck = sum(1 for lent_at in self._lent.values() if now - lent_at >= STUCK_SECONDS)
+        return min(stuck, MAX_STUCK)
 
     @contextlib.contextmanager
     def _lend(self, deadline: Optional[float]) -> Iterator[Link]:

@@ -62,7 +62,7 @@ def _short(text: str) -> bytes:
     return bytes((len(raw),)) + raw
 
 
-#: The same for text of which there are few.
+#: The same, cached, for the few names in use.
 _name = functools.lru_cache(maxsize=256)(_short)
 
 

@@ -52,7 +52,7 @@ class Retry:
         """Return the seconds to wait before the next try, or ``None`` to give up.
 
         Parameters:
-            exc: what the last try ended with. Raised again if a signal handler raised it.
+            exc: the error of the last try. Raised again if a signal handler raised it.
             now: the time (``time.monotonic``).
         """
         failures.raise_if_from_signal_handler(exc)
@@ -66,5 +66,5 @@ class Retry:
         return pause
 
     def succeeded(self) -> None:
-        """Begin anew: the operation has worked."""
+        """Reset the tries, since the operation has succeeded."""
         self.failed = 0

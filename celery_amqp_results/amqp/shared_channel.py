@@ -203,7 +203,7 @@ class SharedChannel:
                         self._lose(channel, confirms.no_confirm())
 
     def _take_turn(self, waiter: Waiter, deadline: Optional[float]) -> None:
-        """Read as the leader, or wait for what the leader reads."""
+        """Read as the leader, or wait for the leader to read."""
         with self._turn:
             lead = not self._led
             if lead:

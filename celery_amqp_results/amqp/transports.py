@@ -49,7 +49,7 @@ MEMORY = "memory"
 
 
 def transport_name(connection: kombu.Connection) -> str:
-    """Return what the transport of *connection* is called in a URL. Does no I/O."""
+    """Return the name of *connection*'s transport in a URL. Does no I/O."""
     found = connection.transport_cls
     if isinstance(found, str):
         return found
@@ -156,7 +156,7 @@ class KombuSessions:
         self._connector = connector
         sample = make()
         self.local = transport_name(sample) in (MEMORY, "kombu.transport.memory:Transport")
-        # The transports name what they raise; an OSError is raised by any that does I/O.
+        # The transports list their errors; any that does I/O may also raise an OSError.
         self.errors: Tuple[Type[Exception], ...] = (
             *sample.connection_errors,
             *sample.channel_errors,

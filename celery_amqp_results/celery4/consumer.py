@@ -20,7 +20,7 @@ class Consumer(kombu.Consumer):
     Parameters:
         channel: a channel, or a connection, whose default channel is taken.
         queues: a queue, or several, to consume from.
-        no_ack: whether nothing has to be acknowledged; what each queue says by default.
+        no_ack: whether messages need no acknowledgement; each queue's own setting by default.
         auto_declare: whether queues are declared at once; true by default.
         callbacks: called in their order with (body, message).
         on_decode_error: called with (message, exception) for a message that cannot be decoded; by
@@ -152,7 +152,7 @@ class Consumer(kombu.Consumer):
     def qos(
         self, prefetch_size: int = 0, prefetch_count: int = 0, apply_global: bool = False
     ) -> Any:
-        """Limit what is sent in advance of acknowledgements.
+        """Limit the messages that are delivered in advance of acknowledgements.
 
         Parameters:
             prefetch_size: not supported by RabbitMQ; 0, for no limit in bytes.
@@ -171,11 +171,11 @@ class Consumer(kombu.Consumer):
         return super().qos(0, prefetch_count, apply_global)
 
     def recover(self, requeue: bool = False) -> Any:
-        """Have all messages of the channel that are not acknowledged delivered again.
+        """Requeue all unacknowledged messages of the channel.
 
         Parameters:
-            requeue: has to be true: they go back to their queues, whose other consumers may get
-                them. To this consumer alone RabbitMQ cannot deliver them.
+            requeue: must be true: the messages go back to their queues, whose other consumers may
+                get them. RabbitMQ cannot redeliver them to this consumer alone.
 
         Raises:
             NotImplementedError: when *requeue* is false; nothing is sent.

@@ -1,16 +1,16 @@
-"""kombu's ``Producer`` and ``Exchange``, with what their page promises and kombu leaves out.
+"""kombu's ``Producer`` and ``Exchange``, with the documented features that kombu lacks.
 
 ``mandatory`` works in kombu already, although its page calls it "not supported": the broker
 returns a message that no queue takes, and ``on_return`` gets it. The differences are these:
 
 - ``immediate`` is an error before anything is sent. RabbitMQ would close the whole connection.
-- A producer's exchange is declared at instantiation, as the page says, and not before the first
-  message; and it may be given by name.
-- ``declare`` of :meth:`Producer.publish` may be any sequence, and neither that list nor the
-  headers of the caller are written to: kombu appends the exchange to the one, and marks the other
-  as compressed for ever.
-- :meth:`Exchange.publish` takes bytes, and messages that were received; with kombu before 5.7,
-  :meth:`Exchange.Message` takes a delivery mode.
+- A producer's exchange is declared at instantiation, as documented, instead of before the first
+  message. It may be given by name.
+- ``declare`` of :meth:`Producer.publish` may be any sequence. Neither that list nor the caller's
+  headers are modified: kombu appends the exchange to the list, and marks the headers as compressed
+  for all later messages.
+- :meth:`Exchange.publish` accepts bytes and received messages. With kombu before 5.7,
+  :meth:`Exchange.Message` accepts a delivery mode.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kombu.entity import maybe_delivery_mode
 
 __all__ = ("Exchange", "Producer")
 
-#: Properties that are sent on with a message that was received. Not ``user_id``: the broker takes
-#: only the name of the user who publishes.
+#: Properties of a received message that are forwarded. ``user_id`` is left out, since the broker
+#: accepts only the name of the publishing user.
 _FORWARDED = (
     "app_id",
     "cluster_id",
@@ -47,7 +47,7 @@ def _refuse_immediate(immediate: bool) -> None:
 
 
 class Exchange(kombu.Exchange):
-    """An exchange, as kombu's; see there for all parameters and attributes."""
+    """An exchange like kombu's, whose documentation covers all parameters and attributes."""
 
     def Message(
         self,
@@ -65,7 +65,7 @@ class Exchange(kombu.Exchange):
             properties: more properties of the message.
             **kwargs: ``priority``, ``content_type``, ``content_encoding`` and ``headers``.
         """
-        # kombu before 5.7 takes no notice of delivery_mode.
+        # kombu before 5.7 ignores delivery_mode.
         mode = maybe_delivery_mode(delivery_mode or self.delivery_mode)
         if isinstance(body, str):
             kwargs.setdefault("content_encoding", "utf-8")
@@ -84,12 +84,12 @@ class Exchange(kombu.Exchange):
         """Publish a message.
 
         Parameters:
-            message: what :meth:`~kombu.Exchange.Message` returned, a message that was received,
-                a string, which is sent as UTF-8, or bytes.
+            message: the return value of :meth:`~kombu.Exchange.Message`, a received message, a
+                string, which is sent as UTF-8, or bytes.
             routing_key: routing key of the message.
-            mandatory: whether the broker is to return the message where no queue takes it. The
-                callbacks in ``channel.events["basic_return"]`` get it while events are drained;
-                without any the drain raises it as an error.
+            mandatory: whether the broker returns the message if no queue takes it. The callbacks
+                in ``channel.events["basic_return"]`` get it while events are drained; without any
+                the drain raises it as an error.
             immediate: not supported by RabbitMQ.
             exchange: name of another exchange to publish to.
 
@@ -104,11 +104,11 @@ class Exchange(kombu.Exchange):
         return super().publish(message, routing_key, mandatory, False, exchange)
 
     def _forwarded(self, message: Any) -> Any:
-        """Return a message to send that is like one that was received."""
+        """Return a copy of a received message for sending."""
         properties = {k: v for k, v in message.properties.items() if k in _FORWARDED}
         headers = dict(message.headers)
         if not message.errors:
-            # The body was decompressed as the message came in.
+            # The body was decompressed on arrival.
             headers.pop("compression", None)
         return self.channel.prepare_message(
             message.body,
@@ -121,13 +121,13 @@ class Exchange(kombu.Exchange):
 
 
 class Producer(kombu.Producer):
-    """Sends messages, as kombu's; see there for the attributes.
+    """Sends messages like kombu's producer, whose documentation covers the attributes.
 
     Parameters:
-        channel: a connection or a channel; ``None`` for one that is given to :meth:`revive` later.
-        exchange: where messages go by default. One that is given by name is never declared, since
-            a name does not say of what type it is.
-        routing_key: key of messages that are given none.
+        channel: a connection or a channel; ``None`` to pass one to :meth:`revive` later.
+        exchange: the default exchange of messages. An exchange given by name is never declared,
+            since its type is unknown.
+        routing_key: the default routing key.
         serializer: kombu's name of a serializer; ``json`` by default.
         auto_declare: whether *exchange* is declared at once, and again before a message that
             follows on a new connection; true by default.
@@ -164,7 +164,7 @@ class Producer(kombu.Producer):
         """Declare an exchange or a queue, unless that was done on this connection.
 
         Parameters:
-            entity: what to declare; nothing is done for ``None``.
+            entity: the entity to declare; ``None`` does nothing.
             retry: whether to connect and try again when the connection is lost.
             **retry_policy: parameters of ``kombu.Connection.ensure``.
 
@@ -175,8 +175,8 @@ class Producer(kombu.Producer):
         declare = super().maybe_declare
         if connection is None:
             return declare(entity)
-        # kombu's own way to retry fails for some entities in kombu 5.3: it does not bind them, or
-        # declares them on the channel that was lost. Reviving the producer does for all.
+        # kombu 5.3's own retry fails for some entities: it does not bind them, or declares them on
+        # the lost channel. Reviving the producer works for all.
         return connection.ensure(self, lambda: declare(entity), **retry_policy)()
 
     def publish(
@@ -206,20 +206,20 @@ class Producer(kombu.Producer):
             routing_key: routing key; that of the producer by default.
             delivery_mode: 1 or ``transient``, 2 or ``persistent``; that of the exchange by
                 default.
-            mandatory: whether the broker is to return the message where no queue takes it.
+            mandatory: whether the broker returns the message if no queue takes it.
                 ``on_return`` is called with (exception, exchange, routing_key, message) while
                 events are drained; without one the drain raises the exception.
             immediate: not supported by RabbitMQ.
             priority: 0 to 9.
-            content_type: type of a *body* that is serialized already.
-            content_encoding: encoding of a *body* that is serialized already.
+            content_type: type of a *body* that is already serialized.
+            content_encoding: encoding of a *body* that is already serialized.
             serializer: kombu's name of a serializer; that of the producer by default.
             headers: headers of the message.
             compression: kombu's name of a compression; that of the producer by default.
-            exchange: another exchange to publish to, which must be there.
+            exchange: another exchange to publish to, which must exist.
             retry: whether to connect and publish again when the connection is lost.
             retry_policy: parameters of ``kombu.Connection.ensure``.
-            declare: what has to be declared before, unless it was on this connection.
+            declare: entities to declare first, unless that was done on this connection.
             expiration: seconds after which the broker drops the message; ``None`` for never.
             **properties: more properties of the message, and ``timeout`` and ``confirm_timeout``
                 where kombu has them.

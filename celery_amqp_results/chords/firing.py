@@ -1,7 +1,7 @@
 """Firing a chord: sending its body with the results of its header, or reporting its failure.
 
 It does what Celery's Redis backend does. Where that backend leaves a chord hanging or loses its
-body, this module ends the chord.
+body, this module completes or fails the chord.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ("BodySender", "Firing", "last_links", "sends_for_another")
 
 logger = logging.getLogger(__name__)
 
-#: Message of a :class:`ChordError`; that of Celery's Redis backend.
+#: Message of a :class:`ChordError`, the same as in Celery's Redis backend.
 DEPENDENCY = "Dependency {} raised {!r}"
 
 #: Errors that are raised while the broker does not answer.
@@ -41,10 +41,10 @@ UNAVAILABLE: Tuple[Type[Exception], ...] = (
     *connections.TRANSIENT,
 )
 
-#: A body that cannot be sent because the broker does not answer is tried this many times.
+#: How many times to try sending a body while the broker does not answer.
 TRIES = 5
 
-#: A connection that has not sent a body for this many seconds is not trusted any more.
+#: A connection that has not sent a body for this many seconds is no longer trusted.
 IDLE_SECONDS = 30.0
 
 #: The body that is being sent in this thread or greenlet for a process that waits for it.
@@ -63,8 +63,8 @@ class Firing:
 
     Parameters:
         app: returns the Celery app, or ``None`` when it is gone.
-        store: what results are read from that did not fit the leader's memory.
-        content: returns what a plan's message holds.
+        store: reads the results that did not fit the leader's memory.
+        content: returns the decoded content of a plan's message.
 
     Thread-safe. After a fork the child must make a new one.
     """
@@ -89,7 +89,7 @@ class Firing:
         app = self._app()
         if app is None:
             raise NotSent("the Celery app is gone")
-        # The thread is ours: what a handler or an errback of the user's sees is this app.
+        # The thread is ours, so set this app for the user's handlers and errbacks.
         app.set_current()
         assert action.plan.message is not None
         content = self._content(action.plan.message)
@@ -133,7 +133,7 @@ class Firing:
         """Return the results of the header, in its order and nesting.
 
         Raises:
-            ChordError: when a task has failed; of several the first in order.
+            ChordError: when a task has failed; for several, the first in order.
         """
         ends = dict(action.ends)
         if action.bodiless:
@@ -158,12 +158,12 @@ class Firing:
 
 
 def _ancestors(signature: Any, action: Fire) -> Dict[str, str]:
-    """Return the ids of the body's parent and root: those it has with Celery's other backends.
+    """Return the ids of the body's parent and root, the same as with Celery's other backends.
 
-    There the body is sent by the task of the header that ends last.
+    There the header task that ends last sends the body.
     """
     if isinstance(signature, chord) or not action.ends:
-        # A chord takes them for those of its own body.
+        # A chord would use them for its own body.
         return {}
     last = max(action.ends.values(), key=lambda state: state.published).id
     options = signature.options
@@ -174,10 +174,10 @@ def _ancestors(signature: Any, action: Fire) -> Dict[str, str]:
 
 
 class BodySender:
-    """Sends the bodies of chords, and knows that the broker has them where it can say so.
+    """Sends the bodies of chords, with a confirm where the broker supports it.
 
-    Celery does not wait for confirms unless told to. Here the plan is acknowledged after the body
-    is sent, so on RabbitMQ the body is confirmed before, whatever the settings say. The tasks of a
+    Celery does not wait for confirms by default. Here the plan is acknowledged after the body is
+    sent, so on RabbitMQ the body must be confirmed first, whatever the settings. The tasks of a
     body that is itself a chord are sent like any other of the app.
 
     Parameters:
@@ -192,10 +192,10 @@ class BodySender:
         self._idle: Deque[Tuple[float, Any]] = collections.deque()
 
     def send(self, signature: Any, results: List[Any], options: Mapping[str, Any]) -> None:
-        """Send *signature* with *results*, and with more *options* than it has.
+        """Send *signature* with *results* and additional *options*.
 
         Raises:
-            Exception: what Celery, kombu or the serializer raises when it cannot be published.
+            Exception: the error of Celery, kombu or the serializer when it cannot be published.
         """
         retry_publish = getattr(self._app().amqp, "_retry_publish", _call)
         with self._producer() as producer:
@@ -203,7 +203,7 @@ class BodySender:
 
     @contextlib.contextmanager
     def _producer(self) -> Iterator[Any]:
-        """Lend a producer; one on which the block raises is not used again."""
+        """Lend a producer; it is not used again if the block raises."""
         app = self._app()
         producer = None
         with self._lock:

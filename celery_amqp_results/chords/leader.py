@@ -1,14 +1,13 @@
-"""The leader: decides when a chord is complete, and what has to be done for that.
+"""The leader: decides when a chord is complete, and which actions follow.
 
 :class:`Leader` receives *events* (its methods) and returns *actions* (:meth:`Leader.take`). It does
 no I/O, has no clock and no threads; :mod:`~celery_amqp_results.chords.service` is the shell around
 it.
 
-Of each open chord the leader knows which tasks of the header have ended. It hears of most ends
-because they are pushed. The store is asked where an end may have been missed: a plan that was
-delivered before, or began before the binding was sure to work, and a chord that nothing is heard
-of. A plan is acknowledged when its body was sent, and not before: until then the broker gives it
-to another leader if this one dies.
+For each open chord the leader knows which tasks of the header have ended. It learns of most ends by
+pushed states. It reads the store where it may have missed an end: for a redelivered plan, for a
+plan that began before the binding was effective, and for a silent chord. It acknowledges a plan
+only after sending its body: until then the broker delivers it to another leader if this one dies.
 """
 
 from __future__ import annotations
@@ -43,36 +42,36 @@ __all__ = ("Acknowledge", "Action", "Bind", "Fire", "GiveUp", "Leader", "LookUp"
 FIRST_RECHECK = 15.0
 LAST_RECHECK = 300.0
 
-#: A binding may take effect on another node of a cluster a moment after the broker has confirmed
-#: it. Plans of the first seconds are looked up once more after this time.
+#: A binding may take effect on another node of a cluster shortly after the broker has confirmed it.
+#: Plans of the first seconds are looked up once more after this time.
 SETTLE_SECONDS = 1.0
 
 #: Clocks of two hosts differ by less than this, in microseconds. If they differ by more, the
 #: first recheck finds what was missed.
 SKEW = 4_000_000
 
-#: Seconds after which an amendment to a chord that is over is given up.
+#: Seconds after which an amendment to a finished chord is given up.
 LAST_AMENDMENT = 60.0
 
-#: Seconds before a failed look-up or a failed sending is tried again.
+#: Pauses, in seconds, before a failed look-up or sending is tried again.
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
-#: At most this many ids are looked up at once.
+#: The most ids in one look-up.
 MAX_LOOK_UP = 20_000
 
-#: At most this many ends are kept of chords whose plan has not arrived.
+#: The most ends that are kept for chords whose plan has not arrived.
 MAX_EARLY = 100_000
 
-#: At most this many chords are remembered as fired.
+#: The most chords that are remembered as fired.
 MAX_FIRED = 100_000
 
-#: A delivery of the broker, as the shell calls it.
+#: The shell's number for a delivery of the broker.
 Delivery = int
 
 
 @dataclasses.dataclass(frozen=True)
 class Bind:
-    """Have the states of the chords in plan queue *number* pushed."""
+    """Bind the states of the chords in plan queue *number*."""
 
     number: int
 
@@ -90,25 +89,25 @@ class Fire:
     """Send the body of a chord, or fail it if a task of its header has failed."""
 
     plan: Plan
-    #: The ids of the header's tasks in order and nesting, with those that were added.
+    #: The ids of the header's tasks in order and nesting, including amendments.
     results: List[str] = dataclasses.field(compare=False)
     ends: Mapping[str, StateMessage] = dataclasses.field(compare=False)
-    #: Tasks whose ends are known without their bodies, which did not fit the memory.
+    #: Tasks with known ends whose bodies did not fit the memory.
     bodiless: FrozenSet[str] = frozenset()
-    #: How many times that was tried and failed.
+    #: How many times firing has failed.
     failures: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Acknowledge:
-    """Acknowledge *deliveries*: the chord is over."""
+    """Acknowledge *deliveries*, since the chord is over."""
 
     deliveries: Tuple[Delivery, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class GiveUp:
-    """Say that a chord has expired, or that tasks were added to a chord that is over."""
+    """Report that a chord has expired, or that tasks were added to a finished chord."""
 
     group_id: str
     why: str
@@ -118,7 +117,7 @@ Action = Union[Bind, LookUp, Fire, Acknowledge, GiveUp]
 
 
 class _Chord:
-    """A chord that has a plan and was not acknowledged."""
+    """A chord with a plan that is not acknowledged yet."""
 
     def __init__(self, plan: Plan, delivery: Delivery, now: float) -> None:
         self.plan = plan
@@ -133,7 +132,7 @@ class _Chord:
         self.failures = 0
         self.pause = FIRST_RECHECK
         self.recheck_at = now + FIRST_RECHECK
-        #: When a timer is set for.
+        #: The time of its timer.
         self.timer_at = math.inf
         self.heard_at = now
         #: When the latest end was published.
@@ -149,7 +148,7 @@ class Leader:
     """Follows the chords of the plan queues that this process leads.
 
     Parameters:
-        memory: bytes of results that are kept; the others are read again when they are needed.
+        memory: bytes of results to keep; others are read again when they are needed.
 
     Not thread-safe. Times are those of ``time.monotonic`` (*now*) and microseconds since 1970
     (*wall*).
@@ -159,24 +158,24 @@ class Leader:
         self._memory = memory
         self._actions: Deque[Action] = collections.deque()
         self._chords: Dict[str, _Chord] = {}
-        #: Marks of the chords with a task in their headers, and of those whose body it is in.
+        #: Marks of the chords with the task in their header or body, by task id.
         self._waiting: Dict[str, Set[str]] = {}
         self._proving: Dict[str, Set[str]] = {}
-        #: Marks of the open chords of a header; more than one if the chord was sent again.
+        #: Marks of the open chords by header; several if the chord was sent again.
         self._of_group: Dict[str, List[str]] = {}
         self._fired: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._fired_groups: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._orphans: Dict[str, List[Tuple[Amendment, Delivery]]] = {}
-        #: Ends of tasks that no chord waits for yet, with when they came, by both clocks.
+        #: Ends of tasks without a known chord, with their times of arrival, by both clocks.
         self._early: collections.OrderedDict[str, Tuple[StateMessage, int]] = (
             collections.OrderedDict()
         )
         self._bytes = 0
-        #: From when on every end was heard of, by plan queue; ``None`` while it is being bound.
+        #: By plan queue, since when all ends have been pushed; ``None`` until it is bound.
         self._sure: Dict[int, Optional[int]] = {}
-        #: An end that came before this is perhaps not remembered.
+        #: Ends that came before this may be forgotten.
         self._forgotten = 0
-        #: The next look-up: tasks of headers, and of bodies.
+        #: The tasks of the next look-up, from headers and from bodies.
         self._tasks: Set[str] = set()
         self._bodies: Set[str] = set()
         self._asking: Optional[LookUp] = None
@@ -185,10 +184,10 @@ class Leader:
         self._timers: List[Tuple[float, int, str]] = []
         self._order = itertools.count()
 
-    # -- what the shell asks -----------------------------------------------------------------------
+    # -- queries of the shell ----------------------------------------------------------------------
 
     def take(self) -> List[Action]:
-        """Return what has to be done, in order, each action once."""
+        """Return the pending actions in order, each once."""
         actions = list(self._actions)
         self._actions.clear()
         return actions
@@ -227,7 +226,7 @@ class Leader:
             key: id of the header, or of the body.
 
         Returns:
-            ``None`` where no such chord is open here.
+            ``None`` if no such chord is open here.
         """
         for chord in self._chords.values():
             if chord.plan.group_id == key or key in chord.plan.proofs:
@@ -237,11 +236,11 @@ class Leader:
     # -- events ------------------------------------------------------------------------------------
 
     def plan_delivered(self, plan: Plan, delivery: Delivery, redelivered: bool, now: float) -> None:
-        """Take a plan that the broker has delivered."""
+        """Take in a delivered plan."""
         number = plan_number(plan.group_id)
         self._lead(number)
         if plan.mark in self._chords:
-            # After a channel was lost, or one that the sender has published twice.
+            # Redelivered after a lost channel, or published twice by the sender.
             self._chords[plan.mark].deliveries.append(delivery)
             return
         if plan.mark in self._fired:
@@ -254,7 +253,7 @@ class Leader:
             self._amend(chord, amendment, other)
         sure = self._sure.get(number)
         if sure is None:
-            # The store is asked when the binding stands.
+            # The store is read when the binding stands.
             self._doubt(chord, redelivered)
         elif redelivered or plan.began < max(sure, self._forgotten):
             self._doubt(chord, redelivered)
@@ -263,7 +262,7 @@ class Leader:
         self._fire_if_complete(chord)
 
     def amendment_delivered(self, amendment: Amendment, delivery: Delivery, now: float) -> None:
-        """Take an amendment that the broker has delivered."""
+        """Take in a delivered amendment."""
         self._lead(plan_number(amendment.group_id))
         marks = self._of_group.get(amendment.group_id)
         if marks:
@@ -275,11 +274,11 @@ class Leader:
                 # The chord is over, unless it was sent again and its plan comes later.
                 patience = min(patience or LAST_AMENDMENT, LAST_AMENDMENT)
             if patience is not None:
-                # The id of a header is no mark of a chord.
+                # The id of a header is different from every mark of a chord.
                 self._set_timer(now + patience, amendment.group_id)
 
     def state_pushed(self, state: StateMessage, now: float, wall: int) -> None:
-        """Take a state that was pushed."""
+        """Take in a pushed state."""
         if not is_final(state.state):
             return
         marks = self._waiting.get(state.id)
@@ -315,7 +314,7 @@ class Leader:
         bodies: Mapping[str, Iterable[StateMessage]],
         now: float,
     ) -> None:
-        """Take what the store has of the tasks of *request*.
+        """Take in the store's states for *request*.
 
         Parameters:
             request: the look-up.
@@ -323,7 +322,7 @@ class Leader:
             bodies: the states of tasks of bodies.
         """
         if request is not self._asking:
-            # It was read before the connection was lost.
+            # The read happened before the connection was lost.
             return
         self._asking = None
         self._ask_failures = 0
@@ -344,7 +343,7 @@ class Leader:
                 self._fire_if_complete(chord)
 
     def look_up_failed(self, request: LookUp, now: float) -> None:
-        """Note that the store could not be asked."""
+        """Note that the store could not be read."""
         if request is not self._asking:
             return
         self._asking = None
@@ -360,8 +359,8 @@ class Leader:
             self._close(chord)
 
     def not_sent(self, mark: str, now: float) -> None:
-        """Note that nothing could be sent: it is tried again after a pause."""
-        # Where the broker delivers the plan again, it is not taken for one that was fired.
+        """Note that nothing could be sent; schedule another try."""
+        # A redelivered plan must not count as fired.
         self._fired.pop(mark, None)
         chord = self._chords.get(mark)
         if chord is None:
@@ -375,13 +374,13 @@ class Leader:
         self._push_timer(chord, chord.recheck_at)
 
     def requeued(self) -> None:
-        """Note that the broker has taken all messages back, and will deliver them here again."""
+        """Note that the broker has requeued all messages, and will deliver them here again."""
         for chord in self._chords.values():
             chord.deliveries.clear()
         self._orphans.clear()
 
     def connection_lost(self) -> None:
-        """Forget all that the broker will deliver again, or that may have changed meanwhile."""
+        """Forget everything that the broker redelivers, or that may have changed meanwhile."""
         kept = {mark: chord for mark, chord in self._chords.items() if chord.sending}
         self._chords.clear()
         self._waiting.clear()
@@ -404,7 +403,7 @@ class Leader:
             self._bytes += sum(len(state.body) for state in chord.ends.values())
 
     def tick(self, now: float, wall: int) -> None:
-        """Do what is due."""
+        """Handle due timers."""
         while self._timers and self._timers[0][0] <= now:
             _, _, key = heapq.heappop(self._timers)
             chord = self._chords.get(key)
@@ -448,7 +447,7 @@ class Leader:
             self._lead(number)
         elif amendment.subgroup is None:
             return
-        # Those of a group of its own may have ended before the binding stood.
+        # Tasks of a subgroup may have ended before the binding stood.
         self._tasks |= chord.missing.intersection(ids)
 
     def _end(self, chord: _Chord, state: StateMessage, now: float) -> None:
@@ -467,11 +466,11 @@ class Leader:
         chord.ends[state.id] = kept
         (chord.bodiless.add if bodiless else chord.bodiless.discard)(state.id)
         chord.latest = max(chord.latest, state.published)
-        # A SUCCESS after a FAILURE counts as long as the chord is open.
+        # A SUCCESS supersedes a FAILURE as long as the chord is open.
         self._waiting.setdefault(state.id, set()).add(chord.plan.mark)
 
     def _keep(self, state: StateMessage) -> Tuple[StateMessage, bool]:
-        """Return *state*, without its body if that does not fit the memory."""
+        """Return *state*, without its body if the body does not fit the memory."""
         size = len(state.body)
         while self._early and self._bytes + size > self._memory:
             self._forget_early()
@@ -486,16 +485,16 @@ class Leader:
         self._forgotten = max(self._forgotten, came + SKEW)
 
     def _doubt(self, chord: _Chord, redelivered: bool) -> None:
-        """Have the store asked, before the body is sent, whether it was sent by another process."""
+        """Look up, before sending the body, whether another process has sent it."""
         if chord.plan.again and not redelivered:
-            # The body of the sending before may still be running.
+            # The body of an earlier sending may still be running.
             return
         chord.unproven.update(chord.plan.proofs)
         for proof in chord.plan.proofs:
             self._proving.setdefault(proof, set()).add(chord.plan.mark)
 
     def _ask(self, chord: _Chord) -> None:
-        """Have the store asked about what is not known of a chord."""
+        """Look up the unknown tasks of a chord."""
         self._tasks |= chord.missing
         self._bodies |= chord.unproven
 

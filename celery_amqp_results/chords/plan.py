@@ -1,4 +1,4 @@
-"""Plans: what a leader has to know of a chord, and amendments to it.
+"""Plans: a leader's knowledge of a chord, and amendments to it.
 
 A plan is the durable message that describes one sending of a chord. An amendment adds tasks to the
 header of a chord that is running. This module does no I/O.
@@ -20,7 +20,7 @@ __all__ = ("Amendment", "Nested", "Plan", "fill", "leaves", "proofs", "tree")
 #: The results of a header: the id of a task, or a list of these for a group in the header.
 Nested = Union[str, List[Any]]
 
-#: At most this many tasks of a body are asked whether they have run.
+#: The most tasks of a body that are looked up as proof that it was sent.
 MAX_PROOFS = 10
 
 
@@ -38,8 +38,7 @@ class Plan:
     began: int
     #: Milliseconds without a new result after which the chord is abandoned; ``None`` for never.
     expires: Optional[int] = None
-    #: Whether the sender has sent a chord with this id before, so that the store may hold results
-    #: of that one.
+    #: Whether the sender has sent a chord with this id before, whose results may be in the store.
     again: bool = False
     #: Tasks of the body: a state of one of them proves that the body was sent.
     proofs: Tuple[str, ...] = ()
@@ -49,7 +48,7 @@ class Plan:
     message: Optional[StateMessage] = dataclasses.field(default=None, compare=False, repr=False)
 
     def content(self, body: Mapping[str, Any]) -> Dict[str, Any]:
-        """Return what the message holds, for the body with the signature *body*."""
+        """Return the content of the message, for the body with the signature *body*."""
         return {
             "mark": self.mark,
             "results": self.results,
@@ -63,7 +62,7 @@ class Plan:
 
     @classmethod
     def read(cls, content: Any, message: StateMessage) -> Plan:
-        """Return the plan that *message* holds.
+        """Read the plan from *message*.
 
         Parameters:
             content: its decoded body.
@@ -112,12 +111,12 @@ class Amendment:
     results: List[Any]
     #: Id of the group that they are in, where that is not the header.
     subgroup: Optional[str] = None
-    #: When they were added, in microseconds since 1970, and how long that is kept at most.
+    #: When they were added, in microseconds since 1970, and the longest time to keep that.
     began: int = 0
     expires: Optional[int] = None
 
     def content(self) -> Dict[str, Any]:
-        """Return what the message holds."""
+        """Return the content of the message."""
         return {
             "mark": self.mark,
             "after": self.after,
@@ -128,7 +127,7 @@ class Amendment:
 
     @classmethod
     def read(cls, content: Any, message: StateMessage) -> Amendment:
-        """Return the amendment that *message* holds.
+        """Read the amendment from *message*.
 
         Raises:
             ForeignMessage: when a field is missing or has a wrong type.
@@ -183,7 +182,7 @@ def leaves(results: Iterable[Any]) -> Iterator[str]:
 
 
 def amended(results: List[Any], amendments: Iterable[Amendment]) -> List[Any]:
-    """Return *results* with the tasks of *amendments*, each behind the task that has added it."""
+    """Return *results* with the tasks of *amendments*, each behind the task that added it."""
     added: Dict[Optional[str], List[str]] = {}
     for amendment in amendments:
         added.setdefault(amendment.after, []).extend(leaves(amendment.results))
@@ -199,7 +198,7 @@ def amended(results: List[Any], amendments: Iterable[Amendment]) -> List[Any]:
                 yield list(extend(node))
 
     extended = list(extend(results))
-    # Those of unknown tasks come last.
+    # Amendments of unknown tasks come last.
     while added:
         extended.extend(extend(added.pop(next(iter(added)))))
     return extended
@@ -223,7 +222,7 @@ def _first_tasks(signature: Any) -> Iterator[str]:
         for task in signature.tasks:
             yield from _first_tasks(task)
     elif isinstance(signature, chord):
-        # Its header gets other ids when it is sent.
+        # Its header gets new ids when it is sent.
         return
     else:
         task_id = (signature.get("options") or {}).get("task_id")

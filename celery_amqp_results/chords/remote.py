@@ -1,4 +1,4 @@
-"""A remote-control command of workers: which chords they lead, and how far one is.
+"""A remote-control command of workers: the chords they lead, and the progress of one.
 
 Only the leader of a chord knows its header, and the leader is the main process of some worker. So
 the question goes to all workers, by Celery's remote control, and the leader answers.
@@ -16,7 +16,7 @@ COMMAND = "results_chord"
 
 def register() -> None:
     """Add the command to the worker in this process."""
-    # This imports the worker, which other processes have no use for.
+    # This imports the worker, which other processes do not need.
     from celery.worker.control import inspect_command
 
     inspect_command(name=COMMAND, args=[("key", str)], signature="[id of the header or the body]")(
@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def _answer(state: Any, key: str = "", **kwargs: Any) -> Dict[str, Any]:
-    """Tell which chords this worker leads, or how far one of them is."""
+    """Return the chords that this worker leads, or the progress of one of them."""
     layout = getattr(state.app.backend, "layout", None)
     chords = getattr(layout, "chords", None)
     if chords is None:

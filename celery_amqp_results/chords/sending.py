@@ -1,6 +1,6 @@
-"""Chords as a process sends them and as the tasks of their headers end.
+"""The sender's part of chords, and the part of the header's tasks as they end.
 
-What this process knows of chords belongs to the app: Celery may make several backends.
+A process's knowledge of chords belongs to the app: Celery may make several backends.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ __all__ = ("Chords", "Plans", "expect_body")
 CHORD_STATE = "CHORD"
 AMENDMENT_STATE = "AMENDMENT"
 
-#: At most this many chords are remembered as sent.
+#: The most chords that are remembered as sent.
 MAX_REMEMBERED = 10_000
 
-#: Seconds between two looks whether a plan queue has a leader, in a process that is no part of a
-#: worker.
+#: Seconds between two checks whether a plan queue has a leader, in a process outside of a worker.
 CHECK_SECONDS = 30.0
 
-#: Celery prepares two tasks of a generator before it sends the first, and so on.
+#: Celery prepares this many tasks of a generator ahead of the task that it sends.
 LOOK_AHEAD = 2
 
 _clock = PublishClock()
@@ -54,8 +53,8 @@ class _Sending:
     """A chord that is being sent."""
 
     body: Any
-    #: The results of the header; a weak reference if they are a generator, whose end may be never
-    #: reached.
+    #: The results of the header; a weak reference if they are a generator, which may never be
+    #: exhausted.
     results: Any
     plan: Plan
 
@@ -65,7 +64,7 @@ class _Lazy(threading.local):
 
     def __init__(self) -> None:
         self.results: List[Tuple[str, Any]] = []
-        #: How many tasks were published, and what a generator has raised, by header.
+        #: By header, the number of published tasks, and the error that a generator has raised.
         self.published: Dict[str, int] = {}
         self.failed: Dict[str, Exception] = {}
 
@@ -100,15 +99,15 @@ class Plans:
         content: Mapping[str, Any],
         serializers: Tuple[str, ...] = (),
     ) -> Outgoing:
-        """Return the message of a plan or amendment, encoded as the app encodes its tasks.
+        """Return the message of a plan or amendment, encoded like the app's tasks.
 
-        A body may have arguments that a result may not have.
+        The arguments of a body may include types that results may not.
 
         Parameters:
             group_id: id of the header.
             state: :data:`CHORD_STATE` or :data:`AMENDMENT_STATE`.
-            content: what the message says.
-            serializers: others to try.
+            content: the content of the message.
+            serializers: serializers to try as well.
 
         Raises:
             kombu.exceptions.EncodeError: when no serializer can encode it.
@@ -133,10 +132,10 @@ class Plans:
         )
 
     def content(self, message: StateMessage) -> Mapping[str, Any]:
-        """Return what the message of a plan or amendment says.
+        """Return the content of the message of a plan or amendment.
 
         Raises:
-            Exception: what the serializer raises.
+            Exception: the error of the serializer.
             kombu.exceptions.ContentDisallowed: when its content type is not accepted.
         """
         conf = self._app().conf
@@ -151,10 +150,10 @@ class Plans:
         return content
 
     def read(self, message: StateMessage) -> Union[Plan, Amendment]:
-        """Return the plan or the amendment that *message* holds.
+        """Read the plan or the amendment from *message*.
 
         Raises:
-            ForeignMessage: when it holds neither.
+            ForeignMessage: when it contains neither.
             Exception: as :meth:`content`.
         """
         if message.state == AMENDMENT_STATE:
@@ -163,12 +162,12 @@ class Plans:
 
 
 class Chords:
-    """Publishes plans, and has chords led.
+    """Publishes plans, and starts leading chords.
 
     Parameters:
         publisher: publishes plans.
         messages: writes their messages.
-        service: leads chords, where this process is to.
+        service: leads chords, if this process must.
 
     Thread-safe. After a fork the child must make a new one.
     """
@@ -194,7 +193,7 @@ class Chords:
             results: the results of the header.
             body: the frozen signature of the body.
             expires: milliseconds without a new result after which the chord is abandoned.
-            root_id: id of the first task of the workflow, ``None`` if that is one of the header.
+            root_id: id of the first task of the workflow, ``None`` if that is a task of the header.
         """
         lazy = isinstance(results, _regen)
         with self._lock:
@@ -218,7 +217,7 @@ class Chords:
     def publish_plan(self, group_id: str) -> None:
         """Publish the plan of a chord, just before the last task of its header is sent.
 
-        Does nothing for a chord that this process has not prepared.
+        Does nothing for a chord that was not prepared in this process.
 
         Raises:
             kombu.exceptions.EncodeError: when the body cannot be encoded.
@@ -230,7 +229,7 @@ class Chords:
             sending = self._sending.pop(group_id, None)
         if sending is None:
             # Before Celery 5.7 a group at the end of a chain in a header has the header's id, and
-            # the worker that sends it gives its size for that of the whole.
+            # the worker that sends it passes its size as that of the whole header.
             return
         results = sending.results
         if isinstance(results, weakref.ref):
@@ -248,13 +247,13 @@ class Chords:
     def publish_amendment(
         self, group_id: str, result: Any, after: Optional[str], expires: Optional[int]
     ) -> None:
-        """Have a chord wait for a task more. To be called by a task of its header.
+        """Add one task or group to a chord. A task of its header must call this.
 
         Parameters:
             group_id: id of the header.
             result: the result of the task or group that is added.
             after: the task that adds it.
-            expires: milliseconds after which it is abandoned where there is no such chord.
+            expires: milliseconds after which it is abandoned if there is no such chord.
 
         Raises:
             DeclarationRefused, BackendUnavailable: as :meth:`publish_plan`.
@@ -278,7 +277,7 @@ class Chords:
     # -- leading -----------------------------------------------------------------------------------
 
     def note_chord(self, group_id: str) -> None:
-        """Have chords led: a part of the chord with this header was stored or sent here."""
+        """Start leading chords: a part of the chord with this header was stored or sent here."""
         if bell.in_child:
             bell.ring()
         elif bell.in_main:
@@ -290,27 +289,27 @@ class Chords:
                 self.service.start(met=True)
 
     def start_if_needed(self) -> None:
-        """Lead chords if there are any. To be called by the main process of a worker."""
+        """Lead chords if there are any. Called by the main process of a worker."""
         self.service.start(met=False)
 
 
 def expect_body(app: Any, body: Any, note_sent: Callable[[str], None]) -> None:
-    """Have the states of a body pushed to this process, although another one will send it.
+    """Have the states of a body pushed to this process, although another one sends it.
 
-    A process that waits for a task of its own neither asks the store for it nor binds its shard,
-    which would take longer than all else that a small chord takes. A body that has several tasks is
-    waited for like the task of another process; so is one that a task sends, since what runs that
-    task may be somewhere else when it is delivered again.
+    A process that waits for its own task neither reads the store nor binds a shard, which would
+    take longer than the rest of a small chord. A body of several tasks is waited for like the task
+    of another process. So is a body sent by a task, which may run somewhere else when it is
+    redelivered.
     """
     body_id = body.options.get("task_id")
     if (
         body_id
         and app.current_worker_task is None
         and not isinstance(body, (_chain, group, chord))
-        # Celery 3's messages say nothing of their senders.
+        # Celery's task protocol 1 has no field for the sender.
         and app.conf.task_protocol != 1
     ):
-        # Celery does the same with a task that is retried.
+        # Celery does the same with a retried task.
         body.options["origin"] = anon_nodename()
         note_sent(body_id)
 
@@ -321,11 +320,11 @@ _lazy = _Lazy()
 
 
 def _follow_generator(group_id: str, results: Any) -> None:
-    """Have the ids of a generator's tasks fixed before Celery copies the tasks.
+    """Fix the ids of a generator's tasks before Celery copies the tasks.
 
     Celery copies each task when it prepares it. The copy has the id of the original only if the
-    original was given one before. So each time that a task is published the results are taken a
-    few tasks ahead of it, and the generator still runs while its tasks are sent.
+    original already had one. So each time a task is published, the results of a few tasks ahead are
+    taken, and the generator still runs while its tasks are sent.
     """
     signals.after_task_publish.connect(_take_ahead, weak=False, dispatch_uid=__name__)
     _lazy.results.append((group_id, weakref.ref(results)))
@@ -345,7 +344,7 @@ def _take_ahead(**kwargs: Any) -> None:
             except IndexError:
                 pass
             except Exception as exc:
-                # To Celery the generator seems to have ended there.
+                # For Celery the generator seems to end there.
                 _lazy.failed[group_id] = exc
             return
         # The generator has raised an error.
@@ -353,14 +352,14 @@ def _take_ahead(**kwargs: Any) -> None:
 
 
 def _forget_generator(group_id: str) -> Optional[Exception]:
-    """Stop to follow a generator, and return the error that it has raised, if any."""
+    """Stop following a generator, and return the error that it has raised, if any."""
     _lazy.results[:] = [entry for entry in _lazy.results if entry[0] != group_id]
     _lazy.published.pop(group_id, None)
     return _lazy.failed.pop(group_id, None)
 
 
 def _serializers(body: Any) -> Tuple[str, ...]:
-    """Return the serializers that a body asks for."""
+    """Return the serializers that a body names."""
     own = body.options.get("serializer")
     return (own,) if own else ()
 

@@ -1,8 +1,8 @@
-"""The shell around the leader: one thread, one connection, and helpers for what takes time.
+"""The shell around the leader: one thread, one connection, and helpers for slow work.
 
-The thread consumes the plan queues and the states that are pushed, and hands both to the
+The thread consumes the plan queues and the pushed states, and passes both to the
 :class:`~celery_amqp_results.chords.leader.Leader`. Helper threads read the store and send bodies,
-so that heartbeats go on meanwhile.
+so that heartbeats continue meanwhile.
 """
 
 from __future__ import annotations
@@ -44,36 +44,36 @@ __all__ = ("NotSent", "Service", "read_ends")
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between heartbeats. The broker gives the plans of a leader that is frozen or cut off to
+#: Seconds between heartbeats. The broker delivers the plans of a frozen or unreachable leader to
 #: another one after twice that.
 HEARTBEAT = 10.0
 
-#: At most this many plans of one queue are open at once; the broker takes no larger number.
+#: The most open plans of one queue; the broker accepts no larger prefetch.
 MAX_OPEN = 65535
 
-#: Seconds after which the broker is asked to take open plans back and to deliver them again. It
-#: closes the channel of a consumer that holds a message for too long, by default for 30 minutes.
+#: Seconds after which open plans are requeued and redelivered. The broker closes the channel of a
+#: consumer that holds a message for too long, by default for 30 minutes.
 RETAKE_SECONDS = 600.0
 
-#: At most this many threads read the store and send bodies.
+#: The most threads that read the store and send bodies.
 HELPERS = 4
 
-#: Seconds after which a helper that has nothing to do ends.
+#: Seconds after which an idle helper ends.
 HELPER_IDLE = 30.0
 
-#: Seconds that bodies which are being sent are given when the process ends.
+#: Seconds to finish sending bodies when the process ends.
 CLOSE_SECONDS = 10.0
 
-#: Seconds between two tries where the broker refuses the connection or what is declared.
+#: Seconds between two tries after the broker has refused the connection or a declaration.
 REFUSED_SECONDS = 30.0
 
 
 class NotSent(Exception):
-    """Raised when a body could not be sent now, and it is worth another try."""
+    """Raised when a body could not be sent now, but may be later."""
 
 
 class Helpers:
-    """Runs functions on a few threads, which are started when they are needed. Thread-safe."""
+    """Runs functions on a few threads, which are started when needed. Thread-safe."""
 
     def __init__(self, name: str, most: int = HELPERS) -> None:
         self._name = name
@@ -84,7 +84,7 @@ class Helpers:
         self._queue: queue.Queue[Optional[Callable[[], None]]] = queue.Queue()
 
     def submit(self, function: Callable[[], None]) -> None:
-        """Have *function* called soon."""
+        """Call *function* soon."""
         with self._lock:
             self._busy += 1
             self._queue.put(function)
@@ -94,11 +94,11 @@ class Helpers:
 
     @property
     def busy(self) -> bool:
-        """Whether something is running or waiting to be run."""
+        """Whether a function is running or waiting."""
         return self._busy > 0
 
     def close(self) -> None:
-        """End the threads that have nothing to do, and the others as soon as they have not."""
+        """End the idle threads now, and the others as soon as they are idle."""
         with self._lock:
             for _ in range(self._threads):
                 self._queue.put(None)
@@ -130,11 +130,11 @@ class Service:
 
     Parameters:
         connector: opens the connection.
-        declarations: names, and the exchange.
-        store: what results are read from.
+        declarations: provides the names, and declares the exchange.
+        store: reads the results.
         read: returns the plan or amendment in a message.
         fire: sends the body of a chord; raises :class:`NotSent` to be called again.
-        memory: bytes of results that are kept in memory.
+        memory: bytes of results to keep in memory.
 
     Thread-safe. Does no I/O until it is started. After a fork the child must make a new one.
     """
@@ -155,17 +155,17 @@ class Service:
         self._fire = fire
         self._leader = leader.Leader(memory)
         self._helpers = Helpers("celery-results-chord-helper")
-        #: What helpers have done: called with the leader, by the thread.
+        #: Finished work of helpers: the thread calls these with the leader.
         self._done: Deque[Callable[[float], None]] = collections.deque()
-        # Guards what follows. No I/O is done while holding it.
+        # Guards the attributes below. No I/O is done while holding it.
         self._lock = threading.Lock()
         self._thread: Optional[threading.Thread] = None
         self._wakeup: Optional[socket.socket] = None
-        #: Whether a chord was met: the plan queues are declared.
+        #: Whether this process has met a chord: then the plan queues are declared.
         self._met = False
         self._closing = False
         self._close_by = 0.0
-        #: Chords fired, and plans or amendments that were given up, so far.
+        #: Counts of fired chords, and of plans or amendments given up.
         self.fired = 0
         self.abandoned = 0
         self.rejected = 0
@@ -173,11 +173,11 @@ class Service:
     # -- for other threads -------------------------------------------------------------------------
 
     def start(self, met: bool) -> None:
-        """Start to lead, unless that is so.
+        """Start to lead, unless already started.
 
         Parameters:
-            met: whether there are chords. Otherwise the broker is asked whether there are plan
-                queues, and nothing is done where there are none.
+            met: whether there are chords. Otherwise the thread checks whether plan queues exist,
+                and waits if there are none.
         """
         with self._lock:
             wake = met and not self._met
@@ -221,7 +221,7 @@ class Service:
             key: id of the header, or of the body.
 
         Returns:
-            ``None`` where no such chord is open here.
+            ``None`` if no such chord is open here.
         """
         try:
             return self._leader.progress(key)
@@ -229,11 +229,11 @@ class Service:
             return self.progress(key)
 
     def close(self, wait: bool = True) -> None:
-        """End the thread and close the connection; plans are left to other leaders.
+        """End the thread and close the connection; other leaders take over the plans.
 
         Parameters:
-            wait: whether to return only when that is done. Bodies that are being sent are given
-                :data:`CLOSE_SECONDS`.
+            wait: whether to wait until that is done. Sending bodies may take :data:`CLOSE_SECONDS`
+                longer.
         """
         with self._lock:
             self._close_by = time.monotonic() + (CLOSE_SECONDS if wait else 0.0)
@@ -317,7 +317,7 @@ class Service:
                 bell.drain()
 
     def perform(self, session: _Session, now: float) -> None:
-        """Do what the leader wants to be done."""
+        """Carry out the actions of the leader."""
         while self._done:
             self._done.popleft()(now)
         self._leader.tick(now, _wall())
@@ -372,10 +372,10 @@ class Service:
         self._done.append(done)
         self._wake()
 
-    # -- what is delivered -------------------------------------------------------------------------
+    # -- deliveries --------------------------------------------------------------------------------
 
     def on_plan(self, message: amqp.Message) -> bool:
-        """Take a message of a plan queue; return whether no leader can read it."""
+        """Take in a message of a plan queue; return whether no leader can read it."""
         now = time.monotonic()
         try:
             state = StateMessage.from_properties(message.properties, message.body)
@@ -383,7 +383,7 @@ class Service:
                 raise errors.ForeignMessage(f"property 'type' is {state.kind!r}, not {PLAN!r}")
             plan = self._read(state)
         except Exception as exc:
-            # Whatever a serializer raises.
+            # A serializer may raise anything.
             self.rejected += 1
             logger.error("a plan of a chord cannot be read here: %r", exc)
             return not isinstance(exc, ContentDisallowed)
@@ -395,7 +395,7 @@ class Service:
         return False
 
     def on_state(self, message: amqp.Message) -> None:
-        """Take a state that was pushed."""
+        """Take in a pushed state."""
         wall = _wall()
         try:
             state = dated(StateMessage.from_properties(message.properties, message.body), wall)
@@ -410,7 +410,7 @@ class Service:
 
 
 def read_ends(store: Store, ids: Iterable[str]) -> Dict[str, StateMessage]:
-    """Return the ends of those of the tasks *ids* that have ended: their states, or their parts.
+    """Return the final states or parts of those of the tasks *ids* that have ended.
 
     Raises:
         LookupTimeout, BackendUnavailable: as every look-up.
@@ -439,7 +439,7 @@ class _Session:
         self._service = service
         self._wakeup = wakeup
         self._topology = service._declarations.topology
-        #: Whether there are plan queues.
+        #: Whether plan queues exist.
         self.found = False
         self._retake_at = time.monotonic() + RETAKE_SECONDS
         self.link = service._connector.open_once(HEARTBEAT)
@@ -486,7 +486,7 @@ class _Session:
         except amqp_errors.NotFound:
             return False
         channel.close()
-        # Declared together with the queue, and no one needs the permission to declare it again.
+        # Declared together with the queue, so no one needs the permission to declare it again.
         self._service._met = True
         return True
 
@@ -498,14 +498,14 @@ class _Session:
         raise amqp_errors.ConsumerCancelled("a queue of the chord leader was deleted", (60, 30))
 
     def bind(self, number: int) -> None:
-        """Have the states of the chords in plan queue *number* pushed."""
+        """Bind the states of the chords in plan queue *number*."""
         topology = self._topology
         self.channel.queue_bind(self.queue, topology.exchange, topology.plan_binding(number))
 
     def _retake(self, now: float) -> None:
-        """Have open plans delivered again, so that none is held for too long."""
+        """Have open plans redelivered, so that none is held for too long."""
         if self._service.open and now >= self._retake_at:
-            # Everything that comes before the answer is delivered again.
+            # All messages that come before the answer are redelivered.
             self.channel.send_method(spec.Basic.Recover, "b", (True,), wait=spec.Basic.RecoverOk)
             self._service._leader.requeued()
         if not self._service.open or now >= self._retake_at:
@@ -518,14 +518,14 @@ class _Session:
                 self.channel.basic_ack(delivery)
 
     def lead(self) -> None:
-        """Lead until the service is closed or the connection is lost, which raises."""
+        """Lead until the service is closed or the connection is lost, which raises an error."""
         if not self.found:
             return
         service = self._service
         reader = bell.reader()
         sources: List[Any] = [self.link.socket, self._wakeup]
         if reader is not None:
-            # Emptied, so that it does not fill up; a child has met a chord, which is known.
+            # Drained so that it does not fill up; that a chord was met is already known.
             sources.append(reader)
         next_tick = 0.0
         # gevent and eventlet replace DefaultSelector.
@@ -557,11 +557,11 @@ class _Session:
         )
 
     def close(self) -> None:
-        """Close the connection as the protocol asks."""
+        """Close the connection with the protocol's handshake."""
         self.link.close()
 
     def drop(self) -> None:
-        """Close the connection without a word."""
+        """Close the socket without a handshake."""
         self.link.drop()
         self._service._connector.leave(self.link)
 

@@ -1,8 +1,8 @@
-"""How the children of a worker tell its main process that there are chords.
+"""How the children of a worker report chords to its main process.
 
-The main process of a worker leads chords, but with a pool of processes it is the children that
-send chords and store the results of their headers. Before the pool is started the main process
-opens a pipe, which the children inherit. A child writes a byte when it meets a chord.
+The main process of a worker leads chords, but with a pool of processes the children send chords and
+store the results of their headers. Before the pool starts, the main process opens a pipe, which the
+children inherit. A child writes a byte when it meets a chord.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from celery import signals
 
 __all__ = ("Bell", "bell", "on_ready")
 
-#: Seconds between two bytes of a child: the main process remembers the first.
+#: Seconds between two bytes of a child; the first one is enough.
 RING_SECONDS = 30.0
 
 
@@ -34,7 +34,7 @@ class Bell:
         """Open the pipe, in the main process of a worker."""
         with self._lock:
             if self._main != os.getpid():
-                # A worker that is started by a child of another one has children of its own.
+                # A worker started by a child of another worker has children of its own.
                 self._close()
                 reader, writer = os.pipe()
                 os.set_blocking(reader, False)
@@ -56,7 +56,7 @@ class Bell:
         return self._pipe[0] if self._pipe is not None and self.in_main else None
 
     def drain(self) -> None:
-        """Read what was written."""
+        """Read all written bytes."""
         reader = self.reader()
         if reader is not None:
             with contextlib.suppress(OSError):
@@ -64,16 +64,17 @@ class Bell:
                     pass
 
     def ring(self) -> None:
-        """Tell the main process that there are chords, at most every :data:`RING_SECONDS`."""
+        """Report to the main process that there are chords, at most every :data:`RING_SECONDS`."""
         now = time.monotonic()
         if self._pipe is not None and now >= self._quiet_until:
             self._quiet_until = now + RING_SECONDS
-            # The pipe is full: the main process will read it. Or closed: that process is gone.
+            # Either the pipe is full, and will be read, or it is closed, and the main process is
+            # gone.
             with contextlib.suppress(OSError):
                 os.write(self._pipe[1], b"\0")
 
     def after_fork_in_child(self) -> None:
-        """Be another process's child from now on."""
+        """Become a child of the previous owner of the bell."""
         self._lock = threading.Lock()
         self._quiet_until = 0.0
 
@@ -98,7 +99,7 @@ os.register_at_fork(after_in_child=bell.after_fork_in_child)
 
 
 def on_ready(function: Callable[[Any], None]) -> None:
-    """Have *function* called with the app in the main process of a worker when that is ready."""
+    """Call *function* with the app in the main process of a worker when that is ready."""
 
     def call(sender: Any = None, **kwargs: Any) -> None:
         function(sender.app)

@@ -1,7 +1,7 @@
 """``celery -A proj results ...``: the command line, found by Celery by its entry point.
 
-Celery imports this package at every ``celery`` command, so what is imported here is small: each
-command imports what it needs when it runs.
+Celery imports this package at every ``celery`` command, so it imports little: each command imports
+its modules when it runs.
 """
 
 from __future__ import annotations

@@ -36,10 +36,10 @@ __all__ = (
     "setting_findings",
 )
 
-#: Oldest RabbitMQ that the tests run on.
+#: The oldest RabbitMQ that the tests run on.
 OLDEST = (3, 10)
 
-#: What the backend relies on, by the broker's names.
+#: The capabilities that the backend relies on, by the broker's names.
 CAPABILITIES = (
     "publisher_confirms",
     "basic.nack",
@@ -51,26 +51,26 @@ CAPABILITIES = (
 #: More messages than this in a shard make a look-up slow: about 0.1 ms each.
 MANY_MESSAGES = 4000
 
-#: More results than this in a shard are a risk: loose ones could not be read in time.
+#: More results than this in a shard are a risk: loose ones may take too long to read.
 MANY_RESULTS = 40_000
 
-#: Seconds for which results have to come before their rate is believed.
+#: Seconds of incoming results from which on their rate is credible.
 MEASURABLE = 600.0
 
 #: The largest message by default: RabbitMQ before 4.0, and since.
 OLD_MESSAGE_LIMIT = 128 * 1024 * 1024
 MESSAGE_LIMIT = 16 * 1024 * 1024
 
-#: Seconds within which the result of the probe has to be seen.
+#: Time limit for the result of the probe, in seconds.
 PROBE_TIMEOUT = 20.0
 PROBE_EXPIRES = 60
 
-#: Seconds that the broker may take to say whether it blocks publishers.
+#: Seconds that the broker may take to report that it blocks publishers.
 ALARM_TIMEOUT = 10.0
 
 
 def broker_findings(properties: Mapping[str, Any]) -> Iterator[Finding]:
-    """Judge the version and the features of the broker.
+    """Check the version and the features of the broker.
 
     Parameters:
         properties: the server properties that it sends when a connection is opened.
@@ -144,7 +144,7 @@ def chord_findings(broker: Any) -> Iterator[Finding]:
         try:
             found = broker.count(name)
         except Failed:
-            # This user may not see it.
+            # This user lacks the permission to see it.
             return
         messages, consumers = found or (0, 0)
         if messages and not consumers:
@@ -167,14 +167,14 @@ def _version(properties: Mapping[str, Any]) -> Tuple[int, ...]:
 
 
 def alarm_findings(broker: Any) -> Iterator[Finding]:
-    """Find out whether the broker blocks publishers.
+    """Check whether the broker blocks publishers.
 
-    It says so only to a connection that publishes. The messages published here have no queue.
+    It reports that only to a connection that publishes. The messages published here have no queue.
 
     Raises:
         amqp.AccessRefused: when we may not publish to the default exchange.
     """
-    # Of its own: while the alarm lasts nothing more is heard on a connection that has published.
+    # A separate connection: during the alarm a connection that has published hears nothing more.
     link = broker.connector.open(0.0)
     try:
         settled: List[int] = []
@@ -183,7 +183,8 @@ def alarm_findings(broker: Any) -> Iterator[Finding]:
         channel.events["basic_ack"].add(lambda tag, multiple: settled.append(tag))
         nowhere = f"doctor-{uuid.uuid4()}"
         end = time.monotonic() + ALARM_TIMEOUT
-        # The broker still takes the first message, and may confirm it before it says so.
+        # The broker still accepts the first message, and may confirm it before it reports the
+        # alarm.
         for number in (1, 2):
             channel.basic_publish(amqp.Message(b"", delivery_mode=1), routing_key=nowhere)
             while len(settled) < number and link.blocked is None:
@@ -202,12 +203,12 @@ def alarm_findings(broker: Any) -> Iterator[Finding]:
                 "`rabbitmq-diagnostics alarms`",
             )
     finally:
-        # A blocked connection would not be closed politely.
+        # A blocked connection cannot be closed with the protocol's handshake.
         link.drop()
 
 
 def declaration_findings(session: Session, broker: Any) -> Iterator[Finding]:
-    """Compare what is there with what the settings say; declare nothing that is not there."""
+    """Compare the declared objects with the settings; declare nothing that is missing."""
     from celery_amqp_results.amqp.declarations import Declarations, declare_queue
 
     topology, declare = broker.topology, session.backend.options.declare
@@ -299,7 +300,7 @@ def refused(topology: Any, exc: BaseException) -> Finding:
 
 
 def permissions(topology: Any) -> str:
-    """Return the permissions that the user lacks, as advice."""
+    """Return advice about the permissions that the user lacks."""
     prefix = re.escape(topology.prefix).replace("\\-", "-")
     return (
         f"allow the user configure and read on ^({prefix}\\..*|amq\\.gen-.*)$ and write on "
@@ -338,7 +339,7 @@ def growth_finding(
 
 
 def content_findings(session: Session, broker: Any) -> Iterator[Finding]:
-    """Look at how long the shards are, and into some of them.
+    """Check the lengths of the shards, and the contents of some of them.
 
     Raises:
         amqp.AccessRefused: when we may not read.
@@ -413,7 +414,7 @@ def probe_findings(session: Session) -> Iterator[Finding]:
     """Wait for a result, store it, look it up and forget it.
 
     Raises:
-        amqp.AccessRefused: when the broker refuses what the backend has no error of its own for.
+        amqp.AccessRefused: when the broker refuses an operation for which the backend has no error.
     """
     backend = session.backend
     task_id = f"doctor-{uuid.uuid4()}"
@@ -484,11 +485,11 @@ class _Waiter(threading.Thread):
             self._failure = exc
 
     def ready(self) -> None:
-        """Return when what is published from now on is pushed.
+        """Wait until results published from now on are pushed.
 
         Raises:
             TimeoutError: when that takes too long.
-            Exception: what the wait has failed with.
+            Exception: the error of the wait.
         """
         inbox = self._backend.layout.inbox
         while not inbox.covers(self._task_id):
@@ -500,11 +501,11 @@ class _Waiter(threading.Thread):
             time.sleep(0.005)
 
     def result(self) -> List[Any]:
-        """Return what was waited for.
+        """Return the awaited result.
 
         Raises:
             TimeoutError: when it has not come in time.
-            Exception: what the wait has failed with.
+            Exception: the error of the wait.
         """
         self.join(max(0.0, self._end - time.monotonic()) + 1.0)
         if self._failure is not None:
@@ -513,7 +514,7 @@ class _Waiter(threading.Thread):
 
 
 def old_exchange_findings(broker: Any) -> Iterator[Finding]:
-    """Yield whether there is the exchange that Celery 4 had."""
+    """Check whether Celery 4's exchange exists."""
     name = broker.topology.prefix
     if broker.exists(name):
         yield Finding(
@@ -525,7 +526,7 @@ def old_exchange_findings(broker: Any) -> Iterator[Finding]:
 
 
 def setting_findings(session: Session) -> Iterator[Finding]:
-    """Yield which settings have consequences."""
+    """Yield settings with consequences."""
     backend, conf = session.backend, session.app.conf
     if backend.config.expirations.result is None:
         yield Finding(

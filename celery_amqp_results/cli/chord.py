@@ -14,7 +14,7 @@ from celery_amqp_results.cli.reading import present
 
 __all__ = ("chord",)
 
-#: Missing tasks that are listed for people, at most; ``--json`` lists all.
+#: The most missing tasks that are listed for people; ``--json`` lists all.
 MAX_LISTED = 50
 
 _NO_ANSWER = (

@@ -1,4 +1,4 @@
-"""What all commands share: the backend, exit codes, and errors told as one line."""
+"""The common part of all commands: the backend, exit codes, and errors as one line."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Exit(enum.IntEnum):
     """Exit codes. The last ones are those of ``sysexits.h`` that Celery uses as well."""
 
     OK = 0
-    #: A task failed, or something was found to be wrong.
+    #: A task failed, or a problem was found.
     FAILED = 1
     USAGE = 2
-    #: A task has not ended, or nothing is known of it.
+    #: A task has not ended, or is unknown.
     NOT_READY = 3
     UNAVAILABLE = 69
     CONFIGURATION = 78
@@ -51,7 +51,7 @@ class Failed(click.ClickException):
 
 @dataclasses.dataclass
 class Session:
-    """What a command works with."""
+    """The context of a command."""
 
     app: Any
     backend: Any
@@ -59,7 +59,7 @@ class Session:
 
     @property
     def expires(self) -> Optional[float]:
-        """Seconds for which results are kept; ``None`` for ever."""
+        """Seconds that results are kept; ``None`` for ever."""
         return self.backend.expires or None
 
     @property
@@ -75,7 +75,7 @@ class Session:
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Tell the errors that are not ours in one line, each with its exit code."""
+    """Report foreign errors as one line, each with its exit code."""
     try:
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -101,10 +101,10 @@ def told() -> Iterator[None]:
 
 
 def _open(app: Any) -> Any:
-    """Return a backend of the command's own, like that of *app*.
+    """Return a backend for the command alone, configured like that of *app*.
 
     Raises:
-        Failed: when the app's backend is another one.
+        Failed: when the app has another backend.
     """
     from celery_amqp_results.backend import AMQPBackend
 
@@ -129,15 +129,15 @@ def _open(app: Any) -> Any:
 
 
 def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
-    """Make a function a command with the option ``--json`` that is given a :class:`Session`."""
+    """Make a function a command with the option ``--json``; it receives a :class:`Session`."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         @functools.wraps(function)
         def run(json_lines: bool, *args: Any, **kwargs: Any) -> Any:
             context = click.get_current_context()
-            # In a test of click's a context has no object; Celery's always has.
+            # In tests with click a context has no object; with Celery it always has.
             app = getattr(context.obj, "app", context.obj)
-            # With -q only errors are logged: what is printed is for people, or for programs.
+            # Standard output is for people or programs. With -q only errors are logged.
             logging.getLogger("celery_amqp_results").addHandler(logging.NullHandler())
             with told():
                 backend = _open(app)
@@ -159,7 +159,7 @@ def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
 
 
 def management_options(function: _F) -> _F:
-    """Add the options of commands that can ask RabbitMQ's management API."""
+    """Add the options of commands that may use RabbitMQ's management API."""
     function = click.option(
         "--management",
         "management_url",
@@ -174,7 +174,7 @@ def management_options(function: _F) -> _F:
 
 
 def shared_only(session: Session, what: str) -> None:
-    """Fail where the layout is not ``shared``."""
+    """Fail if the layout is not ``shared``."""
     if session.backend.layout_name != "shared":
         raise Failed(
             f"{what} works on the layout 'shared'; this app's is {session.backend.layout_name!r}",
@@ -183,7 +183,7 @@ def shared_only(session: Session, what: str) -> None:
 
 
 def check_ids(ids: Sequence[str], group: Optional[str] = None) -> None:
-    """Fail where neither ids nor a group were given, or an empty id."""
+    """Fail if neither ids nor a group were given, or if an id is empty."""
     if not ids and group is None:
         raise click.UsageError("give the id of a task, or several")
     if any(not task_id.strip() for task_id in ids):

@@ -1,4 +1,4 @@
-"""``results doctor``: what is wrong, or will be, and what to do about it."""
+"""``results doctor``: finds present and future problems, with advice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def doctor(
     with inspection.Broker(session) as broker:
 
         def take(check: Callable[[], Iterable[Finding]]) -> bool:
-            """Note what a check finds; return whether it has found no error."""
+            """Note the findings of a check; return whether there is no error among them."""
             before = len(findings)
             findings.extend(_told(check, broker))
             return all(finding.severity != "error" for finding in findings[before:])
@@ -52,9 +52,9 @@ def doctor(
         api = broker.management(management_url, guess=not no_management)
         take(lambda: amqp_checks.broker_findings(broker.properties))
         take(lambda: amqp_checks.embedding_findings(broker.properties, broker.topology.queue_type))
-        # Before anything is stored: shards cannot be changed afterwards.
+        # First, before anything is stored: shards cannot be changed afterwards.
         take(lambda: management_checks.limit_findings(session, broker, api))
-        # While publishers are blocked nothing can be read either: it would be waited for in vain.
+        # While publishers are blocked reads do not work either, and would time out.
         usable = take(lambda: amqp_checks.alarm_findings(broker))
         usable = take(lambda: amqp_checks.declaration_findings(session, broker)) and usable
         if usable:
@@ -82,7 +82,7 @@ def doctor(
 
 
 def _told(check: Callable[[], Iterable[Finding]], broker: Any) -> Iterator[Finding]:
-    """Yield what a check finds; that it was refused something is a finding as well."""
+    """Yield the findings of a check; a refusal is a finding as well."""
     from celery_amqp_results.cli import amqp_checks
 
     try:

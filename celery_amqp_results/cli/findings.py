@@ -1,4 +1,4 @@
-"""What ``results doctor`` has found, and how it is printed."""
+"""The findings of ``results doctor``, and their output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from celery_amqp_results.cli.output import STYLES, Output, clean, counted
 
 __all__ = ("CLOCK_TOLERANCE", "Finding", "show")
 
-#: Seconds by which clocks may differ.
+#: The largest accepted difference between clocks, in seconds.
 CLOCK_TOLERANCE = 5.0
 
 _WORDS = {"ok": "ok", "info": "info", "warning": "WARN", "error": "ERROR"}
@@ -18,19 +18,19 @@ _SIGNS = {"ok": "✔", "info": "•", "warning": "▲", "error": "✘"}
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The outcome of one check."""
 
     #: Stable name of the check.
     check: str
     #: ``ok``, ``info``, ``warning`` or ``error``.
     severity: str
     text: str
-    #: What to do; empty only where the severity is ``ok``.
+    #: Advice; empty only if the severity is ``ok``.
     advice: str = ""
 
 
 def show(output: Output, findings: List[Finding]) -> None:
-    """Print what was found."""
+    """Print the findings."""
     if output.json:
         output.data({"findings": [dataclasses.asdict(finding) for finding in findings]})
         return

@@ -1,4 +1,4 @@
-"""Looking at what is on the broker: the lengths of the shards, and what is in some of them."""
+"""Inspecting the broker: the lengths of the shards, and the contents of some of them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_p
 
 __all__ = ("Broker", "Contents")
 
-#: None: a user may be asked something while the connection is open.
+#: No heartbeats: the user may be asked a question while the connection is open.
 HEARTBEAT = 0.0
 
 #: By default shards are read until this number of messages, and this number of shards, is reached.
 ENOUGH = 2000
 FEWEST = 8
 
-#: Reading bodies of large results stops at this number of bodies or of bytes.
+#: Reading large results stops after this many bodies or bytes.
 MAX_BODIES = 16
 MAX_BODY_BYTES = 16 * 2**20
 
-#: Seconds between two looks at the time while reading.
+#: Seconds between two checks of the time while reading.
 STEP = 5.0
 
 
 @dataclasses.dataclass
 class Contents:
-    """What is in some shards."""
+    """The contents of some shards."""
 
     #: Shards that were read, and messages in them.
     shards: int = 0
@@ -51,7 +51,7 @@ class Contents:
     groups: int = 0
     foreign: int = 0
     bytes: int = 0
-    #: Results whose bodies are in queues of their own, and these queues.
+    #: The separate queues of large results.
     body_queues: Set[str] = dataclasses.field(default_factory=set)
     #: When the oldest state was published, in seconds since 1970.
     oldest: Optional[float] = None
@@ -59,11 +59,11 @@ class Contents:
     ahead: float = 0.0
     #: States that never expire.
     everlasting: int = 0
-    #: With ``track_sent``: tasks that were sent and of which no state is kept, and when the oldest
-    #: of them was sent, in seconds since 1970.
+    #: With ``track_sent``: tasks that were sent and have no state, and when the oldest of them was
+    #: sent, in seconds since 1970.
     sent: int = 0
     sent_since: Optional[float] = None
-    #: Of each task in the shard that is being read, its last mark.
+    #: The last mark of each task in the shard that is being read.
     _marks: Dict[str, StateMessage] = dataclasses.field(default_factory=dict, repr=False)
 
     def take(self, queue: str, message: amqp.Message, seen: Dict[str, bool], now: float) -> None:
@@ -101,7 +101,7 @@ class Contents:
                 self.ahead = max(self.ahead, published - now)
 
     def finish(self, seen: Dict[str, bool]) -> None:
-        """Count what is known when a shard has been read."""
+        """Count the tasks of a shard after reading it."""
         self.shards += 1
         self.results += sum(seen.values())
         self.running += len(seen) - sum(seen.values())
@@ -114,7 +114,7 @@ class Contents:
 
 
 class Broker:
-    """A connection to the broker of the results, for looking around. Closed by ``with``."""
+    """A connection for inspecting the results' broker. Closed by ``with``."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -132,7 +132,7 @@ class Broker:
 
     @property
     def channel(self) -> Any:
-        """A channel, another one after the broker has closed the last."""
+        """A channel; a new one after the broker has closed the last."""
         if self._channel is None or not self._channel.is_open:
             self._channel = self.link.channel()
         return self._channel
@@ -149,14 +149,14 @@ class Broker:
 
     @property
     def channel_max(self) -> int:
-        """Channels that a connection may have; 0 for no limit."""
+        """The most channels of a connection; 0 for no limit."""
         return int(self.link.amqp.channel_max)
 
     def lengths(self) -> Dict[int, int]:
-        """Return the numbers of messages in the shards that are there.
+        """Return the numbers of messages in the existing shards.
 
         Raises:
-            Failed: when we may not ask.
+            Failed: when the permission is missing.
         """
         found = {}
         for shard in range(self.topology.shards):
@@ -166,19 +166,19 @@ class Broker:
         return found
 
     def length(self, queue: str) -> Optional[int]:
-        """Return the number of messages in a queue, or ``None`` if it is not there.
+        """Return the number of messages in a queue, or ``None`` if it does not exist.
 
         Raises:
-            Failed: when we may not ask.
+            Failed: when the permission is missing.
         """
         found = self.count(queue)
         return None if found is None else found[0]
 
     def count(self, queue: str) -> Optional[Tuple[int, int]]:
-        """Return the numbers of messages and consumers of a queue, or ``None`` if it is not there.
+        """Return the numbers of messages and consumers of a queue, or ``None`` if it is missing.
 
         Raises:
-            Failed: when we may not ask.
+            Failed: when the permission is missing.
         """
         try:
             found = self.channel.queue_declare(queue, passive=True)
@@ -191,7 +191,7 @@ class Broker:
             ) from exc
 
     def exists(self, exchange: str) -> Optional[bool]:
-        """Return whether there is an exchange of that name, or ``None`` if we may not see it."""
+        """Return whether an exchange exists, or ``None`` without the permission to see it."""
         try:
             self.channel.exchange_declare(exchange, "direct", passive=True)
         except amqp_errors.NotFound:
@@ -201,7 +201,7 @@ class Broker:
         return True
 
     def read(self, shards: Iterable[int], contents: Optional[Contents] = None) -> Contents:
-        """Look into shards: each is held while it is read, and nothing is taken out.
+        """Read shards without removing anything; each is locked while it is read.
 
         Raises:
             Failed: when a shard could not be read within ``lookup_timeout``.
@@ -218,13 +218,13 @@ class Broker:
         contents.finish(seen)
 
     def body_bytes(self, queues: Iterable[str]) -> Optional[int]:
-        """Return how many bytes the bodies of large results have, estimated where they are many.
+        """Return the total size of large results in bytes, estimated if there are many.
 
         Parameters:
-            queues: what :attr:`Contents.body_queues` names.
+            queues: the queues in :attr:`Contents.body_queues`.
 
         Returns:
-            ``None`` where we may not read them.
+            ``None`` without the permission to read them.
 
         Raises:
             Failed: when a body could not be read within ``lookup_timeout``.
@@ -247,7 +247,7 @@ class Broker:
         return round(total * len(names) / read) if read else 0
 
     def _check_out(self, queue: str, take: Callable[[amqp.Message], None]) -> None:
-        """Hand each message of a queue to *take*, and have the broker put all of them back."""
+        """Pass each message of a queue to *take*, and requeue all of them."""
         seconds = self.session.backend.options.lookup_timeout
         end = time.monotonic() + seconds
         checkout = Checkout(
@@ -278,7 +278,7 @@ class Broker:
 
 
 def choose(lengths: Mapping[int, int], count: Optional[int]) -> List[int]:
-    """Return the shards to look into.
+    """Return the shards to read.
 
     Parameters:
         lengths: the messages in each shard.

@@ -22,13 +22,13 @@ __all__ = (
     "recommended_shards",
 )
 
-#: Queues of a process that waits: its inbox, and one that tells that the inbox was full.
+#: Queues of a waiting process: its inbox, and the overflow queue of the inbox.
 QUEUES_OF_A_WAITER = 2
 
 #: Queues of Celery itself for one worker: tasks, events and remote control.
 QUEUES_OF_A_WORKER = 4
 
-#: Connections of a process that stores, one that waits as well, and the chord leader of a worker.
+#: Connections of a storing process, of one that also waits, and of a worker's chord leader.
 STORES = 2
 WAITS = 3
 LEADS = 1
@@ -38,11 +38,11 @@ LEADS = 1
 CELERY_IN_MAIN = 2
 CELERY_IN_PROCESS = 1
 
-#: Channels that a connection of ours opens at most, unless it offers fewer: one for each shard that
-#: is read at the same time, and one to publish.
+#: The most channels of one of our connections, unless it offers fewer: one for each shard that is
+#: read at the same time, and one to publish.
 CHANNELS_WANTED = 17
 
-#: A connection with fewer channels than this cannot be used.
+#: A connection needs at least this many channels.
 CHANNELS_NEEDED = 2
 
 _REFUSED_QUEUE = re.compile(r"queue limit|limit on queues|queues? .*limit .*reached", re.I)
@@ -51,7 +51,7 @@ _REFUSED_LIMIT = re.compile(r"limit .*reached|max(imum)?[ _-]allowed", re.I)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Limits of the broker, and how much of them is used now; ``None`` where there is none."""
+    """Limits of the broker, and their present use; ``None`` if there is no limit."""
 
     max_queues: Optional[int] = None
     queues: int = 0
@@ -70,11 +70,11 @@ class Limits:
 class Needs:
     """The needs of an app."""
 
-    #: Shards, and how many of them are there already.
+    #: Shards, and how many of them exist already.
     shards: int
     shards_present: int = 0
     plans_present: int = 0
-    #: Whether the exchange stands, and with it the number of shards is fixed.
+    #: Whether the exchange exists, so that the number of shards is fixed.
     stored: bool = False
     declare: bool = True
     #: Child processes of a worker.
@@ -82,7 +82,7 @@ class Needs:
 
     @property
     def missing_queues(self) -> int:
-        """Queues that will be declared as results and chords come."""
+        """Queues that will still be declared for results and chords."""
         if not self.declare:
             return 0
         return self.shards - self.shards_present + max(0, PLAN_QUEUES - self.plans_present)
@@ -104,7 +104,7 @@ def limits_from(
     user_limits: Sequence[Mapping[str, Any]],
     **used: Any,
 ) -> Limits:
-    """Return the limits as the management API tells them.
+    """Return the limits from answers of the management API.
 
     Parameters:
         vhost_limits, user_limits: the answers of the API, a list with one entry or none.
@@ -122,7 +122,7 @@ def limits_from(
 
 
 def _limit(value: Any) -> Optional[int]:
-    """Return a limit; RabbitMQ writes a negative number for none."""
+    """Return a limit; RabbitMQ writes a negative number for no limit."""
     return value if isinstance(value, int) and value >= 0 else None
 
 
@@ -133,7 +133,7 @@ def recommended_shards(free: int) -> int:
 
 
 def findings(limits: Limits, needs: Needs) -> Iterator[Finding]:
-    """Yield which limits are too low, and the limits that there are."""
+    """Yield the limits, and which of them are too low."""
     before = 0
     for found in (*_queues(limits, needs), *_connections(limits, needs), *_channels(limits)):
         before += 1
@@ -228,7 +228,7 @@ def _channels(limits: Limits) -> Iterator[Finding]:
 
 
 def advice_on_refusal(text: str, shards: int) -> Optional[str]:
-    """Return advice where an error says that a limit is reached, or ``None``.
+    """Return advice if an error reports a reached limit, or ``None``.
 
     Parameters:
         text: the error, in the broker's words.

@@ -1,4 +1,4 @@
-"""A small client of RabbitMQ's management API, on the standard library.
+"""A small client of RabbitMQ's management API, with the standard library only.
 
 A handful of GET requests do not justify a dependency. Redirections are not followed, since the
 password would be sent along.
@@ -20,7 +20,7 @@ import kombu
 
 __all__ = ("Management", "ManagementError", "find", "guess_url")
 
-#: Seconds that an answer may take; a guess is given up sooner.
+#: Time limit of an answer, in seconds; shorter for a guessed address.
 TIMEOUT = 15.0
 GUESS_TIMEOUT = 2.0
 
@@ -53,8 +53,8 @@ class Management:
         url: its address, without user and password.
         user, password: the credentials.
         vhost: the virtual host.
-        timeout: seconds that an answer may take.
-        proxies: whether the environment's proxies are used.
+        timeout: time limit of an answer, in seconds.
+        proxies: whether to use the environment's proxies.
     """
 
     url: str
@@ -63,7 +63,7 @@ class Management:
     vhost: str
     timeout: float = TIMEOUT
     proxies: bool = True
-    #: The broker's clock less ours, in seconds, as of the last answer; it is exact to a second.
+    #: The broker's clock minus ours, in seconds, at the last answer; exact to a second.
     skew: Optional[float] = None
 
     def get(self, *path: str, **query: Any) -> Any:
@@ -135,30 +135,30 @@ def _quote(part: str) -> str:
 
 
 def guess_url(connection: kombu.Connection) -> str:
-    """Return the usual address of the management API of a broker, encrypted where that is.
+    """Return the default address of a broker's management API, with TLS if the broker uses it.
 
     Parameters:
-        connection: of the broker, with a host; it is not opened.
+        connection: a connection to the broker, with a host; it is not opened.
     """
     scheme, number = ("https", TLS_PORT) if connection.ssl else ("http", PORT)
     host = str(connection.hostname)
-    # The name of a host has no colon, an IPv6 address has several.
+    # A host name has no colon, an IPv6 address has several.
     host = f"[{host}]" if host.count(":") > 1 else host.partition(":")[0]
     return f"{scheme}://{host}:{number}"
 
 
 def find(connection: kombu.Connection, url: Optional[str], guess: bool) -> Optional[Management]:
-    """Return the management API, or ``None`` where it was only guessed and is not there.
+    """Return the management API, or ``None`` if a guessed address does not answer.
 
-    A guessed address is encrypted where the connection to the broker is, to protect the password.
+    A guessed address uses TLS if the connection to the broker does, to protect the password.
 
     Parameters:
-        connection: of the broker; it is not opened.
+        connection: a connection to the broker; it is not opened.
         url: its address, perhaps with user and password; ``None`` to guess.
         guess: whether to guess.
 
     Raises:
-        ManagementError: when *url* is none, or does not answer.
+        ManagementError: when *url* is invalid, or does not answer.
     """
     user, password = connection.userid or "guest", connection.password or "guest"
     vhost = connection.virtual_host or "/"

@@ -15,15 +15,15 @@ from celery_amqp_results.protocol.names import Topology
 
 __all__ = ("clock_finding", "limit_findings", "management_findings", "node_findings")
 
-#: How ``rpc://`` names its queues.
+#: The pattern of ``rpc://`` queue names.
 _RPC = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 
 def management_findings(session: Session, topology: Topology, api: Any) -> Iterator[Finding]:
-    """Yield all that the management API knows of; what it does not tell is a finding as well.
+    """Yield the findings from the management API; failed requests are findings as well.
 
     Parameters:
-        session: the command's.
+        session: the session of the command.
         topology: names of our queues.
         api: a :class:`celery_amqp_results.cli.management.Management`.
     """
@@ -42,7 +42,7 @@ def management_findings(session: Session, topology: Topology, api: Any) -> Itera
 
 
 def _answered(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """Yield what a check finds; a refusal by the management API is a finding as well."""
+    """Yield the findings of a check; a refusal by the management API is a finding as well."""
     try:
         yield from check()
     except management.ManagementError as exc:
@@ -62,9 +62,9 @@ def limit_findings(session: Session, broker: Any, api: Optional[Any]) -> Iterato
     """Compare limits on queues, connections and channels with the needs of the app.
 
     Parameters:
-        session: the command's.
+        session: the session of the command.
         broker: a :class:`celery_amqp_results.cli.inspection.Broker`.
-        api: a :class:`celery_amqp_results.cli.management.Management`, or ``None`` where only the
+        api: a :class:`celery_amqp_results.cli.management.Management`, or ``None`` if only the
             limits of the connection are known.
     """
 
@@ -103,15 +103,15 @@ def _needs(session: Session, broker: Any, api: Optional[Any]) -> limits.Needs:
 
 
 def _prefixed(topology: Topology, kinds: str) -> str:
-    """Return a regular expression for the names of our queues of some kinds."""
+    """Return a regular expression for the names of our queues of the given kinds."""
     return f"^{re.escape(topology.prefix)}\\.({kinds})\\."
 
 
 def clock_finding(skew: Optional[float]) -> Optional[Finding]:
-    """Warn where the clock of the broker differs from ours.
+    """Warn if the clock of the broker differs from ours.
 
     Parameters:
-        skew: seconds that it is ahead of ours, or ``None`` where that is not known.
+        skew: seconds that it is ahead of ours, or ``None`` if unknown.
     """
     if skew is None or abs(skew) <= CLOCK_TOLERANCE:
         return None
@@ -127,7 +127,7 @@ def clock_finding(skew: Optional[float]) -> Optional[Finding]:
 
 
 def _policies(session: Session, topology: Topology, api: Any) -> Iterator[Finding]:
-    """Yield what policies do to our queues, whether these are there yet or not."""
+    """Yield the effects of policies on our queues, existing or not."""
     queues = api.queues(_prefixed(topology, "shard|large|chords"))
     inboxes = set(_inboxes(topology, api))
     if inboxes:
@@ -153,10 +153,10 @@ def _inboxes(topology: Topology, api: Any) -> Iterator[str]:
 
 
 def node_findings(nodes: Sequence[Mapping[str, Any]], queue_type: str) -> Iterator[Finding]:
-    """Yield alarms, and whether the queues are of a type for a cluster.
+    """Yield alarms, and whether the type of the queues suits a cluster.
 
     Parameters:
-        nodes: what the management API says of each node.
+        nodes: the management API's description of each node.
         queue_type: type of our queues.
     """
     for node in nodes:

@@ -1,4 +1,4 @@
-"""``results migrate``: what to do with the queues that Celery 4 had for each task."""
+"""``results migrate``: moves results out of Celery 4's queues."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def old_queues(api: Any, exchange: str) -> List[str]:
     """Return the names of the queues of single tasks that are bound to *exchange*.
 
     Raises:
-        ManagementError: when the management API does not tell.
+        ManagementError: when the management API does not answer.
     """
     from celery_amqp_results.cli import management
 
@@ -120,7 +120,7 @@ def _per_task(session: Session) -> Any:
 
 
 def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) -> str:
-    """Move or delete one result; return what became of it."""
+    """Move or delete one result; return the outcome."""
     new = session.backend
     try:
         state = old.layout.poll((task_id,))[task_id]
@@ -145,7 +145,7 @@ def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) 
             return "unreadable"
         expiration = new.config.expirations.result
         message = new.recorder.encode(task_id, state.state, found, STATE, expiration)
-        # Not deleted before the broker has it.
+        # Deleted only after the broker has confirmed the copy.
         new.layout.publish(new.layout.detach(message), Route(BROADCAST), True)
     old.layout.forget((task_id,))
     return "deleted" if delete else "moved"

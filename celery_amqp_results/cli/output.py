@@ -1,7 +1,6 @@
 """The output of the commands: rich on a terminal, plain text in a pipe, or JSON.
 
-rich is optional. Without it, where the output is piped, and where ``NO_COLOR`` is set, the same is
-printed as plain text.
+rich is optional. The output is plain text without it, in a pipe, or if ``NO_COLOR`` is set.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ STYLES = {
 def clean(text: Any) -> str:
     """Return *text* without characters that would control the terminal.
 
-    What tasks return may come from anywhere. Line breaks and tabs are kept.
+    Results of tasks may come from anywhere. Line breaks and tabs are kept.
     """
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "\ufffd"
@@ -44,7 +43,7 @@ def clean(text: Any) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """Return *value* as something that JSON has; what it has not becomes its ``repr``."""
+    """Return *value* in JSON's types; other types become their ``repr``."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -66,7 +65,7 @@ def as_json(value: Any) -> Any:
 
 
 def size(count: Optional[float]) -> str:
-    """Return a number of bytes as people read it."""
+    """Return a number of bytes in readable form."""
     if count is None:
         return "-"
     value = float(count)
@@ -78,12 +77,12 @@ def size(count: Optional[float]) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """Return *number* of *what*, in the plural if need be."""
+    """Return *number* of *what*, in the plural if necessary."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def age(seconds: Optional[float]) -> str:
-    """Return a time span as people read it."""
+    """Return a time span in readable form."""
     if seconds is None:
         return "-"
     for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
@@ -93,12 +92,12 @@ def age(seconds: Optional[float]) -> str:
 
 
 class Output:
-    """Where a command prints.
+    """The output of a command.
 
     Parameters:
         json_lines: whether the command prints only JSON.
-        console: a rich console to print to; by default one for standard output, where that is a
-            terminal, ``NO_COLOR`` is not set and rich is installed.
+        console: a rich console; by default one for standard output, if that is a terminal,
+            ``NO_COLOR`` is not set and rich is installed.
     """
 
     def __init__(self, json_lines: bool = False, console: Any = None) -> None:
@@ -115,7 +114,7 @@ class Output:
         sys.stdout.flush()
 
     def line(self, text: str = "", style: Optional[str] = None) -> None:
-        """Print a line for people; nothing where JSON is printed."""
+        """Print a line for people; nothing with JSON output."""
         if self.json:
             return
         if self.console is None:
@@ -125,7 +124,7 @@ class Output:
             self.console.print(clean(text), style=style, markup=False, highlight=False)
 
     def note(self, text: str) -> None:
-        """Print a remark to standard error, whatever is printed otherwise."""
+        """Print a remark to standard error, whatever the output format."""
         click.echo(clean(text), err=True)
 
     def pairs(self, title: str, rows: Dict[str, Any]) -> None:

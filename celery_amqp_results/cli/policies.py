@@ -1,6 +1,6 @@
 """Decide which RabbitMQ policies harm results, chords and inboxes. Pure: no I/O.
 
-The management API gives the queues and the policies; this module says what they mean.
+The management API provides the queues and the policies; this module interprets them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from celery_amqp_results.waiting.watch import MAX_QUEUED
 
 __all__ = ("Role", "applied", "findings", "roles")
 
-#: Seconds for which a busy process may leave states in its inbox.
+#: Seconds that a busy process may leave states in its inbox.
 INBOX_PATIENCE = 60.0
 
-#: What ``apply-to`` of a policy may say, besides the type of the queue itself.
+#: Values of ``apply-to`` in a policy, besides the type of the queue itself.
 _QUEUES = ("all", "queues")
 
-#: By key of a policy: how bad it is for queues that keep something, and what it does.
+#: By key of a policy: severity and effect for queues that keep messages.
 _KEEPING = {
     "max-length": ("error", "drops or refuses {what} when a queue is that long"),
     "max-length-bytes": ("error", "drops or refuses {what} when a queue is that large"),
@@ -31,7 +31,7 @@ _KEEPING = {
     "dead-letter-exchange": ("warning", "sends each message that expires to another exchange"),
 }
 
-#: The same for inboxes, which pass states on: what is dropped is still in its shard.
+#: The same for inboxes, which pass states on: a dropped state is still in its shard.
 _PASSING = {
     "max-length": ("warning", "drops {what} that a busy process has not taken yet"),
     "max-length-bytes": ("warning", "drops {what} that a busy process has not taken yet"),
@@ -44,14 +44,14 @@ class Role:
     """A kind of queue that the backend uses.
 
     Parameters:
-        what: what is in it, for people.
-        prefix: what the names of these queues begin with.
-        example: the name of one of them, which need not be there.
+        what: its contents, for people.
+        prefix: the beginning of these queues' names.
+        example: the name of one of them, which need not exist.
         queue_type: ``classic`` or ``quorum``.
-        leave_out: what a pattern must leave out.
+        leave_out: the names that a pattern must exclude.
         keeps: seconds for which a message must be kept; ``None`` for ever.
         harms: by key of a policy, severity and effect.
-        longest: messages that it may hold by its own argument; ``None`` for no limit.
+        longest: the most messages by its own argument; ``None`` for no limit.
     """
 
     what: str
@@ -70,7 +70,7 @@ class Role:
         number = int(value) if value.isdecimal() else None
         if number is not None:
             if key == "message-ttl" and self.keeps is not None and number >= self.keeps * 1000:
-                # It drops nothing that has not expired.
+                # It only drops messages that have expired anyway.
                 return None
             if key == "max-length" and self.longest is not None and number >= self.longest:
                 return None
@@ -85,8 +85,8 @@ def roles(
 
     Parameters:
         topology: names and queue types.
-        expires: seconds for which results are kept; ``None`` for ever.
-        chord_expires: the same of chords.
+        expires: seconds that results are kept; ``None`` for ever.
+        chord_expires: seconds that chords are kept; ``None`` for ever.
     """
     prefix, kind = topology.prefix, topology.queue_type
     ours = f"{prefix}."
@@ -117,15 +117,15 @@ def findings(
     queues: Sequence[Mapping[str, Any]],
     policies: Iterable[Sequence[Mapping[str, Any]]],
 ) -> Iterator[Finding]:
-    """Yield what policies do to the backend's queues, whether these are there yet or not.
+    """Yield the effects of policies on the backend's queues, existing or not.
 
     Parameters:
-        kinds: what :func:`roles` returns.
-        queues: the queues that are there, as the management API describes them.
-        policies: the policies, and then those of the operator, which judge queues that are not
-            there yet; iterated only where some are missing.
+        kinds: the return value of :func:`roles`.
+        queues: the existing queues, as the management API describes them.
+        policies: the policies, and then the operator policies, for queues that do not exist yet;
+            iterated only if some are missing.
     """
-    #: By role, what sets it, key and value: a queue that it concerns.
+    #: By role, source, key and value: an affected queue.
     found: Dict[Tuple[int, str, str, str], str] = {}
     missing = []
     for number, role in enumerate(kinds):
@@ -133,7 +133,7 @@ def findings(
         if not present:
             missing.append((number, role))
         for queue in present:
-            # What the policy and the operator policy together make of the queue.
+            # The combination of the queue's policy and operator policy.
             definition = queue.get("effective_policy_definition") or {}
             names = [queue[kind] for kind in ("policy", "operator_policy") if queue.get(kind)]
             if isinstance(definition, dict):
@@ -166,7 +166,7 @@ def findings(
 def applied(
     policies: Sequence[Mapping[str, Any]], name: str, queue_type: str
 ) -> Optional[Mapping[str, Any]]:
-    """Return the one of *policies* that a queue would be given: that of the highest priority."""
+    """Return the one of *policies* that applies to a queue: that with the highest priority."""
     matching = [
         policy
         for policy in policies
@@ -180,5 +180,5 @@ def _matches(pattern: str, name: str) -> bool:
     try:
         return re.search(pattern, name) is not None
     except re.error:
-        # Erlang has a few things that Python has not.
+        # Erlang's syntax has a few elements that Python's has not.
         return False

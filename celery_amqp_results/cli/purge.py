@@ -34,11 +34,11 @@ def purge(session: Session, yes: bool) -> None:
         filled = [shard for shard, length in lengths.items() if length]
         deleted = bodies = 0
         for shard in filled:
-            # The bodies of large results would stay, and for ever if nothing expires.
+            # Otherwise the bodies of large results would stay, and without an expiry for ever.
             contents = broker.read((shard,))
             prefix = f"{broker.topology.prefix}.large."
             for queue in contents.body_queues:
-                # A message must not name just any queue for deletion.
+                # A message must not be able to name any queue for deletion.
                 if queue.startswith(prefix):
                     broker.channel.queue_delete(queue)
                     bodies += 1

@@ -34,11 +34,11 @@ FATES = {
 
 
 def describe(task_id: str, found: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-    """Return what is printed of a task, which ``docs/command-line.md`` describes.
+    """Return the output for a task, which ``docs/command-line.md`` describes.
 
     Parameters:
         task_id: the task.
-        found: its meta, or ``None`` where nothing is known of it.
+        found: its meta, or ``None`` if nothing is known of it.
     """
     found = found or {"status": states.PENDING, "result": None}
     state = found["status"]
@@ -69,7 +69,7 @@ def _ids_in(children: Any) -> Iterator[str]:
 
 
 def group_ids(session: Session, group_id: str) -> Optional[List[str]]:
-    """Return the ids of the members of a group that was saved, or ``None``."""
+    """Return the ids of the members of a saved group, or ``None``."""
     from celery_amqp_results.waiting import watch as watching
 
     saved = session.backend.restore_group(group_id, cache=False)
@@ -81,10 +81,10 @@ def group_ids(session: Session, group_id: str) -> Optional[List[str]]:
 def present(
     session: Session, ids: List[str], timeout: Optional[float]
 ) -> Iterator[Tuple[str, Dict[str, Any]]]:
-    """Yield the id and the meta of each task that is known, and again whenever it changes.
+    """Yield the id and the meta of each known task, and again whenever it changes.
 
-    A meta that cannot be read has the error in ``unreadable``. Ends when all have ended, or when
-    *timeout* is over.
+    A meta that cannot be read has the error in ``unreadable``. Ends when all have ended, or after
+    *timeout* seconds.
     """
     backend = session.backend
     try:
@@ -110,17 +110,17 @@ def present(
 
 
 class _Answers:
-    """Prints each task once, in the order in which they were given, and as soon as it has ended."""
+    """Prints each task once, in the given order, as soon as it has ended."""
 
     def __init__(self, session: Session, ids: List[str]) -> None:
         self._session = session
         self._left = list(ids)
         self._known: Dict[str, Dict[str, Any]] = {}
-        #: Whether one failed or cannot be read, and whether one has not ended.
+        #: Whether a task failed or is unreadable, and whether a task has not ended.
         self.failed = self.unready = False
 
     def take(self, task_id: str, meta: Dict[str, Any]) -> Dict[str, Any]:
-        """Note what is known of a task, and print what may be printed; return what is printed."""
+        """Note the state of a task, and print what is ready; return the output for the task."""
         described = describe(task_id, meta)
         if "unreadable" in meta:
             described["unreadable"] = meta["unreadable"]
@@ -130,7 +130,7 @@ class _Answers:
         return described
 
     def finish(self) -> None:
-        """Print the others as they are."""
+        """Print the remaining tasks as they are."""
         for task_id in self._left:
             self._print(task_id)
 
@@ -178,7 +178,7 @@ def get(session: Session, ids: Tuple[str, ...], wait: bool, timeout: Optional[fl
 
 
 def show(session: Session, described: Dict[str, Any], known: bool = True) -> None:
-    """Print what is known of one task."""
+    """Print the state of one task."""
     output = session.output
     if output.json:
         output.data(described)

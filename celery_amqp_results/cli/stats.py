@@ -1,4 +1,4 @@
-"""``results stats``: how much is kept, and where."""
+"""``results stats``: the number, age and size of the results."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def stats(
         api = broker.management(management_url, guess=not no_management)
         found = _kept(session, broker, broker.lengths(), count)
         found["management"] = None if api is None else _from_management(session, broker, api)
-        # The API may not have heard of the newest ones.
+        # The API's figures may lag behind.
         found["large_bytes"] = (found["management"] or {}).get("large_bytes") or found[
             "large_bytes"
         ]
@@ -68,7 +68,7 @@ def stats(
 
 
 def _number(text: str, shards: int) -> Optional[int]:
-    """Return how many shards to look into; ``None`` for as many as give a good estimate."""
+    """Return the number of shards to read; ``None`` for enough to estimate well."""
     if text in ("all", "auto"):
         return shards if text == "all" else None
     if not text.isdecimal():
@@ -77,10 +77,10 @@ def _number(text: str, shards: int) -> Optional[int]:
 
 
 def _kept(session: Session, broker: Any, lengths: Mapping[int, int], count: str) -> Dict[str, Any]:
-    """Return what is kept, counted in some shards and estimated for all.
+    """Return the contents of the shards, counted in some and estimated for all.
 
     Results are spread evenly over the shards by their ids, whereas a message may hold one or many:
-    so the shards are the measure.
+    so the estimate is by shards.
     """
     from celery_amqp_results.cli import inspection
 
@@ -152,7 +152,7 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
         raise Failed(str(exc), Exit.UNAVAILABLE) from exc
     kinds = {kind: [q for q in queues if q["name"].startswith(f"{topology.prefix}.{kind}.")]
              for kind in ("shard", "large", "chords")}  # fmt: skip
-    # Beside each inbox is a queue that tells when it was full.
+    # Each inbox has an overflow queue beside it.
     listening = {
         binding["destination"]
         for binding in bindings
@@ -173,7 +173,7 @@ def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
 
 
 def _sizes(found: Dict[str, Any], about: str) -> str:
-    """Return what results take on the broker, for people."""
+    """Return the size of results on the broker, for people."""
     if found["bytes"] is None:
         return "not read"
     text = f"{about}{size(found['bytes'])} in shards"

@@ -20,14 +20,14 @@ __all__ = ("Board", "Waiting", "watch")
 
 #: Seconds over which throughput is averaged.
 RATE_SECONDS = 10.0
-#: Tasks with a progress bar, and lines of recent states, on a terminal.
+#: The most progress bars, and lines of recent states, on a terminal.
 MAX_BARS = 12
 MAX_RECENT = 12
-#: Seconds for which a task that has ended keeps its bar.
+#: Seconds that the bar of an ended task stays.
 LINGER_SECONDS = 3.0
-#: Tasks whose progress is remembered, at most.
+#: The most tasks whose progress is remembered.
 MAX_REMEMBERED = 1000
-#: How often the screen is drawn, per second.
+#: Frames per second.
 FRAMES = 8
 
 Described = Dict[str, Any]
@@ -56,12 +56,12 @@ class Board:
 
     def __init__(self, expected: Optional[int] = None, clock: Any = time.monotonic) -> None:
         self._clock = clock
-        #: How many tasks are to end, where that is known.
+        #: How many tasks will end, if that is known.
         self.expected = expected
         self.started = clock()
         self.counts: collections.Counter[str] = collections.Counter()
         self.recent: Deque[Tuple[float, Described]] = collections.deque(maxlen=MAX_RECENT)
-        #: Progress by task id, and when it was reported or the task ended.
+        #: By task id: progress, and the time of the report or of the task's end.
         self.bars: collections.OrderedDict[str, Tuple[float, float, str, float]] = (
             collections.OrderedDict()
         )
@@ -101,7 +101,7 @@ class Board:
         )
 
     def rate(self) -> float:
-        """Return how many tasks end per second."""
+        """Return the number of tasks that end per second."""
         now = self._clock()
         while self._ended and self._ended[0] < now - RATE_SECONDS:
             self._ended.popleft()
@@ -124,7 +124,7 @@ def shorten(value: Any, width: int = 60) -> str:
 
 
 def saying(described: Described, width: int = 60) -> str:
-    """Return what a state says, in one line."""
+    """Return a summary of a state, in one line."""
     if described["error"] is not None:
         error = described["error"]
         if isinstance(error, BaseException):
@@ -137,7 +137,7 @@ def saying(described: Described, width: int = 60) -> str:
 
 
 def picture(board: Board, title: str) -> Any:
-    """Return what is shown on a terminal, for rich."""
+    """Return the live picture for a terminal, as a rich object."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
@@ -220,7 +220,7 @@ class _Screen:
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the live picture while the block runs, where there is a terminal."""
+        """Show the live picture while the block runs, on a terminal."""
         console = self._output.console
         if console is None:
             yield
@@ -243,15 +243,15 @@ class _Screen:
 
 
 class Waiting:
-    """Shows how far tasks are while a command waits for them: used by a ``with`` statement.
+    """Shows the progress of tasks while a command waits for them, by a ``with`` statement.
 
-    On a terminal it is the live picture, which goes away at the end. Otherwise each state of a task
-    that goes on is a line on standard error. With ``--json`` there is nothing.
+    On a terminal it is the live picture, which disappears at the end. Otherwise each state of an
+    unfinished task is a line on standard error. With ``--json`` there is no output.
 
     Parameters:
-        output: the command's.
-        count: how many tasks are waited for.
-        shown: whether anything is shown at all.
+        output: the output of the command.
+        count: how many tasks are awaited.
+        shown: whether to show anything.
     """
 
     def __init__(self, output: Output, count: int, shown: bool) -> None:

@@ -20,14 +20,13 @@ PREFIX = "celery.results."
 def instrument(
     app: Any, meter_provider: Any = None, attributes: Optional[Mapping[str, Any]] = None
 ) -> None:
-    """Have the backend's metrics observed.
+    """Register the backend's metrics as observable instruments.
 
-    To be called once for an app, and in the process whose metrics are wanted: OpenTelemetry's
-    exporters do not survive a fork, so in a prefork worker in the signal
-    ``worker_process_init``.
+    Call it once for an app, in the process whose metrics are wanted. OpenTelemetry's exporters do
+    not survive a fork, so in a prefork worker call it in the signal ``worker_process_init``.
 
     Parameters:
-        app: a Celery app whose result backend is ours. It is not kept alive.
+        app: a Celery app with this result backend. It is not kept alive.
         meter_provider: OpenTelemetry's; the global one by default.
         attributes: attributes of all observations; none by default.
 
@@ -47,7 +46,7 @@ def instrument(
         create(
             PREFIX + field.name,
             callbacks=[_observer(reference, field.name, attributes)],
-            # The code of UCUM for bytes; what is counted otherwise is in braces.
+            # UCUM's code for bytes; other units are in braces.
             unit="By" if unit == "bytes" else "{" + unit + "}",
             description=field.metadata["description"],
         )

@@ -17,7 +17,7 @@ PREFIX = "celery_results_"
 
 
 class ResultsCollector(Collector):
-    """Hands the backend's metrics to a registry of prometheus_client whenever that is scraped.
+    """Provides the backend's metrics to a registry of prometheus_client at each scrape.
 
     ::
 
@@ -25,10 +25,10 @@ class ResultsCollector(Collector):
         REGISTRY.register(ResultsCollector(app))
 
     Parameters:
-        app: a Celery app whose result backend is ours.
-        labels: names and values of labels that all metrics get; none by default.
+        app: a Celery app with this result backend.
+        labels: names and values of labels for all metrics; none by default.
 
-    Thread-safe. Collecting does no I/O. After a fork it tells of the child.
+    Thread-safe. Collecting does no I/O. After a fork it reports the child's metrics.
     """
 
     def __init__(self, app: Any, labels: Optional[Mapping[str, str]] = None) -> None:

@@ -1,7 +1,7 @@
 """Barriers, and the reads that share them.
 
-A read may use any barrier that is published after the read began. So all reads that begin while one
-is about to be published share it, and those that begin later share the next. This module does no
+A read may use any barrier that is published after the read began. So all reads that begin before
+the next barrier is published share it, and later reads share the one after. This module does no
 I/O, and is used under a lock.
 """
 
@@ -38,15 +38,15 @@ class Barriers:
     """The barriers of one connection."""
 
     def __init__(self) -> None:
-        #: The one that is about to be published.
+        #: The barrier that is published next.
         self._next: Optional[Barrier] = None
-        #: Those under way, by their numbers.
+        #: Published barriers that have not come back, by their numbers.
         self._under_way: Dict[str, Barrier] = {}
         self._late: Optional[Barrier] = None
 
     @property
     def overdue(self) -> bool:
-        """Whether one is under way that was given up: others would be as late."""
+        """Whether a published barrier was given up: others would be as late."""
         return self._late is not None
 
     def late_for(self, now: float) -> float:
@@ -54,14 +54,14 @@ class Barriers:
         return 0.0 if self._late is None else now - self._late.published
 
     def join(self) -> Tuple[Barrier, bool]:
-        """Return the barrier to wait for, and whether the caller has to publish it."""
+        """Return the barrier to wait for, and whether the caller must publish it."""
         if self._next is not None:
             return self._next, False
         self._next = Barrier()
         return self._next, True
 
     def publish(self, barrier: Barrier, now: float) -> str:
-        """Return the number under which to publish *barrier*. No read joins it any more."""
+        """Return the number under which to publish *barrier*. From then on no read joins it."""
         number = uuid.uuid4().hex
         if self._next is barrier:
             self._next = None
@@ -70,7 +70,7 @@ class Barriers:
         return number
 
     def take(self, number: str) -> bool:
-        """Take in a barrier that came back; return whether it was one of these."""
+        """Take in a barrier that came back; return whether it is one of these."""
         barrier = self._under_way.pop(number, None)
         if barrier is None:
             return False
@@ -80,12 +80,12 @@ class Barriers:
         return True
 
     def give_up(self, barrier: Barrier) -> None:
-        """Note that *barrier* has not come in time, although it is under way."""
+        """Note that *barrier* is late."""
         if self._late is None and barrier in self._under_way.values():
             self._late = barrier
 
     def lost(self) -> None:
-        """End all of them: the connection is lost."""
+        """End all barriers, since the connection is lost."""
         for barrier in (*self._under_way.values(), self._next):
             if barrier is not None:
                 barrier.end(False)

@@ -1,16 +1,16 @@
-"""The inbox: states pushed to this process, and barriers that say that all have come.
+"""The inbox: states pushed to this process, and barriers that prove their completeness.
 
-One thread per process owns one connection with one exclusive queue, reads it, and hands each
-state to the clients that wait for it: no socket is read by two threads, and heartbeats are answered
-while the program computes. The queue is bound to the process's own *client* word, so that the
-states of every task it sends come by themselves, and to the shards that the
-:class:`~celery_amqp_results.feed.table.Table` wants. There is never a binding per task.
+One thread per process owns one connection with one exclusive queue. It reads the queue, and passes
+each state to the clients that wait for it: no socket is read by two threads, and heartbeats are
+answered while the program computes. The queue is bound to the process's own *client* word, so that
+it receives the states of every task that the process sends, and to the shards that the
+:class:`~celery_amqp_results.feed.table.Table` requests. There is never a binding per task.
 
 A *barrier* is an empty message that the process publishes to its own queue, through the exchange
-that the states come through, by a key that is bound to this queue alone. A queue delivers in order:
-when the barrier comes back, everything has come that was confirmed before it was published. If
-the exchange was deleted, and the bindings with it, the broker returns the barrier or closes its
-channel: then the connection is replaced, and nothing is known any more.
+of the states, by a key that only this queue is bound with. A queue delivers in order: when the
+barrier comes back, all states confirmed before its publication have come. If the exchange was
+deleted, and the bindings with it, the broker returns the barrier or closes its channel. The process
+then opens another connection and drops everything it knows.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ BARRIER_SECONDS = 1.0
 #: that another queue has received: a queue bound with ``#`` receives all.
 LOST_SECONDS = 30.0
 
-#: Seconds between heartbeats: a connection that died without a word is noticed after twice that.
+#: Seconds between heartbeats: a dead connection is noticed after twice that.
 HEARTBEAT = 15.0
 
-#: Seconds after which a read starts an inbox again that has given up.
+#: Seconds after which a read restarts an inbox that has given up.
 RESTART = 30.0
 
 #: The largest number of messages in the inbox queue. The reader takes them as they come, so that
@@ -79,8 +79,7 @@ MAX_QUEUED = 1_000_000
 class Waiter:
     """A waiter: collects the states of the tasks that it watches.
 
-    The reader thread fills it, and the waiting thread takes out. Its methods may be called by any
-    thread.
+    The reader thread fills it, and the waiting thread empties it. Any thread may call its methods.
 
     Parameters:
         wake: called, by any thread, whenever there is something to take; ``None`` where
@@ -91,7 +90,7 @@ class Waiter:
         self._arrived: Deque[StateMessage] = collections.deque()
         self._event = threading.Event()
         self._wake = wake
-        #: Tasks whose store has to be asked, since states may have been missed.
+        #: Tasks to read from the store, since states may have been missed.
         self._uncovered: Deque[str] = collections.deque()
         self._failure: Optional[Exception] = None
 
@@ -102,17 +101,17 @@ class Waiter:
             self._wake()
 
     def feed(self, state: StateMessage) -> None:
-        """Hand over a state."""
+        """Add a state."""
         self._arrived.append(state)
         self.poke()
 
     def uncover(self, ids: Iterable[str]) -> None:
-        """Say that states of *ids* may have been missed."""
+        """Report that states of *ids* may have been missed."""
         self._uncovered.extend(ids)
         self.poke()
 
     def fail(self, failure: Exception) -> None:
-        """Say that nothing more will come."""
+        """Report that no more states will come."""
         self._failure = failure
         self.poke()
 
@@ -124,7 +123,7 @@ class Waiter:
         """Return the states that have come since the last call.
 
         Raises:
-            Exception: what :meth:`fail` was called with.
+            Exception: the argument of :meth:`fail`.
         """
         self._event.clear()
         if self._failure is not None:
@@ -133,29 +132,28 @@ class Waiter:
         return list(_popped(self._arrived))
 
     def take_uncovered(self) -> Set[str]:
-        """Return the tasks whose store has to be asked, each once."""
+        """Return the tasks to read from the store, each once."""
         return set(_popped(self._uncovered))
 
 
 def _popped(queue: Deque[_T]) -> Iterator[_T]:
-    # Others append meanwhile, so that a length taken before would not do.
+    # Other threads append meanwhile, so a length taken before would be wrong.
     with contextlib.suppress(IndexError):
         while True:
             yield queue.popleft()
 
 
 class Inbox:
-    """Receives the states of tasks, and keeps what is known of them in a table.
+    """Receives the states of tasks, and keeps the knowledge about them in a table.
 
     Parameters:
         connector: opens the connection.
-        declarations: names, and the exchange.
+        declarations: provides the names, and declares the exchange.
         client: the word of this process in routing keys.
-        limit: bytes of memory for what is known.
+        limit: bytes of memory for the table.
 
     Thread-safe. Nothing is opened until the first :meth:`cover`, or until reads are so frequent
-    that an inbox pays. After a fork the child must make a new inbox and let go of this one
-    untouched.
+    that an inbox pays. After a fork the child must make a new inbox and never use this one again.
     """
 
     def __init__(
@@ -171,21 +169,21 @@ class Inbox:
         # Guards everything below. No I/O is done while holding it.
         self._changed = threading.Condition(threading.RLock())
         self._thread: Optional[threading.Thread] = None
-        #: For what is the same at each try to open a connection.
+        #: Logs repeated connection failures once.
         self._once = OnceLogger(logger)
         self._closing = False
-        #: Why the reader thread gave up, and when, until it is started again.
+        #: Why and when the reader thread gave up, until it is started again.
         self._failure: Optional[Exception] = None
         self._failed_at = 0.0
         self._waiters: Dict[str, List[Waiter]] = {}
-        #: Those of them that other processes have sent.
+        #: Those sent by other processes.
         self._strangers: Set[str] = set()
         self._table = Table(declarations.topology, limit)
         self._barriers = Barriers()
         self._session: Optional[_Session] = None
         #: Why the present connection must be replaced, or empty.
         self._suspicion = ""
-        #: States received, and messages that were none.
+        #: States received, and messages that were not states.
         self.received = 0
         self.rejected = 0
         #: Barriers that came back.
@@ -219,7 +217,7 @@ class Inbox:
         with self._changed:
             return self._table.live_views
 
-    # -- what the process does -------------------------------------------------------------
+    # -- clients ---------------------------------------------------------------------------
 
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
@@ -234,11 +232,11 @@ class Inbox:
     def watch(self, ids: Collection[str], waiter: Waiter) -> Set[str]:
         """Hand the states of *ids* to *waiter* from now on.
 
-        The state of an own task is handed over at once, if it is known. The waiter learns which
-        tasks it has to look up.
+        The known state of an own task is added at once. The waiter learns which tasks it has to
+        look up.
 
         Returns:
-            Those whose states are pushed already.
+            The tasks whose states are already pushed.
         """
         now, wall = time.monotonic(), _wall()
         with self._changed:
@@ -247,7 +245,8 @@ class Inbox:
             for task_id in ids:
                 self._waiters.setdefault(task_id, []).append(waiter)
                 if task_id in self._strangers or not self._table.is_own(task_id):
-                    # It stays one as long as clients wait, even if this process sends it later.
+                    # It remains a stranger's as long as clients wait, even if this process sends it
+                    # later.
                     self._strangers.add(task_id)
                     self._table.watched(task_id, 1)
                     uncovered.append(task_id)
@@ -264,12 +263,12 @@ class Inbox:
             return pushed
 
     def unwatch(self, ids: Iterable[str], waiter: Waiter, consumed: bool = False) -> None:
-        """Stop handing the states of *ids* to *waiter*.
+        """Stop passing the states of *ids* to *waiter*.
 
         Parameters:
-            ids: tasks that it was to watch.
-            waiter: who watched them.
-            consumed: whether it has their final states, which need not be kept for it.
+            ids: tasks that it watches.
+            waiter: the waiter.
+            consumed: whether it has taken their final states, which then need not be kept.
         """
         with self._changed:
             for task_id in ids:
@@ -299,9 +298,9 @@ class Inbox:
             }
 
     def cover(self, ids: Collection[str], deadline: Optional[float]) -> None:
-        """Return when the bindings stand that bring the states of *ids*.
+        """Wait until the bindings for the states of *ids* stand.
 
-        Opens the inbox if it is not. What happened before has then to be looked up in the store.
+        Opens the inbox if necessary. Earlier states must then be looked up in the store.
 
         Parameters:
             ids: tasks of this process or of others.
@@ -340,9 +339,9 @@ class Inbox:
     # -- reads -----------------------------------------------------------------------------
 
     def ask(self, ids: Collection[str]) -> bool:
-        """Count a read of *ids*; return whether a barrier may spare some of it.
+        """Count a read of *ids*; return whether a barrier may make a look-up unnecessary.
 
-        Starts the inbox, or has a shard bound, where that pays. Waits for nothing.
+        Starts the inbox, or requests a binding, where that pays. Does not wait.
         """
         now, wall = time.monotonic(), _wall()
         with self._changed:
@@ -367,13 +366,13 @@ class Inbox:
             return _UNREAD
 
     def barrier(self, deadline: Optional[float]) -> int:
-        """Return when everything has come that was confirmed before this was called.
+        """Wait until everything has come that was confirmed before this call.
 
         Parameters:
             deadline: time (``time.monotonic``) at which to give up, or ``None``.
 
         Returns:
-            The number of the connection; 0 where there is none, or nothing has come in time.
+            The number of the connection; 0 if there is none, or the barrier was late.
         """
         with self._changed:
             session, epoch = self._session, self._table.epoch
@@ -401,7 +400,7 @@ class Inbox:
                 session.publish_barrier(number)
         except connections.TRANSIENT as exc:
             connections.raise_if_from_signal_handler(exc)
-            # The connection is about to be lost, or a part of a frame has been written.
+            # The connection is about to be lost, or part of a frame has been written.
             self.suspect(f"a barrier could not be published: {exc!r}")
         finally:
             with self._changed:
@@ -413,7 +412,7 @@ class Inbox:
 
         Parameters:
             ids: the tasks.
-            epoch: what :meth:`barrier` has returned.
+            epoch: the return value of :meth:`barrier`.
         """
         now, wall = time.monotonic(), _wall()
         with self._changed:
@@ -423,7 +422,7 @@ class Inbox:
         return {task_id: state for task_id, state in found.items() if state is not _UNREAD}
 
     def uncounted(self) -> List[int]:
-        """Return the shards of which a census is due, see :meth:`Table.uncounted`."""
+        """Return the shards whose census is due, see :meth:`Table.uncounted`."""
         with self._changed:
             return [] if self._closing else self._table.uncounted(time.monotonic())
 
@@ -446,18 +445,18 @@ class Inbox:
                 self.suspect(f"{missed} is stored, and was not pushed")
 
     def forget(self, task_id: str) -> None:
-        """Drop what is known of a task that is not stored any more."""
+        """Drop the knowledge of a task that is no longer stored."""
         with self._changed:
             self._table.forgotten(task_id, time.monotonic())
 
     def suspect(self, why: str) -> None:
-        """Have the connection replaced by another, to another host if there are several.
+        """Replace the connection, by one to another host if there are several.
 
-        For a connection that stands, and on which something did not come: a node that is cut off
-        from its cluster, or was, is such. Nothing is known then any more.
+        For an open connection on which an expected message did not come, for example to a node that
+        is or was cut off from its cluster. The table then forgets everything.
 
         Parameters:
-            why: what did not come, for the log.
+            why: the missing message, for the log.
         """
         with self._changed:
             if self._table.epoch:
@@ -468,7 +467,7 @@ class Inbox:
         """Close the connection and end the thread. Waiting clients get an error.
 
         Parameters:
-            wait: whether to return only when the thread has ended.
+            wait: whether to wait until the thread has ended.
         """
         with self._changed:
             self._closing = True
@@ -516,8 +515,8 @@ class Inbox:
                 if self._closing:
                     break
                 attempt += 1
-                # Before the first success, what is wrong may well be the URL: give up as the
-                # policy says. Later the broker has been seen, and will be back.
+                # Before the first success the URL may well be wrong: give up as the policy says.
+                # Later the broker was reachable before, and will be back.
                 pause = self._connector.policy.pause(attempt)
                 limited = self._connector.is_limited(exc)
                 if (opened or limited) and pause is None:
@@ -545,7 +544,7 @@ class Inbox:
             self._fail_waiters(errors.BackendUnavailable("the result backend was closed"))
 
     def _lose(self, exc: Exception) -> None:
-        """Nothing is known any more: states may be missed until the next connection stands."""
+        """Forget everything: states may be missed until the next connection stands."""
         with self._changed:
             self._table.lost()
             self._barriers.lost()
@@ -644,7 +643,7 @@ class _Session:
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
-        #: Held while something is written, or read, on the connection.
+        #: Held during every write and read on the connection.
         self.writing = threading.Lock()
         self._refused = False
         self.link = inbox._connector.open_once(HEARTBEAT, purpose="inbox")
@@ -661,8 +660,8 @@ class _Session:
         topology = declarations.topology
         self.channel = channel = self.link.channel()
         declarations.ensure_exchange(channel)
-        # What falls out of the inbox because it is full is dead-lettered to this queue of length
-        # one: its arrival says that states were missed.
+        # A message dropped from the full inbox is dead-lettered to this queue of length one: its
+        # arrival reports that states were missed.
         overflow = f"{OVERFLOW}.{inbox._client}-{id(self):x}"
         spilled = _declare(channel, {"x-max-length": 1})
         channel.queue_bind(spilled, topology.exchange, overflow)
@@ -679,7 +678,7 @@ class _Session:
             channel.queue_bind(self.queue, topology.exchange, topology.client_binding(client))
         self._barrier_key = barrier_key()
         channel.queue_bind(self.queue, topology.exchange, self._barrier_key)
-        # Other brokers than RabbitMQ limit consumers unless told otherwise.
+        # Brokers other than RabbitMQ limit consumers by default.
         channel.basic_qos(0, 0, False)
         channel.basic_consume(
             self.queue, no_ack=True, callback=inbox._receive, on_cancel=self._on_cancel
@@ -687,14 +686,14 @@ class _Session:
         channel.basic_consume(
             spilled, no_ack=True, callback=self._on_overflow, on_cancel=self._on_cancel
         )
-        #: Keys that the broker was asked to bind, in order.
+        #: Requested binding keys, in order.
         self._binding: Deque[int] = collections.deque()
         # The answers come in order, and no thread waits for them.
         channel._callbacks[spec.Queue.BindOk] = self._on_bind_ok
         # A broker that refuses barriers closes this channel alone.
         self._barrier_channel = self.link.channel_nowait(self._on_barriers_refused)
         self._barrier_channel.events["basic_return"].add(self._on_barrier_returned)
-        # The reader's end is closed with the session, the other by whoever notices first.
+        # The reader's end is closed with the session, the other end by either thread.
         self._wakeup, self._theirs = socket.socketpair()
         self._wakeup.setblocking(False)
         self._theirs.setblocking(False)
@@ -707,20 +706,20 @@ class _Session:
             self._theirs.send(b"\0")
 
     def close(self) -> None:
-        """Close the connection as the protocol asks."""
+        """Close the connection with the protocol's handshake."""
         self._wakeup.close()
         self._theirs.close()
         self.link.close()
 
     def drop(self) -> None:
-        """Close the connection without a word."""
+        """Close the socket without a handshake."""
         self._wakeup.close()
         self._theirs.close()
         self.link.drop()
 
     @property
     def blocked(self) -> bool:
-        """Whether barriers are of no use: an alarm stops publishers, or the broker refuses them."""
+        """Whether barriers do not work: an alarm stops publishers, or the broker refuses them."""
         return self._refused or bool(self.link.blocked)
 
     def _on_barriers_refused(self, code: int, text: str, class_id: int, method_id: int) -> None:
@@ -760,7 +759,7 @@ class _Session:
                 connection.frame_max,
             )
         )
-        # What py-amqp's heartbeats go by.
+        # py-amqp's heartbeats count these bytes.
         connection.bytes_sent += 1
 
     def _on_cancel(self, consumer_tag: str) -> None:
@@ -791,8 +790,8 @@ class _Session:
                         raise amqp.exceptions.RecoverableConnectionError(inbox._suspicion)
                 if sock in ready:
                     self._drain()
-                # Received together with that: no system call, so that a thread that computes
-                # does not get in between.
+                # These messages were received together: no system call, so that a computing thread
+                # cannot take the GIL in between.
                 while self.link.buffered() and not inbox._closing:
                     self._drain()
                 if inbox._table.restless:
@@ -804,12 +803,12 @@ class _Session:
                     next_tick = now + HEARTBEAT / 4
 
     def _drain(self) -> None:
-        # TLS must not be read and written at once.
+        # A TLS socket must not be read and written at once.
         with self.writing:
             self.link.drain(0.0)
 
     def _bind_and_unbind(self) -> None:
-        """Ask the broker to bind and unbind what the table wants; the answers come later."""
+        """Send the bindings and unbindings that the table requests; the answers come later."""
         inbox = self._inbox
         with inbox._changed:
             actions = inbox._table.actions(time.monotonic())

@@ -1,4 +1,4 @@
-"""Reading states: from memory after a barrier where that is as good as a look-up, else by one.
+"""Reading states: from memory after a barrier where that is safe, otherwise by a look-up.
 
 Everything that reads a state goes through here: polls, groups, waiting clients, the command line.
 """
@@ -28,8 +28,8 @@ class Reads:
     """Reads the states of tasks.
 
     Parameters:
-        inbox: knows what was pushed.
-        store: keeps everything.
+        inbox: knows the pushed states.
+        store: reads the shards.
 
     Thread-safe.
     """
@@ -37,7 +37,7 @@ class Reads:
     def __init__(self, inbox: Inbox, store: Store) -> None:
         self._inbox = inbox
         self._store = store
-        # Guards what follows.
+        # Guards the attributes below.
         self._lock = threading.Lock()
         self._counting: Optional[threading.Thread] = None
         #: Ids that were answered from memory.
@@ -48,7 +48,7 @@ class Reads:
     ) -> Dict[str, Optional[StateMessage]]:
         """Return the current state of each of *ids*, or ``None`` where nothing is stored.
 
-        No answer is older than what any ``store_result`` had stored when this was called.
+        No answer is older than the states stored by any ``store_result`` before this call.
 
         Parameters:
             ids: the tasks.
@@ -67,12 +67,12 @@ class Reads:
         deadline: Optional[float] = None,
         stored: Collection[str] = (),
     ) -> Dict[str, List[StateMessage]]:
-        """Return the states of each of *ids* that are known, the current one among them.
+        """Return the known states of each of *ids*, including the current one.
 
         Parameters and errors are those of :meth:`read`.
 
         Parameters:
-            stored: those of *ids* to ask the store about, whatever is in memory.
+            stored: those of *ids* to read from the store, even if they are in memory.
         """
         wanted = list(dict.fromkeys(ids))
         known = self._from_memory([each for each in wanted if each not in stored], deadline)
@@ -111,7 +111,7 @@ class Reads:
         return True
 
     def _count_rest(self) -> None:
-        """Have the shards counted that the next reads will be of, on a thread."""
+        """Start a thread that takes a census of the shards that the next reads will need."""
         if not self._inbox.uncounted():
             return
         with self._lock:
@@ -121,7 +121,7 @@ class Reads:
     def _count(self) -> None:
         try:
             for _ in self._inbox.uncounted():
-                # Asked each time: the inbox may be closed, and reads take censuses as well.
+                # Checked each time: the inbox may be closed, and reads take censuses as well.
                 shards = self._inbox.uncounted()[:1]
                 if not shards:
                     return

@@ -95,6 +95,9 @@ LEAST_BOUND = 30.0
 #: Seconds after which a live view is checked against the store; doubled each time, up to the last.
 FIRST_CHECK = 15.0
 LAST_CHECK = 300.0
+#: Seconds between two checks, of whichever views. A check costs as much as ten barriers, and one
+#: that finds a state that was not pushed ends all views.
+CHECK_PAUSE = 5.0
 #: Seconds after which a pushed state certainly lies in its shard, unless it was lost.
 SETTLED = 10.0
 #: How long a final state outside a live view is known, in seconds.
@@ -278,10 +281,13 @@ class Table:
         self._credit = 0
         #: Whether an inbox would be of use.
         self.wants_inbox = False
+        #: When the next view may be checked, and the view that was checked last.
+        self._check_after = 0.0
+        self._checking = -1
         #: A state that a check has found and that was not pushed, for the log.
         self.missed = ""
 
-    # -- what is known -------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------
 
     @property
     def memory(self) -> int:
@@ -298,9 +304,15 @@ class Table:
         return task_id in self._sent
 
     def is_due(self, task_id: str, now: float) -> bool:
-        """Whether the view of the task's shard is due for a check against the store."""
-        view = self._views.get(self._topology.shard(task_id))
-        return view is not None and view.live and now >= view.check_at
+        """Return whether to check the view of the task's shard now; if so, the check has begun."""
+        shard = self._topology.shard(task_id)
+        view = self._views.get(shard)
+        if view is None or not view.live or now < view.check_at:
+            return False
+        if now < self._check_after and shard != self._checking:
+            return False
+        self._check_after, self._checking = now + CHECK_PAUSE, shard
+        return True
 
     def recall(
         self, task_id: str, now: float, wall: int, sure: bool = True
@@ -311,7 +323,7 @@ class Table:
             task_id: the task.
             now: the time.
             wall: microseconds since 1970.
-            sure: whether the answer may be relied on after a barrier. A waiting client
+            sure: whether the caller relies on the answer after a barrier. A waiting client
                 receives later states anyway, and asks the store again later.
 
         Raises:
@@ -391,7 +403,7 @@ class Table:
         # Otherwise an older state that is only in the store may be the current one.
 
     def forgotten(self, task_id: str, now: float) -> None:
-        """Nothing is stored of the task any more."""
+        """The states of the task were removed."""
         view = self._view(self._topology.shard(task_id))
         for look in self._looks:
             look.forgotten.add(task_id)

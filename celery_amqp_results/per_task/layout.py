@@ -327,7 +327,7 @@ class PerTaskLayout:
         """Return the name of the queue of a task, which is its routing key as well."""
         return self.wire.rkey(task_id)
 
-    # -- what is written -----------------------------------------------------------------------
+    # -- writing -------------------------------------------------------------------------------
 
     def shape(self, result_meta: Mapping[str, Any]) -> Dict[str, Any]:
         """Return the fields of a meta that are written."""
@@ -458,7 +458,7 @@ class PerTaskLayout:
             raise amqp_errors.RecoverableChannelError(f"no queue took the message: {returned[0]}")
         return not returned
 
-    # -- what is declared ----------------------------------------------------------------------
+    # -- declaring -----------------------------------------------------------------------------
 
     def queue(self, task_id: str) -> NoCacheQueue:
         """Return the queue of *task_id* as it is declared on this broker."""
@@ -527,7 +527,7 @@ class PerTaskLayout:
             self._told.add(about)
             logger.warning(message, *arguments)
 
-    # -- what is read --------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------
 
     def poll(
         self, ids: Collection[str], backlog_limit: Optional[int] = None
@@ -723,7 +723,7 @@ class PerTaskLayout:
         """Return a group that was kept, or ``None``."""
         return self.read((group_id,), kind=GROUP)[group_id]
 
-    # -- what is deleted -----------------------------------------------------------------------
+    # -- deleting ------------------------------------------------------------------------------
 
     def forget(self, ids: Collection[str]) -> None:
         """Delete the queues of *ids*."""
@@ -809,7 +809,7 @@ class PerTaskLayout:
 
 
 def returns_of(message: kombu.Message) -> int:
-    """Return how often a quorum queue says that *message* was put back."""
+    """Return a quorum queue's count of how often *message* was put back."""
     count = message.headers.get(COUNT_HEADERS[0])
     return count if isinstance(count, int) else 0
 

@@ -20,7 +20,7 @@ class PublishClock:
         self.after_fork_in_child()
 
     def after_fork_in_child(self) -> None:
-        """Let go of a lock that a thread of the parent may have held."""
+        """Replace a lock that a thread of the parent may have held."""
         self._lock = threading.Lock()
 
     def now(self) -> int:

@@ -30,7 +30,7 @@ def plain_ids(value: Any) -> Any:
     """Return nested tuples of results with every ``uuid.UUID`` in them as text.
 
     Parameters:
-        value: what ``as_tuple()`` of a result object returns, before or after serialization.
+        value: the ``as_tuple()`` of a result object, before or after serialization.
     """
     if isinstance(value, (list, tuple)):
         return [plain_ids(item) for item in value]

@@ -1,8 +1,8 @@
-"""The rule that says which of several states of a task is the current one.
+"""The rule that decides which of several states of a task is the current one.
 
-:func:`fold` applies the rule to a list of states. Everything that reads a state uses it, so a
-duplicate run, a revoke written by twenty workers at once, or a late STARTED change nothing. This
-module does no I/O.
+:func:`fold` applies the rule to a list of states. Every reader of states uses it, so a duplicate
+run, a revoke written by twenty workers at once, or a late STARTED change nothing. This module does
+no I/O.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from celery_amqp_results.protocol.message import StateMessage
 
 __all__ = ("fold", "is_final", "supersedes")
 
-#: The state of ``celery.contrib.abortable``, which imports too much for one word.
+#: The state of ``celery.contrib.abortable``; importing that module for one constant is too slow.
 ABORTED = "ABORTED"
 
 
@@ -29,34 +29,34 @@ def _rank(state: str) -> int:
         return 3
     if state in states.READY_STATES:
         return 2
-    # A task that was asked to abort stays so until it ends, whatever it reports meanwhile:
-    # is_aborted() must not turn false because of a progress report, or of a late STARTED.
+    # A task that was asked to abort stays ABORTED until it ends: is_aborted() must not turn false
+    # because of a progress report or a late STARTED.
     if state == ABORTED:
         return 1
     return 0
 
 
 def supersedes(new: StateMessage, old: StateMessage) -> bool:
-    """Return whether the state *new* counts more than the state *old* of the same task.
+    """Return whether the state *new* outranks the state *old* of the same task.
 
-    SUCCESS yields to nothing, another final state only to a final one that was published later
-    or to SUCCESS; otherwise the state published last counts.
+    SUCCESS yields to nothing. Any other final state yields only to SUCCESS or to a final state
+    published later. Otherwise the state published last wins.
     """
     new_rank, old_rank = _rank(new.state), _rank(old.state)
     if new_rank != old_rank:
         return new_rank > old_rank
     if new_rank == _rank(states.SUCCESS):
-        # Two runs of one task: the first result is the one that others may have read already.
+        # Two runs of one task: others may already have read the first result.
         return new.published < old.published
     return new.published >= old.published
 
 
 def fold(messages: Iterable[StateMessage]) -> Optional[StateMessage]:
-    """Return the state that counts, or ``None`` for no messages.
+    """Return the current state, or ``None`` for no messages.
 
     Parameters:
-        messages: states of one task, in any order; of two that were published in the same
-            microsecond and rank alike, the later in the order counts.
+        messages: states of one task, in any order; of two with equal rank that were published in
+            the same microsecond, the later in the order wins.
     """
     current: Optional[StateMessage] = None
     for message in messages:

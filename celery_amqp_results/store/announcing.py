@@ -1,8 +1,8 @@
-"""Telling all processes that states were removed.
+"""Announcing to all processes that states were removed.
 
 A process that knows a shard completely answers from memory. So a process that removes the states of
 a task publishes a mark to the exchange, which no queue keeps, and waits until the broker has
-handed it to all inboxes.
+delivered it to all inboxes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CONFIRM_SECONDS = 0.25
 
 
 def announce(link: connections.Link, topology: Topology, ids: Collection[str]) -> None:
-    """Publish that *ids* were removed; return when the broker has confirmed it, or late.
+    """Publish that *ids* were removed; return after the confirm, or when that is late.
 
     Parameters:
-        link: an open connection, which the caller is alone with.
+        link: an open connection that the caller uses exclusively.
         topology: names.
         ids: the tasks.
 

@@ -1,18 +1,18 @@
-"""Taking the messages of a queue out to look at them, and putting them back.
+"""Reading the messages of a queue, and putting them back.
 
 A queue can only be read by taking its messages out. A *checkout* consumes with manual
-acknowledgement, looks at what comes until its own *fence* does, and closes the channel, upon which
-the broker puts back in its place, in one step, everything that was not acknowledged. A reader that
-dies does the same. The queue's single active consumer is the lock: a second reader waits in line,
-and never finds a queue that only looks empty.
+acknowledgement, looks at the messages until its own *fence* comes, and closes the channel. The
+broker then requeues everything unacknowledged at its old place, in one step, as it does when a
+reader dies. The queue's single active consumer is the lock: a second reader waits in line, and
+never finds a queue that only looks empty.
 
-The fence is a message that the reader publishes to the queue. What was confirmed before lies in
-front of it. One thing may lie behind a fence although it was there before: what a reader further
-up the line took out and published again in another form, while the fence was waiting. So a reader
-that has not found what it looks for, or whose fence somebody else was given before, sets a second
-fence when the first one comes: it has the queue to itself by then, and nothing can be moved behind
-the second one. Who moves messages waits until a fence that it publishes behind them has come back:
-by then it was given all the fences that lie in front of what it moved.
+The fence is a message that the reader publishes to the queue. Messages confirmed before lie in
+front of it, with one exception: a reader further up the line may have taken out a message and
+published it again in another form while the fence was waiting. So a reader sets a second fence when
+the first one comes, if it has not found everything or if its fence was delivered to another reader
+before. It has the queue to itself by then, and no message can be moved behind the second fence. A
+reader that moves messages waits until a fence that it publishes behind them has come back: by then
+it has received all fences in front of the moved messages.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = ("FENCE", "Checkout", "longest_hold", "longest_prefetch")
 #: The property ``type`` of a fence.
 FENCE = "fence"
 
-#: How many messages a checkout of a quorum queue may hold: the most that AMQP can say. With no
+#: How many messages a checkout of a quorum queue may hold: the highest prefetch in AMQP. With no
 #: limit a quorum queue stops at 2,000 deliveries, and the fence never comes.
 PREFETCH = 65535
 
-#: AMQP's code for what is not there.
+#: AMQP's code for a missing object.
 NOT_FOUND = 404
 
-#: A fence that its reader did not live to take is dropped after this many milliseconds.
+#: A fence whose reader has died is dropped after this many milliseconds.
 FENCE_EXPIRATION = 60_000
-#: Who lives to wait in line for so many seconds sets another one before that.
+#: A reader that has waited in line for this many seconds publishes its fence again.
 FENCE_RENEWAL = 30.0
 
 
@@ -50,18 +50,18 @@ def longest_prefetch(queue_type: str) -> int:
     return PREFETCH if queue_type == "quorum" else 0
 
 
-#: For so many seconds more than a look-up may take a quorum queue is left to its reader: longer
-#: than the broker takes to miss the heartbeats of one that is frozen.
+#: A reader may hold a quorum queue for this many seconds beyond the time limit of a look-up: longer
+#: than the broker takes to miss the heartbeats of a frozen reader.
 GRACE = 20.0
 
 
 def longest_hold(queue_type: str, lookup_timeout: float) -> Mapping[str, Any]:
-    """Return consumer arguments that take the queue away from a reader that does not let go of it.
+    """Return consumer arguments that evict a reader which does not release the queue.
 
-    That is not for readers that die or freeze, whose connections the broker closes. But the channel
-    of one whose *node* stood still, and goes on, may wait for an answer that was lost meanwhile,
-    and keep the queue for a minute more. Quorum queues know the argument since RabbitMQ 4.3; who
-    lives to be taken the queue away is told, as if it had been deleted.
+    This does not concern readers that die or freeze, since the broker closes their connections. But
+    if the *node* of a reader stood still and goes on, the reader's channel may wait for a lost
+    answer and hold the queue for a minute more. Quorum queues know the argument since RabbitMQ 4.3;
+    an evicted consumer receives basic.cancel, as if the queue had been deleted.
 
     Parameters:
         queue_type: ``classic`` or ``quorum``.
@@ -75,19 +75,19 @@ def longest_hold(queue_type: str, lookup_timeout: float) -> Mapping[str, Any]:
 class Checkout:
     """One read of one queue.
 
-    The queue must have a single active consumer. Nothing is waited for here: whoever makes a
-    checkout drains the link until :attr:`fenced`.
+    The queue must have a single active consumer. Nothing here blocks: the caller drains the link
+    until :attr:`fenced`.
 
     Parameters:
-        link: an open connection, which the caller is alone with.
+        link: an open connection that the caller uses exclusively.
         queue: name of the queue.
         on_message: called with each message that is no fence, while the link is drained.
-        prefetch: how many messages it may hold; 0 for no limit, which a quorum queue must not be
-            read with.
-        arguments: of the consumer, see :func:`longest_hold`; none by default.
-        look_again: asked when the first fence has come whether a second one is to be set, for
-            messages that somebody may have moved behind the first. Where it is given, that is
-            done without asking if another reader was given the fence before.
+        prefetch: how many messages it may hold; 0 for no limit, which does not work for quorum
+            queues.
+        arguments: arguments of the consumer, see :func:`longest_hold`; none by default.
+        look_again: called when the first fence has come; returns whether to set a second one, for
+            messages moved behind the first. If it is given, a second fence is also set when the
+            first was delivered to another reader before.
 
     Raises:
         amqp.AMQPError, OSError: when the connection is lost. Draining the link raises
@@ -106,11 +106,11 @@ class Checkout:
     ) -> None:
         self.link = link
         self.queue = queue
-        #: Whether the fence has come, or cannot come since there is no such queue.
+        #: Whether the fence has come, or cannot come since the queue does not exist.
         self.fenced = False
-        #: Whether there is no such queue.
+        #: Whether the queue does not exist.
         self.missing = False
-        #: How many messages have come, fences among them.
+        #: How many messages have come, including fences.
         self.seen = 0
         self._on_message = on_message
         self._look_again = look_again
@@ -118,7 +118,7 @@ class Checkout:
         self._fence_set = 0.0
         self._fence_tags: List[int] = []
         self._deleted = False
-        # No answer is waited for: the next thing of interest is the first message.
+        # Nothing here waits for an answer: the next thing of interest is the first message.
         with link.corked():
             self.channel = link.channel_nowait(self._on_close)
             self.channel.send_method(spec.Basic.Qos, "lBb", (0, prefetch, False))
@@ -131,8 +131,8 @@ class Checkout:
                 on_cancel=self._cancelled,
                 arguments=dict(arguments or {}),
             )
-            # Not before: a fence for a queue that is not there is lost, and if somebody declared
-            # the queue before we consume from it, it would be waited for in vain.
+            # The fence must follow the consumer: a fence published to a missing queue is lost. If
+            # the queue were declared after that, the wait for the fence would never end.
             self.set_fence()
 
     def set_fence(self) -> None:
@@ -152,7 +152,7 @@ class Checkout:
         )
 
     def renew_fence(self) -> None:
-        """Set the fence again if it will soon expire. To be called now and then while waiting."""
+        """Set the fence again if it will soon expire. To be called periodically while waiting."""
         if not self.fenced and time.monotonic() - self._fence_set >= FENCE_RENEWAL:
             self.set_fence()
 
@@ -160,33 +160,34 @@ class Checkout:
         self.missing = code == NOT_FOUND and text.startswith("NOT_FOUND - no queue ")
         self.fenced = True
         if not self.missing:
-            # Of a queue whose node is down, for one, the broker says NOT_FOUND as well.
+            # The broker also says NOT_FOUND for other reasons, for example when the queue's node is
+            # down.
             raise amqp_errors.error_for_code(
                 code, text, (class_id, method_id), amqp_errors.ChannelError
             )
 
     def _cancelled(self, consumer_tag: str) -> None:
-        # The queue was deleted, its leader went away, or it was held for too long.
+        # The queue was deleted, its leader failed, or this reader was evicted.
         if self._deleted:
             return
         raise amqp_errors.ConsumerCancelled(consumer_tag, spec.Basic.Cancel)
 
     def _receive(self, message: amqp.Message) -> None:
         if self.fenced:
-            # Published since; it is put back.
+            # Published after the fence; the broker requeues it.
             return
         self.seen += 1
         properties = message.properties
         if properties.get("type") == FENCE:
-            # Those of readers that died are in nobody's way any more; those of readers that wait
-            # in line are not acknowledged, and put back.
+            # The fences of dead readers can go. Those of readers that wait in line are not
+            # acknowledged, and so requeued.
             if properties.get("message_id") == self._fence:
                 self._fence_tags.append(message.delivery_tag)
                 look_again, self._look_again = self._look_again, None
-                # Delivered before: then another reader had the queue while the fence lay in it.
+                # A redelivered fence: another reader had the queue while the fence lay in it.
                 waited = bool(message.delivery_info.get("redelivered"))
                 if look_again is not None and (waited or look_again()):
-                    # At once: what comes next is to be seen.
+                    # At once, since it must see all messages that follow.
                     self.set_fence()
                 else:
                     self.fenced = True
@@ -196,7 +197,7 @@ class Checkout:
     def wait(self, deadline: float, step: float) -> bool:
         """Read until the fence comes; return ``False`` when it has not come before *deadline*.
 
-        For whoever reads one queue on a connection.
+        For a caller that reads one queue on a connection.
 
         Parameters:
             deadline: time (``time.monotonic``).
@@ -212,18 +213,18 @@ class Checkout:
         return True
 
     def acknowledge(self, tags: Iterable[int]) -> None:
-        """Take messages out for good.
+        """Remove messages from the queue.
 
         Parameters:
-            tags: their delivery tags.
+            tags: the delivery tags of the messages.
         """
         for tag in tags:
             self.channel.basic_ack(tag)
 
     def delete(self, *others: str) -> None:
-        """Delete the queue with all that is in it, and let go of it.
+        """Delete the queue and everything in it, and release it.
 
-        That is not waited for. Whoever waits in line is told.
+        Does not wait for an answer. Waiting consumers receive basic.cancel.
 
         Parameters:
             others: names of queues to delete as well; they need not exist.
@@ -235,14 +236,14 @@ class Checkout:
             self.channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
 
     def close(self, wait: bool) -> None:
-        """Have the broker put everything back that was not acknowledged.
+        """Make the broker requeue everything unacknowledged.
 
         Parameters:
-            wait: whether to return only when that is done.
+            wait: whether to wait until that is done.
         """
         if self.missing:
             return
-        # What is still on its way is of no interest.
+        # Messages still on their way are ignored.
         self.fenced = True
         with self.link.corked():
             self.acknowledge(self._fence_tags)

@@ -1,4 +1,4 @@
-"""What to do next with messages that were published: decided without I/O and without a clock."""
+"""Deciding what to do next with published messages, without I/O and without a clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from celery_amqp_results.amqp.confirms import Outgoing, Publication, Status
 
 __all__ = ("Delivery", "Verdict", "concerns", "describe", "size_limit")
 
-#: What the broker says of a message that is too large: it closes the channel.
+#: The broker's error for a message that is too large; it closes the channel.
 _MAX_SIZE = re.compile(r"larger than .*?max size (\d+)")
 
 #: How the broker names a queue that it refuses.
@@ -19,22 +19,22 @@ _QUEUE = re.compile(r"queue '([^']*)'")
 
 
 class Verdict(NamedTuple):
-    """What to do next."""
+    """The next steps of a delivery."""
 
-    #: What has to be published once more.
+    #: Messages to publish once more.
     again: List[Publication]
     #: Shards to declare before that.
     declare: List[int]
-    #: Why some of it was lost with the connection, ``None`` where nothing was.
+    #: The error that some were lost with, or ``None``.
     failure: Optional[BaseException]
-    #: What a queue has refused.
+    #: Messages that a queue has refused.
     refused: List[Publication]
-    #: What no queue has taken although its shard was declared.
+    #: Messages that no queue has taken although their shard was declared.
     homeless: List[Publication]
 
 
 class Delivery:
-    """Some messages that are published together, until the broker has all of them.
+    """Messages that are published together, until the broker has confirmed all of them.
 
     Parameters:
         messages: the messages.
@@ -43,16 +43,16 @@ class Delivery:
     def __init__(self, messages: Sequence[Outgoing]) -> None:
         self.messages = messages
         self.publications = [Publication(message) for message in messages]
-        #: Queues that are not there and need not be.
+        #: Queues that do not exist and need not.
         self.gone: Set[str] = set()
         self._declared: Set[int] = set()
 
     def unsent(self) -> List[Publication]:
-        """Return what has to be published."""
+        """Return the messages to publish."""
         return [p for p in self.publications if p.status is Status.UNSENT]
 
     def judge(self) -> Verdict:
-        """Return what to do next, once all that was sent is settled."""
+        """Return the next steps, once everything sent is settled."""
         again: List[Publication] = []
         declare: List[int] = []
         failure: Optional[BaseException] = None
@@ -79,7 +79,7 @@ class Delivery:
 
 
 def size_limit(exc: Optional[BaseException]) -> Optional[int]:
-    """Return the largest size that the broker takes, if *exc* says that a message is larger."""
+    """Return the broker's size limit if *exc* says that a message exceeds it."""
     if not isinstance(exc, amqp_errors.PreconditionFailed):
         return None
     found = _MAX_SIZE.search(str(exc))
@@ -87,7 +87,7 @@ def size_limit(exc: Optional[BaseException]) -> Optional[int]:
 
 
 def concerns(exc: BaseException, messages: Sequence[Outgoing]) -> bool:
-    """Return whether *exc*, which closed a channel that others use too, is about *messages*."""
+    """Return whether *exc*, which closed a shared channel, is about *messages*."""
     limit = size_limit(exc)
     if limit is not None:
         return any(len(message.body) > limit for message in messages)
@@ -96,7 +96,7 @@ def concerns(exc: BaseException, messages: Sequence[Outgoing]) -> bool:
 
 
 def describe(messages: Sequence[Outgoing]) -> str:
-    """Return the names of *messages*, for messages to people."""
+    """Return the names of *messages*, for error messages."""
     if not messages:
         return "a request about queues"
     return ", ".join(message.what for message in messages[:3]) + (

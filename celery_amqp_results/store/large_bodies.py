@@ -1,16 +1,16 @@
 """Large results: each in a queue of its own, with a small pointer to it in the shard.
 
-Whoever reads a shard is sent every message in it. A result of a megabyte would make each look-up
-of its neighbours slower by some milliseconds, and be sent again for each of them. So the body of a
-state over ``inline_limit`` is published to a queue that is made for it, and what goes to the shard
-and to inboxes is a *pointer*: the same message without a body, and with the queue's name.
+A reader of a shard receives every message in it. A result of a megabyte would make each look-up of
+its neighbours slower by some milliseconds, and be sent again for each of them. So the body of a
+state over ``inline_limit`` is published to a queue of its own. The shard and the inboxes receive a
+*pointer*: the same message without a body, but with the queue's name.
 
-The body is confirmed before the pointer is published: a pointer that can be seen leads somewhere.
-Who dies in between leaves a queue that nothing points to, and that expires. Body and queue expire
-a little later than the pointer.
+The body is confirmed before the pointer is published, so a visible pointer always leads to a body.
+A publisher that dies in between leaves a queue without a pointer, which expires. Body and queue
+expire a little later than the pointer.
 
-A body is read by a checkout, as a shard is: any number of readers, one after the other, as often as
-they like, and none of them finds a queue that only looks empty.
+A body is read by a checkout, like a shard: any number of readers can read it, one after the other
+and repeatedly, and none of them finds a queue that only looks empty.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = ("LargeBodies",)
 
 logger = logging.getLogger(__name__)
 
-#: A body outlives its pointer by so many milliseconds: the pointer is published after it.
+#: A body outlives its pointer, which is published later, by this many milliseconds.
 LINGER = 60_000
 
 
-#: Seconds between looks at the heartbeats while a body is read.
+#: Seconds between checks of the heartbeats while a body is read.
 TICK = 1.0
 
 
@@ -52,7 +52,7 @@ class LargeBodies:
         topology: names and queue arguments.
         persistent: whether messages survive a restart of the broker.
         limit: bytes of the largest body that stays in the shard.
-        lookup_timeout: seconds within which a body has to be read.
+        lookup_timeout: time limit for reading a body, in seconds.
 
     Thread-safe. After a fork the child must make a new one.
     """
@@ -74,7 +74,7 @@ class LargeBodies:
         self._lookup_timeout = lookup_timeout
 
     def detach(self, state: StateMessage) -> StateMessage:
-        """Return *state*, or if it is large a pointer to its body, which the broker then has.
+        """Return *state*, or if it is large a pointer to its body, after publishing the body.
 
         Raises:
             ResultTooLarge: when the broker refuses a message of this size.
@@ -85,8 +85,8 @@ class LargeBodies:
         expires = None
         if state.expiration is not None:
             expires = min(state.expiration + LINGER, expiry.MAX_MILLISECONDS)
-        # Made once for each time that something is stored: tries again use the same queue, another
-        # run of the task uses another.
+        # One queue for each store operation: retries use the same queue, another run of the task
+        # uses another one.
         queue = self._topology.large_queue(state.id, uuid.uuid4().hex[:16], expires)
         body = dataclasses.replace(state, expiration=expires)
         try:
@@ -105,7 +105,7 @@ class LargeBodies:
         return dataclasses.replace(state, body=b"", body_queue=queue.name)
 
     def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
-        """Return the state that *pointer* stands for, or ``None`` where the body is gone.
+        """Return the state that *pointer* stands for, or ``None`` if the body is gone.
 
         Raises:
             LookupTimeout: when it could not be read in time.
@@ -122,7 +122,8 @@ class LargeBodies:
             except errors.BackendUnavailable:
                 raise
             except connections.TRANSIENT as exc:
-                # Among them that the queue was deleted while we waited in line: it is missing then.
+                # One cause is a queue deleted while we waited in line: the next try finds it
+                # missing.
                 tries.wait(exc, f"the large result in {queue!r}")
 
     def _read(
@@ -137,7 +138,7 @@ class LargeBodies:
                 logger.warning("ignored a foreign or damaged message in %s: %s", queue, exc)
                 return
             if state.id == pointer.id and state.published == pointer.published:
-                # Published twice where the connection was lost before the confirm came.
+                # Published twice, if the connection was lost before the confirm came.
                 found[:] = [state]
 
         hold = longest_hold(self._topology.queue_type, self._lookup_timeout)

@@ -1,9 +1,8 @@
-"""Reading the shards: looking up states, and forgetting them.
+"""Reading the shards: look-ups of states, and their removal.
 
 A shard is read by a :class:`~celery_amqp_results.store.checkout.Checkout`. Several shards are read
-at once, each on its own channel, which closes as soon as the shard's fence has come. A reader that
-kept one shard while it waited for another could meet a reader that does the reverse, and both
-would wait for ever.
+at once, each on its own channel, which closes as soon as the shard's fence has come. If a reader
+held one shard while it waited for another, two readers could wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -39,60 +38,61 @@ logger = logging.getLogger(__name__)
 #: its shard before those in line behind it have waited for ``lookup_timeout``.
 HEARTBEAT = 3.0
 
-#: A look-up may take so many seconds even if whoever waits has less: it would never be answered
-#: where each is broken off a moment before the answer comes.
+#: A look-up may take at least this many seconds, even if its caller has less time. Otherwise
+#: callers that poll with short timeouts would never get an answer.
 LEAST_SECONDS = 0.1
 
 #: How many shards one look-up reads at the same time.
 PARALLEL = 16
 
-#: A reader that finds so many loose results or more packs them.
+#: A reader packs a shard that has at least this many loose results.
 PACK_AT = 32
 
-#: Packing is left to the next reader after so many seconds of one look-up: others wait in line.
+#: Seconds of packing in one look-up before it leaves the rest to the next reader: others wait in
+#: line.
 PACK_SECONDS = 0.03
 
-#: A look-up that ends with a shard of so many messages may take this share of the time that reading
-#: took, if that is longer: it has kept others waiting for long anyway, and the next ones are the
-#: quicker for it. Not while it has other shards to read, which are to be read in time.
+#: A shard with this many messages counts as long. If the last shard of a look-up is long, packing
+#: it may take this share of the reading time: others have waited for long anyway, and the next
+#: reads become faster.
 LONG_SHARD = 10_000
 LONG_PACK_SHARE = 0.2
 
-#: A reader waits so long for the pages that it has published to come back. They do not if it
-#: holds all the messages that it may; going on is harmless unless a task has two results.
+#: How many seconds a reader waits for its own published pages to come back. They do not come if it
+#: holds as many messages as it may; going on is harmless unless a task has two results.
 PAGE_SECONDS = 1.0
 
-#: A reader keeps so many bytes of messages in memory for packing, at most.
+#: The most bytes of messages that a reader keeps in memory for packing.
 MAX_RETAINED = 2 * 1024 * 1024
 
-#: A foreign message is logged in full once; so many kinds of them are remembered.
+#: A foreign message is logged in full once; this many kinds of them are remembered.
 MAX_COMPLAINTS = 100
 
 
 def lookup_seconds(shards: int, lookup_timeout: float) -> float:
-    """Return how many seconds a look-up may take that reads so many shards.
+    """Return the time limit of a look-up, in seconds.
 
-    Each shard has its time: of many, those at the end of the line are not to be late.
+    It grows with the number of shards, so that the last of many shards is not late.
     """
     return lookup_timeout * math.ceil(shards / PARALLEL)
 
 
 @dataclasses.dataclass
 class _Request:
-    """What a look-up is to read, or to remove."""
+    """The ids that a look-up reads or removes."""
 
     #: The ids, by their shards.
     shards: Dict[int, Set[str]]
     kind: str
-    #: Called with each shard that was read.
+    #: Called after reading each shard.
     take: Callable[[_Read], None]
     remove: bool = False
-    #: Shards of which a census is taken.
+    #: The shards to take a census of.
     census: Collection[int] = ()
 
 
 class _Read:
-    """One shard being read, and packed or rid of some messages on the way."""
+    """The read of one shard, which may pack it or remove messages on the way."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class _Read:
     ) -> None:
         self.shard = shard
         self.wanted: Collection[str] = request.shards[shard]
-        #: What the whole shard holds, if that is wanted.
+        #: The content of the whole shard, if a census is wanted.
         self.census = page.Census() if shard in request.census else None
         self._in_pages = page.Wanted(self.wanted)
         self.found: Dict[str, List[StateMessage]] = {}
@@ -112,20 +112,20 @@ class _Read:
         self._remove = request.remove
         self._store = store
         self._link = link
-        #: Loose messages and small pages that packing would replace, by delivery tag.
+        #: Loose messages that packing would replace, by delivery tag.
         self._loose: Dict[int, StateMessage] = {}
         self._small_pages: Dict[int, bytes] = {}
         self._retained = 0
         #: When the first message came.
         self._began: Optional[float] = None
-        #: When the look-up has to be over.
+        #: Time limit of the look-up.
         self._end = 0.0
-        #: Pages to write anew without what is removed from them, by delivery tag.
+        #: Pages to rewrite without the removed states, by delivery tag.
         self._cut_pages: Dict[int, bytes] = {}
-        #: Pointers to remove, and the queues to delete before.
+        #: Pointers to remove, after their queues have been deleted.
         self._removed_pointers: List[int] = []
         self._body_queues: Set[str] = set()
-        # A queue that is not there is empty: a look-up declares nothing.
+        # A missing queue counts as empty: a look-up declares nothing.
         topology = store.declarations.topology
         self.checkout = Checkout(
             link,
@@ -149,9 +149,9 @@ class _Read:
         except errors.ForeignMessage as exc:
             self._reject(exc)
             if properties.get("type") is None:
-                # Whatever it is, no version of ours has written it, and without an expiration it
-                # would be in every reader's way for ever. What has a type is left: another
-                # version may know it.
+                # No version of this package has written it, and without an expiration it would slow
+                # down every reader for ever. A message with a type stays: another version may know
+                # it.
                 self.checkout.acknowledge((tag,))
 
     def _reject(self, why: Exception) -> None:
@@ -175,12 +175,12 @@ class _Read:
                     self._removed_pointers.append(tag)
                     self._body_queues.add(state.body_queue)
                 return
-            # The broker drops what has expired when it is first in the queue, and not before.
+            # The broker drops an expired message only when it is first in the queue.
             if undated or not state.expired(now):
                 self.found.setdefault(state.id, []).append(state)
         if self.census is not None and (undated or not state.expired(now)):
             self.census.add(state)
-        # In a page nobody could tell when what has no date expires; as it is, the broker can.
+        # A page cannot tell when a state without a date expires; for a loose state the broker can.
         if not undated and self._retain(len(state.body)):
             self._loose[tag] = state
 
@@ -226,7 +226,7 @@ class _Read:
         return self.checkout.fenced
 
     def _incomplete(self) -> bool:
-        """Return whether what is looked for may lie in a page behind the fence."""
+        """Return whether a wanted state may lie in a page behind the fence."""
         if self._remove or self._kind != STATE or self.census is not None:
             return True
         return not all(
@@ -235,12 +235,12 @@ class _Read:
         )
 
     def long_packing_end(self, packed: float, end: float) -> float:
-        """Return until when it may be packed as the last shard of a look-up; 0 if it is not long.
+        """Return until when the shard may be packed as the last of a look-up; 0 if it is not long.
 
         Parameters:
-            packed: seconds that the look-up has packed since all was read.
-            end: time (``time.monotonic``) when it has to be over. A page that is not confirmed by
-                then stays beside what it was to replace, and the shard would grow.
+            packed: seconds of packing since the look-up has read everything.
+            end: the look-up's time limit (``time.monotonic``). A page confirmed too late would stay
+                beside the messages that it was to replace, and the shard would grow.
         """
         if self._began is None or self.checkout.seen < LONG_SHARD:
             return 0.0
@@ -249,14 +249,14 @@ class _Read:
         return min(now + LONG_PACK_SHARE * reading - packed, end - PAGE_SECONDS)
 
     def finish(self, pack_until: float, end: float) -> None:
-        """Write what has to be written, and let go of the shard.
+        """Write pages and removals, and release the shard.
 
         Parameters:
             pack_until: time (``time.monotonic``) after which packing is left to the next reader.
-            end: time after which the broker is not waited for any more.
+            end: time after which it no longer waits for the broker.
 
         Raises:
-            NotConfirmed: when the broker has not taken a page by then.
+            NotConfirmed: when the broker has not confirmed a page by then.
         """
         self._end = end
         if self._remove:
@@ -264,11 +264,11 @@ class _Read:
             self._cut()
         elif len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
             self._pack(pack_until)
-        # Only a removal has to be done when the caller goes on.
+        # Only a removal must be complete before the caller goes on.
         self.checkout.close(wait=self._remove)
 
     def _delete_bodies(self) -> None:
-        """Delete the queues of large results, and only then what points to them."""
+        """Delete the queues of large results, and only then their pointers."""
         if self._body_queues:
             channel = self._link.channel()
             for queue in self._body_queues:
@@ -293,10 +293,10 @@ class _Read:
         self.checkout.acknowledge(cut)
 
     def _wait_for_pages(self) -> None:
-        """Wait until the pages that were published have come back.
+        """Wait until the published pages have come back.
 
-        Who is in line has a fence in front of them, and may have been given the rest of what is
-        known of a task: it has to see that we held the queue meanwhile.
+        The fences of readers in line lie in front of the pages. Such a reader may have received the
+        other states of a task: it must learn that this reader held the queue meanwhile.
         """
         self.checkout.set_fence()
         until = min(time.monotonic() + PAGE_SECONDS, self._end)
@@ -306,7 +306,7 @@ class _Read:
     def _pack(self, until: float) -> None:
         """Replace loose results, and small pages, by full pages.
 
-        Each page is confirmed before anything that it replaces is acknowledged. A crash in
+        Each page is confirmed before the messages that it replaces are acknowledged. A crash in
         between leaves results twice, which the fold makes harmless.
         """
         now = time.time_ns() // 1000
@@ -321,13 +321,13 @@ class _Read:
                 self._reject(exc)
         keep, drop = page.select(self.credible(itertools.chain(*sources.values())), now)
         if len(keep) + len(drop) < PACK_AT:
-            # Almost all are states of tasks that go on.
+            # Almost all of them are states of unfinished tasks.
             return
         settled = {id(state) for state in drop}
         batch: List[StateMessage] = []
         size = 0
-        # One page is published wherever it has the time to come back. Otherwise nothing would ever
-        # be packed where choosing what to pack takes all the time.
+        # Publish at least one page if there is time for it to come back. Otherwise nothing would
+        # ever be packed where the selection takes all the time.
         stop = max(until, self._end - PAGE_SECONDS)
         for state in keep:
             if batch and size + len(state.body) > store.page_size:
@@ -360,11 +360,11 @@ class _Read:
         sources: Dict[int, List[StateMessage]],
         done: List[int],
     ) -> None:
-        """Delete queues that only dropped pointers lead to and that would not expire."""
+        """Delete queues whose only pointers are dropped and that would not expire."""
         dropped = {id(state) for state in drop}
         settled = set(done)
         gone: Set[str] = set()
-        # The same pointer may be there twice.
+        # The same pointer may occur twice.
         kept: Set[str] = set()
         for tag, states_of in sources.items():
             for state in states_of:
@@ -379,12 +379,12 @@ class _Read:
             for queue in gone:
                 channel.queue_delete(queue)
         except amqp.exceptions.AccessRefused as exc:
-            # Who only reads may do without the permission.
+            # A user that only reads may lack the permission.
             logger.info("superseded large results were not deleted: %s", exc)
         channel.close()
 
     def credible(self, states_of: Iterable[StateMessage]) -> List[StateMessage]:
-        """Return *states_of* without ends that cannot be decoded and would displace others."""
+        """Return *states_of* without undecodable final states that would hide others."""
         known = list(states_of)
         ends: Dict[str, List[StateMessage]] = {}
         for state in known:
@@ -400,7 +400,7 @@ class _Read:
         return [state for state in known if id(state) not in damaged]
 
     def _publish_page(self, content: List[StateMessage]) -> None:
-        """Publish a page to the shard, and wait until the broker has it."""
+        """Publish a page to the shard, and wait for its confirm."""
         expires = page.expiration(content, time.time_ns() // 1000)
         properties: Dict[str, Any] = {
             "type": page.PAGE,
@@ -420,15 +420,15 @@ class _Read:
 
 
 class Store:
-    """Reads what is kept in the shards.
+    """Reads the states kept in the shards.
 
     Parameters:
         pool: connections for look-ups.
         declarations: knows the topology, and checks the exchange once; no shard is declared here.
-        lookup_timeout: seconds within which a look-up has to be answered.
-        page_size: bytes of results that are packed into one page, at most.
+        lookup_timeout: time limit of a look-up, in seconds.
+        page_size: the most bytes of results that are packed into one page.
         persistent: whether pages survive a restart of the broker.
-        check: raises an error for a state that cannot be decoded, which then hides no other.
+        check: raises an error for a state that cannot be decoded; such a state hides no other.
 
     Thread-safe. After a fork the child must make a new store.
     """
@@ -451,18 +451,18 @@ class Store:
         self.persistent = persistent
         #: States that were packed into pages, or dropped as superseded or expired.
         self.packed = 0
-        #: Messages in the shards that are not ours or are damaged, as often as they were met.
+        #: Foreign or damaged messages in the shards, counted at each encounter.
         self.rejected = 0
-        #: Ids that were looked up, shards and messages in them that were read.
+        #: Ids that were looked up, shards that were read, and messages in them.
         self.looked_up = 0
         self.shards_read = 0
         self.messages_read = 0
-        # Guards the counts, which several threads change.
+        # Guards the counts, which are changed by several threads.
         self._counting = threading.Lock()
         self._complaints: Set[str] = set()
 
     def count(self, **more: int) -> None:
-        """Add to the counts that are attributes of these names."""
+        """Add to the counts with these names."""
         with self._counting:
             for name, value in more.items():
                 setattr(self, name, getattr(self, name) + value)
@@ -482,12 +482,12 @@ class Store:
                 ``lookup_timeout`` is over; ``None`` for no earlier end.
             kind: :data:`~celery_amqp_results.protocol.message.STATE` or
                 :data:`~celery_amqp_results.protocol.message.GROUP`.
-            censuses: has as its keys the shards of which a census is to be taken, and gets it as
-                the values. A shard that keeps none of *ids* is read as well.
+            censuses: its keys are the shards to take a census of; the values are set to the
+                results. A shard that keeps none of *ids* is read as well.
 
         Returns:
-            For each id the states found, in the order in which the broker keeps them; an empty
-            list for an id that nothing is known of.
+            For each id its states, in the order in which the broker keeps them; an empty list for
+            an unknown id.
 
         Raises:
             LookupTimeout: when a shard could not be read in time.
@@ -515,7 +515,8 @@ class Store:
     ) -> int:
         """Delete every message about *ids* and return how many there were.
 
-        Parameters and errors are those of :meth:`read`. After an error some may be deleted.
+        Parameters and errors are those of :meth:`read`. After an error some messages may be
+        deleted.
         """
         removed = 0
 
@@ -527,10 +528,10 @@ class Store:
         return removed
 
     def announce_removal(self, ids: Collection[str]) -> None:
-        """Tell all processes that *ids* were removed, and wait a moment for the broker's confirm.
+        """Announce to all processes that *ids* were removed, and wait briefly for the confirm.
 
-        A process that is not told by then finds out when it checks its view. Where the exchange
-        may not be written to, nobody is told.
+        A process that misses the announcement notices the removal when it checks its view. Without
+        write permission for the exchange there is no announcement.
 
         Raises:
             BackendUnavailable: when the broker cannot be reached.
@@ -552,15 +553,15 @@ class Store:
                 tries.wait(exc, "what was forgotten")
 
     def readable(self, queue: str, found: List[StateMessage]) -> List[StateMessage]:
-        """Return *found* without states that cannot be decoded and would hide one that can.
+        """Return *found* without undecodable states that would hide a decodable one.
 
-        A final state gives way to another final state alone: with an earlier one its task would
-        seem to run for ever. The reader then gets the error.
+        A final state only gives way to another final state: with an earlier state the task would
+        seem to run for ever. Instead the reader gets the error.
         """
         decodable = found
         while self.check is not None and len(decodable) > 1:
             current = fold(decodable)
-            # A state whose body is elsewhere has nothing to decode here, and neither has a mark.
+            # Pointers and marks have nothing to decode here.
             if current is None or current.kind != STATE or current.body_queue is not None:
                 break
             try:
@@ -574,7 +575,7 @@ class Store:
         return decodable
 
     def reject(self, where: str, why: str) -> None:
-        """Count a message that is not ours; log it unless the same was logged before."""
+        """Count a foreign message; log it unless the same was logged before."""
         self.count(rejected=1)
         complaint = f"{where}: {why}"
         if complaint not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
@@ -594,8 +595,8 @@ class Store:
         if deadline is not None:
             end = min(end, max(deadline, started + LEAST_SECONDS))
         todo: Deque[int] = collections.deque(sorted(shards))
-        # Who has less time than a page may take leaves packing to others: the page would stay
-        # beside what it was to replace, and there would be one more with each short wait.
+        # A caller with less time than a page may take leaves packing to others. An unconfirmed page
+        # would stay beside the messages that it was to replace, one more with each short wait.
         pack_end = math.inf if deadline is None else deadline - PAGE_SECONDS
         prefix = self.declarations.topology.prefix
         tries = connections.LookupTries(self._pool.policy, end, prefix)
@@ -603,7 +604,7 @@ class Store:
             late = None
             try:
                 with self._pool.link(end) as link:
-                    # Opening a connection is no reason to give up before anything was asked.
+                    # Time spent on connecting must not end the look-up before it has read anything.
                     end = max(end, time.monotonic() + LEAST_SECONDS)
                     late = self._read_on(link, request, todo, end, pack_end)
             except errors.LookupTimeout:
@@ -612,7 +613,8 @@ class Store:
                 # Shards read completely are done; the others are read again.
                 self.declarations.forget()
                 if not todo:
-                    # All are: what is lost is the chance to pack, which the next reader has, too.
+                    # All shards were read; only the packing failed, and the next reader can do
+                    # that.
                     logger.warning("a shard was read and could not be packed: %r", exc)
                     return
                 if isinstance(exc, errors.BackendUnavailable):
@@ -629,9 +631,9 @@ class Store:
         end: float,
         pack_end: float,
     ) -> Optional[errors.LookupTimeout]:
-        """Read the shards *todo*; return an error where that takes longer than until *end*.
+        """Read the shards *todo*; return an error if that takes longer than until *end*.
 
-        The connection may be used again after that: the shards are let go of.
+        All shards are released, so the connection can be used again.
         """
         if not self.declarations.exchange_checked:
             channel = link.channel()
@@ -641,7 +643,7 @@ class Store:
         running: List[_Read] = []
         waiting = collections.deque(todo)
         started = time.monotonic()
-        # The latter since all was read: before, what is waited for comes behind other shards.
+        # Seconds of packing: in total, and since the last shard was read.
         packed = packed_last = 0.0
         while waiting or running:
             with link.corked():
@@ -686,7 +688,7 @@ class Store:
     ) -> errors.LookupTimeout:
         late = self._late(link, running, seconds)
         if link.blocked:
-            # What is still to be written there would wait for the end of the alarm.
+            # Pending writes on this connection would wait for the end of the alarm.
             raise late
         for read in running:
             read.checkout.close(wait=False)

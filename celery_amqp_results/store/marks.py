@@ -1,10 +1,10 @@
-"""Marks: what became of a task of which no state is kept.
+"""Marks: the fate of a task without a stored state.
 
-PENDING may mean that nobody has sent such a task, that it waits for a worker, that its result has
-expired, or that it was forgotten. With the option ``track_sent`` small messages tell these apart:
-``SENT`` when a task is sent, ``ENDED`` with its final state, and ``FORGOTTEN`` with ``forget()``.
-They lie in the shard of the task, and in no inbox; the latest counts. ``ENDED`` outlives the
-result.
+PENDING may mean that the task was never sent, that it waits for a worker, that its result has
+expired, or that it was forgotten. With the option ``track_sent`` small messages distinguish these
+cases: ``SENT`` when a task is sent, ``ENDED`` with its final state, and ``FORGOTTEN`` with
+``forget()``. They lie in the shard of the task, and in no inbox; the latest mark counts. ``ENDED``
+outlives the result.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 SENT = "SENT"
 ENDED = "ENDED"
 
-#: What the last mark means where no state is kept.
+#: The meaning of the last mark, if no state is kept.
 _MEANINGS = {SENT: "sent", ENDED: "expired", FORGOTTEN: "forgotten"}
 
 
 class Fate(NamedTuple):
-    """What is known of a task."""
+    """The fate of a task."""
 
-    #: ``stored``: a state is kept. ``sent``: the task was sent, and nobody has stored anything.
-    #: ``expired``: it has ended, and its result is not kept any more. ``forgotten``: so is this,
-    #: because somebody wanted it. ``unknown``: nobody has sent it, or that was too long ago.
+    #: ``stored``: a state is kept. ``sent``: the task was sent, and no state is stored.
+    #: ``expired``: it has ended, and its result has expired. ``forgotten``: its result was deleted
+    #: by ``forget()``. ``unknown``: it was never sent, or too long ago.
     status: str
     #: When that began, in UTC: when it was stored, sent, ended or forgotten.
     since: Optional[datetime.datetime] = None
@@ -73,27 +73,27 @@ def mark(task_id: str, what: str, now: int, expiration: Optional[int]) -> StateM
 
 
 def ended_expiration(expiration: Optional[int]) -> Optional[int]:
-    """Return the milliseconds that :data:`ENDED` is kept: twice as long as the result."""
+    """Return the milliseconds for which :data:`ENDED` is kept: twice as long as the result."""
     if expiration is None:
         return None
     return min(2 * expiration, expiry.MAX_MILLISECONDS)
 
 
 class _Side:
-    """A channel for marks on a connection that sends tasks. Nothing is ever waited for on it.
+    """A channel for marks on a connection that sends tasks. Never waits for an answer.
 
-    What the broker refuses closes this channel, and not the one that tasks are sent on.
+    A refusal by the broker closes this channel, and not the one that tasks are sent on.
     """
 
     def __init__(self, connection: amqp.Connection, declarations: Declarations) -> None:
         self._declarations = declarations
-        #: Why no more marks are published, if so.
+        #: Why publishing marks has stopped, or ``None``.
         self.refused: Optional[str] = None
         self._requested: Set[int] = set()
         self.channel = connections.channel_nowait(connection, self._on_close)
         if not declarations.declare:
             return
-        # Refused where others count the shards differently: marks would go astray.
+        # The broker refuses this if others count the shards differently: marks would go astray.
         declare_exchange(self.channel, declarations.topology, nowait=True)
 
     def _on_close(self, code: int, text: str, class_id: int, method_id: int) -> None:
@@ -110,7 +110,7 @@ class _Side:
             self._declarations.request_shard(self.channel, shard)
             self._requested.add(shard)
         connection = self.channel.connection
-        # Not basic_publish(), which waits for a confirm where the app's connections do.
+        # basic_publish() would wait for a confirm if the app's connections use confirms.
         connection.transport.write(
             frames.publish_frames(
                 self.channel.channel_id,
@@ -130,8 +130,8 @@ class Marker:
     Parameters:
         declarations: declares the shards before they are first used.
 
-    Each connection must be used by one thread at a time, as kombu's pools see to. After a fork
-    the child must make a new one.
+    Only one thread at a time may use a connection; kombu's pools ensure that. After a fork the
+    child must make a new one.
     """
 
     def __init__(self, declarations: Declarations) -> None:
@@ -139,13 +139,13 @@ class Marker:
         self._sides: weakref.WeakKeyDictionary[Any, _Side] = weakref.WeakKeyDictionary()
 
     def publish(self, connection: kombu.Connection, message: Outgoing) -> None:
-        """Publish *message* on a side channel of *connection*, and wait for no answer.
+        """Publish *message* on a side channel of *connection*, without waiting for an answer.
 
-        Raises nothing when the broker is away: that concerns the task more, which is sent next,
-        and which whoever sends it may try again.
+        Raises nothing when the broker is unreachable: sending the task comes next and fails as
+        well, and its caller may retry that.
 
         Parameters:
-            connection: kombu's connection, which is opened if it is not.
+            connection: kombu's connection, which is opened if necessary.
             message: the mark.
         """
         try:

@@ -1,13 +1,13 @@
-"""Publishing states, and waiting until the broker has them.
+"""Publishing states, and waiting for their confirms.
 
 All threads of a process publish on one channel in confirm mode, see
-:mod:`~celery_amqp_results.amqp.shared_channel`. A final state is waited for. Any other state is
-remembered until its confirm has come, which is looked for with the next message and a second later.
-It is published again if the connection is lost before. A state may then be on the broker twice,
-which the fold of states makes harmless.
+:mod:`~celery_amqp_results.amqp.shared_channel`. The publisher waits for the confirm of a final
+state. It remembers any other state until its confirm has come, which it checks with the next
+message and a second later, and publishes it again if the connection is lost before. A state may
+then be on the broker twice, which the fold of states makes harmless.
 
-No queue is declared before it is needed: a message to a shard without a queue comes back, and is
-published again after a declaration.
+No queue is declared before it is needed: the broker returns a message to a missing shard queue, and
+the message is published again after a declaration.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ __all__ = ("Outgoing", "Publisher", "QueueLength")
 
 logger = logging.getLogger(__name__)
 
-#: How many messages that nobody waits for may be unconfirmed.
+#: The most unconfirmed messages without a waiting caller.
 MAX_UNCONFIRMED = 500
 
-#: After so many messages that nobody waits for the confirms that have come are taken in.
+#: After this many messages without a waiting caller their confirms are collected.
 COLLECT_EVERY = 50
 
 #: Seconds that :meth:`Publisher.publish` waits for the confirms of live copies. They normally come
-#: first. A queue of a third party that is stuck must not hold up results.
+#: first. A stuck third-party queue must not delay results.
 COPY_SECONDS = 0.25
 
-#: Seconds after which a confirm that nobody waits for is looked for.
+#: Seconds after which a confirm without a waiting caller is collected.
 CHECK_SECONDS = 1.0
 
-#: The thread that does so ends after so many checks with nothing to do.
+#: The checking thread ends after this many checks with nothing to do.
 IDLE_CHECKS = 10
 
-#: Seconds after which a message that a queue has refused, and nobody waits for, is published again.
-#: If it is refused after all of them, it is lost.
+#: Pauses, in seconds, before a refused message without a waiting caller is published again. After
+#: the last refusal the message is lost.
 REFUSAL_PAUSES = (0.0, 0.2, 0.5, 1.0, 2.0)
 
-#: Seconds that a process that ends waits for confirms.
+#: Seconds that an ending process waits for confirms.
 FLUSH_SECONDS = 10.0
 
 _T = TypeVar("_T")
@@ -77,7 +77,7 @@ class Publisher:
 
     Parameters:
         connector: opens the connection.
-        declarations: declares the exchange, and shards that are not there.
+        declarations: declares the exchange, and missing shards.
 
     Thread-safe. After a fork the child must make a new publisher.
     """
@@ -86,13 +86,13 @@ class Publisher:
         self._connector = connector
         self._declarations = declarations
         self._channel = SharedChannel(connector, self._adopt)
-        #: What nobody waits for and has to be published again.
+        #: Messages without a waiting caller that must be published again.
         self._strays: Deque[Publication] = collections.deque(maxlen=MAX_UNCONFIRMED)
         # Guards everything below. No I/O is done while holding it.
         self._lock = threading.Lock()
         self._keeper: Optional[threading.Thread] = None
         self._closed = threading.Event()
-        #: What was published so far, see :class:`~celery_amqp_results.metrics.Metrics`.
+        #: Counts of published messages, see :class:`~celery_amqp_results.metrics.Metrics`.
         self.stored = 0
         self.confirmed = 0
         self.published_bytes = 0
@@ -102,24 +102,24 @@ class Publisher:
         self.failed = 0
         self.late_copies = 0
 
-    # -- what is asked of it -----------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------
 
     def publish(self, messages: Sequence[Outgoing], confirm: bool = True) -> None:
         """Publish *messages*, in order, and wait for their confirms together.
 
-        Tried again as the retry policy says when the connection is lost; a message may then be
-        there twice.
+        Retried by the retry policy when the connection is lost; a message may then be on the broker
+        twice.
 
         Parameters:
-            messages: what to publish.
-            confirm: whether to return only when the broker has all of them. Their live copies are
-                waited for as well, for a moment.
+            messages: messages to publish.
+            confirm: whether to wait for the confirms. This includes those of live copies, for a
+                moment.
 
         Raises:
             DeclarationRefused: when the exchange or a shard exists with other properties.
             ResultTooLarge: when the broker refuses a message of this size.
-            BackendUnavailable: when the broker could not be reached or refuses us; nothing is
-                known of the messages then.
+            BackendUnavailable: when the broker could not be reached or refuses us; the messages may
+                or may not be stored then.
         """
         self._deliver(Delivery(messages), confirm)
 
@@ -140,13 +140,13 @@ class Publisher:
             self.large += 1
 
     def publish_to(self, queues: Sequence[QueueSpec], message: Outgoing) -> None:
-        """Publish *message*, and declare *queues* before if its own queue is not there.
+        """Publish *message*, and declare *queues* first if its own queue does not exist.
 
         Returns when the broker has the message.
 
         Raises:
             ResultTooLarge: when the broker refuses a message of this size.
-            DeclarationRefused: when a queue exists with other properties, or is not there and must
+            DeclarationRefused: when a queue exists with other properties, or is missing and must
                 not be declared here.
             BackendUnavailable: when the broker could not be reached or refuses us.
         """
@@ -168,7 +168,7 @@ class Publisher:
             raise errors.NotConfirmed(f"the queue {message.queue!r} was deleted meanwhile")
 
     def length(self, queue: str) -> Optional[QueueLength]:
-        """Return how long *queue* is now, or ``None`` where there is no such queue.
+        """Return the present length of *queue*, or ``None`` if it does not exist.
 
         Raises:
             BackendUnavailable: when the broker could not be reached or refuses us.
@@ -176,7 +176,7 @@ class Publisher:
         return self._ask(lambda channel: channel.length(queue))
 
     def delete(self, queues: Sequence[str]) -> None:
-        """Delete *queues* with all that is in them; they need not exist.
+        """Delete *queues* and everything in them; they need not exist.
 
         Raises:
             BackendUnavailable: when the broker could not be reached or refuses us.
@@ -189,7 +189,7 @@ class Publisher:
         self._ask(work)
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> None:
-        """Wait until the broker has what nobody waits for, at most *timeout* seconds.
+        """Wait until everything is confirmed, at most *timeout* seconds.
 
         To be called when the process ends.
         """
@@ -211,7 +211,7 @@ class Publisher:
             logger.warning("%d states were not confirmed when the process ended", count)
 
     def close(self) -> None:
-        """Wait for what is unconfirmed, and close the connection."""
+        """Wait for outstanding confirms, and close the connection."""
         self._closed.set()
         self.flush()
         self._channel.close()
@@ -219,12 +219,7 @@ class Publisher:
     # -- delivering --------------------------------------------------------------------------
 
     def _deliver(self, delivery: Delivery, confirm: bool) -> None:
-        """Publish what of *delivery* has to be, again as the policy says when that fails.
-
-        Parameters:
-            delivery: what to publish.
-            confirm: whether to wait for the confirms.
-        """
+        """Publish the unsent messages of *delivery*; retry as the policy says."""
         tries = retry.Retry(self._connector.policy)
         verdict = Verdict(delivery.unsent(), [], None, [], [])
         while True:
@@ -235,7 +230,7 @@ class Publisher:
                 if not confirm:
                     self._keep_up(log)
                     break
-                # States that were stored before are confirmed before: they may be of this task.
+                # States stored earlier must be confirmed as well: they may be of the same task.
                 self._channel.wait(Waiter([*delivery.publications, *log.unwaited()]))
             except _FAILURES as exc:
                 connections.raise_if_from_signal_handler(exc)
@@ -247,13 +242,13 @@ class Publisher:
             if not verdict.again and failure is None:
                 self._send_copies(delivery)
                 self._wait_for_copies(delivery)
-                # The connection may have been lost meanwhile, and with it some of the copies.
+                # The connection may have been lost meanwhile, together with some of the copies.
                 verdict = delivery.judge()
                 if not verdict.again:
                     break
             failure = failure or verdict.failure
             if failure is not None:
-                # The exchange may have been deleted: the broker says so after the message.
+                # The exchange may have been deleted: the broker reports that after the message.
                 self._forget_declarations()
             self._prepare(delivery, verdict, failure, tries)
         self._count(delivery.messages, confirm)
@@ -261,9 +256,9 @@ class Publisher:
     def _choose_copies(self, verdict: Verdict, confirm: bool) -> None:
         """Decide which live copies are sent at once.
 
-        A reader that receives a state must find it in the store from then on. So the copy waits
-        for the confirm where the shard may have no queue. What is not waited for is sent with a
-        declaration instead.
+        A reader that receives a state must find it in the store from then on. So the copy waits for
+        the confirm if the shard may have no queue. Without a waiting caller the shard is declared
+        first instead.
         """
         for publication in verdict.again:
             shard = publication.message.shard
@@ -277,7 +272,7 @@ class Publisher:
                 verdict.declare.append(shard)
 
     def _send_copies(self, delivery: Delivery) -> None:
-        """Send the live copies that waited for a confirm."""
+        """Send the live copies that were held until the confirm."""
         held = [p for p in delivery.publications if not p.push and p.message.pushed is not None]
         for publication in delivery.publications:
             shard = publication.message.shard
@@ -291,7 +286,7 @@ class Publisher:
                     channel.publish_copy(publication)
         except _FAILURES as exc:
             connections.raise_if_from_signal_handler(exc)
-            # Both are sent again.
+            # Both copies are sent again.
             for publication in held:
                 publication.status, publication.failure = Status.LOST, exc
 
@@ -309,7 +304,7 @@ class Publisher:
                 self._abandon(delivery)
                 names = sorted({p.message.queue for p in verdict.again})
                 raise self._declarations.missing(f"queue {', '.join(names)}")
-            # The first message to a shard finds no queue: that is how a shard begins.
+            # A shard begins when the first message to it comes back.
             self._declarations.check_limit()
             logger.info("a shard queue is declared, since it is not there: %s", returned)
             return
@@ -350,11 +345,9 @@ class Publisher:
             raise
 
     def _ask(self, work: Callable[[ConfirmChannel], _T], messages: Sequence[Outgoing] = ()) -> _T:
-        """Do *work*, which asks the broker something, again as the policy says when it fails.
+        """Run *work*, which sends the broker a request; retry as the policy says.
 
-        Parameters:
-            work: what to do.
-            messages: what it is for, in messages of errors.
+        *messages* are named in errors.
         """
         tries = retry.Retry(self._connector.policy)
         while True:
@@ -376,16 +369,10 @@ class Publisher:
         declare: Sequence[int] = (),
         waited: bool = True,
     ) -> ConfirmLog:
-        """Write *publications*, and what has to be published again and nobody waits for.
-
-        Parameters:
-            publications: what to publish.
-            since: when this attempt began.
-            declare: shards to declare before.
-            waited: whether somebody will wait for the confirms of *publications*.
+        """Write *publications*, and the stray messages that must be published again.
 
         Returns:
-            What is unconfirmed on the connection.
+            The log of unconfirmed publications on the connection.
         """
         declarations = self._declarations
         try:
@@ -452,9 +439,9 @@ class Publisher:
                 raise
 
     def _keep_up(self, log: ConfirmLog) -> None:
-        """See that not too much is unconfirmed, and that all of it is looked after."""
+        """Keep the number of unconfirmed messages limited, and the checking thread running."""
         if len(log) > MAX_UNCONFIRMED:
-            # Not for all of them, so that the broker does not run dry meanwhile.
+            # Only for half of them, so that the broker always has work.
             self._channel.wait(Waiter(log.unwaited()[: MAX_UNCONFIRMED // 2]))
         elif len(log) % COLLECT_EVERY == 0:
             self._channel.collect()
@@ -466,8 +453,8 @@ class Publisher:
     def _wait_for_copies(self, delivery: Delivery) -> None:
         """Wait a moment for the confirms of live copies.
 
-        A reader may then rely on having been sent the state. While an older copy is late, a queue
-        of a third party is stuck, and nothing is waited for.
+        A reader can then rely on having received the state. If an older copy is late, a third-party
+        queue is stuck, and this does not wait.
         """
         if not any(publication.copying for publication in delivery.publications):
             return
@@ -484,7 +471,7 @@ class Publisher:
                 self.late_copies += count
 
     def _abandon(self, delivery: Delivery) -> None:
-        """Wait for *delivery* no more; its caller has an error."""
+        """Stop waiting for *delivery*; its caller gets an error."""
         for publication in delivery.publications:
             publication.waited = False
 
@@ -492,16 +479,16 @@ class Publisher:
         with self._lock:
             for message in messages:
                 self.published_bytes += len(message.body)
-                # Others are marks, and bodies of large results.
+                # Other messages are marks, and bodies of large results.
                 if message.pushed is not None:
                     self.stored += 1
                     self.confirmed += confirmed
 
     def _judge(self, exc: BaseException, messages: Sequence[Outgoing], tries: retry.Retry) -> float:
-        """Return the pause before the next try, or raise where there is to be none."""
+        """Return the pause before the next try; raise if there must be none."""
         pause = tries.after(exc, time.monotonic())
         if isinstance(exc, errors.BackendUnavailable) and not isinstance(exc, errors.NotConfirmed):
-            # Connecting has its own tries, by the same policy.
+            # Connecting retries on its own, by the same policy.
             raise exc
         if concerns(exc, messages):
             self._raise_refusal(exc, messages)
@@ -513,7 +500,7 @@ class Publisher:
         return pause
 
     def _raise_refusal(self, exc: BaseException, messages: Sequence[Outgoing]) -> None:
-        """Raise the error for *exc* if it is one that trying again does not change."""
+        """Raise the error for *exc* if a retry cannot change it."""
         refusal = self._declarations.refusal(exc)
         if refusal is not None:
             raise refusal from exc
@@ -536,13 +523,13 @@ class Publisher:
             ) from exc
 
     def _forget_declarations(self) -> None:
-        # The broker may have restarted without what was declared.
+        # The broker may have restarted without the declared objects.
         self._declarations.forget()
 
-    # -- what nobody waits for ---------------------------------------------------------------
+    # -- messages without a waiting caller ---------------------------------------------------
 
     def _adopt(self, publication: Publication) -> None:
-        """Have something published again that was on a lost connection."""
+        """Schedule a message from a lost connection for publishing again."""
         failure, message = publication.failure, publication.message
         limit = size_limit(failure)
         if limit is not None and len(message.body) > limit:
@@ -560,7 +547,7 @@ class Publisher:
             return bool(self._strays or (channel is not None and channel.log.strays))
 
     def _keep(self) -> None:
-        """Look for confirms that nobody waits for, until there are none for a while."""
+        """Collect confirms without a waiting caller, until there are none for a while."""
         idle = 0
         while not self._closed.wait(CHECK_SECONDS):
             try:
@@ -575,12 +562,12 @@ class Publisher:
             self._keeper = None
 
     def _check(self) -> bool:
-        """Publish again what was lost; return whether anything is unconfirmed."""
+        """Publish lost messages again; return whether anything is unconfirmed."""
         unconfirmed = self._channel.collect()
         if self._has_strays():
             unconfirmed = self._send([], time.monotonic()).unwaited()
         old = [p for p in unconfirmed if time.monotonic() - p.sent > CHECK_SECONDS]
         if old:
-            # Takes the connection for dead when nothing comes for long.
+            # This closes the connection if no confirm comes for long.
             self._channel.wait(Waiter(old))
         return bool(unconfirmed) or self._has_strays()

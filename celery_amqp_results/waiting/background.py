@@ -1,8 +1,8 @@
 """A follower that looks tasks up in the background.
 
-Who waits for one task can stand still while it is looked up. Who follows the tasks of many cannot:
-while a shard is slow to answer, or the broker has an alarm and answers none, the others are to have
-what is pushed to them at once.
+A thread that waits for one task can block while the task is looked up. A thread that follows tasks
+for many clients cannot: while a shard is slow to answer, or an alarm of the broker blocks all
+look-ups, the other clients must receive pushed states at once.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ __all__ = ("BackgroundFollower",)
 
 logger = logging.getLogger(__name__)
 
-#: Look-ups that are under way at once, at most.
+#: The most look-ups in progress at once.
 MAX_LOOKS = 3
 
 
 class _Look:
-    """A look-up that is under way, or done."""
+    """A look-up in progress, or done."""
 
     def __init__(self, ids: Set[str], cover: bool, stored: Set[str]) -> None:
         self.ids = ids
         #: Whether the tasks are covered first.
         self.cover = cover
         self.covered = False
-        #: Those that the store is asked about, whatever is in memory.
+        #: The tasks that are read from the store, even if they are in memory.
         self.stored = stored
-        #: What is known; ``None`` where there was no time.
+        #: The states found; ``None`` if there was no time.
         self.found: Optional[Dict[str, List[StateMessage]]] = None
         self.failure: Optional[Exception] = None
-        #: Whether waiting goes on after the failure.
+        #: Whether waiting continues after the failure.
         self.harmless = False
 
 
 class BackgroundFollower(Follower):
-    """Follows tasks, and has them looked up elsewhere.
+    """Follows tasks, and looks them up on other threads.
 
     Parameters:
         inbox: pushes states.
-        reads: says what is known.
+        reads: returns known states.
         lookup_timeout: seconds that a look-up may take.
         submit: calls a function with an argument on another thread, soon.
 
-    To be used by one thread, and closed at the end. :meth:`step` does no I/O.
+    For one thread; must be closed at the end. :meth:`step` does no I/O.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class BackgroundFollower(Follower):
         super().__init__(inbox, reads)
         self._lookup_timeout = lookup_timeout
         self._submit = submit
-        #: Tasks that are looked up at this moment. A look-up that is not named here any more was
-        #: overtaken: its task was let go of, or states of it may have been missed meanwhile.
+        #: Tasks being looked up. A look-up that is no longer named here is obsolete: its task was
+        #: dropped, or states of it may have been missed meanwhile.
         self._looking: Dict[str, _Look] = {}
         self._running = 0
-        #: Look-ups that are done. Other threads append.
+        #: Finished look-ups. Other threads append.
         self._done: Deque[_Look] = collections.deque()
 
     def close(self) -> None:
-        """Follow nothing any more. Look-ups under way run to their end."""
+        """Stop following all tasks. Look-ups in progress run to their end."""
         super().close()
         self._looking.clear()
 
@@ -89,13 +89,13 @@ class BackgroundFollower(Follower):
         deadline: Optional[float],
         updates: Dict[str, List[StateMessage]],
     ) -> None:
-        """Take in what look-ups have found, and begin others. Does no I/O."""
+        """Take in the findings of look-ups, and begin others. Does no I/O."""
         while self._done:
             self._take_look(self._done.popleft(), updates)
         idle = self._unsettled - self._looking.keys()
         if not idle or self._running >= MAX_LOOKS:
             return
-        # A task of somebody else may well have ended: that can be known without a binding.
+        # A stranger's task may well have ended, which a look-up can tell without a binding.
         strange = self._inbox.unbound(idle) - self._peeked
         self._peeked |= strange
         for ids, cover in ((strange, False), (idle - strange, True)):
@@ -115,7 +115,7 @@ class BackgroundFollower(Follower):
                 look.covered = True
             look.found = self._reads.states(look.ids, stored=look.stored)
         except TimeoutError:
-            # There is no connection, and so nothing to look for yet.
+            # Without a connection there is nothing to look up yet.
             pass
         except errors.BackendUnavailable as exc:
             look.failure = exc

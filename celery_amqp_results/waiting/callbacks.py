@@ -1,11 +1,11 @@
-"""Callbacks of results: ``AsyncResult.then`` without anybody waiting.
+"""Callbacks of results: ``AsyncResult.then`` without a waiting thread.
 
-A thread follows the tasks whose results have callbacks, and calls these. It is not the thread
-that reads the inbox: a callback may take its time, or wait for another task.
+A thread follows the tasks whose results have callbacks, and calls these. It is not the thread that
+reads the inbox: a callback may be slow, or wait for another task.
 
-A result set makes itself a callback of all its members, by a barrier, as soon as there is one. By
-that nobody has asked for anything, and following them would mean a connection for every program
-that only sends: a result set is told of its members by whoever waits for it.
+A result set registers itself, by a barrier, as a callback of each of its members. This alone is no
+request to wait, and following the members would mean a connection for every program that only
+sends. So the callbacks of result sets are called by the thread that waits for the set.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ("PendingResults",)
 
 logger = logging.getLogger(__name__)
 
-#: The thread ends when it has had nothing to follow for so long, in seconds.
+#: The thread ends after this many seconds without a task to follow.
 LINGER = 5.0
 
-#: A result is announced just before it gets its callback. One that has none after so many seconds
-#: is not going to get any.
+#: A result is registered just before it gets its callback. After this many seconds without a
+#: callback it is not going to get one.
 GRACE = 1.0
 
 
 class PendingResults:
-    """The result objects that are to be told of their tasks' ends.
+    """The result objects with callbacks to call when their tasks end.
 
     Parameters:
         make_follower: makes the follower.
@@ -51,7 +51,7 @@ class PendingResults:
     ) -> None:
         self._make_follower = make_follower
         self._resolve = resolve
-        # Guards what follows, but for the two queues.
+        # Guards the following attributes, except the two queues.
         self._lock = threading.Lock()
         self._results: Dict[str, List[Any]] = {}
         self._follower: Optional[Following] = None
@@ -61,7 +61,7 @@ class PendingResults:
         self._removed: Deque[Tuple[str, int]] = collections.deque()
 
     def add(self, result: Any) -> None:
-        """Have *result* told of its task's end. Does no I/O."""
+        """Register *result* for the end of its task. Does no I/O."""
         task_id = id_text(result.id)
         with self._lock:
             if self._closing:
@@ -73,21 +73,21 @@ class PendingResults:
             self._added.append((task_id, now))
             if self._follower is None:
                 self._follower = self._make_follower()
-                # Those that were left when a thread ended by an error.
+                # Results left over from a thread that ended by an error.
                 self._added.extend((left, now) for left in self._results)
                 start_thread(self._run, "callbacks", self._follower)
             self._follower.poke()
 
     def remove(self, result: Any) -> None:
-        """Tell *result* nothing any more. Takes no lock and does no I/O."""
-        # What is registered is referred to from here, so it is not the garbage collector that
-        # removes it: waking the thread, which takes a lock, can be left out.
+        """Unregister *result*. Takes no lock and does no I/O."""
+        # Does not wake the thread: that takes a lock, and the garbage collector may call this. A
+        # registered result is referenced from here, so it is always removed explicitly.
         task_id = id_text(result.id)
         if task_id in self._results:
             self._removed.append((task_id, id(result)))
 
     def close(self) -> None:
-        """Tell nobody anything any more. Does not wait for the thread, but it ends."""
+        """Call no more callbacks. Ends the thread, but does not wait for it."""
         with self._lock:
             self._closing = True
             if self._follower is not None:
@@ -141,7 +141,8 @@ class PendingResults:
         except errors.BackendUnavailable as exc:
             if self._closing:
                 return
-            # Who waits for results is told; callbacks can only wait for better times.
+            # A waiting caller would get this error; callbacks can only wait until the broker is
+            # back.
             logger.warning("callbacks of results have to wait: %s", exc)
             follower.pause(1.0)
             return
@@ -167,7 +168,7 @@ class PendingResults:
 
 
 def _has_callback(result: Any) -> Optional[bool]:
-    """Return whether a result has callbacks other than result sets; ``None`` where it has none."""
+    """Return whether a result has callbacks other than result sets; ``None`` if it has none."""
     listeners = [listener for listener in result.on_ready.listeners if listener is not None]
     if not listeners:
         return None

@@ -1,10 +1,9 @@
-"""Waiting for tasks: what the inbox pushes, put together with what the store keeps.
+"""Waiting for tasks by combining pushed states with those in the store.
 
-A :class:`Follower` follows any number of tasks. Of each it hands out every state once, in the
-order of publishing where that can be told, and says which one ends the task. It looks a task up
-in the store once when it starts to follow it (unless the inbox covers it), again after the
-inbox's connection was lost, and now and then while nothing comes: a push is a hint, the store is
-the truth.
+A :class:`Follower` follows any number of tasks. It yields every state of a task once, in the order
+of publishing where that is known, and marks the final one. It looks a task up in the store once
+when it starts to follow it (unless the inbox covers it), again after the inbox's connection was
+lost, and periodically while no state comes: a push is a hint, the store is the truth.
 """
 
 from __future__ import annotations
@@ -38,58 +37,57 @@ __all__ = ("Follower", "Update")
 
 logger = logging.getLogger(__name__)
 
-#: What happens at each poll while a broker is away is logged once, until it is back.
+#: Logs events that repeat at each poll only once, until the broker is back.
 once = OnceLogger(logger)
 LOOK_UP_FAILED = "look-up failed"
 
-#: Seconds after which the store is asked again although nothing was pushed; doubled each time, up
-#: to the most. It costs next to nothing, and ends a wait whose push went astray for a reason that
-#: nobody has thought of.
+#: Seconds without a push after which the store is read again; doubled each time, up to the maximum.
+#: It costs next to nothing, and ends a wait whose push was lost for an unforeseen reason.
 FIRST_RECHECK = 15.0
 LAST_RECHECK = 300.0
-#: It is not asked while states are coming in: what is waited for may be among those on their way,
-#: many of them where this process stood still, or has more to take in than it can. Nothing comes
-#: any more when nothing has for so many seconds. A flow that never ends puts it off once.
+#: The store is not read again while states are coming in: the awaited one may be on its way, behind
+#: many others if this process stood still or is overloaded. The inbox is considered idle after
+#: SILENCE seconds without a message. A flow that never ends delays the read once.
 SILENCE = 1.0
 
-#: An end that the store knows for so many seconds, and that was not pushed, says that nothing is:
-#: unless states are being pushed, and none that was published so much later.
+#: If the store has had a final state for this many seconds without a push, the inbox is suspected
+#: to be deaf. It is not while states are still coming in that were all published before that time.
 LATE = 5.0
 
-#: What was pushed of a task of which states may have been missed is held back until the store was
-#: asked, for so many seconds (a look-up under way is let end): an older state there may count more,
-#: of a task that ran twice. After that, and at the end of the wait, what was pushed is better than
-#: nothing.
+#: After a possible loss, pushed states of a task are held back until the store was read, for at
+#: most this many seconds (a look-up in progress may end first): for a task that ran twice, an older
+#: state there may outrank them. After that, and at the end of the wait, a pushed state is better
+#: than none.
 HOLD_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What is new of a task."""
+    """New states of a task."""
 
     task_id: str
-    #: States not handed out before, in the order of publishing.
+    #: States not yielded before, in the order of publishing.
     states: List[StateMessage]
     #: The state that ends the task, or ``None`` while it goes on.
     final: Optional[StateMessage]
-    #: Whether some of the states were read from the store, so that they may be long past.
+    #: Whether some of the states were read from the store, so that they may be old.
     history: bool = dataclasses.field(default=False, compare=False)
 
 
 class _Held(NamedTuple):
-    """What is held back of a task."""
+    """The states of a task that are held back."""
 
-    #: Since when, by ``time.monotonic``.
+    #: Since when (``time.monotonic``).
     since: float
     states: List[StateMessage]
 
 
 class Follower:
-    """Follows tasks until they end. To be used by one thread, and closed at the end.
+    """Follows tasks until they end. For one thread; must be closed at the end.
 
     Parameters:
         inbox: pushes states.
-        reads: says what is known.
+        reads: returns known states.
         wake: called, by any thread, when :meth:`step` has something to do.
     """
 
@@ -99,28 +97,28 @@ class Follower:
         self._inbox = inbox
         self._reads = reads
         self._waiter = Waiter(wake)
-        #: Of each task followed, the state that counts so far.
+        #: The current state so far of each followed task.
         self.pending: Dict[str, Optional[StateMessage]] = {}
         self._seen: Dict[str, Set[Tuple[int, str]]] = {}
-        #: Tasks whose store is to be asked, and what was pushed of them meanwhile: an older state
-        #: in the store may count more.
+        #: Tasks to read from the store, and their states that were pushed meanwhile: an older state
+        #: in the store may outrank them.
         self._unsettled: Set[str] = set()
         self._held: Dict[str, _Held] = {}
-        #: Tasks of others that the store was asked about before their shards were bound.
+        #: Strangers' tasks that were read from the store before their shards were bound.
         self._peeked: Set[str] = set()
-        #: Tasks whose states are pushed since they are followed.
+        #: Tasks whose states are pushed while they are followed.
         self._pushed: Set[str] = set()
-        #: Tasks that were covered when they were last asked for all the same.
+        #: Tasks that were covered when they were last read again.
         self._rechecked: Set[str] = set()
-        #: Tasks of which the store had something in this step.
+        #: Tasks with states in the store in this step.
         self._found: Set[str] = set()
         self._pause = FIRST_RECHECK
         self._recheck_at = time.monotonic() + FIRST_RECHECK
-        #: Since when nothing has been pushed to this process, as far as that was looked at, and how
-        #: much had been by then.
+        #: Since when no push has been seen, as far as that was checked, and how many messages had
+        #: come by then.
         self._silent_since: Optional[float] = None
         self._heard = 0
-        #: Whether nothing was, when the store was last asked about all again.
+        #: Whether the inbox was idle when all tasks were last read again.
         self._silent = False
 
     def __enter__(self) -> Follower:
@@ -138,17 +136,17 @@ class Follower:
         self._pushed |= pushed
 
     def discard(self, task_id: str) -> None:
-        """Follow *task_id* no more."""
+        """Stop following *task_id*."""
         if task_id in self.pending:
             self._finish(task_id, consumed=False)
 
     def close(self) -> None:
-        """Follow nothing any more."""
+        """Stop following all tasks."""
         self._inbox.unwatch(self.pending, self._waiter)
         self.pending.clear()
 
     def poke(self) -> None:
-        """Have :meth:`step` return soon. May be called by any thread."""
+        """Make :meth:`step` return soon. May be called by any thread."""
         self._waiter.poke()
 
     def pause(self, seconds: float) -> None:
@@ -156,11 +154,11 @@ class Follower:
         self._waiter.wait(seconds)
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait for something new and return it.
+        """Wait for new states and return them.
 
         Parameters:
-            deadline: time (``time.monotonic``) after which the store is not asked any more.
-            pause: seconds to wait at most before returning empty-handed. Asking the store may
+            deadline: time (``time.monotonic``) after which the store is no longer read.
+            pause: seconds to wait at most before returning an empty list. Reading the store may
                 take longer.
 
         Raises:
@@ -185,10 +183,11 @@ class Follower:
             wake_at = min(until, self._next_look(), self._held_until())
             self._waiter.wait(max(0.0, wake_at - time.monotonic()))
         states = self._waiter.take()
-        # Not before: of these, some may have come on a new connection, and others been missed.
+        # After take(): some of these states may have come on a new connection, and others been
+        # missed.
         self._note_uncovered()
         for state in states:
-            # Of what was covered when it was asked for all the same, nothing was missed.
+            # A task that was covered when it was read again has missed nothing.
             if state.id in self._unsettled and state.id not in self._rechecked:
                 self._hold(state)
             else:
@@ -201,7 +200,7 @@ class Follower:
         ]
 
     def _is_to_recheck(self, now: float) -> bool:
-        """Return whether the store is to be asked about all again."""
+        """Return whether all tasks must be read from the store again."""
         if now < self._recheck_at - SILENCE:
             return False
         received = self._inbox.received
@@ -214,13 +213,13 @@ class Follower:
         return True
 
     def _next_look(self) -> float:
-        """Return when :meth:`_is_to_recheck` is to be asked next."""
+        """Return when to call :meth:`_is_to_recheck` next."""
         if self._silent_since is None:
             return self._recheck_at - SILENCE
         return self._silent_since + SILENCE
 
     def _note_uncovered(self) -> None:
-        """Have the store asked about tasks of which states may have been missed."""
+        """Mark tasks whose states may have been missed for reading from the store."""
         uncovered = self._waiter.take_uncovered() & self.pending.keys()
         if uncovered:
             self._rechecked -= uncovered
@@ -228,25 +227,25 @@ class Follower:
             self._unsettle(uncovered)
 
     def _unsettle(self, ids: Set[str]) -> None:
-        """Have the store asked about *ids*: states of them may have been missed."""
+        """Mark *ids* for reading from the store, since states of them may have been missed."""
         self._unsettled |= ids
 
     def _hold(self, state: StateMessage) -> None:
         self._held.setdefault(state.id, _Held(time.monotonic(), [])).states.append(state)
 
     def _held_until(self) -> float:
-        """Return when something held back is to be handed out next, if the store is not asked."""
+        """Return when the next state held back is released, if the store is not read."""
         for held in self._held.values():
-            # They are in the order of time.
+            # They are ordered by time.
             return held.since + HOLD_SECONDS
         return math.inf
 
     def _held_long(self, deadline: Optional[float]) -> List[str]:
-        """Return the tasks of which nothing may be held back any more."""
+        """Return the tasks whose states must no longer be held back."""
         now = time.monotonic()
         if deadline is not None and now >= deadline:
             return list(self._held)
-        # They are in the order of time.
+        # They are ordered by time.
         return list(
             itertools.takewhile(
                 lambda task_id: now - self._held[task_id].since >= HOLD_SECONDS, self._held
@@ -254,7 +253,7 @@ class Follower:
         )
 
     def _release(self, ids: Iterable[str], updates: Dict[str, List[StateMessage]]) -> None:
-        """Hand out what was held back of *ids*."""
+        """Release the states held back for *ids*."""
         for task_id in ids:
             held = self._held.pop(task_id, None)
             if held is not None:
@@ -266,8 +265,8 @@ class Follower:
         deadline: Optional[float],
         updates: Dict[str, List[StateMessage]],
     ) -> None:
-        """Ask the store about what is unsettled."""
-        # A task of somebody else may well have ended: that can be known without a binding.
+        """Read the marked tasks from the store."""
+        # A stranger's task may well have ended, which a look-up can tell without a binding.
         strange = self._inbox.unbound(self._unsettled) - self._peeked
         if strange:
             self._peeked |= strange
@@ -283,7 +282,7 @@ class Follower:
         found = self._read(self._unsettled, deadline)
         if found is None:
             return
-        # The connection may have been lost meanwhile: the waiter says so, and we ask again.
+        # If the connection was lost meanwhile, the waiter says so, and we read again.
         self._unsettled.clear()
         self._take_in(found, updates)
         self._release(list(self._held), updates)
@@ -291,7 +290,7 @@ class Follower:
     def _read(
         self, ids: Collection[str], deadline: Optional[float]
     ) -> Optional[Dict[str, List[StateMessage]]]:
-        """Return what the store has of *ids*, or ``None`` where it could not be asked in time."""
+        """Return the states of *ids* in the store, or ``None`` if it could not be read in time."""
         try:
             found = self._reads.states(ids, deadline, self._to_store(ids))
         except errors.BackendUnavailable as exc:
@@ -310,10 +309,9 @@ class Follower:
         return found
 
     def _to_store(self, ids: Collection[str]) -> Set[str]:
-        """Return those of *ids* that memory cannot tell everything about.
+        """Return those of *ids* with states that memory may not have.
 
-        It has the current state only. What came to be since we follow the task must have been
-        pushed to us.
+        Memory has the current state only. Later states are pushed while the task is followed.
         """
         return set(ids) - (self._pushed - self._rechecked)
 
@@ -346,14 +344,14 @@ class Follower:
         return Update(task_id, new, final, task_id in self._found)
 
     def _listen(self, final: StateMessage) -> None:
-        """Suspect the inbox of hearing nothing, where only the store has told of an end."""
+        """Suspect the inbox of being deaf if only the store had a final state."""
         if final.id not in self._rechecked or final.id not in self._found:
             return
         if (
             not (self._silent and self._inbox.received == self._heard)
             and self._inbox.latest < final.published + LATE * 1_000_000
         ):
-            # Its push may be on its way, behind those of others.
+            # Its push may be on its way, behind others.
             return
         late = time.time_ns() // 1000 - final.published
         if late > LATE * 1_000_000:

@@ -1,4 +1,4 @@
-"""What every kind of follower offers."""
+"""The interface of all followers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ("Following",)
 
 
 class Following(Protocol):
-    """Follows tasks until they end. For one thread, and to be closed at the end."""
+    """Follows tasks until they end. For one thread; must be closed at the end."""
 
-    #: The tasks that have not ended, each with the state that counts so far.
+    #: The tasks that have not ended, each with its current state so far.
     pending: Dict[str, Optional[StateMessage]]
 
     def __enter__(self) -> Following:
@@ -26,16 +26,16 @@ class Following(Protocol):
         """Follow *ids* as well. Does no I/O."""
 
     def discard(self, task_id: str) -> None:
-        """Follow *task_id* no more."""
+        """Stop following *task_id*."""
 
     def poke(self) -> None:
-        """Have :meth:`step` return soon. May be called by any thread."""
+        """Make :meth:`step` return soon. May be called by any thread."""
 
     def pause(self, seconds: float) -> None:
         """Wait for *seconds*, or until there is something to do."""
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait at most *pause* seconds for something new and return it."""
+        """Wait at most *pause* seconds for updates and return them."""
 
     def close(self) -> None:
-        """Follow nothing any more."""
+        """Stop following all tasks."""

@@ -1,8 +1,8 @@
-"""Groups that ask for all their members at once.
+"""Groups that read the states of all members at once.
 
-Celery's result sets ask for one member after the other. For the progress of a group of a thousand
-tasks that would be a thousand questions to the broker. A restored group reads what it does not know
-yet in one pass, and answers from that.
+Celery's result sets read one member after the other. For the progress of a group of a thousand
+tasks that would be a thousand requests to the broker. A restored group reads all unknown states in
+one pass, and answers from that.
 """
 
 from __future__ import annotations
@@ -10,30 +10,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Type, TypeVar
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Type, TypeVar
 
 from celery.result import ResultSet
 
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.waiting import results as trees
 
 __all__ = ("Pass", "ask_in_one_pass")
 
 _M = TypeVar("_M", bound=Callable[..., Any])
 
-#: The methods of a result set that ask for every member.
+#: The methods of a result set that read every member.
 ASKING = ("ready", "successful", "failed", "waiting", "completed_count")
 
 
 class Pass:
-    """The states that one thread has read for what it is doing right now."""
+    """The states that one thread has read for its present operation."""
 
     def __init__(self) -> None:
         self._local = threading.local()
 
     @property
     def states(self) -> Mapping[str, Optional[StateMessage]]:
-        """The states of the present pass; none where there is no pass."""
+        """The states of the present pass; none outside of a pass."""
         found: Mapping[str, Optional[StateMessage]] = getattr(self._local, "states", {})
         return found
 
@@ -41,16 +40,20 @@ class Pass:
     def over(
         self,
         read: Callable[[List[str]], Dict[str, Optional[StateMessage]]],
-        group: ResultSet,
+        tasks: Iterable[Any],
     ) -> Iterator[None]:
-        """Answer from one read of all members of *group* that are not known to be ready.
+        """Answer from one read of all *tasks* that are not known to be ready.
 
         A pass within another one, of a group in a group, is part of it.
+
+        Parameters:
+            read: reads the states of ids.
+            tasks: result objects.
         """
         if hasattr(self._local, "states"):
             yield
             return
-        missing = [leaf.id for leaf in trees.leaves(group) if leaf._cache is None]
+        missing = [task.id for task in tasks if task._cache is None]
         self._local.states = read(missing) if missing else {}
         try:
             yield
@@ -59,8 +62,8 @@ class Pass:
 
 
 def ask_in_one_pass(tree: Any) -> None:
-    """Have each result set in *tree* ask for all its members at once."""
-    # Not remembered for longer: these classes refer to the app.
+    """Make each result set in *tree* read all its members at once."""
+    # Not cached for longer: these classes refer to the app.
     made: Dict[type, type] = {}
     nodes = [tree]
     while nodes:
@@ -76,7 +79,7 @@ def ask_in_one_pass(tree: Any) -> None:
 
 
 def _in_one_pass(kind: Type[ResultSet]) -> Type[ResultSet]:
-    """Return a subclass of *kind* that differs in how it asks; pickled it is as *kind*."""
+    """Return a subclass of *kind* that reads in one pass and pickles as *kind*."""
     methods = {name: _wrapped(getattr(kind, name)) for name in ASKING}
     return type(kind.__name__, (kind,), methods)
 

@@ -1,7 +1,7 @@
 """Waiting for tasks as Celery's result objects do: with timeouts, intervals, parents, callbacks.
 
-A :class:`Waits` object turns what followers bring into metas and into result objects that are
-ready. It knows nothing of Celery's backend class.
+A :class:`Waits` object turns the updates of followers into metas and ready result objects. It knows
+nothing of Celery's backend class.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ logger = logging.getLogger(__name__)
 DEFAULT_INTERVAL = 0.5
 SHORTEST_INTERVAL = 0.01
 
-#: The longest that a watcher waits at once while nothing happens, in seconds.
+#: The longest single wait of a watcher, in seconds.
 WATCH_INTERVAL = 5.0
 
 Meta = Dict[str, Any]
 
 
 class Readable(Protocol):
-    """What waiting needs of a layout."""
+    """The part of a layout that waiting needs."""
 
     def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
-        """Return the present state of each of *ids*, or ``None`` where nothing is known."""
+        """Return the current state of each of *ids*, or ``None`` where nothing is known."""
 
     def follower(self) -> Following:
-        """Return a follower of no tasks yet."""
+        """Return a follower without tasks."""
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> watching.Tap:
-        """Return a tap of everything that is published."""
+        """Return a tap of all published states."""
 
 
 class Patience(NamedTuple):
@@ -77,11 +77,11 @@ class Patience(NamedTuple):
     timeout: Optional[float] = None
     #: Seconds between calls of *on_interval*, 0.5 by default.
     interval: Optional[float] = None
-    #: Called now and then while waiting, and once more when all have ended.
+    #: Called periodically while waiting, and once more when all have ended.
     on_interval: Optional[Callable[[], Any]] = None
 
     def timed_out(self, missing: int, total: int) -> TimeoutError:
-        """Return the error that says that some tasks have not ended in time."""
+        """Return the error for tasks that have not ended in time."""
         what = "The task is" if total == 1 else f"{missing} of {total} tasks are"
         return TimeoutError(
             f"The operation timed out: {what} not ready after {self.timeout:g} seconds."
@@ -106,7 +106,7 @@ class Waits:
         self.reset()
 
     def reset(self) -> None:
-        """Start afresh, as a new process that waits for nothing."""
+        """Start afresh, like a new process that waits for nothing."""
         self._lock = threading.Lock()
         self._resolving = threading.Lock()
         #: The results with callbacks; ``None`` where there was none yet.
@@ -115,7 +115,7 @@ class Waits:
     def updates(
         self, ids: Iterable[str], patience: Patience, parents: Collection[str] = ()
     ) -> Generator[Update, None, None]:
-        """Follow tasks until they end; yield what is new of them and of their parents.
+        """Follow tasks until they end; yield updates of them and of their parents.
 
         Raises:
             celery.exceptions.TimeoutError: when the timeout is over.
@@ -126,8 +126,8 @@ class Waits:
         else:
             yield from self._updates_until(ids, patience, parents)
         if patience.on_interval is not None:
-            # Celery raises the errors of parents from here. A header that has failed is known
-            # to have before its body is.
+            # Celery raises the errors of parents from here. The failure of a header is known before
+            # that of its body.
             patience.on_interval()
 
     def _poll_once(
@@ -165,7 +165,7 @@ class Waits:
                     refused = exc.__cause__ is not None and connections.is_refusal(exc.__cause__)
                     if refused or not connections.is_over(deadline):
                         raise
-                    # Reaching the broker has taken all the time there was.
+                    # Connecting has used up the timeout.
                     raise patience.timed_out(len(missing), len(ids)) from exc
                 missing.difference_update(u.task_id for u in updates if u.final is not None)
                 yield from updates
@@ -174,8 +174,8 @@ class Waits:
                     if on_interval is not None:
                         on_interval()
         finally:
-            # A generator may be carried into a forked child, where what it follows by is not its
-            # own and has locks that nobody releases any more.
+            # A generator may be carried into a forked child, where its follower belongs to the
+            # parent and has locks that will never be released.
             if os.getpid() == pid:
                 follower.close()
 
@@ -192,8 +192,8 @@ class Waits:
             ids: the tasks.
             patience: how long.
             on_message: called with the meta of every state, in the order of publishing.
-            parents: result objects of tasks before these in a chain. The tasks are not waited for
-                any more when one of the parents fails.
+            parents: result objects of tasks before these in a chain. The wait ends when one of the
+                parents fails.
 
         Raises:
             celery.exceptions.TimeoutError: when the timeout is over.
@@ -222,7 +222,7 @@ class Waits:
                 on_message(meta)
 
     def decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
-        """Return the meta of *state*, or ``None`` where its body is gone."""
+        """Return the meta of *state*, or ``None`` if its body is gone."""
         try:
             return self._decode(state)
         except errors.ResultExpired as exc:
@@ -230,10 +230,10 @@ class Waits:
             return None
 
     def resolve(self, result: Any, state: StateMessage) -> None:
-        """Give a result object its final state and have its callbacks called, once."""
+        """Give a result object its final state and call its callbacks, once."""
         if result._cache is not None:
             return
-        # Reading may take a look-up, which others must not wait for.
+        # Decoding may need a look-up, so it is done without the lock.
         meta = self._decode(state)
         with self._resolving:
             if result._cache is not None:
@@ -272,7 +272,7 @@ class Waits:
         """Yield the meta of every state of *target*, or of everything, as it happens.
 
         Raises:
-            TypeError, ValueError: when *target* or *names* are none, at once.
+            TypeError, ValueError: when *target* or *names* are invalid, at once.
         """
         wanted = watching.read_states(names)
         if target is None:
@@ -283,7 +283,7 @@ class Waits:
         return watching.watch_ids(updates, found.ended, self._decode, wanted)
 
     def add_callback(self, result: Any) -> None:
-        """Have the callbacks of *result* called when its task ends. Does no I/O."""
+        """Call the callbacks of *result* when its task ends. Does no I/O."""
         if self.pending is None:
             layout = self._layout()
             with self._lock:
@@ -292,13 +292,13 @@ class Waits:
         self.pending.add(result)
 
     def remove_callback(self, result: Any) -> None:
-        """Call no callbacks of *result*. Safe within garbage collection: no lock, no I/O."""
+        """Stop calling callbacks of *result*. Safe within garbage collection: no lock, no I/O."""
         pending = self.pending
         if pending is not None:
             pending.remove(result)
 
     def close(self) -> None:
-        """Call no callbacks any more."""
+        """Stop calling callbacks."""
         with self._lock:
             pending, self.pending = self.pending, None
         if pending is not None:
@@ -309,9 +309,9 @@ class _Missing:
     """The members of a result set that have not ended yet."""
 
     def __init__(self, result: Any) -> None:
-        #: What is to be yielded of members that are ready already.
+        #: Items to yield for members that are ready already.
         self.ready: List[Tuple[str, Any]] = []
-        #: The result objects of each task that is waited for.
+        #: The result objects of each awaited task.
         self.leaves: Dict[str, List[Any]] = {}
         self._members: Dict[str, Any] = {}
         self._groups: List[Tuple[Any, Set[str]]] = []
@@ -328,7 +328,7 @@ class _Missing:
         self.ready += [(node.id, node.results) for node, missing in self._groups if not missing]
 
     def end(self, task_id: str) -> Iterator[Tuple[str, Any]]:
-        """Yield what has become ready by the end of a task."""
+        """Yield the members that became ready when a task ended."""
         member = self._members.get(task_id)
         if member is not None:
             yield member.id, _meta_of(member)
@@ -359,6 +359,6 @@ def _is_ready(node: Any) -> bool:
 
 
 def _meta_of(node: Any) -> Meta:
-    # What ignores its result is not waited for: as AsyncResult.get, which returns None.
+    # A task that ignores its result is not waited for: like AsyncResult.get, which returns None.
     meta: Meta = node._cache or {"status": states.SUCCESS, "result": None, "task_id": node.id}
     return meta

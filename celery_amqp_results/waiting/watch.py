@@ -1,13 +1,12 @@
 """Watching: the states of tasks as they happen, in a form for people and programs to read.
 
-Two things can be watched. *Given tasks*: a follower brings what is kept and what is pushed, see
-:mod:`~celery_amqp_results.waiting.follower`; here it is brought into the order that a watcher
-relies on.
-*Everything*: a :class:`Tap` is a queue of its own on the exchange that gets a copy of every
+There are two kinds of watches. For *given tasks* a follower brings kept and pushed states, see
+:mod:`~celery_amqp_results.waiting.follower`; this module puts them into the guaranteed order. For
+*everything*, a :class:`Tap` is a queue of its own on the exchange that receives a copy of every
 state. It begins when it is opened and keeps nothing.
 
-What a watcher relies on: of each task the state that counts comes first, then each that comes to
-count, each once; a state never comes after one that supersedes it.
+The guarantee: the current state of each task comes first, then each state that becomes current,
+once; a state never comes after one that supersedes it.
 """
 
 from __future__ import annotations
@@ -68,30 +67,30 @@ logger = logging.getLogger(__name__)
 Meta = Dict[str, Any]
 
 #: Seconds between heartbeats on the connection of a tap. They are answered when the watcher asks
-#: for the next state: it may take about twice that over one.
+#: for the next state, so it may spend about twice this time on one.
 HEARTBEAT = 60.0
 
-#: States that wait in the queue of a tap, at most. The oldest are dropped.
+#: The most states in the queue of a tap. Beyond that the oldest are dropped.
 MAX_QUEUED = 1_000_000
 
-#: Tasks whose last state is remembered while everything is watched, at most.
+#: The most tasks whose last state is remembered while everything is watched.
 MAX_REMEMBERED = 20_000
 
-#: The longest that a tap waits at once while nothing happens, in seconds.
+#: The longest single wait of a tap, in seconds.
 LONGEST_STEP = 3600.0
 
-#: What is wrong with a state alone, and not with reading.
+#: Errors of a single state, and not of reading.
 UNREADABLE = (ContentDisallowed, errors.ForeignMessage, errors.ResultExpired)
 
 _FORKED = "a watch was begun before a fork and goes on in the child: begin it in the child"
 
 
 class Target(NamedTuple):
-    """What is to be watched."""
+    """The tasks to watch."""
 
-    #: Tasks to ask for, each once.
+    #: Tasks to follow, each once.
     ids: List[str]
-    #: Metas of tasks that are known to have ended.
+    #: Metas of tasks known to have ended.
     ended: List[Meta]
 
 
@@ -99,11 +98,11 @@ def read_target(target: Any) -> Target:
     """Return the tasks that *target* names.
 
     Parameters:
-        target: an id, a result object, a group or another result set, or an iterable of these.
-            Of a task that ignores its result nothing is ever known, and it is left out.
+        target: an id, a result object, a group or another result set, or an iterable of these. A
+            task that ignores its result never has a state, and is left out.
 
     Raises:
-        TypeError: when it is none of them.
+        TypeError: when it is none of these.
     """
     ids: Dict[str, None] = {}
     ended: Dict[str, Meta] = {}
@@ -124,7 +123,7 @@ def nodes(target: Any) -> Iterator[Any]:
     """Return the ids and result objects in *target*, which :func:`read_target` describes.
 
     Raises:
-        TypeError: when it is no such thing.
+        TypeError: when it contains anything else.
     """
     if isinstance(target, (str, bytes, uuid.UUID)):
         yield id_text(target)
@@ -143,11 +142,11 @@ def nodes(target: Any) -> Iterator[Any]:
 
 
 def read_states(names: Union[str, Iterable[str], None]) -> Optional[FrozenSet[str]]:
-    """Return the *names* of the states that are wanted, or ``None`` for all.
+    """Return the names of the wanted states, or ``None`` for all.
 
     Raises:
-        TypeError: when one is no text.
-        ValueError: when there is none: nothing would ever be seen.
+        TypeError: when a name is not text.
+        ValueError: when there are no names, since no state would ever match.
     """
     if names is None:
         return None
@@ -161,10 +160,10 @@ def read_states(names: Union[str, Iterable[str], None]) -> Optional[FrozenSet[st
 
 
 class Newest:
-    """Of each task the states that come to count, each once.
+    """Filters updates for states that become current, each once.
 
     Parameters:
-        limit: tasks that are remembered, at most; ``None`` for any number.
+        limit: the most tasks that are remembered; ``None`` for any number.
     """
 
     def __init__(self, limit: Optional[int] = None) -> None:
@@ -172,9 +171,9 @@ class Newest:
         self._last: collections.OrderedDict[str, StateMessage] = collections.OrderedDict()
 
     def take(self, update: Update) -> List[StateMessage]:
-        """Return those states of *update* that count, in order.
+        """Return the states of *update* that become current, in order.
 
-        What a task that is new here has been through before is left out.
+        The history of a task that is new here is left out.
         """
         states: List[StateMessage] = update.states
         if update.history and update.task_id not in self._last:
@@ -183,14 +182,14 @@ class Newest:
         return [state for state in states if self.accept(state)]
 
     def accept(self, state: StateMessage) -> bool:
-        """Return whether *state* counts more than all before of its task."""
+        """Return whether *state* outranks all earlier states of its task."""
         last = self._last.get(state.id)
         if last is not None and (
             (state.published, state.state) == (last.published, last.state)
             or not supersedes(state, last)
         ):
             return False
-        # What it says is not needed any more.
+        # Its body is no longer needed.
         self._last[state.id] = dataclasses.replace(state, body=b"", decoded=None)
         self._last.move_to_end(state.id)
         if self._limit is not None and len(self._last) > self._limit:
@@ -198,7 +197,7 @@ class Newest:
         return True
 
     def drop(self, task_id: str) -> None:
-        """Forget a task, of which nothing more will come."""
+        """Forget a task that has no more states to come."""
         self._last.pop(task_id, None)
 
 
@@ -208,16 +207,16 @@ def watch_ids(
     decode: Callable[[StateMessage], Meta],
     wanted: Optional[Collection[str]],
 ) -> Generator[Meta, None, None]:
-    """Yield the metas of what *updates* bring, as a watcher relies on.
+    """Yield the metas of *updates* in the guaranteed order.
 
     Parameters:
-        updates: what is new of the tasks; it is closed at the end.
+        updates: updates of the tasks; closed at the end.
         ended: metas of tasks that have ended.
         decode: decodes a state.
         wanted: names of the states to yield, ``None`` for all.
 
     Raises:
-        Exception: what *updates* and *decode* raise.
+        Exception: errors of *updates* and *decode*.
     """
     newest = Newest()
     pid = os.getpid()
@@ -238,15 +237,15 @@ def watch_ids(
 class Tap:
     """Every state that is published on the exchange, while it is open.
 
-    It owns a connection with one exclusive queue, which is deleted with it. After the connection
-    was lost it opens another: what was published in between is missed.
+    It owns a connection with one exclusive queue, which is deleted with it. After a lost connection
+    it opens another; states published in between are missed.
 
     Parameters:
         connector: opens the connection.
-        declarations: names, and the exchange.
+        declarations: provides the names, and declares the exchange.
         wanted: names of the states to get, ``None`` for all.
 
-    For one thread, but for :meth:`poke` and :meth:`shut`. Does no I/O until :meth:`step`.
+    For one thread, except :meth:`poke` and :meth:`shut`. Does no I/O until :meth:`step`.
     """
 
     def __init__(
@@ -265,11 +264,11 @@ class Tap:
         self._shut = False
         self._pid = os.getpid()
         self._newest = Newest(MAX_REMEMBERED)
-        #: How often the connection was lost, and messages that were no states.
+        #: How often the connection was lost, and how many messages were not states.
         self.lost = 0
         self.rejected = 0
-        #: Wakes the thread that waits for the socket of the connection: the end that it waits for
-        #: and the other one.
+        #: Wake the thread that waits for the connection's socket: the end that it waits for, and
+        #: the other one.
         self._bells: Optional[Tuple[socket.socket, socket.socket]] = None
 
     def __enter__(self) -> Tap:
@@ -279,14 +278,14 @@ class Tap:
         self.close()
 
     def poke(self) -> None:
-        """Have :meth:`step` return soon. May be called by any thread."""
+        """Make :meth:`step` return soon. May be called by any thread."""
         bells = self._bells
         if bells is not None:
             with contextlib.suppress(OSError):
                 bells[1].send(b"!")
 
     def shut(self) -> None:
-        """Have :meth:`step` raise from now on. May be called by any thread."""
+        """Make :meth:`step` raise from now on. May be called by any thread."""
         self._shut = True
         self.poke()
 
@@ -300,7 +299,7 @@ class Tap:
             bell.close()
 
     def step(self, deadline: Optional[float], pause: float) -> List[StateMessage]:
-        """Wait at most *pause* seconds for states and return those that count.
+        """Wait at most *pause* seconds for states and return the current ones.
 
         Parameters:
             deadline: time (``time.monotonic``) after which connecting is given up.
@@ -353,7 +352,7 @@ class Tap:
         self._failures += 1
         seconds = self._connector.policy.pause(self._failures)
         if seconds is None:
-            # The broker has been seen, and will be back.
+            # The broker was reachable before, and will be back.
             seconds = self._connector.policy.interval_max
         logger.warning(
             "the connection that results are watched on is lost, opening another in %.1f s; "
@@ -364,7 +363,7 @@ class Tap:
         self._wait(min(until, time.monotonic() + seconds), None)
 
     def _open(self, deadline: Optional[float]) -> None:
-        # The first time, what is wrong may well be the URL.
+        # At the first connection the URL may well be wrong.
         link = (
             self._connector.open_once(HEARTBEAT, deadline)
             if self._opened
@@ -435,9 +434,9 @@ def _on_cancel(consumer_tag: str) -> None:
 def watch_everything(
     tap: Tap, decode: Callable[[StateMessage], Meta], timeout: Optional[float]
 ) -> Generator[Meta, None, None]:
-    """Yield the metas of what *tap* brings, for *timeout* seconds or for ever.
+    """Yield the metas of the states from *tap*, for *timeout* seconds or for ever.
 
-    What cannot be decoded is left out with a warning: it is one state among those of everybody.
+    A state that cannot be decoded is left out with a warning, since the others are not affected.
 
     Raises:
         BackendUnavailable, DeclarationRefused: see :meth:`Tap.step`.
@@ -452,7 +451,7 @@ def watch_everything(
 
 
 def decode_or_none(state: StateMessage, decode: Callable[[StateMessage], Meta]) -> Optional[Meta]:
-    """Return the meta of *state* with its id, or ``None``, with a warning, if it has none."""
+    """Return the meta of *state* with its id, or log a warning and return ``None``."""
     try:
         return {"task_id": state.id, **decode(state)}
     except UNREADABLE as exc:
@@ -461,5 +460,5 @@ def decode_or_none(state: StateMessage, decode: Callable[[StateMessage], Meta]) 
 
 
 def leave_out(state: StateMessage, exc: Exception) -> None:
-    """Log that *state*, one among those of everybody, is left out."""
+    """Log that a watch of everything leaves out *state*."""
     logger.warning("left out the %s of %s: %s", state.state, state.id, exc)

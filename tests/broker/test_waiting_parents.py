@@ -49,6 +49,25 @@ def test_a_failed_chord_raises_its_own_error_where_parents_are_not_followed(app:
     assert isinstance(body.get(timeout=LONG, propagate=False), ChordError)
 
 
+def test_waiting_for_a_large_chord_asks_for_its_header_in_one_pass(make_app: Apps) -> None:
+    # Given a chord of 300 tasks, sent by a process that waits for results, of which none has ended
+    app = make_app(result_backend_transport_options={"shards": 8})
+    with pytest.raises(TimeoutError):
+        app.AsyncResult(new_id()).get(timeout=0.5)
+    members = [app.AsyncResult(new_id()) for _ in range(300)]
+    for member in members:
+        app.backend.on_task_call(None, member.id)
+    body = app.AsyncResult(new_id(), parent=GroupResult(new_id(), members, app=app))
+    # When it is waited for, over many intervals
+    with pytest.raises(TimeoutError):
+        body.get(timeout=3.0, interval=0.25)
+    # Then Celery's own question before the wait cost a barrier for each member at most, each
+    # interval cost one for all of them, and hardly any shard was read.
+    metrics = app.backend.metrics()
+    assert metrics.shards_read <= 2 * 8
+    assert metrics.barriers <= 300 + 30
+
+
 @pytest.mark.parametrize("timeout", [0, LONG])
 def test_a_coroutine_that_waits_for_a_failed_chord_gets_the_exception_of_its_header(
     app: Celery, make_app: Apps, timeout: float

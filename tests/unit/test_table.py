@@ -226,6 +226,21 @@ def test_a_live_view_is_checked_ever_more_seldom(live: Table) -> None:
     assert pauses == [15, 30, 60, 120, 240, 300, 300]
 
 
+def test_views_that_are_due_together_are_checked_one_after_the_other(table: Table) -> None:
+    table.asked([id_in(shard) for shard in range(SHARDS)] * 2, 0.0)
+    table.asked([id_in(shard) for shard in range(SHARDS)], 0.5)
+    bind(table, 1.0)
+    for shard in range(SHARDS):
+        count(table, shard, 3.0)
+    due = [shard for shard in range(SHARDS) if table.is_due(id_in(shard), 50.0)]
+    assert due == [0]
+    # Other tasks of the same shard belong to the same check.
+    assert table.is_due(id_in(0), 50.0)
+    count(table, 0, 50.0)
+    later = 50.0 + table_module.CHECK_PAUSE
+    assert [shard for shard in range(SHARDS) if table.is_due(id_in(shard), later)] == [1]
+
+
 def test_a_check_drops_what_was_deleted_and_takes_in_what_was_missed(live: Table) -> None:
     deleted, fresh, missed = (id_in(3) for _ in range(3))
     live.pushed(state(deleted), 11.0)
