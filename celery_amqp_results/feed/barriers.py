@@ -21,6 +21,8 @@ class Barrier:
         self._done = threading.Event()
         #: Whether it has come back.
         self.returned = False
+        #: When it was published.
+        self.published = 0.0
 
     def wait(self, timeout: float) -> None:
         """Wait until it has come back or is lost, for *timeout* seconds at most."""
@@ -47,6 +49,10 @@ class Barriers:
         """Whether a published barrier was given up: others would be as late."""
         return self._late is not None
 
+    def late_for(self, now: float) -> float:
+        """Return for how many seconds that one has been under way, or 0 if there is none."""
+        return 0.0 if self._late is None else now - self._late.published
+
     def join(self) -> Tuple[Barrier, bool]:
         """Return the barrier to wait for, and whether the caller must publish it."""
         if self._next is not None:
@@ -54,11 +60,12 @@ class Barriers:
         self._next = Barrier()
         return self._next, True
 
-    def publish(self, barrier: Barrier) -> str:
+    def publish(self, barrier: Barrier, now: float) -> str:
         """Return the number under which to publish *barrier*. From then on no read joins it."""
         number = uuid.uuid4().hex
         if self._next is barrier:
             self._next = None
+            barrier.published = now
             self._under_way[number] = barrier
         return number
 

@@ -6,8 +6,11 @@ answered while the program computes. The queue is bound to the process's own *cl
 it receives the states of every task that the process sends, and to the shards that the
 :class:`~celery_amqp_results.feed.table.Table` requests. There is never a binding per task.
 
-A *barrier* is an empty message that the process publishes to its own queue. A queue delivers in
-order: when the barrier comes back, all states confirmed before its publication have come.
+A *barrier* is an empty message that the process publishes to its own queue, through the exchange
+of the states, by a key that only this queue is bound with. A queue delivers in order: when the
+barrier comes back, all states confirmed before its publication have come. If the exchange was
+deleted, and the bindings with it, the broker returns the barrier or closes its channel. The process
+then opens another connection and drops everything it knows.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.feed.barriers import Barrier, Barriers
 from celery_amqp_results.feed.table import ALL, Look, Table, Unread
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
-from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW
+from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW, barrier_key
 from celery_amqp_results.protocol.page import Census
 
 __all__ = ("BARRIER", "Inbox", "Waiter")
@@ -58,6 +61,9 @@ _T = TypeVar("_T")
 BARRIER = "barrier"
 #: Seconds after which a read no longer waits for its barrier.
 BARRIER_SECONDS = 1.0
+#: Seconds after which a barrier that has not come back is lost for certain. The broker returns none
+#: that another queue has received: a queue bound with ``#`` receives all.
+LOST_SECONDS = 30.0
 
 #: Seconds between heartbeats: a dead connection is noticed after twice that.
 HEARTBEAT = 15.0
@@ -370,7 +376,11 @@ class Inbox:
         """
         with self._changed:
             session, epoch = self._session, self._table.epoch
-            if session is None or not epoch or session.blocked or self._barriers.overdue:
+            if session is None or not epoch or session.blocked:
+                return 0
+            if self._barriers.overdue:
+                if self._barriers.late_for(time.monotonic()) > LOST_SECONDS:
+                    self.suspect(f"a barrier has not come back within {LOST_SECONDS:g} s")
                 return 0
             barrier, first = self._barriers.join()
         if first:
@@ -386,7 +396,7 @@ class Inbox:
         try:
             with session.writing:
                 with self._changed:
-                    number = self._barriers.publish(barrier)
+                    number = self._barriers.publish(barrier, time.monotonic())
                 session.publish_barrier(number)
         except connections.TRANSIENT as exc:
             connections.raise_if_from_signal_handler(exc)
@@ -395,7 +405,7 @@ class Inbox:
         finally:
             with self._changed:
                 # After an interrupt, no read may join a barrier that is never published.
-                self._barriers.publish(barrier)
+                self._barriers.publish(barrier, time.monotonic())
 
     def recall(self, ids: Iterable[str], epoch: int) -> Dict[str, Optional[StateMessage]]:
         """Return the states of those of *ids* that are known for certain.
@@ -666,6 +676,8 @@ class _Session:
         )
         for client in (inbox._client, BROADCAST):
             channel.queue_bind(self.queue, topology.exchange, topology.client_binding(client))
+        self._barrier_key = barrier_key()
+        channel.queue_bind(self.queue, topology.exchange, self._barrier_key)
         # Brokers other than RabbitMQ limit consumers by default.
         channel.basic_qos(0, 0, False)
         channel.basic_consume(
@@ -680,6 +692,7 @@ class _Session:
         channel._callbacks[spec.Queue.BindOk] = self._on_bind_ok
         # A broker that refuses barriers closes this channel alone.
         self._barrier_channel = self.link.channel_nowait(self._on_barriers_refused)
+        self._barrier_channel.events["basic_return"].add(self._on_barrier_returned)
         # The reader's end is closed with the session, the other end by either thread.
         self._wakeup, self._theirs = socket.socketpair()
         self._wakeup.setblocking(False)
@@ -710,12 +723,24 @@ class _Session:
         return self._refused or bool(self.link.blocked)
 
     def _on_barriers_refused(self, code: int, text: str, class_id: int, method_id: int) -> None:
+        exchange = self._inbox._declarations.topology.exchange
+        if code == amqp.exceptions.NotFound.code:
+            raise amqp.exceptions.RecoverableConnectionError(
+                f"the exchange {exchange!r} was deleted, and the inbox's bindings with it"
+            )
         self._refused = True
         logger.warning(
             "the broker refuses barriers, and every read of a state looks into the store: (%s) %s. "
-            "Check the user's write permission on the default exchange (amq.default)",
+            "Check the user's write permission on the exchange %r, and its topic permissions",
             code,
             text,
+            exchange,
+        )
+
+    def _on_barrier_returned(self, *arguments: Any) -> None:
+        raise amqp.exceptions.RecoverableConnectionError(
+            "the inbox's bindings are gone: the exchange "
+            f"{self._inbox._declarations.topology.exchange!r} was deleted and declared again"
         )
 
     def publish_barrier(self, number: str) -> None:
@@ -726,9 +751,9 @@ class _Session:
         connection.transport.write(
             frames.publish_frames(
                 self._barrier_channel.channel_id,
-                "",
-                self.queue,
-                False,
+                self._inbox._declarations.topology.exchange,
+                self._barrier_key,
+                True,
                 {"type": BARRIER, "message_id": number, "delivery_mode": 1},
                 b"",
                 connection.frame_max,

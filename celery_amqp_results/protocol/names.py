@@ -7,7 +7,7 @@
     plan queues      <result_exchange>.chords.<n>          not bound; plans of chords
     large results    <result_exchange>.large.<task>.<mark> not bound; the body of one result
     inbox            named by the broker, exclusive        bound with  *.<client>.#, *.all.#, <n>.#
-                                                            or *.*.*.#
+                                                            or *.*.*.#, and barrier.<random>
     leader's inbox   named by the broker, exclusive        bound with  *.*.<n>.#
     routing key      <shard>.<client>.<plan queue>.<group>.<task>.<STATE>
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import uuid
 import zlib
 from typing import Any, Dict, Mapping, Optional
 
@@ -34,6 +35,7 @@ __all__ = (
     "QueueSpec",
     "Route",
     "Topology",
+    "barrier_key",
     "client_word",
     "encode_word",
     "plan_number",
@@ -102,6 +104,15 @@ def client_word(origin: Optional[str]) -> str:
         return ABSENT
     raw = origin.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(raw, digest_size=8).hexdigest()
+
+
+def barrier_key() -> str:
+    """Return a new routing key for the barriers of one inbox.
+
+    No binding for states matches it, except ``#``: it begins with no shard's number, has two words,
+    and the second one is longer than a client's.
+    """
+    return f"barrier.{uuid.uuid4().hex}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +254,7 @@ class Topology:
     @staticmethod
     def every_binding() -> str:
         """Return the binding key for every message of all shards."""
-        # "#" would also match the key of an inbox that overflows.
+        # "#" would also match the keys of barriers, and that of an inbox that overflows.
         return "*.*.*.#"
 
     def definitions(self, vhost: str) -> Dict[str, Any]:

@@ -385,7 +385,7 @@ class Tap:
                 },
             ).queue
             if self._wanted is None:
-                channel.queue_bind(queue, topology.exchange, "#")
+                channel.queue_bind(queue, topology.exchange, topology.every_binding())
             else:
                 for name in self._wanted:
                     channel.queue_bind(queue, topology.exchange, topology.state_binding(name))

@@ -179,7 +179,7 @@ async function watch(connection, state) {
   const channel = await connection.createChannel();
   const { queue } = await channel.assertQueue("", { exclusive: true, durable: false, autoDelete: true });
   // The name of the state is the last word of the routing key.
-  await channel.bindQueue(queue, `${prefix}.states`, state ? `#.${state}` : "#");
+  await channel.bindQueue(queue, `${prefix}.states`, state ? `#.${state}` : "*.*.*.#");
   // One after the other, so that large results do not change the order.
   let last = Promise.resolve();
   await channel.consume(queue, (message) => {

@@ -19,10 +19,11 @@ import trustme
 from celery import Celery, states
 
 from celery_amqp_results import errors
+from celery_amqp_results.feed import table as table_module
 from celery_amqp_results.store.publisher import Outgoing
 from tests import subprocesses
 from tests.broker.helpers import LONG, new_id
-from tests.broker.test_documented_permissions import user_with
+from tests.broker.test_documented_permissions import documented, user_with
 from tests.broker.test_hostile_messages import publish_to, state_body, state_properties
 from tests.conftest import Apps, eventually, raw_connection
 from tools import rabbitmq
@@ -170,6 +171,30 @@ def test_topic_permissions_prevent_forged_live_copies(app: Celery, node: rabbitm
         # The durable copies go through the default exchange, where topic permissions do not apply.
         with refused(url) as channel:
             channel.basic_publish_confirm(amqp.Message(b"x"), "", shard_of(app, "t"))
+
+
+@pytest.mark.parametrize("topics", ["^$", r"^barrier\."], ids=["none", "barriers"])
+def test_a_reader_that_may_publish_no_state_answers_from_memory_if_it_may_publish_barriers(
+    make_app: Apps, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch, topics: str
+) -> None:
+    monkeypatch.setattr(table_module, "STEADY", 0.0)
+    writer, task_id = make_app(shards=1), new_id()
+    writer.backend.store_result(new_id(), 1, states.SUCCESS)
+    exchange = exchange_of(writer)
+    with user_with(node, documented(make_app.prefix)) as url:
+        user = url.partition("//")[2].partition(":")[0]
+        node.ctl("set_topic_permissions", "-p", "/", user, exchange, topics, ".*")
+        reader = make_app(url, shards=1)
+        # Given a view of the shard
+        eventually(
+            lambda: reader.AsyncResult(task_id).state and reader.backend.metrics().views,
+        )
+        writer.backend.store_result(task_id, 1, states.SUCCESS)
+        for _ in range(5):
+            assert reader.AsyncResult(task_id).state == states.SUCCESS
+        # Then a reader whose barriers are refused asks the store
+        assert (reader.backend.metrics().remembered > 0) == (topics != "^$")
+        reader.backend.close()
 
 
 # -- what signing prevents -----------------------------------------------------------------------
