@@ -179,6 +179,11 @@ class Link:
         """Whether the connection was open when it was last used."""
         return bool(self.amqp.connected)
 
+    @property
+    def frames_received(self) -> int:
+        """How many frames the broker has sent on this connection."""
+        return int(self.amqp.bytes_recv)
+
     def drain(self, timeout: float) -> bool:
         """Handle what the broker sends until one message is complete, or nothing comes.
 

@@ -42,6 +42,11 @@ HEARTBEAT = 3.0
 #: callers that poll with short timeouts would never get an answer.
 LEAST_SECONDS = 0.1
 
+#: A connection on which the broker sent nothing for this many seconds of a look-up is not used
+#: again: the broker answers at least the opening of a channel, even while another reader holds the
+#: shard.
+SILENT_SECONDS = 1.0
+
 #: How many shards one look-up reads at the same time.
 PARALLEL = 16
 
@@ -643,6 +648,7 @@ class Store:
         running: List[_Read] = []
         waiting = collections.deque(todo)
         started = time.monotonic()
+        frames_before = link.frames_received
         # Seconds of packing: in total, and since the last shard was read.
         packed = packed_last = 0.0
         while waiting or running:
@@ -651,7 +657,15 @@ class Store:
                     running.append(_Read(self, link, waiting.popleft(), request))
             now = time.monotonic()
             if now >= end:
-                return self._give_up(link, running, now - started)
+                late = self._late(link, running, now - started)
+                silent = link.frames_received == frames_before and now - started >= SILENT_SECONDS
+                if link.blocked or silent:
+                    # This connection is of no use: pending writes would wait for the end of the
+                    # alarm, or the broker no longer answers.
+                    raise late
+                for read in running:
+                    read.checkout.close(wait=False)
+                return late
             finished = [read for read in running if read.done]
             if not finished:
                 link.drain(min(end - now, HEARTBEAT / 2))
@@ -682,17 +696,6 @@ class Store:
                     messages_read=read.checkout.seen,
                 )
         return None
-
-    def _give_up(
-        self, link: connections.Link, running: List[_Read], seconds: float
-    ) -> errors.LookupTimeout:
-        late = self._late(link, running, seconds)
-        if link.blocked:
-            # Pending writes on this connection would wait for the end of the alarm.
-            raise late
-        for read in running:
-            read.checkout.close(wait=False)
-        return late
 
     def confirm_channel(self, link: connections.Link) -> ConfirmChannel:
         """Return the channel for publishing on a connection for look-ups."""

@@ -188,6 +188,8 @@ class Link:
     """
 
     blocked = None
+    #: The broker answered the opening of a channel.
+    frames_received = 0
 
     def __init__(self, queue: Queue, between: Callable[[], None]) -> None:
         self.queue = queue
@@ -208,6 +210,7 @@ class Link:
 
     def channel_nowait(self, on_close: Any) -> Channel:
         self._channels.append(Channel(self))
+        self.frames_received += 1
         return self._channels[-1]
 
     def has_room(self) -> bool:
