@@ -64,7 +64,7 @@ def measure(place: Place) -> Iterator[Row]:
 def _at_rate(place: Place, fleets: Mapping[str, Fleet], processes: int, rate: int) -> Iterator[Row]:
     found = place.alternate(
         {name: functools.partial(fleet.round, rate) for name, fleet in fleets.items()},
-        rounds=3,
+        rounds=3 if place.quick else 5,
         warm_up=False,
     )
     where = f"{processes} processes, {rate} tasks a second"
