@@ -40,19 +40,21 @@ class Waiter:
     """
 
     def __init__(self, publications: Sequence[Publication], copies: bool = False) -> None:
-        self._missing = list(publications)
+        self._publications = publications
+        #: How many are known to be settled. Two threads may count at once, each from here.
+        self._settled = 0
         self._copies = copies
         self._event: Optional[threading.Event] = None
 
     @property
     def done(self) -> bool:
         """Whether everything it waits for is settled."""
-        missing = self._missing
-        while missing:
-            last = missing[-1]
-            if last.copying if self._copies else not last.settled:
+        for at in range(self._settled, len(self._publications)):
+            publication = self._publications[at]
+            if publication.copying if self._copies else not publication.settled:
+                self._settled = at
                 return False
-            missing.pop()
+        self._settled = len(self._publications)
         return True
 
     def follow(self) -> None:
@@ -137,7 +139,7 @@ class SharedChannel:
         if channel is not None:
             try:
                 # A load balancer may have closed the connection while it was idle.
-                channel.take_in()
+                self._take_in_unled(channel)
                 if channel.link.alive and channel.channel.is_open:
                     return channel
                 failure: BaseException = errors.BackendUnavailable("the connection was closed")
@@ -165,6 +167,15 @@ class SharedChannel:
             self._connector.leave(link)
             raise
         return self._channel
+
+    def _take_in_unled(self, channel: ConfirmChannel) -> None:
+        """Take in what has come, unless a leader does that.
+
+        A leader would wait in vain for the bytes that another thread has taken in.
+        """
+        with self._turn:
+            if not self._led:
+                channel.take_in()
 
     def _lose(self, channel: ConfirmChannel, failure: BaseException) -> None:
         """Drop the connection. Every thread that waits on it finds that it is lost."""
@@ -211,17 +222,23 @@ class SharedChannel:
             else:
                 waiter.follow()
                 self._followers.append(waiter)
+                if waiter.done:
+                    # The leader took in its confirm before it knew of this follower.
+                    self._followers.pop()
+                    return
         if not lead:
             waiter.wait(connections.time_left(deadline, STEP))
             with self._turn, contextlib.suppress(ValueError):
                 self._followers.remove(waiter)
             return
         try:
-            self._read(connections.time_left(deadline, STEP))
-            while not waiter.done and not connections.is_over(deadline) and self._channel:
-                self._wake_done()
-                if not self._read(connections.time_left(deadline, STEP)):
+            # What came before this thread led may be all that it, or a follower, waits for.
+            self._wake_done()
+            while not waiter.done and self._channel is not None:
+                came = self._read(connections.time_left(deadline, STEP))
+                if not came or connections.is_over(deadline):
                     break
+                self._wake_done()
         finally:
             self._hand_over()
 
@@ -282,7 +299,7 @@ class SharedChannel:
             if channel is None:
                 return []
             try:
-                channel.take_in()
+                self._take_in_unled(channel)
             except connections.TRANSIENT as exc:
                 connections.raise_if_from_signal_handler(exc)
                 self._lose(channel, exc)
