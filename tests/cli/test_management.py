@@ -35,8 +35,9 @@ def test_stats_doctor_and_migrate_use_the_management_api(
         (counted,) = lines(run(app, "stats", "--json", "--management", url))
     assert counted["management"]["url"] == admin.node.management_url
     assert counted["management"]["inboxes"] == 2
-    # The inbox is bound for its own tasks, for tasks of unknown senders, and for overflow notices.
-    assert counted["management"]["bindings"] == 4
+    # The inbox is bound for its own tasks, for tasks of unknown senders, for overflow notices, and
+    # for barriers.
+    assert counted["management"]["bindings"] == 5
 
     result = run(app, "migrate", "--yes", "--json", "--management", url)
     outcomes = {line["id"]: line["outcome"] for line in lines(result)}

@@ -65,6 +65,6 @@ def test_the_command_names_the_tasks_that_have_not_ended(
 
 def test_without_a_worker_the_command_says_so(make_app: Apps) -> None:
     for arguments in ((str(uuid.uuid4()),), ()):
-        result = run(make_app(), "chord", "--timeout", "0.2", *arguments)
+        result = run(make_app(), "chord", "--timeout", "3", *arguments)
         assert result.exit_code == Exit.NOT_READY
         assert "no worker has answered" in result.stderr
