@@ -99,8 +99,9 @@ def test_a_chord_survives_its_leader(
         assert chord([t.late.s(1)], t.same.s()).delay().get(timeout=TIMEOUT) == [1]
         ran = lines(tmp_path / f"ran-{number}")
         assert set(ran) == {result.id}
-        # Until the broker has read the acknowledgement, no leader can say whether it was sent.
-        assert len(ran) <= (1 if point == "before" else 2)
+        # Until the broker has read the acknowledgement, no leader can say whether it was sent. One
+        # more run is Celery's, which delivers the task of a killed worker again.
+        assert len(ran) <= (1 if point == "before" else 3)
     workers.stop()
     assert plans_left(app) == 0
 

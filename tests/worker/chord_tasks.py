@@ -136,7 +136,8 @@ def register(app: Celery) -> SimpleNamespace:
         time.sleep(seconds)
         return x
 
-    @task(bind=True)
+    # The worker of the leader may be running the body when it is killed: it is delivered again.
+    @task(bind=True, acks_late=True)
     def mortal(self: Any, results: Any, path: str, point: str, once: str) -> Any:
         """Body like ``record``; the process that fires it is killed at *point*, once."""
         note(path, self.request.id)
