@@ -13,7 +13,7 @@ from celery_amqp_results.protocol.names import PLAN_QUEUES
 from tests.cli.conftest import Administrator
 from tests.cli.test_commands import new_id, run
 from tests.cli.test_doctor import Report, amqp_only, managed
-from tests.conftest import Apps, raw_connection
+from tests.conftest import Apps, eventually, raw_connection
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def test_a_chord_that_was_sent_while_no_worker_runs(managed_apps: Apps) -> None:
     app = managed_apps()
     part, body = (app.signature(name, app=app) for name in ("some.part", "some.body"))
     chord([part, part], app=app)(body)
-    text = amqp_only(app, "--no-probe").said("chords", "warning")
+    text = eventually(lambda: amqp_only(app, "--no-probe").said("chords", "warning"))
     assert "1 chord in 1 plan queue" in text
     assert "start a worker" in text
     with raw_connection(managed_apps.url) as connection:
