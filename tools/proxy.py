@@ -65,7 +65,7 @@ class Proxy:
         self._server: Optional[asyncio.AbstractServer] = None
         self._black_hole = False
         self._rate: Optional[float] = None
-        self._flowing = asyncio.Event()
+        self._flowing: asyncio.Event
         #: Connections accepted so far.
         self.accepted = 0
         self.port = port
@@ -161,6 +161,9 @@ class Proxy:
     # -- internals -------------------------------------------------------------------------------
 
     async def _listen(self) -> None:
+        if not hasattr(self, "_flowing"):
+            # Before Python 3.10 an event belongs to the loop that runs when it is made.
+            self._flowing = asyncio.Event()
         self._server = await asyncio.start_server(
             self._accept, "127.0.0.1", self.port, limit=_CHUNK
         )
