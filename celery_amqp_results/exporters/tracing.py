@@ -10,6 +10,7 @@ import collections
 import collections.abc
 import functools
 import threading
+import uuid
 import weakref
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
@@ -54,7 +55,8 @@ def trace(app: Any, tracer_provider: Any = None) -> None:
         )
     )
     _tracings[app] = tracing
-    before_task_publish.connect(tracing.remember, weak=True)
+    # By default Celery tells handlers apart by their address, which one that is gone may have had.
+    before_task_publish.connect(tracing.remember, weak=True, dispatch_uid=str(uuid.uuid4()))
     with _patched:
         if not _originals:
             for name, wrap in (
