@@ -232,7 +232,7 @@ class SharedChannel:
                 self._followers.remove(waiter)
             return
         try:
-            # What came before this thread led may be all that it, or a follower, waits for.
+            # This thread or a follower may wait only for confirms that were taken in before it led.
             self._wake_done()
             while not waiter.done and self._channel is not None:
                 came = self._read(connections.time_left(deadline, STEP))
