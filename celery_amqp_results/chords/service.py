@@ -26,6 +26,7 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations, declare_queue
+from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.chords import leader
 from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.chords.workers import bell
@@ -90,7 +91,7 @@ class Helpers:
             self._queue.put(function)
             if self._threads < min(self._most, self._busy):
                 self._threads += 1
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                start_thread(self._run, self._name)
 
     @property
     def busy(self) -> bool:
@@ -154,7 +155,7 @@ class Service:
         self._read = read
         self._fire = fire
         self._leader = leader.Leader(memory)
-        self._helpers = Helpers("celery-results-chord-helper")
+        self._helpers = Helpers("chord-helper")
         #: Finished work of helpers: the thread calls these with the leader.
         self._done: Deque[Callable[[float], None]] = collections.deque()
         # Guards the attributes below. No I/O is done while holding it.
@@ -183,10 +184,7 @@ class Service:
             wake = met and not self._met
             self._met = self._met or met
             if self._thread is None and not self._closing:
-                self._thread = threading.Thread(
-                    target=self._run, name="celery-results-chords", daemon=True
-                )
-                self._thread.start()
+                self._thread = start_thread(self._run, "chords")
         if wake:
             self._wake()
 
