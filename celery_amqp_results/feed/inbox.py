@@ -15,132 +15,42 @@ then opens another connection and drops everything it knows.
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import functools
 import logging
-import selectors
-import socket
 import threading
 import time
-from typing import (
-    Any,
-    Callable,
-    Collection,
-    Deque,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Set,
-    TypeVar,
-)
+from typing import Collection, Dict, Iterable, List, Mapping, Optional, Set
 
 import amqp
-from amqp import spec
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections, frames
+from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.amqp.failures import TRANSIENT, raise_if_from_signal_handler
 from celery_amqp_results.amqp.once import OnceLogger
+from celery_amqp_results.amqp.retry import time_left
 from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.feed.barriers import Barrier, Barriers
-from celery_amqp_results.feed.table import ALL, Look, Table, Unread
+from celery_amqp_results.feed.session import Session
+from celery_amqp_results.feed.table import Action, Look, Table, Unread
+from celery_amqp_results.feed.waiter import Waiter
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
-from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW, barrier_key
 from celery_amqp_results.protocol.page import Census
+from celery_amqp_results.protocol.ranking import is_lasting
 
-__all__ = ("BARRIER", "Inbox", "Waiter")
+__all__ = ("Inbox",)
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
-#: The property ``type`` of a barrier.
-BARRIER = "barrier"
 #: Seconds after which a read no longer waits for its barrier.
 BARRIER_SECONDS = 1.0
 #: Seconds after which a barrier that has not come back is lost for certain. The broker returns none
 #: that another queue has received: a queue bound with ``#`` receives all.
 LOST_SECONDS = 30.0
 
-#: Seconds between heartbeats: a dead connection is noticed after twice that.
-HEARTBEAT = 15.0
-
 #: Seconds after which a read restarts an inbox that has given up.
 RESTART = 30.0
-
-#: The largest number of messages in the inbox queue. The reader takes them as they come, so that
-#: this is reached only while the process stands still, for as long as its heartbeat allows.
-MAX_QUEUED = 1_000_000
-
-
-class Waiter:
-    """A waiter: collects the states of the tasks that it watches.
-
-    The reader thread fills it, and the waiting thread empties it. Any thread may call its methods.
-
-    Parameters:
-        wake: called, by any thread, whenever there is something to take; ``None`` where
-            :meth:`wait` is used.
-    """
-
-    def __init__(self, wake: Optional[Callable[[], None]] = None) -> None:
-        self._arrived: Deque[StateMessage] = collections.deque()
-        self._event = threading.Event()
-        self._wake = wake
-        #: Tasks to read from the store, since states may have been missed.
-        self._uncovered: Deque[str] = collections.deque()
-        self._failure: Optional[Exception] = None
-
-    def poke(self) -> None:
-        """Wake the waiting thread."""
-        self._event.set()
-        if self._wake is not None:
-            self._wake()
-
-    def feed(self, state: StateMessage) -> None:
-        """Add a state."""
-        self._arrived.append(state)
-        self.poke()
-
-    def uncover(self, ids: Iterable[str]) -> None:
-        """Report that states of *ids* may have been missed."""
-        self._uncovered.extend(ids)
-        self.poke()
-
-    def fail(self, failure: Exception) -> None:
-        """Report that no more states will come."""
-        self._failure = failure
-        self.poke()
-
-    def wait(self, timeout: float) -> bool:
-        """Wait until there is something to take; return whether there is."""
-        return self._event.wait(timeout)
-
-    def take(self) -> List[StateMessage]:
-        """Return the states that have come since the last call.
-
-        Raises:
-            Exception: the argument of :meth:`fail`.
-        """
-        self._event.clear()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-        return list(_popped(self._arrived))
-
-    def take_uncovered(self) -> Set[str]:
-        """Return the tasks to read from the store, each once."""
-        return set(_popped(self._uncovered))
-
-
-def _popped(queue: Deque[_T]) -> Iterator[_T]:
-    # Other threads append meanwhile, so a length taken before would be wrong.
-    with contextlib.suppress(IndexError):
-        while True:
-            yield queue.popleft()
 
 
 class Inbox:
@@ -180,7 +90,7 @@ class Inbox:
         self._strangers: Set[str] = set()
         self._table = Table(declarations.topology, limit)
         self._barriers = Barriers()
-        self._session: Optional[_Session] = None
+        self._session: Optional[Session] = None
         #: Why the present connection must be replaced, or empty.
         self._suspicion = ""
         #: States received, and messages that were not states.
@@ -322,7 +232,7 @@ class Inbox:
                     raise self._failure
                 if self._closing:
                     raise errors.BackendUnavailable("the result backend was closed")
-                remaining = connections.time_left(deadline, 3600.0)
+                remaining = time_left(deadline, 3600.0)
                 if remaining <= 0.0:
                     raise TimeoutError("the inbox was not bound in time")
                 self._changed.wait(remaining)
@@ -338,88 +248,96 @@ class Inbox:
 
     # -- reads -----------------------------------------------------------------------------
 
-    def ask(self, ids: Collection[str]) -> bool:
-        """Count a read of *ids*; return whether a barrier may make a look-up unnecessary.
+    def answer(
+        self, ids: Collection[str], deadline: Optional[float]
+    ) -> Dict[str, Optional[StateMessage]]:
+        """Return the current states of those of *ids* that are known for certain.
 
-        Starts the inbox, or requests a binding, where that pays. Does not wait.
+        Counts a read. Starts the inbox, or requests bindings, where that pays.
+
+        Parameters:
+            ids: the tasks.
+            deadline: time (``time.monotonic``) at which to stop waiting for a barrier.
         """
-        now, wall = time.monotonic(), _wall()
         with self._changed:
-            table = self._table
-            table.asked(ids, now)
-            if table.wants_inbox and not self._is_hopeless(now):
-                self._start()
-            self._wake_if_restless()
-            return bool(table.epoch) and any(
-                self._recall(task_id, now, wall) is not _UNREAD for task_id in ids
-            )
+            known = self._ask(ids)
+            session, epoch = self._session, self._table.epoch
+            lasting = len(known) == len(ids) and self._is_lasting(known)
+        if not known or session is None:
+            return {}
+        if lasting and session.take_in():
+            with self._changed:
+                known = self._recall(ids, epoch)
+                if len(known) == len(ids) and self._is_lasting(known):
+                    return known
+        if not self._pass_barrier(session, deadline):
+            return {}
+        with self._changed:
+            return self._recall(ids, epoch)
+
+    def _ask(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+        now = time.monotonic()
+        table = self._table
+        table.asked(ids, now)
+        if table.wants_inbox and not self._is_hopeless(now):
+            self._start()
+        self._wake_if_restless()
+        return self._recall(ids, table.epoch)
 
     def _is_hopeless(self, now: float) -> bool:
         return self._failure is not None and now - self._failed_at < RESTART
 
-    def _recall(self, task_id: str, now: float, wall: int) -> Any:
-        if self._table.is_due(task_id, now):
-            return _UNREAD
-        try:
-            return self._table.recall(task_id, now, wall)
-        except Unread:
-            return _UNREAD
+    def _is_lasting(self, known: Mapping[str, Optional[StateMessage]]) -> bool:
+        return self._table.is_proved(time.monotonic()) and all(map(is_lasting, known.values()))
 
-    def barrier(self, deadline: Optional[float]) -> int:
+    def _recall(self, ids: Iterable[str], epoch: int) -> Dict[str, Optional[StateMessage]]:
+        """Return the states of those of *ids* that are known without the store."""
+        found: Dict[str, Optional[StateMessage]] = {}
+        table = self._table
+        if not epoch or epoch != table.epoch:
+            return found
+        now, wall = time.monotonic(), _wall()
+        for task_id in ids:
+            with contextlib.suppress(Unread):
+                if not table.is_due(task_id, now):
+                    found[task_id] = table.recall(task_id, now, wall)
+        return found
+
+    def _pass_barrier(self, session: Session, deadline: Optional[float]) -> bool:
         """Wait until everything has come that was confirmed before this call.
 
-        Parameters:
-            deadline: time (``time.monotonic``) at which to give up, or ``None``.
-
-        Returns:
-            The number of the connection; 0 if there is none, or the barrier was late.
+        Returns ``False`` if that is not certain: the barrier was late, or there can be none.
         """
         with self._changed:
-            session, epoch = self._session, self._table.epoch
-            if session is None or not epoch or session.blocked:
-                return 0
+            if session is not self._session or session.blocked:
+                return False
             if self._barriers.overdue:
                 if self._barriers.late_for(time.monotonic()) > LOST_SECONDS:
                     self.suspect(f"a barrier has not come back within {LOST_SECONDS:g} s")
-                return 0
+                return False
             barrier, first = self._barriers.join()
-        if first:
-            self._publish(session, barrier)
-        barrier.wait(connections.time_left(deadline, BARRIER_SECONDS))
+        publish = functools.partial(self._publish, session, barrier) if first else None
+        session.wait_for(barrier, time_left(deadline, BARRIER_SECONDS), publish)
         with self._changed:
             if not barrier.returned:
                 self._barriers.give_up(barrier)
-            return epoch if barrier.returned and epoch == self._table.epoch else 0
+            return barrier.returned
 
-    def _publish(self, session: _Session, barrier: Barrier) -> None:
+    def _publish(self, session: Session, barrier: Barrier) -> None:
         """Publish a barrier. Reads that begin later need another one."""
         try:
-            with session.writing:
+            with session.io:
                 with self._changed:
                     number = self._barriers.publish(barrier, time.monotonic())
                 session.publish_barrier(number)
-        except connections.TRANSIENT as exc:
-            connections.raise_if_from_signal_handler(exc)
+        except TRANSIENT as exc:
+            raise_if_from_signal_handler(exc)
             # The connection is about to be lost, or part of a frame has been written.
             self.suspect(f"a barrier could not be published: {exc!r}")
         finally:
             with self._changed:
                 # After an interrupt, no read may join a barrier that is never published.
-                self._barriers.publish(barrier, time.monotonic())
-
-    def recall(self, ids: Iterable[str], epoch: int) -> Dict[str, Optional[StateMessage]]:
-        """Return the states of those of *ids* that are known for certain.
-
-        Parameters:
-            ids: the tasks.
-            epoch: the return value of :meth:`barrier`.
-        """
-        now, wall = time.monotonic(), _wall()
-        with self._changed:
-            if not epoch or epoch != self._table.epoch:
-                return {}
-            found = {task_id: self._recall(task_id, now, wall) for task_id in ids}
-        return {task_id: state for task_id, state in found.items() if state is not _UNREAD}
+                self._barriers.withdraw(barrier)
 
     def uncounted(self) -> List[int]:
         """Return the shards whose census is due, see :meth:`Table.uncounted`."""
@@ -496,22 +414,21 @@ class Inbox:
         attempt = 0
         opened = False
         while not self._closing:
-            session: Optional[_Session] = None
+            session: Optional[Session] = None
             try:
-                session = _Session(self)
+                session = Session(self, self._connector, self._declarations, self._client)
                 opened = True
                 attempt = 0
                 self._once = OnceLogger(logger)
                 session.read()
             except Exception as exc:
-                lost = isinstance(exc, connections.TRANSIENT)
+                lost = isinstance(exc, TRANSIENT)
                 refused = isinstance(
                     exc, (errors.BackendUnavailable, errors.DeclarationRefused)
                 ) or connections.is_refusal(exc)
                 self._lose(exc)
                 if session is not None:
                     session.drop()
-                    self._connector.leave(session.link)
                 if self._closing:
                     break
                 attempt += 1
@@ -567,7 +484,7 @@ class Inbox:
                 "(amq.gen-*)."
             )
             failure.__cause__ = exc
-        elif isinstance(exc, connections.TRANSIENT):
+        elif isinstance(exc, TRANSIENT):
             failure = errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} cannot be reached for results to be "
                 f"pushed, after {attempts} tries: {exc!r}. Is RabbitMQ running there, and is the "
@@ -589,24 +506,45 @@ class Inbox:
             for waiter in waiters:
                 waiter.fail(failure)
 
-    def _opened(self, session: _Session) -> None:
+    # -- what the session reports ------------------------------------------------------------
+
+    @property
+    def closing(self) -> bool:
+        """Whether to stop reading."""
+        return self._closing
+
+    @property
+    def suspicion(self) -> str:
+        """Why the connection must be replaced, or empty."""
+        return self._suspicion
+
+    @property
+    def restless(self) -> bool:
+        """Whether :meth:`actions` has something to do."""
+        return self._table.restless
+
+    def actions(self) -> List[Action]:
+        """Return the bindings to add and to remove, each once."""
+        with self._changed:
+            return self._table.actions(time.monotonic())
+
+    def on_open(self, session: Session) -> None:
+        """Note that the connection stands."""
         with self._changed:
             self._table.opened(time.monotonic())
             self._session = session
             self._changed.notify_all()
 
-    def _bound(self, key: int) -> None:
+    def on_bound(self, key: int) -> None:
+        """Note that a binding stands."""
         with self._changed:
             self._table.bound(key, time.monotonic())
             self._changed.notify_all()
 
-    def _receive(self, message: amqp.Message) -> None:
-        properties = message.properties
-        if properties.get("type") == BARRIER:
-            self._on_barrier(str(properties.get("message_id")))
-            return
+    def on_message(self, message: amqp.Message) -> None:
+        """Take in a pushed message."""
         try:
-            state = dated(StateMessage.from_properties(properties, message.body), _wall())
+            state = dated(StateMessage.from_properties(message.properties, message.body), _wall())
             self._declarations.topology.check_body_queue(state)
         except errors.ForeignMessage as exc:
             self.rejected += 1
@@ -624,217 +562,15 @@ class Inbox:
             for waiter in self._waiters.get(state.id, ()):
                 waiter.feed(state)
 
-    def _on_barrier(self, number: str) -> None:
+    def on_barrier(self, number: int) -> None:
+        """Take in a barrier that came back."""
         with self._changed:
-            if self._barriers.take(number):
+            barrier = self._barriers.take(number)
+            if barrier is not None:
                 self.barriers += 1
+                self._table.proved(barrier.published)
 
 
 def _wall() -> int:
     """Return microseconds since 1970."""
     return time.time_ns() // 1000
-
-
-_UNREAD: Any = object()
-
-
-class _Session:
-    """One connection of the inbox, with its queue declared, bound and consumed."""
-
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
-        #: Held during every write and read on the connection.
-        self.writing = threading.Lock()
-        self._refused = False
-        self.link = inbox._connector.open_once(HEARTBEAT, purpose="inbox")
-        try:
-            self._set_up()
-        except BaseException:
-            self.link.drop()
-            inbox._connector.leave(self.link)
-            raise
-
-    def _set_up(self) -> None:
-        inbox = self._inbox
-        declarations = inbox._declarations
-        topology = declarations.topology
-        self.channel = channel = self.link.channel()
-        declarations.ensure_exchange(channel)
-        # A message dropped from the full inbox is dead-lettered to this queue of length one: its
-        # arrival reports that states were missed.
-        overflow = f"{OVERFLOW}.{inbox._client}-{id(self):x}"
-        spilled = _declare(channel, {"x-max-length": 1})
-        channel.queue_bind(spilled, topology.exchange, overflow)
-        self.queue = _declare(
-            channel,
-            {
-                "x-max-length": MAX_QUEUED,
-                "x-overflow": "drop-head",
-                "x-dead-letter-exchange": topology.exchange,
-                "x-dead-letter-routing-key": overflow,
-            },
-        )
-        for client in (inbox._client, BROADCAST):
-            channel.queue_bind(self.queue, topology.exchange, topology.client_binding(client))
-        self._barrier_key = barrier_key()
-        channel.queue_bind(self.queue, topology.exchange, self._barrier_key)
-        # Brokers other than RabbitMQ limit consumers by default.
-        channel.basic_qos(0, 0, False)
-        channel.basic_consume(
-            self.queue, no_ack=True, callback=inbox._receive, on_cancel=self._on_cancel
-        )
-        channel.basic_consume(
-            spilled, no_ack=True, callback=self._on_overflow, on_cancel=self._on_cancel
-        )
-        #: Requested binding keys, in order.
-        self._binding: Deque[int] = collections.deque()
-        # The answers come in order, and no thread waits for them.
-        channel._callbacks[spec.Queue.BindOk] = self._on_bind_ok
-        # A broker that refuses barriers closes this channel alone.
-        self._barrier_channel = self.link.channel_nowait(self._on_barriers_refused)
-        self._barrier_channel.events["basic_return"].add(self._on_barrier_returned)
-        # The reader's end is closed with the session, the other end by either thread.
-        self._wakeup, self._theirs = socket.socketpair()
-        self._wakeup.setblocking(False)
-        self._theirs.setblocking(False)
-        inbox._opened(self)
-        self._bind_and_unbind()
-
-    def wake(self) -> None:
-        """Make :meth:`read` carry out the pending requests. May be called by any thread."""
-        with contextlib.suppress(OSError):
-            self._theirs.send(b"\0")
-
-    def close(self) -> None:
-        """Close the connection with the protocol's handshake."""
-        self._wakeup.close()
-        self._theirs.close()
-        self.link.close()
-
-    def drop(self) -> None:
-        """Close the socket without a handshake."""
-        self._wakeup.close()
-        self._theirs.close()
-        self.link.drop()
-
-    @property
-    def blocked(self) -> bool:
-        """Whether barriers do not work: an alarm stops publishers, or the broker refuses them."""
-        return self._refused or bool(self.link.blocked)
-
-    def _on_barriers_refused(self, code: int, text: str, class_id: int, method_id: int) -> None:
-        exchange = self._inbox._declarations.topology.exchange
-        if code == amqp.exceptions.NotFound.code:
-            raise amqp.exceptions.RecoverableConnectionError(
-                f"the exchange {exchange!r} was deleted, and the inbox's bindings with it"
-            )
-        self._refused = True
-        logger.warning(
-            "the broker refuses barriers, and every read of a state looks into the store: (%s) %s. "
-            "Check the user's write permission on the exchange %r, and its topic permissions",
-            code,
-            text,
-            exchange,
-        )
-
-    def _on_barrier_returned(self, *arguments: Any) -> None:
-        raise amqp.exceptions.RecoverableConnectionError(
-            "the inbox's bindings are gone: the exchange "
-            f"{self._inbox._declarations.topology.exchange!r} was deleted and declared again"
-        )
-
-    def publish_barrier(self, number: str) -> None:
-        """Publish a barrier. The caller holds :attr:`writing`."""
-        connection = self.link.amqp
-        if connection.transport is None:
-            raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
-        connection.transport.write(
-            frames.publish_frames(
-                self._barrier_channel.channel_id,
-                self._inbox._declarations.topology.exchange,
-                self._barrier_key,
-                True,
-                {"type": BARRIER, "message_id": number, "delivery_mode": 1},
-                b"",
-                connection.frame_max,
-            )
-        )
-        # py-amqp's heartbeats count these bytes.
-        connection.bytes_sent += 1
-
-    def _on_cancel(self, consumer_tag: str) -> None:
-        raise amqp.exceptions.ConsumerCancelled("the inbox queue was deleted", (60, 30))
-
-    def _on_overflow(self, message: Any) -> None:
-        raise amqp.exceptions.RecoverableConnectionError(
-            f"the inbox overflowed: more than {MAX_QUEUED} states came while this process stood "
-            "still"
-        )
-
-    def read(self) -> None:
-        """Read until the inbox is closed or the connection is lost, which raises."""
-        inbox = self._inbox
-        sock = self.link.socket
-        # gevent and eventlet replace DefaultSelector.
-        with selectors.DefaultSelector() as selector:
-            selector.register(sock, selectors.EVENT_READ)
-            selector.register(self._wakeup, selectors.EVENT_READ)
-            next_tick = 0.0
-            while not inbox._closing:
-                ready = {key.fileobj for key, _ in selector.select(self.link.idle_time())}
-                if self._wakeup in ready:
-                    with contextlib.suppress(BlockingIOError):
-                        while self._wakeup.recv(4096):
-                            pass
-                    if inbox._suspicion:
-                        raise amqp.exceptions.RecoverableConnectionError(inbox._suspicion)
-                if sock in ready:
-                    self._drain()
-                # These messages were received together: no system call, so that a computing thread
-                # cannot take the GIL in between.
-                while self.link.buffered() and not inbox._closing:
-                    self._drain()
-                if inbox._table.restless:
-                    self._bind_and_unbind()
-                now = time.monotonic()
-                if now >= next_tick:
-                    with self.writing:
-                        self.link.tick()
-                    next_tick = now + HEARTBEAT / 4
-
-    def _drain(self) -> None:
-        # A TLS socket must not be read and written at once.
-        with self.writing:
-            self.link.drain(0.0)
-
-    def _bind_and_unbind(self) -> None:
-        """Send the bindings and unbindings that the table requests; the answers come later."""
-        inbox = self._inbox
-        with inbox._changed:
-            actions = inbox._table.actions(time.monotonic())
-        topology = inbox._declarations.topology
-        with self.writing, self.link.corked():
-            for bind, key in actions:
-                pattern = topology.every_binding() if key == ALL else topology.shard_binding(key)
-                where = (self.queue, topology.exchange, pattern)
-                if bind:
-                    self._binding.append(key)
-                    self.channel.send_method(spec.Queue.Bind, "BsssbF", (0, *where, False, None))
-                else:
-                    self.channel.send_method(spec.Queue.Unbind, "BsssF", (0, *where, None))
-
-    def _on_bind_ok(self, *arguments: Any) -> None:
-        self._inbox._bound(self._binding.popleft())
-
-
-def _declare(channel: Any, arguments: Dict[str, Any]) -> str:
-    """Declare an exclusive queue named by the broker and return its name."""
-    return str(
-        channel.queue_declare(
-            "",
-            durable=False,
-            exclusive=True,
-            auto_delete=True,
-            arguments={"x-queue-type": "classic", **arguments},
-        ).queue
-    )

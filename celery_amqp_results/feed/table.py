@@ -100,6 +100,9 @@ LAST_CHECK = 300.0
 CHECK_PAUSE = 5.0
 #: Seconds after which a pushed state certainly lies in its shard, unless it was lost.
 SETTLED = 10.0
+#: Seconds after a barrier in which a SUCCESS is answered without another one. This is how long
+#: other processes may still return what was forgotten.
+PROOF_SECONDS = 1.0
 #: How long a final state outside a live view is known, in seconds.
 KEEP_FINAL = 15.0
 
@@ -259,6 +262,8 @@ class Table:
         self.epoch = 0
         self.connections = 0
         self._opened_at = 0.0
+        #: Everything that was confirmed before this time has come.
+        self._proved_at = -PROOF_SECONDS
         self._views: Dict[int, _View] = {}
         #: The known tasks; the one read or pushed last comes last.
         self._recent: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
@@ -302,6 +307,10 @@ class Table:
     def is_own(self, task_id: str) -> bool:
         """Whether this process has sent the task."""
         return task_id in self._sent
+
+    def is_proved(self, now: float) -> bool:
+        """Whether a SUCCESS may be answered without a barrier."""
+        return bool(self.epoch) and now - self._proved_at < PROOF_SECONDS
 
     def is_due(self, task_id: str, now: float) -> bool:
         """Return whether to check the view of the task's shard now; if so, the check has begun."""
@@ -355,9 +364,14 @@ class Table:
         self.epoch = self.connections
         self._opened_at = now
 
+    def proved(self, at: float) -> None:
+        """A barrier published at a time has come back."""
+        self._proved_at = max(self._proved_at, at)
+
     def lost(self) -> None:
         """The connection is lost: states may be missed until the next one stands."""
         self.epoch = 0
+        self._proved_at = -PROOF_SECONDS
         for view in self._views.values():
             view.lost = view.lost or view.bound_at is not None
             self._end(view)

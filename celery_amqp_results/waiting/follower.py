@@ -28,8 +28,9 @@ from typing import (
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.once import OnceLogger
-from celery_amqp_results.feed.inbox import Inbox, Waiter
+from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.feed.reads import Reads
+from celery_amqp_results.feed.waiter import Waiter
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 

@@ -79,8 +79,104 @@ def test_what_is_forgotten_is_forgotten_in_all_processes(
     writer.backend.store_result(task_id, 1, states.SUCCESS)
     assert reader.AsyncResult(task_id).state == states.SUCCESS
     make_app(shards=1).AsyncResult(task_id).forget()
-    assert reader.AsyncResult(task_id).state == states.PENDING
+    # Then this process may return it for a moment: its last barrier was just now
+    eventually(lambda: reader.AsyncResult(task_id).state == states.PENDING)
     assert not reader.backend.task_result_exists(task_id)
+
+
+@pytest.mark.parametrize(
+    ("final", "barriers"), [(states.SUCCESS, 0), (states.FAILURE, 5), (states.REVOKED, 5)]
+)
+def test_a_success_is_answered_again_without_a_barrier_and_other_final_states_are_not(
+    writer: Celery, reader: Celery, final: str, barriers: int
+) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    value = 1 if final == states.SUCCESS else ValueError("no")
+    writer.backend.store_result(task_id, value, final)
+    assert reader.AsyncResult(task_id).state == final
+    before = reader.backend.metrics()
+    for _ in range(5):
+        assert reader.AsyncResult(task_id).state == final
+    after = reader.backend.metrics()
+    assert after.barriers - before.barriers == barriers
+    assert after.remembered - before.remembered == 5
+
+
+def test_a_success_needs_a_barrier_once_the_last_one_is_too_long_ago(
+    writer: Celery, reader: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_module, "PROOF_SECONDS", 0.0)
+    task_id = new_id()
+    until_live(reader, task_id)
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    before = reader.backend.metrics()
+    for _ in range(5):
+        assert reader.AsyncResult(task_id).state == states.SUCCESS
+    assert reader.backend.metrics().barriers - before.barriers == 5
+
+
+def test_what_has_arrived_is_taken_in_before_a_success_is_answered(
+    writer: Celery, reader: Celery, make_app: Apps
+) -> None:
+    # Given a process whose inbox thread gets no chance to run
+    task_id, other = new_id(), new_id()
+    until_live(reader, task_id)
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    session = reader.backend.layout.inbox._session
+    with session._watch.borrowed() as borrowed:
+        assert borrowed
+        received = reader.backend.metrics().pushed
+        writer.backend.store_result(other, 1, states.SUCCESS)
+        eventually(session.link.readable)
+        assert reader.backend.metrics().pushed == received
+        # When it is asked
+        assert reader.AsyncResult(task_id).state == states.SUCCESS
+        # Then it has taken in what came
+        assert reader.backend.metrics().pushed == received + 1
+
+
+def test_the_thread_that_asks_reads_the_answer(
+    writer: Celery, reader: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until_live(reader, new_id())
+    inbox = reader.backend.layout.inbox
+    threads = set()
+    take = inbox.on_barrier
+
+    def on_barrier(number: int) -> None:
+        threads.add(threading.current_thread())
+        take(number)
+
+    monkeypatch.setattr(inbox, "on_barrier", on_barrier)
+    for _ in range(20):
+        assert reader.AsyncResult(new_id()).state == states.PENDING
+    assert threads == {threading.current_thread()}
+    # And the inbox's own thread reads what comes between two questions
+    before = reader.backend.metrics().pushed
+    writer.backend.store_result(new_id(), 1, states.SUCCESS)
+    eventually(lambda: reader.backend.metrics().pushed == before + 1)
+
+
+def test_a_thread_that_is_interrupted_while_it_reads_makes_the_inbox_connect_again(
+    writer: Celery, reader: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    inbox = reader.backend.layout.inbox
+
+    def interrupt(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inbox, "on_barrier", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            reader.AsyncResult(task_id).state  # noqa: B018
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    eventually(lambda: inbox.connections == 2)
+    until_live(reader, task_id)
 
 
 def test_a_result_that_has_expired_is_not_read_from_memory(make_app: Apps, reader: Celery) -> None:
@@ -164,9 +260,9 @@ def test_where_barriers_are_refused_the_store_is_read(
     until_live(reader, task_id)
     session = reader.backend.layout.inbox._session
     session._on_barriers_refused(403, "ACCESS_REFUSED", 60, 40)
-    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    writer.backend.store_result(task_id, 1, "PROGRESS")
     before = reader.backend.metrics().remembered
-    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    assert reader.AsyncResult(task_id).state == "PROGRESS"
     assert reader.backend.metrics().remembered == before
 
 
@@ -176,14 +272,14 @@ def test_a_barrier_that_does_not_come_back_is_not_waited_for_twice(
     task_id = new_id()
     until_live(reader, task_id)
     inbox = reader.backend.layout.inbox
-    take: Callable[[str], Any] = inbox._on_barrier
-    monkeypatch.setattr(inbox, "_on_barrier", lambda number: None)
-    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    take: Callable[[int], Any] = inbox.on_barrier
+    monkeypatch.setattr(inbox, "on_barrier", lambda number: None)
+    writer.backend.store_result(task_id, 1, "PROGRESS")
     for _ in range(3):
-        assert reader.AsyncResult(task_id).state == states.SUCCESS
+        assert reader.AsyncResult(task_id).state == "PROGRESS"
     # When it comes after all, barriers are used again.
     (number,) = inbox._barriers._under_way
-    monkeypatch.setattr(inbox, "_on_barrier", take)
+    monkeypatch.setattr(inbox, "on_barrier", take)
     take(number)
     until_live(reader, task_id)
 

@@ -12,6 +12,7 @@ from amqp.basic_message import Message
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.feed.barriers import Barrier
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.feed.table import STEADY
@@ -44,7 +45,7 @@ def state(
 def push(inbox: Inbox, *states: StateMessage) -> None:
     """Have the broker deliver *states*."""
     for each in states:
-        inbox._receive(Message(each.body, **each.properties(persistent=True)))
+        inbox.on_message(Message(each.body, **each.properties(persistent=True)))
 
 
 class FakeSession:
@@ -54,15 +55,25 @@ class FakeSession:
 
     def __init__(self, inbox: FakeInbox) -> None:
         self._inbox = inbox
-        self.writing = threading.Lock()
+        self.io = threading.Lock()
 
     def wake(self) -> None:
         if self._inbox.reachable:
             self._inbox.bind()
 
-    def publish_barrier(self, number: str) -> None:
+    def publish_barrier(self, number: int) -> None:
         self._inbox.before_barrier()
-        self._inbox._on_barrier(number)
+        self._inbox.on_barrier(number)
+
+    def wait_for(
+        self, barrier: Barrier, timeout: float, publish: Optional[Callable[[], None]] = None
+    ) -> None:
+        if publish is not None:
+            publish()
+        assert barrier.ended
+
+    def take_in(self) -> bool:
+        return True
 
 
 class FakeInbox(Inbox):
@@ -91,7 +102,7 @@ class FakeInbox(Inbox):
 
     def open(self) -> None:
         """Have a connection."""
-        self._opened(FakeSession(self))  # type: ignore[arg-type]
+        self.on_open(FakeSession(self))  # type: ignore[arg-type]
         if not self.fresh:
             self._table._opened_at -= STEADY
         self.bind()

@@ -15,6 +15,7 @@ from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.page import Census, number_of
+from celery_amqp_results.protocol.ranking import is_lasting
 from tests.unit.fakes import new_id, state
 
 SHARDS = 16
@@ -403,3 +404,27 @@ def test_a_look_up_that_began_before_the_binding_is_not_taken_in(table: Table) -
     count(table, 3, 5.0, [state(task_id, "STARTED")])
     table.end(look, {task_id: []}, {}, 6.0)
     assert known(table, task_id) == "STARTED"
+
+
+def test_a_proof_lasts_for_a_second_and_ends_with_the_connection(table: Table) -> None:
+    assert not table.is_proved(0.5)
+    table.proved(3.0)
+    assert table.is_proved(3.9)
+    assert not table.is_proved(4.1)
+    # A barrier that was published earlier and came back later adds nothing.
+    table.proved(5.0)
+    table.proved(4.0)
+    assert table.is_proved(5.9)
+    table.lost()
+    assert not table.is_proved(5.9)
+    table.opened(5.9)
+    assert not table.is_proved(5.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "lasting"),
+    [("SUCCESS", True), ("FAILURE", False), ("REVOKED", False), ("STARTED", False)],
+)
+def test_only_a_success_lasts(name: str, lasting: bool) -> None:
+    assert is_lasting(state(new_id(), name)) is lasting
+    assert not is_lasting(None)
