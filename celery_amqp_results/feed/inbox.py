@@ -32,8 +32,10 @@ from celery_amqp_results.amqp.once import OnceLogger
 from celery_amqp_results.amqp.retry import time_left
 from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.feed.barriers import Barrier, Barriers
+from celery_amqp_results.feed.bindings import Action
 from celery_amqp_results.feed.session import Session
-from celery_amqp_results.feed.table import Action, Look, Table, Unread
+from celery_amqp_results.feed.table import Table, Unread
+from celery_amqp_results.feed.views import Look
 from celery_amqp_results.feed.waiter import Waiter
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
 from celery_amqp_results.protocol.page import Census

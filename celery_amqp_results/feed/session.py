@@ -23,7 +23,7 @@ from celery_amqp_results.amqp.failures import TRANSIENT, raise_if_from_signal_ha
 from celery_amqp_results.amqp.retry import is_over, time_left
 from celery_amqp_results.amqp.sockets import SocketWatch
 from celery_amqp_results.feed.barriers import Barrier
-from celery_amqp_results.feed.table import ALL, Action
+from celery_amqp_results.feed.bindings import ALL, Action
 from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW, barrier_key
 
 __all__ = ("BARRIER", "Owner", "Session")

@@ -9,7 +9,7 @@ import pytest
 from celery import Celery, states
 
 from celery_amqp_results.feed import inbox as inbox_module
-from celery_amqp_results.feed import table as table_module
+from celery_amqp_results.feed import views
 from tests.broker.helpers import LONG, Waiting, new_id, open_inbox, until_stored
 from tests.conftest import Apps, eventually
 
@@ -54,8 +54,8 @@ def pair(make_app: Apps, monkeypatch: pytest.MonkeyPatch) -> Tuple[Celery, Celer
 
     The views are not compared with the store while a test runs.
     """
-    monkeypatch.setattr(table_module, "STEADY", 0.0)
-    monkeypatch.setattr(table_module, "FIRST_CHECK", 1000.0)
+    monkeypatch.setattr(views, "STEADY", 0.0)
+    monkeypatch.setattr(views, "FIRST_CHECK", 1000.0)
     writer, reader = make_app(shards=1), make_app(shards=1)
     until_remembered(reader)
     return writer, reader

@@ -12,6 +12,7 @@ from celery import Celery, states
 from celery.exceptions import TimeoutError
 
 from celery_amqp_results.feed import table as table_module
+from celery_amqp_results.feed import views
 from tests.broker.helpers import LONG, Waiting, new_id, open_inbox
 from tests.conftest import Apps, eventually
 
@@ -19,7 +20,7 @@ from tests.conftest import Apps, eventually
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A binding may be relied on at once: there is one node."""
-    monkeypatch.setattr(table_module, "STEADY", 0.0)
+    monkeypatch.setattr(views, "STEADY", 0.0)
 
 
 def until_live(reader: Celery, task_id: str) -> None:
@@ -244,8 +245,8 @@ def test_threads_share_barriers(writer: Celery, reader: Celery) -> None:
 def test_a_purged_shard_is_noticed_when_the_view_is_checked(
     writer: Celery, reader: Celery, raw: amqp.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_module, "FIRST_CHECK", 0.0)
-    monkeypatch.setattr(table_module, "SETTLED", 0.0)
+    monkeypatch.setattr(views, "FIRST_CHECK", 0.0)
+    monkeypatch.setattr(views, "SETTLED", 0.0)
     task_id = new_id()
     writer.backend.store_result(task_id, 1, states.SUCCESS)
     eventually(lambda: reader.backend.metrics().views or not reader.AsyncResult(task_id).state)
@@ -260,9 +261,9 @@ def test_where_barriers_are_refused_the_store_is_read(
     until_live(reader, task_id)
     session = reader.backend.layout.inbox._session
     session._on_barriers_refused(403, "ACCESS_REFUSED", 60, 40)
-    writer.backend.store_result(task_id, 1, "PROGRESS")
+    writer.backend.store_result(task_id, ValueError("no"), states.FAILURE)
     before = reader.backend.metrics().remembered
-    assert reader.AsyncResult(task_id).state == "PROGRESS"
+    assert reader.AsyncResult(task_id).state == states.FAILURE
     assert reader.backend.metrics().remembered == before
 
 
@@ -274,9 +275,9 @@ def test_a_barrier_that_does_not_come_back_is_not_waited_for_twice(
     inbox = reader.backend.layout.inbox
     take: Callable[[int], Any] = inbox.on_barrier
     monkeypatch.setattr(inbox, "on_barrier", lambda number: None)
-    writer.backend.store_result(task_id, 1, "PROGRESS")
+    writer.backend.store_result(task_id, ValueError("no"), states.FAILURE)
     for _ in range(3):
-        assert reader.AsyncResult(task_id).state == "PROGRESS"
+        assert reader.AsyncResult(task_id).state == states.FAILURE
     # When it comes after all, barriers are used again.
     (number,) = inbox._barriers._under_way
     monkeypatch.setattr(inbox, "on_barrier", take)

@@ -16,7 +16,9 @@ import random
 import uuid
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Set, Tuple
 
-from celery_amqp_results.feed.table import ALL, PROOF_SECONDS, STEADY, Look, Table, Unread
+from celery_amqp_results.feed.bindings import ALL
+from celery_amqp_results.feed.table import PROOF_SECONDS, Table, Unread
+from celery_amqp_results.feed.views import STEADY, Look
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.page import Census, number_of
@@ -455,9 +457,9 @@ class Simulation:
     # -- the verdict -------------------------------------------------------------------------------
 
     def _check_memory(self, table: Any) -> None:
-        size = sum(entry.size for entry in table._recent.values())
-        digests = sum(len(view.digests or ()) for view in table._views.values())
-        if (size, digests) != (table._recent_bytes, table._digest_count):
+        size = sum(entry.size for entry in table._memory.recent.values())
+        digests = sum(len(view.digests or ()) for view in table._memory.views.values())
+        if (size, digests) != (table._memory._recent_bytes, table._memory._digests):
             self.fail("memory is not counted right")
 
     def _name(self, task: Task) -> str:

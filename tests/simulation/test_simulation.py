@@ -35,7 +35,7 @@ def test_the_simulation_finds_faults(monkeypatch: pytest.MonkeyPatch, fault: str
     elif fault == "a proof never ends":
         monkeypatch.setattr(Table, "is_proved", lambda self, now: bool(self.epoch))
     else:
-        monkeypatch.setattr("celery_amqp_results.feed.table.STEADY", 0.0)
+        monkeypatch.setattr("celery_amqp_results.feed.views.STEADY", 0.0)
     with pytest.raises(Broken, match="seed"):
         for _ in run_many(0, 3 * SEEDS):
             pass

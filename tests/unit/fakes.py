@@ -15,7 +15,7 @@ from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.feed.barriers import Barrier
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.feed.reads import Reads
-from celery_amqp_results.feed.table import STEADY
+from celery_amqp_results.feed.views import STEADY
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.page import Census
