@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import datetime
 import functools
 import logging
 import operator
-import os
 import sys
-import threading
 import time
-import weakref
 from typing import (
     Any,
     Callable,
@@ -29,7 +25,7 @@ from typing import (
 )
 
 import celery
-from celery import signals, states
+from celery import states
 from celery.app.task import Context
 from celery.backends.base import Backend
 from celery.exceptions import SecurityError, TimeoutError
@@ -50,7 +46,7 @@ from celery_amqp_results.config import (
     expiry_of,
 )
 from celery_amqp_results.errors import BacklogLimitExceeded
-from celery_amqp_results.layouts import Layout, LayoutRegistry, make_layout
+from celery_amqp_results.layouts import Layout
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
 from celery_amqp_results.per_task.layout import Wire
@@ -59,6 +55,7 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.recording import Recorder
+from celery_amqp_results.registry import OwnLayout
 from celery_amqp_results.store import marks as tracking
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting.groups import Pass, ask_in_one_pass
@@ -173,13 +170,14 @@ class AMQPBackend(Celery4API, Backend):
             tuple(sorted(self.accept or ())),
             purpose,
         )
-        self._layouts = _registry_of(app)
+        self._layout = OwnLayout(app, self.config)
         #: Stores the states of tasks.
-        self.recorder = Recorder(app.tasks.get, self.config, lambda: self.layout)
+        self.recorder = Recorder(app.tasks.get, self.config, self._layout)
         #: Waits for tasks.
-        self.waits = Waits(lambda: self.layout, self.decode_state)
-        self._reset()
-        _backends.add(self)
+        self.waits = Waits(self._layout, self.decode_state)
+        self._failed = LRUCache(limit=MAX_FAILED)
+        self._pass = Pass()
+        self._layout.reset_after_fork(self.waits)
 
     @property
     def options(self) -> Options:
@@ -210,23 +208,10 @@ class AMQPBackend(Celery4API, Backend):
             **self._arguments,
         )
 
-    def _reset(self) -> None:
-        """Start afresh, like a new process that has opened nothing."""
-        self._pid = os.getpid()
-        self.waits.reset()
-        self._failed = LRUCache(limit=MAX_FAILED)
-        self._pass = Pass()
-
     @property
     def layout(self) -> Layout:
         """Where the results are kept. Making it does no I/O."""
-        if self._pid != os.getpid():
-            # Forked by something that does not run Python's hooks.
-            self._reset()
-        return self._layouts.get(self.config.layout_key, self._make_layout)
-
-    def _make_layout(self) -> Layout:
-        return make_layout(self.app, self.config)
+        return self._layout()
 
     # -- identity ----------------------------------------------------------------------------
 
@@ -247,7 +232,7 @@ class AMQPBackend(Celery4API, Backend):
 
         Costs some microseconds, and no I/O. Closing the backend does not reset the counts.
         """
-        return self._layouts.metrics(self.config.layout_key)
+        return self._layout.metrics()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.as_uri(include_password=False)}>"
@@ -836,45 +821,7 @@ class AMQPBackend(Celery4API, Backend):
         again, and then reconnects.
         """
         self.waits.close()
-        layout = self._layouts.pop(self.config.layout_key)
-        if layout is not None:
-            layout.close()
-
-
-_backends: weakref.WeakSet[AMQPBackend] = weakref.WeakSet()
-_registries: weakref.WeakKeyDictionary[Any, LayoutRegistry] = weakref.WeakKeyDictionary()
-_registries_lock = threading.Lock()
-
-
-def _registry_of(app: Any) -> LayoutRegistry:
-    """Return the layouts of the backends of *app*; they are closed when the app is gone."""
-    with _registries_lock:
-        registry = _registries.get(app)
-        if registry is None:
-            registry = _registries[app] = LayoutRegistry()
-            weakref.finalize(app, registry.close, wait=False).atexit = False
-        return registry
-
-
-def _after_fork_in_child() -> None:
-    # Dropped without closing: the sockets are the parent's.
-    global _registries_lock
-    _registries_lock = threading.Lock()
-    for registry in list(_registries.values()):
-        registry.reset()
-    for backend in list(_backends):
-        backend._reset()
-
-
-def _at_exit() -> None:
-    for registry in list(_registries.values()):
-        registry.close()
-
-
-def _at_end_of_worker_process(**kwargs: Any) -> None:
-    # A child of a pool ends without running Python's exit functions.
-    for registry in list(_registries.values()):
-        registry.flush()
+        self._layout.close()
 
 
 def _on_worker_ready(app: Any) -> None:
@@ -886,6 +833,3 @@ def _on_worker_ready(app: Any) -> None:
 
 
 workers.on_ready(_on_worker_ready)
-signals.worker_process_shutdown.connect(_at_end_of_worker_process, weak=False)
-os.register_at_fork(after_in_child=_after_fork_in_child)
-atexit.register(_at_exit)
