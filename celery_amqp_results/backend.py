@@ -31,7 +31,7 @@ from celery.exceptions import TimeoutError
 from celery.result import ResultSet
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.celery4.api import Celery4API
 from celery_amqp_results.chords import remote, workers
 from celery_amqp_results.chords.firing import last_links
@@ -293,9 +293,7 @@ class AMQPBackend(Celery4API, Backend):
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether a retry may help: the broker is unreachable, but has not refused."""
         cause = exc.__cause__ or exc
-        return isinstance(
-            exc, (errors.BackendUnavailable, *connections.TRANSIENT)
-        ) and not connections.is_refusal(cause)
+        return isinstance(exc, (errors.BackendUnavailable, *TRANSIENT)) and not is_refusal(cause)
 
     # -- reading -----------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 from celery.app.task import Context
 
-from celery_amqp_results.amqp.once import OnceLogger
 from celery_amqp_results.chords.firing import sends_for_another
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.layouts import Layout
@@ -25,6 +24,7 @@ from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessag
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.store import marks as tracking
+from celery_amqp_results.toolkit.bounded import OnceLogger
 
 __all__ = ("Recorder", "plain_meta", "without_arguments")
 
