@@ -23,31 +23,26 @@ from amqp import exceptions as amqp_errors
 from amqp import spec
 
 from celery_amqp_results import errors, options
-from celery_amqp_results.amqp import frames, retry, sockets
+from celery_amqp_results.amqp import frames
 from celery_amqp_results.amqp.failures import (
     CHANNELS,
     CONNECTIONS,
     TRANSIENT,
     is_refusal,
     limit_of,
-    raise_if_from_signal_handler,
 )
-from celery_amqp_results.amqp.once import OnceLogger
-from celery_amqp_results.amqp.retry import is_over, time_left
-from celery_amqp_results.amqp.threads import start_thread
+from celery_amqp_results.toolkit import retry, sockets
+from celery_amqp_results.toolkit.bounded import OnceLogger
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import is_over, time_left
+from celery_amqp_results.toolkit.threads import start_thread
 
 __all__ = (
-    "TRANSIENT",
     "Connector",
     "Link",
     "LookupTries",
     "Pool",
     "channel_nowait",
-    "is_over",
-    "is_refusal",
-    "limit_of",
-    "raise_if_from_signal_handler",
-    "time_left",
 )
 
 logger = logging.getLogger(__name__)

@@ -27,6 +27,9 @@ import kombu
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import is_over, time_left
 
 __all__ = ("AMQPSessions", "KombuSessions", "Session", "Sessions", "is_amqp", "transport_name")
 
@@ -114,7 +117,7 @@ class AMQPSessions:
 
     amqp = True
     local = False
-    errors = connections.TRANSIENT
+    errors = TRANSIENT
 
     def __init__(self, pool: connections.Pool) -> None:
         self._pool = pool
@@ -194,16 +197,16 @@ class KombuSessions:
                 connection.connect()
                 return connection
             except self.errors as exc:
-                connections.raise_if_from_signal_handler(exc)
+                raise_if_from_signal_handler(exc)
                 _release(connection)
                 attempt += 1
                 pause = policy.pause(attempt)
-                if pause is None or connections.is_over(deadline):
+                if pause is None or is_over(deadline):
                     raise errors.BackendUnavailable(
                         f"the broker at {self._connector.describe()} cannot be reached after "
                         f"{attempt} tries: {exc!r}"
                     ) from exc
-                time.sleep(connections.time_left(deadline, pause))
+                time.sleep(time_left(deadline, pause))
 
     def close(self) -> None:
         """Close all connections that are not in use."""

@@ -26,7 +26,7 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations, declare_queue
-from celery_amqp_results.amqp.threads import start_thread
+from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.chords import leader
 from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.chords.workers import bell
@@ -40,6 +40,7 @@ from celery_amqp_results.protocol.message import (
 from celery_amqp_results.protocol.names import PLAN_QUEUES
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.lookup import Store
+from celery_amqp_results.toolkit.threads import start_thread
 
 __all__ = ("NotSent", "Service", "read_ends")
 
@@ -288,7 +289,7 @@ class Service:
         if refused:
             pause = REFUSED_SECONDS
             logger.error("chords cannot be led here, trying again in %.0f s: %s", pause, exc)
-        elif isinstance(exc, connections.TRANSIENT):
+        elif isinstance(exc, TRANSIENT):
             pause = self._connector.policy.pause(attempt) or self._connector.policy.interval_max
             logger.warning(
                 "the connection that chords are led on is lost, opening another in %.1f s [%d]: %r",

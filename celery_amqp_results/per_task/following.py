@@ -41,8 +41,11 @@ from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import time_left
 from celery_amqp_results.waiting.follower import FIRST_RECHECK, LAST_RECHECK, Update
 
 __all__ = ("PollingFollower", "PushFollower")
@@ -206,7 +209,7 @@ class PollingFollower(_Follower):
             BackendUnavailable: when the broker cannot be reached or refuses us.
             Exception: whatever :meth:`Queues.poll` raises.
         """
-        until = time.monotonic() + connections.time_left(deadline, pause)
+        until = time.monotonic() + time_left(deadline, pause)
         while True:
             poked = self._event.is_set()
             if poked:
@@ -301,7 +304,7 @@ class PushFollower(_Follower):
             BackendUnavailable: when the broker cannot be reached or refuses us.
             Exception: whatever :meth:`Queues.poll` raises.
         """
-        until = time.monotonic() + connections.time_left(deadline, pause)
+        until = time.monotonic() + time_left(deadline, pause)
         try:
             if time.monotonic() >= self._recheck_at:
                 # A push is a hint, the queue is the truth.
@@ -329,13 +332,13 @@ class PushFollower(_Follower):
                 self._failures = 0
                 return updates
         except self._layout.sessions.errors as exc:
-            connections.raise_if_from_signal_handler(exc)
+            raise_if_from_signal_handler(exc)
             if isinstance(exc, errors.BackendUnavailable):
                 raise
             self._drop()
             self._failures += 1
             seconds = self._layout.connector.policy.pause(self._failures)
-            if seconds is None or connections.is_refusal(exc):
+            if seconds is None or is_refusal(exc):
                 raise errors.BackendUnavailable(
                     f"the connection to the broker at {self._layout.connector.describe()} was "
                     f"lost while waiting for {len(self.pending)} tasks: {exc!r}"

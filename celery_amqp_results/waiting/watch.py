@@ -43,9 +43,12 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import time_left
 from celery_amqp_results.waiting.follower import Update
 
 __all__ = (
@@ -311,7 +314,7 @@ class Tap:
         """
         if self._pid != os.getpid():
             raise RuntimeError(_FORKED)
-        until = time.monotonic() + connections.time_left(deadline, pause)
+        until = time.monotonic() + time_left(deadline, pause)
         if self._bells is None:
             self._bells = socket.socketpair()
             for bell in self._bells:
@@ -328,8 +331,8 @@ class Tap:
             while self._link.readable():
                 self._link.drain(0.0)
             self._failures = 0
-        except connections.TRANSIENT as exc:
-            connections.raise_if_from_signal_handler(exc)
+        except TRANSIENT as exc:
+            raise_if_from_signal_handler(exc)
             if isinstance(exc, errors.BackendUnavailable):
                 raise
             self._lose(exc, until)
@@ -342,7 +345,7 @@ class Tap:
             link.drop()
             self.lost += 1
         self._declarations.forget()
-        if connections.is_refusal(exc):
+        if is_refusal(exc):
             raise errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} refuses to have results watched: "
                 f"{exc}. Check the user's permissions on the exchange "

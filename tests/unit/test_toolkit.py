@@ -11,10 +11,12 @@ from typing import Any, Optional
 import pytest
 from amqp import exceptions as amqp_errors
 
-from celery_amqp_results.amqp import failures, sockets
-from celery_amqp_results.amqp.once import BoundedDict, OnceLogger
-from celery_amqp_results.amqp.retry import Retry
+from celery_amqp_results.amqp import failures
 from celery_amqp_results.options import RetryPolicy
+from celery_amqp_results.toolkit import sockets
+from celery_amqp_results.toolkit.bounded import BoundedDict, OnceLogger
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import Retry
 
 #: What RabbitMQ 3.10 and 4.3 say.
 LIMITS = [
@@ -117,7 +119,7 @@ def test_a_network_error_is_one_whatever_else_was_caught_before() -> None:
     try:
         connect("there", 1, 2)
     except TimeoutError as exc:
-        failures.raise_if_from_signal_handler(exc)
+        raise_if_from_signal_handler(exc)
 
 
 def test_a_bounded_dict_forgets_what_was_set_first() -> None:

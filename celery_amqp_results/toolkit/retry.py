@@ -7,7 +7,7 @@ import time
 from typing import Callable, Optional
 
 from celery_amqp_results import options
-from celery_amqp_results.amqp import failures
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
 __all__ = ("Retry", "is_over", "time_left")
 
@@ -55,7 +55,7 @@ class Retry:
             exc: the error of the last try. Raised again if a signal handler raised it.
             now: the time (``time.monotonic``).
         """
-        failures.raise_if_from_signal_handler(exc)
+        raise_if_from_signal_handler(exc)
         self.failed += 1
         pause = self._policy.pause(self.failed)
         if pause is None:
