@@ -41,8 +41,7 @@ from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
-from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
-from celery_amqp_results.toolkit.retry import time_left
+from celery_amqp_results.toolkit.retry import Retry, time_left
 from celery_amqp_results.toolkit.sockets import WakeUp
 from celery_amqp_results.waiting.follower import FIRST_RECHECK, LAST_RECHECK, Update
 
@@ -251,7 +250,7 @@ class PushFollower(_Follower):
         self._waiting_since = time.monotonic()
         #: Why a pushed message cannot be read, by the task that it is about.
         self._failures_of: Dict[str, Exception] = {}
-        self._failures = 0
+        self._tries = Retry(layout.connector.policy)
         self._pause = FIRST_RECHECK
         self._recheck_at = time.monotonic() + FIRST_RECHECK
         self._wake_up = WakeUp()
@@ -322,15 +321,13 @@ class PushFollower(_Follower):
                     return updates
             if self._link is not None:
                 updates = self._receive(self._link, until)
-                self._failures = 0
+                self._tries.succeeded()
                 return updates
+        except errors.BackendUnavailable:
+            raise
         except self._layout.sessions.errors as exc:
-            raise_if_from_signal_handler(exc)
-            if isinstance(exc, errors.BackendUnavailable):
-                raise
+            seconds = self._tries.after(exc, time.monotonic())
             self._drop()
-            self._failures += 1
-            seconds = self._layout.connector.policy.pause(self._failures)
             if seconds is None or is_refusal(exc):
                 raise errors.BackendUnavailable(
                     f"the connection to the broker at {self._layout.connector.describe()} was "

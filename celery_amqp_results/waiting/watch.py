@@ -44,8 +44,7 @@ from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
 from celery_amqp_results.toolkit.bounded import BoundedDict
-from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
-from celery_amqp_results.toolkit.retry import time_left
+from celery_amqp_results.toolkit.retry import Retry, time_left
 from celery_amqp_results.toolkit.sockets import WakeUp
 from celery_amqp_results.waiting.follower import Update
 
@@ -256,7 +255,7 @@ class Tap:
         self._wanted = wanted
         self._link: Optional[connections.Link] = None
         self._arrived: List[StateMessage] = []
-        self._failures = 0
+        self._tries = Retry(connector.policy)
         self._opened = False
         self._shut = False
         self._pid = os.getpid()
@@ -320,11 +319,10 @@ class Tap:
                 self._link.wait(until, self._wake_up)
             while self._link.readable():
                 self._link.drain(0.0)
-            self._failures = 0
+            self._tries.succeeded()
+        except errors.BackendUnavailable:
+            raise
         except TRANSIENT as exc:
-            raise_if_from_signal_handler(exc)
-            if isinstance(exc, errors.BackendUnavailable):
-                raise
             pause = self._lose(exc)
             self._wake_up.wait(time_left(until, pause))
         arrived, self._arrived = self._arrived, []
@@ -332,6 +330,7 @@ class Tap:
 
     def _lose(self, exc: Exception) -> float:
         """Close the connection; return the seconds after which to open another."""
+        seconds = self._tries.after_success(exc, time.monotonic())
         link, self._link = self._link, None
         if link is not None:
             link.drop()
@@ -344,11 +343,6 @@ class Tap:
                 f"{self._declarations.topology.exchange!r} and on queues that the broker names "
                 "(amq.gen-*)."
             ) from exc
-        self._failures += 1
-        seconds = self._connector.policy.pause(self._failures)
-        if seconds is None:
-            # The broker was reachable before, and will be back.
-            seconds = self._connector.policy.interval_max
         logger.warning(
             "the connection that results are watched on is lost, opening another in %.1f s; "
             "states may be missed: %r",
