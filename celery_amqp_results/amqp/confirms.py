@@ -18,6 +18,7 @@ import amqp.exceptions
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections, frames
+from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("ConfirmChannel", "ConfirmLog", "Outgoing", "Publication", "QueueLength", "Status")
 
@@ -336,7 +337,7 @@ class ConfirmChannel:
             waiting = [publication for publication in waiting if not publication.settled]
             if not waiting:
                 return
-            if self.link.readable(connections.time_left(deadline, 1.0)):
+            if self.link.readable(time_left(deadline, 1.0)):
                 self.take_in()
             now = time.monotonic()
             if deadline is not None and now >= deadline:

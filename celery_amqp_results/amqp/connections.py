@@ -23,31 +23,26 @@ from amqp import exceptions as amqp_errors
 from amqp import spec
 
 from celery_amqp_results import errors, options
-from celery_amqp_results.amqp import frames, retry, sockets
+from celery_amqp_results.amqp import frames
 from celery_amqp_results.amqp.failures import (
     CHANNELS,
     CONNECTIONS,
     TRANSIENT,
     is_refusal,
     limit_of,
-    raise_if_from_signal_handler,
 )
-from celery_amqp_results.amqp.once import OnceLogger
-from celery_amqp_results.amqp.retry import is_over, time_left
-from celery_amqp_results.amqp.threads import start_thread
+from celery_amqp_results.toolkit import retry, sockets
+from celery_amqp_results.toolkit.bounded import OnceLogger
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import is_over, time_left
+from celery_amqp_results.toolkit.threads import start_thread
 
 __all__ = (
-    "TRANSIENT",
     "Connector",
     "Link",
     "LookupTries",
     "Pool",
     "channel_nowait",
-    "is_over",
-    "is_refusal",
-    "limit_of",
-    "raise_if_from_signal_handler",
-    "time_left",
 )
 
 logger = logging.getLogger(__name__)
@@ -265,6 +260,15 @@ class Link:
             timeout: seconds to wait for it.
         """
         return self.buffered() or sockets.readable(self.socket, timeout)
+
+    def wait(self, until: float, wake_up: sockets.WakeUp) -> None:
+        """Wait until there is something to read, or :meth:`tick` is due.
+
+        Parameters:
+            until: time (``time.monotonic``) after which to stop waiting.
+            wake_up: ends the wait when it rings.
+        """
+        wake_up.wait(time_left(until, self.idle_time()), self.socket)
 
     def has_room(self) -> bool:
         """Return whether another channel may be opened, and one more after it."""
@@ -524,11 +528,9 @@ class Connector:
             except errors.BackendUnavailable:
                 raise
             except TRANSIENT as exc:
-                pause = tries.after(exc, time.monotonic())
                 limited = self.is_limited(exc)
-                if pause is None or is_over(deadline):
+                if not retry.wait_before_retry(tries, exc, deadline):
                     raise self._unreachable(exc, tries.failed, limited) from exc
-                time.sleep(time_left(deadline, pause))
             else:
                 return link
 

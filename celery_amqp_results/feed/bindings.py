@@ -2,7 +2,9 @@
 
 A binding brings every state of a shard. It costs the broker a message for each, so it must save
 look-ups. Bindings are metadata and must not churn. When more than a quarter of the shards is bound,
-or strangers' tasks are read often, one key binds all of them. This module does no I/O and has no clock.
+or strangers' tasks are read often, one key binds all of them.
+
+This module does no I/O and has no clock.
 """
 
 from __future__ import annotations

@@ -27,10 +27,7 @@ import amqp
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
-from celery_amqp_results.amqp.failures import TRANSIENT, raise_if_from_signal_handler
-from celery_amqp_results.amqp.once import OnceLogger
-from celery_amqp_results.amqp.retry import time_left
-from celery_amqp_results.amqp.threads import start_thread
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.feed.barriers import Barrier, Barriers
 from celery_amqp_results.feed.bindings import Action
 from celery_amqp_results.feed.session import Session
@@ -40,6 +37,10 @@ from celery_amqp_results.feed.waiter import Waiter
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
 from celery_amqp_results.protocol.page import Census
 from celery_amqp_results.protocol.ranking import is_lasting
+from celery_amqp_results.toolkit.bounded import OnceLogger
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import time_left
+from celery_amqp_results.toolkit.threads import start_thread
 
 __all__ = ("Inbox",)
 
@@ -427,7 +428,7 @@ class Inbox:
                 lost = isinstance(exc, TRANSIENT)
                 refused = isinstance(
                     exc, (errors.BackendUnavailable, errors.DeclarationRefused)
-                ) or connections.is_refusal(exc)
+                ) or is_refusal(exc)
                 self._lose(exc)
                 if session is not None:
                     session.drop()
@@ -478,7 +479,7 @@ class Inbox:
     def _give_up(self, exc: Exception, attempts: int) -> None:
         if isinstance(exc, (errors.BackendUnavailable, errors.DeclarationRefused)):
             failure: Exception = exc
-        elif connections.is_refusal(exc):
+        elif is_refusal(exc):
             failure = errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} refuses to push results: {exc}. "
                 "Check the user's permissions on the exchange "

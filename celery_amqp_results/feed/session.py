@@ -19,12 +19,13 @@ from amqp import spec
 
 from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.amqp.declarations import Declarations
-from celery_amqp_results.amqp.failures import TRANSIENT, raise_if_from_signal_handler
-from celery_amqp_results.amqp.retry import is_over, time_left
-from celery_amqp_results.amqp.sockets import SocketWatch
+from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.feed.barriers import Barrier
 from celery_amqp_results.feed.bindings import ALL, Action
 from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW, barrier_key
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import is_over, time_left
+from celery_amqp_results.toolkit.sockets import SocketWatch
 
 __all__ = ("BARRIER", "Owner", "Session")
 

@@ -49,7 +49,6 @@ from __future__ import annotations
 import re
 from typing import Collection, Iterable, List, Mapping, Optional, Set
 
-from celery_amqp_results.amqp.once import BoundedDict
 from celery_amqp_results.feed import views
 from celery_amqp_results.feed.bindings import ALL, Action, Bindings
 from celery_amqp_results.feed.memory import Memory
@@ -58,6 +57,7 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.page import Census, number_of
 from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
+from celery_amqp_results.toolkit.bounded import BoundedDict
 
 __all__ = ("Table", "Unread")
 

@@ -15,6 +15,7 @@ import amqp
 from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
 from celery_amqp_results.protocol.names import BROADCAST, Route, Topology
+from celery_amqp_results.toolkit.retry import is_over, time_left
 
 __all__ = ("announce",)
 
@@ -52,8 +53,8 @@ def announce(link: connections.Link, topology: Topology, ids: Collection[str]) -
             )
             link.amqp.transport.write(_frames(link, channel, topology, mark))
     end = time.monotonic() + CONFIRM_SECONDS
-    while confirmed < len(ids) and channel.is_open and not connections.is_over(end):
-        link.drain(connections.time_left(end, CONFIRM_SECONDS))
+    while confirmed < len(ids) and channel.is_open and not is_over(end):
+        link.drain(time_left(end, CONFIRM_SECONDS))
     channel.close()
 
 

@@ -25,6 +25,7 @@ import amqp
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
@@ -121,7 +122,7 @@ class LargeBodies:
                     return self._read(link, queue, pointer, end)
             except errors.BackendUnavailable:
                 raise
-            except connections.TRANSIENT as exc:
+            except TRANSIENT as exc:
                 # One cause is a queue deleted while we waited in line: the next try finds it
                 # missing.
                 tries.wait(exc, f"the large result in {queue!r}")

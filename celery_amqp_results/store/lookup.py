@@ -24,11 +24,14 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication, Status
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.announcing import announce
 from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("Store",)
 
@@ -306,7 +309,7 @@ class _Read:
         self.checkout.set_fence()
         until = min(time.monotonic() + PAGE_SECONDS, self._end)
         while not self.checkout.fenced and time.monotonic() < until:
-            self._link.drain(connections.time_left(until, PAGE_SECONDS))
+            self._link.drain(time_left(until, PAGE_SECONDS))
 
     def _pack(self, until: float) -> None:
         """Replace loose results, and small pages, by full pages.
@@ -553,8 +556,8 @@ class Store:
             except amqp.exceptions.ChannelError as exc:
                 logger.info("other processes are not told what was forgotten: %s", exc)
                 return
-            except connections.TRANSIENT as exc:
-                connections.raise_if_from_signal_handler(exc)
+            except TRANSIENT as exc:
+                raise_if_from_signal_handler(exc)
                 tries.wait(exc, "what was forgotten")
 
     def readable(self, queue: str, found: List[StateMessage]) -> List[StateMessage]:
@@ -614,7 +617,7 @@ class Store:
                     late = self._read_on(link, request, todo, end, pack_end)
             except errors.LookupTimeout:
                 raise
-            except connections.TRANSIENT as exc:
+            except TRANSIENT as exc:
                 # Shards read completely are done; the others are read again.
                 self.declarations.forget()
                 if not todo:

@@ -20,8 +20,10 @@ import kombu
 from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.amqp.confirms import Outgoing
 from celery_amqp_results.amqp.declarations import Declarations, declare_exchange
+from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
 __all__ = ("ENDED", "FORGOTTEN", "SENT", "Fate", "Marker", "ended_expiration", "mark")
 
@@ -156,6 +158,6 @@ class Marker:
             if side is None:
                 side = self._sides[established] = _Side(established, self._declarations)
             side.publish(message)
-        except connections.TRANSIENT as exc:
-            connections.raise_if_from_signal_handler(exc)
+        except TRANSIENT as exc:
+            raise_if_from_signal_handler(exc)
             logger.info("%s was not published: %r", message.what, exc)

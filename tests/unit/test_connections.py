@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_amqp_results import errors, options
-from celery_amqp_results.amqp import connections, retry
-from celery_amqp_results.amqp.connections import TRANSIENT, is_over, is_refusal, time_left
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
+from celery_amqp_results.toolkit import retry
+from celery_amqp_results.toolkit.retry import is_over, time_left
 
 #: Refusals of a broker, under py-amqp's names for the codes of the protocol.
 REFUSALS = {403: "access refused", 406: "precondition failed", 530: "not allowed"}
