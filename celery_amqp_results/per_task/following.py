@@ -42,6 +42,7 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.amqp.failures import is_refusal
+from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
@@ -237,7 +238,7 @@ class PushFollower(_Follower):
 
     def __init__(self, layout: Queues) -> None:
         super().__init__(layout)
-        self._link: Optional[connections.Link] = None
+        self._link: Optional[Link] = None
         self._channel: Any = None
         self._queue = ""
         #: The tasks whose binding stands and that were read since.
@@ -377,7 +378,7 @@ class PushFollower(_Follower):
         self._arrived = [each for each in arrived if each.id not in found]
         return self._news(states)
 
-    def _probe(self, link: connections.Link, deadline: Optional[float]) -> List[Update]:
+    def _probe(self, link: Link, deadline: Optional[float]) -> List[Update]:
         """Read the non-empty queues among tasks without pushed states."""
         begun = time.monotonic()
         filled = []
@@ -396,7 +397,7 @@ class PushFollower(_Follower):
         self._probe_at = now + max(pause, (now - begun) / PAUSE_SHARE)
         return updates
 
-    def _has_messages(self, link: connections.Link, task_id: str) -> bool:
+    def _has_messages(self, link: Link, task_id: str) -> bool:
         if self._probing is None:
             self._probing = link.amqp.channel()
         try:
@@ -453,7 +454,7 @@ class PushFollower(_Follower):
                 if self._layout.rkey(task_id) == key:
                     self._failures_of[task_id] = exc
 
-    def _receive(self, link: connections.Link, until: float) -> List[Update]:
+    def _receive(self, link: Link, until: float) -> List[Update]:
         """Wait for pushes until *until*, or until other work is due."""
         if not self._arrived and not self._failures_of:
             link.tick()
@@ -473,7 +474,7 @@ class PushFollower(_Follower):
             self._unpushed = collections.deque(i for i in self._unpushed if i not in pushed)
         return self._news(arrived)
 
-    def _wait(self, until: float, link: Optional[connections.Link]) -> None:
+    def _wait(self, until: float, link: Optional[Link]) -> None:
         """Wait until *until*, until poked, or until *link* has something to read."""
         seconds = max(0.0, until - time.monotonic())
         with selectors.DefaultSelector() as selector:

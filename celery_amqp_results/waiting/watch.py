@@ -44,6 +44,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
+from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
@@ -260,7 +261,7 @@ class Tap:
         self._connector = connector
         self._declarations = declarations
         self._wanted = wanted
-        self._link: Optional[connections.Link] = None
+        self._link: Optional[Link] = None
         self._arrived: List[StateMessage] = []
         self._failures = 0
         self._opened = False
@@ -413,7 +414,7 @@ class Tap:
         if state.kind == STATE and (self._wanted is None or state.state in self._wanted):
             self._arrived.append(state)
 
-    def _wait(self, until: float, link: Optional[connections.Link]) -> None:
+    def _wait(self, until: float, link: Optional[Link]) -> None:
         """Wait until *until*, until poked, or until *link* has something to read."""
         seconds = max(0.0, until - time.monotonic())
         assert self._bells is not None
