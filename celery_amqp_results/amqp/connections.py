@@ -183,11 +183,9 @@ class Connector:
             except errors.BackendUnavailable:
                 raise
             except TRANSIENT as exc:
-                pause = tries.after(exc, time.monotonic())
                 limited = self.is_limited(exc)
-                if pause is None or is_over(deadline):
+                if not retry.wait_before_retry(tries, exc, deadline):
                     raise self._unreachable(exc, tries.failed, limited) from exc
-                time.sleep(time_left(deadline, pause))
             else:
                 return link
 

@@ -18,6 +18,7 @@ from amqp import spec
 from celery_amqp_results.amqp import frames
 from celery_amqp_results.toolkit import sockets
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("IO_TIMEOUT", "Link", "channel_nowait")
 
@@ -221,6 +222,15 @@ class Link:
             timeout: seconds to wait for it.
         """
         return self.buffered() or sockets.readable(self.socket, timeout)
+
+    def wait(self, until: float, wake_up: sockets.WakeUp) -> None:
+        """Wait until there is something to read, or :meth:`tick` is due.
+
+        Parameters:
+            until: time (``time.monotonic``) after which to stop waiting.
+            wake_up: ends the wait when it rings.
+        """
+        wake_up.wait(time_left(until, self.idle_time()), self.socket)
 
     def has_room(self) -> bool:
         """Return whether another channel may be opened, and one more after it."""

@@ -147,7 +147,7 @@ class Firing:
 
     @staticmethod
     def _value(backend: Any, state: StateMessage) -> Any:
-        content = backend.decode_state(state)
+        content = backend.reader.decode(state)
         if content["status"] in states.PROPAGATE_STATES:
             cause = content["result"]
             raise _chord_error(DEPENDENCY.format(state.id, cause), cause)
