@@ -6,7 +6,6 @@ Nothing here does I/O. It may import ``options`` and what is below it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Iterable, Optional, Tuple
 
 from celery import states
@@ -130,7 +129,7 @@ class BackendConfig:
         """``shared`` or ``per-task``."""
         return self.location.layout
 
-    @functools.cached_property
+    @property
     def layout_key(self) -> str:
         """The key that is equal for backends that share a layout, and so its connections."""
         location = self.location
