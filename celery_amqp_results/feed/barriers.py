@@ -79,12 +79,10 @@ class Barriers:
             self._next = None
 
     def take(self, number: int) -> Optional[Barrier]:
-        """Take in the barrier that came back, and return it; ``None`` if it is none of these."""
+        """Return the barrier that came back, which the caller ends; ``None`` if it is unknown."""
         barrier = self._under_way.pop(number, None)
-        if barrier is not None:
-            if barrier is self._late:
-                self._late = None
-            barrier.end(True)
+        if barrier is not None and barrier is self._late:
+            self._late = None
         return barrier
 
     def give_up(self, barrier: Barrier) -> None:

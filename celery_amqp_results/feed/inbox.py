@@ -16,7 +16,6 @@ then opens another connection and drops everything it knows.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 import time
@@ -27,20 +26,16 @@ import amqp
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
-from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
-from celery_amqp_results.feed.barriers import Barrier, Barriers
 from celery_amqp_results.feed.bindings import Action
+from celery_amqp_results.feed.keeper import Keeper
 from celery_amqp_results.feed.session import Session
 from celery_amqp_results.feed.table import Table, Unread
 from celery_amqp_results.feed.views import Look
-from celery_amqp_results.feed.waiter import Waiter
+from celery_amqp_results.feed.waiter import Waiter, Waiters
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
 from celery_amqp_results.protocol.page import Census
 from celery_amqp_results.protocol.ranking import is_lasting
-from celery_amqp_results.toolkit.bounded import OnceLogger
-from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import time_left
-from celery_amqp_results.toolkit.threads import start_thread
 
 __all__ = ("Inbox",)
 
@@ -48,12 +43,6 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after which a read no longer waits for its barrier.
 BARRIER_SECONDS = 1.0
-#: Seconds after which a barrier that has not come back is lost for certain. The broker returns none
-#: that another queue has received: a queue bound with ``#`` receives all.
-LOST_SECONDS = 30.0
-
-#: Seconds after which a read restarts an inbox that has given up.
-RESTART = 30.0
 
 
 class Inbox:
@@ -76,26 +65,16 @@ class Inbox:
         client: str,
         limit: int,
     ) -> None:
-        self._connector = connector
         self._declarations = declarations
-        self._client = client
+        self.client = client
         # Guards everything below. No I/O is done while holding it.
         self._changed = threading.Condition(threading.RLock())
-        self._thread: Optional[threading.Thread] = None
-        #: Logs repeated connection failures once.
-        self._once = OnceLogger(logger)
-        self._closing = False
-        #: Why and when the reader thread gave up, until it is started again.
-        self._failure: Optional[Exception] = None
-        self._failed_at = 0.0
-        self._waiters: Dict[str, List[Waiter]] = {}
+        self._keeper = Keeper(self, self._changed, connector, declarations, client)
+        self._waiters = Waiters()
         #: Those sent by other processes.
         self._strangers: Set[str] = set()
         self._table = Table(declarations.topology, limit)
-        self._barriers = Barriers()
         self._session: Optional[Session] = None
-        #: Why the present connection must be replaced, or empty.
-        self._suspicion = ""
         #: States received, and messages that were not states.
         self.received = 0
         self.rejected = 0
@@ -156,7 +135,7 @@ class Inbox:
             uncovered = []
             pushed = set(ids) - self.unbound(ids) if self._table.epoch else set()
             for task_id in ids:
-                self._waiters.setdefault(task_id, []).append(waiter)
+                self._waiters.add(task_id, waiter)
                 if task_id in self._strangers or not self._table.is_own(task_id):
                     # It remains a stranger's as long as clients wait, even if this process sends it
                     # later.
@@ -185,20 +164,12 @@ class Inbox:
         """
         with self._changed:
             for task_id in ids:
-                self._unwait(task_id, waiter)
+                if self._waiters.remove(task_id, waiter) and task_id in self._strangers:
+                    self._table.watched(task_id, -1)
+                if task_id not in self._waiters:
+                    self._strangers.discard(task_id)
                 if consumed:
                     self._table.discard(task_id)
-
-    def _unwait(self, task_id: str, waiter: Waiter) -> None:
-        waiters = self._waiters.get(task_id)
-        if waiters is None or waiter not in waiters:
-            return
-        waiters.remove(waiter)
-        if task_id in self._strangers:
-            self._table.watched(task_id, -1)
-        if not waiters:
-            del self._waiters[task_id]
-            self._strangers.discard(task_id)
 
     def unbound(self, ids: Collection[str]) -> Set[str]:
         """Return the strangers' tasks among *ids* whose shards are not bound."""
@@ -225,15 +196,15 @@ class Inbox:
             DeclarationRefused: when the exchange exists with other properties.
         """
         with self._changed:
-            self._start()
+            self._keeper.start()
             while True:
                 self._table.cover(ids)
                 self._wake_if_restless()
                 if not self._table.cover(ids) and self._table.epoch:
                     return
-                if self._failure is not None:
-                    raise self._failure
-                if self._closing:
+                if self._keeper.failure is not None:
+                    raise self._keeper.failure
+                if self._keeper.closing:
                     raise errors.BackendUnavailable("the result backend was closed")
                 remaining = time_left(deadline, 3600.0)
                 if remaining <= 0.0:
@@ -273,7 +244,7 @@ class Inbox:
                 known = self._recall(ids, epoch)
                 if len(known) == len(ids) and self._is_lasting(known):
                     return known
-        if not self._pass_barrier(session, deadline):
+        if not session.pass_barrier(time_left(deadline, BARRIER_SECONDS)):
             return {}
         with self._changed:
             return self._recall(ids, epoch)
@@ -282,13 +253,10 @@ class Inbox:
         now = time.monotonic()
         table = self._table
         table.asked(ids, now)
-        if table.wants_inbox and not self._is_hopeless(now):
-            self._start()
+        if table.wants_inbox and not self._keeper.is_hopeless(now):
+            self._keeper.start()
         self._wake_if_restless()
         return self._recall(ids, table.epoch)
-
-    def _is_hopeless(self, now: float) -> bool:
-        return self._failure is not None and now - self._failed_at < RESTART
 
     def _is_lasting(self, known: Mapping[str, Optional[StateMessage]]) -> bool:
         return self._table.is_proved(time.monotonic()) and all(map(is_lasting, known.values()))
@@ -306,46 +274,10 @@ class Inbox:
                     found[task_id] = table.recall(task_id, now, wall)
         return found
 
-    def _pass_barrier(self, session: Session, deadline: Optional[float]) -> bool:
-        """Wait until everything has come that was confirmed before this call.
-
-        Returns ``False`` if that is not certain: the barrier was late, or there can be none.
-        """
-        with self._changed:
-            if session is not self._session or session.blocked:
-                return False
-            if self._barriers.overdue:
-                if self._barriers.late_for(time.monotonic()) > LOST_SECONDS:
-                    self.suspect(f"a barrier has not come back within {LOST_SECONDS:g} s")
-                return False
-            barrier, first = self._barriers.join()
-        publish = functools.partial(self._publish, session, barrier) if first else None
-        session.wait_for(barrier, time_left(deadline, BARRIER_SECONDS), publish)
-        with self._changed:
-            if not barrier.returned:
-                self._barriers.give_up(barrier)
-            return barrier.returned
-
-    def _publish(self, session: Session, barrier: Barrier) -> None:
-        """Publish a barrier. Reads that begin later need another one."""
-        try:
-            with session.io:
-                with self._changed:
-                    number = self._barriers.publish(barrier, time.monotonic())
-                session.publish_barrier(number)
-        except TRANSIENT as exc:
-            raise_if_from_signal_handler(exc)
-            # The connection is about to be lost, or part of a frame has been written.
-            self.suspect(f"a barrier could not be published: {exc!r}")
-        finally:
-            with self._changed:
-                # After an interrupt, no read may join a barrier that is never published.
-                self._barriers.withdraw(barrier)
-
     def uncounted(self) -> List[int]:
         """Return the shards whose census is due, see :meth:`Table.uncounted`."""
         with self._changed:
-            return [] if self._closing else self._table.uncounted(time.monotonic())
+            return [] if self._keeper.closing else self._table.uncounted(time.monotonic())
 
     def begin(self, ids: Collection[str], shards: Iterable[int] = ()) -> Look:
         """Begin a look-up, see :meth:`Table.begin`."""
@@ -380,9 +312,8 @@ class Inbox:
             why: the missing message, for the log.
         """
         with self._changed:
-            if self._table.epoch:
-                self._suspicion = why
-                self._wake_reader()
+            if self._session is not None:
+                self._session.replace(why)
 
     def close(self, wait: bool = True) -> None:
         """Close the connection and end the thread. Waiting clients get an error.
@@ -391,19 +322,11 @@ class Inbox:
             wait: whether to wait until the thread has ended.
         """
         with self._changed:
-            self._closing = True
-            thread = self._thread
+            self._keeper.closing = True
             self._changed.notify_all()
             self._wake_reader()
-        if wait and thread is not None and thread is not threading.current_thread():
-            thread.join(5.0)
-
-    # -- the reader thread -------------------------------------------------------------------
-
-    def _start(self) -> None:
-        if self._thread is None and not self._closing:
-            self._failure = None
-            self._thread = start_thread(self._run, "inbox")
+        if wait:
+            self._keeper.join()
 
     def _wake_if_restless(self) -> None:
         if self._table.restless:
@@ -413,113 +336,27 @@ class Inbox:
         if self._session is not None:
             self._session.wake()
 
-    def _run(self) -> None:
-        attempt = 0
-        opened = False
-        while not self._closing:
-            session: Optional[Session] = None
-            try:
-                session = Session(self, self._connector, self._declarations, self._client)
-                opened = True
-                attempt = 0
-                self._once = OnceLogger(logger)
-                session.read()
-            except Exception as exc:
-                lost = isinstance(exc, TRANSIENT)
-                refused = isinstance(
-                    exc, (errors.BackendUnavailable, errors.DeclarationRefused)
-                ) or is_refusal(exc)
-                self._lose(exc)
-                if session is not None:
-                    session.drop()
-                if self._closing:
-                    break
-                attempt += 1
-                # Before the first success the URL may well be wrong: give up as the policy says.
-                # Later the broker was reachable before, and will be back.
-                pause = self._connector.policy.pause(attempt)
-                limited = self._connector.is_limited(exc)
-                if (opened or limited) and pause is None:
-                    pause = self._connector.policy.interval_max
-                if refused or not lost or pause is None:
-                    self._give_up(exc, attempt)
-                    return
-                self._once.log(
-                    logging.DEBUG if limited else logging.WARNING,
-                    type(exc).__name__,
-                    "the connection that results are pushed on is lost, opening another in "
-                    "%.1f s [%d]: %r",
-                    pause,
-                    attempt,
-                    exc,
-                )
-                with self._changed:
-                    if not self._closing:
-                        self._changed.wait(pause)
-            else:
-                session.close()
-        self._lose(errors.BackendUnavailable("the result backend was closed"))
-        with self._changed:
-            self._thread = None
-            self._fail_waiters(errors.BackendUnavailable("the result backend was closed"))
+    # -- what the keeper and its session report ----------------------------------------------
 
-    def _lose(self, exc: Exception) -> None:
+    def on_lost(self) -> None:
         """Forget everything: states may be missed until the next connection stands."""
         with self._changed:
             self._table.lost()
-            self._barriers.lost()
-            self._suspicion = ""
             self._session = None
-            for task_id, waiters in self._waiters.items():
-                for waiter in waiters:
-                    waiter.uncover((task_id,))
+            self._waiters.uncover()
             self._changed.notify_all()
         self._declarations.forget()
 
-    def _give_up(self, exc: Exception, attempts: int) -> None:
-        if isinstance(exc, (errors.BackendUnavailable, errors.DeclarationRefused)):
-            failure: Exception = exc
-        elif is_refusal(exc):
-            failure = errors.BackendUnavailable(
-                f"the broker at {self._connector.describe()} refuses to push results: {exc}. "
-                "Check the user's permissions on the exchange "
-                f"{self._declarations.topology.exchange!r} and on queues that the broker names "
-                "(amq.gen-*)."
-            )
-            failure.__cause__ = exc
-        elif isinstance(exc, TRANSIENT):
-            failure = errors.BackendUnavailable(
-                f"the broker at {self._connector.describe()} cannot be reached for results to be "
-                f"pushed, after {attempts} tries: {exc!r}. Is RabbitMQ running there, and is the "
-                "result backend URL right?"
-            )
-            failure.__cause__ = exc
-        else:
-            logger.error("the thread that results are pushed to has failed", exc_info=exc)
-            failure = exc
+    def on_end(self, failure: Exception) -> None:
+        """Note that there will be no other connection until the keeper is started again."""
         with self._changed:
-            self._thread = None
-            self._failure = failure
-            self._failed_at = time.monotonic()
-            self._fail_waiters(failure)
+            self._waiters.fail(failure)
             self._changed.notify_all()
-
-    def _fail_waiters(self, failure: Exception) -> None:
-        for waiters in self._waiters.values():
-            for waiter in waiters:
-                waiter.fail(failure)
-
-    # -- what the session reports ------------------------------------------------------------
 
     @property
     def closing(self) -> bool:
         """Whether to stop reading."""
-        return self._closing
-
-    @property
-    def suspicion(self) -> str:
-        """Why the connection must be replaced, or empty."""
-        return self._suspicion
+        return self._keeper.closing
 
     @property
     def restless(self) -> bool:
@@ -562,16 +399,13 @@ class Inbox:
             self.received += 1
             self.latest = max(self.latest, state.published)
             self._table.pushed(state, time.monotonic())
-            for waiter in self._waiters.get(state.id, ()):
-                waiter.feed(state)
+            self._waiters.feed(state)
 
-    def on_barrier(self, number: int) -> None:
-        """Take in a barrier that came back."""
+    def on_proof(self, at: float) -> None:
+        """Note that everything has come that was confirmed before a time."""
         with self._changed:
-            barrier = self._barriers.take(number)
-            if barrier is not None:
-                self.barriers += 1
-                self._table.proved(barrier.published)
+            self.barriers += 1
+            self._table.proved(at)
 
 
 def _wall() -> int:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Protocol
+from typing import Any, Deque, Dict, Iterator, List, Optional, Protocol, Tuple, Type
 
 import amqp
 from amqp import spec
@@ -20,7 +20,7 @@ from amqp import spec
 from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
-from celery_amqp_results.feed.barriers import Barrier
+from celery_amqp_results.feed.barriers import Barrier, Barriers
 from celery_amqp_results.feed.bindings import ALL, Action
 from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW, barrier_key
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
@@ -36,12 +36,19 @@ BARRIER = "barrier"
 #: The number of a barrier is its property ``message_id``, in this form.
 _NUMBER = "{:016x}"
 
+#: Seconds after which a barrier that has not come back is lost for certain. The broker returns none
+#: that another queue has received: a queue bound with ``#`` receives all.
+LOST_SECONDS = 30.0
+
 #: Seconds between heartbeats: a dead connection is noticed after twice that.
 HEARTBEAT = 15.0
 
 #: The largest number of messages in the inbox queue. The reader takes them as they come, so that
 #: this is reached only while the process stands still, for as long as its heartbeat allows.
 MAX_QUEUED = 1_000_000
+
+#: The errors of a lost connection; a closed socket has no number, which is a ValueError.
+_LOST: Tuple[Type[Exception], ...] = (*TRANSIENT, ValueError)
 
 #: A read that needs no barrier takes in this many messages at most. If there are more, the process
 #: has not kept up, and the read needs a barrier.
@@ -54,10 +61,6 @@ class Owner(Protocol):
     @property
     def closing(self) -> bool:
         """Whether to stop reading."""
-
-    @property
-    def suspicion(self) -> str:
-        """Why the connection must be replaced, or empty."""
 
     @property
     def restless(self) -> bool:
@@ -75,8 +78,8 @@ class Owner(Protocol):
     def on_message(self, message: amqp.Message) -> None:
         """Take in a pushed message."""
 
-    def on_barrier(self, number: int) -> None:
-        """Take in a barrier that came back."""
+    def on_proof(self, at: float) -> None:
+        """Note that everything has come that was confirmed before a time."""
 
 
 class Session:
@@ -106,8 +109,11 @@ class Session:
         #: written at once.
         self.io = threading.Lock()
         self._refused = False
-        #: The error of a thread that had borrowed the socket.
+        #: Why the connection must be replaced.
         self._failure: Optional[BaseException] = None
+        # Guards the barriers. Taken within the lock above, never around it.
+        self._lock = threading.Lock()
+        self._barriers = Barriers()
         #: Requested binding keys, in order.
         self._binding: Deque[int] = collections.deque()
         self.link = connector.open_once(HEARTBEAT, purpose="inbox")
@@ -175,12 +181,16 @@ class Session:
         with self.io:
             self.link.close()
             self._watch.close()
+        with self._lock:
+            self._barriers.lost()
 
     def drop(self) -> None:
         """Close the socket without a handshake, and try other hosts first from now on."""
         # The first ends the wait of a thread that has borrowed the socket.
         self.link.drop()
         self._watch.close()
+        with self._lock:
+            self._barriers.lost()
         self._connector.leave(self.link)
 
     # -- barriers ----------------------------------------------------------------------------------
@@ -190,38 +200,28 @@ class Session:
         """Whether barriers do not work: an alarm stops publishers, or the broker refuses them."""
         return self._refused or bool(self.link.blocked)
 
-    def publish_barrier(self, number: int) -> None:
-        """Publish a barrier. The caller holds :attr:`io`.
+    def pass_barrier(self, timeout: float) -> bool:
+        """Wait until everything has come that was confirmed before this call.
 
-        Raises:
-            amqp.AMQPError, OSError: when the connection is lost.
-        """
-        connection = self.link.amqp
-        if connection.transport is None:
-            raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
-        connection.transport.write(
-            b"".join((self._barrier_start, _NUMBER.format(number).encode(), self._barrier_end))
-        )
-        # py-amqp's heartbeats count these bytes.
-        connection.bytes_sent += 1
-
-    def wait_for(
-        self, barrier: Barrier, timeout: float, publish: Optional[Callable[[], None]] = None
-    ) -> None:
-        """Wait until *barrier* has ended, at most *timeout* seconds.
-
-        Reads the socket meanwhile, unless another thread has borrowed it.
+        Reads the socket meanwhile, unless another thread has borrowed it. Returns ``False`` if it
+        is not certain: the barrier is late or lost, or the broker accepts none.
 
         Parameters:
-            barrier: the barrier.
-            timeout: seconds.
-            publish: publishes it, if no other thread does.
+            timeout: seconds to wait at most.
         """
+        with self._lock:
+            if self.blocked:
+                return False
+            if self._barriers.overdue:
+                if self._barriers.late_for(time.monotonic()) > LOST_SECONDS:
+                    self.replace(f"a barrier has not come back within {LOST_SECONDS:g} s")
+                return False
+            barrier, first = self._barriers.join()
         end = time.monotonic() + timeout
         # Borrowed first: a barrier may be back before this thread would have the socket.
         with self._watch.borrowed() as borrowed:
-            if publish is not None:
-                publish()
+            if first:
+                self._publish(barrier)
             if borrowed:
                 with self._passing_on_errors():
                     while not (barrier.ended or self._failure or is_over(end)):
@@ -229,6 +229,28 @@ class Session:
                             self._drain()
         if not barrier.ended:
             barrier.wait(time_left(end, timeout))
+        with self._lock:
+            if not barrier.returned:
+                self._barriers.give_up(barrier)
+            return barrier.returned
+
+    def _publish(self, barrier: Barrier) -> None:
+        """Publish a barrier. Reads that begin later need another one."""
+        try:
+            with self._passing_on_errors(), self.io:
+                with self._lock:
+                    number = self._barriers.publish(barrier, time.monotonic())
+                connection = self.link.amqp
+                if connection.transport is None:
+                    raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
+                digits = _NUMBER.format(number).encode()
+                connection.transport.write(self._barrier_start + digits + self._barrier_end)
+                # py-amqp's heartbeats count these bytes.
+                connection.bytes_sent += 1
+        finally:
+            with self._lock:
+                # After an interrupt, no read may join a barrier that is never published.
+                self._barriers.withdraw(barrier)
 
     def take_in(self) -> bool:
         """Take in what has arrived, without waiting; return whether that is everything."""
@@ -238,17 +260,25 @@ class Session:
                     return True
         return False
 
+    def replace(self, why: str) -> None:
+        """Have the inbox's thread lose this connection."""
+        self._failure = amqp.exceptions.RecoverableConnectionError(why)
+        self._watch.ring()
+
     @contextlib.contextmanager
     def _passing_on_errors(self) -> Iterator[None]:
         """Let the inbox's thread go on in the end, and raise the errors of the connection."""
         try:
             yield
-        except BaseException as exc:
-            # After an interrupt, part of a message may be missing.
-            self._failure = exc
-            if not isinstance(exc, (*TRANSIENT, ValueError)):
-                raise
+        except _LOST as exc:
+            self.replace(f"a thread that read the connection was interrupted: {exc!r}")
             raise_if_from_signal_handler(exc)
+            # The session may have been closed by the inbox's thread, and its socket with it.
+            self._failure = exc if isinstance(exc, TRANSIENT) else self._failure
+        except BaseException as exc:
+            # Part of a message may be missing.
+            self.replace(f"a thread that read the connection was interrupted: {exc!r}")
+            raise
         finally:
             # The socket does not show what is already buffered.
             if self._failure is not None or self._owner.restless or self.link.buffered():
@@ -262,7 +292,8 @@ class Session:
         next_tick = 0.0
         while not owner.closing:
             readable = self._watch.wait(self.link.idle_time())
-            self._raise_failure()
+            if self._failure is not None:
+                raise self._failure
             if readable:
                 self._drain()
             # These messages were received together: no system call, so that a computing thread
@@ -276,17 +307,6 @@ class Session:
                 with self.io:
                     self.link.tick()
                 next_tick = now + HEARTBEAT / 4
-
-    def _raise_failure(self) -> None:
-        failure = self._failure
-        if isinstance(failure, TRANSIENT):
-            raise failure
-        if failure is not None:
-            raise amqp.exceptions.RecoverableConnectionError(
-                f"a thread that read the connection was interrupted: {failure!r}"
-            )
-        if self._owner.suspicion:
-            raise amqp.exceptions.RecoverableConnectionError(self._owner.suspicion)
 
     def _drain(self) -> bool:
         with self.io:
@@ -318,7 +338,14 @@ class Session:
             return
         # Other programs may publish a message like this.
         with contextlib.suppress(TypeError, ValueError):
-            self._owner.on_barrier(int(properties.get("message_id"), 16))
+            self._on_barrier(int(properties.get("message_id"), 16))
+
+    def _on_barrier(self, number: int) -> None:
+        with self._lock:
+            barrier = self._barriers.take(number)
+        if barrier is not None:
+            self._owner.on_proof(barrier.published)
+            barrier.end(True)
 
     def _on_cancel(self, consumer_tag: str) -> None:
         raise amqp.exceptions.ConsumerCancelled("the inbox queue was deleted", (60, 30))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
-from typing import Callable, Deque, Iterable, Iterator, List, Optional, Set, TypeVar
+from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Set, TypeVar
 
 from celery_amqp_results.protocol.message import StateMessage
 
-__all__ = ("Waiter",)
+__all__ = ("Waiter", "Waiters")
 
 _T = TypeVar("_T")
 
@@ -72,6 +72,50 @@ class Waiter:
     def take_uncovered(self) -> Set[str]:
         """Return the tasks to read from the store, each once."""
         return set(_popped(self._uncovered))
+
+
+class Waiters:
+    """The waiters of a process, by the tasks that they watch. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self.by_task: Dict[str, List[Waiter]] = {}
+
+    def __len__(self) -> int:
+        return len(self.by_task)
+
+    def add(self, task_id: str, waiter: Waiter) -> None:
+        """Have *waiter* watch a task."""
+        self.by_task.setdefault(task_id, []).append(waiter)
+
+    def remove(self, task_id: str, waiter: Waiter) -> bool:
+        """Stop *waiter* from watching a task; return whether it did."""
+        waiters = self.by_task.get(task_id, [])
+        if waiter not in waiters:
+            return False
+        waiters.remove(waiter)
+        if not waiters:
+            del self.by_task[task_id]
+        return True
+
+    def __contains__(self, task_id: object) -> bool:
+        return task_id in self.by_task
+
+    def feed(self, state: StateMessage) -> None:
+        """Hand *state* to all that watch its task."""
+        for waiter in self.by_task.get(state.id, ()):
+            waiter.feed(state)
+
+    def uncover(self) -> None:
+        """Report to all that states may have been missed."""
+        for task_id, waiters in self.by_task.items():
+            for waiter in waiters:
+                waiter.uncover((task_id,))
+
+    def fail(self, failure: Exception) -> None:
+        """Report to all that no more states will come."""
+        for waiters in self.by_task.values():
+            for waiter in waiters:
+                waiter.fail(failure)
 
 
 def _popped(queue: Deque[_T]) -> Iterator[_T]:

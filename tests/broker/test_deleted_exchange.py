@@ -8,8 +8,7 @@ import amqp
 import pytest
 from celery import Celery, states
 
-from celery_amqp_results.feed import inbox as inbox_module
-from celery_amqp_results.feed import views
+from celery_amqp_results.feed import session, views
 from tests.broker.helpers import LONG, Waiting, new_id, open_inbox, until_stored
 from tests.conftest import Apps, eventually
 
@@ -142,7 +141,7 @@ def test_a_listener_for_everything_does_not_hide_that_the_bindings_are_gone(
     assert reader.AsyncResult(task_id).state == states.SUCCESS
     assert inbox.connections == 1
     # Then a barrier that has been away for long has the connection replaced
-    monkeypatch.setattr(inbox_module, "LOST_SECONDS", 0.0)
+    monkeypatch.setattr(session, "LOST_SECONDS", 0.0)
     until_remembered(reader)
     assert inbox.connections == 2
     assert reader.AsyncResult(task_id).state == states.SUCCESS

@@ -144,13 +144,13 @@ def test_the_thread_that_asks_reads_the_answer(
     until_live(reader, new_id())
     inbox = reader.backend.layout.inbox
     threads = set()
-    take = inbox.on_barrier
+    prove = inbox.on_proof
 
-    def on_barrier(number: int) -> None:
+    def on_proof(at: float) -> None:
         threads.add(threading.current_thread())
-        take(number)
+        prove(at)
 
-    monkeypatch.setattr(inbox, "on_barrier", on_barrier)
+    monkeypatch.setattr(inbox, "on_proof", on_proof)
     for _ in range(20):
         assert reader.AsyncResult(new_id()).state == states.PENDING
     assert threads == {threading.current_thread()}
@@ -167,11 +167,11 @@ def test_a_thread_that_is_interrupted_while_it_reads_makes_the_inbox_connect_aga
     until_live(reader, task_id)
     inbox = reader.backend.layout.inbox
 
-    def interrupt(number: int) -> None:
+    def interrupt(at: float) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(inbox, "on_barrier", interrupt)
+        patch.setattr(inbox, "on_proof", interrupt)
         with pytest.raises(KeyboardInterrupt):
             reader.AsyncResult(task_id).state  # noqa: B018
     writer.backend.store_result(task_id, 1, states.SUCCESS)
@@ -273,14 +273,15 @@ def test_a_barrier_that_does_not_come_back_is_not_waited_for_twice(
     task_id = new_id()
     until_live(reader, task_id)
     inbox = reader.backend.layout.inbox
-    take: Callable[[int], Any] = inbox.on_barrier
-    monkeypatch.setattr(inbox, "on_barrier", lambda number: None)
+    session = inbox._session
+    take: Callable[[int], Any] = session._on_barrier
+    monkeypatch.setattr(session, "_on_barrier", lambda number: None)
     writer.backend.store_result(task_id, ValueError("no"), states.FAILURE)
     for _ in range(3):
         assert reader.AsyncResult(task_id).state == states.FAILURE
     # When it comes after all, barriers are used again.
-    (number,) = inbox._barriers._under_way
-    monkeypatch.setattr(inbox, "on_barrier", take)
+    (number,) = session._barriers._under_way
+    monkeypatch.setattr(session, "_on_barrier", take)
     take(number)
     until_live(reader, task_id)
 
@@ -319,7 +320,7 @@ def test_a_wait_that_is_over_keeps_the_look_up_s_connection(
 
 def test_an_inbox_is_not_opened_for_reads_that_are_rare(writer: Celery, reader: Celery) -> None:
     reader.AsyncResult(new_id()).state  # noqa: B018
-    assert reader.backend.layout.inbox._thread is None
+    assert reader.backend.layout.inbox._keeper.thread is None
 
 
 def test_own_tasks_are_read_from_memory(reader: Celery) -> None:

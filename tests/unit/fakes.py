@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 import uuid
 from typing import Any, Callable, Collection, Dict, List, Optional
@@ -12,7 +11,6 @@ from amqp.basic_message import Message
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.declarations import Declarations
-from celery_amqp_results.feed.barriers import Barrier
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.feed.views import STEADY
@@ -55,25 +53,22 @@ class FakeSession:
 
     def __init__(self, inbox: FakeInbox) -> None:
         self._inbox = inbox
-        self.io = threading.Lock()
 
     def wake(self) -> None:
         if self._inbox.reachable:
             self._inbox.bind()
 
-    def publish_barrier(self, number: int) -> None:
+    def pass_barrier(self, timeout: float) -> bool:
+        began = time.monotonic()
         self._inbox.before_barrier()
-        self._inbox.on_barrier(number)
-
-    def wait_for(
-        self, barrier: Barrier, timeout: float, publish: Optional[Callable[[], None]] = None
-    ) -> None:
-        if publish is not None:
-            publish()
-        assert barrier.ended
+        self._inbox.on_proof(began)
+        return True
 
     def take_in(self) -> bool:
         return True
+
+    def replace(self, why: str) -> None:
+        pass
 
 
 class FakeInbox(Inbox):
@@ -92,6 +87,11 @@ class FakeInbox(Inbox):
         declarations = Declarations(Topology("unit", shards, "classic"))
         # No connection is opened, so there is nothing to open it with.
         super().__init__(None, declarations, "client", limit)  # type: ignore[arg-type]
+        self._keeper.start = self._start  # type: ignore[method-assign]
+
+    def _start(self) -> None:
+        if self.reachable and not self._table.epoch:
+            self.open()
 
     @property
     def table(self) -> Any:
@@ -109,7 +109,7 @@ class FakeInbox(Inbox):
 
     def lose(self) -> None:
         """Lose the connection."""
-        self._lose(OSError("lost"))
+        self.on_lost()
 
     def bind(self) -> None:
         """Bind and unbind what the table wants."""
@@ -121,10 +121,6 @@ class FakeInbox(Inbox):
     def brings(self, task_id: str, ours: bool) -> bool:
         """Whether the broker would deliver a state that is published now."""
         return bool(self._table.epoch) and (ours or self._table.is_bound(self.shard(task_id)))
-
-    def _start(self) -> None:
-        if self.reachable and not self._table.epoch:
-            self.open()
 
 
 class FakeStore:
