@@ -72,7 +72,7 @@ class OpenChord:
         return (self.latest + self.plan.expires * 1000 - wall) / 1e6
 
     def recheck(self, now: float) -> bool:
-        """Plan the next recheck; return whether the store is to be read now."""
+        """Plan the next recheck; return whether to read the store now."""
         silent = now - self.heard_at >= self.pause / 2 or self.pause == FIRST_RECHECK
         self.recheck_at = now + self.pause
         self.pause = min(2 * self.pause, LAST_RECHECK)

@@ -248,7 +248,7 @@ class Service:
                 bell.drain()
 
     def perform(self, session: Session, now: float) -> float:
-        """Carry out the actions of the leader; return when it is to be called again."""
+        """Carry out the actions of the leader; return when it is due again."""
         while self._done:
             self._done.popleft()(now)
         self._leader.tick(now, _wall())

@@ -50,7 +50,7 @@ class Handler(Protocol):
         """Take in a pushed state."""
 
     def perform(self, session: Session, now: float) -> float:
-        """Carry out the actions of the leader; return when it is to be called again."""
+        """Carry out the actions of the leader; return when it is due again."""
 
     def requeued(self) -> None:
         """Note that all open plans will be delivered again."""
