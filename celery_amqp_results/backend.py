@@ -25,7 +25,6 @@ from typing import (
 
 import celery
 from celery import states
-from celery.app.task import Context
 from celery.backends.base import Backend
 from celery.exceptions import TimeoutError
 from celery.result import ResultSet
@@ -33,9 +32,7 @@ from celery.result import ResultSet
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.celery4.api import Celery4API
-from celery_amqp_results.chords import remote, workers
-from celery_amqp_results.chords.firing import last_links
-from celery_amqp_results.chords.sending import expect_body
+from celery_amqp_results.chords.hooks import ChordHooks
 from celery_amqp_results.config import (
     BackendConfig,
     Expirations,
@@ -169,6 +166,8 @@ class AMQPBackend(Celery4API, Backend):
         self.reader = Reader(self.config, self._layout, self.meta_from_decoded)
         #: Waits for tasks.
         self.waits = Waits(self._layout, self.reader)
+        #: Sends chords and completes them.
+        self.chords = ChordHooks(app, self._layout, self.recorder, self.config.expirations.chord)
         self._groups = SavedGroups(app, self._layout, self.recorder, self.reader)
         self._layout.reset_after_fork(self.reader, self.waits)
 
@@ -599,91 +598,42 @@ class AMQPBackend(Celery4API, Backend):
     # -- chords ------------------------------------------------------------------------------
 
     def apply_chord(self, header_result_args: Tuple[str, Any], body: Any, **kwargs: Any) -> None:
-        """Note a chord whose header is about to be sent. Does no I/O, and keeps no task of it.
-
-        In a layout without chords of its own, this and the methods below fall back to Celery's base
-        class, which polls with a task.
-        """
-        chords = self.layout.chords
-        if chords is None:
+        """Note a chord whose header is about to be sent. Does no I/O."""
+        if not self.chords.supported:
             super().apply_chord(header_result_args, body, **kwargs)
-            return
-        self.ensure_chords_allowed()
-        expect_body(self.app, body, self.layout.note_sent)
-        current = self.app.current_worker_task
-        root_id = None if current is None else current.request.root_id or current.request.id
-        group_id, results = header_result_args
-        chords.prepare(group_id, results, body, self.config.expirations.chord, root_id)
+        else:
+            self.ensure_chords_allowed()
+            self.chords.apply(header_result_args, body)
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
-        """Publish the plan of a chord, just before the last task of its header is sent.
-
-        Does nothing for a chord that was not prepared by :meth:`apply_chord` in this process.
-
-        Raises:
-            kombu.exceptions.EncodeError: when the body cannot be encoded.
-            ResultTooLarge: when the broker refuses a message of this size.
-            DeclarationRefused: when a plan queue exists with other properties.
-            BackendUnavailable: when the broker cannot be reached or refuses us.
-        """
-        chords = self.layout.chords
-        if chords is None:
+        """Publish the plan of a chord, just before the last task of its header is sent."""
+        if not self.chords.supported:
             super().set_chord_size(group_id, chord_size)
-            return
-        chords.publish_plan(group_id)
+        else:
+            self.chords.publish_plan(group_id)
 
     def add_to_chord(self, chord_id: str, result: Any) -> None:
-        """Add one task or group to a chord. A task of its header must call this.
-
-        Raises:
-            BackendUnavailable: when the broker cannot be reached or refuses us.
-        """
-        chords = self.layout.chords
-        if chords is None:
+        """Add one task or group to a chord. A task of its header must call this."""
+        if not self.chords.supported:
             super().add_to_chord(chord_id, result)
-            return
-        current = self.app.current_worker_task
-        after = None if current is None else current.request.id
-        chords.publish_amendment(chord_id, result, after, self.config.expirations.chord)
+        else:
+            self.chords.add(chord_id, result)
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
-        """Tell the leader of a chord what a task of its header returned.
-
-        Publishes nothing if the stored state says so and is kept long enough. May be called any
-        number of times for a task.
-
-        Raises:
-            kombu.exceptions.EncodeError: when the serializer cannot encode the result.
-            ResultTooLarge: when the broker refuses a message of this size.
-            BackendUnavailable: when the broker cannot be reached or refuses us.
-        """
-        if self.layout.chords is None:
+        """Tell the leader of a chord what a task of its header returned."""
+        if not self.chords.supported:
             super().on_chord_part_return(request, state, result, **kwargs)
-        elif request.id and request.group:
-            result = self.encode_result(result, state)
-            meta = {"status": state, "result": result, "task_id": request.id}
-            self.recorder.record_part(request.id, request.group, meta)
+        else:
+            self.chords.part_returned(request, state, self.encode_result(result, state))
 
     def chord_error_from_stack(self, callback: Any, exc: Optional[BaseException] = None) -> Any:
-        """Fail the body of a chord whose header failed, or that could not be sent.
-
-        Celery stops there. A body may be a task of the header of another chord, which would then
-        wait for ever: this method also reports the failure to that chord.
-        """
+        """Fail the body of a chord, and report that to a chord whose header has this body."""
         if exc is None:
             exc = sys.exc_info()[1]
         info = super().chord_error_from_stack(callback, exc)
-        if self.layout.chords is not None:
-            for signature in last_links(callback, self.app):
-                options = signature.options
-                if options.get("chord"):
-                    request = Context(
-                        id=options.get("task_id"),
-                        group=options.get("group_id"),
-                        group_index=options.get("group_index"),
-                        chord=options["chord"],
-                    )
-                    self.on_chord_part_return(request, states.FAILURE, exc)
+        if self.chords.supported:
+            for request in self.chords.enclosing(callback):
+                self.on_chord_part_return(request, states.FAILURE, exc)
         return info
 
     # -- the end -----------------------------------------------------------------------------
@@ -696,14 +646,3 @@ class AMQPBackend(Celery4API, Backend):
         """
         self.waits.close()
         self._layout.close()
-
-
-def _on_worker_ready(app: Any) -> None:
-    """Start leading chords in the main process of a worker."""
-    backend = app.backend
-    if isinstance(backend, AMQPBackend) and backend.layout.chords is not None:
-        remote.register()
-        backend.layout.chords.start_if_needed()
-
-
-workers.on_ready(_on_worker_ready)
