@@ -20,10 +20,12 @@ from typing import (
     List,
     Optional,
     Tuple,
+    Type,
     Union,
 )
 
 import celery
+import kombu
 from celery import states
 from celery.backends.base import Backend
 from celery.exceptions import TimeoutError
@@ -32,6 +34,8 @@ from celery.result import ResultSet
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.celery4.api import Celery4API
+from celery_amqp_results.celery4.consumer import Consumer
+from celery_amqp_results.celery4.producer import Exchange, Producer
 from celery_amqp_results.chords.hooks import ChordHooks
 from celery_amqp_results.config import (
     BackendConfig,
@@ -45,7 +49,7 @@ from celery_amqp_results.groups import SavedGroups
 from celery_amqp_results.layouts import Layout
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
-from celery_amqp_results.per_task.layout import Wire
+from celery_amqp_results.per_task.layout import BACKLOG_LIMIT, NoCacheQueue, Wire
 from celery_amqp_results.protocol.ids import id_text, state_name
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.ranking import is_final
@@ -66,7 +70,7 @@ DATES_IN_ZONE_OF_APP = celery.VERSION >= (5, 5)
 Meta = Dict[str, Any]
 
 
-class AMQPBackend(Celery4API, Backend):
+class AMQPBackend(Backend):
     """Stores task results in RabbitMQ, and pushes them to waiting clients.
 
     Parameters:
@@ -91,6 +95,13 @@ class AMQPBackend(Celery4API, Backend):
     opens connections of its own, whatever the parent was doing. Nothing is opened before it is
     needed.
     """
+
+    Exchange: ClassVar[Type[Exchange]] = Exchange
+    Producer: ClassVar[Type[Producer]] = Producer
+    Consumer: ClassVar[Type[Consumer]] = Consumer
+    #: The queue class that declares a queue at every use.
+    Queue: ClassVar[Type[NoCacheQueue]] = NoCacheQueue
+    BacklogLimitExceeded = BacklogLimitExceeded
 
     #: Results are pushed, so ``GroupResult.get`` can wait for all members at once.
     supports_native_join = True
@@ -168,6 +179,7 @@ class AMQPBackend(Celery4API, Backend):
         self.waits = Waits(self._layout, self.reader)
         #: Sends chords and completes them.
         self.chords = ChordHooks(app, self._layout, self.recorder, self.config.expirations.chord)
+        self._celery4 = Celery4API(self.config, self.reader, self.waits, self._cache)
         self._groups = SavedGroups(app, self._layout, self.recorder, self.reader)
         self._layout.reset_after_fork(self.reader, self.waits)
 
@@ -407,42 +419,6 @@ class AMQPBackend(Celery4API, Backend):
         """
         return self.waits.watch(target, states, timeout)
 
-    def wait_for(
-        self,
-        task_id: str,
-        timeout: Optional[float] = None,
-        cache: bool = True,
-        no_ack: bool = True,
-        on_interval: Optional[Callable[[], Any]] = None,
-        READY_STATES: Any = states.READY_STATES,
-        PROPAGATE_STATES: Any = states.PROPAGATE_STATES,
-        interval: Optional[float] = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Wait for a task and return its result, or raise its exception.
-
-        Parameters:
-            task_id: the task.
-            timeout: seconds to wait; ``None`` for no end, 0 to poll once.
-            cache: whether a cached result is acceptable.
-            no_ack: accepted for compatibility; reading never removes a result.
-            on_interval: called about every *interval* seconds while waiting.
-            interval: seconds, 0.5 by default.
-
-        Raises:
-            celery.exceptions.TimeoutError: when *timeout* is over.
-            Exception: the exception of the task, if it failed.
-        """
-        task_id = id_text(task_id)
-        meta = self._cache.get(task_id) if cache else None
-        if not meta or meta["status"] not in READY_STATES:
-            patience = Patience(timeout, interval, on_interval)
-            ((_, state),) = self.waits.follow((task_id,), patience)
-            meta = self.reader.decode(state)
-        if meta["status"] in PROPAGATE_STATES:
-            raise self.exception_to_python(meta["result"])
-        return meta["result"]
-
     def wait_for_pending(
         self,
         result: Any,
@@ -498,59 +474,6 @@ class AMQPBackend(Celery4API, Backend):
         self._ensure_not_eager()
         patience = Patience(timeout, interval, on_interval)
         return self.waits.members(result, patience, on_message)
-
-    def get_many(
-        self,
-        task_ids: Iterable[str],
-        timeout: Optional[float] = None,
-        no_ack: bool = True,
-        on_message: Optional[Callable[[Meta], Any]] = None,
-        on_interval: Optional[Callable[[], Any]] = None,
-        now: Callable[[], float] = time.monotonic,
-        getfields: Callable[[Meta], Tuple[str, str]] = operator.itemgetter("status", "task_id"),
-        READY_STATES: Any = states.READY_STATES,
-        PROPAGATE_STATES: Any = states.PROPAGATE_STATES,
-        interval: Optional[float] = None,
-        max_iterations: Optional[int] = None,
-        **kwargs: Any,
-    ) -> Iterator[Tuple[str, Meta]]:
-        """Wait for tasks; yield ``(id, meta)`` of each as it becomes ready.
-
-        Parameters:
-            task_ids: the tasks.
-            timeout: seconds for all of them; ``None`` for no end, 0 to poll once.
-            interval: seconds between calls of *on_interval*, 0.5 by default.
-            no_ack, now, getfields, PROPAGATE_STATES: accepted for compatibility; reading never
-                removes a result, and deadlines are monotonic.
-            READY_STATES: states in which a cached result is acceptable.
-            on_message: called with the meta of every state.
-            on_interval: called periodically while waiting.
-            max_iterations: how many intervals to wait; then the iteration ends. 1 polls once.
-
-        Raises:
-            celery.exceptions.TimeoutError: when *timeout* is over.
-        """
-        self._ensure_not_eager()
-        ids = [id_text(task_id) for task_id in task_ids]
-        missing = []
-        for task_id in ids:
-            meta = self._cache.get(task_id)
-            if meta and meta["status"] in READY_STATES:
-                yield task_id, meta
-            else:
-                missing.append(task_id)
-        if max_iterations is not None:
-            timeout = (max_iterations - 1) * (interval or DEFAULT_INTERVAL)
-        patience = Patience(timeout, interval, on_interval)
-        try:
-            for task_id, state in self.waits.follow(missing, patience, on_message):
-                meta = self.reader.decode(state)
-                if meta["status"] == states.SUCCESS:
-                    self._cache[task_id] = meta
-                yield task_id, meta
-        except TimeoutError:
-            if max_iterations is None:
-                raise
 
     def add_pending_result(self, result: Any, weak: Optional[bool] = None) -> Any:
         """Register a result. Does no I/O.
@@ -635,6 +558,139 @@ class AMQPBackend(Celery4API, Backend):
             for request in self.chords.enclosing(callback):
                 self.on_chord_part_return(request, states.FAILURE, exc)
         return info
+
+    # -- what Celery 4.3 documents, and Celery 5 does not call -----------------------------------
+
+    @property
+    def exchange(self) -> kombu.Exchange:
+        """The exchange that results are published to; in the layout ``shared`` a copy of each."""
+        return self._celery4.exchange()
+
+    @property
+    def delivery_mode(self) -> int:
+        """2 for messages that survive a restart of the broker, otherwise 1."""
+        return self.config.wire.delivery_mode
+
+    @property
+    def auto_delete(self) -> bool:
+        """Whether a task's queue goes with its last consumer, in the layout ``per-task``."""
+        return self.config.wire.auto_delete
+
+    def rkey(self, task_id: str) -> str:
+        """Return the routing key of a task, or the binding key of its states."""
+        return self._celery4.rkey(task_id)
+
+    def destination_for(self, task_id: str, request: Any) -> Tuple[str, str]:
+        """Return the routing key and the correlation id of a task's result."""
+        return self._celery4.destination_for(task_id, request)
+
+    def on_reply_declare(self, task_id: str) -> List[kombu.Queue]:
+        """Return the queues that must be declared before the result of a task is stored."""
+        return self._celery4.on_reply_declare(task_id)
+
+    def revive(self, channel: Any) -> None:
+        """Do nothing: lost connections are replaced when they are needed."""
+
+    def consume(
+        self,
+        task_id: str,
+        timeout: Optional[float] = None,
+        no_ack: bool = True,
+        on_interval: Optional[Callable[[], Any]] = None,
+    ) -> Meta:
+        """Wait for a task to end and return its meta; the result stays where it is."""
+        meta = self._celery4.wait_for(task_id, Patience(timeout, None, on_interval))
+        self._cache[id_text(task_id)] = meta
+        return meta
+
+    def wait_for(
+        self,
+        task_id: str,
+        timeout: Optional[float] = None,
+        cache: bool = True,
+        no_ack: bool = True,
+        on_interval: Optional[Callable[[], Any]] = None,
+        READY_STATES: Any = states.READY_STATES,
+        PROPAGATE_STATES: Any = states.PROPAGATE_STATES,
+        interval: Optional[float] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Wait for a task and return its result, or raise its exception."""
+        patience = Patience(timeout, interval, on_interval)
+        meta = self._celery4.wait_for(task_id, patience, READY_STATES if cache else ())
+        if meta["status"] in PROPAGATE_STATES:
+            raise self.exception_to_python(meta["result"])
+        return meta["result"]
+
+    def get_many(
+        self,
+        task_ids: Iterable[str],
+        timeout: Optional[float] = None,
+        no_ack: bool = True,
+        on_message: Optional[Callable[[Meta], Any]] = None,
+        on_interval: Optional[Callable[[], Any]] = None,
+        now: Callable[[], float] = time.monotonic,
+        getfields: Callable[[Meta], Tuple[str, str]] = operator.itemgetter("status", "task_id"),
+        READY_STATES: Any = states.READY_STATES,
+        PROPAGATE_STATES: Any = states.PROPAGATE_STATES,
+        interval: Optional[float] = None,
+        max_iterations: Optional[int] = None,
+        **kwargs: Any,
+    ) -> Iterator[Tuple[str, Meta]]:
+        """Wait for tasks; yield ``(id, meta)`` of each, for *max_iterations* intervals at most."""
+        self._ensure_not_eager()
+        if max_iterations is not None:
+            timeout = (max_iterations - 1) * (interval or DEFAULT_INTERVAL)
+        patience = Patience(timeout, interval, on_interval)
+        try:
+            ids = [id_text(task_id) for task_id in task_ids]
+            yield from self._celery4.get_many(ids, patience, on_message, READY_STATES)
+        except TimeoutError:
+            if max_iterations is None:
+                raise
+
+    def drain_events(
+        self,
+        connection: Any,
+        consumer: kombu.Consumer,
+        timeout: Optional[float] = None,
+        on_interval: Optional[Callable[[], Any]] = None,
+        now: Callable[[], float] = time.monotonic,
+        wait: Optional[Callable[..., Any]] = None,
+    ) -> Dict[str, Meta]:
+        """Read results with the caller's own consumer until at least one final state has come."""
+        patience = Patience(timeout, None, on_interval)
+        wait = wait or connection.drain_events
+        return self._celery4.drain_events(consumer, wait, patience, now)
+
+    def get_task_meta(
+        self, task_id: str, backlog_limit: int = BACKLOG_LIMIT, cache: bool = True
+    ) -> Meta:
+        """Return the current meta of a task; a pending one if nothing is known of it.
+
+        The second parameter is *backlog_limit* in Celery 4 and *cache* in Celery 5, whose own code
+        always passes it by name. ``True`` and ``False`` are taken for *cache*.
+        """
+        if isinstance(backlog_limit, bool):
+            cache, backlog_limit = backlog_limit, BACKLOG_LIMIT
+        task_id = id_text(task_id)
+        if backlog_limit != BACKLOG_LIMIT:
+            self._ensure_not_eager()
+            return self._celery4.get_task_meta(task_id, backlog_limit, cache)
+        found: Meta = super().get_task_meta(task_id, cache=cache)
+        return found
+
+    def poll(self, task_id: str, backlog_limit: int = BACKLOG_LIMIT) -> Meta:
+        """Return the current meta of a task, see :meth:`get_task_meta`."""
+        return self.get_task_meta(task_id, backlog_limit)
+
+    def reload_task_result(self, task_id: str) -> None:
+        """Reload a result into the cache, even if it is there."""
+        self._cache[id_text(task_id)] = self.get_task_meta(task_id, cache=False)
+
+    def reload_group_result(self, task_id: str) -> None:
+        """Reload the saved group with the id *task_id* into the cache, even if it is there."""
+        self._cache[id_text(task_id)] = self.get_group_meta(task_id, cache=False)
 
     # -- the end -----------------------------------------------------------------------------
 

@@ -49,7 +49,8 @@ class Reader:
     ) -> None:
         self._config = config
         self._layout = layout
-        self._convert = convert
+        #: Converts a decoded body to a meta.
+        self.convert = convert
         self.reset()
 
     def reset(self) -> None:
@@ -85,7 +86,7 @@ class Reader:
         """
         content = self.content(state)
         try:
-            meta = self._convert(content)
+            meta = self.convert(content)
         except SecurityError:
             # Celery's own check: the named exception is some other callable.
             raise
