@@ -261,6 +261,15 @@ class Link:
         """
         return self.buffered() or sockets.readable(self.socket, timeout)
 
+    def wait(self, until: float, wake_up: sockets.WakeUp) -> None:
+        """Wait until there is something to read, or :meth:`tick` is due.
+
+        Parameters:
+            until: time (``time.monotonic``) after which to stop waiting.
+            wake_up: ends the wait when it rings.
+        """
+        wake_up.wait(time_left(until, self.idle_time()), self.socket)
+
     def has_room(self) -> bool:
         """Return whether another channel may be opened, and one more after it."""
         if self.amqp.channels is None:
@@ -519,11 +528,9 @@ class Connector:
             except errors.BackendUnavailable:
                 raise
             except TRANSIENT as exc:
-                pause = tries.after(exc, time.monotonic())
                 limited = self.is_limited(exc)
-                if pause is None or is_over(deadline):
+                if not retry.wait_before_retry(tries, exc, deadline):
                     raise self._unreachable(exc, tries.failed, limited) from exc
-                time.sleep(time_left(deadline, pause))
             else:
                 return link
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
-import time
 from typing import (
     Any,
     Callable,
@@ -28,8 +27,7 @@ import kombu
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.failures import TRANSIENT
-from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
-from celery_amqp_results.toolkit.retry import is_over, time_left
+from celery_amqp_results.toolkit import retry
 
 __all__ = ("AMQPSessions", "KombuSessions", "Session", "Sessions", "is_amqp", "transport_name")
 
@@ -189,24 +187,19 @@ class KombuSessions:
         _release(connection)
 
     def _open(self, deadline: Optional[float]) -> kombu.Connection:
-        policy = self._connector.policy
-        attempt = 0
+        tries = retry.Retry(self._connector.policy)
         while True:
             connection = self._make()
             try:
                 connection.connect()
                 return connection
             except self.errors as exc:
-                raise_if_from_signal_handler(exc)
                 _release(connection)
-                attempt += 1
-                pause = policy.pause(attempt)
-                if pause is None or is_over(deadline):
+                if not retry.wait_before_retry(tries, exc, deadline):
                     raise errors.BackendUnavailable(
                         f"the broker at {self._connector.describe()} cannot be reached after "
-                        f"{attempt} tries: {exc!r}"
+                        f"{tries.failed} tries: {exc!r}"
                     ) from exc
-                time.sleep(time_left(deadline, pause))
 
     def close(self) -> None:
         """Close all connections that are not in use."""

@@ -14,10 +14,7 @@ waited. A state published in the same process, as with ``memory://``, ends the p
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
-import selectors
-import socket
 import threading
 import time
 import weakref
@@ -44,8 +41,8 @@ from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
-from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
-from celery_amqp_results.toolkit.retry import time_left
+from celery_amqp_results.toolkit.retry import Retry, time_left
+from celery_amqp_results.toolkit.sockets import WakeUp
 from celery_amqp_results.waiting.follower import FIRST_RECHECK, LAST_RECHECK, Update
 
 __all__ = ("PollingFollower", "PushFollower")
@@ -253,13 +250,10 @@ class PushFollower(_Follower):
         self._waiting_since = time.monotonic()
         #: Why a pushed message cannot be read, by the task that it is about.
         self._failures_of: Dict[str, Exception] = {}
-        self._failures = 0
+        self._tries = Retry(layout.connector.policy)
         self._pause = FIRST_RECHECK
         self._recheck_at = time.monotonic() + FIRST_RECHECK
-        # Wakes the thread that waits for the socket of the connection.
-        self._bell, self._ringer = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ringer.setblocking(False)
+        self._wake_up = WakeUp()
 
     def discard(self, task_id: str) -> None:
         """Stop following *task_id*."""
@@ -282,17 +276,15 @@ class PushFollower(_Follower):
         if link is not None:
             link.close()
         self._layout.closed_follower(self)
-        self._bell.close()
-        self._ringer.close()
+        self._wake_up.close()
 
     def poke(self) -> None:
         """Make :meth:`step` return soon. May be called by any thread."""
-        with contextlib.suppress(OSError):
-            self._ringer.send(b"!")
+        self._wake_up.ring()
 
     def pause(self, seconds: float) -> None:
         """Wait for *seconds*, or until poked or pushed to."""
-        self._wait(time.monotonic() + seconds, None)
+        self._wake_up.wait(seconds)
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
         """Wait at most *pause* seconds for updates and return them.
@@ -329,24 +321,22 @@ class PushFollower(_Follower):
                     return updates
             if self._link is not None:
                 updates = self._receive(self._link, until)
-                self._failures = 0
+                self._tries.succeeded()
                 return updates
+        except errors.BackendUnavailable:
+            raise
         except self._layout.sessions.errors as exc:
-            raise_if_from_signal_handler(exc)
-            if isinstance(exc, errors.BackendUnavailable):
-                raise
+            seconds = self._tries.after(exc, time.monotonic())
             self._drop()
-            self._failures += 1
-            seconds = self._layout.connector.policy.pause(self._failures)
             if seconds is None or is_refusal(exc):
                 raise errors.BackendUnavailable(
                     f"the connection to the broker at {self._layout.connector.describe()} was "
                     f"lost while waiting for {len(self.pending)} tasks: {exc!r}"
                 ) from exc
             logger.warning("waiting goes on with a new connection: %r", exc)
-            self._wait(min(until, time.monotonic() + seconds), None)
+            self._wake_up.wait(time_left(until, seconds))
             return []
-        self._wait(until, None)
+        self._wake_up.wait(time_left(until, pause))
         return []
 
     def _read(self, ids: Iterable[str], deadline: Optional[float]) -> List[Update]:
@@ -458,7 +448,7 @@ class PushFollower(_Follower):
         if not self._arrived and not self._failures_of:
             link.tick()
             probe_at = self._probe_at if self._unpushed else until
-            self._wait(min(until, self._recheck_at, probe_at), link)
+            link.wait(min(until, self._recheck_at, probe_at), self._wake_up)
         while not self._failures_of and link.readable():
             link.drain(0.001)
         if self._layout.closed:
@@ -472,19 +462,6 @@ class PushFollower(_Follower):
             # Its writer publishes to the exchange, and so will later states.
             self._unpushed = collections.deque(i for i in self._unpushed if i not in pushed)
         return self._news(arrived)
-
-    def _wait(self, until: float, link: Optional[connections.Link]) -> None:
-        """Wait until *until*, until poked, or until *link* has something to read."""
-        seconds = max(0.0, until - time.monotonic())
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._bell, selectors.EVENT_READ)
-            if link is not None:
-                seconds = min(seconds, link.idle_time())
-                selector.register(link.socket, selectors.EVENT_READ)
-            selector.select(seconds)
-        with contextlib.suppress(BlockingIOError):
-            while self._bell.recv(64):
-                pass
 
 
 class _Channel(transports.Session):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -171,4 +172,24 @@ def test_a_wait_ends_when_somebody_rings_or_bytes_come() -> None:
     finally:
         here.close()
         there.close()
+        bell.close()
+
+
+def test_a_wait_for_several_sources_tells_which_are_readable() -> None:
+    here, there = socket.socketpair()
+    reader, writer = os.pipe()
+    bell = sockets.WakeUp()
+    try:
+        assert bell.wait_for_any(0, here, reader) == []
+        bell.ring()
+        assert bell.wait_for_any(60, here, reader) == []
+        os.write(writer, b"x")
+        assert bell.wait_for_any(60, here, reader) == [reader]
+        there.send(b"x")
+        assert set(bell.wait_for_any(60, here, reader)) == {here, reader}
+    finally:
+        here.close()
+        there.close()
+        os.close(reader)
+        os.close(writer)
         bell.close()
