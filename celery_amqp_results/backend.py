@@ -48,7 +48,7 @@ from celery_amqp_results.groups import SavedGroups
 from celery_amqp_results.layouts import Layout
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
-from celery_amqp_results.per_task.layout import Wire
+from celery_amqp_results.per_task.wire import Wire
 from celery_amqp_results.protocol.ids import id_text, state_name
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.ranking import is_final

@@ -28,7 +28,8 @@ from celery.backends.base import Backend
 from celery_amqp_results import errors
 from celery_amqp_results.celery4 import consumer, producer
 from celery_amqp_results.config import BackendConfig
-from celery_amqp_results.per_task.layout import BACKLOG_LIMIT, NoCacheQueue
+from celery_amqp_results.per_task.lookups import BACKLOG_LIMIT
+from celery_amqp_results.per_task.wire import NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.waiting.waits import Patience
 

@@ -8,7 +8,6 @@ lost, and periodically while no state comes: a push is a hint, the store is the 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import math
@@ -33,8 +32,9 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.toolkit.bounded import OnceLogger
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.waiting.progress import Update
 
-__all__ = ("Follower", "Update")
+__all__ = ("Follower",)
 
 logger = logging.getLogger(__name__)
 
@@ -60,19 +60,6 @@ LATE = 5.0
 #: state there may outrank them. After that, and at the end of the wait, a pushed state is better
 #: than none.
 HOLD_SECONDS = 30.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """New states of a task."""
-
-    task_id: str
-    #: States not yielded before, in the order of publishing.
-    states: List[StateMessage]
-    #: The state that ends the task, or ``None`` while it goes on.
-    final: Optional[StateMessage]
-    #: Whether some of the states were read from the store, so that they may be old.
-    history: bool = dataclasses.field(default=False, compare=False)
 
 
 class _Held(NamedTuple):

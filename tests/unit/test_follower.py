@@ -29,7 +29,8 @@ from celery_amqp_results import errors
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.waiting import follower as waiting_module
-from celery_amqp_results.waiting.follower import Follower, Update
+from celery_amqp_results.waiting.follower import Follower
+from celery_amqp_results.waiting.progress import Update
 from tests.unit.fakes import FakeInbox, FakeStore, follower_of, new_id, push, state, timed_out
 
 #: Long enough for a busy machine; expected states arrive much earlier.
