@@ -32,8 +32,8 @@ from celery_amqp_results.per_task.polling import (
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.toolkit.retry import Retry, time_left
 from celery_amqp_results.toolkit.sockets import WakeUp
-from celery_amqp_results.waiting.follower import FIRST_RECHECK, LAST_RECHECK
 from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.waiting.rechecks import FIRST_RECHECK, LAST_RECHECK
 
 __all__ = ("Bindings", "PushFollower")
 
