@@ -20,8 +20,9 @@ from amqp import exceptions as amqp_errors
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.amqp import transports
 from celery_amqp_results.amqp.failures import is_refusal
+from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.per_task.lookups import LookUps
 from celery_amqp_results.per_task.polling import (
     LONGEST_PAUSE,
@@ -132,7 +133,7 @@ class PushFollower(QueueFollower):
         self._queues = lookups.queues
         self._on_close = on_close
         self.bindings = Bindings()
-        self._link: Optional[connections.Link] = None
+        self._link: Optional[Link] = None
         self._channel: Any = None
         self._queue = ""
         self._arrived: List[StateMessage] = []
@@ -271,7 +272,7 @@ class PushFollower(QueueFollower):
                 self._ended(update.task_id)
         return updates
 
-    def _probe(self, link: connections.Link, deadline: Optional[float]) -> List[Update]:
+    def _probe(self, link: Link, deadline: Optional[float]) -> List[Update]:
         """Read the non-empty queues among tasks without pushed states."""
         begun = time.monotonic()
         filled = [i for i in self.bindings.next_silent() if self._has_messages(link, i)]
@@ -284,7 +285,7 @@ class PushFollower(QueueFollower):
         self._probe_at = now + max(pause, (now - begun) / PAUSE_SHARE)
         return updates
 
-    def _has_messages(self, link: connections.Link, task_id: str) -> bool:
+    def _has_messages(self, link: Link, task_id: str) -> bool:
         if self._probing is None:
             self._probing = link.amqp.channel()
         try:
@@ -338,7 +339,7 @@ class PushFollower(QueueFollower):
                 if self._queues.wire.rkey(task_id) == key:
                     self._unreadable[task_id] = exc
 
-    def _receive(self, link: connections.Link, until: float) -> List[Update]:
+    def _receive(self, link: Link, until: float) -> List[Update]:
         """Wait for pushes until *until*, or until other work is due."""
         if not self._arrived and not self._unreadable:
             link.tick()
