@@ -17,7 +17,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import transports
 from celery_amqp_results.amqp.broker import ResultBroker
 from celery_amqp_results.options import Options, ResultURL, parse_url
-from celery_amqp_results.per_task.layout import Wire
+from celery_amqp_results.per_task.wire import Wire
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.names import Topology
