@@ -434,7 +434,7 @@ class _Session:
         #: Whether plan queues exist.
         self.found = False
         self._retake_at = time.monotonic() + RETAKE_SECONDS
-        self.link = service._connector.open_once(HEARTBEAT)
+        self.link = service._connector.open_once(HEARTBEAT, purpose="chords")
         try:
             self._set_up()
         except BaseException:

@@ -420,7 +420,7 @@ class PushFollower(_Follower):
         return self._read(new, deadline)
 
     def _open(self, deadline: Optional[float]) -> None:
-        link = self._layout.connector.open(HEARTBEAT, deadline)
+        link = self._layout.connector.open(HEARTBEAT, deadline, "push")
         try:
             channel = link.amqp.channel(1)
             self._layout.declare_exchange(_Channel(channel))
