@@ -31,6 +31,12 @@ def celery_enable_logging() -> bool:
     return True
 
 
+@pytest.fixture(scope="session")
+def celery_worker_parameters() -> Dict[str, Any]:
+    # Without its heartbeat the worker of a test takes up to ten seconds to end.
+    return {"without_heartbeat": False}
+
+
 @pytest.fixture
 def add(celery_app: Any) -> Any:
     """A task of the app under test."""
