@@ -21,6 +21,7 @@ from typing import (
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.metrics import Metrics
@@ -154,6 +155,6 @@ def make_layout(app: Any, config: BackendConfig) -> Layout:
         )
     sessions: transports.Sessions = transports.KombuSessions(broker.connection, connector)
     if broker.is_amqp():
-        pool = connections.Pool(connector, PER_TASK_HEARTBEAT, "per-task")
+        pool = Pool(connector, PER_TASK_HEARTBEAT, "per-task")
         sessions = transports.AMQPSessions(pool)
     return PerTaskLayout(sessions, connector, config.wire, config.codec, options)

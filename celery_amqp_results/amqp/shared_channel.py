@@ -250,6 +250,7 @@ class SharedChannel:
         channel = self._channel
         if channel is None:
             return False
+        before = channel.link.frames_received
         try:
             if not channel.link.readable(timeout):
                 return False
@@ -262,7 +263,11 @@ class SharedChannel:
         with self._io:
             if channel is self._channel:
                 try:
-                    channel.take_in()
+                    if channel.link.frames_received == before:
+                        channel.take_in_readable()
+                    else:
+                        # Another thread has read meanwhile, perhaps everything.
+                        channel.take_in()
                 except TRANSIENT as exc:
                     raise_if_from_signal_handler(exc)
                     self._lose(channel, exc)
@@ -283,6 +288,8 @@ class SharedChannel:
     def _hand_over(self) -> None:
         with self._turn:
             self._led = False
+            if not self._followers:
+                return
             followers, self._followers = list(self._followers), collections.deque()
             led = False
             for follower in followers:

@@ -1,8 +1,8 @@
 """Channels to a broker of any kind that kombu knows, for the layout ``per-task``.
 
-On AMQP they come from :class:`connections.Pool`, with its heartbeats and its retries. On every
-other transport kombu's own connections are lent out, one user at a time: none of these may be
-used by two threads at once.
+On AMQP they come from a :class:`~celery_amqp_results.amqp.pool.Pool`, with its heartbeats and
+retries. On every other transport kombu's own connections are lent out, one user at a time: none of
+these may be used by two threads at once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import kombu
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.toolkit import retry
 
 __all__ = ("AMQPSessions", "KombuSessions", "Session", "Sessions", "is_amqp", "transport_name")
@@ -96,7 +98,7 @@ class Sessions(Protocol):
 
 
 class _AMQPSession:
-    def __init__(self, link: connections.Link) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
 
     @property
@@ -117,7 +119,7 @@ class AMQPSessions:
     local = False
     errors = TRANSIENT
 
-    def __init__(self, pool: connections.Pool) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     @contextlib.contextmanager

@@ -143,8 +143,8 @@ def findings(limits: Limits, needs: Needs) -> Iterator[Finding]:
             "limits",
             "info",
             "limits on queues and connections are unknown without the management API",
-            f"compare them with the page of your plan: the app needs "
-            f"{counted(needs.missing_queues, 'more queue')}",
+            f"compare them with the page of your plan: the app declares "
+            f"up to {counted(needs.missing_queues, 'queue')}",
         )
     elif not found:
         yield Finding("limits", "ok", "no limit on queues, connections or channels is near")

@@ -39,6 +39,7 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.amqp.failures import is_refusal
+from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.toolkit.retry import Retry, time_left
@@ -234,7 +235,7 @@ class PushFollower(_Follower):
 
     def __init__(self, layout: Queues) -> None:
         super().__init__(layout)
-        self._link: Optional[connections.Link] = None
+        self._link: Optional[Link] = None
         self._channel: Any = None
         self._queue = ""
         #: The tasks whose binding stands and that were read since.
@@ -367,7 +368,7 @@ class PushFollower(_Follower):
         self._arrived = [each for each in arrived if each.id not in found]
         return self._news(states)
 
-    def _probe(self, link: connections.Link, deadline: Optional[float]) -> List[Update]:
+    def _probe(self, link: Link, deadline: Optional[float]) -> List[Update]:
         """Read the non-empty queues among tasks without pushed states."""
         begun = time.monotonic()
         filled = []
@@ -386,7 +387,7 @@ class PushFollower(_Follower):
         self._probe_at = now + max(pause, (now - begun) / PAUSE_SHARE)
         return updates
 
-    def _has_messages(self, link: connections.Link, task_id: str) -> bool:
+    def _has_messages(self, link: Link, task_id: str) -> bool:
         if self._probing is None:
             self._probing = link.amqp.channel()
         try:
@@ -443,7 +444,7 @@ class PushFollower(_Follower):
                 if self._layout.rkey(task_id) == key:
                     self._failures_of[task_id] = exc
 
-    def _receive(self, link: connections.Link, until: float) -> List[Update]:
+    def _receive(self, link: Link, until: float) -> List[Update]:
         """Wait for pushes until *until*, or until other work is due."""
         if not self._arrived and not self._failures_of:
             link.tick()

@@ -12,7 +12,8 @@ from typing import Any, Collection
 
 import amqp
 
-from celery_amqp_results.amqp import connections, frames
+from celery_amqp_results.amqp import frames
+from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
 from celery_amqp_results.protocol.names import BROADCAST, Route, Topology
 from celery_amqp_results.toolkit.retry import is_over, time_left
@@ -23,7 +24,7 @@ __all__ = ("announce",)
 CONFIRM_SECONDS = 0.25
 
 
-def announce(link: connections.Link, topology: Topology, ids: Collection[str]) -> None:
+def announce(link: Link, topology: Topology, ids: Collection[str]) -> None:
     """Publish that *ids* were removed; return after the confirm, or when that is late.
 
     Parameters:
@@ -58,9 +59,7 @@ def announce(link: connections.Link, topology: Topology, ids: Collection[str]) -
     channel.close()
 
 
-def _frames(
-    link: connections.Link, channel: amqp.Channel, topology: Topology, mark: StateMessage
-) -> Any:
+def _frames(link: Link, channel: amqp.Channel, topology: Topology, mark: StateMessage) -> Any:
     return frames.publish_frames(
         channel.channel_id,
         topology.exchange,

@@ -26,6 +26,8 @@ import amqp
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
@@ -61,7 +63,7 @@ class LargeBodies:
     def __init__(
         self,
         publisher: Publisher,
-        pool: connections.Pool,
+        pool: Pool,
         topology: Topology,
         persistent: bool,
         limit: int,
@@ -128,7 +130,7 @@ class LargeBodies:
                 tries.wait(exc, f"the large result in {queue!r}")
 
     def _read(
-        self, link: connections.Link, queue: str, pointer: StateMessage, end: float
+        self, link: Link, queue: str, pointer: StateMessage, end: float
     ) -> Optional[StateMessage]:
         found: List[StateMessage] = []
 

@@ -25,6 +25,8 @@ from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication, Status
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
 from celery_amqp_results.protocol.ranking import fold, is_final
@@ -105,7 +107,7 @@ class _Read:
     def __init__(
         self,
         store: Store,
-        link: connections.Link,
+        link: Link,
         shard: int,
         request: _Request,
     ) -> None:
@@ -443,7 +445,7 @@ class Store:
 
     def __init__(
         self,
-        pool: connections.Pool,
+        pool: Pool,
         declarations: Declarations,
         lookup_timeout: float,
         page_size: int,
@@ -633,7 +635,7 @@ class Store:
 
     def _read_on(
         self,
-        link: connections.Link,
+        link: Link,
         request: _Request,
         todo: Deque[int],
         end: float,
@@ -700,16 +702,14 @@ class Store:
                 )
         return None
 
-    def confirm_channel(self, link: connections.Link) -> ConfirmChannel:
+    def confirm_channel(self, link: Link) -> ConfirmChannel:
         """Return the channel for publishing on a connection for look-ups."""
         if link.publishing is None:
             link.publishing = ConfirmChannel(link)
         channel: ConfirmChannel = link.publishing
         return channel
 
-    def _late(
-        self, link: connections.Link, running: List[_Read], seconds: float
-    ) -> errors.LookupTimeout:
+    def _late(self, link: Link, running: List[_Read], seconds: float) -> errors.LookupTimeout:
         slow = running[0]
         queue = self.declarations.topology.shard_queue_name(slow.shard)
         if link.blocked:

@@ -28,7 +28,7 @@ def readable(sock: Any, timeout: float) -> bool:
     """
     if timeout <= 0 and not isinstance(getattr(select, "poll", None), types.BuiltinFunctionType):
         return _peek(sock)
-    return sock.fileno() in _wait([sock], timeout)
+    return bool(_wait([sock], timeout))
 
 
 def _peek(sock: Any) -> bool:

@@ -40,6 +40,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
+from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
@@ -253,7 +254,7 @@ class Tap:
         self._connector = connector
         self._declarations = declarations
         self._wanted = wanted
-        self._link: Optional[connections.Link] = None
+        self._link: Optional[Link] = None
         self._arrived: List[StateMessage] = []
         self._tries = Retry(connector.policy)
         self._opened = False

@@ -58,7 +58,7 @@ def test_a_limit_on_queues_that_is_reached_is_named_without_the_management_api(
 def test_unknown_limits_are_not_called_fine(managed_apps: Apps) -> None:
     report = amqp_only(managed_apps(shards=256), "--no-probe")
     assert "unknown" in report.said("limits", "info")
-    assert "264 more queues" in report["limits"]["advice"]
+    assert "up to 264 queues" in report["limits"]["advice"]
 
 
 def test_the_management_api_is_found_for_a_user_with_the_tag_management(
