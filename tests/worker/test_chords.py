@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,6 +269,17 @@ def test_tasks_can_be_added_to_a_running_chord(t: SimpleNamespace, more: int) ->
     # Added tasks take the place of the task that added them.
     assert sorted(found) == sorted([1, 2, *range(1000, 1000 + more)])
     assert found[-1] == 2
+
+
+def test_the_state_of_a_task_that_added_others_names_its_last_amendment(
+    t: SimpleNamespace,
+) -> None:
+    result = chord([t.adds.s(1, 2), t.same.s(2)], t.same.s()).delay()
+    assert len(result.get(timeout=TIMEOUT)) == 4
+    kept = t.adds.app.backend.layout.kept
+    adding, other = (kept(task.id) for task in result.parent.results)
+    assert re.fullmatch("[0-9a-f]{32}", adding.amended)
+    assert other.amended is None
 
 
 def test_added_tasks_can_add_tasks(t: SimpleNamespace, log: Path) -> None:
