@@ -12,7 +12,7 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
 from celery_amqp_results import errors
 from celery_amqp_results.waiting.background import MAX_LOOKS, BackgroundFollower
-from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.progress import Update
 from tests.unit.fakes import FakeInbox, FakeStore, new_id, push, reads_of, state, timed_out
 from tests.unit.test_follower import Events, Followed, ids
 

@@ -29,7 +29,9 @@ from celery_amqp_results import errors
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.waiting import follower as waiting_module
-from celery_amqp_results.waiting.follower import Follower, Update
+from celery_amqp_results.waiting import rechecks
+from celery_amqp_results.waiting.follower import Follower
+from celery_amqp_results.waiting.progress import Update
 from tests.unit.fakes import FakeInbox, FakeStore, follower_of, new_id, push, state, timed_out
 
 #: Long enough for a busy machine; expected states arrive much earlier.
@@ -371,8 +373,8 @@ def test_losing_the_connection_during_a_look_up_ends_the_cover(
 def test_a_lost_push_is_found_by_a_look_up(
     inbox: FakeInbox, store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 0.0)
-    monkeypatch.setattr(waiting_module, "SILENCE", 0.0)
+    monkeypatch.setattr(rechecks, "FIRST_RECHECK", 0.0)
+    monkeypatch.setattr(rechecks, "SILENCE", 0.0)
     task_id = sent(inbox)
     with follower_of(inbox, store) as follower:
         follower.add([task_id])
@@ -503,7 +505,7 @@ def test_a_long_wait_wakes_up_when_held_back_states_are_due(
 ) -> None:
     task_id = "an id of my own"
     inbox.note_sent(task_id)
-    monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 1e6)
+    monkeypatch.setattr(rechecks, "FIRST_RECHECK", 1e6)
 
     def sleep(seconds: float) -> bool:
         clock.now += seconds
@@ -744,7 +746,7 @@ class Events(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         # The test is that the current state is found without it.
-        self.patch.setattr(waiting_module, "FIRST_RECHECK", 1e6)
+        self.patch.setattr(rechecks, "FIRST_RECHECK", 1e6)
         self.patch.setattr(waiting_module.logger, "disabled", True)
         self.table = FakeInbox(shards=2, limit=2500)
         self.table.before_barrier = self.bring_all
