@@ -6,6 +6,7 @@ Nothing here does I/O. It may import ``options`` and what is below it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Iterable, NamedTuple, Optional, Tuple
 
 from celery import states
@@ -184,7 +185,7 @@ class BackendConfig:
         """``shared`` or ``per-task``."""
         return self.location.layout
 
-    @property
+    @functools.cached_property
     def layout_key(self) -> str:
         """The key that is equal for backends that share a layout, and so its connections."""
         location = self.location

@@ -15,8 +15,9 @@ from typing import Callable, Dict, Iterable, List, Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.failures import is_refusal
-from celery_amqp_results.feed.inbox import Inbox, Waiter
+from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.feed.reads import Reads
+from celery_amqp_results.feed.waiter import Waiter
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.toolkit.bounded import OnceLogger
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler

@@ -12,7 +12,7 @@ import pytest
 from celery import Celery, states
 from celery.exceptions import TimeoutError
 
-from celery_amqp_results.feed import table as table_module
+from celery_amqp_results.feed import views
 from celery_amqp_results.waiting import follower as waiting_module
 from celery_amqp_results.waiting import rechecks
 from tests import subprocess_jobs, subprocesses
@@ -371,7 +371,7 @@ def test_polling_an_own_task_needs_no_request_once_the_inbox_is_open(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given an inbox that has been open for a while, and a task sent by this process.
-    monkeypatch.setattr(table_module, "STEADY", 0.0)
+    monkeypatch.setattr(views, "STEADY", 0.0)
     open_inbox(app)
     result = app.send_task("tests.nothing")
     reads: List[Any] = []

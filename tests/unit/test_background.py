@@ -142,7 +142,7 @@ def test_only_permanent_errors_are_raised(inbox: FakeInbox, where: str) -> None:
         store.failure = errors.DeclarationRefused("differs")
         expected = "differs"
     else:
-        inbox._closing = True
+        inbox._keeper.closing = True
         inbox.lose()
         inbox.reachable = False
         expected = "closed"

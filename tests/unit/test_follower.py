@@ -193,7 +193,7 @@ def test_a_task_that_is_added_twice_is_followed_once(inbox: FakeInbox, follower:
     done = state(task_id)
     push(inbox, done)
     assert step(follower) == [Update(task_id, [done], done)]
-    assert inbox._waiters == {}
+    assert inbox.waited_for == 0
 
 
 def test_a_discarded_task_is_no_longer_reported(inbox: FakeInbox, follower: Follower) -> None:
@@ -203,7 +203,7 @@ def test_a_discarded_task_is_no_longer_reported(inbox: FakeInbox, follower: Foll
     follower.discard(task_id)
     push(inbox, state(task_id))
     assert settle(follower) == []
-    assert inbox._waiters == {}
+    assert inbox.waited_for == 0
     # Its result is still available to the next reader.
     assert inbox.covers(task_id)
 
@@ -252,8 +252,8 @@ def test_a_discarded_task_causes_no_look_up(store: FakeStore, follower: Follower
 def test_closing_a_follower_leaves_nothing_behind(inbox: FakeInbox, store: FakeStore) -> None:
     with follower_of(inbox, store) as follower:
         follower.add([sent(inbox), new_id()])
-        assert len(inbox._waiters) == 2
-    assert inbox._waiters == {}
+        assert inbox.waited_for == 2
+    assert inbox.waited_for == 0
     assert follower.pending == {}
 
 
@@ -621,7 +621,7 @@ def test_permanent_errors_are_raised(
 
 def test_closing_the_inbox_raises_in_its_waiters(inbox: FakeInbox, follower: Follower) -> None:
     follower.add([sent(inbox)])
-    inbox._give_up(refused(), attempts=3)
+    inbox._keeper.give_up(refused(), attempts=3)
     with pytest.raises(errors.BackendUnavailable, match="refuses"):
         step(follower)
 
@@ -893,7 +893,7 @@ class Events(RuleBasedStateMachine):
     @invariant()
     def nothing_is_kept_for_closed_followers(self) -> None:
         wanted = {task_id for each in self.all for task_id in each.follower.pending}
-        assert set(self.table._waiters) == wanted
+        assert set(self.table._waiters.by_task) == wanted
 
     def everything_is_known_in_the_end(self) -> None:
         self.store.failure = None
@@ -912,7 +912,7 @@ class Events(RuleBasedStateMachine):
                 assert keys(handed_out) <= keys(self.store.states.get(task_id, []))
         for followed in self.all:
             followed.follower.close()
-        assert self.table._waiters == {}
+        assert self.table.waited_for == 0
 
 
 def keys(found: List[StateMessage]) -> Set[Tuple[int, str]]:
