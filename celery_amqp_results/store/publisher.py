@@ -273,7 +273,7 @@ class Publisher:
         elif failure is None:
             failure = errors.NotConfirmed(f"no queue takes {returned}")
         try:
-            pause = self._pause(failure, delivery.messages, tries)
+            pause = self._pause_or_raise(failure, delivery.messages, tries)
         except Exception as final:
             with self._lock:
                 if was_refused(final):
@@ -291,7 +291,9 @@ class Publisher:
         )
         time.sleep(pause)
 
-    def _pause(self, exc: BaseException, messages: Sequence[Outgoing], tries: retry.Retry) -> float:
+    def _pause_or_raise(
+        self, exc: BaseException, messages: Sequence[Outgoing], tries: retry.Retry
+    ) -> float:
         """Return the pause before the next try; raise if there must be none."""
         pause = tries.after(exc, time.monotonic())
         broker = self._connector.describe()
@@ -314,7 +316,7 @@ class Publisher:
                     return work(channel)
             except _FAILURES as exc:
                 self._declarations.forget()
-                pause = self._pause(exc, messages, tries)
+                pause = self._pause_or_raise(exc, messages, tries)
                 logger.info("a request about queues is repeated after %r", exc)
                 time.sleep(pause)
 
