@@ -180,6 +180,7 @@ class AMQPBackend(Celery4API, Backend):
         self.waits = Waits(lambda: self.layout, self.decode_state)
         self._reset()
         _backends.add(self)
+        ask_in_one_pass(app)
 
     @property
     def options(self) -> Options:
@@ -731,7 +732,6 @@ class AMQPBackend(Celery4API, Backend):
             raise errors.ForeignMessage(
                 f"the group {group_id!r} has no members as its result: {exc!r:.300}"
             ) from exc
-        ask_in_one_pass(meta["result"])
         return meta
 
     def _delete_group(self, group_id: str) -> None:
