@@ -70,10 +70,13 @@ test-pair:
 	.venv-$(PAIR)/bin/python $(RUN_TESTS) \
 		$(if $(filter tests,$(PYTEST)),tests/unit tests/broker tests/worker,$(PYTEST))
 
-lint: $(VENV)/.lint ## Check style and imports, and that the code is formatted
+lint: $(VENV)/.lint ## Check style, imports and format, and workflows against their schemas
 	$(BIN)/ruff check celery_amqp_results $(SCRIPTS)
 	$(BIN)/ruff format --check celery_amqp_results $(SCRIPTS)
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec examples/compose/compose.yaml
 
 format: $(VENV)/.lint ## Format the code
 	$(BIN)/ruff check --fix celery_amqp_results $(SCRIPTS)

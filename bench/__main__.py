@@ -22,7 +22,7 @@ import amqp
 import celery
 import kombu
 
-from bench import compare, measures, peers, services
+from bench import compare, measures, pages, peers, services
 from bench.figures import Row, Run
 from bench.place import Place
 from bench.report import Reporter, markdown
@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--plots", type=Path, metavar="FOLDER", help="write SVG files there; needs matplotlib")
     add("--compare", action="store_true",
         help="compare ratios with the recorded run of its kind; fail if one became worse")
-    add("--record", action="store_true", help="make this the recorded run of its kind")
+    add("--record", action="store_true",
+        help="make this the recorded run of its kind, and update the pages and plots")
     add("--from", dest="source", type=Path, nargs="+", metavar="FILE",
         help="measure nothing; take each row from the first of these JSON files that has it")
     # fmt: on
@@ -232,6 +233,8 @@ def _finish(run: Run, options: argparse.Namespace, reporter: Reporter) -> int:
         path.parent.mkdir(exist_ok=True)
         path.write_text(run.to_json(), encoding="utf-8")
         reporter.line(f"recorded in {path}")
+        # The pages show what is recorded.
+        pages.main([])
     return code
 
 

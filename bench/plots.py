@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple
 
 import matplotlib
 
@@ -11,36 +11,10 @@ matplotlib.use("svg")
 
 from matplotlib import pyplot
 
+from bench.drawn import BARS, LINES, lines_of, names, stamp
 from bench.figures import OURS, Row, Run
 
 __all__ = ("draw",)
-
-#: Names of files, with the rows that are drawn as bars.
-BARS = {
-    "store": "store",
-    "collect": "collect",
-    "roundtrip": "roundtrip",
-    "worker": "worker",
-    "endtoend": "endtoend",
-    "worker8": "worker8",
-    "cold": "cold.child",
-    "storm": "storm.10",
-    "storm-broker": "storm.broker.10",
-    "fleet": "fleet.8x50.p50",
-    "fleet-broker": "fleet.8x50.broker",
-}
-#: Names of files, with title, unit, and the rows drawn as lines, over their sizes.
-LINES: Dict[str, Tuple[str, str, List[Tuple[str, str]]]] = {
-    "chord": ("Chords", "tasks in the chord", [("chord", "")]),
-    "join": ("Joins", "results joined", [("join", "")]),
-    "lookup": (
-        "Look-ups by a process that did not send the task",
-        "results kept",
-        [("lookup.found", "found"), ("lookup.unknown", "unknown id")],
-    ),
-    "threads": ("Threads that store at once", "threads", [("storing.threads", "")]),
-    "batch": ("Look-ups of 1,000 ids at once", "results kept", [("lookup.batch", "")]),
-}
 
 #: Each peer has the same colour in all plots of a page.
 COLOURS = {
@@ -59,8 +33,8 @@ COLOURS = {
 OTHER = "#adb5bd"
 
 
-def draw(run: Run, folder: Path) -> Iterator[Path]:
-    """Write the plots of *run* into *folder*, and yield their paths."""
+def draw(run: Run, folder: Path, only: Optional[Collection[str]] = None) -> Iterator[Path]:
+    """Write the plots of *run* into *folder*, or those named in *only*, and yield their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     style = {
         "svg.fonttype": "none",
@@ -71,14 +45,17 @@ def draw(run: Run, folder: Path) -> Iterator[Path]:
         "axes.spines.right": False,
     }
     with pyplot.rc_context(style):
-        for name, key in BARS.items():
-            row = run.row(key)
-            if row is not None:
-                yield _save(_bars(row), run, folder / f"bench-{name}.svg")
-        for name, (title, axis, wanted) in LINES.items():
-            rows = [(row, label) for key, label in wanted for row in run.rows if row.key == key]
-            if rows:
-                yield _save(_lines(title, axis, rows), run, folder / f"bench-{name}.svg")
+        for name in names(run):
+            if only is None or name in only:
+                yield _save(_figure(run, name), run, name, folder)
+
+
+def _figure(run: Run, name: str) -> Any:
+    row = run.row(BARS.get(name, ""))
+    if row is not None:
+        return _bars(row)
+    title, axis, _ = LINES[name]
+    return _lines(title, axis, lines_of(run, name))
 
 
 def _bars(row: Row) -> Any:
@@ -133,7 +110,8 @@ def _lines(title: str, axis: str, rows: List[Tuple[Row, str]]) -> Any:
     return figure
 
 
-def _save(figure: Any, run: Run, path: Path) -> Path:
+def _save(figure: Any, run: Run, name: str, folder: Path) -> Path:
+    path = folder / f"bench-{name}.svg"
     about = run.about
     figure.text(
         0.99,
@@ -145,6 +123,8 @@ def _save(figure: Any, run: Run, path: Path) -> Path:
         color="#868e96",
     )
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(path, metadata={"Date": None, "Creator": None}, transparent=False)
+    # A test compares the stamp with the recorded run.
+    metadata = {"Date": None, "Creator": None, "Description": f"figures {stamp(run, name)}"}
+    figure.savefig(path, metadata=metadata, transparent=False)
     pyplot.close(figure)
     return path

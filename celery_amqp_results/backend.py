@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import datetime
 import functools
 import logging
 import operator
-import os
 import sys
-import threading
 import time
-import weakref
 from typing import (
     Any,
     Callable,
@@ -29,18 +24,17 @@ from typing import (
 )
 
 import celery
-from celery import signals, states
+from celery import states
 from celery.app.task import Context
 from celery.backends.base import Backend
-from celery.exceptions import SecurityError, TimeoutError
-from celery.result import ResultSet, result_from_tuple
-from kombu.utils.functional import LRUCache
+from celery.exceptions import TimeoutError
+from celery.result import ResultSet
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.celery4.api import Celery4API
 from celery_amqp_results.chords import remote, workers
-from celery_amqp_results.chords.firing import last_links, sends_for_another
+from celery_amqp_results.chords.firing import last_links
 from celery_amqp_results.chords.sending import expect_body
 from celery_amqp_results.config import (
     BackendConfig,
@@ -50,32 +44,28 @@ from celery_amqp_results.config import (
     expiry_of,
 )
 from celery_amqp_results.errors import BacklogLimitExceeded
-from celery_amqp_results.layouts import Layout, LayoutRegistry, make_layout
+from celery_amqp_results.groups import SavedGroups
+from celery_amqp_results.layouts import Layout
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.options import Options
 from celery_amqp_results.per_task.layout import Wire
-from celery_amqp_results.protocol.ids import id_text, plain_ids, state_name
-from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.ids import id_text, state_name
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.ranking import is_final
-from celery_amqp_results.recording import Recorder
+from celery_amqp_results.reading import Reader
+from celery_amqp_results.recording import Recorder, plain_meta, without_arguments
+from celery_amqp_results.registry import OwnLayout
 from celery_amqp_results.store import marks as tracking
 from celery_amqp_results.waiting import results as trees
-from celery_amqp_results.waiting.groups import Pass, ask_in_one_pass
+from celery_amqp_results.waiting.groups import ask_in_one_pass
 from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
 
 logger = logging.getLogger(__name__)
 
-#: The state of a group that is kept by ``GroupResult.save``, in header and body.
-GROUP_STATE = "GROUP"
-
 #: Celery before 5.5 stores the end time of a task in UTC.
 DATES_IN_ZONE_OF_APP = celery.VERSION >= (5, 5)
-
-#: The number of failed tasks that are remembered.
-MAX_FAILED = 1000
 
 Meta = Dict[str, Any]
 
@@ -173,13 +163,15 @@ class AMQPBackend(Celery4API, Backend):
             tuple(sorted(self.accept or ())),
             purpose,
         )
-        self._layouts = _registry_of(app)
+        self._layout = OwnLayout(app, self.config)
         #: Stores the states of tasks.
-        self.recorder = Recorder(app.tasks.get, self.config, lambda: self.layout)
+        self.recorder = Recorder(app, self.config, self._layout)
+        #: Reads them.
+        self.reader = Reader(self.config, self._layout, self.meta_from_decoded)
         #: Waits for tasks.
-        self.waits = Waits(lambda: self.layout, self.decode_state)
-        self._reset()
-        _backends.add(self)
+        self.waits = Waits(self._layout, self.reader)
+        self._groups = SavedGroups(app, self._layout, self.recorder, self.reader)
+        self._layout.reset_after_fork(self.reader, self.waits)
         ask_in_one_pass(app)
 
     @property
@@ -211,23 +203,10 @@ class AMQPBackend(Celery4API, Backend):
             **self._arguments,
         )
 
-    def _reset(self) -> None:
-        """Start afresh, like a new process that has opened nothing."""
-        self._pid = os.getpid()
-        self.waits.reset()
-        self._failed = LRUCache(limit=MAX_FAILED)
-        self._pass = Pass()
-
     @property
     def layout(self) -> Layout:
         """Where the results are kept. Making it does no I/O."""
-        if self._pid != os.getpid():
-            # Forked by something that does not run Python's hooks.
-            self._reset()
-        return self._layouts.get(self.config.layout_key, self._make_layout)
-
-    def _make_layout(self) -> Layout:
-        return make_layout(self.app, self.config)
+        return self._layout()
 
     # -- identity ----------------------------------------------------------------------------
 
@@ -248,7 +227,7 @@ class AMQPBackend(Celery4API, Backend):
 
         Costs some microseconds, and no I/O. Closing the backend does not reset the counts.
         """
-        return self._layouts.metrics(self.config.layout_key)
+        return self._layout.metrics()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.as_uri(include_password=False)}>"
@@ -261,14 +240,7 @@ class AMQPBackend(Celery4API, Backend):
         With ``track_sent`` this publishes a mark on the connection that sends the task, and does
         not wait for a confirm. Otherwise this does no I/O.
         """
-        task_id = id_text(task_id)
-        current = self.app.current_worker_task
-        # A retried or replaced task keeps its first sender.
-        retried = current is not None and current.request.id == task_id
-        if not retried and not sends_for_another(task_id):
-            self.layout.note_sent(task_id)
-        if self.options.track_sent:
-            self.recorder.mark_sent(task_id, producer.connection)
+        self.recorder.note_sent(id_text(task_id), producer)
         return {}
 
     def _store_result(
@@ -288,35 +260,19 @@ class AMQPBackend(Celery4API, Backend):
             BackendUnavailable: when the broker did not confirm it; it may be stored or not.
             DeclarationRefused: when something on the broker exists with other properties.
         """
-        task_id = id_text(task_id)
+        task_id, state = id_text(task_id), state_name(state)
+        meta = self._get_result_meta(result, state, traceback, request)
         try:
-            self._store(task_id, result, state, traceback, request)
+            self.recorder.record(task_id, state, meta, request)
         except errors.ResultTooLarge as exc:
             # Celery turns a SUCCESS into a FAILURE with this error. For a FAILURE that is too large
             # itself, a short state must be stored, or waiting clients would wait for ever.
             if not is_final(state) or state == states.SUCCESS:
                 raise
             logger.error("task %s ended with %s, which is stored without details", task_id, exc)
-            self._store(task_id, exc, state, None, request, brief=True)
+            meta = self._get_result_meta(self.encode_result(exc, state), state, None, request)
+            self.recorder.record(task_id, state, without_arguments(meta), request)
         return result
-
-    def _store(
-        self,
-        task_id: str,
-        result: Any,
-        state: str,
-        traceback: Any,
-        request: Any,
-        brief: bool = False,
-    ) -> None:
-        """Publish a state; *brief* omits the arguments of the task, which may be long."""
-        if brief:
-            result = self.encode_result(result, state)
-        meta = self._get_result_meta(result, state, traceback, request)
-        meta["task_id"] = task_id
-        if brief:
-            meta.update({name: None for name in ("args", "kwargs") if name in meta})
-        self.recorder.record(task_id, state_name(state), meta, request)
 
     def _get_result_meta(
         self,
@@ -327,67 +283,21 @@ class AMQPBackend(Celery4API, Backend):
         format_date: bool = True,
         encode: bool = False,
     ) -> Meta:
-        """Return the meta of a state: the same as Celery's base class, in a third of the time.
-
-        The base class reads ``result_extended`` for every state, and converts between time zones by
-        way of a third one.
-        """
         if self.config.wire.extended or not format_date or not DATES_IN_ZONE_OF_APP:
             complete: Meta = super()._get_result_meta(
                 result, state, traceback, request, format_date, encode
             )
             return complete
-        done = datetime.datetime.now(self.app.timezone).isoformat() if is_final(state) else None
-        meta: Meta = {
-            "status": state,
-            "result": result,
-            "traceback": traceback,
-            "children": self.current_task_children(request),
-            "date_done": done,
-        }
-        if request:
-            group_id = getattr(request, "group", None)
-            if group_id:
-                meta["group_id"] = group_id
-            parent_id = getattr(request, "parent_id", None)
-            if parent_id:
-                meta["parent_id"] = parent_id
+        meta = plain_meta(state, result, traceback, request, self.app)
+        meta["children"] = self.current_task_children(request)
         return meta
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether a retry may help: the broker is unreachable, but has not refused."""
         cause = exc.__cause__ or exc
-        return isinstance(
-            exc, (errors.BackendUnavailable, *connections.TRANSIENT)
-        ) and not connections.is_refusal(cause)
+        return isinstance(exc, (errors.BackendUnavailable, *TRANSIENT)) and not is_refusal(cause)
 
     # -- reading -----------------------------------------------------------------------------
-
-    def read_content(self, state: StateMessage) -> Meta:
-        """Return the decoded body of *state*, which may have to be fetched."""
-        return self.config.codec.decode(self._complete(state))
-
-    def decode_state(self, state: StateMessage) -> Meta:
-        """Return the meta that *state* holds.
-
-        Raises:
-            ResultExpired: when its body is gone.
-            LookupTimeout, BackendUnavailable: when its body could not be read.
-            kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
-        """
-        meta = self.read_content(state)
-        try:
-            decoded: Meta = self.meta_from_decoded(meta)
-        except SecurityError:
-            # Celery's own check: the named exception is some other callable.
-            raise
-        except Exception as exc:
-            raise errors.ForeignMessage(
-                f"the {state.state} of {state.id!r} has no exception as its result: {exc!r:.300}"
-            ) from exc
-        if decoded["status"] in states.PROPAGATE_STATES:
-            self._failed[state.id] = None
-        return decoded
 
     def is_cached(self, task_id: str) -> bool:
         """Return whether this process knows how a task has ended.
@@ -396,24 +306,7 @@ class AMQPBackend(Celery4API, Backend):
         in the cache itself, as a redelivered task may still succeed.
         """
         task_id = id_text(task_id)
-        return task_id in self._cache or task_id in self._failed
-
-    def _complete(self, state: StateMessage) -> StateMessage:
-        """Return *state* with its body, which may be kept in another queue.
-
-        Raises:
-            ResultExpired: when the body is gone.
-            LookupTimeout, BackendUnavailable: when it could not be read.
-        """
-        if state.body_queue is None:
-            return state
-        complete = self.layout.fetch(state)
-        if complete is None:
-            raise errors.ResultExpired(
-                f"the {state.state} of {state.id!r} is gone from the queue {state.body_queue!r}: "
-                "it has expired or was forgotten, or somebody deleted the queue"
-            )
-        return complete
+        return task_id in self._cache or self.reader.knows_failed(task_id)
 
     def _get_task_meta_for(self, task_id: str) -> Meta:
         """Return the meta of a task; a pending one if nothing is known of it.
@@ -425,13 +318,7 @@ class AMQPBackend(Celery4API, Backend):
                 accepted.
             ForeignMessage: when the meta is damaged.
         """
-        task_id = id_text(task_id)
-        present = self._pass.states
-        state = present[task_id] if task_id in present else self.layout.poll((task_id,))[task_id]
-        meta = None if state is None else self.waits.decode_if_kept(state)
-        if meta is None:
-            return {"status": states.PENDING, "result": None}
-        return meta
+        return self.reader.meta(id_text(task_id))
 
     def one_pass(self, group: ResultSet) -> ContextManager[None]:
         """Read all members of *group* at once, and serve reads in a ``with`` block from that.
@@ -439,7 +326,7 @@ class AMQPBackend(Celery4API, Backend):
         Raises:
             LookupTimeout, BackendUnavailable: as every look-up.
         """
-        return self._pass.over(self.layout.poll, trees.leaves(group))
+        return self.reader.in_one_pass(trees.leaves(group))
 
     def task_result_exists(self, task_id: str) -> bool:
         """Return whether a state of the task is kept or, with ``track_sent``, whether it was sent.
@@ -455,16 +342,7 @@ class AMQPBackend(Celery4API, Backend):
         Raises:
             LookupTimeout, BackendUnavailable: as every look-up.
         """
-        task_id = id_text(task_id)
-        state = self.layout.poll((task_id,))[task_id]
-        mark = None
-        if state is None and self.options.track_sent:
-            mark = self.layout.last_mark(task_id)
-            # A new state may still be on its way to the inbox, which poll() asks once it follows
-            # the task. Look after reading the mark: a task that has ended had its state before
-            # that.
-            state = self.layout.kept(task_id)
-        return tracking.Fate.read(state, mark)
+        return self.reader.fate(id_text(task_id))
 
     def forget(self, task_id: Any) -> None:
         """Delete everything kept of a task.
@@ -475,7 +353,7 @@ class AMQPBackend(Celery4API, Backend):
         super().forget(id_text(task_id))
 
     def _forget(self, task_id: str) -> None:
-        self._failed.pop(task_id, None)
+        self.reader.forget(task_id)
         self.layout.forget((task_id,))
         self.recorder.mark_forgotten(task_id)
 
@@ -563,7 +441,7 @@ class AMQPBackend(Celery4API, Backend):
         if not meta or meta["status"] not in READY_STATES:
             patience = Patience(timeout, interval, on_interval)
             ((_, state),) = self.waits.follow((task_id,), patience)
-            meta = self.decode_state(state)
+            meta = self.reader.decode(state)
         if meta["status"] in PROPAGATE_STATES:
             raise self.exception_to_python(meta["result"])
         return meta["result"]
@@ -596,7 +474,7 @@ class AMQPBackend(Celery4API, Backend):
 
     def _ask_parents(self, result: Any, on_interval: Callable[[], Any]) -> None:
         """Call *on_interval*, in which Celery asks for each parent, with one read of them all."""
-        with self._pass.over(self.layout.poll, trees.parents(result)):
+        with self.reader.in_one_pass(trees.parents(result)):
             on_interval()
 
     def iter_native(
@@ -669,7 +547,7 @@ class AMQPBackend(Celery4API, Backend):
         patience = Patience(timeout, interval, on_interval)
         try:
             for task_id, state in self.waits.follow(missing, patience, on_message):
-                meta = self.decode_state(state)
+                meta = self.reader.decode(state)
                 if meta["status"] == states.SUCCESS:
                     self._cache[task_id] = meta
                 yield task_id, meta
@@ -711,31 +589,14 @@ class AMQPBackend(Celery4API, Backend):
         return super().delete_group(id_text(group_id))
 
     def _save_group(self, group_id: Any, result: Any) -> Any:
-        group_id = id_text(group_id)
-        members = plain_ids(result.as_tuple())
-        meta = {"status": GROUP_STATE, "group_id": group_id, "result": members}
-        self.recorder.save_group(group_id, GROUP_STATE, meta)
+        self._groups.save(id_text(group_id), result)
         return result
 
     def _restore_group(self, group_id: str) -> Optional[Meta]:
-        group = self.layout.read_group(group_id)
-        if group is None:
-            return None
-        try:
-            meta = self.config.codec.decode(self._complete(group))
-        except errors.ResultExpired as exc:
-            logger.warning("taken for expired: %s", exc)
-            return None
-        try:
-            meta["result"] = result_from_tuple(plain_ids(meta["result"]), self.app)
-        except Exception as exc:
-            raise errors.ForeignMessage(
-                f"the group {group_id!r} has no members as its result: {exc!r:.300}"
-            ) from exc
-        return meta
+        return self._groups.restore(group_id)
 
     def _delete_group(self, group_id: str) -> None:
-        self.layout.forget_group(group_id)
+        self._groups.delete(group_id)
 
     # -- chords ------------------------------------------------------------------------------
 
@@ -836,45 +697,7 @@ class AMQPBackend(Celery4API, Backend):
         again, and then reconnects.
         """
         self.waits.close()
-        layout = self._layouts.pop(self.config.layout_key)
-        if layout is not None:
-            layout.close()
-
-
-_backends: weakref.WeakSet[AMQPBackend] = weakref.WeakSet()
-_registries: weakref.WeakKeyDictionary[Any, LayoutRegistry] = weakref.WeakKeyDictionary()
-_registries_lock = threading.Lock()
-
-
-def _registry_of(app: Any) -> LayoutRegistry:
-    """Return the layouts of the backends of *app*; they are closed when the app is gone."""
-    with _registries_lock:
-        registry = _registries.get(app)
-        if registry is None:
-            registry = _registries[app] = LayoutRegistry()
-            weakref.finalize(app, registry.close, wait=False).atexit = False
-        return registry
-
-
-def _after_fork_in_child() -> None:
-    # Dropped without closing: the sockets are the parent's.
-    global _registries_lock
-    _registries_lock = threading.Lock()
-    for registry in list(_registries.values()):
-        registry.reset()
-    for backend in list(_backends):
-        backend._reset()
-
-
-def _at_exit() -> None:
-    for registry in list(_registries.values()):
-        registry.close()
-
-
-def _at_end_of_worker_process(**kwargs: Any) -> None:
-    # A child of a pool ends without running Python's exit functions.
-    for registry in list(_registries.values()):
-        registry.flush()
+        self._layout.close()
 
 
 def _on_worker_ready(app: Any) -> None:
@@ -886,6 +709,3 @@ def _on_worker_ready(app: Any) -> None:
 
 
 workers.on_ready(_on_worker_ready)
-signals.worker_process_shutdown.connect(_at_end_of_worker_process, weak=False)
-os.register_at_fork(after_in_child=_after_fork_in_child)
-atexit.register(_at_exit)

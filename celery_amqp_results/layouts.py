@@ -6,16 +6,12 @@ like Celery 4. The backend turns Celery's calls into the methods of :class:`Layo
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import threading
 import weakref
 from typing import (
     Any,
     Callable,
     Collection,
     Dict,
-    Hashable,
     Mapping,
     Optional,
     Protocol,
@@ -25,6 +21,7 @@ from typing import (
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.metrics import Metrics
@@ -36,7 +33,7 @@ from celery_amqp_results.shared_layout import SharedLayout
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.watch import Tap
 
-__all__ = ("Layout", "LayoutRegistry", "make_layout")
+__all__ = ("Layout", "make_layout")
 
 
 class Layout(Protocol):
@@ -158,77 +155,6 @@ def make_layout(app: Any, config: BackendConfig) -> Layout:
         )
     sessions: transports.Sessions = transports.KombuSessions(broker.connection, connector)
     if broker.is_amqp():
-        pool = connections.Pool(connector, PER_TASK_HEARTBEAT, "per-task")
+        pool = Pool(connector, PER_TASK_HEARTBEAT, "per-task")
         sessions = transports.AMQPSessions(pool)
     return PerTaskLayout(sessions, connector, config.wire, config.codec, options)
-
-
-class LayoutRegistry:
-    """The layouts in use by the backends of one app. Equal backends share one.
-
-    Celery makes a new backend for each result object that is unpickled, and may make two when two
-    threads ask for one at the same time. They share connections instead of opening their own.
-
-    Thread-safe. In a forked child it is empty: the parent's connections are dropped without closing
-    them.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Start afresh, as a new process that has opened nothing."""
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._layouts: Dict[Hashable, Layout] = {}
-        #: The counts of layouts that were closed.
-        self._past: Dict[Hashable, Metrics] = {}
-
-    def get(self, key: Hashable, make: Callable[[], Layout]) -> Layout:
-        """Return the layout for *key*; *make* makes it if there is none."""
-        if self._pid != os.getpid():
-            # Forked by something that does not run Python's hooks.
-            self.reset()
-        layout = self._layouts.get(key)
-        if layout is None:
-            with self._lock:
-                layout = self._layouts.get(key)
-                if layout is None:
-                    layout = self._layouts[key] = make()
-        return layout
-
-    def pop(self, key: Hashable) -> Optional[Layout]:
-        """Remove and return the layout for *key*, for the caller to close, or return ``None``."""
-        with self._lock:
-            layout = self._layouts.pop(key, None)
-            if layout is not None:
-                done = dataclasses.replace(layout.metrics(), waiting=0, views=0, view_bytes=0)
-                self._past[key] = Metrics.total((self._past.get(key, Metrics()), done))
-        return layout
-
-    def metrics(self, key: Hashable) -> Metrics:
-        """Return the counts of the layouts for *key* in this process."""
-        if self._pid != os.getpid():
-            self.reset()
-        with self._lock:
-            past = self._past.get(key)
-            layout = self._layouts.get(key)
-            parts = [past] if past is not None else []
-            if layout is not None:
-                parts.append(layout.metrics())
-        return parts[0] if len(parts) == 1 else Metrics.total(parts)
-
-    def flush(self) -> None:
-        """Wait until the broker has all published messages, at most a few seconds."""
-        if self._pid == os.getpid():
-            for layout in list(self._layouts.values()):
-                layout.flush()
-
-    def close(self, wait: bool = True) -> None:
-        """Close all layouts, unless they are another process's."""
-        if self._pid != os.getpid():
-            return
-        with self._lock:
-            layouts, self._layouts = list(self._layouts.values()), {}
-        for layout in layouts:
-            layout.close(wait)

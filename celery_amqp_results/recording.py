@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import datetime
 import logging
 import os
-from typing import Any, Callable, Iterator, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 from celery.app.task import Context
 
-from celery_amqp_results.amqp.once import OnceLogger
+from celery_amqp_results.chords.firing import sends_for_another
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.layouts import Layout
 from celery_amqp_results.protocol import expiry
@@ -23,8 +24,9 @@ from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessag
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.store import marks as tracking
+from celery_amqp_results.toolkit.bounded import OnceLogger
 
-__all__ = ("Recorder",)
+__all__ = ("Recorder", "plain_meta", "without_arguments")
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +45,15 @@ class Recorder:
     """Encodes states and publishes them.
 
     Parameters:
-        tasks: returns the task with a name, or ``None``.
+        app: the Celery app.
         config: the configuration of the backend.
         layout: returns the layout of this process.
 
     Thread-safe.
     """
 
-    def __init__(
-        self, tasks: Callable[[str], Any], config: BackendConfig, layout: Callable[[], Layout]
-    ) -> None:
-        self._tasks = tasks
+    def __init__(self, app: Any, config: BackendConfig, layout: Callable[[], Layout]) -> None:
+        self._app = app
         self._config = config
         self._layout = layout
         self._complaints = OnceLogger(logger)
@@ -100,6 +100,7 @@ class Recorder:
         """
         layout, config = self._layout(), self._config
         expiration = self._expiration_of(state, request)
+        meta = {**meta, "task_id": task_id}
         message = self.encode(task_id, state, layout.shape(meta), STATE, expiration)
         route = _route_of(request)
         counts = route.in_chord and is_final(state)
@@ -143,10 +144,17 @@ class Recorder:
         expiration = self._config.expirations.result
         layout.save_group(self.encode(group_id, state, layout.shape(meta), GROUP, expiration))
 
-    def mark_sent(self, task_id: str, connection: Any) -> None:
-        """Publish that a task is sent on *connection*, without waiting for a confirm."""
-        if self._config.broker.is_that_of(connection):
-            self._layout().mark_sent(connection, self._mark(task_id, tracking.SENT))
+    def note_sent(self, task_id: str, producer: Any) -> None:
+        """Note that a task is about to be sent by *producer*. Does not wait for the broker."""
+        current = self._app.current_worker_task
+        # A retried or replaced task keeps its first sender.
+        retried = current is not None and current.request.id == task_id
+        if not retried and not sends_for_another(task_id):
+            self._layout().note_sent(task_id)
+        if self._config.options.track_sent:
+            connection = producer.connection
+            if self._config.broker.is_that_of(connection):
+                self._layout().mark_sent(connection, self._mark(task_id, tracking.SENT))
 
     def mark_forgotten(self, task_id: str) -> None:
         """With ``track_sent``, publish that a task was forgotten.
@@ -181,10 +189,36 @@ class Recorder:
         if own is not _NOT_GIVEN:
             yield f"the header {expiry.NAME!r} of a task", own
         name = getattr(request, "task", None)
-        task = self._tasks(name) if isinstance(name, str) else None
+        task = self._app.tasks.get(name) if isinstance(name, str) else None
         own = getattr(task, expiry.NAME, _NOT_GIVEN)
         if own is not _NOT_GIVEN:
             yield f"the attribute {expiry.NAME!r} of the task {name}", own
+
+
+def plain_meta(state: str, result: Any, traceback: Any, request: Any, app: Any) -> Dict[str, Any]:
+    """Return the meta of a state, without what ``result_extended`` adds, except its children.
+
+    It equals the one of Celery 5.5 and newer, and takes a third of the time: Celery reads
+    ``result_extended`` for every state, and converts between time zones by way of a third one.
+    """
+    done = datetime.datetime.now(app.timezone).isoformat() if is_final(state) else None
+    meta = {
+        "status": state,
+        "result": result,
+        "traceback": traceback,
+        "children": None,
+        "date_done": done,
+    }
+    for name, key in (("group", "group_id"), ("parent_id", "parent_id")):
+        value = getattr(request, name, None)
+        if request and value:
+            meta[key] = value
+    return meta
+
+
+def without_arguments(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return *meta* without the arguments of the task, which may be long."""
+    return {k: None if k in ("args", "kwargs") else value for k, value in meta.items()}
 
 
 def _route_of(request: Any) -> Route:

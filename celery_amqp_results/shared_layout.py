@@ -7,6 +7,7 @@ from typing import Any, Callable, Collection, Dict, Mapping, Optional, Sequence
 
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.chords.firing import Firing
 from celery_amqp_results.chords.sending import Chords, Plans
 from celery_amqp_results.chords.service import Service
@@ -65,7 +66,7 @@ class SharedLayout:
         self._persistent = persistent
         self._declarations = declarations = Declarations(topology, options.declare)
         # One for all threads, so that a process has few connections.
-        self._pool = connections.Pool(connector, STORE_HEARTBEAT, "lookups", limit=1)
+        self._pool = Pool(connector, STORE_HEARTBEAT, "lookups", limit=1)
         self.publisher = Publisher(connector, declarations)
         self.store = Store(
             self._pool,

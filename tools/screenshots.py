@@ -90,7 +90,7 @@ def shot_of_watch(app: Celery, store: Callable[..., str]) -> None:
         seen: Dict[str, Any] = {}
         while bars[-1] not in seen:
             for state in tap.step(None, 1.0):
-                seen[state.id] = app.backend.decode_state(state)
+                seen[state.id] = app.backend.reader.decode(state)
                 board.take(describe(state.id, seen[state.id]))
         thread.join()
     console = recorder()

@@ -35,10 +35,10 @@ from typing import (
 )
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.threads import block_signals, start_thread
 from celery_amqp_results.layouts import Layout
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold
+from celery_amqp_results.toolkit.threads import block_signals, start_thread
 from celery_amqp_results.waiting.follower import Update
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.watch import Tap

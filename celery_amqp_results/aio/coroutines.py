@@ -132,7 +132,7 @@ async def _decoded(backend: Any, state: StateMessage) -> StateMessage:
     if state.decoded is not None:
         return state
     if state.body_queue is not None or state.compression or len(state.body) > LARGE_BODY:
-        content = await bridge.run_blocking(backend.read_content, state)
+        content = await bridge.run_blocking(backend.reader.content, state)
         state = dataclasses.replace(state, decoded=content, body_queue=None)
     return state
 
@@ -396,7 +396,7 @@ async def _failures(
 def _resolve(backend: Any, leaf: Any, state: StateMessage) -> Tuple[str, Any]:
     """Give a result object its final state; return the state's name and the value."""
     if isinstance(leaf, str):
-        meta = backend.decode_state(state)
+        meta = backend.reader.decode(state)
         return meta["status"], meta["result"]
     backend.waits.resolve(leaf, state)
     return _known_value(leaf)
@@ -686,7 +686,7 @@ class Watch(_Stream[Meta]):
         return (self._ended_before.popleft(),) if self._ended_before else None
 
     async def _item(self, state: StateMessage) -> Optional[Tuple[Meta]]:
-        decode = self._backend.decode_state
+        decode = self._backend.reader.decode
         if self._ids is None:
             meta = watching.decode_or_none(state, decode)
             return None if meta is None else (meta,)
@@ -834,7 +834,7 @@ async def get_meta(target: Any, *, app: Any = None) -> Meta:
     state = (await bridge.bridge_of(backend).poll((task_id,)))[task_id]
     if state is not None:
         try:
-            return {"task_id": task_id, **backend.decode_state(await _decoded(backend, state))}
+            return {"task_id": task_id, **backend.reader.decode(await _decoded(backend, state))}
         except errors.ResultExpired as exc:
             logger.warning("taken for expired: %s", exc)
     return {"task_id": task_id, "status": celery_states.PENDING, "result": None}

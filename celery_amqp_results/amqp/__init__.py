@@ -1,5 +1,5 @@
 """The only door to py-amqp: connections, pools, frames, confirms and declarations.
 
-No other room touches a private name of py-amqp. It may import :mod:`celery_amqp_results.protocol`
-and the modules for errors and options.
+No other room touches a private name of py-amqp. It may import :mod:`celery_amqp_results.toolkit`
+and what is below it.
 """

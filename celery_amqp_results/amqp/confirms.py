@@ -17,7 +17,9 @@ import amqp
 import amqp.exceptions
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections, frames
+from celery_amqp_results.amqp import frames
+from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("ConfirmChannel", "ConfirmLog", "Outgoing", "Publication", "QueueLength", "Status")
 
@@ -253,7 +255,7 @@ class ConfirmChannel:
         amqp.AMQPError, OSError: when the connection is lost, here and in all methods.
     """
 
-    def __init__(self, link: connections.Link) -> None:
+    def __init__(self, link: Link) -> None:
         self.link = link
         self.log = ConfirmLog()
         self.channel = link.channel()
@@ -336,7 +338,7 @@ class ConfirmChannel:
             waiting = [publication for publication in waiting if not publication.settled]
             if not waiting:
                 return
-            if self.link.readable(connections.time_left(deadline, 1.0)):
+            if self.link.readable(time_left(deadline, 1.0)):
                 self.take_in()
             now = time.monotonic()
             if deadline is not None and now >= deadline:
@@ -375,14 +377,26 @@ class ConfirmChannel:
         return QueueLength(found.message_count, found.consumer_count)
 
     def take_in(self) -> None:
-        """Handle everything that the broker has sent, without waiting for more."""
-        while self.link.readable():
+        """Handle what the broker has sent, without waiting for more."""
+        if self.link.readable():
+            self.take_in_readable()
+
+    def take_in_readable(self) -> None:
+        """Handle what the broker has sent on a connection that is readable.
+
+        The last message may be left on the socket, where the next wait finds it.
+        """
+        link, log = self.link, self.log
+        while True:
             confirmed = False
-            for tag, multiple in self.link.acks(self.channel.channel_id):
-                self.log.acknowledged(tag, multiple)
+            for tag, multiple in link.acks(self.channel.channel_id):
+                log.acknowledged(tag, multiple)
                 confirmed = True
             if not confirmed:
-                self.link.drain(0.0)
+                link.drain(0.0)
+            # Mostly that was all, and asking the socket again would cost a system call.
+            if not link.buffered():
+                return
 
 
 def no_confirm() -> errors.NotConfirmed:

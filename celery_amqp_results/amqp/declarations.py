@@ -23,7 +23,7 @@ LIMIT_PAUSE = 60.0
 
 #: How many queues of a limit are left to other programs, above all to the app's own workers.
 ROOM = 4
-#: An app with so few shards was given its share of a limit.
+#: An app with at most this number of shards was given its share of a limit.
 FEW_SHARDS = 16
 
 __all__ = ("Declarations", "declare_exchange", "declare_queue")

@@ -3,13 +3,13 @@
 A *transient* failure may be gone at the next try: a lost connection, a node that is starting, a
 limit on connections that others use up at the moment. A *refusal* is permanent: a wrong password, a
 missing permission, a queue with other properties. An exception from a user's signal handler is
-neither, whatever its class.
+neither, whatever its class, see :mod:`~celery_amqp_results.toolkit.interrupts`.
 """
 
 from __future__ import annotations
 
 import re
-from typing import List, NamedTuple, Optional, Tuple, Type
+from typing import NamedTuple, Optional, Tuple, Type
 
 import kombu
 from amqp import exceptions as amqp_errors
@@ -22,7 +22,6 @@ __all__ = (
     "Limit",
     "is_refusal",
     "limit_of",
-    "raise_if_from_signal_handler",
 )
 
 #: Errors of a lost connection, a closed channel or a broken protocol.
@@ -79,22 +78,3 @@ def is_refusal(exc: BaseException) -> bool:
         return False
     limit = limit_of(exc)
     return limit is None or limit.what == QUEUES
-
-
-def raise_if_from_signal_handler(exc: BaseException) -> None:
-    """Raise *exc* again if a signal handler of the program raised it.
-
-    Such a handler may raise ``TimeoutError`` or another ``OSError``, which would otherwise look
-    like a network error, and the interrupted call would go on.
-    """
-    traceback = exc.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        interrupted, called = traceback.tb_frame, traceback.tb_next.tb_frame
-        # Python passes a handler the frame that it interrupts. No other function is passed its
-        # caller's.
-        given: List[object] = []
-        for value in called.f_locals.values():
-            given += value if isinstance(value, tuple) else (value,)
-        if any(value is interrupted for value in given):
-            raise exc
-        traceback = traceback.tb_next

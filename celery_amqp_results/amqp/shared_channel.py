@@ -20,6 +20,9 @@ from typing import Callable, Deque, Iterator, List, Optional, Sequence
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import confirms, connections
 from celery_amqp_results.amqp.confirms import ConfirmChannel, Publication
+from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import is_over, time_left
 
 __all__ = ("SharedChannel", "Waiter")
 
@@ -143,8 +146,8 @@ class SharedChannel:
                 if channel.link.alive and channel.channel.is_open:
                     return channel
                 failure: BaseException = errors.BackendUnavailable("the connection was closed")
-            except connections.TRANSIENT as exc:
-                connections.raise_if_from_signal_handler(exc)
+            except TRANSIENT as exc:
+                raise_if_from_signal_handler(exc)
                 failure = exc
             except BaseException as exc:
                 self._lose(channel, exc)
@@ -203,7 +206,7 @@ class SharedChannel:
         while not waiter.done:
             self._take_turn(waiter, deadline)
             now = time.monotonic()
-            if connections.is_over(deadline):
+            if is_over(deadline):
                 return
             channel = self._channel
             if channel is not None and channel.link.blocked:
@@ -227,7 +230,7 @@ class SharedChannel:
                     self._followers.pop()
                     return
         if not lead:
-            waiter.wait(connections.time_left(deadline, STEP))
+            waiter.wait(time_left(deadline, STEP))
             with self._turn, contextlib.suppress(ValueError):
                 self._followers.remove(waiter)
             return
@@ -235,8 +238,8 @@ class SharedChannel:
             # This thread or a follower may wait only for confirms that were taken in before it led.
             self._wake_done()
             while not waiter.done and self._channel is not None:
-                came = self._read(connections.time_left(deadline, STEP))
-                if not came or connections.is_over(deadline):
+                came = self._read(time_left(deadline, STEP))
+                if not came or is_over(deadline):
                     break
                 self._wake_done()
         finally:
@@ -247,11 +250,12 @@ class SharedChannel:
         channel = self._channel
         if channel is None:
             return False
+        before = channel.link.frames_received
         try:
             if not channel.link.readable(timeout):
                 return False
         except (OSError, ValueError) as exc:
-            connections.raise_if_from_signal_handler(exc)
+            raise_if_from_signal_handler(exc)
             # Another thread has lost the connection, and closed its socket.
             if channel is self._channel:
                 raise
@@ -259,9 +263,13 @@ class SharedChannel:
         with self._io:
             if channel is self._channel:
                 try:
-                    channel.take_in()
-                except connections.TRANSIENT as exc:
-                    connections.raise_if_from_signal_handler(exc)
+                    if channel.link.frames_received == before:
+                        channel.take_in_readable()
+                    else:
+                        # Another thread has read meanwhile, perhaps everything.
+                        channel.take_in()
+                except TRANSIENT as exc:
+                    raise_if_from_signal_handler(exc)
                     self._lose(channel, exc)
                 except BaseException as exc:
                     self._lose(channel, exc)
@@ -280,6 +288,8 @@ class SharedChannel:
     def _hand_over(self) -> None:
         with self._turn:
             self._led = False
+            if not self._followers:
+                return
             followers, self._followers = list(self._followers), collections.deque()
             led = False
             for follower in followers:
@@ -300,8 +310,8 @@ class SharedChannel:
                 return []
             try:
                 self._take_in_unled(channel)
-            except connections.TRANSIENT as exc:
-                connections.raise_if_from_signal_handler(exc)
+            except TRANSIENT as exc:
+                raise_if_from_signal_handler(exc)
                 self._lose(channel, exc)
                 return []
             except BaseException as exc:

@@ -1,8 +1,8 @@
 """Channels to a broker of any kind that kombu knows, for the layout ``per-task``.
 
-On AMQP they come from :class:`connections.Pool`, with its heartbeats and its retries. On every
-other transport kombu's own connections are lent out, one user at a time: none of these may be
-used by two threads at once.
+On AMQP they come from a :class:`~celery_amqp_results.amqp.pool.Pool`, with its heartbeats and
+retries. On every other transport kombu's own connections are lent out, one user at a time: none of
+these may be used by two threads at once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
-import time
 from typing import (
     Any,
     Callable,
@@ -27,6 +26,10 @@ import kombu
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.amqp.pool import Pool
+from celery_amqp_results.toolkit import retry
 
 __all__ = ("AMQPSessions", "KombuSessions", "Session", "Sessions", "is_amqp", "transport_name")
 
@@ -95,7 +98,7 @@ class Sessions(Protocol):
 
 
 class _AMQPSession:
-    def __init__(self, link: connections.Link) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
 
     @property
@@ -114,9 +117,9 @@ class AMQPSessions:
 
     amqp = True
     local = False
-    errors = connections.TRANSIENT
+    errors = TRANSIENT
 
-    def __init__(self, pool: connections.Pool) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     @contextlib.contextmanager
@@ -186,24 +189,19 @@ class KombuSessions:
         _release(connection)
 
     def _open(self, deadline: Optional[float]) -> kombu.Connection:
-        policy = self._connector.policy
-        attempt = 0
+        tries = retry.Retry(self._connector.policy)
         while True:
             connection = self._make()
             try:
                 connection.connect()
                 return connection
             except self.errors as exc:
-                connections.raise_if_from_signal_handler(exc)
                 _release(connection)
-                attempt += 1
-                pause = policy.pause(attempt)
-                if pause is None or connections.is_over(deadline):
+                if not retry.wait_before_retry(tries, exc, deadline):
                     raise errors.BackendUnavailable(
                         f"the broker at {self._connector.describe()} cannot be reached after "
-                        f"{attempt} tries: {exc!r}"
+                        f"{tries.failed} tries: {exc!r}"
                     ) from exc
-                time.sleep(connections.time_left(deadline, pause))
 
     def close(self) -> None:
         """Close all connections that are not in use."""

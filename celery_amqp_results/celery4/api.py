@@ -142,7 +142,7 @@ class Celery4API(Backend):
         task_id = id_text(task_id)
         patience = Patience(timeout, None, on_interval)
         ((_, state),) = self.waits.follow((task_id,), patience)
-        meta: Meta = self.decode_state(state)
+        meta: Meta = self.reader.decode(state)
         self._cache[task_id] = meta
         return meta
 
@@ -230,7 +230,7 @@ class Celery4API(Backend):
         state = self.layout.poll((task_id,), backlog_limit)[task_id]
         if state is None:
             return {"status": states.PENDING, "result": None}
-        meta: Meta = self.decode_state(state)
+        meta: Meta = self.reader.decode(state)
         if cache and meta["status"] == states.SUCCESS:
             self._cache[task_id] = meta
         return meta

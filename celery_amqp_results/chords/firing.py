@@ -20,7 +20,8 @@ from celery.exceptions import ChordError
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.amqp import transports
+from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.chords import plan as plans
 from celery_amqp_results.chords.leader import Fire
 from celery_amqp_results.chords.service import NotSent, read_ends
@@ -38,7 +39,7 @@ DEPENDENCY = "Dependency {} raised {!r}"
 UNAVAILABLE: Tuple[Type[Exception], ...] = (
     errors.BackendUnavailable,
     errors.LookupTimeout,
-    *connections.TRANSIENT,
+    *TRANSIENT,
 )
 
 #: How many times to try sending a body while the broker does not answer.
@@ -115,7 +116,7 @@ class Firing:
         try:
             self.bodies.send(signature, results, _ancestors(signature, action))
         except Exception as exc:
-            if isinstance(exc, connections.TRANSIENT) and action.failures + 1 < TRIES:
+            if isinstance(exc, TRANSIENT) and action.failures + 1 < TRIES:
                 raise NotSent(repr(exc)) from exc
             logger.exception("Chord callback for %r raised: %r", action.plan.group_id, exc)
             self._fail(app, signature, _chord_error(f"Callback error: {exc!r}", exc))
@@ -146,7 +147,7 @@ class Firing:
 
     @staticmethod
     def _value(backend: Any, state: StateMessage) -> Any:
-        content = backend.decode_state(state)
+        content = backend.reader.decode(state)
         if content["status"] in states.PROPAGATE_STATES:
             cause = content["result"]
             raise _chord_error(DEPENDENCY.format(state.id, cause), cause)

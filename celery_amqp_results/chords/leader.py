@@ -35,6 +35,7 @@ from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import plan_number
 from celery_amqp_results.protocol.ranking import is_final, supersedes
+from celery_amqp_results.toolkit.bounded import BoundedDict
 
 __all__ = ("Acknowledge", "Action", "Bind", "Fire", "GiveUp", "Leader", "LookUp")
 
@@ -163,8 +164,8 @@ class Leader:
         self._proving: Dict[str, Set[str]] = {}
         #: Marks of the open chords by header; several if the chord was sent again.
         self._of_group: Dict[str, List[str]] = {}
-        self._fired: collections.OrderedDict[str, str] = collections.OrderedDict()
-        self._fired_groups: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._fired: BoundedDict[str, str] = BoundedDict(MAX_FIRED)
+        self._fired_groups: BoundedDict[str, None] = BoundedDict(MAX_FIRED)
         self._orphans: Dict[str, List[Tuple[Amendment, Delivery]]] = {}
         #: Ends of tasks without a known chord, with their times of arrival, by both clocks.
         self._early: collections.OrderedDict[str, Tuple[StateMessage, int]] = (
@@ -530,9 +531,6 @@ class Leader:
     def _remember_fired(self, plan: Plan) -> None:
         self._fired[plan.mark] = plan.group_id
         self._fired_groups[plan.group_id] = None
-        for table in (self._fired, self._fired_groups):
-            while len(table) > MAX_FIRED:
-                table.popitem(last=False)
 
     def _close(self, chord: _Chord) -> None:
         """Forget a chord that is over, and acknowledge its messages."""

@@ -5,7 +5,6 @@ A process's knowledge of chords belongs to the app: Celery may make several back
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import threading
 import time
@@ -29,6 +28,7 @@ from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.message import PLAN, StateMessage
 from celery_amqp_results.protocol.names import PLAN_QUEUES, QueueSpec, Topology, plan_number
 from celery_amqp_results.store.publisher import Outgoing, Publisher
+from celery_amqp_results.toolkit.bounded import BoundedDict
 
 __all__ = ("Chords", "Plans", "expect_body")
 
@@ -177,8 +177,8 @@ class Chords:
         self._messages = messages
         self.service = service
         self._lock = threading.Lock()
-        self._sending: collections.OrderedDict[str, _Sending] = collections.OrderedDict()
-        self._sent: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._sending: BoundedDict[str, _Sending] = BoundedDict(MAX_REMEMBERED)
+        self._sent: BoundedDict[str, None] = BoundedDict(MAX_REMEMBERED)
         self._check_at = 0.0
 
     # -- the sender --------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class Chords:
         lazy = isinstance(results, _regen)
         with self._lock:
             again = group_id in self._sent
-            _remember(self._sent, group_id, None)
+            self._sent[group_id] = None
             plan = Plan(
                 group_id,
                 uuid.uuid4().hex,
@@ -210,7 +210,7 @@ class Chords:
                 root_id,
             )
             held = weakref.ref(results) if lazy else list(results)
-            _remember(self._sending, group_id, _Sending(body, held, plan))
+            self._sending[group_id] = _Sending(body, held, plan)
         if lazy:
             _follow_generator(group_id, results)
 
@@ -362,10 +362,3 @@ def _serializers(body: Any) -> Tuple[str, ...]:
     """Return the serializers that a body names."""
     own = body.options.get("serializer")
     return (own,) if own else ()
-
-
-def _remember(table: Any, key: str, value: Any) -> None:
-    table[key] = value
-    table.move_to_end(key)
-    while len(table) > MAX_REMEMBERED:
-        table.popitem(last=False)

@@ -8,15 +8,12 @@ so that heartbeats continue meanwhile.
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import logging
 import queue
-import selectors
-import socket
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+from typing import Callable, Deque, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -26,7 +23,7 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations, declare_queue
-from celery_amqp_results.amqp.threads import start_thread
+from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.chords import leader
 from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.chords.workers import bell
@@ -40,6 +37,9 @@ from celery_amqp_results.protocol.message import (
 from celery_amqp_results.protocol.names import PLAN_QUEUES
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.lookup import Store
+from celery_amqp_results.toolkit.retry import Retry
+from celery_amqp_results.toolkit.sockets import WakeUp
+from celery_amqp_results.toolkit.threads import start_thread
 
 __all__ = ("NotSent", "Service", "read_ends")
 
@@ -161,7 +161,7 @@ class Service:
         # Guards the attributes below. No I/O is done while holding it.
         self._lock = threading.Lock()
         self._thread: Optional[threading.Thread] = None
-        self._wakeup: Optional[socket.socket] = None
+        self._wake_up: Optional[WakeUp] = None
         #: Whether this process has met a chord: then the plan queues are declared.
         self._met = False
         self._closing = False
@@ -243,25 +243,22 @@ class Service:
 
     def _wake(self) -> None:
         with self._lock:
-            if self._wakeup is not None:
-                with contextlib.suppress(OSError):
-                    self._wakeup.send(b"\0")
+            if self._wake_up is not None:
+                self._wake_up.ring()
 
     # -- the thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        mine, theirs = socket.socketpair()
-        for end in (mine, theirs):
-            end.setblocking(False)
+        wake_up = WakeUp()
         with self._lock:
-            self._wakeup = theirs
-        attempt = 0
+            self._wake_up = wake_up
+        tries = Retry(self._connector.policy)
         try:
             while not self._closing:
                 session: Optional[_Session] = None
                 try:
-                    session = _Session(self, mine)
-                    attempt = 0
+                    session = _Session(self, wake_up)
+                    tries.succeeded()
                     session.lead()
                     session.close()
                 except Exception as exc:
@@ -269,31 +266,29 @@ class Service:
                         session.drop()
                     self._leader.connection_lost()
                     self._declarations.forget()
-                    attempt += 1
-                    self._pause(exc, attempt, mine)
+                    self._pause(exc, tries, wake_up)
                 else:
                     self._leader.connection_lost()
                     if not self._closing:
-                        self._wait_for_chord(mine)
+                        self._wait_for_chord(wake_up)
         finally:
             self._helpers.close()
             with self._lock:
-                self._wakeup = None
-            mine.close()
-            theirs.close()
+                self._wake_up = None
+            wake_up.close()
 
-    def _pause(self, exc: Exception, attempt: int, wakeup: socket.socket) -> None:
+    def _pause(self, exc: Exception, tries: Retry, wake_up: WakeUp) -> None:
         """Wait before the next connection is opened."""
         refused = isinstance(exc, (errors.DeclarationRefused, errors.BackendUnavailable))
         if refused:
             pause = REFUSED_SECONDS
             logger.error("chords cannot be led here, trying again in %.0f s: %s", pause, exc)
-        elif isinstance(exc, connections.TRANSIENT):
-            pause = self._connector.policy.pause(attempt) or self._connector.policy.interval_max
+        elif isinstance(exc, TRANSIENT):
+            pause = tries.after_success(exc, time.monotonic())
             logger.warning(
                 "the connection that chords are led on is lost, opening another in %.1f s [%d]: %r",
                 pause,
-                attempt,
+                tries.failed,
                 exc,
             )
         else:
@@ -301,16 +296,15 @@ class Service:
             logger.error("the chord leader has failed, and starts again", exc_info=exc)
         until = time.monotonic() + pause
         while not self._closing and time.monotonic() < until:
-            _wait((wakeup,), until - time.monotonic())
-            _empty(wakeup)
+            wake_up.wait(max(0.0, until - time.monotonic()))
 
-    def _wait_for_chord(self, wakeup: socket.socket) -> None:
+    def _wait_for_chord(self, wake_up: WakeUp) -> None:
         """Wait until this process, or a child of it, meets a chord."""
         while not self._closing and not self._met:
             reader = bell.reader()
-            ready = _wait([wakeup] if reader is None else [wakeup, reader], 3600.0)
-            _empty(wakeup)
-            if reader in ready:
+            if reader is None:
+                wake_up.wait(3600.0)
+            elif wake_up.wait_for_any(3600.0, reader):
                 self._met = True
                 bell.drain()
 
@@ -433,9 +427,9 @@ def _ends(found: Mapping[str, List[StateMessage]]) -> Dict[str, StateMessage]:
 class _Session:
     """One connection of the leader."""
 
-    def __init__(self, service: Service, wakeup: socket.socket) -> None:
+    def __init__(self, service: Service, wake_up: WakeUp) -> None:
         self._service = service
-        self._wakeup = wakeup
+        self._wake_up = wake_up
         self._topology = service._declarations.topology
         #: Whether plan queues exist.
         self.found = False
@@ -521,32 +515,24 @@ class _Session:
             return
         service = self._service
         reader = bell.reader()
-        sources: List[Any] = [self.link.socket, self._wakeup]
-        if reader is not None:
-            # Drained so that it does not fill up; that a chord was met is already known.
-            sources.append(reader)
+        # Drained so that it does not fill up; that a chord was met is already known.
+        sources = [self.link.socket] if reader is None else [self.link.socket, reader]
         next_tick = 0.0
-        # gevent and eventlet replace DefaultSelector.
-        with selectors.DefaultSelector() as selector:
-            for source in sources:
-                selector.register(source, selectors.EVENT_READ)
-            while not self._finished():
-                now = time.monotonic()
-                service.perform(self, now)
-                pause = min(self.link.idle_time(), service._leader.next_event() - now)
-                ready = {key.fileobj for key, _ in selector.select(max(0.0, pause))}
-                if self._wakeup in ready:
-                    _empty(self._wakeup)
-                if reader in ready:
-                    bell.drain()
-                if self.link.socket in ready:
-                    self.link.drain(0.0)
-                while self.link.buffered():
-                    self.link.drain(0.0)
-                if now >= next_tick:
-                    self._retake(now)
-                    self.link.tick()
-                    next_tick = now + HEARTBEAT / 4
+        while not self._finished():
+            now = time.monotonic()
+            service.perform(self, now)
+            pause = min(self.link.idle_time(), service._leader.next_event() - now)
+            ready = self._wake_up.wait_for_any(max(0.0, pause), *sources)
+            if reader in ready:
+                bell.drain()
+            if self.link.socket in ready:
+                self.link.drain(0.0)
+            while self.link.buffered():
+                self.link.drain(0.0)
+            if now >= next_tick:
+                self._retake(now)
+                self.link.tick()
+                next_tick = now + HEARTBEAT / 4
 
     def _finished(self) -> bool:
         service = self._service
@@ -562,19 +548,6 @@ class _Session:
         """Close the socket without a handshake."""
         self.link.drop()
         self._service._connector.leave(self.link)
-
-
-def _wait(sources: Iterable[Any], timeout: float) -> List[Any]:
-    with selectors.DefaultSelector() as selector:
-        for source in sources:
-            selector.register(source, selectors.EVENT_READ)
-        return [key.fileobj for key, _ in selector.select(max(0.0, timeout))]
-
-
-def _empty(wakeup: socket.socket) -> None:
-    with contextlib.suppress(BlockingIOError):
-        while wakeup.recv(4096):
-            pass
 
 
 def _wall() -> int:

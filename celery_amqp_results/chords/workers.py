@@ -11,14 +11,22 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from typing import Any, Callable, Optional, Tuple
 
-from celery import signals
+from celery import bootsteps, signals
 
 __all__ = ("Bell", "bell", "on_ready")
 
 #: Seconds between two bytes of a child; the first one is enough.
 RING_SECONDS = 30.0
+
+#: States of a worker that is ending or has ended.
+_ENDED = (bootsteps.CLOSE, bootsteps.TERMINATE)
+
+
+def _nothing() -> None:
+    return None
 
 
 class Bell:
@@ -28,11 +36,15 @@ class Bell:
         self._lock = threading.Lock()
         self._pipe: Optional[Tuple[int, int]] = None
         self._main = 0
+        self._child = False
+        #: The latest worker of this process, which may end before the process does, as in tests.
+        self._worker: Callable[[], Any] = _nothing
         self._quiet_until = 0.0
 
-    def hang(self) -> None:
-        """Open the pipe, in the main process of a worker."""
+    def hang(self, worker: Any) -> None:
+        """Open the pipe, in the main process of *worker*."""
         with self._lock:
+            self._worker, self._child = weakref.ref(worker), False
             if self._main != os.getpid():
                 # A worker started by a child of another worker has children of its own.
                 self._close()
@@ -43,13 +55,13 @@ class Bell:
 
     @property
     def in_main(self) -> bool:
-        """Whether this is the main process of a worker."""
-        return self._main == os.getpid()
+        """Whether this is the main process of a worker that has not ended."""
+        return self._main == os.getpid() and self._working()
 
     @property
     def in_child(self) -> bool:
         """Whether this is a child of a worker whose main process listens."""
-        return self._pipe is not None and not self.in_main
+        return self._child
 
     def reader(self) -> Optional[int]:
         """Return the file descriptor that is readable when a child rings."""
@@ -76,7 +88,14 @@ class Bell:
     def after_fork_in_child(self) -> None:
         """Become a child of the previous owner of the bell."""
         self._lock = threading.Lock()
+        self._child = self._child or self._working()
         self._quiet_until = 0.0
+
+    def _working(self) -> bool:
+        worker = self._worker()
+        # Celery sends no signal when a worker is terminated. The blueprint comes after worker_init.
+        state = getattr(getattr(worker, "blueprint", None), "state", None)
+        return worker is not None and state not in _ENDED
 
     def _close(self) -> None:
         if self._pipe is not None:
@@ -90,8 +109,8 @@ class Bell:
 bell = Bell()
 
 
-def _hang(**kwargs: Any) -> None:
-    bell.hang()
+def _hang(sender: Any = None, **kwargs: Any) -> None:
+    bell.hang(sender)
 
 
 signals.worker_init.connect(_hang, weak=False)

@@ -11,7 +11,7 @@ import amqp
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.cli import management
 from celery_amqp_results.cli.common import Exit, Failed, Session
 from celery_amqp_results.protocol import page
@@ -121,7 +121,7 @@ class Broker:
         backend = session.backend
         self.topology = backend.config.topology
         self.connector = backend.layout.connector
-        self.link: connections.Link = self.connector.open(HEARTBEAT)
+        self.link: Link = self.connector.open(HEARTBEAT)
         self._channel: Any = None
 
     def __enter__(self) -> Broker:

@@ -93,7 +93,7 @@ def present(
             if state is None:
                 continue
             try:
-                decoded = backend.waits.decode_if_kept(state)
+                decoded = backend.reader.decode_if_kept(state)
                 if decoded is not None:
                     yield update.task_id, decoded
             except (KombuError, SecurityError, errors.ForeignMessage) as exc:

@@ -20,6 +20,7 @@ from opentelemetry import trace as otel
 
 import celery_amqp_results
 from celery_amqp_results.backend import AMQPBackend
+from celery_amqp_results.toolkit.bounded import BoundedDict
 
 __all__ = ("trace",)
 
@@ -74,7 +75,7 @@ class _Tracing:
     def __init__(self, tracer: Any) -> None:
         self.tracer = tracer
         self._lock = threading.Lock()
-        self._sent: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._sent: BoundedDict[str, Any] = BoundedDict(MAX_REMEMBERED)
 
     def remember(self, headers: Optional[Mapping[str, Any]] = None, **kwargs: Any) -> None:
         """Remember the trace in which a task is sent: a handler of ``before_task_publish``."""
@@ -83,8 +84,6 @@ class _Tracing:
         if task_id and context.is_valid:
             with self._lock:
                 self._sent[task_id] = context
-                if len(self._sent) > MAX_REMEMBERED:
-                    self._sent.popitem(last=False)
 
     def links(self, ids: Iterator[str]) -> List[Any]:
         """Return links to the traces in which tasks were sent, as far as this process knows."""

@@ -43,13 +43,16 @@ from amqp import spec
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.amqp.declarations import Declarations
-from celery_amqp_results.amqp.once import OnceLogger
-from celery_amqp_results.amqp.threads import start_thread
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.feed.barriers import Barrier, Barriers
 from celery_amqp_results.feed.table import ALL, Look, Table, Unread
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
 from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW, barrier_key
 from celery_amqp_results.protocol.page import Census
+from celery_amqp_results.toolkit.bounded import OnceLogger
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import time_left
+from celery_amqp_results.toolkit.threads import start_thread
 
 __all__ = ("BARRIER", "Inbox", "Waiter")
 
@@ -322,7 +325,7 @@ class Inbox:
                     raise self._failure
                 if self._closing:
                     raise errors.BackendUnavailable("the result backend was closed")
-                remaining = connections.time_left(deadline, 3600.0)
+                remaining = time_left(deadline, 3600.0)
                 if remaining <= 0.0:
                     raise TimeoutError("the inbox was not bound in time")
                 self._changed.wait(remaining)
@@ -385,7 +388,7 @@ class Inbox:
             barrier, first = self._barriers.join()
         if first:
             self._publish(session, barrier)
-        barrier.wait(connections.time_left(deadline, BARRIER_SECONDS))
+        barrier.wait(time_left(deadline, BARRIER_SECONDS))
         with self._changed:
             if not barrier.returned:
                 self._barriers.give_up(barrier)
@@ -398,8 +401,8 @@ class Inbox:
                 with self._changed:
                     number = self._barriers.publish(barrier, time.monotonic())
                 session.publish_barrier(number)
-        except connections.TRANSIENT as exc:
-            connections.raise_if_from_signal_handler(exc)
+        except TRANSIENT as exc:
+            raise_if_from_signal_handler(exc)
             # The connection is about to be lost, or part of a frame has been written.
             self.suspect(f"a barrier could not be published: {exc!r}")
         finally:
@@ -504,10 +507,10 @@ class Inbox:
                 self._once = OnceLogger(logger)
                 session.read()
             except Exception as exc:
-                lost = isinstance(exc, connections.TRANSIENT)
+                lost = isinstance(exc, TRANSIENT)
                 refused = isinstance(
                     exc, (errors.BackendUnavailable, errors.DeclarationRefused)
-                ) or connections.is_refusal(exc)
+                ) or is_refusal(exc)
                 self._lose(exc)
                 if session is not None:
                     session.drop()
@@ -559,7 +562,7 @@ class Inbox:
     def _give_up(self, exc: Exception, attempts: int) -> None:
         if isinstance(exc, (errors.BackendUnavailable, errors.DeclarationRefused)):
             failure: Exception = exc
-        elif connections.is_refusal(exc):
+        elif is_refusal(exc):
             failure = errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} refuses to push results: {exc}. "
                 "Check the user's permissions on the exchange "
@@ -567,7 +570,7 @@ class Inbox:
                 "(amq.gen-*)."
             )
             failure.__cause__ = exc
-        elif isinstance(exc, connections.TRANSIENT):
+        elif isinstance(exc, TRANSIENT):
             failure = errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} cannot be reached for results to be "
                 f"pushed, after {attempts} tries: {exc!r}. Is RabbitMQ running there, and is the "

@@ -12,12 +12,12 @@ from typing import Collection, Dict, Iterable, List, Optional
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.page import Census
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.lookup import Store
+from celery_amqp_results.toolkit.threads import start_thread
 
 __all__ = ("Reads",)
 

@@ -68,11 +68,11 @@ from typing import (
     Tuple,
 )
 
-from celery_amqp_results.amqp.once import BoundedDict
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.page import Census, number_of
 from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
+from celery_amqp_results.toolkit.bounded import BoundedDict
 
 __all__ = ("ALL", "Action", "Look", "Table", "Unread")
 

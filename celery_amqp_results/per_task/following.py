@@ -14,10 +14,7 @@ waited. A state published in the same process, as with ``memory://``, ends the p
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
-import selectors
-import socket
 import threading
 import time
 import weakref
@@ -41,8 +38,12 @@ from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.amqp.failures import is_refusal
+from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.toolkit.retry import Retry, time_left
+from celery_amqp_results.toolkit.sockets import WakeUp
 from celery_amqp_results.waiting.follower import FIRST_RECHECK, LAST_RECHECK, Update
 
 __all__ = ("PollingFollower", "PushFollower")
@@ -206,7 +207,7 @@ class PollingFollower(_Follower):
             BackendUnavailable: when the broker cannot be reached or refuses us.
             Exception: whatever :meth:`Queues.poll` raises.
         """
-        until = time.monotonic() + connections.time_left(deadline, pause)
+        until = time.monotonic() + time_left(deadline, pause)
         while True:
             poked = self._event.is_set()
             if poked:
@@ -234,7 +235,7 @@ class PushFollower(_Follower):
 
     def __init__(self, layout: Queues) -> None:
         super().__init__(layout)
-        self._link: Optional[connections.Link] = None
+        self._link: Optional[Link] = None
         self._channel: Any = None
         self._queue = ""
         #: The tasks whose binding stands and that were read since.
@@ -250,13 +251,10 @@ class PushFollower(_Follower):
         self._waiting_since = time.monotonic()
         #: Why a pushed message cannot be read, by the task that it is about.
         self._failures_of: Dict[str, Exception] = {}
-        self._failures = 0
+        self._tries = Retry(layout.connector.policy)
         self._pause = FIRST_RECHECK
         self._recheck_at = time.monotonic() + FIRST_RECHECK
-        # Wakes the thread that waits for the socket of the connection.
-        self._bell, self._ringer = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ringer.setblocking(False)
+        self._wake_up = WakeUp()
 
     def discard(self, task_id: str) -> None:
         """Stop following *task_id*."""
@@ -279,17 +277,15 @@ class PushFollower(_Follower):
         if link is not None:
             link.close()
         self._layout.closed_follower(self)
-        self._bell.close()
-        self._ringer.close()
+        self._wake_up.close()
 
     def poke(self) -> None:
         """Make :meth:`step` return soon. May be called by any thread."""
-        with contextlib.suppress(OSError):
-            self._ringer.send(b"!")
+        self._wake_up.ring()
 
     def pause(self, seconds: float) -> None:
         """Wait for *seconds*, or until poked or pushed to."""
-        self._wait(time.monotonic() + seconds, None)
+        self._wake_up.wait(seconds)
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
         """Wait at most *pause* seconds for updates and return them.
@@ -301,7 +297,7 @@ class PushFollower(_Follower):
             BackendUnavailable: when the broker cannot be reached or refuses us.
             Exception: whatever :meth:`Queues.poll` raises.
         """
-        until = time.monotonic() + connections.time_left(deadline, pause)
+        until = time.monotonic() + time_left(deadline, pause)
         try:
             if time.monotonic() >= self._recheck_at:
                 # A push is a hint, the queue is the truth.
@@ -326,24 +322,22 @@ class PushFollower(_Follower):
                     return updates
             if self._link is not None:
                 updates = self._receive(self._link, until)
-                self._failures = 0
+                self._tries.succeeded()
                 return updates
+        except errors.BackendUnavailable:
+            raise
         except self._layout.sessions.errors as exc:
-            connections.raise_if_from_signal_handler(exc)
-            if isinstance(exc, errors.BackendUnavailable):
-                raise
+            seconds = self._tries.after(exc, time.monotonic())
             self._drop()
-            self._failures += 1
-            seconds = self._layout.connector.policy.pause(self._failures)
-            if seconds is None or connections.is_refusal(exc):
+            if seconds is None or is_refusal(exc):
                 raise errors.BackendUnavailable(
                     f"the connection to the broker at {self._layout.connector.describe()} was "
                     f"lost while waiting for {len(self.pending)} tasks: {exc!r}"
                 ) from exc
             logger.warning("waiting goes on with a new connection: %r", exc)
-            self._wait(min(until, time.monotonic() + seconds), None)
+            self._wake_up.wait(time_left(until, seconds))
             return []
-        self._wait(until, None)
+        self._wake_up.wait(time_left(until, pause))
         return []
 
     def _read(self, ids: Iterable[str], deadline: Optional[float]) -> List[Update]:
@@ -374,7 +368,7 @@ class PushFollower(_Follower):
         self._arrived = [each for each in arrived if each.id not in found]
         return self._news(states)
 
-    def _probe(self, link: connections.Link, deadline: Optional[float]) -> List[Update]:
+    def _probe(self, link: Link, deadline: Optional[float]) -> List[Update]:
         """Read the non-empty queues among tasks without pushed states."""
         begun = time.monotonic()
         filled = []
@@ -393,7 +387,7 @@ class PushFollower(_Follower):
         self._probe_at = now + max(pause, (now - begun) / PAUSE_SHARE)
         return updates
 
-    def _has_messages(self, link: connections.Link, task_id: str) -> bool:
+    def _has_messages(self, link: Link, task_id: str) -> bool:
         if self._probing is None:
             self._probing = link.amqp.channel()
         try:
@@ -450,12 +444,12 @@ class PushFollower(_Follower):
                 if self._layout.rkey(task_id) == key:
                     self._failures_of[task_id] = exc
 
-    def _receive(self, link: connections.Link, until: float) -> List[Update]:
+    def _receive(self, link: Link, until: float) -> List[Update]:
         """Wait for pushes until *until*, or until other work is due."""
         if not self._arrived and not self._failures_of:
             link.tick()
             probe_at = self._probe_at if self._unpushed else until
-            self._wait(min(until, self._recheck_at, probe_at), link)
+            link.wait(min(until, self._recheck_at, probe_at), self._wake_up)
         while not self._failures_of and link.readable():
             link.drain(0.001)
         if self._layout.closed:
@@ -469,19 +463,6 @@ class PushFollower(_Follower):
             # Its writer publishes to the exchange, and so will later states.
             self._unpushed = collections.deque(i for i in self._unpushed if i not in pushed)
         return self._news(arrived)
-
-    def _wait(self, until: float, link: Optional[connections.Link]) -> None:
-        """Wait until *until*, until poked, or until *link* has something to read."""
-        seconds = max(0.0, until - time.monotonic())
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._bell, selectors.EVENT_READ)
-            if link is not None:
-                seconds = min(seconds, link.idle_time())
-                selector.register(link.socket, selectors.EVENT_READ)
-            selector.select(seconds)
-        with contextlib.suppress(BlockingIOError):
-            while self._bell.recv(64):
-                pass
 
 
 class _Channel(transports.Session):

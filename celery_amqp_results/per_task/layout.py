@@ -87,6 +87,7 @@ from kombu.transport.virtual.base import NotEquivalentError
 
 from celery_amqp_results import errors, options
 from celery_amqp_results.amqp import connections, transports
+from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task.following import PollingFollower, PushFollower
@@ -95,6 +96,7 @@ from celery_amqp_results.protocol.ids import state_name
 from celery_amqp_results.protocol.message import GROUP, STATE, StateMessage
 from celery_amqp_results.protocol.names import Route
 from celery_amqp_results.protocol.ranking import is_final, supersedes
+from celery_amqp_results.toolkit import retry
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.watch import Tap
 
@@ -769,7 +771,7 @@ class PerTaskLayout:
         Raises:
             BackendUnavailable: when the broker cannot be reached, or refuses us.
         """
-        attempt = 0
+        tries = retry.Retry(self._settings.retry_policy)
         while True:
             try:
                 with self.sessions.session(deadline) as session:
@@ -779,17 +781,13 @@ class PerTaskLayout:
             except (errors.BackendUnavailable, errors.DeclarationRefused):
                 raise
             except self.sessions.errors as exc:
-                connections.raise_if_from_signal_handler(exc)
                 # The broker may have restarted without the exchange.
                 self._exchange_declared = False
-                attempt += 1
-                pause = self._settings.retry_policy.pause(attempt)
-                over = connections.is_over(deadline)
-                if pause is None or over or connections.is_refusal(exc):
+                if is_refusal(exc) or not retry.wait_before_retry(tries, exc, deadline):
                     raise errors.BackendUnavailable(
-                        f"{failure}, after {attempt} tries at {self.connector.describe()}: {exc!r}"
+                        f"{failure}, after {max(1, tries.failed)} tries at "
+                        f"{self.connector.describe()}: {exc!r}"
                     ) from exc
-                time.sleep(connections.time_left(deadline, pause))
 
     def flush(self) -> None:
         """Do nothing: every publish waits for its confirm."""

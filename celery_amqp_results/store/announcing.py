@@ -12,9 +12,11 @@ from typing import Any, Collection
 
 import amqp
 
-from celery_amqp_results.amqp import connections, frames
+from celery_amqp_results.amqp import frames
+from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
 from celery_amqp_results.protocol.names import BROADCAST, Route, Topology
+from celery_amqp_results.toolkit.retry import is_over, time_left
 
 __all__ = ("announce",)
 
@@ -22,7 +24,7 @@ __all__ = ("announce",)
 CONFIRM_SECONDS = 0.25
 
 
-def announce(link: connections.Link, topology: Topology, ids: Collection[str]) -> None:
+def announce(link: Link, topology: Topology, ids: Collection[str]) -> None:
     """Publish that *ids* were removed; return after the confirm, or when that is late.
 
     Parameters:
@@ -52,14 +54,12 @@ def announce(link: connections.Link, topology: Topology, ids: Collection[str]) -
             )
             link.amqp.transport.write(_frames(link, channel, topology, mark))
     end = time.monotonic() + CONFIRM_SECONDS
-    while confirmed < len(ids) and channel.is_open and not connections.is_over(end):
-        link.drain(connections.time_left(end, CONFIRM_SECONDS))
+    while confirmed < len(ids) and channel.is_open and not is_over(end):
+        link.drain(time_left(end, CONFIRM_SECONDS))
     channel.close()
 
 
-def _frames(
-    link: connections.Link, channel: amqp.Channel, topology: Topology, mark: StateMessage
-) -> Any:
+def _frames(link: Link, channel: amqp.Channel, topology: Topology, mark: StateMessage) -> Any:
     return frames.publish_frames(
         channel.channel_id,
         topology.exchange,

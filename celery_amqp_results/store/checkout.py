@@ -25,7 +25,7 @@ import amqp
 from amqp import exceptions as amqp_errors
 from amqp import spec
 
-from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.link import IO_TIMEOUT, Link
 
 __all__ = ("FENCE", "Checkout", "longest_hold", "longest_prefetch")
 
@@ -97,7 +97,7 @@ class Checkout:
 
     def __init__(
         self,
-        link: connections.Link,
+        link: Link,
         queue: str,
         on_message: Callable[[amqp.Message], None],
         prefetch: int = PREFETCH,
@@ -250,7 +250,7 @@ class Checkout:
             # Channel.close() would log each message that is still on its way as a protocol error.
             self.channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         while wait and self.channel.connection is not None:
-            if not self.link.drain(connections.IO_TIMEOUT):
+            if not self.link.drain(IO_TIMEOUT):
                 raise amqp_errors.RecoverableConnectionError(
-                    f"the broker did not close a channel within {connections.IO_TIMEOUT:g} s"
+                    f"the broker did not close a channel within {IO_TIMEOUT:g} s"
                 )

@@ -25,6 +25,9 @@ import amqp
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
@@ -60,7 +63,7 @@ class LargeBodies:
     def __init__(
         self,
         publisher: Publisher,
-        pool: connections.Pool,
+        pool: Pool,
         topology: Topology,
         persistent: bool,
         limit: int,
@@ -121,13 +124,13 @@ class LargeBodies:
                     return self._read(link, queue, pointer, end)
             except errors.BackendUnavailable:
                 raise
-            except connections.TRANSIENT as exc:
+            except TRANSIENT as exc:
                 # One cause is a queue deleted while we waited in line: the next try finds it
                 # missing.
                 tries.wait(exc, f"the large result in {queue!r}")
 
     def _read(
-        self, link: connections.Link, queue: str, pointer: StateMessage, end: float
+        self, link: Link, queue: str, pointer: StateMessage, end: float
     ) -> Optional[StateMessage]:
         found: List[StateMessage] = []
 

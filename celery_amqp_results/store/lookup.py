@@ -24,11 +24,16 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication, Status
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.announcing import announce
 from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("Store",)
 
@@ -102,7 +107,7 @@ class _Read:
     def __init__(
         self,
         store: Store,
-        link: connections.Link,
+        link: Link,
         shard: int,
         request: _Request,
     ) -> None:
@@ -306,7 +311,7 @@ class _Read:
         self.checkout.set_fence()
         until = min(time.monotonic() + PAGE_SECONDS, self._end)
         while not self.checkout.fenced and time.monotonic() < until:
-            self._link.drain(connections.time_left(until, PAGE_SECONDS))
+            self._link.drain(time_left(until, PAGE_SECONDS))
 
     def _pack(self, until: float) -> None:
         """Replace loose results, and small pages, by full pages.
@@ -440,7 +445,7 @@ class Store:
 
     def __init__(
         self,
-        pool: connections.Pool,
+        pool: Pool,
         declarations: Declarations,
         lookup_timeout: float,
         page_size: int,
@@ -553,8 +558,8 @@ class Store:
             except amqp.exceptions.ChannelError as exc:
                 logger.info("other processes are not told what was forgotten: %s", exc)
                 return
-            except connections.TRANSIENT as exc:
-                connections.raise_if_from_signal_handler(exc)
+            except TRANSIENT as exc:
+                raise_if_from_signal_handler(exc)
                 tries.wait(exc, "what was forgotten")
 
     def readable(self, queue: str, found: List[StateMessage]) -> List[StateMessage]:
@@ -614,7 +619,7 @@ class Store:
                     late = self._read_on(link, request, todo, end, pack_end)
             except errors.LookupTimeout:
                 raise
-            except connections.TRANSIENT as exc:
+            except TRANSIENT as exc:
                 # Shards read completely are done; the others are read again.
                 self.declarations.forget()
                 if not todo:
@@ -630,7 +635,7 @@ class Store:
 
     def _read_on(
         self,
-        link: connections.Link,
+        link: Link,
         request: _Request,
         todo: Deque[int],
         end: float,
@@ -697,16 +702,14 @@ class Store:
                 )
         return None
 
-    def confirm_channel(self, link: connections.Link) -> ConfirmChannel:
+    def confirm_channel(self, link: Link) -> ConfirmChannel:
         """Return the channel for publishing on a connection for look-ups."""
         if link.publishing is None:
             link.publishing = ConfirmChannel(link)
         channel: ConfirmChannel = link.publishing
         return channel
 
-    def _late(
-        self, link: connections.Link, running: List[_Read], seconds: float
-    ) -> errors.LookupTimeout:
+    def _late(self, link: Link, running: List[_Read], seconds: float) -> errors.LookupTimeout:
         slow = running[0]
         queue = self.declarations.topology.shard_queue_name(slow.shard)
         if link.blocked:

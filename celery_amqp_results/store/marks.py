@@ -17,11 +17,14 @@ from typing import Any, NamedTuple, Optional, Set
 import amqp
 import kombu
 
-from celery_amqp_results.amqp import connections, frames
+from celery_amqp_results.amqp import frames
 from celery_amqp_results.amqp.confirms import Outgoing
 from celery_amqp_results.amqp.declarations import Declarations, declare_exchange
+from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.link import channel_nowait
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
 __all__ = ("ENDED", "FORGOTTEN", "SENT", "Fate", "Marker", "ended_expiration", "mark")
 
@@ -90,7 +93,7 @@ class _Side:
         #: Why publishing marks has stopped, or ``None``.
         self.refused: Optional[str] = None
         self._requested: Set[int] = set()
-        self.channel = connections.channel_nowait(connection, self._on_close)
+        self.channel = channel_nowait(connection, self._on_close)
         if not declarations.declare:
             return
         # The broker refuses this if others count the shards differently: marks would go astray.
@@ -156,6 +159,6 @@ class Marker:
             if side is None:
                 side = self._sides[established] = _Side(established, self._declarations)
             side.publish(message)
-        except connections.TRANSIENT as exc:
-            connections.raise_if_from_signal_handler(exc)
+        except TRANSIENT as exc:
+            raise_if_from_signal_handler(exc)
             logger.info("%s was not published: %r", message.what, exc)

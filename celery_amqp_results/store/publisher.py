@@ -19,7 +19,7 @@ import time
 from typing import Callable, Deque, List, Optional, Sequence, Tuple, Type, TypeVar
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections, retry
+from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.confirms import (
     ConfirmChannel,
     ConfirmLog,
@@ -29,8 +29,8 @@ from celery_amqp_results.amqp.confirms import (
     Status,
 )
 from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations, declare_queue
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.amqp.shared_channel import SharedChannel, Waiter
-from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.protocol.names import QueueSpec
 from celery_amqp_results.store.delivery import (
     Delivery,
@@ -39,6 +39,10 @@ from celery_amqp_results.store.delivery import (
     describe,
     size_limit,
 )
+from celery_amqp_results.toolkit import retry
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import is_over
+from celery_amqp_results.toolkit.threads import start_thread
 
 __all__ = ("Outgoing", "Publisher", "QueueLength")
 
@@ -69,7 +73,7 @@ FLUSH_SECONDS = 10.0
 
 _T = TypeVar("_T")
 
-_FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *connections.TRANSIENT)
+_FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *TRANSIENT)
 
 
 class Publisher:
@@ -196,7 +200,7 @@ class Publisher:
         end = time.monotonic() + timeout
         left: List[Publication] = []
         try:
-            while not connections.is_over(end):
+            while not is_over(end):
                 left = self._channel.collect()
                 if not left and not self._has_strays():
                     return
@@ -204,7 +208,7 @@ class Publisher:
                     left = self._send([], time.monotonic()).unwaited()
                 self._channel.wait(Waiter(left), end)
         except _FAILURES as exc:
-            connections.raise_if_from_signal_handler(exc)
+            raise_if_from_signal_handler(exc)
             logger.info("states were not confirmed when the process ended: %r", exc)
         count = len(self._strays) + sum(not p.settled for p in left)
         if count:
@@ -233,7 +237,7 @@ class Publisher:
                 # States stored earlier must be confirmed as well: they may be of the same task.
                 self._channel.wait(Waiter([*delivery.publications, *log.unwaited()]))
             except _FAILURES as exc:
-                connections.raise_if_from_signal_handler(exc)
+                raise_if_from_signal_handler(exc)
                 failure = exc
             except BaseException:
                 self._abandon(delivery)
@@ -285,7 +289,7 @@ class Publisher:
                 for publication in held:
                     channel.publish_copy(publication)
         except _FAILURES as exc:
-            connections.raise_if_from_signal_handler(exc)
+            raise_if_from_signal_handler(exc)
             # Both copies are sent again.
             for publication in held:
                 publication.status, publication.failure = Status.LOST, exc
@@ -319,7 +323,7 @@ class Publisher:
             pause = self._judge(failure, delivery.messages, tries)
         except Exception as final:
             self._abandon(delivery)
-            refused = not isinstance(final, errors.NotConfirmed) and connections.is_refusal(
+            refused = not isinstance(final, errors.NotConfirmed) and is_refusal(
                 final.__cause__ or final
             )
             with self._lock:
@@ -534,7 +538,7 @@ class Publisher:
             )
             too_large.size, too_large.limit = len(largest.body), limit
             raise too_large from exc
-        if limit is None and connections.is_refusal(exc):
+        if limit is None and is_refusal(exc):
             raise errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} refuses {describe(messages)}: {exc}. "
                 "Check the user's permissions on the exchange and the queues "

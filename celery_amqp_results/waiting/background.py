@@ -13,7 +13,7 @@ import time
 from typing import Any, Callable, Deque, Dict, List, Optional, Set
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.protocol.message import StateMessage
@@ -120,7 +120,7 @@ class BackgroundFollower(Follower):
         except errors.BackendUnavailable as exc:
             look.failure = exc
             covered = not look.cover or look.covered
-            refused = exc.__cause__ is not None and connections.is_refusal(exc.__cause__)
+            refused = exc.__cause__ is not None and is_refusal(exc.__cause__)
             look.harmless = covered and not refused
         except Exception as exc:
             look.failure = exc

@@ -19,9 +19,9 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 from vine import barrier
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.threads import start_thread
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.toolkit.threads import start_thread
 from celery_amqp_results.waiting.following import Following
 
 __all__ = ("PendingResults",)

@@ -26,12 +26,13 @@ from typing import (
 )
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections
-from celery_amqp_results.amqp.once import OnceLogger
+from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.feed.inbox import Inbox, Waiter
 from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.toolkit.bounded import OnceLogger
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
 __all__ = ("Follower", "Update")
 
@@ -277,7 +278,7 @@ class Follower:
         try:
             self._inbox.cover(self._unsettled, min(until, self._held_until()))
         except TimeoutError as exc:
-            connections.raise_if_from_signal_handler(exc)
+            raise_if_from_signal_handler(exc)
             return
         found = self._read(self._unsettled, deadline)
         if found is None:
@@ -294,7 +295,7 @@ class Follower:
         try:
             found = self._reads.states(ids, deadline, self._to_store(ids))
         except errors.BackendUnavailable as exc:
-            if exc.__cause__ is not None and connections.is_refusal(exc.__cause__):
+            if exc.__cause__ is not None and is_refusal(exc.__cause__):
                 raise
             if deadline is None or time.monotonic() < deadline:
                 once.log(

@@ -7,7 +7,6 @@ nothing of Celery's backend class.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -33,10 +32,11 @@ from celery.exceptions import TimeoutError
 from celery.result import ResultSet
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.toolkit.retry import is_over
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
@@ -44,8 +44,6 @@ from celery_amqp_results.waiting.follower import Update
 from celery_amqp_results.waiting.following import Following
 
 __all__ = ("DEFAULT_INTERVAL", "Patience", "Waits")
-
-logger = logging.getLogger(__name__)
 
 #: How often ``on_interval`` is called where no interval is given, in seconds.
 DEFAULT_INTERVAL = 0.5
@@ -68,6 +66,16 @@ class Readable(Protocol):
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> watching.Tap:
         """Return a tap of all published states."""
+
+
+class Decoder(Protocol):
+    """Decodes states."""
+
+    def decode(self, state: StateMessage) -> Meta:
+        """Return the meta that *state* holds."""
+
+    def decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
+        """Return the meta of *state*, or ``None`` if its body is gone."""
 
 
 class Patience(NamedTuple):
@@ -93,16 +101,14 @@ class Waits:
 
     Parameters:
         layout: returns the layout of this process.
-        decode: returns the meta of a state.
+        decoder: decodes states.
 
     Thread-safe. After a fork the child calls :meth:`reset`.
     """
 
-    def __init__(
-        self, layout: Callable[[], Readable], decode: Callable[[StateMessage], Meta]
-    ) -> None:
+    def __init__(self, layout: Callable[[], Readable], decoder: Decoder) -> None:
         self._layout = layout
-        self._decode = decode
+        self._decoder = decoder
         self.reset()
 
     def reset(self) -> None:
@@ -162,8 +168,8 @@ class Waits:
                 try:
                     updates = follower.step(deadline, max(0.0, next_interval - now))
                 except errors.BackendUnavailable as exc:
-                    refused = exc.__cause__ is not None and connections.is_refusal(exc.__cause__)
-                    if refused or not connections.is_over(deadline):
+                    refused = exc.__cause__ is not None and is_refusal(exc.__cause__)
+                    if refused or not is_over(deadline):
                         raise
                     # Connecting has used up the timeout.
                     raise patience.timed_out(len(missing), len(ids)) from exc
@@ -217,24 +223,16 @@ class Waits:
 
     def _report(self, update: Update, on_message: Callable[[Meta], Any]) -> None:
         for state in update.states:
-            meta = self.decode_if_kept(state)
+            meta = self._decoder.decode_if_kept(state)
             if meta is not None:
                 on_message(meta)
-
-    def decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
-        """Return the meta of *state*, or ``None`` if its body is gone."""
-        try:
-            return self._decode(state)
-        except errors.ResultExpired as exc:
-            logger.warning("taken for expired: %s", exc)
-            return None
 
     def resolve(self, result: Any, state: StateMessage) -> None:
         """Give a result object its final state and call its callbacks, once."""
         if result._cache is not None:
             return
         # Decoding may need a look-up, so it is done without the lock.
-        meta = self._decode(state)
+        meta = self._decoder.decode(state)
         with self._resolving:
             if result._cache is not None:
                 return
@@ -277,10 +275,10 @@ class Waits:
         wanted = watching.read_states(names)
         if target is None:
             tap = self._layout().tap(wanted)
-            return watching.watch_everything(tap, self._decode, timeout)
+            return watching.watch_everything(tap, self._decoder.decode, timeout)
         found = watching.read_target(target)
         updates = self.updates(found.ids, Patience(timeout, WATCH_INTERVAL))
-        return watching.watch_ids(updates, found.ended, self._decode, wanted)
+        return watching.watch_ids(updates, found.ended, self._decoder.decode, wanted)
 
     def add_callback(self, result: Any) -> None:
         """Call the callbacks of *result* when its task ends. Does no I/O."""

@@ -11,13 +11,10 @@ once; a state never comes after one that supersedes it.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import logging
 import os
-import selectors
-import socket
 import time
 import uuid
 from typing import (
@@ -32,7 +29,6 @@ from typing import (
     List,
     NamedTuple,
     Optional,
-    Tuple,
     Union,
 )
 
@@ -43,9 +39,14 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
+from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
+from celery_amqp_results.toolkit.bounded import BoundedDict
+from celery_amqp_results.toolkit.retry import Retry, time_left
+from celery_amqp_results.toolkit.sockets import WakeUp
 from celery_amqp_results.waiting.follower import Update
 
 __all__ = (
@@ -167,8 +168,7 @@ class Newest:
     """
 
     def __init__(self, limit: Optional[int] = None) -> None:
-        self._limit = limit
-        self._last: collections.OrderedDict[str, StateMessage] = collections.OrderedDict()
+        self._last: BoundedDict[str, StateMessage] = BoundedDict(limit)
 
     def take(self, update: Update) -> List[StateMessage]:
         """Return the states of *update* that become current, in order.
@@ -191,9 +191,6 @@ class Newest:
             return False
         # Its body is no longer needed.
         self._last[state.id] = dataclasses.replace(state, body=b"", decoded=None)
-        self._last.move_to_end(state.id)
-        if self._limit is not None and len(self._last) > self._limit:
-            self._last.popitem(last=False)
         return True
 
     def drop(self, task_id: str) -> None:
@@ -257,9 +254,9 @@ class Tap:
         self._connector = connector
         self._declarations = declarations
         self._wanted = wanted
-        self._link: Optional[connections.Link] = None
+        self._link: Optional[Link] = None
         self._arrived: List[StateMessage] = []
-        self._failures = 0
+        self._tries = Retry(connector.policy)
         self._opened = False
         self._shut = False
         self._pid = os.getpid()
@@ -267,9 +264,8 @@ class Tap:
         #: How often the connection was lost, and how many messages were not states.
         self.lost = 0
         self.rejected = 0
-        #: Wake the thread that waits for the connection's socket: the end that it waits for, and
-        #: the other one.
-        self._bells: Optional[Tuple[socket.socket, socket.socket]] = None
+        #: Made by the first step, since a tap that is never used is not closed either.
+        self._wake_up: Optional[WakeUp] = None
 
     def __enter__(self) -> Tap:
         return self
@@ -279,10 +275,9 @@ class Tap:
 
     def poke(self) -> None:
         """Make :meth:`step` return soon. May be called by any thread."""
-        bells = self._bells
-        if bells is not None:
-            with contextlib.suppress(OSError):
-                bells[1].send(b"!")
+        wake_up = self._wake_up
+        if wake_up is not None:
+            wake_up.ring()
 
     def shut(self) -> None:
         """Make :meth:`step` raise from now on. May be called by any thread."""
@@ -294,9 +289,9 @@ class Tap:
         link, self._link = self._link, None
         if link is not None and self._pid == os.getpid():
             link.close()
-        bells, self._bells = self._bells, None
-        for bell in bells or ():
-            bell.close()
+        wake_up, self._wake_up = self._wake_up, None
+        if wake_up is not None:
+            wake_up.close()
 
     def step(self, deadline: Optional[float], pause: float) -> List[StateMessage]:
         """Wait at most *pause* seconds for states and return the current ones.
@@ -311,11 +306,9 @@ class Tap:
         """
         if self._pid != os.getpid():
             raise RuntimeError(_FORKED)
-        until = time.monotonic() + connections.time_left(deadline, pause)
-        if self._bells is None:
-            self._bells = socket.socketpair()
-            for bell in self._bells:
-                bell.setblocking(False)
+        until = time.monotonic() + time_left(deadline, pause)
+        if self._wake_up is None:
+            self._wake_up = WakeUp()
         if self._shut:
             raise errors.BackendUnavailable("the result backend was closed while watching")
         try:
@@ -324,43 +317,40 @@ class Tap:
             assert self._link is not None
             self._link.tick()
             if not self._arrived:
-                self._wait(until, self._link)
+                self._link.wait(until, self._wake_up)
             while self._link.readable():
                 self._link.drain(0.0)
-            self._failures = 0
-        except connections.TRANSIENT as exc:
-            connections.raise_if_from_signal_handler(exc)
-            if isinstance(exc, errors.BackendUnavailable):
-                raise
-            self._lose(exc, until)
+            self._tries.succeeded()
+        except errors.BackendUnavailable:
+            raise
+        except TRANSIENT as exc:
+            pause = self._lose(exc)
+            self._wake_up.wait(time_left(until, pause))
         arrived, self._arrived = self._arrived, []
         return [state for state in arrived if self._newest.accept(state)]
 
-    def _lose(self, exc: Exception, until: float) -> None:
+    def _lose(self, exc: Exception) -> float:
+        """Close the connection; return the seconds after which to open another."""
+        seconds = self._tries.after_success(exc, time.monotonic())
         link, self._link = self._link, None
         if link is not None:
             link.drop()
             self.lost += 1
         self._declarations.forget()
-        if connections.is_refusal(exc):
+        if is_refusal(exc):
             raise errors.BackendUnavailable(
                 f"the broker at {self._connector.describe()} refuses to have results watched: "
                 f"{exc}. Check the user's permissions on the exchange "
                 f"{self._declarations.topology.exchange!r} and on queues that the broker names "
                 "(amq.gen-*)."
             ) from exc
-        self._failures += 1
-        seconds = self._connector.policy.pause(self._failures)
-        if seconds is None:
-            # The broker was reachable before, and will be back.
-            seconds = self._connector.policy.interval_max
         logger.warning(
             "the connection that results are watched on is lost, opening another in %.1f s; "
             "states may be missed: %r",
             seconds,
             exc,
         )
-        self._wait(min(until, time.monotonic() + seconds), None)
+        return seconds
 
     def _open(self, deadline: Optional[float]) -> None:
         # At the first connection the URL may well be wrong.
@@ -409,22 +399,6 @@ class Tap:
             return
         if state.kind == STATE and (self._wanted is None or state.state in self._wanted):
             self._arrived.append(state)
-
-    def _wait(self, until: float, link: Optional[connections.Link]) -> None:
-        """Wait until *until*, until poked, or until *link* has something to read."""
-        seconds = max(0.0, until - time.monotonic())
-        assert self._bells is not None
-        bell, _ = self._bells
-        # gevent and eventlet replace DefaultSelector.
-        with selectors.DefaultSelector() as selector:
-            selector.register(bell, selectors.EVENT_READ)
-            if link is not None:
-                seconds = min(seconds, link.idle_time())
-                selector.register(link.socket, selectors.EVENT_READ)
-            selector.select(seconds)
-        with contextlib.suppress(BlockingIOError):
-            while bell.recv(64):
-                pass
 
 
 def _on_cancel(consumer_tag: str) -> None:

@@ -31,6 +31,12 @@ def celery_enable_logging() -> bool:
     return True
 
 
+@pytest.fixture(scope="session")
+def celery_worker_parameters() -> Dict[str, Any]:
+    # With heartbeats the worker stops within 2 seconds, without them it may take 10.
+    return {"without_heartbeat": False, "shutdown_timeout": 30}
+
+
 @pytest.fixture
 def add(celery_app: Any) -> Any:
     """A task of the app under test."""

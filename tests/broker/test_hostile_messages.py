@@ -223,7 +223,7 @@ def read_from_store(app: Celery, ids: List[str]) -> Dict[str, Any]:
     """Return what a new process finds in the store, independent of pushed states."""
     found = app.backend.layout.store.read(ids)
     return {
-        task_id: None if state is None else app.backend.decode_state(state)["result"]
+        task_id: None if state is None else app.backend.reader.decode(state)["result"]
         for task_id, state in ((i, fold(found[i])) for i in ids)
     }
 

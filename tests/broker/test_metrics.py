@@ -28,7 +28,7 @@ def difference(app: Celery, before: Metrics) -> Dict[str, int]:
 
 def test_counters_start_at_zero_and_reading_them_has_no_effect(app: Celery) -> None:
     assert app.backend.metrics() == Metrics()
-    assert not app.backend._layouts._layouts
+    assert not app.backend._layout._registry._layouts
 
 
 def test_stores_look_ups_and_packing_are_counted(make_app: Apps) -> None:

@@ -15,7 +15,7 @@ from celery import Celery, states
 from celery.app.task import Context
 from celery.result import AsyncResult
 
-from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.link import _links
 from tests import subprocesses
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps
@@ -113,7 +113,7 @@ def test_the_number_of_descriptors_is_constant_over_many_reconnects(
         until_watched(app, waited, eventually)
         counts.append(descriptors())
         epoch = inbox.connections
-        for link in list(connections._links):
+        for link in list(_links):
             if link.alive:
                 with contextlib.suppress(OSError, AttributeError):
                     link.socket.shutdown(socket.SHUT_RDWR)

@@ -12,7 +12,7 @@ from typing import Any, Iterator, List, Type
 
 import pytest
 
-from celery_amqp_results.amqp.threads import start_thread
+from celery_amqp_results.toolkit.threads import start_thread
 from tests.broker.helpers import new_id, open_inbox
 from tests.conftest import Apps
 from tools import rabbitmq

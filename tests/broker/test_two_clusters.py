@@ -35,7 +35,7 @@ def test_results_of_two_clusters_do_not_mix(make_app: Apps, node: rabbitmq.Node)
                 for task_id in ids:
                     app.backend.store_result(task_id, where, states.SUCCESS)
                 read = app.backend.layout.store.read(ids)
-                metas = [app.backend.decode_state(each) for (each,) in read.values()]
+                metas = [app.backend.reader.decode(each) for (each,) in read.values()]
                 found.append((where, {meta["result"] for meta in metas}))
 
             threads = [threading.Thread(target=work, args=item) for item in apps.items()]

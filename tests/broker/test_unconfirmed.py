@@ -38,7 +38,7 @@ def test_all_results_are_kept_and_the_number_of_unconfirmed_ones_is_limited(make
     app.backend.close()
     reader = make_app(result_backend_transport_options={"shards": 8})
     found = reader.backend.layout.poll(ids)
-    decoded = [reader.backend.decode_state(found[task_id])["result"] for task_id in ids]
+    decoded = [reader.backend.reader.decode(found[task_id])["result"] for task_id in ids]
     assert decoded == list(range(300))
 
 

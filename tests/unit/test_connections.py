@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_amqp_results import errors, options
-from celery_amqp_results.amqp import connections, retry
-from celery_amqp_results.amqp.connections import TRANSIENT, is_over, is_refusal, time_left
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
+from celery_amqp_results.amqp.link import RECEIVE_SIZE, _Received
+from celery_amqp_results.toolkit import retry
+from celery_amqp_results.toolkit.retry import is_over, time_left
 
 #: Refusals of a broker, under py-amqp's names for the codes of the protocol.
 REFUSALS = {403: "access refused", 406: "precondition failed", 530: "not allowed"}
@@ -126,7 +129,7 @@ def test_reading_in_large_pieces_does_not_change_the_data(
 ) -> None:
     stream = b"".join(pieces)
     transport = Transport(pieces)
-    received = connections._Received(transport)
+    received = _Received(transport)
     # py-amqp calls its transport, not this class.
     assert transport._quick_recv is received
     read = b""
@@ -141,15 +144,15 @@ def test_reading_in_large_pieces_does_not_change_the_data(
         # Available data is returned without waiting for more.
         assert not waiting or len(transport.asked) == before
         # Data that is larger than a piece is not copied twice.
-        assert waiting or size < connections.RECEIVE_SIZE or transport.asked[-1] == size
+        assert waiting or size < RECEIVE_SIZE or transport.asked[-1] == size
         read += piece
         assert stream.startswith(read)
-    assert all(size >= connections.RECEIVE_SIZE for size in transport.asked)
+    assert all(size >= RECEIVE_SIZE for size in transport.asked)
 
 
 def test_many_small_reads_cause_one_read_of_the_socket() -> None:
     transport = Transport([b"0123456789"])
-    received = connections._Received(transport)
+    received = _Received(transport)
     assert [received(4), received(4), received(4)] == [b"0123", b"4567", b"89"]
     assert not received.pending()
     assert len(transport.asked) == 1

@@ -141,6 +141,16 @@ def test_links_between_pages_work(page: Path) -> None:
             assert anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
 
 
+def test_included_files_are_marked_as_mkdocs_expects() -> None:
+    # Formatters turn the marker into an expression, and the page then shows the marker.
+    for page in DOCS.rglob("*.md"):
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if re.match(r"\W*8\s*<", line):
+                included = re.fullmatch(r'--8<-- "([^"]+)"', line)
+                assert included, f"{page.name}: {line}"
+                assert (ROOT / included[1]).exists(), f"{page.name}: {line}"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
     named = set(re.findall(r": (\S+\.md)$", navigation, re.M))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -11,10 +12,12 @@ from typing import Any, Optional
 import pytest
 from amqp import exceptions as amqp_errors
 
-from celery_amqp_results.amqp import failures, sockets
-from celery_amqp_results.amqp.once import BoundedDict, OnceLogger
-from celery_amqp_results.amqp.retry import Retry
+from celery_amqp_results.amqp import failures
 from celery_amqp_results.options import RetryPolicy
+from celery_amqp_results.toolkit import sockets
+from celery_amqp_results.toolkit.bounded import BoundedDict, OnceLogger
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import Retry
 
 #: What RabbitMQ 3.10 and 4.3 say.
 LIMITS = [
@@ -117,7 +120,7 @@ def test_a_network_error_is_one_whatever_else_was_caught_before() -> None:
     try:
         connect("there", 1, 2)
     except TimeoutError as exc:
-        failures.raise_if_from_signal_handler(exc)
+        raise_if_from_signal_handler(exc)
 
 
 def test_a_bounded_dict_forgets_what_was_set_first() -> None:
@@ -169,4 +172,24 @@ def test_a_wait_ends_when_somebody_rings_or_bytes_come() -> None:
     finally:
         here.close()
         there.close()
+        bell.close()
+
+
+def test_a_wait_for_several_sources_tells_which_are_readable() -> None:
+    here, there = socket.socketpair()
+    reader, writer = os.pipe()
+    bell = sockets.WakeUp()
+    try:
+        assert bell.wait_for_any(0, here, reader) == []
+        bell.ring()
+        assert bell.wait_for_any(60, here, reader) == []
+        os.write(writer, b"x")
+        assert bell.wait_for_any(60, here, reader) == [reader]
+        there.send(b"x")
+        assert set(bell.wait_for_any(60, here, reader)) == {here, reader}
+    finally:
+        here.close()
+        there.close()
+        os.close(reader)
+        os.close(writer)
         bell.close()

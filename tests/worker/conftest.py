@@ -13,8 +13,9 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from celery import Celery
+from celery.contrib.testing.worker import start_worker as start_in_thread
 
-from tests.conftest import Apps, eventually
+from tests.conftest import PATIENCE, Apps, eventually
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -109,6 +110,21 @@ def launch_worker(
 
     eventually(ready, 120)
     return worker
+
+
+@contextlib.contextmanager
+def worker_in_process(app: Celery) -> Iterator[None]:
+    """Run a worker for *app* in a thread of this process."""
+    # Without events of its own, an idle worker sleeps for up to 10 seconds, and Celery waits for
+    # its end just as long. With heartbeats it wakes up every 2 seconds.
+    with start_in_thread(
+        app,
+        perform_ping_check=False,
+        pool="solo",
+        without_heartbeat=False,
+        shutdown_timeout=PATIENCE,
+    ):
+        yield
 
 
 @pytest.fixture

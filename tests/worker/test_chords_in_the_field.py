@@ -11,12 +11,12 @@ from typing import Any, Callable, List
 
 import pytest
 from celery import Celery, chain, chord, group
-from celery.contrib.testing.worker import start_worker as start_in_process
 from celery.exceptions import TimeoutError
 
 from tests import subprocesses
 from tests.conftest import PATIENCE, Apps, eventually
 from tests.worker.chord_tasks import register
+from tests.worker.conftest import worker_in_process
 from tests.worker.test_chords import canvas_of, lines
 
 TIMEOUT = 60
@@ -89,15 +89,29 @@ def test_chords_of_a_worker_that_is_started_with(
 
 
 def test_chords_of_a_worker_in_the_process_of_a_test(app: Celery, t: SimpleNamespace) -> None:
-    with start_in_process(app, perform_ping_check=False, pool="solo"):
+    with worker_in_process(app):
         assert chord([t.add.s(1, n) for n in range(4)], t.total.s()).delay().get(TIMEOUT) == 10
+
+
+def test_a_process_whose_worker_has_ended_leaves_chords_to_other_workers(
+    app: Celery, t: SimpleNamespace, make_app: Apps, start_worker: Callable[..., Any]
+) -> None:
+    # Given a process in which a worker was running
+    with worker_in_process(app):
+        assert t.add.delay(1, 2).get(timeout=TIMEOUT) == 3
+    # When it sends a chord of another app
+    other = make_app()
+    start_worker(other, module=MODULE)
+    assert send_from_threads(other, 1) == [0]
+    # Then it does not lead it
+    assert not other.backend.layout.chords.service.running
 
 
 def test_chords_over_memory_are_ended_by_celery_itself() -> None:
     app = Celery("memory", broker="memory://", backend="amqp://", set_as_current=True)
     app.conf.result_chord_retry_interval = 0.1
     t = register(app)
-    with start_in_process(app, perform_ping_check=False, pool="solo"):
+    with worker_in_process(app):
         assert chord([t.add.s(1, n) for n in range(4)], t.total.s()).delay().get(TIMEOUT) == 10
 
 

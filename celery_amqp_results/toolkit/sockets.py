@@ -28,7 +28,7 @@ def readable(sock: Any, timeout: float) -> bool:
     """
     if timeout <= 0 and not isinstance(getattr(select, "poll", None), types.BuiltinFunctionType):
         return _peek(sock)
-    return sock.fileno() in _wait([sock], timeout)
+    return bool(_wait([sock], timeout))
 
 
 def _peek(sock: Any) -> bool:
@@ -53,11 +53,15 @@ def _wait(socks: List[Any], timeout: float) -> List[int]:
     make = getattr(select, "poll", None)
     if make is None:
         found, _, _ = select.select(socks, [], [], timeout)
-        return [sock.fileno() for sock in found]
+        return [_number(sock) for sock in found]
     poll = make()
     for sock in socks:
-        poll.register(sock.fileno(), select.POLLIN)
+        poll.register(sock, select.POLLIN)
     return [number for number, _ in poll.poll(1000 * timeout)]
+
+
+def _number(source: Any) -> int:
+    return source if isinstance(source, int) else int(source.fileno())
 
 
 class WakeUp:
@@ -87,6 +91,22 @@ class WakeUp:
                 while self._receiver.recv(4096):
                     pass
         return sock is not None and sock.fileno() in found
+
+    def wait_for_any(self, timeout: float, *sources: Any) -> List[Any]:
+        """Wait until :meth:`ring` is called, or one of *sources* is readable; return which are.
+
+        Parameters:
+            timeout: seconds to wait at most.
+            *sources: sockets, and numbers of open files.
+        """
+        numbers = {_number(source): source for source in (self._receiver, *sources)}
+        found = _wait(list(numbers), timeout)
+        if self._receiver.fileno() in found:
+            found.remove(self._receiver.fileno())
+            with contextlib.suppress(OSError):
+                while self._receiver.recv(4096):
+                    pass
+        return [numbers[number] for number in found]
 
     def close(self) -> None:
         """Close both sockets."""

@@ -19,7 +19,7 @@ class BoundedDict(Generic[_K, _V]):
     Not thread-safe: its owner has a lock.
 
     Parameters:
-        limit: how many keys it keeps at most.
+        limit: how many keys it keeps at most; ``None`` for any number.
         max_size: how large all values may be together; ``None`` for no such limit. A single value
             may be larger.
         size: returns the size of a value.
@@ -27,7 +27,7 @@ class BoundedDict(Generic[_K, _V]):
 
     def __init__(
         self,
-        limit: int,
+        limit: Optional[int],
         max_size: Optional[int] = None,
         size: Callable[[_V], int] = lambda value: 0,
     ) -> None:
@@ -54,8 +54,11 @@ class BoundedDict(Generic[_K, _V]):
         self.pop(key, None)
         self._items[key] = value
         self.size += self._size_of(value)
-        while len(self._items) > self._limit or self._is_too_large():
+        while self._is_too_long() or self._is_too_large():
             self.pop(next(iter(self._items)), None)
+
+    def _is_too_long(self) -> bool:
+        return self._limit is not None and len(self._items) > self._limit
 
     def _is_too_large(self) -> bool:
         return self._max_size is not None and self.size > self._max_size and len(self._items) > 1

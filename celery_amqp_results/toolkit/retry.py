@@ -7,9 +7,9 @@ import time
 from typing import Callable, Optional
 
 from celery_amqp_results import options
-from celery_amqp_results.amqp import failures
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
-__all__ = ("Retry", "is_over", "time_left")
+__all__ = ("Retry", "is_over", "time_left", "wait_before_retry")
 
 #: Pauses vary by this share, so that processes that lost a broker together do not return together.
 JITTER = 0.2
@@ -55,7 +55,7 @@ class Retry:
             exc: the error of the last try. Raised again if a signal handler raised it.
             now: the time (``time.monotonic``).
         """
-        failures.raise_if_from_signal_handler(exc)
+        raise_if_from_signal_handler(exc)
         self.failed += 1
         pause = self._policy.pause(self.failed)
         if pause is None:
@@ -65,6 +65,30 @@ class Retry:
             return None
         return pause
 
+    def after_success(self, exc: BaseException, now: float) -> float:
+        """Return the seconds to wait before the next try, without ever giving up.
+
+        For a connection that stood before: the broker was reachable, and will be again. Parameters
+        and errors are those of :meth:`after`.
+        """
+        pause = self.after(exc, now)
+        return self._policy.interval_max if pause is None else pause
+
     def succeeded(self) -> None:
         """Reset the tries, since the operation has succeeded."""
         self.failed = 0
+
+
+def wait_before_retry(tries: Retry, exc: BaseException, deadline: Optional[float] = None) -> bool:
+    """Wait after a failed try; return ``False``, at once, if there must be no other one.
+
+    Parameters:
+        tries: the tries so far.
+        exc: the error of the last try. Raised again if a signal handler raised it.
+        deadline: time (``time.monotonic``) after which there is no other try.
+    """
+    pause = tries.after(exc, time.monotonic())
+    if pause is None or is_over(deadline):
+        return False
+    time.sleep(time_left(deadline, pause))
+    return True

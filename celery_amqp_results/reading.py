@@ -1,0 +1,165 @@
+"""Reading the states of tasks: looks them up in the layout, and decodes them.
+
+It may import ``layouts``, ``config`` and what is below them, and knows nothing of Celery's backend
+class.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable, ContextManager, Dict, Iterable, Optional
+
+from celery import states
+from celery.exceptions import SecurityError
+from kombu.utils.functional import LRUCache
+
+from celery_amqp_results import errors
+from celery_amqp_results.config import BackendConfig
+from celery_amqp_results.layouts import Layout
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.store.marks import Fate
+from celery_amqp_results.waiting.groups import Pass
+
+__all__ = ("Reader",)
+
+logger = logging.getLogger(__name__)
+
+#: The number of failed tasks that are remembered.
+MAX_FAILED = 1000
+
+Meta = Dict[str, Any]
+
+
+class Reader:
+    """Looks up states and decodes them.
+
+    Parameters:
+        config: the configuration of the backend.
+        layout: returns the layout of this process.
+        convert: converts a decoded body to a meta; the result of a failure to an exception.
+
+    Thread-safe. After a fork the child calls :meth:`reset`.
+    """
+
+    def __init__(
+        self,
+        config: BackendConfig,
+        layout: Callable[[], Layout],
+        convert: Callable[[Meta], Meta],
+    ) -> None:
+        self._config = config
+        self._layout = layout
+        self._convert = convert
+        self.reset()
+
+    def reset(self) -> None:
+        """Start afresh, like a new process that has read nothing."""
+        self._failed = LRUCache(limit=MAX_FAILED)
+        self._pass = Pass()
+
+    # -- decoding ----------------------------------------------------------------------------------
+
+    def content(self, state: StateMessage) -> Meta:
+        """Return the decoded body of *state*, which may have to be fetched.
+
+        Raises:
+            ResultExpired: when the body is gone.
+            LookupTimeout, BackendUnavailable: when it could not be read.
+            kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
+        """
+        if state.body_queue is None:
+            return self._config.codec.decode(state)
+        complete = self._layout().fetch(state)
+        if complete is None:
+            raise errors.ResultExpired(
+                f"the {state.state} of {state.id!r} is gone from the queue {state.body_queue!r}: "
+                "it has expired or was forgotten, or somebody deleted the queue"
+            )
+        return self._config.codec.decode(complete)
+
+    def decode(self, state: StateMessage) -> Meta:
+        """Return the meta that *state* holds.
+
+        Raises:
+            Exception: as :meth:`content`.
+        """
+        content = self.content(state)
+        try:
+            meta = self._convert(content)
+        except SecurityError:
+            # Celery's own check: the named exception is some other callable.
+            raise
+        except Exception as exc:
+            raise errors.ForeignMessage(
+                f"the {state.state} of {state.id!r} has no exception as its result: {exc!r:.300}"
+            ) from exc
+        if meta["status"] in states.PROPAGATE_STATES:
+            self._failed[state.id] = None
+        return meta
+
+    def decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
+        """Return the meta of *state*, or ``None`` if its body is gone."""
+        return _unless_expired(self.decode, state)
+
+    # -- look-ups ----------------------------------------------------------------------------------
+
+    def meta(self, task_id: str, backlog_limit: Optional[int] = None) -> Meta:
+        """Return the current meta of a task; a pending one if nothing is known of it.
+
+        Parameters:
+            backlog_limit: how many states may be skipped, where the layout limits that.
+
+        Raises:
+            Exception: as :meth:`content`, and BacklogLimitExceeded when there are more states.
+        """
+        present = self._pass.states
+        if task_id in present:
+            state = present[task_id]
+        else:
+            state = self._layout().poll((task_id,), backlog_limit)[task_id]
+        found = None if state is None else self.decode_if_kept(state)
+        return {"status": states.PENDING, "result": None} if found is None else found
+
+    def in_one_pass(self, tasks: Iterable[Any]) -> ContextManager[None]:
+        """Read the states of result objects at once, and answer from that in a ``with`` block."""
+        return self._pass.over(self._layout().poll, tasks)
+
+    def fate(self, task_id: str) -> Fate:
+        """Return what is known of a task; with ``track_sent`` this includes tasks without a state.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
+        layout = self._layout()
+        state = layout.poll((task_id,))[task_id]
+        mark = None
+        if state is None and self._config.options.track_sent:
+            mark = layout.last_mark(task_id)
+            # A new state may still be on its way to the inbox, which poll() asks once it follows
+            # the task. Look after reading the mark: a task that has ended had its state before
+            # that.
+            state = layout.kept(task_id)
+        return Fate.read(state, mark)
+
+    def read_group(self, group_id: str) -> Optional[Meta]:
+        """Return the meta of a group that was saved, or ``None``."""
+        group = self._layout().read_group(group_id)
+        return None if group is None else _unless_expired(self.content, group)
+
+    # -- failed tasks ------------------------------------------------------------------------------
+
+    def knows_failed(self, task_id: str) -> bool:
+        """Return whether this process has read that a task has failed."""
+        return task_id in self._failed
+
+    def forget(self, task_id: str) -> None:
+        """Forget what this process has read of a task. Does no I/O."""
+        self._failed.pop(task_id, None)
+
+
+def _unless_expired(read: Callable[[StateMessage], Meta], state: StateMessage) -> Optional[Meta]:
+    try:
+        return read(state)
+    except errors.ResultExpired as exc:
+        logger.warning("taken for expired: %s", exc)
+        return None
