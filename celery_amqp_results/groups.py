@@ -14,6 +14,7 @@ from celery_amqp_results.layouts import Layout
 from celery_amqp_results.protocol.ids import plain_ids
 from celery_amqp_results.reading import Reader
 from celery_amqp_results.recording import Recorder
+from celery_amqp_results.waiting.groups import ask_in_one_pass
 
 __all__ = ("SavedGroups",)
 
@@ -24,7 +25,9 @@ Meta = Dict[str, Any]
 
 
 class SavedGroups:
-    """Saves groups and restores them. Thread-safe.
+    """Saves groups and restores them; makes the groups of an app read in one pass.
+
+    Thread-safe.
 
     Parameters:
         app: the app of the restored results.
@@ -40,6 +43,7 @@ class SavedGroups:
         self._layout = layout
         self._recorder = recorder
         self._reader = reader
+        ask_in_one_pass(app)
 
     def save(self, group_id: str, result: Any) -> None:
         """Keep a group: its id and those of its members.
