@@ -31,7 +31,7 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Route, client_word
 from celery_amqp_results.shared_layout import SharedLayout
 from celery_amqp_results.waiting.following import Following
-from celery_amqp_results.waiting.watch import Tap
+from celery_amqp_results.waiting.tap import Tap
 
 __all__ = ("Layout", "make_layout")
 

@@ -5,11 +5,14 @@ This module does no I/O.
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+import uuid
+from typing import Any, Iterable, Iterator
 
-from celery.result import ResultSet
+from celery.result import AsyncResult, EagerResult, ResultSet
 
-__all__ = ("leaves", "parents")
+from celery_amqp_results.protocol.ids import id_text
+
+__all__ = ("leaves", "parents", "tasks_in")
 
 
 def leaves(node: Any) -> Iterator[Any]:
