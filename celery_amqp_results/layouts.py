@@ -79,7 +79,7 @@ class Layout(Protocol):
     def last_mark(self, task_id: str) -> Optional[StateMessage]:
         """Return the last mark of a task, or ``None``."""
 
-    def kept(self, task_id: str) -> Optional[StateMessage]:
+    def stored_state(self, task_id: str) -> Optional[StateMessage]:
         """Return the state that the broker keeps of a task, regardless of pushed states."""
 
     def detach(self, state: StateMessage) -> StateMessage:

@@ -145,7 +145,7 @@ class PerTaskLayout:
         """
         return self.lookups.read(ids, limit=backlog_limit)
 
-    def kept(self, task_id: str) -> Optional[StateMessage]:
+    def stored_state(self, task_id: str) -> Optional[StateMessage]:
         """Return the state that the broker keeps of a task, regardless of pushed states."""
         return self.poll((task_id,))[task_id]
 
