@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
 
 import amqp
@@ -15,10 +15,13 @@ from celery.app.task import Context
 from celery.exceptions import TimeoutError
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.declarations import Declarations, declare_queue
+from celery_amqp_results.cli import inspection
 from celery_amqp_results.cli.common import Failed, Session
 from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding
 from celery_amqp_results.cli.limits import advice_on_refusal
 from celery_amqp_results.cli.output import age, counted, size
+from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.names import PLAN_QUEUES
 
@@ -134,7 +137,7 @@ def embedding_findings(properties: Mapping[str, Any], queue_type: str) -> Iterat
         )
 
 
-def chord_findings(broker: Any) -> Iterator[Finding]:
+def chord_findings(broker: inspection.Broker) -> Iterator[Finding]:
     """Find plans of chords that no worker leads."""
     topology = broker.topology
     plans = 0
@@ -166,7 +169,7 @@ def _version(properties: Mapping[str, Any]) -> Tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", str(properties.get("version", "?")))[:2])
 
 
-def alarm_findings(broker: Any) -> Iterator[Finding]:
+def alarm_findings(broker: inspection.Broker) -> Iterator[Finding]:
     """Check whether the broker blocks publishers.
 
     It reports that only to a connection that publishes. The messages published here have no queue.
@@ -207,10 +210,8 @@ def alarm_findings(broker: Any) -> Iterator[Finding]:
         link.drop()
 
 
-def declaration_findings(session: Session, broker: Any) -> Iterator[Finding]:
+def declaration_findings(session: Session, broker: inspection.Broker) -> Iterator[Finding]:
     """Compare the declared objects with the settings; declare nothing that is missing."""
-    from celery_amqp_results.amqp.declarations import Declarations, declare_queue
-
     topology, declare = broker.topology, session.backend.options.declare
     found = broker.exists(topology.exchange)
     if found is False:
@@ -338,15 +339,13 @@ def growth_finding(
     )
 
 
-def content_findings(session: Session, broker: Any) -> Iterator[Finding]:
+def content_findings(session: Session, broker: inspection.Broker) -> Iterator[Finding]:
     """Check the lengths of the shards, and the contents of some of them.
 
     Raises:
         amqp.AccessRefused: when we may not read.
         Failed: when a shard could not be read in time.
     """
-    from celery_amqp_results.cli import inspection
-
     lengths = broker.lengths()
     total, shards = sum(lengths.values()), broker.topology.shards
     longest = max(lengths.values(), default=0)
@@ -428,15 +427,19 @@ def probe_findings(session: Session) -> Iterator[Finding]:
 
     # The result expires by itself if this process is killed.
     request = Context(id=task_id, **{expiry.NAME: PROBE_EXPIRES})
-    waiter = _Waiter(backend, task_id)
+    layout = session.shared_layout()
+    # The result is waited for before it is stored, so that it is pushed. Closing the backend, or
+    # the timeout, ends the thread.
+    executor = ThreadPoolExecutor(1, "doctor")
+    waiting = executor.submit(lambda: list(backend.get_many([task_id], timeout=PROBE_TIMEOUT)))
     try:
-        timed("open an inbox", waiter.ready)
+        timed("open an inbox", lambda: _wait_for_inbox(layout.inbox, task_id, waiting))
         timed(
             "store",
             lambda: backend.store_result(task_id, "probe", states.SUCCESS, request=request),
         )
-        waited = timed("wait", waiter.result)
-        found = timed("look up", lambda: backend.layout.store.read((task_id,))[task_id])
+        waited = timed("wait", waiting.result)
+        found = timed("look up", lambda: layout.store.read((task_id,))[task_id])
         timed("forget", lambda: backend.forget(task_id))
     except (errors.BackendUnavailable, errors.DeclarationRefused, TimeoutError) as exc:
         done = ", ".join(name for name, _ in took) or "nothing"
@@ -448,6 +451,8 @@ def probe_findings(session: Session) -> Iterator[Finding]:
             or f"check alarms, policies and permissions: {permissions(backend.config.topology)}",
         )
         return
+    finally:
+        executor.shutdown(wait=False)
     if not waited or not found:
         yield Finding(
             "probe",
@@ -463,57 +468,24 @@ def probe_findings(session: Session) -> Iterator[Finding]:
     yield Finding("probe", "ok", f"a result was waited for, looked up and forgotten: {spent}")
 
 
-class _Waiter(threading.Thread):
-    """A thread that waits for a result before it is stored, so that the result is pushed.
+def _wait_for_inbox(inbox: Inbox, task_id: str, waiting: Future[List[Any]]) -> None:
+    """Wait until states of a task are pushed to this process from now on.
 
-    It ends with the backend.
+    Raises:
+        TimeoutError: when that takes too long.
+        Exception: the error of the wait.
     """
-
-    def __init__(self, backend: Any, task_id: str) -> None:
-        super().__init__(daemon=True)
-        self._backend = backend
-        self._task_id = task_id
-        self._end = time.monotonic() + PROBE_TIMEOUT
-        self._found: List[Any] = []
-        self._failure: Optional[BaseException] = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._found = list(self._backend.get_many([self._task_id], timeout=PROBE_TIMEOUT))
-        except Exception as exc:
-            self._failure = exc
-
-    def ready(self) -> None:
-        """Wait until results published from now on are pushed.
-
-        Raises:
-            TimeoutError: when that takes too long.
-            Exception: the error of the wait.
-        """
-        inbox = self._backend.layout.inbox
-        while not inbox.covers(self._task_id):
-            if time.monotonic() > self._end:
-                raise TimeoutError(f"no inbox within {PROBE_TIMEOUT:g} s")
-            if not self.is_alive():
-                self.result()
-                return
-            time.sleep(0.005)
-
-    def result(self) -> List[Any]:
-        """Return the awaited result.
-
-        Raises:
-            TimeoutError: when it has not come in time.
-            Exception: the error of the wait.
-        """
-        self.join(max(0.0, self._end - time.monotonic()) + 1.0)
-        if self._failure is not None:
-            raise self._failure
-        return self._found
+    end = time.monotonic() + PROBE_TIMEOUT
+    while not inbox.covers(task_id):
+        if waiting.done():
+            waiting.result()
+            return
+        if time.monotonic() > end:
+            raise TimeoutError(f"no inbox within {PROBE_TIMEOUT:g} s")
+        time.sleep(0.005)
 
 
-def old_exchange_findings(broker: Any) -> Iterator[Finding]:
+def old_exchange_findings(broker: inspection.Broker) -> Iterator[Finding]:
     """Check whether Celery 4's exchange exists."""
     name = broker.topology.prefix
     if broker.exists(name):
