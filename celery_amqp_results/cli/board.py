@@ -135,8 +135,24 @@ def picture(board: Board, title: str) -> Any:
     """Return the live picture for a terminal, as a rich object."""
     from rich.console import Group
     from rich.panel import Panel
+    from rich.text import Text
+
+    parts = _summary(board)
+    for grid in (_bars(board), _recent(board)):
+        if grid is not None:
+            parts += [Text(), grid]
+    return Panel(
+        Group(*parts),
+        title=Text(title, style="bold"),
+        title_align="left",
+        border_style="red" if board.failed else "cyan",
+        padding=(0, 1),
+    )
+
+
+def _summary(board: Board) -> List[Any]:
+    """Return the lines with counts, and the bar of all tasks."""
     from rich.progress_bar import ProgressBar
-    from rich.table import Table
     from rich.text import Text
 
     head = Text()
@@ -161,48 +177,55 @@ def picture(board: Board, title: str) -> Any:
                 finished_style="red" if board.failed else "green",
             )
         )
+    return parts
+
+
+def _bars(board: Board) -> Any:
+    """Return the progress of tasks that report it, or ``None``."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
     bars = board.live_bars()
-    if bars:
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(no_wrap=True, style="dim", width=12)
-        grid.add_column(no_wrap=True, width=10)
-        grid.add_column(ratio=1)
-        grid.add_column(justify="right", no_wrap=True)
-        for task_id, current, total, state in bars:
-            grid.add_row(
-                Text(clean(task_id)[:12]),
-                Text(clean(state)[:10], style=STYLES.get(state, "blue")),
-                ProgressBar(
-                    total=total,
-                    completed=current,
-                    complete_style="cyan",
-                    finished_style="red" if state == "FAILURE" else "green",
-                ),
-                Text(f"{current / total:4.0%}  {current:g}/{total:g}"),
-            )
-        parts += [Text(), grid]
-    if board.recent:
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(no_wrap=True, style="dim", width=8)
-        grid.add_column(no_wrap=True, width=36)
-        grid.add_column(no_wrap=True, width=10)
-        grid.add_column(no_wrap=True, ratio=1, overflow="ellipsis")
-        for when, described in board.recent:
-            state = described["state"]
-            grid.add_row(
-                f"{when - board.started:7.1f}s",
-                Text(clean(described["id"])[:36]),
-                Text(clean(state)[:10], style=STYLES.get(state, "blue")),
-                Text(saying(described, 80)),
-            )
-        parts += [Text(), grid]
-    return Panel(
-        Group(*parts),
-        title=Text(title, style="bold"),
-        title_align="left",
-        border_style="red" if board.failed else "cyan",
-        padding=(0, 1),
-    )
+    if not bars:
+        return None
+    grid = Table.grid(padding=(0, 1), expand=True)
+    grid.add_column(no_wrap=True, style="dim", width=12)
+    grid.add_column(no_wrap=True, width=10)
+    grid.add_column(ratio=1)
+    grid.add_column(justify="right", no_wrap=True)
+    for task_id, current, total, state in bars:
+        finished = "red" if state == "FAILURE" else "green"
+        grid.add_row(
+            Text(clean(task_id)[:12]),
+            Text(clean(state)[:10], style=STYLES.get(state, "blue")),
+            ProgressBar(total, current, complete_style="cyan", finished_style=finished),
+            Text(f"{current / total:4.0%}  {current:g}/{total:g}"),
+        )
+    return grid
+
+
+def _recent(board: Board) -> Any:
+    """Return the latest states, or ``None``."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not board.recent:
+        return None
+    grid = Table.grid(padding=(0, 1), expand=True)
+    grid.add_column(no_wrap=True, style="dim", width=8)
+    grid.add_column(no_wrap=True, width=36)
+    grid.add_column(no_wrap=True, width=10)
+    grid.add_column(no_wrap=True, ratio=1, overflow="ellipsis")
+    for when, described in board.recent:
+        state = described["state"]
+        grid.add_row(
+            f"{when - board.started:7.1f}s",
+            Text(clean(described["id"])[:36]),
+            Text(clean(state)[:10], style=STYLES.get(state, "blue")),
+            Text(saying(described, 80)),
+        )
+    return grid
 
 
 class Screen:

@@ -7,7 +7,7 @@ from typing import Callable, Iterable, Iterator, List, Optional
 import click
 from amqp import exceptions as amqp_errors
 
-from celery_amqp_results.cli import amqp_checks, inspection, management_checks
+from celery_amqp_results.cli import amqp_checks, inspection, management_checks, probe
 from celery_amqp_results.cli.common import (
     Exit,
     Failed,
@@ -58,7 +58,7 @@ def doctor(
             usable = take(lambda: amqp_checks.content_findings(session, broker))
             take(lambda: amqp_checks.chord_findings(broker))
         if usable and not no_probe:
-            take(lambda: amqp_checks.probe_findings(session))
+            take(lambda: probe.findings(session))
         take(lambda: amqp_checks.old_exchange_findings(broker))
         if api is None:
             findings.append(
