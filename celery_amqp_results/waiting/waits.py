@@ -40,8 +40,8 @@ from celery_amqp_results.toolkit.retry import is_over
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
-from celery_amqp_results.waiting.follower import Update
 from celery_amqp_results.waiting.following import Following
+from celery_amqp_results.waiting.progress import Update
 
 __all__ = ("DEFAULT_INTERVAL", "Patience", "Waits")
 
