@@ -73,14 +73,17 @@ def findings(session: Session) -> Iterator[Finding]:
     if waited and found:
         spent = ", ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in took)
         yield Finding("probe", "ok", f"a result was waited for, looked up and forgotten: {spent}")
-        return
-    yield Finding(
+    else:
+        yield _lost("found any more" if waited else "pushed to who waits", topology.prefix)
+
+
+def _lost(what: str, prefix: str) -> Finding:
+    return Finding(
         "probe",
         "error",
-        "a result was stored, and is not "
-        + ("found any more" if waited else "pushed to who waits"),
+        f"a result was stored, and is not {what}",
         "look for a policy that drops messages of these queues (message-ttl, max-length), and for "
-        f"what deletes them: `rabbitmqctl list_queues name policy | grep {topology.prefix}`",
+        f"what deletes them: `rabbitmqctl list_queues name policy | grep {prefix}`",
     )
 
 
