@@ -672,7 +672,7 @@ class Watch(_Stream[Meta]):
             backend, ids = _backend_of("", app), None
             if timeout is None or timeout > 0:
                 # Raises at once where that is not supported.
-                backend.layout.tap(wanted)
+                watching.tap_of(backend.layout, wanted)
         else:
             found = watching.read_target(target)
             self._ended_before.extend(

@@ -145,6 +145,6 @@ def _one(session: Session, old: AMQPBackend, task_id: str, delete: bool, dry_run
         message = new.recorder.encode(task_id, state.state, found, STATE, expiration)
         # Deleted only after the broker has confirmed the copy.
         layout = session.shared_layout()
-        layout.publish(layout.detach(message), Route(BROADCAST), True)
+        layout.publish(message, Route(BROADCAST), True)
     old.layout.forget((task_id,))
     return "deleted" if delete else "moved"

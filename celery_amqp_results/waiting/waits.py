@@ -64,9 +64,6 @@ class Readable(Protocol):
     def follower(self) -> Following:
         """Return a follower without tasks."""
 
-    def tap(self, wanted: Optional[Collection[str]] = None) -> watching.Tap:
-        """Return a tap of all published states."""
-
 
 class Decoder(Protocol):
     """Decodes states."""
@@ -300,7 +297,7 @@ class Waits:
         """
         wanted = watching.read_states(names)
         if target is None:
-            tap = self._layout().tap(wanted)
+            tap = watching.tap_of(self._layout(), wanted)
             return watching.watch_everything(tap, self._decoder.decode, timeout)
         found = watching.read_target(target)
         updates = self.updates(found.ids, Patience(timeout, WATCH_INTERVAL))

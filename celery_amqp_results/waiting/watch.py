@@ -29,7 +29,9 @@ from typing import (
     List,
     NamedTuple,
     Optional,
+    Protocol,
     Union,
+    runtime_checkable,
 )
 
 import amqp
@@ -59,6 +61,7 @@ __all__ = (
     "nodes",
     "read_states",
     "read_target",
+    "tap_of",
     "watch_everything",
     "watch_ids",
 )
@@ -229,6 +232,32 @@ def watch_ids(
                         raise RuntimeError(_FORKED)
             if update.final is not None:
                 newest.drop(update.task_id)
+
+
+@runtime_checkable
+class Tappable(Protocol):
+    """A layout in which the states of all tasks come by at one place."""
+
+    def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
+        """Return a tap of all published states.
+
+        Parameters:
+            wanted: names of the states to get, ``None`` for all.
+        """
+
+
+def tap_of(layout: object, wanted: Optional[Collection[str]] = None) -> Tap:
+    """Return a tap of all states, or of the *wanted* ones.
+
+    Raises:
+        Unsupported: where the layout has no tap.
+    """
+    if not isinstance(layout, Tappable):
+        raise errors.Unsupported(
+            "the layout 'per-task' has no place where the states of all tasks come by; watch given "
+            "tasks, or use the layout 'shared' on RabbitMQ"
+        )
+    return layout.tap(wanted)
 
 
 class Tap:
