@@ -26,7 +26,7 @@ from celery_amqp_results.store.lookup import Store
 from celery_amqp_results.store.publisher import Outgoing, Publisher
 from celery_amqp_results.waiting.background import BackgroundFollower
 from celery_amqp_results.waiting.follower import Follower
-from celery_amqp_results.waiting.watch import Tap
+from celery_amqp_results.waiting.tap import Tap
 
 __all__ = ("SharedLayout",)
 

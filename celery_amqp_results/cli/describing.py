@@ -10,7 +10,7 @@ from celery import states
 from celery_amqp_results.cli.common import Session
 from celery_amqp_results.protocol.ids import state_name
 from celery_amqp_results.protocol.ranking import is_final
-from celery_amqp_results.waiting import watch as watching
+from celery_amqp_results.waiting.results import tasks_in
 
 __all__ = ("Described", "describe", "group_ids", "show")
 
@@ -72,7 +72,7 @@ def group_ids(session: Session, group_id: str) -> Optional[List[str]]:
     saved = session.backend.restore_group(group_id, cache=False)
     if saved is None:
         return None
-    return [node if isinstance(node, str) else node.id for node in watching.nodes(saved)]
+    return [node if isinstance(node, str) else node.id for node in tasks_in(saved)]
 
 
 def show(session: Session, described: Described, known: bool = True) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, Iterator, List, Tuple
 
+from amqp import exceptions as amqp_errors
 from celery import states
 from celery.app.task import Context
 from celery.exceptions import TimeoutError
 
 from celery_amqp_results import errors
+from celery_amqp_results.cli import inspection
 from celery_amqp_results.cli.amqp_checks import permissions
 from celery_amqp_results.cli.common import Session
 from celery_amqp_results.cli.findings import Finding
@@ -19,11 +22,14 @@ from celery_amqp_results.cli.limits import advice_on_refusal
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.protocol import expiry
 
-__all__ = ("findings",)
+__all__ = ("findings", "remove_traces")
 
 #: Time limit for the result of the probe, in seconds.
 PROBE_TIMEOUT = 20.0
 PROBE_EXPIRES = 60
+
+#: Seconds until the exchange that the probe has declared must be without bindings.
+TRACES_TIMEOUT = 5.0
 
 
 def findings(session: Session) -> Iterator[Finding]:
@@ -102,3 +108,29 @@ def _wait_for_inbox(inbox: Inbox, task_id: str, waiting: Future[List[Any]]) -> N
         if time.monotonic() > end:
             raise TimeoutError(f"no inbox within {PROBE_TIMEOUT:g} s")
         time.sleep(0.005)
+
+
+def remove_traces(session: Session, broker: inspection.Broker) -> None:
+    """Delete the exchange and the shard that the probe has declared, unless they are in use by now.
+
+    Otherwise a look at a new broker would settle the number and the type of the shards.
+    """
+    session.backend.close()
+    classic = broker.topology.queue_type == "classic"
+    refusals = (amqp_errors.PreconditionFailed, amqp_errors.AccessRefused, amqp_errors.NotFound)
+    # RabbitMQ deletes quorum queues without conditions only, and a result may have come meanwhile.
+    for shard in broker.lengths() if classic else ():
+        with contextlib.suppress(*refusals):
+            name = broker.topology.shard_queue(shard).name
+            broker.channel.queue_delete(name, if_unused=True, if_empty=True)
+    # The binding of the probe's inbox goes a moment after its connection.
+    end = time.monotonic() + TRACES_TIMEOUT
+    while time.monotonic() < end:
+        try:
+            broker.channel.exchange_delete(broker.topology.exchange, if_unused=True)
+        except amqp_errors.PreconditionFailed:
+            time.sleep(0.02)
+        except refusals:
+            return
+        else:
+            return

@@ -7,7 +7,6 @@ nothing of Celery's backend class.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from typing import (
@@ -36,12 +35,14 @@ from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.toolkit.forks import Process
 from celery_amqp_results.toolkit.retry import is_over
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.waiting.tap import tap_of
 
 __all__ = ("DEFAULT_INTERVAL", "Patience", "Waits")
 
@@ -153,7 +154,7 @@ class Waits:
         timeout, interval, on_interval = patience
         deadline = None if timeout is None else time.monotonic() + timeout
         interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
-        follower, pid = self._layout().follower(), os.getpid()
+        follower, process = self._layout().follower(), Process()
         missing = set(ids)
         try:
             follower.add((*parents, *ids))
@@ -179,7 +180,7 @@ class Waits:
         finally:
             # A generator may be carried into a forked child, where its follower belongs to the
             # parent and has locks that will never be released.
-            if os.getpid() == pid:
+            if process.is_current:
                 follower.close()
 
     def follow(
@@ -297,7 +298,7 @@ class Waits:
         """
         wanted = watching.read_states(names)
         if target is None:
-            tap = watching.tap_of(self._layout(), wanted)
+            tap = tap_of(self._layout(), wanted)
             return watching.watch_everything(tap, self._decoder.decode, timeout)
         found = watching.read_target(target)
         updates = self.updates(found.ids, Patience(timeout, WATCH_INTERVAL))

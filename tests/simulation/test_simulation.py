@@ -8,7 +8,7 @@ from celery_amqp_results.feed.table import Table
 from tests.simulation.model import Broken, Simulation, run_many
 
 #: `make simulate` runs more.
-SEEDS = 300
+SEEDS = 150
 
 
 def test_no_answer_is_wrong_in_any_order_of_events() -> None:
@@ -37,5 +37,5 @@ def test_the_simulation_finds_faults(monkeypatch: pytest.MonkeyPatch, fault: str
     else:
         monkeypatch.setattr("celery_amqp_results.feed.views.STEADY", 0.0)
     with pytest.raises(Broken, match="seed"):
-        for _ in run_many(0, 3 * SEEDS):
+        for _ in run_many(0, 900):
             pass
