@@ -127,7 +127,7 @@ class KeepsMarks(Protocol):
     def last_mark(self, task_id: str) -> Optional[StateMessage]:
         """Return the last mark of a task, or ``None``."""
 
-    def kept(self, task_id: str) -> Optional[StateMessage]:
+    def stored_state(self, task_id: str) -> Optional[StateMessage]:
         """Return the state that the broker keeps of a task, regardless of pushed states."""
 
 

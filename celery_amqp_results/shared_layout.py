@@ -159,7 +159,7 @@ class SharedLayout:
             f"the mark {mark.state} of {mark.id}",
         )
 
-    def kept(self, task_id: str) -> Optional[StateMessage]:
+    def stored_state(self, task_id: str) -> Optional[StateMessage]:
         """Return the state that the broker keeps of a task, regardless of pushed states."""
         return fold(self.store.read((task_id,))[task_id])
 
