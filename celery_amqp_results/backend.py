@@ -22,7 +22,8 @@ from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.groups import SavedGroups
 from celery_amqp_results.layouts import Layout
 from celery_amqp_results.metrics import Metrics
-from celery_amqp_results.per_task.layout import BACKLOG_LIMIT, NoCacheQueue
+from celery_amqp_results.per_task.lookups import BACKLOG_LIMIT
+from celery_amqp_results.per_task.wire import NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text, state_name
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.reading import Reader

@@ -6,6 +6,7 @@ Nothing here does I/O. It may import ``options`` and what is below it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Iterable, NamedTuple, Optional, Tuple
 
 from celery import states
@@ -16,7 +17,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import transports
 from celery_amqp_results.amqp.broker import ResultBroker
 from celery_amqp_results.options import Options, ResultURL, parse_url
-from celery_amqp_results.per_task.layout import Wire
+from celery_amqp_results.per_task.wire import Wire
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.names import Topology
@@ -184,7 +185,7 @@ class BackendConfig:
         """``shared`` or ``per-task``."""
         return self.location.layout
 
-    @property
+    @functools.cached_property
     def layout_key(self) -> str:
         """The key that is equal for backends that share a layout, and so its connections."""
         location = self.location

@@ -90,7 +90,7 @@ class Connector:
     def _name(self, purpose: str) -> str:
         return f"{self._app_name} {os.getpid()}@{socket.gethostname()} ({purpose})"
 
-    def leave(self, link: Link) -> None:
+    def mark_host_failed(self, link: Link) -> None:
         """Try other hosts first from now on, since *link* has failed.
 
         A node that is cut off from its cluster accepts connections, but does nothing on them.

@@ -32,7 +32,8 @@ from celery import states
 from celery.exceptions import TimeoutError
 
 from celery_amqp_results.config import BackendConfig
-from celery_amqp_results.per_task.layout import BACKLOG_LIMIT, NoCacheQueue
+from celery_amqp_results.per_task.lookups import BACKLOG_LIMIT
+from celery_amqp_results.per_task.wire import NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.reading import Reader
 from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits

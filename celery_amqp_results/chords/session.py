@@ -193,4 +193,4 @@ class Session:
         """Close the socket without a handshake."""
         self.dropped = True
         self.link.drop()
-        self._connector.leave(self.link)
+        self._connector.mark_host_failed(self.link)

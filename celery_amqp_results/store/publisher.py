@@ -320,7 +320,7 @@ class Publisher:
         elif failure is None:
             failure = errors.NotConfirmed(f"no queue takes {returned}")
         try:
-            pause = self._judge(failure, delivery.messages, tries)
+            pause = self._pause_or_raise(failure, delivery.messages, tries)
         except Exception as final:
             self._abandon(delivery)
             refused = not isinstance(final, errors.NotConfirmed) and is_refusal(
@@ -360,7 +360,7 @@ class Publisher:
                     return work(channel)
             except _FAILURES as exc:
                 self._forget_declarations()
-                pause = self._judge(exc, messages, tries)
+                pause = self._pause_or_raise(exc, messages, tries)
                 with self._lock:
                     self.retried += 1
                 logger.info("a request about queues is repeated after %r", exc)
@@ -488,7 +488,9 @@ class Publisher:
                     self.stored += 1
                     self.confirmed += confirmed
 
-    def _judge(self, exc: BaseException, messages: Sequence[Outgoing], tries: retry.Retry) -> float:
+    def _pause_or_raise(
+        self, exc: BaseException, messages: Sequence[Outgoing], tries: retry.Retry
+    ) -> float:
         """Return the pause before the next try; raise if there must be none."""
         pause = tries.after(exc, time.monotonic())
         if isinstance(exc, errors.BackendUnavailable) and not isinstance(exc, errors.NotConfirmed):

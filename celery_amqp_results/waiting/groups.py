@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 from celery.result import ResultSet
 
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.waiting.results import leaves
+from celery_amqp_results.waiting.results import leaves, sets
 
 __all__ = ("Pass", "ask_in_one_pass")
 
@@ -66,17 +66,11 @@ def ask_in_one_pass(tree: Any) -> None:
     """Make each result set in *tree* read all its members at once."""
     # Not cached for longer: these classes refer to the app.
     made: Dict[type, type] = {}
-    nodes = [tree]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ResultSet):
-            kind = type(node)
-            if kind not in made:
-                made[kind] = _in_one_pass(kind)
-            node.__class__ = made[kind]
-            nodes.extend(node.results)
-        if getattr(node, "parent", None) is not None:
-            nodes.append(node.parent)
+    for group in sets(tree):
+        kind = type(group)
+        # A group before several members of a tree comes several times.
+        if kind not in made.values():
+            group.__class__ = made.setdefault(kind, _in_one_pass(kind))
 
 
 def _in_one_pass(kind: Type[ResultSet]) -> Type[ResultSet]:

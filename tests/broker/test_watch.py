@@ -147,16 +147,16 @@ def test_states_pushed_during_a_read_do_not_follow_the_later_ones_that_were_read
     # Given a watcher whose second look-up, after binding, finds what was published meanwhile.
     worker, app = (make_app(result_backend_transport_options=options("per-task")) for _ in "12")
     task_id, looks = new_id(), itertools.count()
-    layout = app.backend.layout
-    read = layout.read
+    lookups = app.backend.layout.lookups
+    glance = lookups.glance
 
-    def read_late(*args: Any, **kwargs: Any) -> Any:
+    def glance_late(*args: Any, **kwargs: Any) -> Any:
         if next(looks) == 1:
             for step in range(5):
                 worker.backend.store_result(task_id, {"current": step}, "PROGRESS")
-        return read(*args, **kwargs)
+        return glance(*args, **kwargs)
 
-    layout.read = read_late
+    lookups.glance = glance_late
     # Then the first states, which are pushed, do not follow the last one, which was read.
     watch = app.backend.watch(task_id, timeout=LONG)
     first = next(watch)
@@ -248,7 +248,7 @@ def test_closing_a_watch_leaves_no_waiter(app: Celery) -> None:
 def test_nothing_is_opened_before_the_first_state_is_requested(app: Celery) -> None:
     app.backend.watch(new_id())
     app.backend.watch()
-    assert app.backend.layout.inbox._thread is None
+    assert app.backend.layout.inbox._keeper.thread is None
 
 
 def test_closing_the_backend_ends_a_watch(app: Celery, eventually: Callable[..., Any]) -> None:

@@ -18,7 +18,7 @@ from celery.canvas import StampingVisitor
 from celery.exceptions import ChordError, TaskRevokedError
 
 from celery_amqp_results.protocol.names import PLAN_QUEUES
-from celery_amqp_results.waiting import follower as waiting
+from celery_amqp_results.waiting import rechecks
 from tests.conftest import PATIENT, Apps, eventually, raw_connection
 from tests.worker.chord_tasks import register
 from tests.worker.conftest import launch_worker
@@ -473,7 +473,7 @@ def test_the_body_is_pushed_to_the_process_that_sent_the_chord(
     world: World, t: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a process that is waiting already, and whose next look-up is far away
-    monkeypatch.setattr(waiting, "FIRST_RECHECK", 10.0 * TIMEOUT)
+    monkeypatch.setattr(rechecks, "FIRST_RECHECK", 10.0 * TIMEOUT)
     assert t.same.delay(1).get(timeout=TIMEOUT) == 1
     backend = world[0].backend
     inbox = backend.layout.inbox
