@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Collection, List, Optional
+from typing import Collection, List, Optional, Protocol, runtime_checkable
 
 import amqp
 
@@ -23,7 +23,7 @@ from celery_amqp_results.toolkit.retry import Retry, time_left
 from celery_amqp_results.toolkit.sockets import WakeUp
 from celery_amqp_results.waiting.newest import Newest
 
-__all__ = ("FORKED", "MAX_QUEUED", "Tap")
+__all__ = ("FORKED", "MAX_QUEUED", "Tap", "tap_of")
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,32 @@ MAX_REMEMBERED = 20_000
 
 #: The message of an error.
 FORKED = "a watch was begun before a fork and goes on in the child: begin it in the child"
+
+
+@runtime_checkable
+class Tappable(Protocol):
+    """A layout in which the states of all tasks come by at one place."""
+
+    def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
+        """Return a tap of all published states.
+
+        Parameters:
+            wanted: names of the states to get, ``None`` for all.
+        """
+
+
+def tap_of(layout: object, wanted: Optional[Collection[str]] = None) -> Tap:
+    """Return a tap of all states, or of the *wanted* ones.
+
+    Raises:
+        Unsupported: where the layout has no tap.
+    """
+    if not isinstance(layout, Tappable):
+        raise errors.Unsupported(
+            "the layout 'per-task' has no place where the states of all tasks come by; watch given "
+            "tasks, or use the layout 'shared' on RabbitMQ"
+        )
+    return layout.tap(wanted)
 
 
 class Tap:
