@@ -6,13 +6,15 @@ connection. Nothing here knows what the connections are used for.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
 import time
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import kombu
+from kombu.transport import pyamqp
 
 from celery_amqp_results import errors, options
 from celery_amqp_results.amqp.failures import (
@@ -23,6 +25,7 @@ from celery_amqp_results.amqp.failures import (
     limit_of,
 )
 from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.amqp.slots import Slots
 from celery_amqp_results.toolkit import retry
 from celery_amqp_results.toolkit.bounded import OnceLogger
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
@@ -56,6 +59,34 @@ def _override_transport_options(connection: kombu.Connection, name: str) -> None
     connection.transport_options = {**given, "client_properties": properties}
 
 
+class _Connection(pyamqp.Connection):
+    """kombu's class of AMQP connections, which tries the addresses of a host itself."""
+
+    def Transport(self, *args: Any, **kwargs: Any) -> Any:
+        """Return py-amqp's transport, which connects to one address at a time."""
+        transport = super().Transport(*args, **kwargs)
+        transport._connect = functools.partial(_connect_to_any, transport._connect)
+        return transport
+
+
+def _connect_to_any(connect: Callable[..., None], host: str, port: int, timeout: float) -> None:
+    """Connect to the first address of *host* that answers.
+
+    py-amqp would go on to the next address after any ``OSError``, also after one that a signal
+    handler of the program raised.
+    """
+    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    for number, (*_, address) in enumerate(found, 1):
+        try:
+            connect(address[0], port, timeout)
+        except OSError as exc:
+            raise_if_from_signal_handler(exc)
+            if number == len(found):
+                raise
+        else:
+            return
+
+
 class Connector:
     """Opens connections for one backend.
 
@@ -65,6 +96,7 @@ class Connector:
         policy: how opening is retried.
         describe: returns the broker's address without password, for messages.
         app_name: name of the app, which is part of the names of its connections.
+        max_connections: how many may be open at once; ``None`` for any number.
 
     Thread-safe. Holds nothing that must not be used after a fork.
     """
@@ -75,9 +107,12 @@ class Connector:
         policy: options.RetryPolicy,
         describe: Callable[[], str],
         app_name: str = "celery",
+        max_connections: Optional[int] = None,
     ) -> None:
         self._make = make
         self._app_name = app_name
+        #: The connections that may be open at once.
+        self.slots = Slots(max_connections)
         self.policy = policy
         self.describe = describe
         #: Number of the host that is tried first, counted over all rounds through the hosts.
@@ -90,7 +125,7 @@ class Connector:
     def _name(self, purpose: str) -> str:
         return f"{self._app_name} {os.getpid()}@{socket.gethostname()} ({purpose})"
 
-    def leave(self, link: Link) -> None:
+    def mark_host_failed(self, link: Link) -> None:
         """Try other hosts first from now on, since *link* has failed.
 
         A node that is cut off from its cluster accepts connections, but does nothing on them.
@@ -130,9 +165,21 @@ class Connector:
             purpose: what the connection is for, shown by the broker as part of its name.
 
         Raises:
-            BackendUnavailable: when the broker refuses us; ``__cause__`` says why.
+            BackendUnavailable: when the broker refuses us, which ``__cause__`` explains, or when
+                ``broker_pool_limit`` allows no further connection.
             OSError, amqp.AMQPError: when no host answers.
         """
+        self.slots.take(purpose, deadline)
+        try:
+            link = self._open_counted(heartbeat, deadline, purpose)
+        except BaseException:
+            self.slots.give_back(purpose)
+            raise
+        link.on_closed(functools.partial(self.slots.give_back, purpose))
+        self._once.forget(CONNECTIONS)
+        return link
+
+    def _open_counted(self, heartbeat: float, deadline: Optional[float], purpose: str) -> Link:
         connection = self._make(heartbeat)
         _override_transport_options(connection, self._name(purpose))
         hosts = max(1, len(connection.alt or ()))
@@ -144,7 +191,9 @@ class Connector:
             connection.connect_timeout = max(0.1, time_left(deadline, timeout))
             try:
                 # Connection.connect() would retry and log on its own: there is one policy, ours.
-                link = Link(connection, connection.transport.establish_connection(), heartbeat)
+                transport = connection.transport
+                transport.Connection = _Connection
+                link = Link(connection, transport.establish_connection(), heartbeat)
             except TRANSIENT as exc:
                 raise_if_from_signal_handler(exc)
                 if is_refusal(exc):
@@ -158,7 +207,6 @@ class Connector:
                 connection.maybe_switch_next()
                 continue
             self._host = link.host = first + attempt
-            self._once.forget(CONNECTIONS)
             return link
         raise AssertionError("unreachable")  # pragma: no cover
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Iterator, List, Optional
+from typing import Callable, Iterable, Iterator, List, Optional
 
 import click
 from amqp import exceptions as amqp_errors
 
+from celery_amqp_results.cli import amqp_checks, inspection, management_checks, probe
 from celery_amqp_results.cli.common import (
     Exit,
     Failed,
     Session,
     command,
     management_options,
-    shared_only,
 )
 from celery_amqp_results.cli.findings import Finding, show
 
@@ -37,31 +37,31 @@ def doctor(
     and leftovers are known from RabbitMQ's management API alone. Exits with 1 when there is an
     error.
     """
-    from celery_amqp_results.cli import amqp_checks, inspection, management_checks
-
-    shared_only(session, "doctor")
     findings: List[Finding] = []
     with inspection.Broker(session) as broker:
 
         def take(check: Callable[[], Iterable[Finding]]) -> bool:
             """Note the findings of a check; return whether there is no error among them."""
             before = len(findings)
-            findings.extend(_told(check, broker))
+            findings.extend(_run_check(check, broker))
             return all(finding.severity != "error" for finding in findings[before:])
 
         api = broker.management(management_url, guess=not no_management)
         take(lambda: amqp_checks.broker_findings(broker.properties))
         take(lambda: amqp_checks.embedding_findings(broker.properties, broker.topology.queue_type))
         # First, before anything is stored: shards cannot be changed afterwards.
-        take(lambda: management_checks.limit_findings(session, broker, api))
+        fits = take(lambda: management_checks.limit_findings(session, broker, api))
         # While publishers are blocked reads do not work either, and would time out.
         usable = take(lambda: amqp_checks.alarm_findings(broker))
         usable = take(lambda: amqp_checks.declaration_findings(session, broker)) and usable
         if usable:
             usable = take(lambda: amqp_checks.content_findings(session, broker))
             take(lambda: amqp_checks.chord_findings(broker))
-        if usable and not no_probe:
-            take(lambda: amqp_checks.probe_findings(session))
+        fresh = broker.exists(broker.topology.exchange) is False
+        if usable and not no_probe and (fits or not fresh):
+            take(lambda: probe.findings(session))
+            if fresh:
+                probe.remove_traces(session, broker)
         take(lambda: amqp_checks.old_exchange_findings(broker))
         if api is None:
             findings.append(
@@ -81,10 +81,10 @@ def doctor(
         session.end(Exit.FAILED)
 
 
-def _told(check: Callable[[], Iterable[Finding]], broker: Any) -> Iterator[Finding]:
+def _run_check(
+    check: Callable[[], Iterable[Finding]], broker: inspection.Broker
+) -> Iterator[Finding]:
     """Yield the findings of a check; a refusal is a finding as well."""
-    from celery_amqp_results.cli import amqp_checks
-
     try:
         yield from check()
     except amqp_errors.AccessRefused as exc:

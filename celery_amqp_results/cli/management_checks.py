@@ -71,7 +71,7 @@ def limit_findings(session: Session, broker: Any, api: Optional[Any]) -> Iterato
     def check() -> Iterator[Finding]:
         channels = broker.channel_max
         if api is None:
-            known = limits.Limits(channel_max=channels)
+            known = limits.Limits(channel_max=channels, complete=False)
         else:
             connections = api.get("connections")
             known = limits.limits_from(
@@ -99,6 +99,7 @@ def _needs(session: Session, broker: Any, api: Optional[Any]) -> limits.Needs:
         stored=bool(broker.exists(topology.exchange)),
         declare=session.backend.options.declare,
         concurrency=conf.worker_concurrency or os.cpu_count() or 1,
+        pool_limit=conf.broker_pool_limit,
     )
 
 

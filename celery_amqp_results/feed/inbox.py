@@ -28,11 +28,12 @@ from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.feed.bindings import Action
 from celery_amqp_results.feed.keeper import Keeper
+from celery_amqp_results.feed.pushed import PushedStates
 from celery_amqp_results.feed.session import Session
 from celery_amqp_results.feed.table import Table, Unread
 from celery_amqp_results.feed.views import Look
 from celery_amqp_results.feed.waiter import Waiter, Waiters
-from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
+from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage
 from celery_amqp_results.protocol.page import Census
 from celery_amqp_results.protocol.ranking import is_lasting
 from celery_amqp_results.toolkit.retry import time_left
@@ -71,13 +72,13 @@ class Inbox:
         self._changed = threading.Condition(threading.RLock())
         self._keeper = Keeper(self, self._changed, connector, declarations, client)
         self._waiters = Waiters()
-        #: Those sent by other processes.
-        self._strangers: Set[str] = set()
+        #: Those of the tasks that other processes have sent.
+        self._sent_by_others: Set[str] = set()
         self._table = Table(declarations.topology, limit)
         self._session: Optional[Session] = None
-        #: States received, and messages that were not states.
+        self._pushed = PushedStates(declarations.topology, logger)
+        #: States received.
         self.received = 0
-        self.rejected = 0
         #: Barriers that came back.
         self.barriers = 0
         #: When the latest of the states was published, in microseconds since 1970.
@@ -87,6 +88,11 @@ class Inbox:
     def waited_for(self) -> int:
         """The number of tasks that clients wait for."""
         return len(self._waiters)
+
+    @property
+    def rejected(self) -> int:
+        """How many messages were not states."""
+        return self._pushed.rejected
 
     @property
     def connections(self) -> int:
@@ -136,10 +142,9 @@ class Inbox:
             pushed = set(ids) - self.unbound(ids) if self._table.epoch else set()
             for task_id in ids:
                 self._waiters.add(task_id, waiter)
-                if task_id in self._strangers or not self._table.is_own(task_id):
-                    # It remains a stranger's as long as clients wait, even if this process sends it
-                    # later.
-                    self._strangers.add(task_id)
+                if task_id in self._sent_by_others or not self._table.is_own(task_id):
+                    # It stays one of these while clients wait, even if this process sends it.
+                    self._sent_by_others.add(task_id)
                     self._table.watched(task_id, 1)
                     uncovered.append(task_id)
                     continue
@@ -164,15 +169,15 @@ class Inbox:
         """
         with self._changed:
             for task_id in ids:
-                if self._waiters.remove(task_id, waiter) and task_id in self._strangers:
+                if self._waiters.remove(task_id, waiter) and task_id in self._sent_by_others:
                     self._table.watched(task_id, -1)
                 if task_id not in self._waiters:
-                    self._strangers.discard(task_id)
+                    self._sent_by_others.discard(task_id)
                 if consumed:
                     self._table.discard(task_id)
 
     def unbound(self, ids: Collection[str]) -> Set[str]:
-        """Return the strangers' tasks among *ids* whose shards are not bound."""
+        """Return the tasks of other processes among *ids* whose shards are not bound."""
         with self._changed:
             table, topology = self._table, self._declarations.topology
             return {
@@ -383,13 +388,8 @@ class Inbox:
 
     def on_message(self, message: amqp.Message) -> None:
         """Take in a pushed message."""
-        try:
-            state = dated(StateMessage.from_properties(message.properties, message.body), _wall())
-            self._declarations.topology.check_body_queue(state)
-        except errors.ForeignMessage as exc:
-            self.rejected += 1
-            level = logging.WARNING if self.rejected == 1 else logging.DEBUG
-            logger.log(level, "ignored a foreign or damaged message in the inbox: %s", exc)
+        state = self._pushed.read(message)
+        if state is None:
             return
         if state.kind == MARK and state.state == FORGOTTEN:
             self.forget(state.id)
