@@ -280,6 +280,19 @@ class Link:
         if pieces:
             transport.write(b"".join(pieces))
 
+    def write(self, octets: bytes) -> None:
+        """Write whole frames at once.
+
+        Raises:
+            RecoverableConnectionError, OSError: when the connection is closed or lost.
+        """
+        # py-amqp would connect again when asked for the transport of a closed connection.
+        if not self.alive:
+            raise amqp_errors.RecoverableConnectionError("the connection is closed")
+        self.amqp.transport.write(octets)
+        # py-amqp's heartbeats count these bytes.
+        self.amqp.bytes_sent += 1
+
     def tick(self) -> None:
         """Send a heartbeat if one is due; raise if the broker's have stopped coming."""
         if self.heartbeat:

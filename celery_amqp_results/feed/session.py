@@ -240,13 +240,8 @@ class Session:
             with self._passing_on_errors(), self.io:
                 with self._lock:
                     number = self._barriers.publish(barrier, time.monotonic())
-                connection = self.link.amqp
-                if connection.transport is None:
-                    raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
                 digits = _NUMBER.format(number).encode()
-                connection.transport.write(self._barrier_start + digits + self._barrier_end)
-                # py-amqp's heartbeats count these bytes.
-                connection.bytes_sent += 1
+                self.link.write(self._barrier_start + digits + self._barrier_end)
         finally:
             with self._lock:
                 # After an interrupt, no read may join a barrier that is never published.
