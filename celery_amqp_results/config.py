@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Iterable, NamedTuple, Optional, Tuple
+from typing import Any, Iterable, Mapping, NamedTuple, Optional, Tuple
 
 from celery import states
 from celery.exceptions import ImproperlyConfigured
@@ -73,6 +73,8 @@ class Location:
     broker: ResultBroker = dataclasses.field(repr=False, compare=False)
     #: ``shared`` or ``per-task``.
     layout: str
+    #: How many connections may be open at once, ``None`` for any number: ``broker_pool_limit``.
+    max_connections: Optional[int] = None
 
     @classmethod
     def read(cls, app: Any, url: Optional[str], given: Optional[Options]) -> Location:
@@ -92,7 +94,7 @@ class Location:
         layout = _choose_layout(broker, options.layout)
         if options.track_sent:
             _check_tracking(app, broker, layout)
-        return cls(parsed, options, broker, layout)
+        return cls(parsed, options, broker, layout, app.conf.broker_pool_limit or None)
 
 
 class Own(NamedTuple):
@@ -184,6 +186,10 @@ class BackendConfig:
     def layout_name(self) -> str:
         """``shared`` or ``per-task``."""
         return self.location.layout
+
+    def shape(self, meta: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the fields of a meta that are written."""
+        return meta if self.layout_name == "shared" else self.wire.shape(meta)
 
     @functools.cached_property
     def layout_key(self) -> str:
