@@ -73,6 +73,8 @@ class Location:
     broker: ResultBroker = dataclasses.field(repr=False, compare=False)
     #: ``shared`` or ``per-task``.
     layout: str
+    #: How many connections may be open at once, ``None`` for any number: ``broker_pool_limit``.
+    max_connections: Optional[int] = None
 
     @classmethod
     def read(cls, app: Any, url: Optional[str], given: Optional[Options]) -> Location:
@@ -92,11 +94,11 @@ class Location:
         layout = _choose_layout(broker, options.layout)
         if options.track_sent:
             _check_tracking(app, broker, layout)
-        return cls(parsed, options, broker, layout)
+        return cls(parsed, options, broker, layout, app.conf.broker_pool_limit or None)
 
 
 class Own(NamedTuple):
-    """What a backend was given, or has found out, beyond settings and URL."""
+    """The arguments of a backend and the values that follow from them."""
 
     #: First part of all names; ``None`` for the setting.
     exchange: Optional[str]

@@ -114,7 +114,7 @@ class SharedLayout:
             shards_read=store.shards_read,
             messages_read=store.messages_read,
             packed=store.packed,
-            rejected=store.rejected + inbox.rejected,
+            rejected=store.rejected + inbox.rejected + leading.rejected,
             waiting=inbox.waited_for,
             remembered=self.reads.remembered,
             barriers=inbox.barriers,

@@ -26,12 +26,12 @@ from celery_amqp_results.chords.helpers import Helpers
 from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.chords.session import Session
 from celery_amqp_results.chords.workers import bell
+from celery_amqp_results.feed.pushed import PushedStates
 from celery_amqp_results.protocol.message import (
     PART,
     PLAN,
     STATE,
     StateMessage,
-    dated,
 )
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.lookup import Store
@@ -96,10 +96,11 @@ class Service:
         self.met = False
         self._closing = False
         self._close_by = 0.0
-        #: Counts of fired chords, and of plans or amendments given up.
+        self._pushed = PushedStates(declarations.topology, logger)
+        #: Counts of fired chords, of those given up, and of plans that cannot be read.
         self.fired = 0
         self.abandoned = 0
-        self.rejected = 0
+        self.unreadable = 0
 
     # -- for other threads -------------------------------------------------------------------------
 
@@ -122,6 +123,11 @@ class Service:
     def running(self) -> bool:
         """Whether the thread was started."""
         return self._thread is not None
+
+    @property
+    def rejected(self) -> int:
+        """How many messages were neither plans nor states."""
+        return self.unreadable + self._pushed.rejected
 
     @property
     def open(self) -> int:
@@ -332,7 +338,7 @@ class Service:
             plan = self._read(state)
         except Exception as exc:
             # A serializer may raise anything.
-            self.rejected += 1
+            self.unreadable += 1
             logger.error("a plan of a chord cannot be read here: %r", exc)
             return not isinstance(exc, ContentDisallowed)
         redelivered = bool(message.delivery_info.get("redelivered"))
@@ -344,17 +350,9 @@ class Service:
 
     def on_state(self, message: amqp.Message) -> None:
         """Take in a pushed state."""
-        wall = _wall()
-        try:
-            state = dated(StateMessage.from_properties(message.properties, message.body), wall)
-            self._declarations.topology.check_body_queue(state)
-        except errors.ForeignMessage as exc:
-            self.rejected += 1
-            level = logging.WARNING if self.rejected == 1 else logging.DEBUG
-            logger.log(level, "ignored a foreign or damaged message: %s", exc)
-            return
-        if state.kind in (STATE, PART):
-            self._leader.state_pushed(state, time.monotonic(), wall)
+        state = self._pushed.read(message)
+        if state is not None and state.kind in (STATE, PART):
+            self._leader.state_pushed(state, time.monotonic(), _wall())
 
 
 def read_ends(store: Store, ids: Iterable[str]) -> Dict[str, StateMessage]:

@@ -16,8 +16,8 @@ from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.feed.pushed import PushedStates
 from celery_amqp_results.protocol.message import STATE, StateMessage
-from celery_amqp_results.toolkit.bounded import OnceLogger
 from celery_amqp_results.toolkit.forks import Process
 from celery_amqp_results.toolkit.retry import Retry, time_left
 from celery_amqp_results.toolkit.sockets import WakeUp
@@ -93,14 +93,13 @@ class Tap:
         self._link: Optional[Link] = None
         self._arrived: List[StateMessage] = []
         self._tries = Retry(connector.policy)
-        self._once = OnceLogger(logger)
+        self._pushed = PushedStates(declarations.topology, logger)
         self._opened = False
         self._shut = False
         self._process = Process()
         self._newest = Newest(MAX_REMEMBERED)
-        #: How often the connection was lost, and how many messages were not states.
+        #: How often the connection was lost.
         self.lost = 0
-        self.rejected = 0
         #: Made by the first step, since a tap that is never used is not closed either.
         self._wake_up: Optional[WakeUp] = None
 
@@ -192,9 +191,9 @@ class Tap:
     def _open(self, deadline: Optional[float]) -> None:
         # At the first connection the URL may well be wrong.
         link = (
-            self._connector.open_once(HEARTBEAT, deadline)
+            self._connector.open_once(HEARTBEAT, deadline, "watch")
             if self._opened
-            else self._connector.open(HEARTBEAT, deadline)
+            else self._connector.open(HEARTBEAT, deadline, "watch")
         )
         try:
             topology = self._declarations.topology
@@ -227,18 +226,10 @@ class Tap:
         self._opened = True
 
     def _on_message(self, message: amqp.Message) -> None:
-        try:
-            state = StateMessage.from_properties(message.properties, message.body)
-        except errors.ForeignMessage as exc:
-            self.rejected += 1
-            self._once.log(
-                logging.WARNING,
-                "rejected",
-                "ignored a foreign or damaged message while watching: %s",
-                exc,
-            )
+        state = self._pushed.read(message)
+        if state is None or state.kind != STATE:
             return
-        if state.kind == STATE and (self._wanted is None or state.state in self._wanted):
+        if self._wanted is None or state.state in self._wanted:
             self._arrived.append(state)
 
 

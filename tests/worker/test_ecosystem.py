@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import uuid
@@ -243,3 +244,18 @@ def test_coroutines_return_values_of_the_type_that_stubs_give_a_result(tmp_path:
     # Then the three uses whose type is known are errors, and no other
     lines = [line for line in done.stdout.splitlines() if ": error:" in line]
     assert [line.split(":")[1] for line in lines] == ["6", "8", "10"], done.stdout
+
+
+def test_typed_code_passes_pyright() -> None:
+    pyright = shutil.which("pyright")
+    if pyright is None:
+        pytest.skip("pyright is not installed: npm install --global pyright")
+    done = subprocess.run(
+        [pyright, "--pythonpath", sys.executable, "examples/typed.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
