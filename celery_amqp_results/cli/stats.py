@@ -123,10 +123,11 @@ def _kept(session: Session, broker: Any, lengths: Mapping[int, int], count: str)
 
 
 def _rates(session: Session, seconds: float) -> Dict[str, float]:
-
     published = ended = 0
-    end = time.monotonic() + seconds
     with session.backend.layout.tap() as tap:
+        # The connection is opened before the time begins.
+        tap.step(None, 0.0)
+        end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             for state in tap.step(end, left):
                 published += 1
