@@ -6,13 +6,15 @@ connection. Nothing here knows what the connections are used for.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
 import time
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import kombu
+from kombu.transport import pyamqp
 
 from celery_amqp_results import errors, options
 from celery_amqp_results.amqp.failures import (
@@ -54,6 +56,34 @@ def _override_transport_options(connection: kombu.Connection, name: str) -> None
     theirs = properties.get("connection_name")
     properties["connection_name"] = f"{theirs}: {name}" if theirs else name
     connection.transport_options = {**given, "client_properties": properties}
+
+
+class _Connection(pyamqp.Connection):
+    """kombu's class of AMQP connections, which tries the addresses of a host itself."""
+
+    def Transport(self, *args: Any, **kwargs: Any) -> Any:
+        """Return py-amqp's transport, which connects to one address at a time."""
+        transport = super().Transport(*args, **kwargs)
+        transport._connect = functools.partial(_connect_to_any, transport._connect)
+        return transport
+
+
+def _connect_to_any(connect: Callable[..., None], host: str, port: int, timeout: float) -> None:
+    """Connect to the first address of *host* that answers.
+
+    py-amqp would go on to the next address after any ``OSError``, also after one that a signal
+    handler of the program raised.
+    """
+    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    for number, (*_, address) in enumerate(found, 1):
+        try:
+            connect(address[0], port, timeout)
+        except OSError as exc:
+            raise_if_from_signal_handler(exc)
+            if number == len(found):
+                raise
+        else:
+            return
 
 
 class Connector:
@@ -144,7 +174,9 @@ class Connector:
             connection.connect_timeout = max(0.1, time_left(deadline, timeout))
             try:
                 # Connection.connect() would retry and log on its own: there is one policy, ours.
-                link = Link(connection, connection.transport.establish_connection(), heartbeat)
+                transport = connection.transport
+                transport.Connection = _Connection
+                link = Link(connection, transport.establish_connection(), heartbeat)
             except TRANSIENT as exc:
                 raise_if_from_signal_handler(exc)
                 if is_refusal(exc):

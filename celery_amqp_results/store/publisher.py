@@ -28,7 +28,7 @@ from celery_amqp_results.amqp.confirms import (
     QueueLength,
     Status,
 )
-from celery_amqp_results.amqp.declarations import Declarations, declare_queue
+from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations, declare_queue
 from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.amqp.shared_channel import SharedChannel, Waiter
 from celery_amqp_results.protocol.names import QueueSpec
@@ -384,24 +384,39 @@ class Publisher:
                 declarations.ensure_exchange(channel.channel)
                 if channel.log.strays or self._strays:
                     self._send_strays(channel)
-                if len(publications) == 1 and not declare:
-                    channel.publish(publications[0])
-                elif publications:
-                    with channel.link.corked():
+                full = self._room_refusal(channel, len(declare))
+                if full is None:
+                    self._write(channel, publications, declare)
+                    if not waited:
                         for shard in declare:
-                            declarations.request_shard(channel.channel, shard)
+                            declarations.remember(shard)
                         for publication in publications:
-                            channel.publish(publication)
-                if not waited:
-                    for shard in declare:
-                        declarations.remember(shard)
-                if not waited:
-                    for publication in publications:
-                        publication.waited = False
-                return channel.log
+                            publication.waited = False
+                    return channel.log
         except BaseException:
             self._forget_declarations()
             raise
+        raise full
+
+    def _room_refusal(
+        self, channel: ConfirmChannel, count: int
+    ) -> Optional[errors.BackendUnavailable]:
+        """Return the error to raise instead of declaring *count* shards, or ``None``."""
+        if not count or self._declarations.topology.shards <= FEW_SHARDS:
+            return None
+        return self._declarations.check_room(channel.asking(), count)
+
+    def _write(
+        self, channel: ConfirmChannel, publications: Sequence[Publication], declare: Sequence[int]
+    ) -> None:
+        if len(publications) == 1 and not declare:
+            channel.publish(publications[0])
+        elif publications:
+            with channel.link.corked():
+                for shard in declare:
+                    self._declarations.request_shard(channel.channel, shard)
+                for publication in publications:
+                    channel.publish(publication)
 
     def _send_strays(self, channel: ConfirmChannel) -> None:
         strays, channel.log.strays = [*self._strays, *channel.log.strays], []
@@ -433,7 +448,11 @@ class Publisher:
                 try:
                     self._declarations.check_limit()
                 except errors.BackendUnavailable as exc:
-                    logger.error("lost: %s: %s", message.what, exc)
+                    full: Optional[errors.BackendUnavailable] = exc
+                else:
+                    full = self._room_refusal(channel, 1)
+                if full is not None:
+                    logger.error("lost: %s: %s", message.what, full)
                     continue
                 self._declarations.request_shard(channel.channel, message.shard)
             try:

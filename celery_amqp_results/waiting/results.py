@@ -12,7 +12,7 @@ from celery.result import AsyncResult, EagerResult, ResultSet
 
 from celery_amqp_results.protocol.ids import id_text
 
-__all__ = ("leaves", "parents", "sets", "tasks_in")
+__all__ = ("leaves", "parents", "tasks_in")
 
 
 def leaves(node: Any) -> Iterator[Any]:
@@ -38,16 +38,6 @@ def parents(node: Any) -> Iterator[Any]:
     while parent is not None:
         yield from leaves(parent)
         parent = getattr(parent, "parent", None)
-
-
-def sets(node: Any) -> Iterator[ResultSet]:
-    """Yield the result sets in *node*, and in everything before it in a chain."""
-    while node is not None:
-        if isinstance(node, ResultSet):
-            yield node
-            for member in node.results:
-                yield from sets(member)
-        node = getattr(node, "parent", None)
 
 
 def tasks_in(target: Any) -> Iterator[Any]:
