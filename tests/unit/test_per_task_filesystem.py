@@ -17,8 +17,8 @@ from tests.unit.test_per_task_memory import LONG, Running, filesystem_app
 def test_tasks_run_over_files(tmp_path: Path) -> None:
     app = filesystem_app(tmp_path)
     running = Running(app)
-    # kombu does not write its files atomically, and who reads half a file fails. So all tasks are
-    # sent before the worker starts, and their results are read when it has ended.
+    # kombu does not write its files atomically, and a process that reads half a file fails. So all
+    # tasks are sent before the worker starts, and their results are read when it has ended.
     one = running.add.delay(1, 2)
     failed = running.fail.delay("gone")
     several = group(running.add.s(i, i) for i in range(4)).apply_async()
