@@ -87,7 +87,7 @@ class Session:
         #: Whether the connection is known to be lost.
         self.dropped = False
         self._retake_at = time.monotonic() + RETAKE_SECONDS
-        self.link = connector.open_once(HEARTBEAT)
+        self.link = connector.open_once(HEARTBEAT, purpose="chords")
         try:
             self._set_up()
         except BaseException:

@@ -309,7 +309,7 @@ class PushFollower(QueueFollower):
         return self._read(ids, deadline)
 
     def _open(self, deadline: Optional[float]) -> None:
-        link = self._queues.connector.open(HEARTBEAT, deadline)
+        link = self._queues.connector.open(HEARTBEAT, deadline, "push")
         try:
             channel = link.amqp.channel(1)
             self._queues.declare_exchange(_Channel(channel))
