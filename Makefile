@@ -94,8 +94,9 @@ bench: $(VENV)/.bench ## Measure beside other backends; QUICK=1 for less, BENCH=
 bench-check: $(VENV)/.bench ## Measure little, and fail if a ratio is worse than recorded
 	$(BIN)/python -m bench --quick --compare $(BENCH)
 
-mutants: $(VENV)/.test ## Change the pure cores in small ways and see whether tests notice; MODULES="page"
-	$(BIN)/python -m tools.mutants $(MODULES)
+mutants: $(VENV)/.mutants ## Change the pure cores in small ways and list what no test notices; ONLY="*page*"
+	EXAMPLES=25 $(BIN)/mutmut run $(if $(ONLY),"$(ONLY)")
+	$(BIN)/mutmut results
 
 dist: $(VENV)/.release ## Build the wheel and the source archive into dist/, and check them
 	rm -rf dist
@@ -113,7 +114,7 @@ screenshots: $(VENV)/.test ## Make the pictures of the command line in docs/imag
 
 clean: ## Delete what was made here: environments, caches, the built documentation
 	rm -rf .venv .venv-* site build dist .pytest_cache .mypy_cache .ruff_cache \
-		.hypothesis *.egg-info
+		.hypothesis mutants *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments ------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ Nothing here does I/O. It may import ``options`` and what is below it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterable, Optional, Tuple
+import functools
+from typing import Any, Iterable, NamedTuple, Optional, Tuple
 
 from celery import states
 from celery.exceptions import ImproperlyConfigured
@@ -16,12 +17,12 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import transports
 from celery_amqp_results.amqp.broker import ResultBroker
 from celery_amqp_results.options import Options, ResultURL, parse_url
-from celery_amqp_results.per_task.layout import Wire
+from celery_amqp_results.per_task.wire import Wire
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.names import Topology
 
-__all__ = ("BackendConfig", "Expirations", "Location", "expiry_of")
+__all__ = ("BackendConfig", "Expirations", "Location", "Own", "expiry_of")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,20 @@ class Location:
         return cls(parsed, options, broker, layout, app.conf.broker_pool_limit or None)
 
 
+class Own(NamedTuple):
+    """What a backend was given, or has found out, beyond settings and URL."""
+
+    #: First part of all names; ``None`` for the setting.
+    exchange: Optional[str]
+    exchange_type: Optional[str]
+    persistent: bool
+    auto_delete: bool
+    #: Seconds that results are kept, ``None`` for ever.
+    expires: Optional[float]
+    #: Distinguishes backends with connections of their own; empty for those that share the app's.
+    purpose: str
+
+
 @dataclasses.dataclass(frozen=True)
 class BackendConfig:
     """Everything that a backend reads from its app's settings, its URL and its arguments."""
@@ -108,8 +123,49 @@ class BackendConfig:
     expirations: Expirations
     #: Content types that may be read.
     accept: Tuple[str, ...]
-    #: Distinguishes backends with connections of their own; empty for those that share the app's.
+    #: As in :class:`Own`.
     purpose: str = ""
+
+    @classmethod
+    def read(
+        cls,
+        conf: Any,
+        location: Location,
+        own: Own,
+        serializer: str,
+        accept: Optional[Iterable[str]],
+    ) -> BackendConfig:
+        """Return the configuration that follows from settings, URL and arguments.
+
+        Parameters:
+            conf: the settings of the app.
+            location: where results go.
+            own: the arguments of the backend.
+            serializer: kombu's name of a serializer.
+            accept: content types that may be read.
+
+        Raises:
+            ImproperlyConfigured: when a setting is of no use.
+        """
+        prefix = own.exchange or conf.result_exchange
+        wire = Wire(
+            prefix,
+            own.exchange_type or conf.result_exchange_type,
+            own.persistent,
+            own.auto_delete,
+            own.expires,
+            bool(conf.find_value_for_key("extended", "result")),
+        )
+        return cls(
+            location,
+            Topology(prefix, location.options.shards, location.options.queue_type),
+            wire,
+            # Celery before 5.7 leaves the setting to the backends.
+            codec_of(location, serializer, accept, conf.result_compression),
+            Expirations.read(conf, own.expires),
+            tuple(sorted(accept or ())),
+            own.purpose,
+        )
 
     @property
     def options(self) -> Options:
@@ -131,7 +187,7 @@ class BackendConfig:
         """``shared`` or ``per-task``."""
         return self.location.layout
 
-    @property
+    @functools.cached_property
     def layout_key(self) -> str:
         """The key that is equal for backends that share a layout, and so its connections."""
         location = self.location

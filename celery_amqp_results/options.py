@@ -128,6 +128,15 @@ class Options:
                     ) from None
         return cls(**values)
 
+    def changed(self, changes: Mapping[str, Any]) -> Options:
+        """Return these options with *changes*.
+
+        Raises:
+            InvalidOption: when an option is unknown or its value is not allowed.
+        """
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return Options.read({**given, **changes})
+
 
 def _one_of(*allowed: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:

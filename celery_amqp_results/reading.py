@@ -18,6 +18,7 @@ from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.layouts import Layout
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store.marks import Fate
+from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting.groups import Pass
 
 __all__ = ("Reader",)
@@ -49,7 +50,8 @@ class Reader:
     ) -> None:
         self._config = config
         self._layout = layout
-        self._convert = convert
+        #: Converts a decoded body to a meta.
+        self.convert = convert
         self.reset()
 
     def reset(self) -> None:
@@ -85,7 +87,7 @@ class Reader:
         """
         content = self.content(state)
         try:
-            meta = self._convert(content)
+            meta = self.convert(content)
         except SecurityError:
             # Celery's own check: the named exception is some other callable.
             raise
@@ -124,6 +126,15 @@ class Reader:
         """Read the states of result objects at once, and answer from that in a ``with`` block."""
         return self._pass.over(self._layout().poll, tasks)
 
+    def with_parents_read(self, result: Any, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Return *function* with one read of all the parents of *result*, for which it asks."""
+
+        def call() -> Any:
+            with self.in_one_pass(trees.parents(result)):
+                return function()
+
+        return call
+
     def fate(self, task_id: str) -> Fate:
         """Return what is known of a task; with ``track_sent`` this includes tasks without a state.
 
@@ -149,7 +160,11 @@ class Reader:
     # -- failed tasks ------------------------------------------------------------------------------
 
     def knows_failed(self, task_id: str) -> bool:
-        """Return whether this process has read that a task has failed."""
+        """Return whether this process has read that a task has failed.
+
+        Celery's polling chord task finds the failed task of a header by that. Failures are not in
+        the backend's cache, as a redelivered task may still succeed.
+        """
         return task_id in self._failed
 
     def forget(self, task_id: str) -> None:

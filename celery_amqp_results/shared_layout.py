@@ -225,6 +225,8 @@ class SharedLayout:
     def _outgoing(self, state: StateMessage, route: Route) -> Outgoing:
         topology = self._topology
         shard = topology.shard(state.id)
+        if route.in_chord and self.chords is not None:
+            state = self.chords.with_amendment(state)
         return Outgoing(
             topology.shard_queue_name(shard),
             state.properties(self._persistent),

@@ -31,6 +31,9 @@ _T = TypeVar("_T")
 #: Anything slower counts as hanging.
 PATIENCE = 60.0
 
+#: Whether fault tests repeat what they provoke, and run under load: ``make test-faults``.
+LOAD = bool(os.environ.get("LOAD"))
+
 #: Settings of apps for such brokers and machines. The defaults are 4 seconds to open a connection
 #: and 10 for a look-up.
 PATIENT: Dict[str, Any] = {"broker_connection_timeout": PATIENCE}
@@ -42,15 +45,23 @@ def pytest_report_header() -> str:
     return f"rabbitmq: {where or os.environ.get('RABBITMQ_DISTRIBUTION', 'system')}"
 
 
+# First, since xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """Keep the tests of a file in one process when several processes run tests.
+    """Keep tests that share a fixture in one process when several processes run tests.
 
-    Each process has its own node, and a file may share one worker between all its tests. Tests with
-    a ``world`` fixture are kept together by its parameter.
+    Each process has its own node. Otherwise a worker or a node that is shared by the tests of a
+    file is started in each process. Tests with a ``world`` fixture are kept together by its
+    parameter.
     """
     for item in items:
-        world = getattr(item, "callspec", None) and item.callspec.params.get("world", "")
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {world or ''}"))
+        definitions = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+        scopes = {name: found[-1].scope for name, found in definitions.items()}
+        if "admin" in scopes:
+            item.add_marker(pytest.mark.xdist_group("admin"))
+        elif "module" in scopes.values():
+            world = getattr(item, "callspec", None) and item.callspec.params.get("world", "")
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {world or ''}"))
 
 
 def eventually(condition: Callable[[], _T], timeout: float = PATIENCE) -> _T:

@@ -39,8 +39,8 @@ from celery_amqp_results.layouts import Layout
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.toolkit.threads import block_signals, start_thread
-from celery_amqp_results.waiting.follower import Update
 from celery_amqp_results.waiting.following import Following
+from celery_amqp_results.waiting.progress import Update
 from celery_amqp_results.waiting.watch import Tap
 
 __all__ = ("Bridge", "Subscriber", "bridge_of", "run_blocking")

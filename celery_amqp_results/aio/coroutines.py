@@ -38,7 +38,7 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
-from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.progress import Update
 
 __all__ = (
     "Completed",

@@ -1,73 +1,111 @@
 """The public methods of Celery 4's backend that Celery 5 does not call.
 
-Programs written against ``celery.backends.amqp`` find the attributes and methods of its reference
-page here, with the documented parameters and defaults. Methods that raised ``NotImplementedError``
-in Celery 4 work.
+Programs written against ``celery.backends.amqp`` find the methods of its reference page on the
+backend, with the documented parameters and defaults; what they do is here. Methods that raised
+``NotImplementedError`` in Celery 4 work.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import socket
 import time
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
-    ClassVar,
     Dict,
+    Iterable,
+    Iterator,
     List,
+    MutableMapping,
     Optional,
+    Protocol,
     Tuple,
-    Type,
+    TypeVar,
 )
 
 import kombu
 from celery import states
-from celery.backends.base import Backend
+from celery.exceptions import TimeoutError
 
-from celery_amqp_results import errors
-from celery_amqp_results.celery4 import consumer, producer
 from celery_amqp_results.config import BackendConfig
-from celery_amqp_results.per_task.layout import BACKLOG_LIMIT, NoCacheQueue
+from celery_amqp_results.per_task.lookups import BACKLOG_LIMIT
+from celery_amqp_results.per_task.wire import NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text
-from celery_amqp_results.waiting.waits import Patience
+from celery_amqp_results.reading import Reader
+from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits
 
-__all__ = ("Celery4API",)
+if TYPE_CHECKING:
+    # Part of typing since Python 3.10; type checkers know it for all versions.
+    from typing_extensions import Concatenate, ParamSpec
+
+    P = ParamSpec("P")
+
+__all__ = ("Celery4API", "documented")
+
+R = TypeVar("R")
 
 Meta = Dict[str, Any]
 
 
-class Celery4API(Backend):
-    """The methods of Celery 4's backend that Celery 5 does not call."""
+class CeleryBackend(Protocol):
+    """What Celery 4's methods need of the backend."""
 
-    Exchange: ClassVar[Type[producer.Exchange]] = producer.Exchange
-    Producer: ClassVar[Type[producer.Producer]] = producer.Producer
-    Consumer: ClassVar[Type[consumer.Consumer]] = consumer.Consumer
-    #: The queue class that declares a queue at every use.
-    Queue: ClassVar[Type[NoCacheQueue]] = NoCacheQueue
-
-    BacklogLimitExceeded = errors.BacklogLimitExceeded
-
-    # Set by the backend.
     config: BackendConfig
+    reader: Reader
+    waits: Waits
+    #: The metas of tasks that have ended, by id.
+    _cache: MutableMapping[str, Any]
 
-    @property
+    def _ensure_not_eager(self) -> None: ...
+
+    def exception_to_python(self, exc: Any) -> BaseException:
+        """Return a stored exception as an exception."""
+
+    def meta_from_decoded(self, meta: Meta) -> Meta:
+        """Return a decoded meta with an exception as the result of a failure."""
+
+    def get_task_meta(
+        self, task_id: str, backlog_limit: int = BACKLOG_LIMIT, cache: bool = True
+    ) -> Meta:
+        """Return the current meta of a task."""
+
+    def get_group_meta(self, group_id: str, cache: bool = True) -> Optional[Meta]:
+        """Return the meta of a saved group."""
+
+
+def documented(
+    method: Callable[Concatenate[Celery4API, P], R],
+) -> Callable[Concatenate[Any, P], R]:
+    """Return the method of the backend that calls *method* of its :class:`Celery4API`."""
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(self.celery4, *args, **kwargs)
+
+    return call
+
+
+class Celery4API:
+    """The methods of Celery 4's backend that Celery 5 does not call.
+
+    Parameters:
+        backend: the backend.
+    """
+
+    def __init__(self, backend: CeleryBackend) -> None:
+        self._backend = backend
+
     def exchange(self) -> kombu.Exchange:
-        """The exchange that results are published to; in the layout ``shared`` a copy of each."""
-        if self.config.layout_name == "per-task":
-            return self.config.wire.exchange_entity()
-        topology = self.config.topology
+        """Return the exchange that results are published to; in ``shared`` a copy of each."""
+        config = self._backend.config
+        if config.layout_name == "per-task":
+            return config.wire.exchange_entity()
+        topology = config.topology
         return kombu.Exchange(topology.exchange, "topic", arguments=topology.exchange_arguments)
-
-    @property
-    def delivery_mode(self) -> int:
-        """2 for messages that survive a restart of the broker, otherwise 1."""
-        return self.config.wire.delivery_mode
-
-    @property
-    def auto_delete(self) -> bool:
-        """Whether a task's queue goes with its last consumer, in the layout ``per-task``."""
-        return self.config.wire.auto_delete
 
     def rkey(self, task_id: str) -> str:
         """Return the routing key of a task.
@@ -77,9 +115,9 @@ class Celery4API(Backend):
         key for a queue that receives all states of the task.
         """
         task_id = id_text(task_id)
-        if self.config.layout_name == "per-task":
-            return self.config.wire.rkey(task_id)
-        return self.config.topology.task_binding(task_id)
+        if self._backend.config.layout_name == "per-task":
+            return self._backend.config.wire.rkey(task_id)
+        return self._backend.config.topology.task_binding(task_id)
 
     def destination_for(self, task_id: str, request: Any) -> Tuple[str, str]:
         """Return the routing key and the correlation id of a task's result.
@@ -97,12 +135,12 @@ class Celery4API(Backend):
         That is the task's queue, or in the layout ``shared`` the queue of its shard.
         """
         task_id = id_text(task_id)
-        if self.config.layout_name == "per-task":
-            return [self.config.wire.queue_entity(task_id)]
-        topology = self.config.topology
+        if self._backend.config.layout_name == "per-task":
+            return [self._backend.config.wire.queue_entity(task_id)]
+        topology = self._backend.config.topology
         spec = topology.shard_queue(topology.shard(task_id))
         return [
-            self.Queue(
+            NoCacheQueue(
                 spec.name,
                 # The default exchange routes by queue name.
                 kombu.Exchange(""),
@@ -140,11 +178,101 @@ class Celery4API(Backend):
             celery.exceptions.TimeoutError: when *timeout* is over.
         """
         task_id = id_text(task_id)
-        patience = Patience(timeout, None, on_interval)
-        ((_, state),) = self.waits.follow((task_id,), patience)
-        meta: Meta = self.reader.decode(state)
-        self._cache[task_id] = meta
+        meta = self._end_of(task_id, Patience(timeout, None, on_interval))
+        self._backend._cache[task_id] = meta
         return meta
+
+    def _end_of(self, task_id: str, patience: Patience) -> Meta:
+        ((_, state),) = self._backend.waits.follow((task_id,), patience)
+        return self._backend.reader.decode(state)
+
+    def wait_for(
+        self,
+        /,
+        task_id: str,
+        timeout: Optional[float] = None,
+        cache: bool = True,
+        no_ack: bool = True,
+        on_interval: Optional[Callable[[], Any]] = None,
+        READY_STATES: Any = states.READY_STATES,
+        PROPAGATE_STATES: Any = states.PROPAGATE_STATES,
+        interval: Optional[float] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Wait for a task and return its result, or raise its exception.
+
+        Parameters:
+            task_id: the task.
+            timeout: seconds to wait; ``None`` for no end, 0 to poll once.
+            cache: whether a cached result is acceptable.
+            no_ack: accepted for compatibility; reading never removes a result.
+            on_interval: called about every *interval* seconds while waiting.
+            interval: seconds, 0.5 by default.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* is over.
+            Exception: the exception of the task, if it failed.
+        """
+        task_id = id_text(task_id)
+        meta = self._backend._cache.get(task_id) if cache else None
+        if not meta or meta["status"] not in READY_STATES:
+            meta = self._end_of(task_id, Patience(timeout, interval, on_interval))
+        if meta["status"] in PROPAGATE_STATES:
+            raise self._backend.exception_to_python(meta["result"])
+        return meta["result"]
+
+    def get_many(
+        self,
+        /,
+        task_ids: Iterable[str],
+        timeout: Optional[float] = None,
+        no_ack: bool = True,
+        on_message: Optional[Callable[[Meta], Any]] = None,
+        on_interval: Optional[Callable[[], Any]] = None,
+        now: Callable[[], float] = time.monotonic,
+        getfields: Callable[[Meta], Tuple[str, str]] = operator.itemgetter("status", "task_id"),
+        READY_STATES: Any = states.READY_STATES,
+        PROPAGATE_STATES: Any = states.PROPAGATE_STATES,
+        interval: Optional[float] = None,
+        max_iterations: Optional[int] = None,
+        **kwargs: Any,
+    ) -> Iterator[Tuple[str, Meta]]:
+        """Wait for tasks; yield ``(id, meta)`` of each as it becomes ready.
+
+        Parameters:
+            task_ids: the tasks.
+            timeout: seconds for all of them; ``None`` for no end, 0 to poll once.
+            interval: seconds between calls of *on_interval*, 0.5 by default.
+            no_ack, now, getfields, PROPAGATE_STATES: accepted for compatibility; reading never
+                removes a result, and deadlines are monotonic.
+            READY_STATES: states in which a cached result is acceptable.
+            on_message: called with the meta of every state.
+            on_interval: called periodically while waiting.
+            max_iterations: how many intervals to wait; then the iteration ends. 1 polls once.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* is over.
+        """
+        self._backend._ensure_not_eager()
+        cache, missing = self._backend._cache, []
+        for task_id in [id_text(task_id) for task_id in task_ids]:
+            meta = cache.get(task_id)
+            if meta and meta["status"] in READY_STATES:
+                yield task_id, meta
+            else:
+                missing.append(task_id)
+        if max_iterations is not None:
+            timeout = (max_iterations - 1) * (interval or DEFAULT_INTERVAL)
+        patience = Patience(timeout, interval, on_interval)
+        try:
+            for task_id, state in self._backend.waits.follow(missing, patience, on_message):
+                meta = self._backend.reader.decode(state)
+                if meta["status"] == states.SUCCESS:
+                    cache[task_id] = meta
+                yield task_id, meta
+        except TimeoutError:
+            if max_iterations is None:
+                raise
 
     def drain_events(
         self,
@@ -157,8 +285,8 @@ class Celery4API(Backend):
     ) -> Dict[str, Meta]:
         """Read results with the caller's own consumer until at least one final state has come.
 
-        For a private queue that is bound to :attr:`exchange`. A consumer on a task's queue takes
-        the result away from all others.
+        For a private queue that is bound to the exchange of results. A consumer on a task's queue
+        takes the result away from all others.
 
         Parameters:
             connection: a kombu connection.
@@ -180,7 +308,7 @@ class Celery4API(Backend):
 
         def on_body(body: Any, message: Any) -> None:
             if body["status"] in states.READY_STATES:
-                ended[body["task_id"]] = self.meta_from_decoded(body)
+                ended[body["task_id"]] = self._backend.meta_from_decoded(body)
 
         consumer.callbacks[:] = [on_body]
         deadline = None if timeout is None else now() + timeout
@@ -192,19 +320,13 @@ class Celery4API(Backend):
                 if on_interval is not None:
                     on_interval()
             if ended:
-                self._cache.update(ended)
+                self._backend._cache.update(ended)
                 return ended
             if deadline is not None and now() >= deadline:
                 raise socket.timeout(f"no task has ended within {timeout:g} seconds")
 
-    def get_task_meta(
-        self, task_id: str, backlog_limit: int = BACKLOG_LIMIT, cache: bool = True
-    ) -> Meta:
+    def get_task_meta(self, task_id: str, backlog_limit: int, cache: bool) -> Meta:
         """Return the current meta of a task; a pending one if nothing is known of it.
-
-        The second parameter was *backlog_limit* in Celery 4 and is *cache* in Celery 5, whose own
-        code always passes it by name. A second positional argument that is ``True`` or ``False`` is
-        treated as *cache*.
 
         Parameters:
             task_id: the task.
@@ -216,33 +338,23 @@ class Celery4API(Backend):
             BacklogLimitExceeded: when there are more states.
             BackendUnavailable: when the broker cannot be reached or refuses us.
         """
-        if isinstance(backlog_limit, bool):
-            cache, backlog_limit = backlog_limit, BACKLOG_LIMIT
-        task_id = id_text(task_id)
-        if backlog_limit == BACKLOG_LIMIT:
-            found: Meta = super().get_task_meta(task_id, cache=cache)
-            return found
-        self._ensure_not_eager()
-        if cache:
-            known: Optional[Meta] = self._cache.get(task_id)
-            if known is not None:
-                return known
-        state = self.layout.poll((task_id,), backlog_limit)[task_id]
-        if state is None:
-            return {"status": states.PENDING, "result": None}
-        meta: Meta = self.reader.decode(state)
+        self._backend._ensure_not_eager()
+        known: Optional[Meta] = self._backend._cache.get(task_id) if cache else None
+        if known is not None:
+            return known
+        meta = self._backend.reader.meta(task_id, backlog_limit)
         if cache and meta["status"] == states.SUCCESS:
-            self._cache[task_id] = meta
+            self._backend._cache[task_id] = meta
         return meta
 
     def poll(self, task_id: str, backlog_limit: int = BACKLOG_LIMIT) -> Meta:
-        """Return the current meta of a task, see :meth:`get_task_meta`."""
-        return self.get_task_meta(task_id, backlog_limit)
+        """Return the current meta of a task, as the backend's ``get_task_meta`` does."""
+        return self._backend.get_task_meta(task_id, backlog_limit)
 
     def reload_task_result(self, task_id: str) -> None:
         """Reload a result into the cache, even if it is there."""
-        task_id = id_text(task_id)
-        self._cache[task_id] = self.get_task_meta(task_id, cache=False)
+        meta = self._backend.get_task_meta(task_id, cache=False)
+        self._backend._cache[id_text(task_id)] = meta
 
     def reload_group_result(self, task_id: str) -> None:
         """Reload a saved group into the cache, even if it is there.
@@ -250,5 +362,5 @@ class Celery4API(Backend):
         Parameters:
             task_id: the id of the group.
         """
-        task_id = id_text(task_id)
-        self._cache[task_id] = self.get_group_meta(task_id, cache=False)
+        meta = self._backend.get_group_meta(task_id, cache=False)
+        self._backend._cache[id_text(task_id)] = meta

@@ -23,7 +23,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import transports
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.chords import plan as plans
-from celery_amqp_results.chords.leader import Fire
+from celery_amqp_results.chords.actions import Fire
 from celery_amqp_results.chords.service import NotSent, read_ends
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store.lookup import Store

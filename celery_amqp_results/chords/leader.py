@@ -13,136 +13,32 @@ only after sending its body: until then the broker delivers it to another leader
 from __future__ import annotations
 
 import collections
-import dataclasses
 import heapq
 import itertools
 import math
-from typing import (
-    Deque,
-    Dict,
-    FrozenSet,
-    Iterable,
-    List,
-    Mapping,
-    Optional,
-    Set,
-    Tuple,
-    Union,
-)
+from typing import Deque, Dict, FrozenSet, Iterable, List, Mapping, Optional, Set, Tuple
 
 from celery_amqp_results.chords import plan as plans
+from celery_amqp_results.chords.actions import Acknowledge, Action, Bind, Delivery, GiveUp, LookUp
+from celery_amqp_results.chords.open_chord import OpenChord
+from celery_amqp_results.chords.pending import SKEW, Ends, LookUps, pause
 from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import plan_number
 from celery_amqp_results.protocol.ranking import is_final, supersedes
 from celery_amqp_results.toolkit.bounded import BoundedDict
 
-__all__ = ("Acknowledge", "Action", "Bind", "Fire", "GiveUp", "Leader", "LookUp")
-
-#: Seconds until the leader looks up a silent chord in the store; doubled each time, up to the most.
-FIRST_RECHECK = 15.0
-LAST_RECHECK = 300.0
+__all__ = ("Leader",)
 
 #: A binding may take effect on another node of a cluster shortly after the broker has confirmed it.
 #: Plans of the first seconds are looked up once more after this time.
 SETTLE_SECONDS = 1.0
 
-#: Clocks of two hosts differ by less than this, in microseconds. If they differ by more, the
-#: first recheck finds what was missed.
-SKEW = 4_000_000
-
 #: Seconds after which an amendment to a finished chord is given up.
 LAST_AMENDMENT = 60.0
 
-#: Pauses, in seconds, before a failed look-up or sending is tried again.
-RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-
-#: The most ids in one look-up.
-MAX_LOOK_UP = 20_000
-
-#: The most ends that are kept for chords whose plan has not arrived.
-MAX_EARLY = 100_000
-
 #: The most chords that are remembered as fired.
 MAX_FIRED = 100_000
-
-#: The shell's number for a delivery of the broker.
-Delivery = int
-
-
-@dataclasses.dataclass(frozen=True)
-class Bind:
-    """Bind the states of the chords in plan queue *number*."""
-
-    number: int
-
-
-@dataclasses.dataclass(frozen=True)
-class LookUp:
-    """Read *tasks* (states and parts) and *bodies* (states) in the store."""
-
-    tasks: FrozenSet[str]
-    bodies: FrozenSet[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fire:
-    """Send the body of a chord, or fail it if a task of its header has failed."""
-
-    plan: Plan
-    #: The ids of the header's tasks in order and nesting, including amendments.
-    results: List[str] = dataclasses.field(compare=False)
-    ends: Mapping[str, StateMessage] = dataclasses.field(compare=False)
-    #: Tasks with known ends whose bodies did not fit the memory.
-    bodiless: FrozenSet[str] = frozenset()
-    #: How many times firing has failed.
-    failures: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Acknowledge:
-    """Acknowledge *deliveries*, since the chord is over."""
-
-    deliveries: Tuple[Delivery, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class GiveUp:
-    """Report that a chord has expired, or that tasks were added to a finished chord."""
-
-    group_id: str
-    why: str
-
-
-Action = Union[Bind, LookUp, Fire, Acknowledge, GiveUp]
-
-
-class _Chord:
-    """A chord with a plan that is not acknowledged yet."""
-
-    def __init__(self, plan: Plan, delivery: Delivery, now: float) -> None:
-        self.plan = plan
-        self.deliveries = [delivery]
-        self.amendments: List[Amendment] = []
-        self.missing: Set[str] = set()
-        self.ends: Dict[str, StateMessage] = {}
-        self.bodiless: Set[str] = set()
-        #: Tasks of the body to look up in the store before the body may be sent.
-        self.unproven: Set[str] = set()
-        self.sending = False
-        self.failures = 0
-        self.pause = FIRST_RECHECK
-        self.recheck_at = now + FIRST_RECHECK
-        #: The time of its timer.
-        self.timer_at = math.inf
-        self.heard_at = now
-        #: When the latest end was published.
-        self.latest = plan.began
-
-    @property
-    def watched(self) -> Set[str]:
-        """All tasks of the header."""
-        return self.missing | self.ends.keys()
 
 
 class Leader:
@@ -156,9 +52,8 @@ class Leader:
     """
 
     def __init__(self, memory: int) -> None:
-        self._memory = memory
         self._actions: Deque[Action] = collections.deque()
-        self._chords: Dict[str, _Chord] = {}
+        self._chords: Dict[str, OpenChord] = {}
         #: Marks of the chords with the task in their header or body, by task id.
         self._waiting: Dict[str, Set[str]] = {}
         self._proving: Dict[str, Set[str]] = {}
@@ -167,21 +62,10 @@ class Leader:
         self._fired: BoundedDict[str, str] = BoundedDict(MAX_FIRED)
         self._fired_groups: BoundedDict[str, None] = BoundedDict(MAX_FIRED)
         self._orphans: Dict[str, List[Tuple[Amendment, Delivery]]] = {}
-        #: Ends of tasks without a known chord, with their times of arrival, by both clocks.
-        self._early: collections.OrderedDict[str, Tuple[StateMessage, int]] = (
-            collections.OrderedDict()
-        )
-        self._bytes = 0
+        self._ends = Ends(memory)
+        self._look_ups = LookUps()
         #: By plan queue, since when all ends have been pushed; ``None`` until it is bound.
         self._sure: Dict[int, Optional[int]] = {}
-        #: Ends that came before this may be forgotten.
-        self._forgotten = 0
-        #: The tasks of the next look-up, from headers and from bodies.
-        self._tasks: Set[str] = set()
-        self._bodies: Set[str] = set()
-        self._asking: Optional[LookUp] = None
-        self._ask_at = 0.0
-        self._ask_failures = 0
         self._timers: List[Tuple[float, int, str]] = []
         self._order = itertools.count()
 
@@ -195,10 +79,8 @@ class Leader:
 
     def next_event(self) -> float:
         """Return when :meth:`tick` is due."""
-        due = self._timers[0][0] if self._timers else math.inf
-        if (self._tasks or self._bodies) and self._asking is None:
-            due = min(due, self._ask_at)
-        return due
+        timer = self._timers[0][0] if self._timers else math.inf
+        return min(timer, self._look_ups.due_at)
 
     @property
     def open(self) -> int:
@@ -218,7 +100,7 @@ class Leader:
     @property
     def held_bytes(self) -> int:
         """Bytes of results in memory."""
-        return self._bytes
+        return self._ends.bytes
 
     def progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
         """Return how many tasks a chord's header has, and which have not ended.
@@ -247,7 +129,7 @@ class Leader:
         if plan.mark in self._fired:
             self._actions.append(Acknowledge((delivery,)))
             return
-        chord = self._chords[plan.mark] = _Chord(plan, delivery, now)
+        chord = self._chords[plan.mark] = OpenChord(plan, delivery, now)
         self._of_group.setdefault(plan.group_id, []).append(plan.mark)
         self._watch(chord, plans.leaves(plan.results))
         for amendment, other in self._orphans.pop(plan.group_id, ()):
@@ -256,7 +138,7 @@ class Leader:
         if sure is None:
             # The store is read when the binding stands.
             self._doubt(chord, redelivered)
-        elif redelivered or plan.began < max(sure, self._forgotten):
+        elif redelivered or plan.began < max(sure, self._ends.forgotten):
             self._doubt(chord, redelivered)
             self._ask(chord)
         self._set_chord_timer(chord, now, plan.began)
@@ -268,6 +150,10 @@ class Leader:
         marks = self._of_group.get(amendment.group_id)
         if marks:
             self._amend(self._chords[marks[-1]], amendment, delivery)
+            for mark in marks:
+                chord = self._chords[mark]
+                chord.unamended.discard(amendment.mark)
+                self._fire_if_complete(chord)
         else:
             self._orphans.setdefault(amendment.group_id, []).append((amendment, delivery))
             patience = None if amendment.expires is None else amendment.expires / 1000
@@ -287,15 +173,7 @@ class Leader:
             for mark in list(marks):
                 self._end(self._chords[mark], state, now)
             return
-        known = self._early.pop(state.id, None)
-        if known is not None:
-            self._bytes -= len(known[0].body)
-            if not supersedes(state, known[0]):
-                state = known[0]
-        kept, _ = self._keep(state)
-        self._early[state.id] = (kept, wall)
-        if len(self._early) > MAX_EARLY:
-            self._forget_early()
+        self._ends.add(state, wall)
 
     def bound(self, number: int, now: float, wall: int) -> None:
         """Note that the binding of a plan queue stands."""
@@ -322,12 +200,8 @@ class Leader:
             found: the ends of tasks that have ended.
             bodies: the states of tasks of bodies.
         """
-        if request is not self._asking:
-            # The read happened before the connection was lost.
+        if not self._look_ups.answered(request, now):
             return
-        self._asking = None
-        self._ask_failures = 0
-        self._ask_at = now
         for mark in self._marks(self._waiting, found):
             chord = self._chords[mark]
             for task_id in chord.missing & found.keys():
@@ -337,7 +211,7 @@ class Leader:
         for mark in self._marks(self._proving, request.bodies):
             chord = self._chords[mark]
             chord.unproven -= request.bodies
-            if self._was_sent(chord, bodies):
+            if chord.was_sent(bodies):
                 self._remember_fired(chord.plan)
                 self._close(chord)
             else:
@@ -345,13 +219,8 @@ class Leader:
 
     def look_up_failed(self, request: LookUp, now: float) -> None:
         """Note that the store could not be read."""
-        if request is not self._asking:
-            return
-        self._asking = None
-        self._tasks |= request.tasks & self._waiting.keys()
-        self._bodies |= request.bodies & self._proving.keys()
-        self._ask_at = now + _pause(self._ask_failures)
-        self._ask_failures += 1
+        waiting, proving = self._waiting.keys(), self._proving.keys()
+        self._look_ups.failed(request, waiting, proving, now)
 
     def sent(self, mark: str) -> None:
         """Note that the body of a chord was sent, or its error reported."""
@@ -370,7 +239,7 @@ class Leader:
         if not chord.deliveries:
             self._close(chord)
             return
-        chord.recheck_at = now + _pause(chord.failures)
+        chord.recheck_at = now + pause(chord.failures)
         chord.failures += 1
         self._push_timer(chord, chord.recheck_at)
 
@@ -388,20 +257,17 @@ class Leader:
         self._proving.clear()
         self._of_group.clear()
         self._orphans.clear()
-        self._early.clear()
+        self._ends.clear()
         self._sure.clear()
-        self._tasks.clear()
-        self._bodies.clear()
-        self._asking = None
+        self._look_ups.clear()
         self._timers.clear()
         self._actions.clear()
-        self._bytes = 0
         for mark, chord in kept.items():
             chord.deliveries.clear()
             chord.timer_at = math.inf
             self._chords[mark] = chord
             self._of_group.setdefault(chord.plan.group_id, []).append(mark)
-            self._bytes += sum(len(state.body) for state in chord.ends.values())
+            self._ends.bytes += sum(len(state.body) for state in chord.ends.values())
 
     def tick(self, now: float, wall: int) -> None:
         """Handle due timers."""
@@ -414,8 +280,8 @@ class Leader:
             elif key in self._orphans:
                 for amendment, delivery in self._orphans.pop(key):
                     self._give_up_amendment(amendment, delivery)
-        if (self._tasks or self._bodies) and self._asking is None and now >= self._ask_at:
-            self._look_up()
+        if now >= self._look_ups.due_at:
+            self._actions.append(self._look_ups.begin())
 
     # -- deciding ----------------------------------------------------------------------------------
 
@@ -424,23 +290,23 @@ class Leader:
             self._sure[number] = None
             self._actions.append(Bind(number))
 
-    def _watch(self, chord: _Chord, ids: Iterable[str]) -> None:
+    def _watch(self, chord: OpenChord, ids: Iterable[str]) -> None:
         for task_id in ids:
             if task_id in chord.ends or task_id in chord.missing:
                 continue
-            early = self._early.pop(task_id, None)
+            early = self._ends.take(task_id)
             if early is not None:
-                self._bytes -= len(early[0].body)
-                self._set_end(chord, early[0])
+                self._set_end(chord, early)
             else:
                 chord.missing.add(task_id)
                 self._waiting.setdefault(task_id, set()).add(chord.plan.mark)
 
-    def _amend(self, chord: _Chord, amendment: Amendment, delivery: Delivery) -> None:
+    def _amend(self, chord: OpenChord, amendment: Amendment, delivery: Delivery) -> None:
         chord.deliveries.append(delivery)
         if any(amendment.mark == known.mark for known in chord.amendments):
             return
         chord.amendments.append(amendment)
+        chord.unamended.discard(amendment.mark)
         ids = list(plans.leaves(amendment.results))
         self._watch(chord, ids)
         number = plan_number(amendment.subgroup or amendment.group_id)
@@ -449,43 +315,38 @@ class Leader:
         elif amendment.subgroup is None:
             return
         # Tasks of a subgroup may have ended before the binding stood.
-        self._tasks |= chord.missing.intersection(ids)
+        self._look_ups.want(chord.missing.intersection(ids))
 
-    def _end(self, chord: _Chord, state: StateMessage, now: float) -> None:
+    def _end(self, chord: OpenChord, state: StateMessage, now: float) -> None:
         chord.heard_at = now
         self._set_end(chord, state)
         self._fire_if_complete(chord)
 
-    def _set_end(self, chord: _Chord, state: StateMessage) -> None:
+    def _set_end(self, chord: OpenChord, state: StateMessage) -> None:
         chord.missing.discard(state.id)
         known = chord.ends.get(state.id)
         if known is not None:
             if not supersedes(state, known):
                 return
-            self._bytes -= len(known.body)
-        kept, bodiless = self._keep(state)
+            self._ends.release((known,))
+        kept, bodiless = self._ends.keep(state)
         chord.ends[state.id] = kept
         (chord.bodiless.add if bodiless else chord.bodiless.discard)(state.id)
         chord.latest = max(chord.latest, state.published)
+        if state.amended is not None and not self._is_amended(chord.plan.group_id, state.amended):
+            # On a cluster a state may overtake the amendment, which is in another queue.
+            chord.unamended.add(state.amended)
         # A SUCCESS supersedes a FAILURE as long as the chord is open.
         self._waiting.setdefault(state.id, set()).add(chord.plan.mark)
 
-    def _keep(self, state: StateMessage) -> Tuple[StateMessage, bool]:
-        """Return *state*, without its body if the body does not fit the memory."""
-        size = len(state.body)
-        while self._early and self._bytes + size > self._memory:
-            self._forget_early()
-        if size and self._bytes + size > self._memory:
-            return dataclasses.replace(state, body=b""), True
-        self._bytes += size
-        return state, not size and state.body_queue is None
+    def _is_amended(self, group_id: str, mark: str) -> bool:
+        return any(
+            amendment.mark == mark
+            for sending in self._of_group[group_id]
+            for amendment in self._chords[sending].amendments
+        )
 
-    def _forget_early(self) -> None:
-        _, (state, came) = self._early.popitem(last=False)
-        self._bytes -= len(state.body)
-        self._forgotten = max(self._forgotten, came + SKEW)
-
-    def _doubt(self, chord: _Chord, redelivered: bool) -> None:
+    def _doubt(self, chord: OpenChord, redelivered: bool) -> None:
         """Look up, before sending the body, whether another process has sent it."""
         if chord.plan.again and not redelivered:
             # The body of an earlier sending may still be running.
@@ -494,45 +355,24 @@ class Leader:
         for proof in chord.plan.proofs:
             self._proving.setdefault(proof, set()).add(chord.plan.mark)
 
-    def _ask(self, chord: _Chord) -> None:
+    def _ask(self, chord: OpenChord) -> None:
         """Look up the unknown tasks of a chord."""
-        self._tasks |= chord.missing
-        self._bodies |= chord.unproven
-
-    def _look_up(self) -> None:
-        tasks = frozenset(itertools.islice(self._tasks, MAX_LOOK_UP))
-        bodies = frozenset(itertools.islice(self._bodies, MAX_LOOK_UP))
-        self._tasks -= tasks
-        self._bodies -= bodies
-        self._asking = LookUp(tasks, bodies)
-        self._actions.append(self._asking)
+        self._look_ups.want(chord.missing, chord.unproven)
 
     @staticmethod
     def _marks(table: Mapping[str, Set[str]], ids: Iterable[str]) -> Set[str]:
         return {mark for task_id in ids for mark in table.get(task_id, ())}
 
-    def _was_sent(self, chord: _Chord, bodies: Mapping[str, Iterable[StateMessage]]) -> bool:
-        return not chord.sending and any(
-            not chord.plan.again or state.published >= chord.plan.began
-            for proof in chord.plan.proofs
-            for state in bodies.get(proof, ())
-        )
-
-    def _fire_if_complete(self, chord: _Chord) -> None:
-        if chord.missing or chord.unproven or chord.sending:
-            return
-        chord.sending = True
-        self._remember_fired(chord.plan)
-        results = plans.amended(chord.plan.results, chord.amendments)
-        self._actions.append(
-            Fire(chord.plan, results, chord.ends, frozenset(chord.bodiless), chord.failures)
-        )
+    def _fire_if_complete(self, chord: OpenChord) -> None:
+        if chord.complete:
+            self._remember_fired(chord.plan)
+            self._actions.append(chord.fire())
 
     def _remember_fired(self, plan: Plan) -> None:
         self._fired[plan.mark] = plan.group_id
         self._fired_groups[plan.group_id] = None
 
-    def _close(self, chord: _Chord) -> None:
+    def _close(self, chord: OpenChord) -> None:
         """Forget a chord that is over, and acknowledge its messages."""
         mark, group_id = chord.plan.mark, chord.plan.group_id
         del self._chords[mark]
@@ -540,48 +380,49 @@ class Leader:
         marks.remove(mark)
         if not marks:
             del self._of_group[group_id]
-        for table, pending, ids in (
-            (self._waiting, self._tasks, chord.watched),
-            (self._proving, self._bodies, chord.plan.proofs),
-        ):
-            for task_id in ids:
-                marks_of = table.get(task_id)
-                if marks_of is not None:
-                    marks_of.discard(mark)
-                    if not marks_of:
-                        del table[task_id]
-                        pending.discard(task_id)
-        self._bytes -= sum(len(state.body) for state in chord.ends.values())
+        self._look_ups.drop(
+            self._leave(self._waiting, mark, chord.watched),
+            self._leave(self._proving, mark, chord.plan.proofs),
+        )
+        self._ends.release(chord.ends.values())
         if chord.deliveries:
             self._actions.append(Acknowledge(tuple(chord.deliveries)))
 
-    def _look_after(self, chord: _Chord, now: float, wall: int) -> None:
+    @staticmethod
+    def _leave(table: Dict[str, Set[str]], mark: str, ids: Iterable[str]) -> List[str]:
+        """Take a chord out of *table*; return those of *ids* that no other chord is in."""
+        left = []
+        for task_id in ids:
+            marks = table.get(task_id)
+            if marks is not None:
+                marks.discard(mark)
+                if not marks:
+                    del table[task_id]
+                    left.append(task_id)
+        return left
+
+    def _look_after(self, chord: OpenChord, now: float, wall: int) -> None:
         if chord.sending:
             return
-        expires = chord.plan.expires
-        if expires is not None and wall >= chord.latest + expires * 1000:
+        if chord.seconds_left(wall) <= 0:
             missing = f"{len(chord.missing)} of {len(chord.watched)} tasks have not ended"
             self._actions.append(GiveUp(chord.plan.group_id, missing))
             self._close(chord)
             return
         if now >= chord.recheck_at:
             if chord.missing or chord.unproven:
-                if now - chord.heard_at >= chord.pause / 2 or chord.pause == FIRST_RECHECK:
+                if chord.recheck(now):
                     self._ask(chord)
-                chord.recheck_at = now + chord.pause
-                chord.pause = min(2 * chord.pause, LAST_RECHECK)
             else:
                 chord.recheck_at = math.inf
                 self._fire_if_complete(chord)
         self._set_chord_timer(chord, now, wall)
 
-    def _set_chord_timer(self, chord: _Chord, now: float, wall: int) -> None:
-        at = chord.recheck_at
-        if chord.plan.expires is not None:
-            at = min(at, now + (chord.latest + chord.plan.expires * 1000 - wall) / 1e6)
+    def _set_chord_timer(self, chord: OpenChord, now: float, wall: int) -> None:
+        at = min(chord.recheck_at, now + chord.seconds_left(wall))
         self._push_timer(chord, at)
 
-    def _push_timer(self, chord: _Chord, at: float) -> None:
+    def _push_timer(self, chord: OpenChord, at: float) -> None:
         if at < chord.timer_at:
             chord.timer_at = at
             self._set_timer(at, chord.plan.mark)
@@ -593,7 +434,3 @@ class Leader:
 
     def _set_timer(self, at: float, key: str) -> None:
         heapq.heappush(self._timers, (at, next(self._order), key))
-
-
-def _pause(failures: int) -> float:
-    return RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)]

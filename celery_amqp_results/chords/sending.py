@@ -27,6 +27,7 @@ from celery_amqp_results.chords.workers import bell
 from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.message import PLAN, StateMessage
 from celery_amqp_results.protocol.names import PLAN_QUEUES, QueueSpec, Topology, plan_number
+from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.store.publisher import Outgoing, Publisher
 from celery_amqp_results.toolkit.bounded import BoundedDict
 
@@ -38,6 +39,9 @@ AMENDMENT_STATE = "AMENDMENT"
 
 #: The most chords that are remembered as sent.
 MAX_REMEMBERED = 10_000
+
+#: The most running tasks of one process that are remembered as having amended a chord.
+MAX_AMENDING = 10_000
 
 #: Seconds between two checks whether a plan queue has a leader, in a process outside of a worker.
 CHECK_SECONDS = 30.0
@@ -179,6 +183,8 @@ class Chords:
         self._lock = threading.Lock()
         self._sending: BoundedDict[str, _Sending] = BoundedDict(MAX_REMEMBERED)
         self._sent: BoundedDict[str, None] = BoundedDict(MAX_REMEMBERED)
+        #: Tasks that have added others to their chords in this process, with the last amendment.
+        self._amended: BoundedDict[str, str] = BoundedDict(MAX_AMENDING)
         self._check_at = 0.0
 
     # -- the sender --------------------------------------------------------------------------------
@@ -268,6 +274,20 @@ class Chords:
         )
         content = amendment.content()
         self._publish(self._messages.write(group_id, AMENDMENT_STATE, content), group_id)
+        if after is not None:
+            with self._lock:
+                self._amended[after] = amendment.mark
+
+    def with_amendment(self, state: StateMessage) -> StateMessage:
+        """Return a state or part with the mark of the last amendment that its task has made.
+
+        A leader that receives the state before the amendment then waits for the amendment.
+        """
+        if not is_final(state.state):
+            return state
+        with self._lock:
+            mark = self._amended.get(state.id)
+        return state if mark is None else dataclasses.replace(state, amended=mark)
 
     def _publish(self, message: Outgoing, group_id: str) -> None:
         self._publisher.publish_to(self._messages.queues, message)

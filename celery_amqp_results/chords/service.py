@@ -10,22 +10,21 @@ from __future__ import annotations
 import collections
 import functools
 import logging
-import queue
 import threading
 import time
 from typing import Callable, Deque, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import amqp
-from amqp import exceptions as amqp_errors
-from amqp import spec
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
-from celery_amqp_results.amqp.declarations import Declarations, declare_queue
+from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
-from celery_amqp_results.chords import leader
+from celery_amqp_results.chords import actions, leader
+from celery_amqp_results.chords.helpers import Helpers
 from celery_amqp_results.chords.plan import Amendment, Plan
+from celery_amqp_results.chords.session import Session
 from celery_amqp_results.chords.workers import bell
 from celery_amqp_results.protocol.message import (
     PART,
@@ -34,7 +33,6 @@ from celery_amqp_results.protocol.message import (
     StateMessage,
     dated,
 )
-from celery_amqp_results.protocol.names import PLAN_QUEUES
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.lookup import Store
 from celery_amqp_results.toolkit.retry import Retry
@@ -45,23 +43,6 @@ __all__ = ("NotSent", "Service", "read_ends")
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between heartbeats. The broker delivers the plans of a frozen or unreachable leader to
-#: another one after twice that.
-HEARTBEAT = 10.0
-
-#: The most open plans of one queue; the broker accepts no larger prefetch.
-MAX_OPEN = 65535
-
-#: Seconds after which open plans are requeued and redelivered. The broker closes the channel of a
-#: consumer that holds a message for too long, by default for 30 minutes.
-RETAKE_SECONDS = 600.0
-
-#: The most threads that read the store and send bodies.
-HELPERS = 4
-
-#: Seconds after which an idle helper ends.
-HELPER_IDLE = 30.0
-
 #: Seconds to finish sending bodies when the process ends.
 CLOSE_SECONDS = 10.0
 
@@ -71,59 +52,6 @@ REFUSED_SECONDS = 30.0
 
 class NotSent(Exception):
     """Raised when a body could not be sent now, but may be later."""
-
-
-class Helpers:
-    """Runs functions on a few threads, which are started when needed. Thread-safe."""
-
-    def __init__(self, name: str, most: int = HELPERS) -> None:
-        self._name = name
-        self._most = most
-        self._lock = threading.Lock()
-        self._threads = 0
-        self._busy = 0
-        self._queue: queue.Queue[Optional[Callable[[], None]]] = queue.Queue()
-
-    def submit(self, function: Callable[[], None]) -> None:
-        """Call *function* soon."""
-        with self._lock:
-            self._busy += 1
-            self._queue.put(function)
-            if self._threads < min(self._most, self._busy):
-                self._threads += 1
-                start_thread(self._run, self._name)
-
-    @property
-    def busy(self) -> bool:
-        """Whether a function is running or waiting."""
-        return self._busy > 0
-
-    def close(self) -> None:
-        """End the idle threads now, and the others as soon as they are idle."""
-        with self._lock:
-            for _ in range(self._threads):
-                self._queue.put(None)
-            self._threads = 0
-
-    def _run(self) -> None:
-        while True:
-            try:
-                function = self._queue.get(timeout=HELPER_IDLE)
-            except queue.Empty:
-                with self._lock:
-                    if self._queue.empty():
-                        self._threads -= 1
-                        return
-                continue
-            if function is None:
-                return
-            try:
-                function()
-            except Exception:
-                logger.exception("a helper of the chord leader has failed")
-            finally:
-                with self._lock:
-                    self._busy -= 1
 
 
 class Service:
@@ -146,7 +74,7 @@ class Service:
         declarations: Declarations,
         store: Store,
         read: Callable[[StateMessage], Union[Plan, Amendment]],
-        fire: Callable[[leader.Fire], None],
+        fire: Callable[[actions.Fire], None],
         memory: int,
     ) -> None:
         self._connector = connector
@@ -163,7 +91,7 @@ class Service:
         self._thread: Optional[threading.Thread] = None
         self._wake_up: Optional[WakeUp] = None
         #: Whether this process has met a chord: then the plan queues are declared.
-        self._met = False
+        self.met = False
         self._closing = False
         self._close_by = 0.0
         #: Counts of fired chords, and of plans or amendments given up.
@@ -181,8 +109,8 @@ class Service:
                 and waits if there are none.
         """
         with self._lock:
-            wake = met and not self._met
-            self._met = self._met or met
+            wake = met and not self.met
+            self.met = self.met or met
             if self._thread is None and not self._closing:
                 self._thread = start_thread(self._run, "chords")
         if wake:
@@ -202,6 +130,17 @@ class Service:
     def leads(self) -> int:
         """How many plan queues are led here."""
         return len(self._leader.leads)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the service is closed, and no helper is at work any more."""
+        return self._closing and (
+            not (self._helpers.busy or self._done) or time.monotonic() >= self._close_by
+        )
+
+    def requeued(self) -> None:
+        """Note that all open plans will be delivered again."""
+        self._leader.requeued()
 
     def oldest_age(self) -> float:
         """Return the age of the oldest open chord in seconds; 0 where none is open."""
@@ -255,9 +194,9 @@ class Service:
         tries = Retry(self._connector.policy)
         try:
             while not self._closing:
-                session: Optional[_Session] = None
+                session: Optional[Session] = None
                 try:
-                    session = _Session(self, wake_up)
+                    session = Session(self._connector, self._declarations, self, wake_up)
                     tries.succeeded()
                     session.lead()
                     session.close()
@@ -300,32 +239,32 @@ class Service:
 
     def _wait_for_chord(self, wake_up: WakeUp) -> None:
         """Wait until this process, or a child of it, meets a chord."""
-        while not self._closing and not self._met:
+        while not self._closing and not self.met:
             reader = bell.reader()
             if reader is None:
                 wake_up.wait(3600.0)
             elif wake_up.wait_for_any(3600.0, reader):
-                self._met = True
+                self.met = True
                 bell.drain()
 
-    def perform(self, session: _Session, now: float) -> None:
-        """Carry out the actions of the leader."""
+    def perform(self, session: Session, now: float) -> float:
+        """Carry out the actions of the leader; return when it is due again."""
         while self._done:
             self._done.popleft()(now)
         self._leader.tick(now, _wall())
         while True:
-            actions = self._leader.take()
-            if not actions:
-                return
-            for action in actions:
-                if isinstance(action, leader.Bind):
+            pending = self._leader.take()
+            if not pending:
+                return self._leader.next_event()
+            for action in pending:
+                if isinstance(action, actions.Bind):
                     session.bind(action.number)
                     self._leader.bound(action.number, now, _wall())
-                elif isinstance(action, leader.Acknowledge):
+                elif isinstance(action, actions.Acknowledge):
                     session.acknowledge(action.deliveries)
-                elif isinstance(action, leader.LookUp):
+                elif isinstance(action, actions.LookUp):
                     self._helpers.submit(functools.partial(self._look_up, action))
-                elif isinstance(action, leader.Fire):
+                elif isinstance(action, actions.Fire):
                     self._helpers.submit(functools.partial(self._send, action))
                 else:
                     self.abandoned += 1
@@ -334,7 +273,7 @@ class Service:
 
     # -- on helper threads -------------------------------------------------------------------------
 
-    def _look_up(self, request: leader.LookUp) -> None:
+    def _look_up(self, request: actions.LookUp) -> None:
         try:
             found = read_ends(self._store, request.tasks)
             bodies = self._store.read(request.bodies) if request.bodies else {}
@@ -344,7 +283,7 @@ class Service:
         else:
             self._finish(lambda now: self._leader.looked_up(request, found, bodies, now))
 
-    def _send(self, action: leader.Fire) -> None:
+    def _send(self, action: actions.Fire) -> None:
         mark = action.plan.mark
         try:
             self._fire(action)
@@ -422,132 +361,6 @@ def _ends(found: Mapping[str, List[StateMessage]]) -> Dict[str, StateMessage]:
         for task_id, state in current.items()
         if state is not None and is_final(state.state)
     }
-
-
-class _Session:
-    """One connection of the leader."""
-
-    def __init__(self, service: Service, wake_up: WakeUp) -> None:
-        self._service = service
-        self._wake_up = wake_up
-        self._topology = service._declarations.topology
-        #: Whether plan queues exist.
-        self.found = False
-        self._retake_at = time.monotonic() + RETAKE_SECONDS
-        self.link = service._connector.open_once(HEARTBEAT, purpose="chords")
-        try:
-            self._set_up()
-        except BaseException:
-            self.drop()
-            raise
-
-    def _set_up(self) -> None:
-        service = self._service
-        self.channel = self.link.channel()
-        if service._met and service._declarations.declare:
-            service._declarations.ensure_exchange(self.channel)
-            for number in range(PLAN_QUEUES):
-                declare_queue(self.channel, self._topology.plan_queue(number))
-        elif not self._exists():
-            return
-        self.found = True
-        self.queue = str(
-            self.channel.queue_declare(
-                "",
-                durable=False,
-                exclusive=True,
-                auto_delete=True,
-                arguments={"x-queue-type": "classic"},
-            ).queue
-        )
-        self.channel.basic_consume(
-            self.queue, no_ack=True, callback=service.on_state, on_cancel=self._on_cancel
-        )
-        self.channel.basic_qos(0, MAX_OPEN, False)
-        for number in range(PLAN_QUEUES):
-            self.channel.basic_consume(
-                self._topology.plan_queue(number).name,
-                callback=self._on_plan,
-                on_cancel=self._on_cancel,
-            )
-
-    def _exists(self) -> bool:
-        channel = self.link.channel()
-        try:
-            channel.queue_declare(self._topology.plan_queue(0).name, passive=True)
-        except amqp_errors.NotFound:
-            return False
-        channel.close()
-        # Declared together with the queue, so no one needs the permission to declare it again.
-        self._service._met = True
-        return True
-
-    def _on_plan(self, message: amqp.Message) -> None:
-        if self._service.on_plan(message):
-            self.channel.basic_ack(message.delivery_tag)
-
-    def _on_cancel(self, consumer_tag: str) -> None:
-        raise amqp_errors.ConsumerCancelled("a queue of the chord leader was deleted", (60, 30))
-
-    def bind(self, number: int) -> None:
-        """Bind the states of the chords in plan queue *number*."""
-        topology = self._topology
-        self.channel.queue_bind(self.queue, topology.exchange, topology.plan_binding(number))
-
-    def _retake(self, now: float) -> None:
-        """Have open plans redelivered, so that none is held for too long."""
-        if self._service.open and now >= self._retake_at:
-            # All messages that come before the answer are redelivered.
-            self.channel.send_method(spec.Basic.Recover, "b", (True,), wait=spec.Basic.RecoverOk)
-            self._service._leader.requeued()
-        if not self._service.open or now >= self._retake_at:
-            self._retake_at = now + RETAKE_SECONDS
-
-    def acknowledge(self, deliveries: Iterable[int]) -> None:
-        """Acknowledge *deliveries*."""
-        with self.link.corked():
-            for delivery in deliveries:
-                self.channel.basic_ack(delivery)
-
-    def lead(self) -> None:
-        """Lead until the service is closed or the connection is lost, which raises an error."""
-        if not self.found:
-            return
-        service = self._service
-        reader = bell.reader()
-        # Drained so that it does not fill up; that a chord was met is already known.
-        sources = [self.link.socket] if reader is None else [self.link.socket, reader]
-        next_tick = 0.0
-        while not self._finished():
-            now = time.monotonic()
-            service.perform(self, now)
-            pause = min(self.link.idle_time(), service._leader.next_event() - now)
-            ready = self._wake_up.wait_for_any(max(0.0, pause), *sources)
-            if reader in ready:
-                bell.drain()
-            if self.link.socket in ready:
-                self.link.drain(0.0)
-            while self.link.buffered():
-                self.link.drain(0.0)
-            if now >= next_tick:
-                self._retake(now)
-                self.link.tick()
-                next_tick = now + HEARTBEAT / 4
-
-    def _finished(self) -> bool:
-        service = self._service
-        return service._closing and (
-            not (service._helpers.busy or service._done) or time.monotonic() >= service._close_by
-        )
-
-    def close(self) -> None:
-        """Close the connection with the protocol's handshake."""
-        self.link.close()
-
-    def drop(self) -> None:
-        """Close the socket without a handshake."""
-        self.link.drop()
-        self._service._connector.leave(self.link)
 
 
 def _wall() -> int:

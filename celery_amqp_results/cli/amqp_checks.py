@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -33,6 +34,7 @@ __all__ = (
     "old_exchange_findings",
     "probe_findings",
     "refused",
+    "remove_traces",
     "setting_findings",
 )
 
@@ -64,6 +66,9 @@ MESSAGE_LIMIT = 16 * 1024 * 1024
 #: Time limit for the result of the probe, in seconds.
 PROBE_TIMEOUT = 20.0
 PROBE_EXPIRES = 60
+
+#: Seconds until the exchange that the probe has declared must be without bindings.
+TRACES_TIMEOUT = 5.0
 
 #: Seconds that the broker may take to report that it blocks publishers.
 ALARM_TIMEOUT = 10.0
@@ -461,6 +466,32 @@ def probe_findings(session: Session) -> Iterator[Finding]:
         return
     spent = ", ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in took)
     yield Finding("probe", "ok", f"a result was waited for, looked up and forgotten: {spent}")
+
+
+def remove_traces(session: Session, broker: Any) -> None:
+    """Delete the exchange and the shard that the probe has declared, unless they are in use by now.
+
+    Otherwise a look at a new broker would settle the number and the type of the shards.
+    """
+    session.backend.close()
+    classic = broker.topology.queue_type == "classic"
+    refusals = (amqp_errors.PreconditionFailed, amqp_errors.AccessRefused, amqp_errors.NotFound)
+    # RabbitMQ deletes quorum queues without conditions only, and a result may have come meanwhile.
+    for shard in broker.lengths() if classic else ():
+        with contextlib.suppress(*refusals):
+            name = broker.topology.shard_queue(shard).name
+            broker.channel.queue_delete(name, if_unused=True, if_empty=True)
+    # The binding of the probe's inbox goes a moment after its connection.
+    end = time.monotonic() + TRACES_TIMEOUT
+    while time.monotonic() < end:
+        try:
+            broker.channel.exchange_delete(broker.topology.exchange, if_unused=True)
+        except amqp_errors.PreconditionFailed:
+            time.sleep(0.02)
+        except refusals:
+            return
+        else:
+            return
 
 
 class _Waiter(threading.Thread):

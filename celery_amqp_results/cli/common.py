@@ -175,9 +175,10 @@ def management_options(function: _F) -> _F:
 
 def shared_only(session: Session, what: str) -> None:
     """Fail if the layout is not ``shared``."""
-    if session.backend.layout_name != "shared":
+    layout = session.backend.layout_name
+    if layout != "shared":
         raise Failed(
-            f"{what} works on the layout 'shared'; this app's is {session.backend.layout_name!r}",
+            f"{what} works on the layout 'shared'; this app's is {layout!r}",
             Exit.CONFIGURATION,
         )
 

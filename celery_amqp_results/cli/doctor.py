@@ -53,15 +53,18 @@ def doctor(
         take(lambda: amqp_checks.broker_findings(broker.properties))
         take(lambda: amqp_checks.embedding_findings(broker.properties, broker.topology.queue_type))
         # First, before anything is stored: shards cannot be changed afterwards.
-        take(lambda: management_checks.limit_findings(session, broker, api))
+        fits = take(lambda: management_checks.limit_findings(session, broker, api))
         # While publishers are blocked reads do not work either, and would time out.
         usable = take(lambda: amqp_checks.alarm_findings(broker))
         usable = take(lambda: amqp_checks.declaration_findings(session, broker)) and usable
         if usable:
             usable = take(lambda: amqp_checks.content_findings(session, broker))
             take(lambda: amqp_checks.chord_findings(broker))
-        if usable and not no_probe:
+        fresh = broker.exists(broker.topology.exchange) is False
+        if usable and not no_probe and (fits or not fresh):
             take(lambda: amqp_checks.probe_findings(session))
+            if fresh:
+                amqp_checks.remove_traces(session, broker)
         take(lambda: amqp_checks.old_exchange_findings(broker))
         if api is None:
             findings.append(

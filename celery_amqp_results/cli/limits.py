@@ -65,6 +65,8 @@ class Limits:
     user_max_channels: Optional[int] = None
     #: The limit of one connection, which the broker announces.
     channel_max: Optional[int] = None
+    #: Whether the limits of the virtual host and of the user are known.
+    complete: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,16 +142,22 @@ def recommended_shards(free: int) -> int:
 
 def findings(limits: Limits, needs: Needs) -> Iterator[Finding]:
     """Yield the limits, and which of them are too low."""
-    before = 0
-    for found in (
+    found = [
         *_queues(limits, needs),
         *_connections(limits, needs),
         *_pool_limit(needs),
         *_channels(limits),
-    ):
-        before += 1
-        yield found
-    if not before:
+    ]
+    yield from found
+    if not limits.complete:
+        yield Finding(
+            "limits",
+            "info",
+            "limits on queues and connections are unknown without the management API",
+            f"compare them with the page of your plan: the app declares "
+            f"up to {counted(needs.missing_queues, 'queue')}",
+        )
+    elif not found:
         yield Finding("limits", "ok", "no limit on queues, connections or channels is near")
 
 

@@ -95,7 +95,7 @@ class Management:
             with exc:
                 status = exc.code
             hint = {
-                401: f"; it does not let the user {self.user!r} in, who needs the tag 'management'",
+                401: f"; the password of the user {self.user!r} is wrong, or the user lacks a tag",
                 403: f"; the user {self.user!r} may not see that",
                 404: "; there is no such thing, or no management API at this address",
             }.get(status, "")
@@ -184,7 +184,9 @@ def find(connection: kombu.Connection, url: Optional[str], guess: bool) -> Optio
         return None
     api = Management(guess_url(connection), user, password, vhost, GUESS_TIMEOUT, proxies=False)
     try:
-        api.get("vhosts", vhost)
+        # Only the list is open to every user with the tag "management".
+        if not any(each.get("name") == vhost for each in api.get("vhosts")):
+            return None
     except ManagementError:
         return None
     api.timeout = TIMEOUT

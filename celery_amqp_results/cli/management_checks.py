@@ -71,7 +71,7 @@ def limit_findings(session: Session, broker: Any, api: Optional[Any]) -> Iterato
     def check() -> Iterator[Finding]:
         channels = broker.channel_max
         if api is None:
-            known = limits.Limits(channel_max=channels)
+            known = limits.Limits(channel_max=channels, complete=False)
         else:
             connections = api.get("connections")
             known = limits.limits_from(

@@ -8,7 +8,6 @@ I/O, and is used under a lock.
 from __future__ import annotations
 
 import threading
-import uuid
 from typing import Dict, Optional, Tuple
 
 __all__ = ("Barrier", "Barriers")
@@ -18,20 +17,25 @@ class Barrier:
     """One barrier, and the threads that wait for it."""
 
     def __init__(self) -> None:
-        self._done = threading.Event()
+        self._ended = threading.Event()
         #: Whether it has come back.
         self.returned = False
         #: When it was published.
         self.published = 0.0
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has come back, or is lost."""
+        return self._ended.is_set()
+
     def wait(self, timeout: float) -> None:
-        """Wait until it has come back or is lost, for *timeout* seconds at most."""
-        self._done.wait(timeout)
+        """Wait until it has ended, for *timeout* seconds at most."""
+        self._ended.wait(timeout)
 
     def end(self, returned: bool) -> None:
         """Let all waiting threads go on."""
         self.returned = returned
-        self._done.set()
+        self._ended.set()
 
 
 class Barriers:
@@ -41,8 +45,9 @@ class Barriers:
         #: The barrier that is published next.
         self._next: Optional[Barrier] = None
         #: Published barriers that have not come back, by their numbers.
-        self._under_way: Dict[str, Barrier] = {}
+        self._under_way: Dict[int, Barrier] = {}
         self._late: Optional[Barrier] = None
+        self._published = 0
 
     @property
     def overdue(self) -> bool:
@@ -60,24 +65,25 @@ class Barriers:
         self._next = Barrier()
         return self._next, True
 
-    def publish(self, barrier: Barrier, now: float) -> str:
+    def publish(self, barrier: Barrier, now: float) -> int:
         """Return the number under which to publish *barrier*. From then on no read joins it."""
-        number = uuid.uuid4().hex
+        self.withdraw(barrier)
+        self._published += 1
+        barrier.published = now
+        self._under_way[self._published] = barrier
+        return self._published
+
+    def withdraw(self, barrier: Barrier) -> None:
+        """Let no read join *barrier* any more."""
         if self._next is barrier:
             self._next = None
-            barrier.published = now
-            self._under_way[number] = barrier
-        return number
 
-    def take(self, number: str) -> bool:
-        """Take in a barrier that came back; return whether it is one of these."""
+    def take(self, number: int) -> Optional[Barrier]:
+        """Return the barrier that came back, which the caller ends; ``None`` if it is unknown."""
         barrier = self._under_way.pop(number, None)
-        if barrier is None:
-            return False
-        if barrier is self._late:
+        if barrier is not None and barrier is self._late:
             self._late = None
-        barrier.end(True)
-        return True
+        return barrier
 
     def give_up(self, barrier: Barrier) -> None:
         """Note that *barrier* is late."""

@@ -15,135 +15,34 @@ then opens another connection and drops everything it knows.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import logging
-import selectors
-import socket
 import threading
 import time
-from typing import (
-    Any,
-    Callable,
-    Collection,
-    Deque,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Set,
-    TypeVar,
-)
+from typing import Collection, Dict, Iterable, List, Mapping, Optional, Set
 
 import amqp
-from amqp import spec
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import connections, frames
+from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
-from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
-from celery_amqp_results.feed.barriers import Barrier, Barriers
-from celery_amqp_results.feed.table import ALL, Look, Table, Unread
+from celery_amqp_results.feed.bindings import Action
+from celery_amqp_results.feed.keeper import Keeper
+from celery_amqp_results.feed.session import Session
+from celery_amqp_results.feed.table import Table, Unread
+from celery_amqp_results.feed.views import Look
+from celery_amqp_results.feed.waiter import Waiter, Waiters
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
-from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW, barrier_key
 from celery_amqp_results.protocol.page import Census
-from celery_amqp_results.toolkit.bounded import OnceLogger
-from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.protocol.ranking import is_lasting
 from celery_amqp_results.toolkit.retry import time_left
-from celery_amqp_results.toolkit.threads import start_thread
 
-__all__ = ("BARRIER", "Inbox", "Waiter")
+__all__ = ("Inbox",)
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
-#: The property ``type`` of a barrier.
-BARRIER = "barrier"
 #: Seconds after which a read no longer waits for its barrier.
 BARRIER_SECONDS = 1.0
-#: Seconds after which a barrier that has not come back is lost for certain. The broker returns none
-#: that another queue has received: a queue bound with ``#`` receives all.
-LOST_SECONDS = 30.0
-
-#: Seconds between heartbeats: a dead connection is noticed after twice that.
-HEARTBEAT = 15.0
-
-#: Seconds after which a read restarts an inbox that has given up.
-RESTART = 30.0
-
-#: The largest number of messages in the inbox queue. The reader takes them as they come, so that
-#: this is reached only while the process stands still, for as long as its heartbeat allows.
-MAX_QUEUED = 1_000_000
-
-
-class Waiter:
-    """A waiter: collects the states of the tasks that it watches.
-
-    The reader thread fills it, and the waiting thread empties it. Any thread may call its methods.
-
-    Parameters:
-        wake: called, by any thread, whenever there is something to take; ``None`` where
-            :meth:`wait` is used.
-    """
-
-    def __init__(self, wake: Optional[Callable[[], None]] = None) -> None:
-        self._arrived: Deque[StateMessage] = collections.deque()
-        self._event = threading.Event()
-        self._wake = wake
-        #: Tasks to read from the store, since states may have been missed.
-        self._uncovered: Deque[str] = collections.deque()
-        self._failure: Optional[Exception] = None
-
-    def poke(self) -> None:
-        """Wake the waiting thread."""
-        self._event.set()
-        if self._wake is not None:
-            self._wake()
-
-    def feed(self, state: StateMessage) -> None:
-        """Add a state."""
-        self._arrived.append(state)
-        self.poke()
-
-    def uncover(self, ids: Iterable[str]) -> None:
-        """Report that states of *ids* may have been missed."""
-        self._uncovered.extend(ids)
-        self.poke()
-
-    def fail(self, failure: Exception) -> None:
-        """Report that no more states will come."""
-        self._failure = failure
-        self.poke()
-
-    def wait(self, timeout: float) -> bool:
-        """Wait until there is something to take; return whether there is."""
-        return self._event.wait(timeout)
-
-    def take(self) -> List[StateMessage]:
-        """Return the states that have come since the last call.
-
-        Raises:
-            Exception: the argument of :meth:`fail`.
-        """
-        self._event.clear()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-        return list(_popped(self._arrived))
-
-    def take_uncovered(self) -> Set[str]:
-        """Return the tasks to read from the store, each once."""
-        return set(_popped(self._uncovered))
-
-
-def _popped(queue: Deque[_T]) -> Iterator[_T]:
-    # Other threads append meanwhile, so a length taken before would be wrong.
-    with contextlib.suppress(IndexError):
-        while True:
-            yield queue.popleft()
 
 
 class Inbox:
@@ -166,26 +65,16 @@ class Inbox:
         client: str,
         limit: int,
     ) -> None:
-        self._connector = connector
         self._declarations = declarations
-        self._client = client
+        self.client = client
         # Guards everything below. No I/O is done while holding it.
         self._changed = threading.Condition(threading.RLock())
-        self._thread: Optional[threading.Thread] = None
-        #: Logs repeated connection failures once.
-        self._once = OnceLogger(logger)
-        self._closing = False
-        #: Why and when the reader thread gave up, until it is started again.
-        self._failure: Optional[Exception] = None
-        self._failed_at = 0.0
-        self._waiters: Dict[str, List[Waiter]] = {}
+        self._keeper = Keeper(self, self._changed, connector, declarations, client)
+        self._waiters = Waiters()
         #: Those sent by other processes.
         self._strangers: Set[str] = set()
         self._table = Table(declarations.topology, limit)
-        self._barriers = Barriers()
-        self._session: Optional[_Session] = None
-        #: Why the present connection must be replaced, or empty.
-        self._suspicion = ""
+        self._session: Optional[Session] = None
         #: States received, and messages that were not states.
         self.received = 0
         self.rejected = 0
@@ -246,7 +135,7 @@ class Inbox:
             uncovered = []
             pushed = set(ids) - self.unbound(ids) if self._table.epoch else set()
             for task_id in ids:
-                self._waiters.setdefault(task_id, []).append(waiter)
+                self._waiters.add(task_id, waiter)
                 if task_id in self._strangers or not self._table.is_own(task_id):
                     # It remains a stranger's as long as clients wait, even if this process sends it
                     # later.
@@ -275,20 +164,12 @@ class Inbox:
         """
         with self._changed:
             for task_id in ids:
-                self._unwait(task_id, waiter)
+                if self._waiters.remove(task_id, waiter) and task_id in self._strangers:
+                    self._table.watched(task_id, -1)
+                if task_id not in self._waiters:
+                    self._strangers.discard(task_id)
                 if consumed:
                     self._table.discard(task_id)
-
-    def _unwait(self, task_id: str, waiter: Waiter) -> None:
-        waiters = self._waiters.get(task_id)
-        if waiters is None or waiter not in waiters:
-            return
-        waiters.remove(waiter)
-        if task_id in self._strangers:
-            self._table.watched(task_id, -1)
-        if not waiters:
-            del self._waiters[task_id]
-            self._strangers.discard(task_id)
 
     def unbound(self, ids: Collection[str]) -> Set[str]:
         """Return the strangers' tasks among *ids* whose shards are not bound."""
@@ -315,15 +196,15 @@ class Inbox:
             DeclarationRefused: when the exchange exists with other properties.
         """
         with self._changed:
-            self._start()
+            self._keeper.start()
             while True:
                 self._table.cover(ids)
                 self._wake_if_restless()
                 if not self._table.cover(ids) and self._table.epoch:
                     return
-                if self._failure is not None:
-                    raise self._failure
-                if self._closing:
+                if self._keeper.failure is not None:
+                    raise self._keeper.failure
+                if self._keeper.closing:
                     raise errors.BackendUnavailable("the result backend was closed")
                 remaining = time_left(deadline, 3600.0)
                 if remaining <= 0.0:
@@ -341,93 +222,62 @@ class Inbox:
 
     # -- reads -----------------------------------------------------------------------------
 
-    def ask(self, ids: Collection[str]) -> bool:
-        """Count a read of *ids*; return whether a barrier may make a look-up unnecessary.
+    def answer(
+        self, ids: Collection[str], deadline: Optional[float]
+    ) -> Dict[str, Optional[StateMessage]]:
+        """Return the current states of those of *ids* that are known for certain.
 
-        Starts the inbox, or requests a binding, where that pays. Does not wait.
-        """
-        now, wall = time.monotonic(), _wall()
-        with self._changed:
-            table = self._table
-            table.asked(ids, now)
-            if table.wants_inbox and not self._is_hopeless(now):
-                self._start()
-            self._wake_if_restless()
-            return bool(table.epoch) and any(
-                self._recall(task_id, now, wall) is not _UNREAD for task_id in ids
-            )
-
-    def _is_hopeless(self, now: float) -> bool:
-        return self._failure is not None and now - self._failed_at < RESTART
-
-    def _recall(self, task_id: str, now: float, wall: int) -> Any:
-        if self._table.is_due(task_id, now):
-            return _UNREAD
-        try:
-            return self._table.recall(task_id, now, wall)
-        except Unread:
-            return _UNREAD
-
-    def barrier(self, deadline: Optional[float]) -> int:
-        """Wait until everything has come that was confirmed before this call.
-
-        Parameters:
-            deadline: time (``time.monotonic``) at which to give up, or ``None``.
-
-        Returns:
-            The number of the connection; 0 if there is none, or the barrier was late.
-        """
-        with self._changed:
-            session, epoch = self._session, self._table.epoch
-            if session is None or not epoch or session.blocked:
-                return 0
-            if self._barriers.overdue:
-                if self._barriers.late_for(time.monotonic()) > LOST_SECONDS:
-                    self.suspect(f"a barrier has not come back within {LOST_SECONDS:g} s")
-                return 0
-            barrier, first = self._barriers.join()
-        if first:
-            self._publish(session, barrier)
-        barrier.wait(time_left(deadline, BARRIER_SECONDS))
-        with self._changed:
-            if not barrier.returned:
-                self._barriers.give_up(barrier)
-            return epoch if barrier.returned and epoch == self._table.epoch else 0
-
-    def _publish(self, session: _Session, barrier: Barrier) -> None:
-        """Publish a barrier. Reads that begin later need another one."""
-        try:
-            with session.writing:
-                with self._changed:
-                    number = self._barriers.publish(barrier, time.monotonic())
-                session.publish_barrier(number)
-        except TRANSIENT as exc:
-            raise_if_from_signal_handler(exc)
-            # The connection is about to be lost, or part of a frame has been written.
-            self.suspect(f"a barrier could not be published: {exc!r}")
-        finally:
-            with self._changed:
-                # After an interrupt, no read may join a barrier that is never published.
-                self._barriers.publish(barrier, time.monotonic())
-
-    def recall(self, ids: Iterable[str], epoch: int) -> Dict[str, Optional[StateMessage]]:
-        """Return the states of those of *ids* that are known for certain.
+        Counts a read. Starts the inbox, or requests bindings, where that pays.
 
         Parameters:
             ids: the tasks.
-            epoch: the return value of :meth:`barrier`.
+            deadline: time (``time.monotonic``) at which to stop waiting for a barrier.
         """
-        now, wall = time.monotonic(), _wall()
         with self._changed:
-            if not epoch or epoch != self._table.epoch:
-                return {}
-            found = {task_id: self._recall(task_id, now, wall) for task_id in ids}
-        return {task_id: state for task_id, state in found.items() if state is not _UNREAD}
+            known = self._ask(ids)
+            session, epoch = self._session, self._table.epoch
+            lasting = len(known) == len(ids) and self._is_lasting(known)
+        if not known or session is None:
+            return {}
+        if lasting and session.take_in():
+            with self._changed:
+                known = self._recall(ids, epoch)
+                if len(known) == len(ids) and self._is_lasting(known):
+                    return known
+        if not session.pass_barrier(time_left(deadline, BARRIER_SECONDS)):
+            return {}
+        with self._changed:
+            return self._recall(ids, epoch)
+
+    def _ask(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+        now = time.monotonic()
+        table = self._table
+        table.asked(ids, now)
+        if table.wants_inbox and not self._keeper.is_hopeless(now):
+            self._keeper.start()
+        self._wake_if_restless()
+        return self._recall(ids, table.epoch)
+
+    def _is_lasting(self, known: Mapping[str, Optional[StateMessage]]) -> bool:
+        return self._table.is_proved(time.monotonic()) and all(map(is_lasting, known.values()))
+
+    def _recall(self, ids: Iterable[str], epoch: int) -> Dict[str, Optional[StateMessage]]:
+        """Return the states of those of *ids* that are known without the store."""
+        found: Dict[str, Optional[StateMessage]] = {}
+        table = self._table
+        if not epoch or epoch != table.epoch:
+            return found
+        now, wall = time.monotonic(), _wall()
+        for task_id in ids:
+            with contextlib.suppress(Unread):
+                if not table.is_due(task_id, now):
+                    found[task_id] = table.recall(task_id, now, wall)
+        return found
 
     def uncounted(self) -> List[int]:
         """Return the shards whose census is due, see :meth:`Table.uncounted`."""
         with self._changed:
-            return [] if self._closing else self._table.uncounted(time.monotonic())
+            return [] if self._keeper.closing else self._table.uncounted(time.monotonic())
 
     def begin(self, ids: Collection[str], shards: Iterable[int] = ()) -> Look:
         """Begin a look-up, see :meth:`Table.begin`."""
@@ -462,9 +312,8 @@ class Inbox:
             why: the missing message, for the log.
         """
         with self._changed:
-            if self._table.epoch:
-                self._suspicion = why
-                self._wake_reader()
+            if self._session is not None:
+                self._session.replace(why)
 
     def close(self, wait: bool = True) -> None:
         """Close the connection and end the thread. Waiting clients get an error.
@@ -473,19 +322,11 @@ class Inbox:
             wait: whether to wait until the thread has ended.
         """
         with self._changed:
-            self._closing = True
-            thread = self._thread
+            self._keeper.closing = True
             self._changed.notify_all()
             self._wake_reader()
-        if wait and thread is not None and thread is not threading.current_thread():
-            thread.join(5.0)
-
-    # -- the reader thread -------------------------------------------------------------------
-
-    def _start(self) -> None:
-        if self._thread is None and not self._closing:
-            self._failure = None
-            self._thread = start_thread(self._run, "inbox")
+        if wait:
+            self._keeper.join()
 
     def _wake_if_restless(self) -> None:
         if self._table.restless:
@@ -495,121 +336,55 @@ class Inbox:
         if self._session is not None:
             self._session.wake()
 
-    def _run(self) -> None:
-        attempt = 0
-        opened = False
-        while not self._closing:
-            session: Optional[_Session] = None
-            try:
-                session = _Session(self)
-                opened = True
-                attempt = 0
-                self._once = OnceLogger(logger)
-                session.read()
-            except Exception as exc:
-                lost = isinstance(exc, TRANSIENT)
-                refused = isinstance(
-                    exc, (errors.BackendUnavailable, errors.DeclarationRefused)
-                ) or is_refusal(exc)
-                self._lose(exc)
-                if session is not None:
-                    session.drop()
-                    self._connector.leave(session.link)
-                if self._closing:
-                    break
-                attempt += 1
-                # Before the first success the URL may well be wrong: give up as the policy says.
-                # Later the broker was reachable before, and will be back.
-                pause = self._connector.policy.pause(attempt)
-                limited = self._connector.is_limited(exc)
-                if (opened or limited) and pause is None:
-                    pause = self._connector.policy.interval_max
-                if refused or not lost or pause is None:
-                    self._give_up(exc, attempt)
-                    return
-                self._once.log(
-                    logging.DEBUG if limited else logging.WARNING,
-                    type(exc).__name__,
-                    "the connection that results are pushed on is lost, opening another in "
-                    "%.1f s [%d]: %r",
-                    pause,
-                    attempt,
-                    exc,
-                )
-                with self._changed:
-                    if not self._closing:
-                        self._changed.wait(pause)
-            else:
-                session.close()
-        self._lose(errors.BackendUnavailable("the result backend was closed"))
-        with self._changed:
-            self._thread = None
-            self._fail_waiters(errors.BackendUnavailable("the result backend was closed"))
+    # -- what the keeper and its session report ----------------------------------------------
 
-    def _lose(self, exc: Exception) -> None:
+    def on_lost(self) -> None:
         """Forget everything: states may be missed until the next connection stands."""
         with self._changed:
             self._table.lost()
-            self._barriers.lost()
-            self._suspicion = ""
             self._session = None
-            for task_id, waiters in self._waiters.items():
-                for waiter in waiters:
-                    waiter.uncover((task_id,))
+            self._waiters.uncover()
             self._changed.notify_all()
         self._declarations.forget()
 
-    def _give_up(self, exc: Exception, attempts: int) -> None:
-        if isinstance(exc, (errors.BackendUnavailable, errors.DeclarationRefused)):
-            failure: Exception = exc
-        elif is_refusal(exc):
-            failure = errors.BackendUnavailable(
-                f"the broker at {self._connector.describe()} refuses to push results: {exc}. "
-                "Check the user's permissions on the exchange "
-                f"{self._declarations.topology.exchange!r} and on queues that the broker names "
-                "(amq.gen-*)."
-            )
-            failure.__cause__ = exc
-        elif isinstance(exc, TRANSIENT):
-            failure = errors.BackendUnavailable(
-                f"the broker at {self._connector.describe()} cannot be reached for results to be "
-                f"pushed, after {attempts} tries: {exc!r}. Is RabbitMQ running there, and is the "
-                "result backend URL right?"
-            )
-            failure.__cause__ = exc
-        else:
-            logger.error("the thread that results are pushed to has failed", exc_info=exc)
-            failure = exc
+    def on_end(self, failure: Exception) -> None:
+        """Note that there will be no other connection until the keeper is started again."""
         with self._changed:
-            self._thread = None
-            self._failure = failure
-            self._failed_at = time.monotonic()
-            self._fail_waiters(failure)
+            self._waiters.fail(failure)
             self._changed.notify_all()
 
-    def _fail_waiters(self, failure: Exception) -> None:
-        for waiters in self._waiters.values():
-            for waiter in waiters:
-                waiter.fail(failure)
+    @property
+    def closing(self) -> bool:
+        """Whether to stop reading."""
+        return self._keeper.closing
 
-    def _opened(self, session: _Session) -> None:
+    @property
+    def restless(self) -> bool:
+        """Whether :meth:`actions` has something to do."""
+        return self._table.restless
+
+    def actions(self) -> List[Action]:
+        """Return the bindings to add and to remove, each once."""
+        with self._changed:
+            return self._table.actions(time.monotonic())
+
+    def on_open(self, session: Session) -> None:
+        """Note that the connection stands."""
         with self._changed:
             self._table.opened(time.monotonic())
             self._session = session
             self._changed.notify_all()
 
-    def _bound(self, key: int) -> None:
+    def on_bound(self, key: int) -> None:
+        """Note that a binding stands."""
         with self._changed:
             self._table.bound(key, time.monotonic())
             self._changed.notify_all()
 
-    def _receive(self, message: amqp.Message) -> None:
-        properties = message.properties
-        if properties.get("type") == BARRIER:
-            self._on_barrier(str(properties.get("message_id")))
-            return
+    def on_message(self, message: amqp.Message) -> None:
+        """Take in a pushed message."""
         try:
-            state = dated(StateMessage.from_properties(properties, message.body), _wall())
+            state = dated(StateMessage.from_properties(message.properties, message.body), _wall())
             self._declarations.topology.check_body_queue(state)
         except errors.ForeignMessage as exc:
             self.rejected += 1
@@ -624,220 +399,15 @@ class Inbox:
             self.received += 1
             self.latest = max(self.latest, state.published)
             self._table.pushed(state, time.monotonic())
-            for waiter in self._waiters.get(state.id, ()):
-                waiter.feed(state)
+            self._waiters.feed(state)
 
-    def _on_barrier(self, number: str) -> None:
+    def on_proof(self, at: float) -> None:
+        """Note that everything has come that was confirmed before a time."""
         with self._changed:
-            if self._barriers.take(number):
-                self.barriers += 1
+            self.barriers += 1
+            self._table.proved(at)
 
 
 def _wall() -> int:
     """Return microseconds since 1970."""
     return time.time_ns() // 1000
-
-
-_UNREAD: Any = object()
-
-
-class _Session:
-    """One connection of the inbox, with its queue declared, bound and consumed."""
-
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
-        #: Held during every write and read on the connection.
-        self.writing = threading.Lock()
-        self._refused = False
-        self.link = inbox._connector.open_once(HEARTBEAT, purpose="inbox")
-        try:
-            self._set_up()
-        except BaseException:
-            self.link.drop()
-            inbox._connector.leave(self.link)
-            raise
-
-    def _set_up(self) -> None:
-        inbox = self._inbox
-        declarations = inbox._declarations
-        topology = declarations.topology
-        self.channel = channel = self.link.channel()
-        declarations.ensure_exchange(channel)
-        # A message dropped from the full inbox is dead-lettered to this queue of length one: its
-        # arrival reports that states were missed.
-        overflow = f"{OVERFLOW}.{inbox._client}-{id(self):x}"
-        spilled = _declare(channel, {"x-max-length": 1})
-        channel.queue_bind(spilled, topology.exchange, overflow)
-        self.queue = _declare(
-            channel,
-            {
-                "x-max-length": MAX_QUEUED,
-                "x-overflow": "drop-head",
-                "x-dead-letter-exchange": topology.exchange,
-                "x-dead-letter-routing-key": overflow,
-            },
-        )
-        for client in (inbox._client, BROADCAST):
-            channel.queue_bind(self.queue, topology.exchange, topology.client_binding(client))
-        self._barrier_key = barrier_key()
-        channel.queue_bind(self.queue, topology.exchange, self._barrier_key)
-        # Brokers other than RabbitMQ limit consumers by default.
-        channel.basic_qos(0, 0, False)
-        channel.basic_consume(
-            self.queue, no_ack=True, callback=inbox._receive, on_cancel=self._on_cancel
-        )
-        channel.basic_consume(
-            spilled, no_ack=True, callback=self._on_overflow, on_cancel=self._on_cancel
-        )
-        #: Requested binding keys, in order.
-        self._binding: Deque[int] = collections.deque()
-        # The answers come in order, and no thread waits for them.
-        channel._callbacks[spec.Queue.BindOk] = self._on_bind_ok
-        # A broker that refuses barriers closes this channel alone.
-        self._barrier_channel = self.link.channel_nowait(self._on_barriers_refused)
-        self._barrier_channel.events["basic_return"].add(self._on_barrier_returned)
-        # The reader's end is closed with the session, the other end by either thread.
-        self._wakeup, self._theirs = socket.socketpair()
-        self._wakeup.setblocking(False)
-        self._theirs.setblocking(False)
-        inbox._opened(self)
-        self._bind_and_unbind()
-
-    def wake(self) -> None:
-        """Make :meth:`read` carry out the pending requests. May be called by any thread."""
-        with contextlib.suppress(OSError):
-            self._theirs.send(b"\0")
-
-    def close(self) -> None:
-        """Close the connection with the protocol's handshake."""
-        self._wakeup.close()
-        self._theirs.close()
-        self.link.close()
-
-    def drop(self) -> None:
-        """Close the socket without a handshake."""
-        self._wakeup.close()
-        self._theirs.close()
-        self.link.drop()
-
-    @property
-    def blocked(self) -> bool:
-        """Whether barriers do not work: an alarm stops publishers, or the broker refuses them."""
-        return self._refused or bool(self.link.blocked)
-
-    def _on_barriers_refused(self, code: int, text: str, class_id: int, method_id: int) -> None:
-        exchange = self._inbox._declarations.topology.exchange
-        if code == amqp.exceptions.NotFound.code:
-            raise amqp.exceptions.RecoverableConnectionError(
-                f"the exchange {exchange!r} was deleted, and the inbox's bindings with it"
-            )
-        self._refused = True
-        logger.warning(
-            "the broker refuses barriers, and every read of a state looks into the store: (%s) %s. "
-            "Check the user's write permission on the exchange %r, and its topic permissions",
-            code,
-            text,
-            exchange,
-        )
-
-    def _on_barrier_returned(self, *arguments: Any) -> None:
-        raise amqp.exceptions.RecoverableConnectionError(
-            "the inbox's bindings are gone: the exchange "
-            f"{self._inbox._declarations.topology.exchange!r} was deleted and declared again"
-        )
-
-    def publish_barrier(self, number: str) -> None:
-        """Publish a barrier. The caller holds :attr:`writing`."""
-        connection = self.link.amqp
-        if connection.transport is None:
-            raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
-        connection.transport.write(
-            frames.publish_frames(
-                self._barrier_channel.channel_id,
-                self._inbox._declarations.topology.exchange,
-                self._barrier_key,
-                True,
-                {"type": BARRIER, "message_id": number, "delivery_mode": 1},
-                b"",
-                connection.frame_max,
-            )
-        )
-        # py-amqp's heartbeats count these bytes.
-        connection.bytes_sent += 1
-
-    def _on_cancel(self, consumer_tag: str) -> None:
-        raise amqp.exceptions.ConsumerCancelled("the inbox queue was deleted", (60, 30))
-
-    def _on_overflow(self, message: Any) -> None:
-        raise amqp.exceptions.RecoverableConnectionError(
-            f"the inbox overflowed: more than {MAX_QUEUED} states came while this process stood "
-            "still"
-        )
-
-    def read(self) -> None:
-        """Read until the inbox is closed or the connection is lost, which raises."""
-        inbox = self._inbox
-        sock = self.link.socket
-        # gevent and eventlet replace DefaultSelector.
-        with selectors.DefaultSelector() as selector:
-            selector.register(sock, selectors.EVENT_READ)
-            selector.register(self._wakeup, selectors.EVENT_READ)
-            next_tick = 0.0
-            while not inbox._closing:
-                ready = {key.fileobj for key, _ in selector.select(self.link.idle_time())}
-                if self._wakeup in ready:
-                    with contextlib.suppress(BlockingIOError):
-                        while self._wakeup.recv(4096):
-                            pass
-                    if inbox._suspicion:
-                        raise amqp.exceptions.RecoverableConnectionError(inbox._suspicion)
-                if sock in ready:
-                    self._drain()
-                # These messages were received together: no system call, so that a computing thread
-                # cannot take the GIL in between.
-                while self.link.buffered() and not inbox._closing:
-                    self._drain()
-                if inbox._table.restless:
-                    self._bind_and_unbind()
-                now = time.monotonic()
-                if now >= next_tick:
-                    with self.writing:
-                        self.link.tick()
-                    next_tick = now + HEARTBEAT / 4
-
-    def _drain(self) -> None:
-        # A TLS socket must not be read and written at once.
-        with self.writing:
-            self.link.drain(0.0)
-
-    def _bind_and_unbind(self) -> None:
-        """Send the bindings and unbindings that the table requests; the answers come later."""
-        inbox = self._inbox
-        with inbox._changed:
-            actions = inbox._table.actions(time.monotonic())
-        topology = inbox._declarations.topology
-        with self.writing, self.link.corked():
-            for bind, key in actions:
-                pattern = topology.every_binding() if key == ALL else topology.shard_binding(key)
-                where = (self.queue, topology.exchange, pattern)
-                if bind:
-                    self._binding.append(key)
-                    self.channel.send_method(spec.Queue.Bind, "BsssbF", (0, *where, False, None))
-                else:
-                    self.channel.send_method(spec.Queue.Unbind, "BsssF", (0, *where, None))
-
-    def _on_bind_ok(self, *arguments: Any) -> None:
-        self._inbox._bound(self._binding.popleft())
-
-
-def _declare(channel: Any, arguments: Dict[str, Any]) -> str:
-    """Declare an exclusive queue named by the broker and return its name."""
-    return str(
-        channel.queue_declare(
-            "",
-            durable=False,
-            exclusive=True,
-            auto_delete=True,
-            arguments={"x-queue-type": "classic", **arguments},
-        ).queue
-    )

@@ -88,9 +88,9 @@ class Reads:
     def _from_memory(
         self, ids: Collection[str], deadline: Optional[float]
     ) -> Dict[str, List[StateMessage]]:
-        if not ids or not self._inbox.ask(ids):
+        if not ids:
             return {}
-        known = self._inbox.recall(ids, self._inbox.barrier(deadline))
+        known = self._inbox.answer(ids, deadline)
         readable = {
             task_id: [] if state is None else [state]
             for task_id, state in known.items()

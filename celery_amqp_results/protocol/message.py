@@ -35,6 +35,8 @@ ID_HEADER = "id"
 COMPRESSION_HEADER = "compression"
 #: Header with the name of the queue that has the body, of a state that is a pointer.
 BODY_QUEUE_HEADER = "body-queue"
+#: Header with the mark of the last amendment that a chord's header task made before it ended.
+AMENDED_HEADER = "amended"
 #: Longest AMQP short string, in bytes.
 MAX_SHORT_STRING = 255
 #: The largest credible clock error, in microseconds. A state dated further ahead must not hide the
@@ -66,6 +68,8 @@ class StateMessage:
     kind: str = STATE
     #: The queue that has a body too large for a shard; :attr:`body` is empty then.
     body_queue: Optional[str] = None
+    #: The mark of the task's last amendment to its chord, or ``None``.
+    amended: Optional[str] = None
     #: The meta, if decoding it was needed to know the state: :meth:`Codec.decode` returns it.
     decoded: Optional[Mapping[str, Any]] = dataclasses.field(
         default=None, compare=False, repr=False
@@ -94,6 +98,8 @@ class StateMessage:
             headers[COMPRESSION_HEADER] = self.compression
         if self.body_queue:
             headers[BODY_QUEUE_HEADER] = self.body_queue
+        if self.amended:
+            headers[AMENDED_HEADER] = self.amended
         if self.expiration is not None:
             properties["expiration"] = str(self.expiration)
         return properties
@@ -133,6 +139,11 @@ class StateMessage:
             raise errors.ForeignMessage(
                 f"header {BODY_QUEUE_HEADER!r} is {body_queue!r}, not the name of a queue"
             )
+        amended = headers.get(AMENDED_HEADER)
+        if amended is not None and not isinstance(amended, str):
+            raise errors.ForeignMessage(
+                f"header {AMENDED_HEADER!r} is {_short(amended)}, not the mark of an amendment"
+            )
         return cls(
             id=message_id(properties),
             state=state,
@@ -144,6 +155,7 @@ class StateMessage:
             expiration=_expiration(properties),
             kind=kind,
             body_queue=body_queue,
+            amended=amended,
         )
 
 
@@ -164,6 +176,7 @@ def checked(state: StateMessage) -> StateMessage:
         and (state.expiration is None or type(state.expiration) is int)
         and state.kind in (STATE, GROUP, MARK, PART)
         and (state.body_queue is None or isinstance(state.body_queue, str))
+        and (state.amended is None or isinstance(state.amended, str))
     ):
         raise errors.ForeignMessage(f"a field is not of its type: {_short(state)}")
     return state

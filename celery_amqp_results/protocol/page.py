@@ -87,9 +87,16 @@ _FIELDS = (
     ("x", "expiration"),
     ("k", "kind"),
     ("q", "body_queue"),
+    ("a", "amended"),
 )
 #: Fields left out of the head when they have this value.
-_DEFAULTS = {"compression": None, "expiration": None, "kind": STATE, "body_queue": None}
+_DEFAULTS = {
+    "compression": None,
+    "expiration": None,
+    "kind": STATE,
+    "body_queue": None,
+    "amended": None,
+}
 
 
 def digest(message_id: str) -> bytes:

@@ -13,7 +13,7 @@ from celery import states
 
 from celery_amqp_results.protocol.message import StateMessage
 
-__all__ = ("fold", "is_final", "supersedes")
+__all__ = ("fold", "is_final", "is_lasting", "supersedes")
 
 #: The state of ``celery.contrib.abortable``; importing that module for one constant is too slow.
 ABORTED = "ABORTED"
@@ -49,6 +49,14 @@ def supersedes(new: StateMessage, old: StateMessage) -> bool:
         # Two runs of one task: others may already have read the first result.
         return new.published < old.published
     return new.published >= old.published
+
+
+def is_lasting(state: Optional[StateMessage]) -> bool:
+    """Return whether a task keeps this status until it is forgotten: SUCCESS.
+
+    Another SUCCESS that was published earlier, and arrives later, still takes its place.
+    """
+    return state is not None and state.state == states.SUCCESS
 
 
 def fold(messages: Iterable[StateMessage]) -> Optional[StateMessage]:

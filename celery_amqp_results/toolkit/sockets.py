@@ -10,10 +10,11 @@ import _socket
 import contextlib
 import select
 import socket
+import threading
 import types
-from typing import Any, List, Optional
+from typing import Any, Iterator, List, Optional
 
-__all__ = ("WakeUp", "readable")
+__all__ = ("SocketWatch", "WakeUp", "readable")
 
 #: Looks for bytes without waiting and without taking them.
 _PEEK = getattr(socket, "MSG_PEEK", 0) | getattr(socket, "MSG_DONTWAIT", 0)
@@ -87,9 +88,7 @@ class WakeUp:
         """
         found = _wait([self._receiver] if sock is None else [sock, self._receiver], timeout)
         if self._receiver.fileno() in found:
-            with contextlib.suppress(OSError):
-                while self._receiver.recv(4096):
-                    pass
+            self._silence()
         return sock is not None and sock.fileno() in found
 
     def wait_for_any(self, timeout: float, *sources: Any) -> List[Any]:
@@ -103,12 +102,79 @@ class WakeUp:
         found = _wait(list(numbers), timeout)
         if self._receiver.fileno() in found:
             found.remove(self._receiver.fileno())
-            with contextlib.suppress(OSError):
-                while self._receiver.recv(4096):
-                    pass
+            self._silence()
         return [numbers[number] for number in found]
+
+    def _silence(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._receiver.recv(4096):
+                pass
 
     def close(self) -> None:
         """Close both sockets."""
         self._receiver.close()
         self._sender.close()
+
+
+class SocketWatch(WakeUp):
+    """Lets a thread wait for a socket that other threads may borrow.
+
+    A thread that has just asked for something reads the answer itself: that saves two switches of
+    threads. While a thread borrows the socket, :meth:`wait` does not return because of it. Only
+    epoll allows that from another thread, so where it is missing nothing is lent.
+
+    Parameters:
+        sock: the socket.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        super().__init__()
+        self._sock = sock
+        self._lent = threading.Lock()
+        # gevent and eventlet remove it, since it would block all greenlets.
+        make = getattr(select, "epoll", None)
+        self._epoll: Any = make and make()
+        if self._epoll is not None:
+            self._epoll.register(sock.fileno(), select.EPOLLIN)
+            self._epoll.register(self._receiver.fileno(), select.EPOLLIN)
+
+    def wait(self, timeout: float, sock: Optional[Any] = None) -> bool:
+        """Wait until the socket is readable, or :meth:`ring` is called; return whether it is.
+
+        Parameters:
+            timeout: seconds to wait at most.
+            sock: not used.
+        """
+        if self._epoll is None:
+            return super().wait(timeout, self._sock)
+        found = [number for number, _ in self._epoll.poll(timeout)]
+        if not found:
+            # An exception from a signal handler may have kept a thread from giving it back.
+            self._heed(select.EPOLLIN)
+        if self._receiver.fileno() in found:
+            self._silence()
+        return self._sock.fileno() in found
+
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[bool]:
+        """Lend the socket for a ``with`` block; yield whether the caller has it."""
+        if self._epoll is None or not self._lent.acquire(blocking=False):
+            yield False
+            return
+        try:
+            self._heed(0)
+            yield True
+        finally:
+            self._heed(select.EPOLLIN)
+            self._lent.release()
+
+    def _heed(self, events: int) -> None:
+        # Another thread may have closed it, and the socket with it.
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.modify(self._sock.fileno(), events)
+
+    def close(self) -> None:
+        """Close everything but the socket."""
+        super().close()
+        if self._epoll is not None:
+            self._epoll.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict, Iterable, List, Optional, Protocol
 
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.progress import Update
 
 __all__ = ("Following",)
 

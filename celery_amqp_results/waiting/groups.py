@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 from celery.result import ResultSet
 
 from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.waiting.results import leaves
 
 __all__ = ("Pass", "ask_in_one_pass")
 
@@ -87,8 +88,9 @@ def _in_one_pass(kind: Type[ResultSet]) -> Type[ResultSet]:
 def _wrapped(method: _M) -> _M:
     @functools.wraps(method)
     def ask(self: Any, *args: Any, **kwargs: Any) -> Any:
-        one_pass = getattr(self.backend, "one_pass", None)
-        with contextlib.nullcontext() if one_pass is None else one_pass(self):
+        # A restored group may be given another backend.
+        reader = getattr(self.backend, "reader", None)
+        with contextlib.nullcontext() if reader is None else reader.in_one_pass(leaves(self)):
             return method(self, *args, **kwargs)
 
     return ask  # type: ignore[return-value]

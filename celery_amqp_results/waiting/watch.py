@@ -47,7 +47,7 @@ from celery_amqp_results.protocol.ranking import fold, is_final, supersedes
 from celery_amqp_results.toolkit.bounded import BoundedDict
 from celery_amqp_results.toolkit.retry import Retry, time_left
 from celery_amqp_results.toolkit.sockets import WakeUp
-from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.progress import Update
 
 __all__ = (
     "UNREADABLE",

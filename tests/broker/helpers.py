@@ -52,7 +52,7 @@ def open_inbox(app: Celery) -> None:
 def until_watched(app: Celery, task_id: str, eventually: Callable[..., Any], n: int = 1) -> None:
     """Return when *n* waiters wait for the task and this process receives its states."""
     inbox = app.backend.layout.inbox
-    eventually(lambda: inbox.covers(task_id) and len(inbox._waiters.get(task_id, ())) >= n)
+    eventually(lambda: inbox.covers(task_id) and len(inbox._waiters.by_task.get(task_id, ())) >= n)
 
 
 def until_stored(app: Celery) -> None:

@@ -146,7 +146,7 @@ def test_a_callback_runs_once_even_if_a_thread_also_waits(
     result, called, after = app.AsyncResult(new_id()), Calls(), Calls()
     result.then(called)
     waits = [Waiting(lambda: result.get(timeout=LONG)) for _ in range(3)]
-    eventually(lambda: len(app.backend.layout.inbox._waiters.get(result.id, ())) == 4)
+    eventually(lambda: len(app.backend.layout.inbox._waiters.by_task.get(result.id, ())) == 4)
     app.backend.store_result(result.id, 1, states.SUCCESS)
     assert [waiting.result() for waiting in waits] == [1, 1, 1]
     called.wait()
@@ -229,7 +229,7 @@ def test_a_result_set_does_not_start_following_its_members(
     members = [app.AsyncResult(new_id()) for _ in range(100)]
     group = GroupResult(new_id(), members, app=app)
     eventually(lambda: not app.backend.waits.pending._results)
-    assert app.backend.layout.inbox._thread is None
+    assert app.backend.layout.inbox._keeper.thread is None
     # A member with a callback of its own is followed.
     called = Calls()
     members[5].then(called)

@@ -17,7 +17,7 @@ from celery.utils.functional import regen
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results import errors
-from celery_amqp_results.chords import firing, service
+from celery_amqp_results.chords import firing, session
 from celery_amqp_results.chords.service import Service
 from celery_amqp_results.protocol.message import PART
 from celery_amqp_results.protocol.names import PLAN_QUEUES
@@ -456,8 +456,8 @@ def test_a_body_may_have_arguments_that_a_result_may_not_have(
 def test_open_plans_are_taken_again_before_the_broker_finds_them_held_for_too_long(
     app: Celery, group_id: str, sent: Sent, raw: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "RETAKE_SECONDS", 0.2)
-    monkeypatch.setattr(service, "HEARTBEAT", 0.4)
+    monkeypatch.setattr(session, "RETAKE_SECONDS", 0.2)
+    monkeypatch.setattr(session, "HEARTBEAT", 0.4)
     leading = lead(app)
     ids, added = new_ids(2), new_ids(1)
     body = send(app, group_id, ids)
@@ -505,7 +505,7 @@ def test_the_number_of_queues_does_not_change_with_the_number_of_chords(
 def test_a_leader_that_is_cut_off_loses_its_chords_to_another_one(
     make_app: Apps, node: Any, group_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "HEARTBEAT", 1.0)
+    monkeypatch.setattr(session, "HEARTBEAT", 1.0)
     with Proxy(node.amqp_port) as proxy:
         far, near = make_app(broker_url=proxy.url(node.url())), make_app()
         # Given a leader behind a network that fails, and another process that consumes plans

@@ -127,7 +127,7 @@ def test_sending_groups_and_keeping_their_results_opens_no_result_connection(
     sent.append((task | group([task.clone(), task.clone()])).apply_async())
     pending = app.backend.waits.pending
     eventually(lambda: pending is None or not pending._results)
-    assert app.backend.layout.inbox._thread is None
+    assert app.backend.layout.inbox._keeper.thread is None
     assert not exchange_exists(raw, app)
     assert len(sent) == 4
 
@@ -283,4 +283,4 @@ def test_a_waiter_that_binds_while_a_state_is_returned_gets_it_pushed(
 def test_sending_a_chord_opens_no_inbox(app: Celery) -> None:
     task = app.signature("tests.nothing")
     chord([task.clone(), task.clone()])(task.clone())
-    assert app.backend.layout.inbox._thread is None
+    assert app.backend.layout.inbox._keeper.thread is None

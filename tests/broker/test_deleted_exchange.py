@@ -8,8 +8,7 @@ import amqp
 import pytest
 from celery import Celery, states
 
-from celery_amqp_results.feed import inbox as inbox_module
-from celery_amqp_results.feed import table as table_module
+from celery_amqp_results.feed import session, views
 from tests.broker.helpers import LONG, Waiting, new_id, open_inbox, until_stored
 from tests.conftest import Apps, eventually
 
@@ -54,8 +53,8 @@ def pair(make_app: Apps, monkeypatch: pytest.MonkeyPatch) -> Tuple[Celery, Celer
 
     The views are not compared with the store while a test runs.
     """
-    monkeypatch.setattr(table_module, "STEADY", 0.0)
-    monkeypatch.setattr(table_module, "FIRST_CHECK", 1000.0)
+    monkeypatch.setattr(views, "STEADY", 0.0)
+    monkeypatch.setattr(views, "FIRST_CHECK", 1000.0)
     writer, reader = make_app(shards=1), make_app(shards=1)
     until_remembered(reader)
     return writer, reader
@@ -142,7 +141,7 @@ def test_a_listener_for_everything_does_not_hide_that_the_bindings_are_gone(
     assert reader.AsyncResult(task_id).state == states.SUCCESS
     assert inbox.connections == 1
     # Then a barrier that has been away for long has the connection replaced
-    monkeypatch.setattr(inbox_module, "LOST_SECONDS", 0.0)
+    monkeypatch.setattr(session, "LOST_SECONDS", 0.0)
     until_remembered(reader)
     assert inbox.connections == 2
     assert reader.AsyncResult(task_id).state == states.SUCCESS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import kombu
 
 from celery_amqp_results import AMQPBackend
-from celery_amqp_results.per_task.layout import NoCacheQueue
+from celery_amqp_results.per_task.wire import NoCacheQueue
 from tests.broker.conftest import Entities, bodies
 
 

@@ -212,8 +212,8 @@ def test_a_child_of_a_child_works(app: Celery) -> None:
 def test_a_child_has_its_own_client_word(app: Celery) -> None:
     # Its tasks carry another sender: with the parent's client word it would miss their states.
     use(app, "parent")
-    mine = app.backend.layout.inbox._client
-    assert bare(lambda: app.backend.layout.inbox._client)() != mine
+    mine = app.backend.layout.inbox._keeper._client
+    assert bare(lambda: app.backend.layout.inbox._keeper._client)() != mine
 
 
 def test_threads_store_and_read_through_one_backend(app: Celery) -> None:
@@ -274,7 +274,7 @@ def test_threads_that_use_a_new_backend_at_once_open_one_inbox(app: Celery) -> N
         app.backend.store_result(task_id, task_id, states.SUCCESS)
     assert [waiting.result() for waiting in waits] == ids
     inboxes = [t for t in threading.enumerate() if t.name == "celery-results-inbox"]
-    assert len([t for t in inboxes if t is app.backend.layout.inbox._thread]) == 1
+    assert len([t for t in inboxes if t is app.backend.layout.inbox._keeper.thread]) == 1
 
 
 def test_closing_ends_all_threads(

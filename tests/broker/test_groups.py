@@ -70,7 +70,7 @@ def test_ten_thousand_results_of_another_sender_are_joined_in_little_memory(
     assert [joined[node.id] for node in group] == list(range(10_000))
     # The results are 10 MB. Celery keeps them in the group; the backend must not add a copy.
     assert most < 60_000_000
-    assert app.backend.layout.inbox._waiters == {}
+    assert app.backend.layout.inbox.waited_for == 0
 
 
 @pytest.mark.parametrize("kind", [ResultSet, GroupResult])
@@ -178,7 +178,7 @@ def test_iteration_can_stop_at_any_point(app: Celery) -> None:
     ready = group.iter_native(timeout=LONG)
     next(ready)
     ready.close()
-    assert not app.backend.layout.inbox._waiters
+    assert not app.backend.layout.inbox.waited_for
     assert group.get(timeout=LONG) == list(range(10))
 
 

@@ -444,7 +444,7 @@ def test_hostile_messages_in_the_queue_of_a_task_hide_no_good_one(
     with caplog.at_level(logging.WARNING, "celery_amqp_results"):
         for _ in range(2):
             assert app.AsyncResult(task_id).get(timeout=LONG) == "good"
-    assert app.backend.layout.rejected >= 2 * len(wrong)
+    assert app.backend.metrics().rejected >= 2 * len(wrong)
     told = [r.getMessage() for r in caplog.records if "foreign or damaged" in r.getMessage()]
     assert len(told) == len(set(told)) >= 8
     # A damaged message without a good one is reported to its reader

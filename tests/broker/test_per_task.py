@@ -16,7 +16,6 @@ import uuid
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import amqp
-import kombu
 import pytest
 from amqp import exceptions as amqp_errors
 from celery import Celery, states
@@ -26,7 +25,7 @@ from celery.result import GroupResult
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
-from celery_amqp_results.per_task.layout import AGAIN_SETTLE_SECONDS
+from celery_amqp_results.per_task.lookups import STILL_EMPTY_SECONDS
 from tests import subprocess_jobs, subprocesses
 from tests.conftest import PATIENCE, PATIENT, Apps, raw_connection
 from tools import rabbitmq
@@ -472,11 +471,11 @@ def test_a_queue_that_celery_4_has_declared_is_pending(app: Celery, broker: Brok
     broker.declare(task_id, durable=True, auto_delete=True, arguments={"x-expires": 86_400_000})
     result = app.AsyncResult(task_id)
     assert result.state == states.PENDING
-    assert task_id.replace("-", "") in app.backend.layout._empty
+    assert task_id.replace("-", "") in app.backend.layout.lookups._empty
     assert result.state == states.PENDING
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert result.state == states.SUCCESS
-    assert task_id.replace("-", "") not in app.backend.layout._empty
+    assert task_id.replace("-", "") not in app.backend.layout.lookups._empty
 
 
 def test_history_is_fast_forwarded_to_the_current_state(app: Celery, broker: Broker) -> None:
@@ -493,7 +492,7 @@ def test_history_is_fast_forwarded_to_the_current_state(app: Celery, broker: Bro
 
 def test_more_history_than_the_limit_raises(app: Celery, broker: Broker) -> None:
     task_id = broker.new_id()
-    app.backend.layout.backlog_limit = 5
+    app.backend.layout.lookups.limit = 5
     for step in range(6):
         app.backend.store_result(task_id, step, "PROGRESS")
     with pytest.raises(app.backend.BacklogLimitExceeded, match=task_id):
@@ -625,7 +624,7 @@ def test_a_reader_waits_for_another_one_that_holds_the_message(
     channel = raw.channel()
     message = channel.basic_get(task_id.replace("-", ""))
     back = threading.Timer(
-        5 * AGAIN_SETTLE_SECONDS, channel.basic_reject, (message.delivery_tag, True)
+        5 * STILL_EMPTY_SECONDS, channel.basic_reject, (message.delivery_tag, True)
     )
     back.start()
     try:
@@ -788,18 +787,17 @@ def test_a_queue_deleted_just_before_publishing_is_declared_again(
     app: Celery, broker: Broker
 ) -> None:
     task_id = broker.new_id()
-    layout = app.backend.layout
-    declare, times = layout._declare, []
+    queues = app.backend.layout.queues
+    declare, times = queues._declare, []
 
-    def declare_and_lose(session: Any, declared: str) -> kombu.Queue:
-        queue = declare(session, declared)
+    def declare_and_lose(session: Any, declared: str) -> None:
+        declare(session, declared)
         times.append(1)
         if len(times) == 1:
             # This happens when the last consumer of Celery 4 stops at this moment.
-            session.channel.queue_delete(queue.name)
-        return queue
+            session.channel.queue_delete(queues.wire.rkey(declared))
 
-    layout._declare = declare_and_lose
+    queues._declare = declare_and_lose
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert len(times) == 2
     assert app.AsyncResult(task_id).get(timeout=LONG) == 1

@@ -56,7 +56,7 @@ def write(raw: amqp.Connection) -> Callable[..., None]:
 def bound(app: Celery) -> bool:
     """Return whether a waiter has all its bindings in place."""
     followers = list(app.backend.layout._followers)
-    return bool(followers) and all(f._covered >= f.pending.keys() for f in followers)
+    return bool(followers) and not any(f.bindings.unbound(f.pending) for f in followers)
 
 
 def _get(app: Celery, task_id: str) -> Any:

@@ -19,7 +19,7 @@ import trustme
 from celery import Celery, states
 
 from celery_amqp_results import errors
-from celery_amqp_results.feed import table as table_module
+from celery_amqp_results.feed import views
 from celery_amqp_results.store.publisher import Outgoing
 from tests import subprocesses
 from tests.broker.helpers import LONG, new_id
@@ -177,7 +177,7 @@ def test_topic_permissions_prevent_forged_live_copies(app: Celery, node: rabbitm
 def test_a_reader_that_may_publish_no_state_answers_from_memory_if_it_may_publish_barriers(
     make_app: Apps, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch, topics: str
 ) -> None:
-    monkeypatch.setattr(table_module, "STEADY", 0.0)
+    monkeypatch.setattr(views, "STEADY", 0.0)
     writer, task_id = make_app(shards=1), new_id()
     writer.backend.store_result(new_id(), 1, states.SUCCESS)
     exchange = exchange_of(writer)

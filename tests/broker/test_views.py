@@ -12,6 +12,7 @@ from celery import Celery, states
 from celery.exceptions import TimeoutError
 
 from celery_amqp_results.feed import table as table_module
+from celery_amqp_results.feed import views
 from tests.broker.helpers import LONG, Waiting, new_id, open_inbox
 from tests.conftest import Apps, eventually
 
@@ -19,7 +20,7 @@ from tests.conftest import Apps, eventually
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A binding may be relied on at once: there is one node."""
-    monkeypatch.setattr(table_module, "STEADY", 0.0)
+    monkeypatch.setattr(views, "STEADY", 0.0)
 
 
 def until_live(reader: Celery, task_id: str) -> None:
@@ -79,8 +80,104 @@ def test_what_is_forgotten_is_forgotten_in_all_processes(
     writer.backend.store_result(task_id, 1, states.SUCCESS)
     assert reader.AsyncResult(task_id).state == states.SUCCESS
     make_app(shards=1).AsyncResult(task_id).forget()
-    assert reader.AsyncResult(task_id).state == states.PENDING
+    # Then this process may return it for a moment: its last barrier was just now
+    eventually(lambda: reader.AsyncResult(task_id).state == states.PENDING)
     assert not reader.backend.task_result_exists(task_id)
+
+
+@pytest.mark.parametrize(
+    ("final", "barriers"), [(states.SUCCESS, 0), (states.FAILURE, 5), (states.REVOKED, 5)]
+)
+def test_a_success_is_answered_again_without_a_barrier_and_other_final_states_are_not(
+    writer: Celery, reader: Celery, final: str, barriers: int
+) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    value = 1 if final == states.SUCCESS else ValueError("no")
+    writer.backend.store_result(task_id, value, final)
+    assert reader.AsyncResult(task_id).state == final
+    before = reader.backend.metrics()
+    for _ in range(5):
+        assert reader.AsyncResult(task_id).state == final
+    after = reader.backend.metrics()
+    assert after.barriers - before.barriers == barriers
+    assert after.remembered - before.remembered == 5
+
+
+def test_a_success_needs_a_barrier_once_the_last_one_is_too_long_ago(
+    writer: Celery, reader: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_module, "PROOF_SECONDS", 0.0)
+    task_id = new_id()
+    until_live(reader, task_id)
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    before = reader.backend.metrics()
+    for _ in range(5):
+        assert reader.AsyncResult(task_id).state == states.SUCCESS
+    assert reader.backend.metrics().barriers - before.barriers == 5
+
+
+def test_what_has_arrived_is_taken_in_before_a_success_is_answered(
+    writer: Celery, reader: Celery, make_app: Apps
+) -> None:
+    # Given a process whose inbox thread gets no chance to run
+    task_id, other = new_id(), new_id()
+    until_live(reader, task_id)
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    session = reader.backend.layout.inbox._session
+    with session._watch.borrowed() as borrowed:
+        assert borrowed
+        received = reader.backend.metrics().pushed
+        writer.backend.store_result(other, 1, states.SUCCESS)
+        eventually(session.link.readable)
+        assert reader.backend.metrics().pushed == received
+        # When it is asked
+        assert reader.AsyncResult(task_id).state == states.SUCCESS
+        # Then it has taken in what came
+        assert reader.backend.metrics().pushed == received + 1
+
+
+def test_the_thread_that_asks_reads_the_answer(
+    writer: Celery, reader: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until_live(reader, new_id())
+    inbox = reader.backend.layout.inbox
+    threads = set()
+    prove = inbox.on_proof
+
+    def on_proof(at: float) -> None:
+        threads.add(threading.current_thread())
+        prove(at)
+
+    monkeypatch.setattr(inbox, "on_proof", on_proof)
+    for _ in range(20):
+        assert reader.AsyncResult(new_id()).state == states.PENDING
+    assert threads == {threading.current_thread()}
+    # And the inbox's own thread reads what comes between two questions
+    before = reader.backend.metrics().pushed
+    writer.backend.store_result(new_id(), 1, states.SUCCESS)
+    eventually(lambda: reader.backend.metrics().pushed == before + 1)
+
+
+def test_a_thread_that_is_interrupted_while_it_reads_makes_the_inbox_connect_again(
+    writer: Celery, reader: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    inbox = reader.backend.layout.inbox
+
+    def interrupt(at: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inbox, "on_proof", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            reader.AsyncResult(task_id).state  # noqa: B018
+    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    eventually(lambda: inbox.connections == 2)
+    until_live(reader, task_id)
 
 
 def test_a_result_that_has_expired_is_not_read_from_memory(make_app: Apps, reader: Celery) -> None:
@@ -148,8 +245,8 @@ def test_threads_share_barriers(writer: Celery, reader: Celery) -> None:
 def test_a_purged_shard_is_noticed_when_the_view_is_checked(
     writer: Celery, reader: Celery, raw: amqp.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_module, "FIRST_CHECK", 0.0)
-    monkeypatch.setattr(table_module, "SETTLED", 0.0)
+    monkeypatch.setattr(views, "FIRST_CHECK", 0.0)
+    monkeypatch.setattr(views, "SETTLED", 0.0)
     task_id = new_id()
     writer.backend.store_result(task_id, 1, states.SUCCESS)
     eventually(lambda: reader.backend.metrics().views or not reader.AsyncResult(task_id).state)
@@ -164,9 +261,9 @@ def test_where_barriers_are_refused_the_store_is_read(
     until_live(reader, task_id)
     session = reader.backend.layout.inbox._session
     session._on_barriers_refused(403, "ACCESS_REFUSED", 60, 40)
-    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    writer.backend.store_result(task_id, ValueError("no"), states.FAILURE)
     before = reader.backend.metrics().remembered
-    assert reader.AsyncResult(task_id).state == states.SUCCESS
+    assert reader.AsyncResult(task_id).state == states.FAILURE
     assert reader.backend.metrics().remembered == before
 
 
@@ -176,14 +273,15 @@ def test_a_barrier_that_does_not_come_back_is_not_waited_for_twice(
     task_id = new_id()
     until_live(reader, task_id)
     inbox = reader.backend.layout.inbox
-    take: Callable[[str], Any] = inbox._on_barrier
-    monkeypatch.setattr(inbox, "_on_barrier", lambda number: None)
-    writer.backend.store_result(task_id, 1, states.SUCCESS)
+    session = inbox._session
+    take: Callable[[int], Any] = session._on_barrier
+    monkeypatch.setattr(session, "_on_barrier", lambda number: None)
+    writer.backend.store_result(task_id, ValueError("no"), states.FAILURE)
     for _ in range(3):
-        assert reader.AsyncResult(task_id).state == states.SUCCESS
+        assert reader.AsyncResult(task_id).state == states.FAILURE
     # When it comes after all, barriers are used again.
-    (number,) = inbox._barriers._under_way
-    monkeypatch.setattr(inbox, "_on_barrier", take)
+    (number,) = session._barriers._under_way
+    monkeypatch.setattr(session, "_on_barrier", take)
     take(number)
     until_live(reader, task_id)
 
@@ -222,7 +320,7 @@ def test_a_wait_that_is_over_keeps_the_look_up_s_connection(
 
 def test_an_inbox_is_not_opened_for_reads_that_are_rare(writer: Celery, reader: Celery) -> None:
     reader.AsyncResult(new_id()).state  # noqa: B018
-    assert reader.backend.layout.inbox._thread is None
+    assert reader.backend.layout.inbox._keeper.thread is None
 
 
 def test_own_tasks_are_read_from_memory(reader: Celery) -> None:

@@ -12,8 +12,9 @@ import pytest
 from celery import Celery, states
 from celery.exceptions import TimeoutError
 
-from celery_amqp_results.feed import table as table_module
+from celery_amqp_results.feed import views
 from celery_amqp_results.waiting import follower as waiting_module
+from celery_amqp_results.waiting import rechecks
 from tests import subprocess_jobs, subprocesses
 from tests.broker.helpers import LONG, Waiting, new_id, open_inbox, until_watched
 from tests.conftest import Apps, eventually
@@ -370,7 +371,7 @@ def test_polling_an_own_task_needs_no_request_once_the_inbox_is_open(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given an inbox that has been open for a while, and a task sent by this process.
-    monkeypatch.setattr(table_module, "STEADY", 0.0)
+    monkeypatch.setattr(views, "STEADY", 0.0)
     open_inbox(app)
     result = app.send_task("tests.nothing")
     reads: List[Any] = []
@@ -404,7 +405,7 @@ def test_a_task_sent_again_keeps_its_stored_result(app: Celery, task_id: Optiona
 def test_an_inbox_that_receives_nothing_is_replaced(
     app: Celery, make_app: Apps, raw: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 0.5)
+    monkeypatch.setattr(rechecks, "FIRST_RECHECK", 0.5)
     monkeypatch.setattr(waiting_module, "LATE", 0.0)
     task_id, inbox = new_id(), app.backend.layout.inbox
     waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG))

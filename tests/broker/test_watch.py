@@ -248,7 +248,7 @@ def test_closing_a_watch_leaves_no_waiter(app: Celery) -> None:
 def test_nothing_is_opened_before_the_first_state_is_requested(app: Celery) -> None:
     app.backend.watch(new_id())
     app.backend.watch()
-    assert app.backend.layout.inbox._thread is None
+    assert app.backend.layout.inbox._keeper.thread is None
 
 
 def test_closing_the_backend_ends_a_watch(app: Celery, eventually: Callable[..., Any]) -> None:

@@ -9,6 +9,7 @@ import amqp
 import pytest
 from celery import chord
 
+from celery_amqp_results.cli import management
 from celery_amqp_results.protocol.names import PLAN_QUEUES
 from tests.cli.conftest import Administrator
 from tests.cli.test_commands import new_id, run
@@ -52,6 +53,46 @@ def test_a_limit_on_queues_that_is_reached_is_named_without_the_management_api(
         report = amqp_only(managed_apps(shards=256))
         assert "limit" in report["probe"]["text"]
         assert "amqp://?shards=16'" in report["probe"]["advice"]
+
+
+def test_unknown_limits_are_not_called_fine(managed_apps: Apps) -> None:
+    report = amqp_only(managed_apps(shards=256), "--no-probe")
+    assert "unknown" in report.said("limits", "info")
+    assert "up to 264 queues" in report["limits"]["advice"]
+
+
+def test_the_management_api_is_found_for_a_user_with_the_tag_management(
+    managed_apps: Apps, admin: Administrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(management, "PORT", admin.port)
+    with admin.user(tags="management") as user:
+        admin.permit(user, {"configure": ".*", "write": ".*", "read": ".*"})
+        host = managed_apps.url.rpartition("@")[2]
+        app = managed_apps(f"amqp://{user}:{user}@{host}", shards=256)
+        with limited(admin, "vhost-limits", "/", "max-queues", queues(admin) + 88):
+            report = Report(app, "--no-probe")
+        assert "256 shards" in report.said("queue-limit", "error")
+        app.backend.close()
+
+
+def test_a_look_at_a_new_broker_settles_neither_the_number_of_shards_nor_their_type(
+    managed_apps: Apps, admin: Administrator
+) -> None:
+    # Given a doctor that has stored a result on a new broker
+    first = managed_apps(shards=256)
+    assert amqp_only(first)["probe"]["severity"] == "ok"
+    # Then an app with other shards, under the same name, finds nothing that differs
+    name = first.conf.result_exchange
+    other = {"result_backend_transport_options": {"shards": 1, "queue_type": "quorum"}}
+    assert amqp_only(managed_apps(result_exchange=name, **other)).worst() == []
+
+
+def test_what_an_app_has_stored_is_not_removed_by_the_doctor(managed_apps: Apps) -> None:
+    app = managed_apps(shards=2)
+    task_id = new_id()
+    app.backend.store_result(task_id, 1, "SUCCESS")
+    assert amqp_only(app)["probe"]["severity"] == "ok"
+    assert app.AsyncResult(task_id).result == 1
 
 
 def test_limits_on_connections_and_channels_of_a_user(

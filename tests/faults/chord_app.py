@@ -14,7 +14,7 @@ from typing import Any, Iterable, List, Mapping
 from celery import signals
 
 from celery_amqp_results.chords.firing import BodySender
-from celery_amqp_results.chords.service import _Session
+from celery_amqp_results.chords.session import Session
 from tests.worker.chord_tasks import register
 from tests.worker.tasks import app_from_environment
 
@@ -34,7 +34,7 @@ def reach(point: str, body: Any) -> None:
 
 
 _send = BodySender.send
-_acknowledge = _Session.acknowledge
+_acknowledge = Session.acknowledge
 
 _sent: List[Any] = []
 
@@ -46,14 +46,14 @@ def send(self: BodySender, signature: Any, results: List[Any], options: Mapping[
     reach("between", signature)
 
 
-def acknowledge(self: _Session, deliveries: Iterable[int]) -> None:
+def acknowledge(self: Session, deliveries: Iterable[int]) -> None:
     _acknowledge(self, deliveries)
     if _sent:
         reach("after", _sent.pop())
 
 
 BodySender.send = send  # type: ignore[method-assign]
-_Session.acknowledge = acknowledge  # type: ignore[method-assign]
+Session.acknowledge = acknowledge  # type: ignore[method-assign]
 
 #: Seconds that a handler of the user's takes for each task of a body.
 _slowness = float(os.environ.get("SLOW_PUBLISH", "0"))

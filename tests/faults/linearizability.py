@@ -1,13 +1,15 @@
 """Reads by several processes, and a checker that judges whether their answers are linearizable.
 
-Two rules: an answer is never older than what ``store_result`` had stored before the question was
-asked, and once any process has seen a state, no later read by any process returns an older one.
+Three rules. An answer is never older than what ``store_result`` had stored before the question was
+asked. Once any process has seen a state, no later read by any process returns an older one. A
+second after ``forget`` has returned, no process finds the task.
 
 Imports no test machinery: the functions run in processes of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 import uuid
@@ -16,11 +18,18 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
 from celery import Celery, states
 
 from celery_amqp_results import errors
+from celery_amqp_results.feed.table import PROOF_SECONDS
 from tests import subprocesses
 
 #: The states of a task in order; the number of a version is its place here.
 STAGES = (states.PENDING, states.STARTED, states.SUCCESS)
 FINAL = len(STAGES) - 1
+#: The number of the version that stands for ``forget``.
+FORGOTTEN = len(STAGES)
+#: For how many seconds other processes may return a SUCCESS that was forgotten.
+GRACE = PROOF_SECONDS
+#: One of this number of tasks is forgotten, this many tasks after it was stored.
+FORGETTING, LATER = 3, 5
 
 _NAMESPACE = uuid.UUID("0c1de9d5-3b07-4a5e-8f0e-7f2f0b1f7b11")
 
@@ -31,7 +40,10 @@ def task_id(run: str, number: int) -> str:
 
 
 class Event(NamedTuple):
-    """A store or a read. Times are of ``time.monotonic``, one clock for the whole machine."""
+    """A store, a read or a ``forget``.
+
+    Times are of ``time.monotonic``, one clock for the whole machine.
+    """
 
     task: int
     version: int
@@ -60,7 +72,17 @@ def store(app: Celery, run: str, first: int, step: int, rate: float) -> List[Eve
             began = time.monotonic()
             app.backend.store_result(task_id(run, number), number, STAGES[version])
             events.append(Event(number, version, began, time.monotonic()))
+        if count >= LATER and not count % FORGETTING:
+            events.append(_forget(app, run, number - LATER * step))
     return events
+
+
+def _forget(app: Celery, run: str, number: int) -> Event:
+    began, ended = time.monotonic(), float("inf")
+    with contextlib.suppress(errors.BackendUnavailable):
+        app.AsyncResult(task_id(run, number)).forget()
+        ended = time.monotonic()
+    return Event(number, FORGOTTEN, began, ended)
 
 
 def read(app: Celery, run: str, rate: float) -> Dict[str, Any]:
@@ -89,11 +111,14 @@ def read(app: Celery, run: str, rate: float) -> Dict[str, Any]:
         events.append(Event(number, STAGES.index(state), began, time.monotonic()))
 
 
+_NEVER = Event(0, FORGOTTEN, float("inf"), float("inf"))
+
+
 def check(stores: Iterable[Event], reads: Iterable[Event], seen_counts: bool = True) -> List[str]:
     """Return the wrong answers.
 
     Parameters:
-        stores: all stores.
+        stores: all stores, and what was forgotten.
         reads: all reads.
         seen_counts: whether a state that was read once must be found ever after. A state without
             a confirm may be lost when a broker is killed, even if a process has read it.
@@ -114,7 +139,12 @@ def check(stores: Iterable[Event], reads: Iterable[Event], seen_counts: bool = T
             seen += [(answer.ended, answer.version) for answer in answers]
         seen.sort()
         at, least = 0, 0
+        forgotten = next((e for e in stored.get(number, ()) if e.version == FORGOTTEN), _NEVER)
         for answer in sorted(answers, key=lambda answer: answer.began):
+            if answer.version and answer.began > forgotten.ended + GRACE:
+                wrong.append(f"task {number}: {STAGES[answer.version]} after it was forgotten")
+            if not answer.version and answer.ended >= forgotten.began:
+                continue
             while at < len(seen) and seen[at][0] < answer.began:
                 least = max(least, seen[at][1])
                 at += 1

@@ -11,14 +11,14 @@ from typing import Any, Callable, Iterator, List
 import pytest
 from celery import Celery, chord, group
 
-from tests.conftest import Apps, eventually
+from tests.conftest import LOAD, Apps, eventually
 from tests.worker.chord_tasks import register
 from tests.worker.conftest import Worker, launch_worker
 from tests.worker.test_chords import lines, plans_left
 from tools import rabbitmq
 
 #: The number of repetitions of each test.
-LOOPS = int(os.environ.get("CHORD_FAULT_LOOPS", "3"))
+LOOPS = int(os.environ.get("CHORD_FAULT_LOOPS", "3" if LOAD else "1"))
 
 TIMEOUT = 60
 
@@ -195,13 +195,14 @@ def test_a_redelivered_header_task_counts_once(
 def test_a_large_chord_survives_a_broker_restart(
     app: Celery, t: SimpleNamespace, fleet: Any, tmp_path: Path, node: rabbitmq.Node
 ) -> None:
+    size = 1000 if LOAD else 300
     workers = fleet(app, 1, pool="prefork", concurrency=2)
     for number in range(LOOPS):
         log = tmp_path / f"ran-{number}"
-        header = (t.late_and_slow.s(i, 0.005) for i in range(1000))
+        header = (t.late_and_slow.s(i, 0.005) for i in range(size))
         result = chord(header, t.record.s(str(log))).delay()
         eventually(lambda result=result: result.parent.completed_count() >= 100, TIMEOUT)
         node.restart()
-        assert result.get(timeout=3 * TIMEOUT) == list(range(1000))
+        assert result.get(timeout=3 * TIMEOUT) == list(range(size))
         workers.refill()
         assert set(lines(log)) == {result.id}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Iterator
 
 import pytest
 
+from tests.conftest import LOAD
 from tests.faults import faults
 from tools import rabbitmq
 
 pytestmark = pytest.mark.skipif(
-    not os.environ.get("LOAD"), reason="takes minutes and a quiet machine: make test-faults"
+    not LOAD, reason="takes minutes and a quiet machine: make test-faults"
 )
 
 

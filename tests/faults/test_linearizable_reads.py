@@ -15,7 +15,7 @@ from celery import Celery, states
 from tests import subprocesses
 from tests.conftest import Apps
 from tests.faults import linearizability
-from tests.faults.linearizability import FINAL, Event, check
+from tests.faults.linearizability import FINAL, FORGOTTEN, GRACE, Event, check
 from tools import rabbitmq
 from tools.proxy import Proxy
 
@@ -183,4 +183,19 @@ def test_a_forked_reader_reads_on_its_own_and_its_parent_goes_on(make_app: Apps)
 )
 def test_the_checker_finds_what_is_not_linearizable(reads: List[Event], complaints: int) -> None:
     stores = [Event(0, 1, 1.0, 1.1), Event(0, FINAL, 2.0, 2.1)]
+    assert len(check(stores, reads)) == complaints
+
+
+@pytest.mark.parametrize(
+    ("reads", "complaints"),
+    [
+        ([Event(0, FINAL, 2.2, 2.3), Event(0, 0, 3.05, 3.2), Event(0, FINAL, 3.3, 3.4)], 0),
+        # It was forgotten too long ago.
+        ([Event(0, FINAL, 3.2 + GRACE, 3.3 + GRACE)], 1),
+        # It was not forgotten yet.
+        ([Event(0, 0, 2.5, 2.9)], 1),
+    ],
+)
+def test_the_checker_finds_what_was_not_forgotten(reads: List[Event], complaints: int) -> None:
+    stores = [Event(0, FINAL, 2.0, 2.1), Event(0, FORGOTTEN, 3.0, 3.1)]
     assert len(check(stores, reads)) == complaints

@@ -10,11 +10,12 @@ from typing import Iterator
 
 import pytest
 
+from tests.conftest import LOAD
 from tests.faults import faults
 from tools import rabbitmq
 
 pytestmark = pytest.mark.skipif(
-    not os.environ.get("LOAD"), reason="takes minutes and a quiet machine: make test-faults"
+    not LOAD, reason="takes minutes and a quiet machine: make test-faults"
 )
 
 #: The faults provoked here, by name. Slow ones, and those that rarely hit, are left to the soak.

@@ -22,12 +22,12 @@ from typing import Any, Dict, Iterator, List, Set
 import pytest
 from celery import states
 
-from tests.conftest import Apps, eventually
+from tests.conftest import LOAD, Apps, eventually
 from tools import rabbitmq
 
 # It syncs all disks of the machine, and the node has to recover: not for a machine that is busy.
 pytestmark = pytest.mark.skipif(
-    not os.environ.get("LOAD"), reason="takes minutes and a quiet machine: make test-faults"
+    not LOAD, reason="takes minutes and a quiet machine: make test-faults"
 )
 
 #: Results that are stored and confirmed before the power fails.

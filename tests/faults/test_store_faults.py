@@ -17,7 +17,7 @@ from celery_amqp_results.store import lookup as store_module
 from celery_amqp_results.store import shard_read
 from celery_amqp_results.store.checkout import FENCE, GRACE, Checkout, longest_hold
 from tests import subprocesses
-from tests.conftest import Apps, eventually
+from tests.conftest import LOAD, Apps, eventually
 from tests.faults import fault_jobs
 from tools import rabbitmq
 
@@ -82,7 +82,7 @@ def test_confirmed_results_survive_a_broker_that_is_killed_repeatedly(
         wanted = sum(len(w.confirmed) for w in writers) + count
         eventually(lambda: sum(len(w.confirmed) for w in writers) >= wanted, 60)
 
-    for _ in range(3):
+    for _ in range(5 if LOAD else 2):
         # Given results that are being stored
         more_are_confirmed(50)
         # When the broker is killed without warning, and is started again

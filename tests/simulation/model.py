@@ -16,11 +16,13 @@ import random
 import uuid
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Set, Tuple
 
-from celery_amqp_results.feed.table import ALL, STEADY, Look, Table, Unread
+from celery_amqp_results.feed.bindings import ALL
+from celery_amqp_results.feed.table import PROOF_SECONDS, Table, Unread
+from celery_amqp_results.feed.views import STEADY, Look
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.page import Census, number_of
-from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.protocol.ranking import fold, is_final, is_lasting
 
 SHARDS = 4
 TASKS = 16
@@ -48,7 +50,8 @@ class Task:
     #: When each stage was confirmed.
     kept: List[Tuple[int, int]] = dataclasses.field(default_factory=list)
     forget_began: Optional[int] = None
-    forget_ended: Optional[int] = None
+    #: When ``forget`` had returned: the time.
+    forgotten_at: Optional[float] = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,6 +75,8 @@ class Read:
     process: Process
     tasks: List[Task]
     began: int
+    #: The time when it began, and so when its barrier was published.
+    asked_at: float
     epoch: int = 0
     barrier: str = "none"
     answers: Dict[str, Optional[StateMessage]] = dataclasses.field(default_factory=dict)
@@ -105,6 +110,8 @@ class Simulation:
         self.reads: List[Read] = []
         self.answered = 0
         self.remembered = 0
+        #: Those of them that needed no barrier.
+        self.unproved = 0
 
     def _new_task(self) -> Task:
         task_id = str(uuid.UUID(int=self.random.getrandbits(128), version=4))
@@ -117,9 +124,11 @@ class Simulation:
         Raises:
             Broken: when an answer is wrong.
         """
+        # With few deliveries the inboxes lag behind.
+        deliveries = self.random.choice((2, 16))
         actions: List[Tuple[float, Callable[[], Optional[str]]]] = [
             (2, self.store), (8, self.confirm), (0.5, self.forget), (2, self.end_forgetting),
-            (8, self.ask), (14, self.go_on), (16, self.deliver), (6, self.bind),
+            (8, self.ask), (14, self.go_on), (deliveries, self.deliver), (6, self.bind),
             (4, self.take_effect), (4, self.connect), (1, self.pack), (3, self.wait),
             (2, self.count),
         ]  # fmt: skip
@@ -191,7 +200,7 @@ class Simulation:
         for process in self.processes:
             if process.connected:
                 process.inbox.append(("forgotten", task.id))
-        task.forget_ended = self.step
+        task.forgotten_at = self.now
         return f"the removal of {self._name(task)} is announced and confirmed"
 
     # -- reading -----------------------------------------------------------------------------------
@@ -199,16 +208,22 @@ class Simulation:
     def ask(self) -> Optional[str]:
         process = self.random.choice(self.processes)
         tasks = self.random.sample(self.tasks, self.random.choice((1, 1, 1, 3)))
-        read = Read(process, tasks, self.step)
+        read = Read(process, tasks, self.step, self.now)
         self.reads.append(read)
         table = process.table
         table.asked([task.id for task in tasks], self.now)
         self._act(process)
-        known = [task for task in tasks if self._recall(table, task) is not None]
+        known = [found for task in tasks if (found := self._recall(table, task)) is not None]
+        names = ", ".join(map(self._name, tasks))
+        lasting = len(known) == len(tasks) and all(is_lasting(state) for (state,) in known)
+        if lasting and table.is_proved(self.now):
+            self.remembered += len(tasks)
+            self.unproved += len(tasks)
+            self._answer(read, {task.id: state for task, (state,) in zip(tasks, known)})
+            return f"process {process.number} asks for {names}, and knows them"
         if table.epoch and known:
             read.epoch, read.barrier = table.epoch, "under way"
             process.inbox.append(read)
-        names = ", ".join(map(self._name, tasks))
         return f"process {process.number} asks for {names}; barrier: {read.barrier}"
 
     def _recall(self, table: Table, task: Task) -> Optional[Tuple[Optional[StateMessage]]]:
@@ -240,11 +255,15 @@ class Simulation:
                         self.remembered += 1
         missing = [task for task in read.tasks if task.id not in read.answers]
         if not missing:
-            self.reads.remove(read)
-            for task in read.tasks:
-                self._judge(read, task)
+            self._answer(read, {})
             return f"{who} has answers"
         return f"{who} {self._look_up(read, missing)}"
+
+    def _answer(self, read: Read, answers: Dict[str, Optional[StateMessage]]) -> None:
+        read.answers.update(answers)
+        self.reads.remove(read)
+        for task in read.tasks:
+            self._judge(read, task)
 
     def _look_up(self, read: Read, missing: List[Task]) -> str:
         table = read.process.table
@@ -281,7 +300,7 @@ class Simulation:
         least = max((s for s, at in (*task.kept, *task.seen) if at < read.began), default=0)
         if state is None and task.forget_began is not None:
             return
-        if task.forget_ended is not None and task.forget_ended < read.began:
+        if task.forgotten_at is not None and task.forgotten_at + PROOF_SECONDS < read.asked_at:
             self.fail(f"{self._name(task)} was forgotten, and is read as {stage}")
         if stage < least:
             self.fail(
@@ -298,7 +317,7 @@ class Simulation:
         if not shards:
             return None
         look = process.table.begin((), self.now, shards)
-        read = Read(process, [], self.step, look=look)
+        read = Read(process, [], self.step, self.now, look=look)
         read.found = self._snapshot(look)
         process.table.end(look, *read.found, self.now)
         return f"process {process.number} counts {shards}"
@@ -355,6 +374,7 @@ class Simulation:
         if isinstance(message, Read):
             if message.barrier == "under way":
                 message.barrier = "back"
+            table.proved(message.asked_at)
             what = "a barrier"
         elif isinstance(message, StateMessage):
             table.pushed(message, self.now)
@@ -437,9 +457,9 @@ class Simulation:
     # -- the verdict -------------------------------------------------------------------------------
 
     def _check_memory(self, table: Any) -> None:
-        size = sum(entry.size for entry in table._recent.values())
-        digests = sum(len(view.digests or ()) for view in table._views.values())
-        if (size, digests) != (table._recent_bytes, table._digest_count):
+        size = sum(entry.size for entry in table._memory.recent.values())
+        digests = sum(len(view.digests or ()) for view in table._memory.views.values())
+        if (size, digests) != (table._memory._recent_bytes, table._memory._digests):
             self.fail("memory is not counted right")
 
     def _name(self, task: Task) -> str:

@@ -1,4 +1,4 @@
-"""The number of examples of the property tests."""
+"""The number of examples of the property tests; ``EXAMPLES=1000`` tries more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "unit",
-    max_examples=int(os.environ.get("EXAMPLES", "100")),
+    max_examples=int(os.environ.get("EXAMPLES", "40")),
     # A slow machine is no failure.
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

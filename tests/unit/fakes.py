@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 import uuid
 from typing import Any, Callable, Collection, Dict, List, Optional
@@ -14,7 +13,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.feed.reads import Reads
-from celery_amqp_results.feed.table import STEADY
+from celery_amqp_results.feed.views import STEADY
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.page import Census
@@ -44,7 +43,7 @@ def state(
 def push(inbox: Inbox, *states: StateMessage) -> None:
     """Have the broker deliver *states*."""
     for each in states:
-        inbox._receive(Message(each.body, **each.properties(persistent=True)))
+        inbox.on_message(Message(each.body, **each.properties(persistent=True)))
 
 
 class FakeSession:
@@ -54,15 +53,22 @@ class FakeSession:
 
     def __init__(self, inbox: FakeInbox) -> None:
         self._inbox = inbox
-        self.writing = threading.Lock()
 
     def wake(self) -> None:
         if self._inbox.reachable:
             self._inbox.bind()
 
-    def publish_barrier(self, number: str) -> None:
+    def pass_barrier(self, timeout: float) -> bool:
+        began = time.monotonic()
         self._inbox.before_barrier()
-        self._inbox._on_barrier(number)
+        self._inbox.on_proof(began)
+        return True
+
+    def take_in(self) -> bool:
+        return True
+
+    def replace(self, why: str) -> None:
+        pass
 
 
 class FakeInbox(Inbox):
@@ -81,6 +87,11 @@ class FakeInbox(Inbox):
         declarations = Declarations(Topology("unit", shards, "classic"))
         # No connection is opened, so there is nothing to open it with.
         super().__init__(None, declarations, "client", limit)  # type: ignore[arg-type]
+        self._keeper.start = self._start  # type: ignore[method-assign]
+
+    def _start(self) -> None:
+        if self.reachable and not self._table.epoch:
+            self.open()
 
     @property
     def table(self) -> Any:
@@ -91,14 +102,14 @@ class FakeInbox(Inbox):
 
     def open(self) -> None:
         """Have a connection."""
-        self._opened(FakeSession(self))  # type: ignore[arg-type]
+        self.on_open(FakeSession(self))  # type: ignore[arg-type]
         if not self.fresh:
             self._table._opened_at -= STEADY
         self.bind()
 
     def lose(self) -> None:
         """Lose the connection."""
-        self._lose(OSError("lost"))
+        self.on_lost()
 
     def bind(self) -> None:
         """Bind and unbind what the table wants."""
@@ -110,10 +121,6 @@ class FakeInbox(Inbox):
     def brings(self, task_id: str, ours: bool) -> bool:
         """Whether the broker would deliver a state that is published now."""
         return bool(self._table.epoch) and (ours or self._table.is_bound(self.shard(task_id)))
-
-    def _start(self) -> None:
-        if self.reachable and not self._table.epoch:
-            self.open()
 
 
 class FakeStore:

@@ -12,7 +12,7 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
 from celery_amqp_results import errors
 from celery_amqp_results.waiting.background import MAX_LOOKS, BackgroundFollower
-from celery_amqp_results.waiting.follower import Update
+from celery_amqp_results.waiting.progress import Update
 from tests.unit.fakes import FakeInbox, FakeStore, new_id, push, reads_of, state, timed_out
 from tests.unit.test_follower import Events, Followed, ids
 
@@ -142,7 +142,7 @@ def test_only_permanent_errors_are_raised(inbox: FakeInbox, where: str) -> None:
         store.failure = errors.DeclarationRefused("differs")
         expected = "differs"
     else:
-        inbox._closing = True
+        inbox._keeper.closing = True
         inbox.lose()
         inbox.reachable = False
         expected = "closed"

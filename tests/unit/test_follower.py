@@ -29,7 +29,9 @@ from celery_amqp_results import errors
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.waiting import follower as waiting_module
-from celery_amqp_results.waiting.follower import Follower, Update
+from celery_amqp_results.waiting import rechecks
+from celery_amqp_results.waiting.follower import Follower
+from celery_amqp_results.waiting.progress import Update
 from tests.unit.fakes import FakeInbox, FakeStore, follower_of, new_id, push, state, timed_out
 
 #: Long enough for a busy machine; expected states arrive much earlier.
@@ -191,7 +193,7 @@ def test_a_task_that_is_added_twice_is_followed_once(inbox: FakeInbox, follower:
     done = state(task_id)
     push(inbox, done)
     assert step(follower) == [Update(task_id, [done], done)]
-    assert inbox._waiters == {}
+    assert inbox.waited_for == 0
 
 
 def test_a_discarded_task_is_no_longer_reported(inbox: FakeInbox, follower: Follower) -> None:
@@ -201,7 +203,7 @@ def test_a_discarded_task_is_no_longer_reported(inbox: FakeInbox, follower: Foll
     follower.discard(task_id)
     push(inbox, state(task_id))
     assert settle(follower) == []
-    assert inbox._waiters == {}
+    assert inbox.waited_for == 0
     # Its result is still available to the next reader.
     assert inbox.covers(task_id)
 
@@ -250,8 +252,8 @@ def test_a_discarded_task_causes_no_look_up(store: FakeStore, follower: Follower
 def test_closing_a_follower_leaves_nothing_behind(inbox: FakeInbox, store: FakeStore) -> None:
     with follower_of(inbox, store) as follower:
         follower.add([sent(inbox), new_id()])
-        assert len(inbox._waiters) == 2
-    assert inbox._waiters == {}
+        assert inbox.waited_for == 2
+    assert inbox.waited_for == 0
     assert follower.pending == {}
 
 
@@ -371,8 +373,8 @@ def test_losing_the_connection_during_a_look_up_ends_the_cover(
 def test_a_lost_push_is_found_by_a_look_up(
     inbox: FakeInbox, store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 0.0)
-    monkeypatch.setattr(waiting_module, "SILENCE", 0.0)
+    monkeypatch.setattr(rechecks, "FIRST_RECHECK", 0.0)
+    monkeypatch.setattr(rechecks, "SILENCE", 0.0)
     task_id = sent(inbox)
     with follower_of(inbox, store) as follower:
         follower.add([task_id])
@@ -503,7 +505,7 @@ def test_a_long_wait_wakes_up_when_held_back_states_are_due(
 ) -> None:
     task_id = "an id of my own"
     inbox.note_sent(task_id)
-    monkeypatch.setattr(waiting_module, "FIRST_RECHECK", 1e6)
+    monkeypatch.setattr(rechecks, "FIRST_RECHECK", 1e6)
 
     def sleep(seconds: float) -> bool:
         clock.now += seconds
@@ -619,7 +621,7 @@ def test_permanent_errors_are_raised(
 
 def test_closing_the_inbox_raises_in_its_waiters(inbox: FakeInbox, follower: Follower) -> None:
     follower.add([sent(inbox)])
-    inbox._give_up(refused(), attempts=3)
+    inbox._keeper.give_up(refused(), attempts=3)
     with pytest.raises(errors.BackendUnavailable, match="refuses"):
         step(follower)
 
@@ -744,7 +746,7 @@ class Events(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         # The test is that the current state is found without it.
-        self.patch.setattr(waiting_module, "FIRST_RECHECK", 1e6)
+        self.patch.setattr(rechecks, "FIRST_RECHECK", 1e6)
         self.patch.setattr(waiting_module.logger, "disabled", True)
         self.table = FakeInbox(shards=2, limit=2500)
         self.table.before_barrier = self.bring_all
@@ -891,7 +893,7 @@ class Events(RuleBasedStateMachine):
     @invariant()
     def nothing_is_kept_for_closed_followers(self) -> None:
         wanted = {task_id for each in self.all for task_id in each.follower.pending}
-        assert set(self.table._waiters) == wanted
+        assert set(self.table._waiters.by_task) == wanted
 
     def everything_is_known_in_the_end(self) -> None:
         self.store.failure = None
@@ -910,7 +912,7 @@ class Events(RuleBasedStateMachine):
                 assert keys(handed_out) <= keys(self.store.states.get(task_id, []))
         for followed in self.all:
             followed.follower.close()
-        assert self.table._waiters == {}
+        assert self.table.waited_for == 0
 
 
 def keys(found: List[StateMessage]) -> Set[Tuple[int, str]]:

@@ -8,14 +8,16 @@ from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
 import pytest
 
 from celery_amqp_results.chords import leader as leading
-from celery_amqp_results.chords.leader import (
+from celery_amqp_results.chords.actions import (
     Acknowledge,
     Bind,
     Fire,
     GiveUp,
-    Leader,
     LookUp,
 )
+from celery_amqp_results.chords.leader import Leader
+from celery_amqp_results.chords.open_chord import FIRST_RECHECK, LAST_RECHECK
+from celery_amqp_results.chords.pending import RETRY_SECONDS
 from celery_amqp_results.chords.plan import Amendment, Plan, amended, fill, leaves
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import plan_number
@@ -33,8 +35,16 @@ def plan(*results: Any, began: int = WALL + LATER, mark: str = "m", **options: A
     return Plan(GROUP, mark, list(results), began, **options)
 
 
-def end(task_id: str, published: int = WALL, state: str = "SUCCESS", body: bytes = b"x") -> Any:
-    return StateMessage(task_id, state, published, body, "application/json", "utf-8")
+def end(
+    task_id: str,
+    published: int = WALL,
+    state: str = "SUCCESS",
+    body: bytes = b"x",
+    amended: Optional[str] = None,
+) -> Any:
+    return StateMessage(
+        task_id, state, published, body, "application/json", "utf-8", amended=amended
+    )
 
 
 def settled(memory: int = 1000) -> Leader:
@@ -158,7 +168,7 @@ def test_a_body_that_could_not_be_sent_is_tried_again() -> None:
     leader.state_pushed(end("a"), NOW, WALL)
     assert kinds(leader.take()) == [Fire]
     leader.not_sent("m", NOW)
-    assert leader.next_event() == pytest.approx(NOW + leading.RETRY_SECONDS[0])
+    assert leader.next_event() == pytest.approx(NOW + RETRY_SECONDS[0])
     leader.tick(leader.next_event(), WALL)
     (fire,) = leader.take()
     assert fire.failures == 1
@@ -202,6 +212,46 @@ def test_an_amendment_is_waited_for_and_acknowledged_with_the_plan() -> None:
     assert leader.take() == []
     leader.tick(NOW + leading.LAST_AMENDMENT, WALL)
     assert kinds(leader.take()) == [GiveUp, Acknowledge]
+
+
+def test_a_state_that_overtakes_its_amendment_fires_nothing() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    more = amendment("c")
+    leader.state_pushed(end("a", amended=more.mark), NOW, WALL)
+    leader.tick(NOW + FIRST_RECHECK, WALL)
+    assert not any(isinstance(action, Fire) for action in leader.take())
+    leader.amendment_delivered(more, 8, NOW)
+    assert leader.take() == []
+    leader.state_pushed(end("c"), NOW, WALL)
+    (fire,) = leader.take()
+    assert fire.results == ["a", "c"]
+    leader.sent("m")
+    assert leader.take() == [Acknowledge((7, 8))]
+
+
+def test_a_chord_is_fired_when_its_last_amendment_comes_after_all_states() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    more = amendment("c")
+    leader.state_pushed(end("c"), NOW, WALL)
+    leader.state_pushed(end("a", amended=more.mark), NOW, WALL)
+    assert leader.take() == []
+    leader.amendment_delivered(more, 8, NOW)
+    assert kinds(leader.take()) == [Fire]
+
+
+def test_an_amendment_of_a_chord_that_was_sent_again_holds_none_of_both() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.plan_delivered(plan("a", mark="second"), 8, False, NOW)
+    more = amendment("c")
+    leader.state_pushed(end("a", amended=more.mark), NOW, WALL)
+    assert leader.take() == []
+    leader.amendment_delivered(more, 9, NOW)
+    assert [action.plan.mark for action in leader.take()] == ["m"]
+    leader.state_pushed(end("c"), NOW, WALL)
+    assert [action.plan.mark for action in leader.take()] == ["second"]
 
 
 def test_an_amendment_that_comes_before_its_plan_waits_for_it() -> None:
@@ -254,7 +304,7 @@ def test_a_chord_of_which_nothing_is_heard_is_looked_up_less_and_less_often() ->
             asked.append(now - NOW)
             leader.looked_up(action, {}, {}, now)
     assert asked[:4] == [15, 30, 60, 120]
-    assert max(b - a for a, b in zip(asked, asked[1:])) <= leading.LAST_RECHECK
+    assert max(b - a for a, b in zip(asked, asked[1:])) <= LAST_RECHECK
 
 
 def test_a_look_up_that_failed_is_repeated() -> None:

@@ -9,12 +9,15 @@ from typing import Any, Iterable, List
 
 import pytest
 
+from celery_amqp_results.feed import bindings, views
 from celery_amqp_results.feed import table as table_module
-from celery_amqp_results.feed.table import ALL, Action, Table, Unread
+from celery_amqp_results.feed.bindings import ALL, Action
+from celery_amqp_results.feed.table import Table, Unread
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.page import Census, number_of
+from celery_amqp_results.protocol.ranking import is_lasting
 from tests.unit.fakes import new_id, state
 
 SHARDS = 16
@@ -96,9 +99,9 @@ def test_a_bound_shard_is_not_known_before_a_census(table: Table) -> None:
     bind(table, 2.0)
     assert known(table, task_id) == "?"
     # One that begins too early does not do.
-    count(table, 3, 2.0 + table_module.STEADY / 2)
+    count(table, 3, 2.0 + views.STEADY / 2)
     assert known(table, task_id) == "?"
-    count(table, 3, 2.0 + table_module.STEADY)
+    count(table, 3, 2.0 + views.STEADY)
     assert known(table, task_id) is None
     assert table.live_views == 1
 
@@ -159,8 +162,8 @@ def test_a_lost_connection_ends_everything_and_the_next_read_binds_again(live: T
 
 
 def test_a_view_that_nobody_reads_is_dropped_when_it_costs_more_than_reads(live: Table) -> None:
-    late = 10.0 + table_module.LEAST_BOUND
-    for number in range(table_module.PAYS + 1):
+    late = 10.0 + bindings.LEAST_BOUND
+    for number in range(bindings.PAYS + 1):
         live.pushed(state(id_in(3)), 10.0 + number / 1000)
     # This happens later, so that bindings do not churn.
     assert bind(live, 11.0) == []
@@ -175,7 +178,7 @@ def test_a_view_that_is_used_is_kept(live: Table, why: str) -> None:
     task_id = id_in(3)
     if why == "watched":
         live.watched(task_id, 1)
-    for number in range(3 * table_module.PAYS):
+    for number in range(3 * bindings.PAYS):
         if why == "read" and number % 50 == 0:
             live.asked([task_id], 100.0)
         live.pushed(state(id_in(3)), 100.0)
@@ -191,25 +194,25 @@ def test_many_bound_shards_are_bound_by_one_key(table: Table) -> None:
     assert table.cover([id_in(shard) for shard in range(SHARDS)]) == set()
     # The others go when they have stood long enough, and what is known stays.
     count(table, 0, 5.0)
-    actions = bind(table, table_module.LEAST_BOUND)
+    actions = bind(table, bindings.LEAST_BOUND)
     assert {action.bind for action in actions} == {False}
     assert table.live_views == 1
     assert len(table.uncounted(40.0)) == SHARDS - 1
 
 
 def test_frequent_reads_of_different_shards_bind_all(table: Table) -> None:
-    for number in range(table_module.MANY_READS):
+    for number in range(bindings.MANY_READS):
         table.asked([id_in(number % SHARDS)], number * 0.1)
     assert Action(True, ALL) in bind(table, 3.0)
 
 
 def test_the_key_for_all_shards_is_dropped_when_it_does_not_pay(table: Table) -> None:
-    for number in range(table_module.MANY_READS):
+    for number in range(bindings.MANY_READS):
         table.asked([id_in(number % SHARDS)], number * 0.1)
     bind(table, 3.0)
     bind(table, 40.0)
-    late = 50.0 + table_module.LEAST_BOUND
-    for _ in range(table_module.PAYS * SHARDS + 1):
+    late = 50.0 + bindings.LEAST_BOUND
+    for _ in range(bindings.PAYS * SHARDS + 1):
         table.pushed(state(new_id()), late)
     assert Action(False, ALL) in bind(table, late)
     assert not table.is_bound(0)
@@ -385,7 +388,7 @@ def test_states_pushed_lately_are_limited_in_bytes(table: Table) -> None:
 
 def test_digests_are_found_among_sorted_and_added_ones() -> None:
     numbers = [number_of(new_id()) for _ in range(2000)]
-    digests = table_module.Digests(numbers[:500])
+    digests = views.Digests(numbers[:500])
     for number in numbers[500:1500]:
         digests.add(number)
         digests.add(number)
@@ -403,3 +406,27 @@ def test_a_look_up_that_began_before_the_binding_is_not_taken_in(table: Table) -
     count(table, 3, 5.0, [state(task_id, "STARTED")])
     table.end(look, {task_id: []}, {}, 6.0)
     assert known(table, task_id) == "STARTED"
+
+
+def test_a_proof_lasts_for_a_second_and_ends_with_the_connection(table: Table) -> None:
+    assert not table.is_proved(0.5)
+    table.proved(3.0)
+    assert table.is_proved(3.9)
+    assert not table.is_proved(4.1)
+    # A barrier that was published earlier and came back later adds nothing.
+    table.proved(5.0)
+    table.proved(4.0)
+    assert table.is_proved(5.9)
+    table.lost()
+    assert not table.is_proved(5.9)
+    table.opened(5.9)
+    assert not table.is_proved(5.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "lasting"),
+    [("SUCCESS", True), ("FAILURE", False), ("REVOKED", False), ("STARTED", False)],
+)
+def test_only_a_success_lasts(name: str, lasting: bool) -> None:
+    assert is_lasting(state(new_id(), name)) is lasting
+    assert not is_lasting(None)

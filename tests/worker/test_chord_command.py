@@ -64,7 +64,8 @@ def test_the_command_names_the_tasks_that_have_not_ended(
 
 
 def test_without_a_worker_the_command_says_so(make_app: Apps) -> None:
+    app = make_app()
     for arguments in ((str(uuid.uuid4()),), ()):
-        result = run(make_app(), "chord", "--timeout", "3", *arguments)
-        assert result.exit_code == Exit.NOT_READY
+        result = run(app, "chord", "--timeout", "1", *arguments)
+        assert result.exit_code == Exit.NOT_READY, result.stderr
         assert "no worker has answered" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from celery.canvas import StampingVisitor
 from celery.exceptions import ChordError, TaskRevokedError
 
 from celery_amqp_results.protocol.names import PLAN_QUEUES
-from celery_amqp_results.waiting import follower as waiting
+from celery_amqp_results.waiting import rechecks
 from tests.conftest import PATIENT, Apps, eventually, raw_connection
 from tests.worker.chord_tasks import register
 from tests.worker.conftest import launch_worker
@@ -270,6 +271,17 @@ def test_tasks_can_be_added_to_a_running_chord(t: SimpleNamespace, more: int) ->
     assert found[-1] == 2
 
 
+def test_the_state_of_a_task_that_added_others_names_its_last_amendment(
+    t: SimpleNamespace,
+) -> None:
+    result = chord([t.adds.s(1, 2), t.same.s(2)], t.same.s()).delay()
+    assert len(result.get(timeout=TIMEOUT)) == 4
+    kept = t.adds.app.backend.layout.kept
+    adding, other = (kept(task.id) for task in result.parent.results)
+    assert re.fullmatch("[0-9a-f]{32}", adding.amended)
+    assert other.amended is None
+
+
 def test_added_tasks_can_add_tasks(t: SimpleNamespace, log: Path) -> None:
     result = chord([t.adds_one_that_adds.s(8)], t.record.s(str(log))).delay()
     assert sorted(result.get(timeout=TIMEOUT)) == list(range(9))
@@ -461,7 +473,7 @@ def test_the_body_is_pushed_to_the_process_that_sent_the_chord(
     world: World, t: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a process that is waiting already, and whose next look-up is far away
-    monkeypatch.setattr(waiting, "FIRST_RECHECK", 10.0 * TIMEOUT)
+    monkeypatch.setattr(rechecks, "FIRST_RECHECK", 10.0 * TIMEOUT)
     assert t.same.delay(1).get(timeout=TIMEOUT) == 1
     backend = world[0].backend
     inbox = backend.layout.inbox

@@ -1,0 +1,139 @@
+"""Celery's calls about chords, passed on to the chords of the layout.
+
+Celery calls its backend when a chord is sent, when a task of its header ends, and when its body
+fails. :class:`ChordHooks` says what these calls mean here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterator, Mapping, Optional, Protocol, Tuple
+
+from celery.app.task import Context
+
+from celery_amqp_results.chords import remote, workers
+from celery_amqp_results.chords.firing import last_links
+from celery_amqp_results.chords.sending import Chords, expect_body
+
+__all__ = ("ChordHooks",)
+
+
+class HasChords(Protocol):
+    """The part of a layout that chords need."""
+
+    #: Sends and leads chords; ``None`` where Celery's polling task completes chords.
+    chords: Optional[Chords]
+
+    def note_sent(self, task_id: str) -> None:
+        """Note that this process waits for a task."""
+
+
+class RecordsParts(Protocol):
+    """What publishes the return values of a header's tasks."""
+
+    def record_part(self, task_id: str, group_id: str, meta: Mapping[str, Any]) -> None:
+        """Publish what a task returned, unless its state was just stored."""
+
+
+class ChordHooks:
+    """Takes Celery's calls about chords. Thread-safe.
+
+    Parameters:
+        app: the Celery app.
+        layout: returns the layout of this process.
+        recorder: publishes what the tasks of a header return.
+        expires: milliseconds without a new result after which a chord is abandoned.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        layout: Callable[[], HasChords],
+        recorder: RecordsParts,
+        expires: Optional[int],
+    ) -> None:
+        self._app = app
+        self._layout = layout
+        self._recorder = recorder
+        self._expires = expires
+
+    @property
+    def _chords(self) -> Chords:
+        chords = self._layout().chords
+        assert chords is not None, "this layout leaves chords to Celery"
+        return chords
+
+    @property
+    def supported(self) -> bool:
+        """Whether the layout has chords. Otherwise Celery's base class polls with a task."""
+        return self._layout().chords is not None
+
+    def apply(self, header_result_args: Tuple[str, Any], body: Any) -> None:
+        """Note a chord whose header is about to be sent. Does no I/O, and keeps no task of it."""
+        expect_body(self._app, body, self._layout().note_sent)
+        current = self._app.current_worker_task
+        root_id = None if current is None else current.request.root_id or current.request.id
+        self._chords.prepare(*header_result_args, body, self._expires, root_id)
+
+    def publish_plan(self, group_id: str) -> None:
+        """Publish the plan of a chord, just before the last task of its header is sent.
+
+        Raises:
+            Exception: as :meth:`Chords.publish_plan`.
+        """
+        self._chords.publish_plan(group_id)
+
+    def add(self, group_id: str, result: Any) -> None:
+        """Add one task or group to a chord; the present task is of its header.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+        """
+        current = self._app.current_worker_task
+        after = None if current is None else current.request.id
+        self._chords.publish_amendment(group_id, result, after, self._expires)
+
+    def part_returned(self, request: Any, state: str, result: Any) -> None:
+        """Tell the leader of a chord what a task of its header returned.
+
+        Publishes nothing if the stored state says so and is kept long enough. May be called any
+        number of times for a task.
+
+        Raises:
+            kombu.exceptions.EncodeError: when the serializer cannot encode the result.
+            ResultTooLarge: when the broker refuses a message of this size.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+        """
+        if request.id and request.group:
+            meta = {"status": state, "result": result, "task_id": request.id}
+            self._recorder.record_part(request.id, request.group, meta)
+
+    def enclosing(self, callback: Any) -> Iterator[Context]:
+        """Yield a request for each chord that waits for a body which has failed.
+
+        A body may be a task of the header of another chord, which would wait for ever. Celery
+        stores the failure of the body alone.
+        """
+        for signature in last_links(callback, self._app):
+            options = signature.options
+            if options.get("chord"):
+                yield Context(
+                    id=options.get("task_id"),
+                    group=options.get("group_id"),
+                    group_index=options.get("group_index"),
+                    chord=options["chord"],
+                )
+
+    def lead(self) -> None:
+        """Start to lead chords, in the main process of a worker that is ready."""
+        if self.supported:
+            remote.register()
+            self._chords.start_if_needed()
+
+
+def _on_worker_ready(app: Any) -> None:
+    hooks = getattr(app.backend, "chords", None)
+    if isinstance(hooks, ChordHooks):
+        hooks.lead()
+
+
+workers.on_ready(_on_worker_ready)

@@ -1,0 +1,89 @@
+"""The states of followed tasks: each is yielded once, and the final one ends its task. No I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Callable, Dict, Hashable, Iterable, List, Optional, Set
+
+from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.ranking import fold, is_final
+
+__all__ = ("Progress", "Update")
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """New states of a task."""
+
+    task_id: str
+    #: States not yielded before, in the order of publishing.
+    states: List[StateMessage]
+    #: The state that ends the task, or ``None`` while it goes on.
+    final: Optional[StateMessage]
+    #: Whether some of the states were read from the store, so that they may be old.
+    history: bool = dataclasses.field(default=False, compare=False)
+
+
+def _published_as(state: StateMessage) -> Hashable:
+    return state.published, state.state
+
+
+class Progress:
+    """What is known of each task that has not ended.
+
+    Parameters:
+        identify: returns what two receptions of the same state have in common.
+    """
+
+    def __init__(self, identify: Callable[[StateMessage], Hashable] = _published_as) -> None:
+        self._identify = identify
+        #: The tasks that have not ended, each with its current state so far.
+        self.pending: Dict[str, Optional[StateMessage]] = {}
+        self._seen: Dict[str, Set[Hashable]] = {}
+
+    def add(self, ids: Iterable[str]) -> List[str]:
+        """Follow *ids* as well; return those that are new, each once."""
+        new = [task_id for task_id in dict.fromkeys(ids) if task_id not in self.pending]
+        self.pending.update(dict.fromkeys(new))
+        return new
+
+    def discard(self, task_id: str) -> None:
+        """Stop following *task_id*."""
+        self.pending.pop(task_id, None)
+        self._seen.pop(task_id, None)
+
+    def clear(self) -> None:
+        """Stop following all tasks."""
+        self.pending.clear()
+        self._seen.clear()
+
+    def update(
+        self, task_id: str, states: Iterable[StateMessage], history: bool = False
+    ) -> Optional[Update]:
+        """Take in *states*; return what is new, or ``None``. A task that ends is discarded."""
+        if task_id not in self.pending:
+            return None
+        seen = self._seen.setdefault(task_id, set())
+        new = []
+        for state in sorted(states, key=lambda state: state.published):
+            key = self._identify(state)
+            if key not in seen:
+                seen.add(key)
+                new.append(state)
+        if not new:
+            return None
+        known = self.pending[task_id]
+        current = fold(new if known is None else [known, *new])
+        self.pending[task_id] = current
+        final = current if current is not None and is_final(current.state) else None
+        if final is not None:
+            self.discard(task_id)
+        return Update(task_id, new, final, history)
+
+    def updates(self, states: Iterable[StateMessage]) -> List[Update]:
+        """Take in states of several tasks, see :meth:`update`."""
+        by_task: Dict[str, List[StateMessage]] = {}
+        for state in states:
+            by_task.setdefault(state.id, []).append(state)
+        found = (self.update(task_id, new) for task_id, new in by_task.items())
+        return [update for update in found if update is not None]
