@@ -289,7 +289,7 @@ class LookUp(ShardRead):
         self._end = end
         if len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
             self._pack(pack_until)
-        # Nobody waits until the broker has put everything back.
+        # No caller waits until the broker has put everything back.
         self.checkout.close(wait=False)
 
     def _pack(self, until: float) -> None:
