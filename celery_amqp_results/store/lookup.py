@@ -78,6 +78,20 @@ class _Request:
     begin: Callable[[Link, int], ShardRead]
     #: Called when a shard is done.
     take: Callable[[Any], None]
+    #: The time limit (``time.monotonic``).
+    end: float = math.inf
+    #: Time after which packing is left to the next reader.
+    pack_end: float = math.inf
+    #: The shards that are not done.
+    todo: Deque[int] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.todo = collections.deque(sorted(self.shards))
+
+    def done(self, read: ShardRead) -> None:
+        """Note that a shard need not be read again."""
+        self.todo.remove(read.shard)
+        self.take(read)
 
 
 class Store:
@@ -261,72 +275,86 @@ class Store:
     def _run(self, request: _Request, deadline: Optional[float]) -> None:
         shards = request.shards
         started = time.monotonic()
-        end = started + lookup_seconds(len(shards), self.lookup_timeout)
+        request.end = started + lookup_seconds(len(shards), self.lookup_timeout)
         if deadline is not None:
-            end = min(end, max(deadline, started + LEAST_SECONDS))
-        todo: Deque[int] = collections.deque(sorted(shards))
-        # A caller with less time than a page may take leaves packing to others. An unconfirmed page
-        # would stay beside the messages that it was to replace, one more with each short wait.
-        pack_end = math.inf if deadline is None else deadline - PAGE_SECONDS
+            request.end = min(request.end, max(deadline, started + LEAST_SECONDS))
+            # A caller with less time than a page may take leaves packing to others. An unconfirmed
+            # page would stay beside the messages that it was to replace, one more with each short
+            # wait.
+            request.pack_end = deadline - PAGE_SECONDS
         prefix = self.declarations.topology.prefix
-        tries = connections.LookupTries(self._pool.policy, end, prefix)
-        while todo:
+        tries = connections.LookupTries(self._pool.policy, request.end, prefix)
+        while request.todo:
             late = None
             try:
-                with self._pool.link(end) as link:
+                with self._pool.link(request.end) as link:
                     # Time spent on connecting must not end the look-up before it has read anything.
-                    end = max(end, time.monotonic() + LEAST_SECONDS)
-                    late = self._read_on(link, request, todo, end, pack_end)
+                    request.end = max(request.end, time.monotonic() + LEAST_SECONDS)
+                    self._check_exchange(link)
+                    late = _Reading(self, link, request).run()
             except errors.LookupTimeout:
                 raise
             except TRANSIENT as exc:
                 # Shards read completely are done; the others are read again.
                 self.declarations.forget()
-                if not todo:
+                if not request.todo:
                     # All shards were read; only the packing failed, and the next reader can do
                     # that.
                     logger.warning("a shard was read and could not be packed: %r", exc)
                     return
                 if isinstance(exc, errors.BackendUnavailable):
                     raise
-                tries.wait(exc, f"{len(todo)} of {len(shards)} shards")
+                tries.wait(exc, f"{len(request.todo)} of {len(shards)} shards")
             if late is not None:
                 raise late
 
-    def _read_on(
-        self,
-        link: Link,
-        request: _Request,
-        todo: Deque[int],
-        end: float,
-        pack_end: float,
-    ) -> Optional[errors.LookupTimeout]:
-        """Read the shards *todo*; return an error if that takes longer than until *end*.
-
-        All shards are released, so the connection can be used again.
-        """
+    def _check_exchange(self, link: Link) -> None:
         if not self.declarations.exchange_checked:
             channel = link.channel()
             self.declarations.check_exchange(channel)
             channel.close()
 
-        def done(read: ShardRead) -> None:
-            todo.remove(read.shard)
-            request.take(read)
+    def confirm_channel(self, link: Link) -> ConfirmChannel:
+        """Return the channel for publishing on a connection for look-ups."""
+        if link.publishing is None:
+            link.publishing = ConfirmChannel(link)
+        channel: ConfirmChannel = link.publishing
+        return channel
 
-        running: List[ShardRead] = []
-        waiting = collections.deque(todo)
+
+class _Reading:
+    """One try to read the shards of a request, on one connection.
+
+    Parameters:
+        store: counts.
+        link: the connection, which the caller has to itself.
+        request: the request.
+    """
+
+    def __init__(self, store: Store, link: Link, request: _Request) -> None:
+        self._store = store
+        self._link = link
+        self._request = request
+        self._running: List[ShardRead] = []
+        self._waiting = collections.deque(request.todo)
+        # Seconds of packing: in total, and since the last shard was read.
+        self._packed = self._packed_last = 0.0
+
+    def run(self) -> Optional[errors.LookupTimeout]:
+        """Read the shards; return an error if that takes too long.
+
+        All shards are released, so the connection can be used again.
+        """
+        request, link, running = self._request, self._link, self._running
         started = time.monotonic()
         frames_before = link.frames_received
-        # Seconds of packing: in total, and since the last shard was read.
-        packed = packed_last = 0.0
-        while waiting or running:
+        while self._waiting or running:
             with link.corked():
-                while waiting and len(running) < PARALLEL and link.has_room():
-                    running.append(request.begin(link, waiting.popleft()))
+                while self._waiting and len(running) < PARALLEL and link.has_room():
+                    running.append(request.begin(link, self._waiting.popleft()))
             now = time.monotonic()
-            if now >= end:
-                late = self._late(link, running, now - started)
+            if now >= request.end:
+                late = self._late(now - started)
                 silent = link.frames_received == frames_before and now - started >= SILENT_SECONDS
                 if link.blocked or silent:
                     # This connection is of no use: pending writes would wait for the end of the
@@ -337,43 +365,42 @@ class Store:
                 return late
             finished = [read for read in running if read.done]
             if not finished:
-                link.drain(min(end - now, HEARTBEAT / 2))
+                link.drain(min(request.end - now, HEARTBEAT / 2))
                 link.tick()
                 for read in running:
                     read.checkout.renew_fence()
-                continue
             for read in finished:
-                running.remove(read)
-                started_packing = time.monotonic()
-                pack_until = started_packing + PACK_SECONDS - packed
-                all_read = not waiting and all(other.done for other in running)
-                if all_read:
-                    pack_until = max(pack_until, read.long_packing_end(packed_last, end))
-                read.finish(min(pack_until, pack_end), end, functools.partial(done, read))
-                spent = time.monotonic() - started_packing
-                packed += spent
-                packed_last += spent if all_read else 0.0
-                self.count(shards_read=1, messages_read=read.checkout.seen)
+                self._finish(read)
         return None
 
-    def confirm_channel(self, link: Link) -> ConfirmChannel:
-        """Return the channel for publishing on a connection for look-ups."""
-        if link.publishing is None:
-            link.publishing = ConfirmChannel(link)
-        channel: ConfirmChannel = link.publishing
-        return channel
+    def _finish(self, read: ShardRead) -> None:
+        """Write to a shard that was read, and release it."""
+        request = self._request
+        self._running.remove(read)
+        began = time.monotonic()
+        pack_until = began + PACK_SECONDS - self._packed
+        all_read = not self._waiting and all(other.done for other in self._running)
+        if all_read:
+            long_end = read.long_packing_end(self._packed_last, request.end)
+            pack_until = max(pack_until, long_end)
+        done = functools.partial(request.done, read)
+        read.finish(min(pack_until, request.pack_end), request.end, done)
+        spent = time.monotonic() - began
+        self._packed += spent
+        self._packed_last += spent if all_read else 0.0
+        self._store.count(shards_read=1, messages_read=read.checkout.seen)
 
-    def _late(self, link: Link, running: List[ShardRead], seconds: float) -> errors.LookupTimeout:
-        slow = running[0]
-        queue = self.declarations.topology.shard_queue_name(slow.shard)
-        if link.blocked:
-            why = f"the broker blocks publishers ({link.blocked}: a memory or disk alarm)"
+    def _late(self, seconds: float) -> errors.LookupTimeout:
+        slow = self._running[0]
+        queue = slow.checkout.queue
+        if self._link.blocked:
+            why = f"the broker blocks publishers ({self._link.blocked}: a memory or disk alarm)"
         elif slow.checkout.seen:
             why = f"{slow.checkout.seen} messages were read by then, and more are kept in it"
         else:
             why = "another reader holds it, or the broker does not answer"
         return errors.LookupTimeout(
             f"queue {queue!r} could not be read within {seconds:.1f} s (lookup_timeout is "
-            f"{self.lookup_timeout:g} s): {why}. The state of the task is unknown; asking again "
-            "is safe."
+            f"{self._store.lookup_timeout:g} s): {why}. The state of the task is unknown; asking "
+            "again is safe."
         )
