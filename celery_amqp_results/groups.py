@@ -25,7 +25,9 @@ Meta = Dict[str, Any]
 
 
 class SavedGroups:
-    """Saves groups and restores them. Thread-safe.
+    """Saves groups and restores them; makes the groups of an app read in one pass.
+
+    Thread-safe.
 
     Parameters:
         app: the app of the restored results.
@@ -41,6 +43,7 @@ class SavedGroups:
         self._layout = layout
         self._recorder = recorder
         self._reader = reader
+        ask_in_one_pass(app)
 
     def save(self, group_id: str, result: Any) -> None:
         """Keep a group: its id and those of its members.
@@ -69,7 +72,6 @@ class SavedGroups:
             raise errors.ForeignMessage(
                 f"the group {group_id!r} has no members as its result: {exc!r:.300}"
             ) from exc
-        ask_in_one_pass(meta["result"])
         return meta
 
     def delete(self, group_id: str) -> None:

@@ -31,7 +31,7 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Route, client_word
 from celery_amqp_results.shared_layout import SharedLayout
 from celery_amqp_results.waiting.following import Following
-from celery_amqp_results.waiting.watch import Tap
+from celery_amqp_results.waiting.tap import Tap
 
 __all__ = ("Layout", "make_layout")
 
@@ -79,7 +79,7 @@ class Layout(Protocol):
     def last_mark(self, task_id: str) -> Optional[StateMessage]:
         """Return the last mark of a task, or ``None``."""
 
-    def kept(self, task_id: str) -> Optional[StateMessage]:
+    def stored_state(self, task_id: str) -> Optional[StateMessage]:
         """Return the state that the broker keeps of a task, regardless of pushed states."""
 
     def detach(self, state: StateMessage) -> StateMessage:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import ssl
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
@@ -111,7 +112,7 @@ class Options:
         values: Dict[str, Any] = {}
         for source, given in (
             ("result_backend_transport_options", settings or {}),
-            ("the result backend URL", query or {}),
+            ("the result backend URL", _with_tls(query or {})),
         ):
             for name, value in given.items():
                 parser = _PARSERS.get(name)
@@ -193,6 +194,38 @@ def _tls(value: Any) -> Union[bool, Mapping[str, Any]]:
     return dict(value)
 
 
+def _with_tls(query: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return *query* with ``use_ssl`` in place of its ``ssl_...``, which redis:// has as well.
+
+    Raises:
+        InvalidOption: when there is no such option or its value is not allowed.
+    """
+    rest: Dict[str, Any] = {}
+    tls: Dict[str, Any] = {}
+    for name, value in query.items():
+        if not name.startswith("ssl_"):
+            rest[name] = value
+            continue
+        if name not in _TLS_QUERY:
+            raise errors.InvalidOption(
+                f"unknown option {name!r} in the result backend URL (its value is {value!r}); "
+                f"known options of TLS are: {', '.join(sorted(_TLS_QUERY))}"
+            )
+        if name == "ssl_cert_reqs":
+            known = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL}
+            known["required"] = ssl.CERT_REQUIRED
+            wanted = value.lower().replace("cert_", "", 1)
+            if wanted not in known:
+                raise errors.InvalidOption(
+                    f"invalid value {value!r} for option {name!r} in the result backend URL: "
+                    f"allowed are {', '.join(known)}"
+                )
+            tls["cert_reqs"] = known[wanted]
+        else:
+            tls[name[len("ssl_") :]] = value
+    return {**rest, "use_ssl": tls} if tls else rest
+
+
 def _retry_policy(value: Any) -> RetryPolicy:
     if isinstance(value, RetryPolicy):
         return value
@@ -230,6 +263,9 @@ _TLS_NAMES = frozenset(
         "ssl_version",
     }
 )
+
+#: Those that a URL's query may hold.
+_TLS_QUERY = frozenset(f"ssl_{name}" for name in _TLS_NAMES - {"context", "ssl_version"})
 
 _PARSERS: Dict[str, Callable[[Any], Any]] = {
     "layout": _one_of(*LAYOUTS),
@@ -283,7 +319,7 @@ class ResultURL:
 def parse_url(url: Optional[str]) -> ResultURL:
     """Take apart the value of ``result_backend``.
 
-    The query may hold our options and what kombu reads from it (``login_method``, ``ssl_*``).
+    The query may hold our options and what kombu reads from it (``login_method``).
 
     Raises:
         InvalidOption: when two of several URLs give different values for one option, or when one is
@@ -303,7 +339,7 @@ def parse_url(url: Optional[str]) -> ResultURL:
             _check_location(location)
         kept: list[Tuple[str, str]] = []
         for name, value in parse_qsl(query, keep_blank_values=True):
-            if name in _KOMBU_QUERY or name.startswith("ssl_"):
+            if name in _KOMBU_QUERY:
                 kept.append((name, value))
             elif options.setdefault(name, value) != value:
                 raise errors.InvalidOption(

@@ -149,7 +149,7 @@ class Reader:
             # A new state may still be on its way to the inbox, which poll() asks once it follows
             # the task. Look after reading the mark: a task that has ended had its state before
             # that.
-            state = layout.kept(task_id)
+            state = layout.stored_state(task_id)
         return Fate.read(state, mark)
 
     def read_group(self, group_id: str) -> Optional[Meta]:

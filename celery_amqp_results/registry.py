@@ -18,6 +18,7 @@ from celery import signals
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.layouts import Layout, make_layout
 from celery_amqp_results.metrics import Metrics
+from celery_amqp_results.toolkit.forks import Process
 
 __all__ = ("LayoutRegistry", "OwnLayout")
 
@@ -45,7 +46,7 @@ class LayoutRegistry:
 
     def reset(self) -> None:
         """Start afresh, as a new process that has opened nothing."""
-        self._pid = os.getpid()
+        self._process = Process()
         self._lock = threading.Lock()
         self._layouts: Dict[Hashable, Layout] = {}
         #: The counts of layouts that were closed.
@@ -91,13 +92,13 @@ class LayoutRegistry:
 
     def flush(self) -> None:
         """Wait until the broker has all published messages, at most a few seconds."""
-        if self._pid == os.getpid():
+        if self._process.is_current:
             for layout in list(self._layouts.values()):
                 layout.flush()
 
     def close(self, wait: bool = True) -> None:
         """Close all layouts, unless they are another process's."""
-        if self._pid != os.getpid():
+        if not self._process.is_current:
             return
         with self._lock:
             layouts, self._layouts = list(self._layouts.values()), {}
@@ -105,7 +106,7 @@ class LayoutRegistry:
             layout.close(wait)
 
     def _notice_fork(self) -> None:
-        if self._pid != os.getpid():
+        if not self._process.is_current:
             # Forked by something that does not run Python's hooks.
             self.reset()
 

@@ -26,7 +26,7 @@ from celery_amqp_results.store.lookup import Store
 from celery_amqp_results.store.publisher import Outgoing, Publisher
 from celery_amqp_results.waiting.background import BackgroundFollower
 from celery_amqp_results.waiting.follower import Follower
-from celery_amqp_results.waiting.watch import Tap
+from celery_amqp_results.waiting.tap import Tap
 
 __all__ = ("SharedLayout",)
 
@@ -163,7 +163,7 @@ class SharedLayout:
             f"the mark {mark.state} of {mark.id}",
         )
 
-    def kept(self, task_id: str) -> Optional[StateMessage]:
+    def stored_state(self, task_id: str) -> Optional[StateMessage]:
         """Return the state that the broker keeps of a task, regardless of pushed states."""
         return fold(self.store.read((task_id,))[task_id])
 

@@ -41,7 +41,7 @@ from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.toolkit.threads import block_signals, start_thread
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.progress import Update
-from celery_amqp_results.waiting.watch import Tap
+from celery_amqp_results.waiting.tap import Tap
 
 __all__ = ("Bridge", "Subscriber", "bridge_of", "run_blocking")
 

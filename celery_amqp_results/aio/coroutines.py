@@ -38,7 +38,9 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
+from celery_amqp_results.waiting.newest import Newest
 from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.waiting.results import tasks_in
 
 __all__ = (
     "Completed",
@@ -453,12 +455,12 @@ class _Feed:
         self.failure: Optional[Exception] = None
         #: States dropped because too many were waiting.
         self.left_out = 0
-        self._newest = watching.Newest()
+        self._newest = Newest()
         self._waiting: Optional[asyncio.Future[None]] = None
 
     def take(self, update: Update) -> None:
         # The tap drops superseded states itself.
-        counting = update.states if self.missing is None else self._newest.take(update)
+        counting = update.states if self.missing is None else self._newest.of_update(update)
         for state in counting:
             if self.wanted is None or state.state in self.wanted:
                 self.arrived.append(state)
@@ -741,7 +743,7 @@ def watch(
 
 
 def _backend_of_all(target: Any, app: Any) -> Any:
-    nodes = list(watching.nodes(target))
+    nodes = list(tasks_in(target))
     waited = [node for node in nodes if not isinstance(node, EagerResult)]
     # With nothing to wait for, no backend is needed.
     return _common_backend(waited, app) if waited else None
@@ -754,7 +756,7 @@ class Completed(_Stream[Tuple[str, Any]]):
         self._propagate = propagate
         self._known: Deque[Any] = collections.deque()
         self._leaves: Dict[str, List[Any]] = {}
-        for leaf in watching.nodes(target):
+        for leaf in tasks_in(target):
             if _is_known(leaf):
                 self._known.append(leaf)
             else:

@@ -363,13 +363,19 @@ class ConfirmChannel:
             elif now > patience:
                 raise no_confirm()
 
+    def asking(self) -> amqp.Channel:
+        """Return a channel for requests that the broker may refuse by closing it.
+
+        py-amqp opens it again then.
+        """
+        if self._asking is None:
+            self._asking = self.link.channel()
+        return self._asking
+
     def length(self, queue: str) -> Optional[QueueLength]:
         """Return the present length of *queue*, or ``None`` if it does not exist."""
-        if self._asking is None:
-            # The broker closes the channel if the queue does not exist, so use a separate channel.
-            self._asking = self.link.channel()
         try:
-            found = self._asking.queue_declare(queue, passive=True)
+            found = self.asking().queue_declare(queue, passive=True)
         except amqp.exceptions.NotFound as exc:
             # py-amqp has opened the channel again.
             if not exc.reply_text.startswith("NOT_FOUND - no queue "):

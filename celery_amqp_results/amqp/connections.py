@@ -11,9 +11,10 @@ import logging
 import os
 import socket
 import time
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import kombu
+from kombu.transport import pyamqp
 
 from celery_amqp_results import errors, options
 from celery_amqp_results.amqp.failures import (
@@ -58,6 +59,34 @@ def _override_transport_options(connection: kombu.Connection, name: str) -> None
     connection.transport_options = {**given, "client_properties": properties}
 
 
+class _Connection(pyamqp.Connection):
+    """kombu's class of AMQP connections, which tries the addresses of a host itself."""
+
+    def Transport(self, *args: Any, **kwargs: Any) -> Any:
+        """Return py-amqp's transport, which connects to one address at a time."""
+        transport = super().Transport(*args, **kwargs)
+        transport._connect = functools.partial(_connect_to_any, transport._connect)
+        return transport
+
+
+def _connect_to_any(connect: Callable[..., None], host: str, port: int, timeout: float) -> None:
+    """Connect to the first address of *host* that answers.
+
+    py-amqp would go on to the next address after any ``OSError``, also after one that a signal
+    handler of the program raised.
+    """
+    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    for number, (*_, address) in enumerate(found, 1):
+        try:
+            connect(address[0], port, timeout)
+        except OSError as exc:
+            raise_if_from_signal_handler(exc)
+            if number == len(found):
+                raise
+        else:
+            return
+
+
 class Connector:
     """Opens connections for one backend.
 
@@ -96,7 +125,7 @@ class Connector:
     def _name(self, purpose: str) -> str:
         return f"{self._app_name} {os.getpid()}@{socket.gethostname()} ({purpose})"
 
-    def leave(self, link: Link) -> None:
+    def mark_host_failed(self, link: Link) -> None:
         """Try other hosts first from now on, since *link* has failed.
 
         A node that is cut off from its cluster accepts connections, but does nothing on them.
@@ -162,7 +191,9 @@ class Connector:
             connection.connect_timeout = max(0.1, time_left(deadline, timeout))
             try:
                 # Connection.connect() would retry and log on its own: there is one policy, ours.
-                link = Link(connection, connection.transport.establish_connection(), heartbeat)
+                transport = connection.transport
+                transport.Connection = _Connection
+                link = Link(connection, transport.establish_connection(), heartbeat)
             except TRANSIENT as exc:
                 raise_if_from_signal_handler(exc)
                 if is_refusal(exc):

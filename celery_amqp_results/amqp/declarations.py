@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from typing import Any, Optional, Set
 
 from amqp import exceptions as amqp_errors
@@ -18,7 +19,12 @@ from celery_amqp_results.amqp import failures
 from celery_amqp_results.protocol.names import QueueSpec, Topology
 
 #: Seconds for which no queue is declared after the broker has refused one because of a limit.
-LIMIT_PAUSE = 10.0
+LIMIT_PAUSE = 60.0
+
+#: How many queues of a limit are left to other programs, above all to the app's own workers.
+ROOM = 4
+#: An app with at most this number of shards was given its share of a limit.
+FEW_SHARDS = 16
 
 __all__ = ("Declarations", "declare_exchange", "declare_queue")
 
@@ -154,6 +160,35 @@ class Declarations:
         if self._limit is not None and time.monotonic() < self._asked_again:
             raise self._too_many_queues()
 
+    def check_room(self, channel: Any, count: int) -> Optional[errors.BackendUnavailable]:
+        """Return the error to raise instead of declaring *count* shards, or ``None``.
+
+        AMQP does not tell a limit on queues before it is reached. So this declares *count* and
+        :data:`ROOM` queues, and deletes them at once.
+
+        Parameters:
+            channel: an open channel, which the broker closes if they do not fit.
+            count: how many shards are about to be declared.
+        """
+        probe = f"{self.topology.prefix}.room.{uuid.uuid4().hex}"
+        names = [f"{probe}.{number}" for number in range(ROOM + count)]
+        refusal = None
+        try:
+            for name in names:
+                nowait = name is not names[-1]
+                channel.queue_declare(name, exclusive=True, auto_delete=True, nowait=nowait)
+        except amqp_errors.ChannelError as exc:
+            # py-amqp has opened the channel again.
+            limit = failures.limit_of(exc)
+            if limit is None or limit.what != failures.QUEUES:
+                # A user without the permission does without this check.
+                return None
+            refusal = self._limited(limit.number, exc)
+        # The shard is declared on another channel, so wait until these are gone.
+        for name in names:
+            channel.queue_delete(name, nowait=name is not names[-1])
+        return refusal
+
     def _limited(self, number: int, exc: BaseException) -> errors.BackendUnavailable:
         """Remember that the broker allows *number* queues, and return the error that says so."""
         with self._lock:
@@ -167,7 +202,8 @@ class Declarations:
         fewer = max(1, min(16, (self._limit or 0) // 4))
         return errors.BackendUnavailable(
             f"the broker allows {self._limit} queues, and results are spread over {shards}: "
-            f"{self._limited_by}. Let results use fewer: give all processes the option "
+            f"{self._limited_by}. The last {ROOM} are left to other programs. "
+            "Let results use fewer: give all processes the option "
             f"'shards', as in '?shards={fewer}' in the result backend URL, and this app a "
             "'result_exchange' of its own. Or raise that limit."
         )

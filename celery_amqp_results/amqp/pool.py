@@ -119,7 +119,7 @@ class Pool:
         except BaseException as exc:
             link.drop()
             if isinstance(exc, TRANSIENT):
-                self._connector.leave(link)
+                self._connector.mark_host_failed(link)
                 self._connector.note_limit(exc)
             raise
         self._put(link)

@@ -176,7 +176,7 @@ class SharedChannel:
             self._channel = ConfirmChannel(link)
         except BaseException:
             link.drop()
-            self._connector.leave(link)
+            self._connector.mark_host_failed(link)
             raise
         return self._channel
 
@@ -199,7 +199,7 @@ class SharedChannel:
             if not publication.waited:
                 self._on_lost(publication)
         channel.link.drop()
-        self._connector.leave(channel.link)
+        self._connector.mark_host_failed(channel.link)
         self._wake_done()
 
     def wait(self, waiter: Waiter, deadline: Optional[float] = None) -> None:

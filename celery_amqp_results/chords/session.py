@@ -190,4 +190,4 @@ class Session:
     def drop(self) -> None:
         """Close the socket without a handshake."""
         self.link.drop()
-        self._connector.leave(self.link)
+        self._connector.mark_host_failed(self.link)

@@ -74,7 +74,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """Report foreign errors as one line, each with its exit code."""
     try:
         yield
@@ -139,7 +139,7 @@ def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
             app = getattr(context.obj, "app", context.obj)
             # Standard output is for people or programs. With -q only errors are logged.
             logging.getLogger("celery_amqp_results").addHandler(logging.NullHandler())
-            with told():
+            with report_errors():
                 backend = _open(app)
                 try:
                     output = Output(json_lines)

@@ -46,7 +46,7 @@ def doctor(
         def take(check: Callable[[], Iterable[Finding]]) -> bool:
             """Note the findings of a check; return whether there is no error among them."""
             before = len(findings)
-            findings.extend(_told(check, broker))
+            findings.extend(_run_check(check, broker))
             return all(finding.severity != "error" for finding in findings[before:])
 
         api = broker.management(management_url, guess=not no_management)
@@ -84,7 +84,7 @@ def doctor(
         session.end(Exit.FAILED)
 
 
-def _told(check: Callable[[], Iterable[Finding]], broker: Any) -> Iterator[Finding]:
+def _run_check(check: Callable[[], Iterable[Finding]], broker: Any) -> Iterator[Finding]:
     """Yield the findings of a check; a refusal is a finding as well."""
     from celery_amqp_results.cli import amqp_checks
 

@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Seque
 
 from celery_amqp_results.cli.findings import Finding
 from celery_amqp_results.protocol.names import Topology
-from celery_amqp_results.waiting.watch import MAX_QUEUED
+from celery_amqp_results.waiting.tap import MAX_QUEUED
 
 __all__ = ("Role", "applied", "findings", "roles")
 

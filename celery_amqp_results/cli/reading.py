@@ -70,12 +70,12 @@ def _ids_in(children: Any) -> Iterator[str]:
 
 def group_ids(session: Session, group_id: str) -> Optional[List[str]]:
     """Return the ids of the members of a saved group, or ``None``."""
-    from celery_amqp_results.waiting import watch as watching
+    from celery_amqp_results.waiting.results import tasks_in
 
     saved = session.backend.restore_group(group_id, cache=False)
     if saved is None:
         return None
-    return [node if isinstance(node, str) else node.id for node in watching.nodes(saved)]
+    return [node if isinstance(node, str) else node.id for node in tasks_in(saved)]
 
 
 def present(

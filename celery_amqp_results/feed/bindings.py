@@ -2,7 +2,7 @@
 
 A binding brings every state of a shard. It costs the broker a message for each, so it must save
 look-ups. Bindings are metadata and must not churn. When more than a quarter of the shards is bound,
-or strangers' tasks are read often, one key binds all of them.
+or tasks of other processes are read often, one key binds all of them.
 
 This module does no I/O and has no clock.
 """
@@ -19,7 +19,7 @@ __all__ = ("ALL", "Action", "Bindings")
 #: The key that stands for all shards, where one binding covers them.
 ALL = -1
 
-#: This number of look-ups of strangers' tasks, within this time in seconds, binds all shards.
+#: This number of look-ups of other processes' tasks within this time, in seconds, binds all shards.
 MANY_READS = 20
 MANY_READS_SECONDS = 10.0
 #: A binding pays for itself while fewer states are pushed between two reads. A push costs the
@@ -51,9 +51,9 @@ class Bindings:
         self._wanted: Set[int] = set()
         self._requested: Set[int] = set()
         self._standing: Dict[int, float] = {}
-        #: How many waiting clients follow strangers' tasks in each shard.
+        #: How many waiting clients follow tasks of other processes in each shard.
         self._watched: Dict[int, int] = {}
-        #: Times of the latest look-ups of strangers' tasks.
+        #: Times of the latest look-ups of other processes' tasks.
         self._reads: Deque[float] = collections.deque(maxlen=MANY_READS)
         #: How many more states may be pushed before the binding of all shards stops paying.
         self._credit = 0
@@ -85,7 +85,7 @@ class Bindings:
             self._credit = max(self._credit, PAYS * self._shards // 4)
 
     def watched(self, shard: int, count: int) -> None:
-        """Change the number of clients that wait for strangers' tasks in a shard."""
+        """Change the number of clients that wait for tasks of other processes in a shard."""
         self._watched[shard] = self._watched.get(shard, 0) + count
         if self._watched[shard] <= 0:
             del self._watched[shard]
@@ -100,7 +100,7 @@ class Bindings:
             self._wanted.add(ALL)
 
     def read(self, shards: int, looks_up: bool, now: float) -> None:
-        """Count a read of strangers' tasks in a number of shards.
+        """Count a read of other processes' tasks in a number of shards.
 
         Parameters:
             shards: the number of shards.

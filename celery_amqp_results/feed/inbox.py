@@ -71,8 +71,8 @@ class Inbox:
         self._changed = threading.Condition(threading.RLock())
         self._keeper = Keeper(self, self._changed, connector, declarations, client)
         self._waiters = Waiters()
-        #: Those sent by other processes.
-        self._strangers: Set[str] = set()
+        #: Those of the tasks that other processes have sent.
+        self._sent_by_others: Set[str] = set()
         self._table = Table(declarations.topology, limit)
         self._session: Optional[Session] = None
         #: States received, and messages that were not states.
@@ -136,10 +136,9 @@ class Inbox:
             pushed = set(ids) - self.unbound(ids) if self._table.epoch else set()
             for task_id in ids:
                 self._waiters.add(task_id, waiter)
-                if task_id in self._strangers or not self._table.is_own(task_id):
-                    # It remains a stranger's as long as clients wait, even if this process sends it
-                    # later.
-                    self._strangers.add(task_id)
+                if task_id in self._sent_by_others or not self._table.is_own(task_id):
+                    # It stays one of these while clients wait, even if this process sends it.
+                    self._sent_by_others.add(task_id)
                     self._table.watched(task_id, 1)
                     uncovered.append(task_id)
                     continue
@@ -164,15 +163,15 @@ class Inbox:
         """
         with self._changed:
             for task_id in ids:
-                if self._waiters.remove(task_id, waiter) and task_id in self._strangers:
+                if self._waiters.remove(task_id, waiter) and task_id in self._sent_by_others:
                     self._table.watched(task_id, -1)
                 if task_id not in self._waiters:
-                    self._strangers.discard(task_id)
+                    self._sent_by_others.discard(task_id)
                 if consumed:
                     self._table.discard(task_id)
 
     def unbound(self, ids: Collection[str]) -> Set[str]:
-        """Return the strangers' tasks among *ids* whose shards are not bound."""
+        """Return the tasks of other processes among *ids* whose shards are not bound."""
         with self._changed:
             table, topology = self._table, self._declarations.topology
             return {

@@ -112,7 +112,7 @@ class Memory:
         view.digests = digests
         self._digests += len(digests or ())
 
-    def settle(self, shard: int, look: Look, census: Census) -> Dict[str, StateMessage]:
+    def current_states(self, shard: int, look: Look, census: Census) -> Dict[str, StateMessage]:
         """Return the current states of a shard that a census has not found in pages."""
         by_id: Dict[str, List[StateMessage]] = {}
         for state in itertools.chain(census.loose, *look.pushed.values()):

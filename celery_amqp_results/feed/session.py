@@ -192,7 +192,7 @@ class Session:
         self._watch.close()
         with self._lock:
             self._barriers.lost()
-        self._connector.leave(self.link)
+        self._connector.mark_host_failed(self.link)
 
     # -- barriers ----------------------------------------------------------------------------------
 

@@ -3,10 +3,11 @@
 The shell reports events and queries the table. The table does no I/O, has no thread and no clock:
 the shell passes the time with each event. See :mod:`celery_amqp_results.feed.inbox`.
 
-**Shards.** The table has a view of each shard in which strangers' tasks are read or waited for:
+**Shards.** The table has a view of each shard in which tasks of other processes are read or
+waited for:
 
 ========  =====================================  ================================================
-state     meaning                                how a read of a stranger's task is answered
+state     meaning                                how a read of such a task is answered
 ========  =====================================  ================================================
 absent    not bound                              by a checkout; the read is counted
 bound     the binding stands since *t*           by a checkout
@@ -78,8 +79,8 @@ LATE = 5_000_000
 #: An id as Celery makes them. Other ids come from the application, which may have reused them.
 _NEW_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
-#: Ids remembered as sent by this process, at most. A task whose id is forgotten counts as a
-#: stranger's.
+#: Ids remembered as sent by this process, at most. A task whose id is forgotten counts as
+#: another process's.
 MAX_SENT = 100_000
 
 
@@ -295,7 +296,7 @@ class Table:
         self._bindings.read(len(shards), absent, now)
 
     def cover(self, ids: Iterable[str]) -> Set[int]:
-        """Request bindings for the strangers among *ids*; return the shards not yet bound."""
+        """Request bindings for tasks of other processes; return the shards not yet bound."""
         shards = {self._topology.shard(task_id) for task_id in ids if task_id not in self._sent}
         missing = {shard for shard in shards if not self.is_bound(shard)}
         for shard in missing:
@@ -307,7 +308,7 @@ class Table:
         return shard in self._bindings
 
     def watched(self, task_id: str, count: int) -> None:
-        """Change the number of clients that wait for a stranger's task."""
+        """Change the number of clients that wait for a task of another process."""
         self._bindings.watched(self._topology.shard(task_id), count)
 
     def uncounted(self, now: float) -> List[int]:
@@ -398,7 +399,7 @@ class Table:
         view = self._memory.view(shard)
         checked = view.digests
         before = {task_id: self._memory.recent[task_id].state for task_id in view.ids}
-        current = self._memory.settle(shard, look, census)
+        current = self._memory.current_states(shard, look, census)
         self._memory.set_digests(view, Digests(census.digests))
         view.clear()
         for task_id, state in current.items():

@@ -7,7 +7,6 @@ way of reading differs from Celery 4, see :mod:`~celery_amqp_results.per_task.lo
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Any, Callable, Collection, Dict, Mapping, Optional, Sequence, Set
 
@@ -23,8 +22,9 @@ from celery_amqp_results.per_task.wire import Messages, Wire
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import GROUP, StateMessage
 from celery_amqp_results.protocol.names import Route
+from celery_amqp_results.toolkit.forks import Process
 from celery_amqp_results.waiting.following import Following
-from celery_amqp_results.waiting.watch import Tap
+from celery_amqp_results.waiting.tap import Tap
 
 __all__ = ("HEARTBEAT", "PerTaskLayout")
 
@@ -61,7 +61,7 @@ class PerTaskLayout:
         self.connector = connector
         self.queues = TaskQueues(sessions, connector, wire, settings)
         self.lookups = LookUps(self.queues, Messages(codec))
-        self._pid = os.getpid()
+        self._process = Process()
         self._lock = threading.Lock()
         self._followers: Set[PushFollower] = set()
         self._stored = 0
@@ -145,7 +145,7 @@ class PerTaskLayout:
         """
         return self.lookups.read(ids, limit=backlog_limit)
 
-    def kept(self, task_id: str) -> Optional[StateMessage]:
+    def stored_state(self, task_id: str) -> Optional[StateMessage]:
         """Return the state that the broker keeps of a task, regardless of pushed states."""
         return self.poll((task_id,))[task_id]
 
@@ -208,7 +208,7 @@ class PerTaskLayout:
 
     def close(self, wait: bool = True) -> None:
         """Close all connections; waiting calls raise an error."""
-        if self._pid != os.getpid():
+        if not self._process.is_current:
             # Forked: the connections are the parent's.
             return
         self.queues.closed = True

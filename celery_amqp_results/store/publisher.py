@@ -33,7 +33,7 @@ from celery_amqp_results.amqp.shared_channel import Waiter
 from celery_amqp_results.protocol.names import QueueSpec
 from celery_amqp_results.store.delivery import Delivery, Verdict, describe
 from celery_amqp_results.store.refusals import raise_if_final, raise_not_confirmed, was_refused
-from celery_amqp_results.store.unwaited import Unwaited
+from celery_amqp_results.store.unwaited import Unwaited, room_refusal
 from celery_amqp_results.toolkit import retry
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
@@ -273,7 +273,7 @@ class Publisher:
         elif failure is None:
             failure = errors.NotConfirmed(f"no queue takes {returned}")
         try:
-            pause = self._pause(failure, delivery.messages, tries)
+            pause = self._pause_or_raise(failure, delivery.messages, tries)
         except Exception as final:
             with self._lock:
                 if was_refused(final):
@@ -291,7 +291,9 @@ class Publisher:
         )
         time.sleep(pause)
 
-    def _pause(self, exc: BaseException, messages: Sequence[Outgoing], tries: retry.Retry) -> float:
+    def _pause_or_raise(
+        self, exc: BaseException, messages: Sequence[Outgoing], tries: retry.Retry
+    ) -> float:
         """Return the pause before the next try; raise if there must be none."""
         pause = tries.after(exc, time.monotonic())
         broker = self._connector.describe()
@@ -314,7 +316,7 @@ class Publisher:
                     return work(channel)
             except _FAILURES as exc:
                 self._declarations.forget()
-                pause = self._pause(exc, messages, tries)
+                pause = self._pause_or_raise(exc, messages, tries)
                 logger.info("a request about queues is repeated after %r", exc)
                 time.sleep(pause)
 
@@ -331,24 +333,32 @@ class Publisher:
             with self._channel.open(time.monotonic()) as channel:
                 declarations.ensure_exchange(channel.channel)
                 self._unwaited.send(channel)
-                if len(publications) == 1 and not declare:
-                    channel.publish(publications[0])
-                elif publications:
-                    with channel.link.corked():
+                full = room_refusal(channel, declarations, len(declare))
+                if full is None:
+                    self._write(channel, publications, declare)
+                    if not waited:
                         for shard in declare:
-                            declarations.request_shard(channel.channel, shard)
+                            declarations.remember(shard)
                         for publication in publications:
-                            channel.publish(publication)
-                if not waited:
-                    for shard in declare:
-                        declarations.remember(shard)
-                    for publication in publications:
-                        publication.waited = False
-                return channel.log
+                            publication.waited = False
+                    return channel.log
         except BaseException:
             # The broker may have restarted without the declared objects.
             declarations.forget()
             raise
+        raise full
+
+    def _write(
+        self, channel: ConfirmChannel, publications: Sequence[Publication], declare: Sequence[int]
+    ) -> None:
+        if len(publications) == 1 and not declare:
+            channel.publish(publications[0])
+        elif publications:
+            with channel.link.corked():
+                for shard in declare:
+                    self._declarations.request_shard(channel.channel, shard)
+                for publication in publications:
+                    channel.publish(publication)
 
     def _wait_for_copies(self, delivery: Delivery) -> None:
         """Wait a moment for the confirms of live copies.

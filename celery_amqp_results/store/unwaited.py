@@ -13,7 +13,7 @@ from typing import List, Optional, Tuple, Type
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.confirms import ConfirmChannel, ConfirmLog, Publication, Status
-from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.shared_channel import SharedChannel, Waiter
 from celery_amqp_results.store.strays import Strays
@@ -21,7 +21,7 @@ from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import is_over, time_left
 from celery_amqp_results.toolkit.threads import start_thread
 
-__all__ = ("Unwaited",)
+__all__ = ("Unwaited", "room_refusal")
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +84,17 @@ class Unwaited:
         """Declare the shard of a message that came back; return whether that is possible."""
         message = publication.message
         assert message.shard is not None
+        full: Optional[Exception] = None
         try:
             if not self._declarations.declare:
                 raise self._declarations.missing(f"queue {message.queue}")
             self._declarations.check_limit()
         except (errors.DeclarationRefused, errors.BackendUnavailable) as exc:
-            logger.error("lost: %s: %s", message.what, exc)
+            full = exc
+        else:
+            full = room_refusal(channel, self._declarations, 1)
+        if full is not None:
+            logger.error("lost: %s: %s", message.what, full)
             return False
         self._declarations.request_shard(channel.channel, message.shard)
         return True
@@ -173,3 +178,18 @@ class Unwaited:
             # This closes the connection if no confirm comes for long.
             self.channel.wait(Waiter(old))
         return bool(unconfirmed) or self._has_strays()
+
+
+def room_refusal(
+    channel: ConfirmChannel, declarations: Declarations, count: int
+) -> Optional[errors.BackendUnavailable]:
+    """Return the error to raise instead of declaring *count* shards, or ``None``.
+
+    Parameters:
+        channel: the publishing channel, which the caller has to itself.
+        declarations: knows the shards.
+        count: how many shards are about to be declared.
+    """
+    if not count or declarations.topology.shards <= FEW_SHARDS:
+        return None
+    return declarations.check_room(channel.asking(), count)

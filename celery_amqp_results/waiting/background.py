@@ -73,9 +73,9 @@ class BackgroundFollower(Follower):
         if self._running >= MAX_LOOKS:
             return
         due = self._tasks.due
-        # A stranger's task may well have ended, which a look-up can tell without a binding.
-        strange = self._tasks.never_looked_up(self._inbox.unbound(due))
-        for ids, bound in ((strange, False), (due - strange, True)):
+        # A task of another process may have ended, which a look-up can tell without a binding.
+        unbound = self._tasks.never_looked_up(self._inbox.unbound(due))
+        for ids, bound in ((unbound, False), (due - unbound, True)):
             if ids and self._running < MAX_LOOKS:
                 self._running += 1
                 self._submit(self._run, _Job(self._tasks.begin(ids, bound)))

@@ -97,9 +97,9 @@ class PendingResults:
         idle_since = time.monotonic()
         try:
             while not self._closing:
-                self._take_in(follower)
+                self._follow_added(follower)
                 while self._removed:
-                    self._take_out(follower, *self._removed.popleft())
+                    self._unfollow(follower, *self._removed.popleft())
                 if follower.pending:
                     idle_since = time.monotonic()
                 elif time.monotonic() - idle_since >= LINGER:
@@ -116,7 +116,7 @@ class PendingResults:
                 if self._follower is follower:
                     self._follower = None
 
-    def _take_in(self, follower: Following) -> None:
+    def _follow_added(self, follower: Following) -> None:
         """Follow the tasks added whose results have callbacks, and drop the others."""
         undecided = []
         while self._added:
@@ -157,7 +157,7 @@ class PendingResults:
                 except Exception:
                     logger.exception("a callback of the result %s has failed", update.task_id)
 
-    def _take_out(self, follower: Following, task_id: str, identity: int) -> None:
+    def _unfollow(self, follower: Following, task_id: str, identity: int) -> None:
         with self._lock:
             results = [r for r in self._results.get(task_id, ()) if id(r) != identity]
             if results:

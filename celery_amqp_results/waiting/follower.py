@@ -135,15 +135,15 @@ class Follower:
         due = self._tasks.due
         if not due:
             return
-        # A stranger's task may well have ended, which a look-up can tell without a binding.
-        strange = self._tasks.never_looked_up(self._inbox.unbound(due))
-        if not strange:
+        # A task of another process may have ended, which a look-up can tell without a binding.
+        unbound = self._tasks.never_looked_up(self._inbox.unbound(due))
+        if not unbound:
             try:
                 self._inbox.cover(due, min(until, self._tasks.held_until()))
             except TimeoutError as exc:
                 raise_if_from_signal_handler(exc)
                 return
-        look = self._tasks.begin(strange or due, bound=not strange)
+        look = self._tasks.begin(unbound or due, bound=not unbound)
         found: Optional[Dict[str, List[StateMessage]]] = None
         try:
             found = self._read(look, deadline)

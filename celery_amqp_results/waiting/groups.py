@@ -1,8 +1,8 @@
 """Groups that read the states of all members at once.
 
 Celery's result sets read one member after the other. For the progress of a group of a thousand
-tasks that would be a thousand requests to the broker. A restored group reads all unknown states in
-one pass, and answers from that.
+tasks that would be a thousand requests to the broker. The result sets of an app read all unknown
+states in one pass, and answer from that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ __all__ = ("Pass", "ask_in_one_pass")
 _M = TypeVar("_M", bound=Callable[..., Any])
 
 #: The methods of a result set that read every member.
-ASKING = ("ready", "successful", "failed", "waiting", "completed_count")
+ASKING = (
+    "ready",
+    "successful",
+    "failed",
+    "waiting",
+    "completed_count",
+    "maybe_throw",
+    "maybe_reraise",
+)
+
+#: The attributes of an app that hold its classes of result sets.
+CLASSES = ("ResultSet", "GroupResult")
 
 
 class Pass:
@@ -62,27 +73,22 @@ class Pass:
             del self._local.states
 
 
-def ask_in_one_pass(tree: Any) -> None:
-    """Make each result set in *tree* read all its members at once."""
-    # Not cached for longer: these classes refer to the app.
-    made: Dict[type, type] = {}
-    nodes = [tree]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ResultSet):
-            kind = type(node)
-            if kind not in made:
-                made[kind] = _in_one_pass(kind)
-            node.__class__ = made[kind]
-            nodes.extend(node.results)
-        if getattr(node, "parent", None) is not None:
-            nodes.append(node.parent)
+def ask_in_one_pass(app: Any) -> None:
+    """Make the result sets of *app* read all their members at once.
+
+    Celery makes every group from these classes: one that was just sent, and one that is restored.
+    """
+    for name in CLASSES:
+        kind = getattr(app, name)
+        if not hasattr(kind, "asks_in_one_pass"):
+            setattr(app, name, _in_one_pass(kind))
 
 
 def _in_one_pass(kind: Type[ResultSet]) -> Type[ResultSet]:
-    """Return a subclass of *kind* that reads in one pass and pickles as *kind*."""
+    """Return a subclass of *kind* that reads in one pass. It pickles as *kind* does."""
     methods = {name: _wrapped(getattr(kind, name)) for name in ASKING}
-    return type(kind.__name__, (kind,), methods)
+    about = {"__module__": kind.__module__, "__doc__": kind.__doc__, "asks_in_one_pass": True}
+    return type(kind.__name__, (kind,), {**methods, **about})
 
 
 def _wrapped(method: _M) -> _M:

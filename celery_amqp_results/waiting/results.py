@@ -5,11 +5,14 @@ This module does no I/O.
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+import uuid
+from typing import Any, Iterable, Iterator
 
-from celery.result import ResultSet
+from celery.result import AsyncResult, EagerResult, ResultSet
 
-__all__ = ("leaves", "parents")
+from celery_amqp_results.protocol.ids import id_text
+
+__all__ = ("leaves", "parents", "tasks_in")
 
 
 def leaves(node: Any) -> Iterator[Any]:
@@ -35,3 +38,26 @@ def parents(node: Any) -> Iterator[Any]:
     while parent is not None:
         yield from leaves(parent)
         parent = getattr(parent, "parent", None)
+
+
+def tasks_in(target: Any) -> Iterator[Any]:
+    """Yield the ids and result objects that a user has named.
+
+    Parameters:
+        target: an id, a result object, a group or another result set, or an iterable of these.
+
+    Raises:
+        TypeError: when it contains anything else.
+    """
+    if isinstance(target, (str, bytes, uuid.UUID)):
+        yield id_text(target)
+    elif isinstance(target, (AsyncResult, EagerResult, ResultSet)):
+        yield from leaves(target)
+    elif isinstance(target, Iterable):
+        for each in target:
+            yield from tasks_in(each)
+    else:
+        raise TypeError(
+            f"{target!r} cannot be watched: give a task id, a result object, a group, or a list "
+            "of these"
+        )

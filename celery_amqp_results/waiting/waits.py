@@ -7,7 +7,6 @@ nothing of Celery's backend class.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from typing import (
@@ -36,12 +35,14 @@ from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.toolkit.forks import Process
 from celery_amqp_results.toolkit.retry import is_over
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.waiting.tap import Tap
 
 __all__ = ("DEFAULT_INTERVAL", "Patience", "Waits")
 
@@ -64,7 +65,7 @@ class Readable(Protocol):
     def follower(self) -> Following:
         """Return a follower without tasks."""
 
-    def tap(self, wanted: Optional[Collection[str]] = None) -> watching.Tap:
+    def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
         """Return a tap of all published states."""
 
 
@@ -156,7 +157,7 @@ class Waits:
         timeout, interval, on_interval = patience
         deadline = None if timeout is None else time.monotonic() + timeout
         interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
-        follower, pid = self._layout().follower(), os.getpid()
+        follower, process = self._layout().follower(), Process()
         missing = set(ids)
         try:
             follower.add((*parents, *ids))
@@ -182,7 +183,7 @@ class Waits:
         finally:
             # A generator may be carried into a forked child, where its follower belongs to the
             # parent and has locks that will never be released.
-            if os.getpid() == pid:
+            if process.is_current:
                 follower.close()
 
     def follow(

@@ -1,4 +1,4 @@
-"""The progress of a restored group is read in one pass."""
+"""The progress of a group is read in one pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import uuid
 from typing import Any, List
 
 import pytest
-from celery import Celery, states
+from celery import Celery, canvas, states
 from celery.result import GroupResult
 
 from tests.broker.helpers import new_id
@@ -62,6 +62,44 @@ def test_a_group_in_a_group_is_read_with_it(app: Celery, asked: Any) -> None:
     assert not restored.ready()
     assert batches == [4]
     assert restored.results[0].completed_count() == 3
+
+
+def test_a_group_that_was_just_sent_is_read_in_one_pass(app: Celery, asked: Any) -> None:
+    reader, batches = asked
+
+    @reader.task
+    def noop(number: int) -> None:
+        """Is never run."""
+
+    group = canvas.group(noop.s(number) for number in range(20)).apply_async()
+    try:
+        for number, member in enumerate(group.results[:5]):
+            app.backend.store_result(member.id, number, states.SUCCESS)
+        assert group.completed_count() == 5
+        assert batches == [20]
+        assert not group.ready()
+        group.maybe_throw()
+        assert batches == [20, 15, 15]
+        assert pickle.loads(pickle.dumps(group)) == group
+    finally:
+        reader.control.purge()
+
+
+def test_a_set_of_results_is_read_in_one_pass(app: Celery, asked: Any) -> None:
+    reader, batches = asked
+    results = [reader.AsyncResult(new_id()) for _ in range(10)]
+    app.backend.store_result(results[0].id, 1, states.SUCCESS)
+    found = reader.ResultSet(results)
+    assert found.completed_count() == 1
+    assert batches == [10]
+    assert pickle.loads(pickle.dumps(found.results)) == results
+
+
+def test_an_app_with_two_backends_reads_groups_once(make_app: Apps) -> None:
+    app = make_app()
+    kind = type(app.backend)
+    before = app.GroupResult
+    assert kind(app=app, url="amqp://").app.GroupResult is before
 
 
 def test_each_question_is_answered_anew(app: Celery, asked: Any) -> None:

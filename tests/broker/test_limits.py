@@ -160,6 +160,49 @@ def test_a_limit_on_queues_is_named_with_the_way_out(
         channel.queue_declare(app.conf.task_default_queue, durable=True, auto_delete=False)
 
 
+@pytest.mark.parametrize("limit", [20, 100])
+def test_results_leave_a_share_of_a_limit_on_queues_to_the_workers(
+    limit: int, tenant: Tenant, tenant_apps: Apps
+) -> None:
+    # Given a broker with a limit, and four processes with more shards than that
+    tenant.limit(max_queues=limit)
+    apps = [tenant_apps(shards=256) for _ in range(4)]
+    # When they store many more results
+    stored, failures = [], []
+    for number in range(3 * limit):
+        task_id = new_id()
+        try:
+            apps[number % len(apps)].backend.store_result(task_id, number, "SUCCESS")
+            stored.append(task_id)
+        except errors.BackendUnavailable as exc:
+            failures.append(str(exc))
+    assert failures
+    assert all(f"allows {limit} queues" in text and "?shards=" in text for text in failures)
+    assert len(stored) >= limit / 2
+    # Then a worker can still declare its queues, for tasks, remote control and events
+    with connect(tenant.url) as connection:
+        for _ in range(4):
+            connection.channel().queue_declare(new_id(), exclusive=True)
+    # And nothing that was used to find out is left behind
+    names = tenant.node.ctl("list_queues", "-p", tenant.name, "name")
+    assert ".room." not in names
+    # And what was stored is found
+    reader = tenant_apps(shards=256)
+    assert {reader.AsyncResult(task_id).state for task_id in stored} == {"SUCCESS"}
+
+
+def test_a_user_who_may_not_declare_other_queues_stores_results(
+    tenant: Tenant, tenant_apps: Apps
+) -> None:
+    names = rf"^{tenant_apps.prefix}\.(states|shard|unrouted).*"
+    tenant.node.ctl("set_permissions", "-p", tenant.name, tenant.name, names, ".*", ".*")
+    try:
+        app = tenant_apps(shards=64)
+        app.backend.store_result(new_id(), 1, "SUCCESS")
+    finally:
+        tenant.node.ctl("set_permissions", "-p", tenant.name, tenant.name, ".*", ".*", ".*")
+
+
 def test_an_app_with_fewer_shards_keeps_to_a_limit_on_queues(
     tenant: Tenant, tenant_apps: Apps
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from typing import Any, Iterator, List, Type
@@ -72,6 +74,41 @@ def test_an_error_of_an_alarm_handler_ends_the_call(
             OPERATIONS[name](app)
         assert time.monotonic() - started < 30
         app.backend.layout.close(wait=False)
+
+
+def test_an_error_of_an_alarm_handler_ends_connecting_to_a_host_with_two_addresses(
+    make_app: Apps, alarm: Any, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a host with two addresses, of which the first does not answer
+    with Proxy(node.amqp_port) as proxy, contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.socket())
+        silent.bind(("127.0.0.2", proxy.port))
+        silent.listen(0)
+        for _ in range(3):
+            # They fill its queue of connections.
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(silent.getsockname())
+        resolve = socket.getaddrinfo
+
+        def two_addresses(host: str, port: int, *rest: Any) -> Any:
+            if host != "two.example":
+                return resolve(host, port, *rest)
+            return [*resolve("127.0.0.2", port, *rest), *resolve("127.0.0.1", port, *rest)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", two_addresses)
+        app = make_app(proxy.url(node.url()).replace("127.0.0.1", "two.example"), shards=1)
+        # When an alarm of the program goes off while it connects to the first
+        alarm(TimeoutError)
+        # Then the call ends with the error of its handler, and does not try the second
+        with pytest.raises(TimeoutError, match="the program's own time limit"):
+            app.backend.store_result(new_id(), 1, "SUCCESS")
+        assert not proxy.accepted
+        # And without an alarm the second is used
+        app.conf.broker_connection_timeout = 1.0
+        app.backend.store_result(new_id(), 1, "SUCCESS")
+        assert proxy.accepted
+        app.backend.close()
 
 
 def test_no_thread_of_the_backend_receives_signals(make_app: Apps) -> None:

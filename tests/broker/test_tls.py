@@ -7,6 +7,7 @@ import os
 import ssl
 from pathlib import Path
 from typing import Any, Dict, Iterator
+from urllib.parse import urlencode
 
 import pytest
 import trustme
@@ -142,6 +143,16 @@ def test_results_have_another_authority_than_tasks(secure: Secure) -> None:
     )
     app.conf.result_backend_transport_options["use_ssl"] = secure.ssl()
     store_and_get(app)
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_tls_is_set_up_in_the_result_url(secure: Secure, host: bool) -> None:
+    given = {f"ssl_{name}": value for name, value in secure.ssl().items()}
+    query = urlencode({**given, "ssl_cert_reqs": "required"})
+    backend = f"{secure.url()}?{query}" if host else f"amqps://?{query}"
+    store_and_get(make_app(secure.url(), backend))
+    with pytest.raises(errors.BackendUnavailable, match="certificate"):
+        store_and_get(make_app(secure.url(), backend.replace("%2Fca&", "%2Fanother&")))
 
 
 def test_the_option_counts_more_than_the_setting_on_the_broker_of_the_tasks(

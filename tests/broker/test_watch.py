@@ -147,16 +147,16 @@ def test_states_pushed_during_a_read_do_not_follow_the_later_ones_that_were_read
     # Given a watcher whose second look-up, after binding, finds what was published meanwhile.
     worker, app = (make_app(result_backend_transport_options=options("per-task")) for _ in "12")
     task_id, looks = new_id(), itertools.count()
-    layout = app.backend.layout
-    read = layout.read
+    lookups = app.backend.layout.lookups
+    glance = lookups.glance
 
-    def read_late(*args: Any, **kwargs: Any) -> Any:
+    def glance_late(*args: Any, **kwargs: Any) -> Any:
         if next(looks) == 1:
             for step in range(5):
                 worker.backend.store_result(task_id, {"current": step}, "PROGRESS")
-        return read(*args, **kwargs)
+        return glance(*args, **kwargs)
 
-    layout.read = read_late
+    lookups.glance = glance_late
     # Then the first states, which are pushed, do not follow the last one, which was read.
     watch = app.backend.watch(task_id, timeout=LONG)
     first = next(watch)

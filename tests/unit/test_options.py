@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ssl
 from typing import Any, Dict, List, Tuple
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -260,8 +261,48 @@ def test_the_scheme_is_taken_from_the_first_url() -> None:
 
 def test_options_are_removed_from_a_url_and_the_rest_stays() -> None:
     url = parse_url("amqp://u:p@h:1/v?shards=4&ssl_ca_certs=x&confirm=false&login_method=PLAIN")
-    assert url.broker == "amqp://u:p@h:1/v?ssl_ca_certs=x&login_method=PLAIN"
-    assert url.options == {"shards": "4", "confirm": "false"}
+    assert url.broker == "amqp://u:p@h:1/v?login_method=PLAIN"
+    assert url.options == {"shards": "4", "ssl_ca_certs": "x", "confirm": "false"}
+
+
+def test_a_url_may_hold_the_options_of_tls() -> None:
+    query = (
+        "ssl_ca_certs=/ca.pem&ssl_certfile=/c.pem&ssl_keyfile=/k.pem"
+        "&ssl_cert_reqs=CERT_REQUIRED&ssl_server_hostname=h"
+    )
+    for url in (f"amqps://h//?{query}", f"amqps://?{query}"):
+        assert Options.read({"use_ssl": True}, parse_url(url).options).use_ssl == {
+            "ca_certs": "/ca.pem",
+            "certfile": "/c.pem",
+            "keyfile": "/k.pem",
+            "cert_reqs": ssl.CERT_REQUIRED,
+            "server_hostname": "h",
+        }
+    assert parse_url("amqps://?ssl_ca_certs=x").broker is None
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (
+            "ssl_ca_cert=/ca",
+            "unknown option 'ssl_ca_cert' .*known .*: ssl_ca_certs",
+        ),
+        ("ssl_cert_reqs=yes", "invalid value 'yes' for option 'ssl_cert_reqs'.*required"),
+        ("ssl_check_hostname=false", "unknown option 'ssl_check_hostname'"),
+    ],
+)
+def test_a_wrong_option_of_tls_in_a_url_is_refused(query: str, message: str) -> None:
+    with pytest.raises(errors.InvalidOption, match=message):
+        Options.read({}, parse_url(f"amqps://h//?{query}").options)
+
+
+@pytest.mark.parametrize("word", ["none", "optional", "required"])
+def test_words_for_the_check_of_certificates_are_those_of_redis(word: str) -> None:
+    wanted = getattr(ssl, f"CERT_{word.upper()}")
+    for written in (word, f"CERT_{word.upper()}"):
+        options = Options.read({}, {"ssl_cert_reqs": written})
+        assert options.use_ssl == {"cert_reqs": wanted}
 
 
 def test_an_option_without_a_value_is_refused() -> None:
@@ -277,7 +318,6 @@ kombu_queries = st.fixed_dictionaries(
     {},
     optional={
         "login_method": st.sampled_from(["PLAIN", "EXTERNAL"]),
-        "ssl_ca_certs": st.sampled_from(["/etc/ca.pem", "a b;c&d=e?f"]),
     },
 )
 option_queries = st.dictionaries(

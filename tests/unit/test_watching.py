@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from celery_amqp_results import errors
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, supersedes
+from celery_amqp_results.waiting.newest import Newest
 from celery_amqp_results.waiting.progress import Update
-from celery_amqp_results.waiting.watch import Newest, read_target
+from celery_amqp_results.waiting.watch import read_target
 
 #: Seconds after which a wait counts as hanging.
 LONG = 30.0
@@ -50,7 +51,7 @@ def test_each_reported_state_supersedes_the_one_before_and_the_last_is_current(
 ) -> None:
     newest, seen = Newest(), []
     for update in brought:
-        seen += newest.take(update)
+        seen += newest.of_update(update)
     for task_id in ("a", "b"):
         of_task = [state for state in seen if state.id == task_id]
         for before, after in zip(of_task, of_task[1:]):
@@ -74,8 +75,8 @@ def test_past_states_are_skipped_and_pushed_ones_are_not(states_of_both: List[An
     mine = sorted((s for s in states_of_both if s.id == "a"), key=lambda s: s.published)
     if not mine:
         return
-    assert Newest().take(Update("a", mine, None, history=True)) == [fold(mine)]
-    assert Newest().take(Update("a", mine, None))[0] == mine[0]
+    assert Newest().of_update(Update("a", mine, None, history=True)) == [fold(mine)]
+    assert Newest().of_update(Update("a", mine, None))[0] == mine[0]
 
 
 def test_tasks_are_forgotten_beyond_the_limit() -> None:
