@@ -20,6 +20,7 @@ from amqp import spec
 from celery_amqp_results.amqp import connections, frames
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.link import on_answer
 from celery_amqp_results.feed.barriers import Barrier, Barriers
 from celery_amqp_results.feed.bindings import ALL, Action
 from celery_amqp_results.protocol.names import BROADCAST, OVERFLOW, barrier_key
@@ -151,7 +152,7 @@ class Session:
         for queue, callback in ((self.queue, self._on_message), (spilled, self._on_overflow)):
             channel.basic_consume(queue, no_ack=True, callback=callback, on_cancel=self._on_cancel)
         # The answers come in order, and no thread waits for them.
-        channel._callbacks[spec.Queue.BindOk] = self._on_bind_ok
+        on_answer(channel, spec.Queue.BindOk, self._on_bind_ok)
         # A broker that refuses barriers closes this channel alone.
         barriers = self.link.channel_nowait(self._on_barriers_refused)
         barriers.events["basic_return"].add(self._on_barrier_returned)
