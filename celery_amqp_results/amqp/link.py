@@ -20,7 +20,7 @@ from celery_amqp_results.toolkit import sockets
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import time_left
 
-__all__ = ("IO_TIMEOUT", "Link", "channel_nowait", "on_answer")
+__all__ = ("IO_TIMEOUT", "Link", "channel_nowait")
 
 logger = logging.getLogger(__name__)
 
@@ -329,11 +329,6 @@ def channel_nowait(
     channel._callbacks[spec.Channel.Close] = closed
     channel.send_method(spec.Channel.Open, "s", ("",))
     return channel
-
-
-def on_answer(channel: amqp.Channel, method: Tuple[int, int], callback: Callable[..., Any]) -> None:
-    """Call *callback* with each answer *method* on *channel* that no thread waits for."""
-    channel._callbacks[method] = callback
 
 
 #: All connections of this process.
