@@ -79,8 +79,13 @@ class Layout(Protocol):
     def last_mark(self, task_id: str) -> Optional[StateMessage]:
         """Return the last mark of a task, or ``None``."""
 
-    def stored_state(self, task_id: str) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task, regardless of pushed states."""
+    def stored_state(self, task_id: str, besides: Collection[str] = ()) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, regardless of pushed states.
+
+        Parameters:
+            task_id: the task.
+            besides: queues with bodies that cannot be decoded, whose states are left out.
+        """
 
     def detach(self, state: StateMessage) -> StateMessage:
         """Return *state*, or if it is large a pointer to its body, which is now kept elsewhere."""

@@ -163,9 +163,10 @@ class SharedLayout:
             f"the mark {mark.state} of {mark.id}",
         )
 
-    def stored_state(self, task_id: str) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task, regardless of pushed states."""
-        return fold(self.store.read((task_id,))[task_id])
+    def stored_state(self, task_id: str, besides: Collection[str] = ()) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, whose body is not in *besides*."""
+        found = self.store.read((task_id,))[task_id]
+        return fold(state for state in found if state.body_queue not in besides)
 
     def detach(self, state: StateMessage) -> StateMessage:
         """Return *state*, or a pointer to its body if that is over ``inline_limit``.

@@ -145,8 +145,8 @@ class PerTaskLayout:
         """
         return self.lookups.read(ids, limit=backlog_limit)
 
-    def stored_state(self, task_id: str) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task, regardless of pushed states."""
+    def stored_state(self, task_id: str, besides: Collection[str] = ()) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task; no body is in another queue here."""
         return self.poll((task_id,))[task_id]
 
     def read_group(self, group_id: str) -> Optional[StateMessage]:
