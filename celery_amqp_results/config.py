@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Iterable, NamedTuple, Optional, Tuple
+from typing import Any, Iterable, Mapping, NamedTuple, Optional, Tuple
 
 from celery import states
 from celery.exceptions import ImproperlyConfigured
@@ -184,6 +184,10 @@ class BackendConfig:
     def layout_name(self) -> str:
         """``shared`` or ``per-task``."""
         return self.location.layout
+
+    def shape(self, meta: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the fields of a meta that are written."""
+        return meta if self.layout_name == "shared" else self.wire.shape(meta)
 
     @functools.cached_property
     def layout_key(self) -> str:

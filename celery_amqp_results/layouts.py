@@ -12,10 +12,10 @@ from typing import (
     Callable,
     Collection,
     Dict,
-    Mapping,
     Optional,
     Protocol,
     Sequence,
+    runtime_checkable,
 )
 
 from celery.utils.nodenames import anon_nodename
@@ -31,25 +31,30 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Route, client_word
 from celery_amqp_results.shared_layout import SharedLayout
 from celery_amqp_results.waiting.following import Following
-from celery_amqp_results.waiting.tap import Tap
 
-__all__ = ("Layout", "make_layout")
+__all__ = (
+    "Flushes",
+    "KeepsBodies",
+    "KeepsMarks",
+    "KeepsParts",
+    "Layout",
+    "LimitsBacklog",
+    "NotesSent",
+    "make_layout",
+)
 
 
 class Layout(Protocol):
-    """Keeps results on a broker. Thread-safe; made anew after a fork."""
+    """Keeps results on a broker. Thread-safe; made anew after a fork.
+
+    What only some layouts can do is a protocol of its own, see below.
+    """
 
     #: Sends and leads chords; ``None`` where Celery's polling task completes chords.
     chords: Optional[Chords]
 
     def metrics(self) -> Metrics:
         """Return the counts so far."""
-
-    def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the fields of a meta that are written."""
-
-    def note_sent(self, task_id: str) -> None:
-        """Note that this process is about to send a task. Does no I/O."""
 
     def publish(
         self,
@@ -67,56 +72,14 @@ class Layout(Protocol):
             part: a message for the leader of a chord, where the state itself is not kept as long.
         """
 
-    def publish_part(self, part: StateMessage, group_id: str) -> None:
-        """Publish the return value of a chord's header task whose state is not stored."""
-
-    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
-        """Publish a mark on a connection that sends tasks. Does not wait for anything."""
-
-    def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
-        """Publish marks."""
-
-    def last_mark(self, task_id: str) -> Optional[StateMessage]:
-        """Return the last mark of a task, or ``None``."""
-
-    def stored_state(self, task_id: str, besides: Collection[str] = ()) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task, regardless of pushed states.
-
-        Parameters:
-            task_id: the task.
-            besides: queues with bodies that cannot be decoded, whose states are left out.
-        """
-
-    def detach(self, state: StateMessage) -> StateMessage:
-        """Return *state*, or if it is large a pointer to its body, which is now kept elsewhere."""
-
-    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
-        """Return the state that a pointer stands for, or ``None`` if the body is gone."""
-
-    def poll(
-        self, ids: Collection[str], backlog_limit: Optional[int] = None
-    ) -> Dict[str, Optional[StateMessage]]:
-        """Return the current state of each of *ids*, or ``None`` where nothing is known.
-
-        Parameters:
-            backlog_limit: how many states of one task may be skipped, where that is limited.
-        """
+    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+        """Return the current state of each of *ids*, or ``None`` where nothing is known."""
 
     def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
         """Return a follower without tasks.
 
         Parameters:
             submit: calls a function with arguments on another thread; tasks may be looked up there.
-        """
-
-    def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
-        """Return a tap of all published states.
-
-        Parameters:
-            wanted: names of the states to get, ``None`` for all.
-
-        Raises:
-            Unsupported: where the layout has no tap.
         """
 
     def forget(self, ids: Collection[str]) -> None:
@@ -131,11 +94,68 @@ class Layout(Protocol):
     def forget_group(self, group_id: str) -> None:
         """Delete a group that was kept."""
 
-    def flush(self) -> None:
-        """Wait until the broker has all published messages, at most a few seconds."""
-
     def close(self, wait: bool = True) -> None:
         """Close all connections and end all threads."""
+
+
+@runtime_checkable
+class NotesSent(Protocol):
+    """A layout that pushes the states of a task to the process that has sent it."""
+
+    def note_sent(self, task_id: str) -> None:
+        """Note that this process is about to send a task. Does no I/O."""
+
+
+@runtime_checkable
+class KeepsParts(Protocol):
+    """A layout with chords of its own."""
+
+    def publish_part(self, part: StateMessage, group_id: str) -> None:
+        """Publish the return value of a chord's header task whose state is not stored."""
+
+
+@runtime_checkable
+class KeepsMarks(Protocol):
+    """A layout that keeps marks: that a task was sent, has ended, or was forgotten."""
+
+    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+        """Publish a mark on a connection that sends tasks. Does not wait for anything."""
+
+    def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
+        """Publish marks."""
+
+    def last_mark(self, task_id: str) -> Optional[StateMessage]:
+        """Return the last mark of a task, or ``None``."""
+
+    def stored_state(self, task_id: str) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, regardless of pushed states."""
+
+
+@runtime_checkable
+class KeepsBodies(Protocol):
+    """A layout that keeps the bodies of large states elsewhere."""
+
+    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+        """Return the state that a pointer stands for, or ``None`` if the body is gone."""
+
+    def stored_besides(self, task_id: str, queues: Collection[str]) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, except those with a body in *queues*."""
+
+
+@runtime_checkable
+class LimitsBacklog(Protocol):
+    """A layout in which a look-up skips the earlier states of a task."""
+
+    def poll_within(self, task_id: str, backlog_limit: int) -> Optional[StateMessage]:
+        """Return the current state of a task if that skips at most *backlog_limit* states."""
+
+
+@runtime_checkable
+class Flushes(Protocol):
+    """A layout that does not wait for every confirm."""
+
+    def flush(self) -> None:
+        """Wait until the broker has all published messages, at most a few seconds."""
 
 
 def make_layout(app: Any, config: BackendConfig) -> Layout:

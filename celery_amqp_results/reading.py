@@ -16,7 +16,7 @@ from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors
 from celery_amqp_results.config import BackendConfig
-from celery_amqp_results.layouts import Layout
+from celery_amqp_results.layouts import KeepsBodies, KeepsMarks, Layout, LimitsBacklog
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.store.marks import Fate
@@ -77,7 +77,8 @@ class Reader:
         """
         if state.body_queue is None:
             return self._config.codec.decode(state)
-        complete = self._layout().fetch(state)
+        layout = self._layout()
+        complete = layout.fetch(state) if isinstance(layout, KeepsBodies) else None
         if complete is None:
             raise errors.ResultExpired(
                 f"the {state.state} of {state.id!r} is gone from the queue {state.body_queue!r}: "
@@ -86,12 +87,16 @@ class Reader:
         try:
             return self._config.codec.decode(complete)
         except (ContentDisallowed, errors.ForeignMessage):
-            if state.kind != STATE or not is_final(state.state):
+            if (
+                state.kind != STATE
+                or not is_final(state.state)
+                or not isinstance(layout, KeepsBodies)
+            ):
                 raise
             # Only now it is known that the body cannot be decoded. It must not hide another final
             # state, of another run of the task.
             besides = (*besides, state.body_queue)
-            other = self._layout().stored_state(state.id, besides)
+            other = layout.stored_besides(state.id, besides)
             if other is None or not is_final(other.state):
                 raise
             return self.content(other, besides)
@@ -132,12 +137,15 @@ class Reader:
             Exception: as :meth:`content`, and BacklogLimitExceeded when there are more states.
         """
         present = self._pass.states
-        if task_id in present:
-            state = present[task_id]
-        else:
-            state = self._layout().poll((task_id,), backlog_limit)[task_id]
+        state = present[task_id] if task_id in present else self._look_up(task_id, backlog_limit)
         found = None if state is None else self.decode_if_kept(state)
         return {"status": states.PENDING, "result": None} if found is None else found
+
+    def _look_up(self, task_id: str, backlog_limit: Optional[int]) -> Optional[StateMessage]:
+        layout = self._layout()
+        if backlog_limit is not None and isinstance(layout, LimitsBacklog):
+            return layout.poll_within(task_id, backlog_limit)
+        return layout.poll((task_id,))[task_id]
 
     def in_one_pass(self, tasks: Iterable[Any]) -> ContextManager[None]:
         """Read the states of result objects at once, and answer from that in a ``with`` block."""
@@ -161,7 +169,7 @@ class Reader:
         layout = self._layout()
         state = layout.poll((task_id,))[task_id]
         mark = None
-        if state is None and self._config.options.track_sent:
+        if state is None and isinstance(layout, KeepsMarks) and self._config.options.track_sent:
             mark = layout.last_mark(task_id)
             # A new state may still be on its way to the inbox, which poll() asks once it follows
             # the task. Look after reading the mark: a task that has ended had its state before

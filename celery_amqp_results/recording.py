@@ -17,7 +17,7 @@ from celery.app.task import Context
 
 from celery_amqp_results.chords.firing import sends_for_another
 from celery_amqp_results.config import BackendConfig
-from celery_amqp_results.layouts import Layout
+from celery_amqp_results.layouts import KeepsMarks, KeepsParts, Layout, NotesSent
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessage
@@ -101,22 +101,23 @@ class Recorder:
         layout, config = self._layout(), self._config
         expiration = self._expiration_of(state, request)
         meta = {**meta, "task_id": task_id}
-        message = self.encode(task_id, state, layout.shape(meta), STATE, expiration)
+        message = self.encode(task_id, state, config.shape(meta), STATE, expiration)
         route = _route_of(request)
         counts = route.in_chord and is_final(state)
         part = None
         if counts and _shorter(message.expiration, config.expirations.chord):
             part = dataclasses.replace(message, kind=PART, expiration=config.expirations.chord)
-            part = layout.detach(part)
         # ABORTED counts as final here, since a client that aborts a task relies on it.
         final = is_final(state) or state == ABORTED
-        layout.publish(layout.detach(message), route, final, part)
+        layout.publish(message, route, final, part)
         if counts:
             _stored.set((task_id, route.group_id))
         if config.options.track_sent and is_final(state):
             # Losing a mark does little harm, so its confirm is not waited for.
             expiration = tracking.ended_expiration(message.expiration)
-            layout.mark([tracking.mark(task_id, tracking.ENDED, _clock.now(), expiration)], False)
+            self._marks().mark(
+                [tracking.mark(task_id, tracking.ENDED, _clock.now(), expiration)], False
+            )
 
     def record_part(self, task_id: str, group_id: str, meta: Mapping[str, Any]) -> None:
         """Publish the return value of a chord's header task, unless its state was just stored.
@@ -130,8 +131,9 @@ class Recorder:
         if stored == (task_id, group_id):
             return
         layout = self._layout()
+        assert isinstance(layout, KeepsParts)
         part = self.encode(task_id, meta["status"], meta, PART, self._config.expirations.chord)
-        layout.publish_part(layout.detach(part), group_id)
+        layout.publish_part(part, group_id)
 
     def save_group(self, group_id: str, state: str, meta: Mapping[str, Any]) -> None:
         """Keep a group.
@@ -142,7 +144,13 @@ class Recorder:
         """
         layout = self._layout()
         expiration = self._config.expirations.result
-        layout.save_group(self.encode(group_id, state, layout.shape(meta), GROUP, expiration))
+        layout.save_group(self.encode(group_id, state, self._config.shape(meta), GROUP, expiration))
+
+    def note_awaited(self, task_id: str) -> None:
+        """Have the states of a task pushed to this process, where the layout does. No I/O."""
+        layout = self._layout()
+        if isinstance(layout, NotesSent):
+            layout.note_sent(task_id)
 
     def note_sent(self, task_id: str, producer: Any) -> None:
         """Note that a task is about to be sent by *producer*. Does not wait for the broker."""
@@ -150,11 +158,11 @@ class Recorder:
         # A retried or replaced task keeps its first sender.
         retried = current is not None and current.request.id == task_id
         if not retried and not sends_for_another(task_id):
-            self._layout().note_sent(task_id)
+            self.note_awaited(task_id)
         if self._config.options.track_sent:
             connection = producer.connection
             if self._config.broker.is_that_of(connection):
-                self._layout().mark_sent(connection, self._mark(task_id, tracking.SENT))
+                self._marks().mark_sent(connection, self._mark(task_id, tracking.SENT))
 
     def mark_forgotten(self, task_id: str) -> None:
         """With ``track_sent``, publish that a task was forgotten.
@@ -163,7 +171,13 @@ class Recorder:
             BackendUnavailable, DeclarationRefused: see :meth:`Layout.mark`.
         """
         if self._config.options.track_sent:
-            self._layout().mark([self._mark(task_id, tracking.FORGOTTEN)], True)
+            self._marks().mark([self._mark(task_id, tracking.FORGOTTEN)], True)
+
+    def _marks(self) -> KeepsMarks:
+        layout = self._layout()
+        # The option 'track_sent' is refused for other layouts.
+        assert isinstance(layout, KeepsMarks)
+        return layout
 
     def _mark(self, task_id: str, name: str) -> StateMessage:
         return tracking.mark(task_id, name, _clock.now(), self._config.expirations.result)

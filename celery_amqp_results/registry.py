@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Hashable, Protocol
 from celery import signals
 
 from celery_amqp_results.config import BackendConfig
-from celery_amqp_results.layouts import Layout, make_layout
+from celery_amqp_results.layouts import Flushes, Layout, make_layout
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.toolkit.forks import Process
 
@@ -94,7 +94,8 @@ class LayoutRegistry:
         """Wait until the broker has all published messages, at most a few seconds."""
         if self._process.is_current:
             for layout in list(self._layouts.values()):
-                layout.flush()
+                if isinstance(layout, Flushes):
+                    layout.flush()
 
     def close(self, wait: bool = True) -> None:
         """Close all layouts, unless they are another process's."""

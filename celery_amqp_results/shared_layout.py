@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Callable, Collection, Dict, Mapping, Optional, Sequence
+from typing import Any, Callable, Collection, Dict, Optional, Sequence
 
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
@@ -114,7 +114,7 @@ class SharedLayout:
             shards_read=store.shards_read,
             messages_read=store.messages_read,
             packed=store.packed,
-            rejected=store.rejected + inbox.rejected,
+            rejected=store.rejected + inbox.rejected + leading.rejected,
             waiting=inbox.waited_for,
             remembered=self.reads.remembered,
             barriers=inbox.barriers,
@@ -126,10 +126,6 @@ class SharedLayout:
             chords_led=leading.leads,
             oldest_chord=int(leading.oldest_age()),
         )
-
-    def shape(self, result_meta: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return *result_meta*, of which all fields are written."""
-        return result_meta
 
     def note_sent(self, task_id: str) -> None:
         """Note that this process is about to send a task. Does no I/O."""
@@ -163,19 +159,14 @@ class SharedLayout:
             f"the mark {mark.state} of {mark.id}",
         )
 
-    def stored_state(self, task_id: str, besides: Collection[str] = ()) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task, whose body is not in *besides*."""
+    def stored_state(self, task_id: str) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, regardless of pushed states."""
+        return self.stored_besides(task_id, ())
+
+    def stored_besides(self, task_id: str, queues: Collection[str]) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, except those with a body in *queues*."""
         found = self.store.read((task_id,))[task_id]
-        return fold(state for state in found if state.body_queue not in besides)
-
-    def detach(self, state: StateMessage) -> StateMessage:
-        """Return *state*, or a pointer to its body if that is over ``inline_limit``.
-
-        Raises:
-            BackendUnavailable, ResultTooLarge: see
-                :meth:`~celery_amqp_results.store.large_bodies.LargeBodies.detach`.
-        """
-        return self._large.detach(state)
+        return fold(state for state in found if state.body_queue not in queues)
 
     def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
         """Return the state that a pointer stands for, or ``None`` if the body is gone."""
@@ -200,6 +191,9 @@ class SharedLayout:
             BackendUnavailable, ResultTooLarge, DeclarationRefused: see
                 :meth:`~celery_amqp_results.store.publisher.Publisher.publish`.
         """
+        if part is not None:
+            part = self._large.detach(part)
+        state = self._large.detach(state)
         messages = [self._outgoing(state, route)]
         if part is not None:
             messages.append(self._outgoing(part, Route(group_id=route.group_id, in_chord=True)))
@@ -216,7 +210,7 @@ class SharedLayout:
             BackendUnavailable, ResultTooLarge, DeclarationRefused: as :meth:`publish`.
         """
         route = Route(group_id=group_id, in_chord=True)
-        self.publisher.publish((self._outgoing(part, route),))
+        self.publisher.publish((self._outgoing(self._large.detach(part), route),))
         self._note_chord(route, True)
 
     def _note_chord(self, route: Route, final: bool) -> None:
@@ -237,14 +231,8 @@ class SharedLayout:
             (topology.exchange, topology.routing_key(state.id, state.state, route)),
         )
 
-    def poll(
-        self, ids: Collection[str], backlog_limit: Optional[int] = None
-    ) -> Dict[str, Optional[StateMessage]]:
-        """Return the current state of each of *ids*, or ``None`` where nothing is known.
-
-        Parameters:
-            backlog_limit: not used; any number of states is read.
-        """
+    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+        """Return the current state of each of *ids*, or ``None`` where nothing is known."""
         return self.reads.read(ids)
 
     def follower(self, submit: Optional[Callable[..., Any]] = None) -> Follower:
@@ -277,7 +265,9 @@ class SharedLayout:
 
     def save_group(self, group: StateMessage) -> None:
         """Keep a group: in the shard of its id, and in no inbox."""
-        self.publisher.publish((self._outgoing(self.detach(group), Route(group_id=group.id)),))
+        self.publisher.publish(
+            (self._outgoing(self._large.detach(group), Route(group_id=group.id)),)
+        )
 
     def read_group(self, group_id: str) -> Optional[StateMessage]:
         """Return the saved group, or ``None``."""

@@ -23,8 +23,8 @@ from celery.bin.base import CLIContext
 from rich.console import Console
 
 from celery_amqp_results.cli import output, results
-from celery_amqp_results.cli.reading import describe
-from celery_amqp_results.cli.watch import Board, picture
+from celery_amqp_results.cli.board import Board, picture
+from celery_amqp_results.cli.describing import describe
 from tools import rabbitmq
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"

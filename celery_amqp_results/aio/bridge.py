@@ -41,7 +41,7 @@ from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.toolkit.threads import block_signals, start_thread
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.progress import Update
-from celery_amqp_results.waiting.tap import Tap
+from celery_amqp_results.waiting.tap import Tap, tap_of
 
 __all__ = ("Bridge", "Subscriber", "bridge_of", "run_blocking")
 
@@ -397,7 +397,7 @@ class Bridge:
             Unsupported: when the layout cannot watch everything.
         """
         if wanted not in self._taps:
-            tap = self.layout.tap(wanted)
+            tap = tap_of(self.layout, wanted)
 
             def take(states: List[StateMessage]) -> None:
                 for state in states:

@@ -41,6 +41,7 @@ from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.newest import Newest
 from celery_amqp_results.waiting.progress import Update
 from celery_amqp_results.waiting.results import tasks_in
+from celery_amqp_results.waiting.tap import tap_of
 
 __all__ = (
     "Completed",
@@ -674,7 +675,7 @@ class Watch(_Stream[Meta]):
             backend, ids = _backend_of("", app), None
             if timeout is None or timeout > 0:
                 # Raises at once where that is not supported.
-                backend.layout.tap(wanted)
+                tap_of(backend.layout, wanted)
         else:
             found = watching.read_target(target)
             self._ended_before.extend(

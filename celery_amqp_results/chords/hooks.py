@@ -23,12 +23,12 @@ class HasChords(Protocol):
     #: Sends and leads chords; ``None`` where Celery's polling task completes chords.
     chords: Optional[Chords]
 
-    def note_sent(self, task_id: str) -> None:
-        """Note that this process waits for a task."""
-
 
 class RecordsParts(Protocol):
-    """What publishes the return values of a header's tasks."""
+    """What notes and publishes the states of a chord's tasks."""
+
+    def note_awaited(self, task_id: str) -> None:
+        """Have the states of a task pushed to this process."""
 
     def record_part(self, task_id: str, group_id: str, meta: Mapping[str, Any]) -> None:
         """Publish what a task returned, unless its state was just stored."""
@@ -69,7 +69,7 @@ class ChordHooks:
 
     def apply(self, header_result_args: Tuple[str, Any], body: Any) -> None:
         """Note a chord whose header is about to be sent. Does no I/O, and keeps no task of it."""
-        expect_body(self._app, body, self._layout().note_sent)
+        expect_body(self._app, body, self._recorder.note_awaited)
         current = self._app.current_worker_task
         root_id = None if current is None else current.request.root_id or current.request.id
         self._chords.prepare(*header_result_args, body, self._expires, root_id)

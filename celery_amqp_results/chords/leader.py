@@ -16,12 +16,12 @@ import collections
 import heapq
 import itertools
 import math
-from typing import Deque, Dict, FrozenSet, Iterable, List, Mapping, Optional, Set, Tuple
+from typing import Collection, Deque, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple
 
 from celery_amqp_results.chords import plan as plans
 from celery_amqp_results.chords.actions import Acknowledge, Action, Bind, Delivery, GiveUp, LookUp
 from celery_amqp_results.chords.open_chord import OpenChord
-from celery_amqp_results.chords.pending import SKEW, Ends, LookUps, pause
+from celery_amqp_results.chords.pending import SKEW, Ends, LookUps, Marks, pause
 from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import plan_number
@@ -55,8 +55,8 @@ class Leader:
         self._actions: Deque[Action] = collections.deque()
         self._chords: Dict[str, OpenChord] = {}
         #: Marks of the chords with the task in their header or body, by task id.
-        self._waiting: Dict[str, Set[str]] = {}
-        self._proving: Dict[str, Set[str]] = {}
+        self._waiting = Marks()
+        self._proving = Marks()
         #: Marks of the open chords by header; several if the chord was sent again.
         self._of_group: Dict[str, List[str]] = {}
         self._fired: BoundedDict[str, str] = BoundedDict(MAX_FIRED)
@@ -86,6 +86,11 @@ class Leader:
     def open(self) -> int:
         """How many chords are open."""
         return len(self._chords)
+
+    @property
+    def holds(self) -> bool:
+        """Whether any message is held that is not acknowledged."""
+        return bool(self._chords or self._orphans)
 
     @property
     def oldest(self) -> Optional[int]:
@@ -154,6 +159,8 @@ class Leader:
                 chord = self._chords[mark]
                 chord.unamended.discard(amendment.mark)
                 self._fire_if_complete(chord)
+        elif amendment.mark in self._fired:
+            self._actions.append(Acknowledge((delivery,)))
         else:
             self._orphans.setdefault(amendment.group_id, []).append((amendment, delivery))
             patience = None if amendment.expires is None else amendment.expires / 1000
@@ -168,9 +175,9 @@ class Leader:
         """Take in a pushed state."""
         if not is_final(state.state):
             return
-        marks = self._waiting.get(state.id)
+        marks = self._waiting.of((state.id,))
         if marks:
-            for mark in list(marks):
+            for mark in marks:
                 self._end(self._chords[mark], state, now)
             return
         self._ends.add(state, wall)
@@ -202,13 +209,13 @@ class Leader:
         """
         if not self._look_ups.answered(request, now):
             return
-        for mark in self._marks(self._waiting, found):
+        for mark in self._waiting.of(found):
             chord = self._chords[mark]
-            for task_id in chord.missing & found.keys():
+            for task_id in sorted(chord.missing & found.keys()):
                 state = found[task_id]
                 if not chord.plan.again or state.published >= chord.plan.began:
                     self._end(chord, state, now)
-        for mark in self._marks(self._proving, request.bodies):
+        for mark in self._proving.of(request.bodies):
             chord = self._chords[mark]
             chord.unproven -= request.bodies
             if chord.was_sent(bodies):
@@ -219,7 +226,7 @@ class Leader:
 
     def look_up_failed(self, request: LookUp, now: float) -> None:
         """Note that the store could not be read."""
-        waiting, proving = self._waiting.keys(), self._proving.keys()
+        waiting, proving = self._waiting.tasks, self._proving.tasks
         self._look_ups.failed(request, waiting, proving, now)
 
     def sent(self, mark: str) -> None:
@@ -249,9 +256,17 @@ class Leader:
             chord.deliveries.clear()
         self._orphans.clear()
 
-    def connection_lost(self) -> None:
-        """Forget everything that the broker redelivers, or that may have changed meanwhile."""
-        kept = {mark: chord for mark, chord in self._chords.items() if chord.sending}
+    def connection_lost(self, sending: Collection[str]) -> None:
+        """Forget everything that the broker redelivers, or that may have changed meanwhile.
+
+        Parameters:
+            sending: marks of the chords whose bodies are being sent. Nobody has begun to send
+                another one, even if that was decided.
+        """
+        kept = {mark: chord for mark, chord in self._chords.items() if mark in sending}
+        for mark, chord in self._chords.items():
+            if chord.sending and mark not in kept:
+                self._fired.pop(mark)
         self._chords.clear()
         self._waiting.clear()
         self._proving.clear()
@@ -299,7 +314,7 @@ class Leader:
                 self._set_end(chord, early)
             else:
                 chord.missing.add(task_id)
-                self._waiting.setdefault(task_id, set()).add(chord.plan.mark)
+                self._waiting.add(task_id, chord.plan.mark)
 
     def _amend(self, chord: OpenChord, amendment: Amendment, delivery: Delivery) -> None:
         chord.deliveries.append(delivery)
@@ -312,9 +327,11 @@ class Leader:
         number = plan_number(amendment.subgroup or amendment.group_id)
         if number not in self._sure:
             self._lead(number)
-        elif amendment.subgroup is None:
+        elif amendment.subgroup is None and amendment.began >= max(
+            self._sure[number] or 0, self._ends.forgotten
+        ):
             return
-        # Tasks of a subgroup may have ended before the binding stood.
+        # The tasks may have ended before the binding stood.
         self._look_ups.want(chord.missing.intersection(ids))
 
     def _end(self, chord: OpenChord, state: StateMessage, now: float) -> None:
@@ -337,7 +354,7 @@ class Leader:
             # On a cluster a state may overtake the amendment, which is in another queue.
             chord.unamended.add(state.amended)
         # A SUCCESS supersedes a FAILURE as long as the chord is open.
-        self._waiting.setdefault(state.id, set()).add(chord.plan.mark)
+        self._waiting.add(state.id, chord.plan.mark)
 
     def _is_amended(self, group_id: str, mark: str) -> bool:
         return any(
@@ -353,15 +370,11 @@ class Leader:
             return
         chord.unproven.update(chord.plan.proofs)
         for proof in chord.plan.proofs:
-            self._proving.setdefault(proof, set()).add(chord.plan.mark)
+            self._proving.add(proof, chord.plan.mark)
 
     def _ask(self, chord: OpenChord) -> None:
         """Look up the unknown tasks of a chord."""
         self._look_ups.want(chord.missing, chord.unproven)
-
-    @staticmethod
-    def _marks(table: Mapping[str, Set[str]], ids: Iterable[str]) -> Set[str]:
-        return {mark for task_id in ids for mark in table.get(task_id, ())}
 
     def _fire_if_complete(self, chord: OpenChord) -> None:
         if chord.complete:
@@ -376,30 +389,20 @@ class Leader:
         """Forget a chord that is over, and acknowledge its messages."""
         mark, group_id = chord.plan.mark, chord.plan.group_id
         del self._chords[mark]
+        for amendment in chord.amendments:
+            # It may be delivered again after the plan.
+            self._fired[amendment.mark] = group_id
         marks = self._of_group[group_id]
         marks.remove(mark)
         if not marks:
             del self._of_group[group_id]
         self._look_ups.drop(
-            self._leave(self._waiting, mark, chord.watched),
-            self._leave(self._proving, mark, chord.plan.proofs),
+            self._waiting.leave(mark, chord.watched),
+            self._proving.leave(mark, chord.plan.proofs),
         )
         self._ends.release(chord.ends.values())
         if chord.deliveries:
             self._actions.append(Acknowledge(tuple(chord.deliveries)))
-
-    @staticmethod
-    def _leave(table: Dict[str, Set[str]], mark: str, ids: Iterable[str]) -> List[str]:
-        """Take a chord out of *table*; return those of *ids* that no other chord is in."""
-        left = []
-        for task_id in ids:
-            marks = table.get(task_id)
-            if marks is not None:
-                marks.discard(mark)
-                if not marks:
-                    del table[task_id]
-                    left.append(task_id)
-        return left
 
     def _look_after(self, chord: OpenChord, now: float, wall: int) -> None:
         if chord.sending:
@@ -410,12 +413,14 @@ class Leader:
             self._close(chord)
             return
         if now >= chord.recheck_at:
-            if chord.missing or chord.unproven:
-                if chord.recheck(now):
-                    self._ask(chord)
-            else:
+            if chord.complete:
                 chord.recheck_at = math.inf
                 self._fire_if_complete(chord)
+            elif chord.recheck(now):
+                if chord.unamended:
+                    # Perhaps the plan was published twice, and the chord is over.
+                    self._doubt(chord, True)
+                self._ask(chord)
         self._set_chord_timer(chord, now, wall)
 
     def _set_chord_timer(self, chord: OpenChord, now: float, wall: int) -> None:

@@ -9,13 +9,13 @@ import collections
 import dataclasses
 import itertools
 import math
-from typing import Collection, Iterable, Optional, Set, Tuple
+from typing import Collection, Dict, Iterable, List, Optional, Set, Tuple
 
 from celery_amqp_results.chords.actions import LookUp
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import supersedes
 
-__all__ = ("Ends", "LookUps")
+__all__ = ("Ends", "LookUps", "Marks")
 
 #: Clocks of two hosts differ by less than this, in microseconds. If they differ by more, the
 #: first recheck finds what was missed.
@@ -94,6 +94,43 @@ class Ends:
         """Forget everything."""
         self._early.clear()
         self.bytes = 0
+
+
+class Marks:
+    """The marks of the chords that a task belongs to, by task."""
+
+    def __init__(self) -> None:
+        self._marks: Dict[str, Set[str]] = {}
+
+    @property
+    def tasks(self) -> Collection[str]:
+        """The tasks that belong to any chord."""
+        return self._marks.keys()
+
+    def add(self, task_id: str, mark: str) -> None:
+        """Note that a task belongs to a chord."""
+        self._marks.setdefault(task_id, set()).add(mark)
+
+    def of(self, ids: Iterable[str]) -> List[str]:
+        """Return the marks of the chords that any of *ids* belongs to."""
+        # Sorted, so that a simulated run can be repeated.
+        return sorted({mark for task_id in ids for mark in self._marks.get(task_id, ())})
+
+    def leave(self, mark: str, ids: Iterable[str]) -> List[str]:
+        """Forget a chord; return those of *ids* that belong to no other chord."""
+        left = []
+        for task_id in ids:
+            marks = self._marks.get(task_id)
+            if marks is not None:
+                marks.discard(mark)
+                if not marks:
+                    del self._marks[task_id]
+                    left.append(task_id)
+        return left
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._marks.clear()
 
 
 class LookUps:

@@ -12,7 +12,7 @@ import functools
 import logging
 import threading
 import time
-from typing import Callable, Deque, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+from typing import Callable, Deque, Dict, Iterable, List, Mapping, Optional, Set, Tuple, Union
 
 import amqp
 from kombu.exceptions import ContentDisallowed
@@ -26,12 +26,12 @@ from celery_amqp_results.chords.helpers import Helpers
 from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.chords.session import Session
 from celery_amqp_results.chords.workers import bell
+from celery_amqp_results.feed.pushed import PushedStates
 from celery_amqp_results.protocol.message import (
     PART,
     PLAN,
     STATE,
     StateMessage,
-    dated,
 )
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.lookup import Store
@@ -84,6 +84,8 @@ class Service:
         self._fire = fire
         self._leader = leader.Leader(memory)
         self._helpers = Helpers("chord-helper")
+        #: Marks of the chords whose bodies helpers are sending. For the thread only.
+        self._sending: Set[str] = set()
         #: Finished work of helpers: the thread calls these with the leader.
         self._done: Deque[Callable[[float], None]] = collections.deque()
         # Guards the attributes below. No I/O is done while holding it.
@@ -94,10 +96,11 @@ class Service:
         self.met = False
         self._closing = False
         self._close_by = 0.0
-        #: Counts of fired chords, and of plans or amendments given up.
+        self._pushed = PushedStates(declarations.topology, logger)
+        #: Counts of fired chords, of those given up, and of plans that cannot be read.
         self.fired = 0
         self.abandoned = 0
-        self.rejected = 0
+        self.unreadable = 0
 
     # -- for other threads -------------------------------------------------------------------------
 
@@ -122,6 +125,11 @@ class Service:
         return self._thread is not None
 
     @property
+    def rejected(self) -> int:
+        """How many messages were neither plans nor states."""
+        return self.unreadable + self._pushed.rejected
+
+    @property
     def open(self) -> int:
         """How many chords are open here."""
         return self._leader.open
@@ -130,6 +138,11 @@ class Service:
     def leads(self) -> int:
         """How many plan queues are led here."""
         return len(self._leader.leads)
+
+    @property
+    def holds(self) -> bool:
+        """Whether any plan or amendment is not acknowledged."""
+        return self._leader.holds
 
     @property
     def finished(self) -> bool:
@@ -203,11 +216,11 @@ class Service:
                 except Exception as exc:
                     if session is not None:
                         session.drop()
-                    self._leader.connection_lost()
+                    self._leader.connection_lost(self._sending)
                     self._declarations.forget()
                     self._pause(exc, tries, wake_up)
                 else:
-                    self._leader.connection_lost()
+                    self._leader.connection_lost(self._sending)
                     if not self._closing:
                         self._wait_for_chord(wake_up)
         finally:
@@ -265,7 +278,8 @@ class Service:
                 elif isinstance(action, actions.LookUp):
                     self._helpers.submit(functools.partial(self._look_up, action))
                 elif isinstance(action, actions.Fire):
-                    self._helpers.submit(functools.partial(self._send, action))
+                    self._sending.add(action.plan.mark)
+                    self._helpers.submit(functools.partial(self._send, action, session))
                 else:
                     self.abandoned += 1
                     logger.error("chord %s is given up: %s", action.group_id, action.why)
@@ -283,21 +297,30 @@ class Service:
         else:
             self._finish(lambda now: self._leader.looked_up(request, found, bodies, now))
 
-    def _send(self, action: actions.Fire) -> None:
+    def _send(self, action: actions.Fire, session: Session) -> None:
         mark = action.plan.mark
         try:
+            if session.dropped:
+                raise NotSent("the connection is lost, and another leader may have its plan")
             self._fire(action)
         except NotSent as exc:
             logger.warning(
                 "the body of chord %s was not sent, trying again: %s", action.plan.group_id, exc
             )
-            self._finish(lambda now: self._leader.not_sent(mark, now))
+            self._finish(lambda now: self._end_sending(mark, now, False))
         except Exception:
             logger.exception("chord %s could not be fired", action.plan.group_id)
-            self._finish(lambda now: self._leader.sent(mark))
+            self._finish(lambda now: self._end_sending(mark, now, True))
         else:
             self.fired += 1
-            self._finish(lambda now: self._leader.sent(mark))
+            self._finish(lambda now: self._end_sending(mark, now, True))
+
+    def _end_sending(self, mark: str, now: float, sent: bool) -> None:
+        self._sending.discard(mark)
+        if sent:
+            self._leader.sent(mark)
+        else:
+            self._leader.not_sent(mark, now)
 
     def _finish(self, done: Callable[[float], None]) -> None:
         self._done.append(done)
@@ -315,7 +338,7 @@ class Service:
             plan = self._read(state)
         except Exception as exc:
             # A serializer may raise anything.
-            self.rejected += 1
+            self.unreadable += 1
             logger.error("a plan of a chord cannot be read here: %r", exc)
             return not isinstance(exc, ContentDisallowed)
         redelivered = bool(message.delivery_info.get("redelivered"))
@@ -327,17 +350,9 @@ class Service:
 
     def on_state(self, message: amqp.Message) -> None:
         """Take in a pushed state."""
-        wall = _wall()
-        try:
-            state = dated(StateMessage.from_properties(message.properties, message.body), wall)
-            self._declarations.topology.check_body_queue(state)
-        except errors.ForeignMessage as exc:
-            self.rejected += 1
-            level = logging.WARNING if self.rejected == 1 else logging.DEBUG
-            logger.log(level, "ignored a foreign or damaged message: %s", exc)
-            return
-        if state.kind in (STATE, PART):
-            self._leader.state_pushed(state, time.monotonic(), wall)
+        state = self._pushed.read(message)
+        if state is not None and state.kind in (STATE, PART):
+            self._leader.state_pushed(state, time.monotonic(), _wall())
 
 
 def read_ends(store: Store, ids: Iterable[str]) -> Dict[str, StateMessage]:

@@ -36,8 +36,8 @@ class Handler(Protocol):
     met: bool
 
     @property
-    def open(self) -> int:
-        """How many chords are open."""
+    def holds(self) -> bool:
+        """Whether any plan or amendment is not acknowledged."""
 
     @property
     def finished(self) -> bool:
@@ -84,6 +84,8 @@ class Session:
         self._topology = declarations.topology
         #: Whether plan queues exist.
         self.found = False
+        #: Whether the connection is known to be lost.
+        self.dropped = False
         self._retake_at = time.monotonic() + RETAKE_SECONDS
         self.link = connector.open_once(HEARTBEAT)
         try:
@@ -176,11 +178,11 @@ class Session:
 
     def _retake(self, now: float) -> None:
         """Have open plans redelivered, so that none is held for too long."""
-        if self._handler.open and now >= self._retake_at:
+        if self._handler.holds and now >= self._retake_at:
             # All messages that come before the answer are redelivered.
             self.channel.send_method(spec.Basic.Recover, "b", (True,), wait=spec.Basic.RecoverOk)
             self._handler.requeued()
-        if not self._handler.open or now >= self._retake_at:
+        if not self._handler.holds or now >= self._retake_at:
             self._retake_at = now + RETAKE_SECONDS
 
     def close(self) -> None:
@@ -189,5 +191,6 @@ class Session:
 
     def drop(self) -> None:
         """Close the socket without a handshake."""
+        self.dropped = True
         self.link.drop()
         self._connector.mark_host_failed(self.link)

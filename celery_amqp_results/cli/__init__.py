@@ -1,7 +1,6 @@
 """``celery -A proj results ...``: the command line, found by Celery by its entry point.
 
-Celery imports this package at every ``celery`` command, so it imports little: each command imports
-its modules when it runs.
+Celery imports this package at every ``celery`` command. Only rich is imported when it is needed.
 """
 
 from __future__ import annotations

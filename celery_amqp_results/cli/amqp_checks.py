@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import threading
 import time
 import uuid
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Iterator, List, Mapping, Optional, Tuple
 
 import amqp
 from amqp import exceptions as amqp_errors
-from celery import states
-from celery.app.task import Context
-from celery.exceptions import TimeoutError
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.declarations import Declarations, declare_queue
+from celery_amqp_results.cli import inspection
 from celery_amqp_results.cli.common import Failed, Session
 from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding
-from celery_amqp_results.cli.limits import advice_on_refusal
 from celery_amqp_results.cli.output import age, counted, size
-from celery_amqp_results.protocol import expiry
-from celery_amqp_results.protocol.names import PLAN_QUEUES
+from celery_amqp_results.protocol.names import PLAN_QUEUES, Topology
 
 __all__ = (
     "alarm_findings",
@@ -32,9 +27,8 @@ __all__ = (
     "embedding_findings",
     "growth_finding",
     "old_exchange_findings",
-    "probe_findings",
+    "permissions",
     "refused",
-    "remove_traces",
     "setting_findings",
 )
 
@@ -62,13 +56,6 @@ MEASURABLE = 600.0
 #: The largest message by default: RabbitMQ before 4.0, and since.
 OLD_MESSAGE_LIMIT = 128 * 1024 * 1024
 MESSAGE_LIMIT = 16 * 1024 * 1024
-
-#: Time limit for the result of the probe, in seconds.
-PROBE_TIMEOUT = 20.0
-PROBE_EXPIRES = 60
-
-#: Seconds until the exchange that the probe has declared must be without bindings.
-TRACES_TIMEOUT = 5.0
 
 #: Seconds that the broker may take to report that it blocks publishers.
 ALARM_TIMEOUT = 10.0
@@ -139,7 +126,7 @@ def embedding_findings(properties: Mapping[str, Any], queue_type: str) -> Iterat
         )
 
 
-def chord_findings(broker: Any) -> Iterator[Finding]:
+def chord_findings(broker: inspection.Broker) -> Iterator[Finding]:
     """Find plans of chords that no worker leads."""
     topology = broker.topology
     plans = 0
@@ -171,7 +158,7 @@ def _version(properties: Mapping[str, Any]) -> Tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", str(properties.get("version", "?")))[:2])
 
 
-def alarm_findings(broker: Any) -> Iterator[Finding]:
+def alarm_findings(broker: inspection.Broker) -> Iterator[Finding]:
     """Check whether the broker blocks publishers.
 
     It reports that only to a connection that publishes. The messages published here have no queue.
@@ -212,10 +199,8 @@ def alarm_findings(broker: Any) -> Iterator[Finding]:
         link.drop()
 
 
-def declaration_findings(session: Session, broker: Any) -> Iterator[Finding]:
+def declaration_findings(session: Session, broker: inspection.Broker) -> Iterator[Finding]:
     """Compare the declared objects with the settings; declare nothing that is missing."""
-    from celery_amqp_results.amqp.declarations import Declarations, declare_queue
-
     topology, declare = broker.topology, session.backend.options.declare
     found = broker.exists(topology.exchange)
     if found is False:
@@ -254,21 +239,24 @@ def declaration_findings(session: Session, broker: Any) -> Iterator[Finding]:
             return
         except amqp_errors.AccessRefused:
             yield _not_compared("queue-type", queue.name)
-    count = f"{len(lengths)} of {topology.shards} {topology.queue_type} shards are there"
-    if len(lengths) == topology.shards:
-        yield Finding("declarations", "ok", count)
-    elif declare:
-        yield Finding(
+    yield _shard_count(len(lengths), topology, declare)
+
+
+def _shard_count(there: int, topology: Topology, declare: bool) -> Finding:
+    count = f"{there} of {topology.shards} {topology.queue_type} shards are there"
+    if there == topology.shards:
+        return Finding("declarations", "ok", count)
+    if declare:
+        return Finding(
             "declarations", "ok", f"{count}; each is declared when its first result is stored"
         )
-    else:
-        yield Finding(
-            "declarations",
-            "error",
-            f"{count}, and the option 'declare' is false: what belongs into the others cannot be "
-            "stored",
-            _DEFINITIONS,
-        )
+    return Finding(
+        "declarations",
+        "error",
+        f"{count}, and the option 'declare' is false: what belongs into the others cannot be "
+        "stored",
+        _DEFINITIONS,
+    )
 
 
 _DEFINITIONS = (
@@ -299,12 +287,12 @@ def _not_compared(check: str, name: str) -> Finding:
     )
 
 
-def refused(topology: Any, exc: BaseException) -> Finding:
+def refused(topology: Topology, exc: BaseException) -> Finding:
     """Return the finding that the broker refused an operation."""
     return Finding("permissions", "error", f"the broker refuses us: {exc}", permissions(topology))
 
 
-def permissions(topology: Any) -> str:
+def permissions(topology: Topology) -> str:
     """Return advice about the permissions that the user lacks."""
     prefix = re.escape(topology.prefix).replace("\\-", "-")
     return (
@@ -343,35 +331,16 @@ def growth_finding(
     )
 
 
-def content_findings(session: Session, broker: Any) -> Iterator[Finding]:
+def content_findings(session: Session, broker: inspection.Broker) -> Iterator[Finding]:
     """Check the lengths of the shards, and the contents of some of them.
 
     Raises:
         amqp.AccessRefused: when we may not read.
         Failed: when a shard could not be read in time.
     """
-    from celery_amqp_results.cli import inspection
-
     lengths = broker.lengths()
-    total, shards = sum(lengths.values()), broker.topology.shards
-    longest = max(lengths.values(), default=0)
-    if longest > MANY_MESSAGES:
-        wanted = min(4096, 1 << (shards * longest // MANY_MESSAGES).bit_length())
-        yield Finding(
-            "shards",
-            "warning",
-            f"a shard has {longest:,} messages, of {total:,} in {shards} shards: look-ups in it "
-            f"take about {longest / 10000:.1f} s",
-            "they are packed when they are read: if nobody reads results, set ignore_result; "
-            f"otherwise shorten result_expires, or use {wanted} shards under another "
-            "result_exchange",
-        )
-    else:
-        yield Finding(
-            "shards",
-            "ok",
-            f"{counted(total, 'message')}, at most {longest:,} in one of {shards} shards",
-        )
+    shards = broker.topology.shards
+    yield _length_finding(lengths, shards)
     filled = [shard for shard, length in lengths.items() if length]
     contents = broker.read(inspection.spread(sorted(filled), 4))
     expires = session.backend.config.expirations.result
@@ -380,6 +349,31 @@ def content_findings(session: Session, broker: Any) -> Iterator[Finding]:
         growth = growth_finding(kept, time.time() - contents.oldest, expires / 1000, shards)
         if growth is not None:
             yield growth
+    yield from _oddities(contents, expires)
+
+
+def _length_finding(lengths: Mapping[int, int], shards: int) -> Finding:
+    total, longest = sum(lengths.values()), max(lengths.values(), default=0)
+    if longest > MANY_MESSAGES:
+        wanted = min(4096, 1 << (shards * longest // MANY_MESSAGES).bit_length())
+        return Finding(
+            "shards",
+            "warning",
+            f"a shard has {longest:,} messages, of {total:,} in {shards} shards: look-ups in it "
+            f"take about {longest / 10000:.1f} s",
+            "they are packed when they are read: if nobody reads results, set ignore_result; "
+            f"otherwise shorten result_expires, or use {wanted} shards under another "
+            "result_exchange",
+        )
+    return Finding(
+        "shards",
+        "ok",
+        f"{counted(total, 'message')}, at most {longest:,} in one of {shards} shards",
+    )
+
+
+def _oddities(contents: inspection.Contents, expires: Optional[int]) -> Iterator[Finding]:
+    """Yield what should not be in the shards."""
     if contents.foreign:
         yield Finding(
             "foreign",
@@ -405,7 +399,7 @@ def content_findings(session: Session, broker: Any) -> Iterator[Finding]:
             "they wait for a worker, run without track_started, ignore their results, or were "
             "lost with their queue: see `celery inspect reserved` and the lengths of the queues",
         )
-    if contents.everlasting and session.backend.config.expirations.result is not None:
+    if contents.everlasting and expires is not None:
         yield Finding(
             "everlasting",
             "info",
@@ -415,136 +409,7 @@ def content_findings(session: Session, broker: Any) -> Iterator[Finding]:
         )
 
 
-def probe_findings(session: Session) -> Iterator[Finding]:
-    """Wait for a result, store it, look it up and forget it.
-
-    Raises:
-        amqp.AccessRefused: when the broker refuses an operation for which the backend has no error.
-    """
-    backend = session.backend
-    task_id = f"doctor-{uuid.uuid4()}"
-    took: List[Tuple[str, float]] = []
-
-    def timed(name: str, function: Callable[[], Any]) -> Any:
-        started = time.monotonic()
-        value = function()
-        took.append((name, time.monotonic() - started))
-        return value
-
-    # The result expires by itself if this process is killed.
-    request = Context(id=task_id, **{expiry.NAME: PROBE_EXPIRES})
-    waiter = _Waiter(backend, task_id)
-    try:
-        timed("open an inbox", waiter.ready)
-        timed(
-            "store",
-            lambda: backend.store_result(task_id, "probe", states.SUCCESS, request=request),
-        )
-        waited = timed("wait", waiter.result)
-        found = timed("look up", lambda: backend.layout.store.read((task_id,))[task_id])
-        timed("forget", lambda: backend.forget(task_id))
-    except (errors.BackendUnavailable, errors.DeclarationRefused, TimeoutError) as exc:
-        done = ", ".join(name for name, _ in took) or "nothing"
-        yield Finding(
-            "probe",
-            "error",
-            f"a result could not be stored and read: {exc} (worked: {done})",
-            advice_on_refusal(str(exc), backend.options.shards)
-            or f"check alarms, policies and permissions: {permissions(backend.config.topology)}",
-        )
-        return
-    if not waited or not found:
-        yield Finding(
-            "probe",
-            "error",
-            "a result was stored, and is not "
-            + ("found any more" if waited else "pushed to who waits"),
-            "look for a policy that drops messages of these queues (message-ttl, max-length), and "
-            "for what deletes them: `rabbitmqctl list_queues name policy | grep "
-            f"{backend.config.topology.prefix}`",
-        )
-        return
-    spent = ", ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in took)
-    yield Finding("probe", "ok", f"a result was waited for, looked up and forgotten: {spent}")
-
-
-def remove_traces(session: Session, broker: Any) -> None:
-    """Delete the exchange and the shard that the probe has declared, unless they are in use by now.
-
-    Otherwise a look at a new broker would settle the number and the type of the shards.
-    """
-    session.backend.close()
-    classic = broker.topology.queue_type == "classic"
-    refusals = (amqp_errors.PreconditionFailed, amqp_errors.AccessRefused, amqp_errors.NotFound)
-    # RabbitMQ deletes quorum queues without conditions only, and a result may have come meanwhile.
-    for shard in broker.lengths() if classic else ():
-        with contextlib.suppress(*refusals):
-            name = broker.topology.shard_queue(shard).name
-            broker.channel.queue_delete(name, if_unused=True, if_empty=True)
-    # The binding of the probe's inbox goes a moment after its connection.
-    end = time.monotonic() + TRACES_TIMEOUT
-    while time.monotonic() < end:
-        try:
-            broker.channel.exchange_delete(broker.topology.exchange, if_unused=True)
-        except amqp_errors.PreconditionFailed:
-            time.sleep(0.02)
-        except refusals:
-            return
-        else:
-            return
-
-
-class _Waiter(threading.Thread):
-    """A thread that waits for a result before it is stored, so that the result is pushed.
-
-    It ends with the backend.
-    """
-
-    def __init__(self, backend: Any, task_id: str) -> None:
-        super().__init__(daemon=True)
-        self._backend = backend
-        self._task_id = task_id
-        self._end = time.monotonic() + PROBE_TIMEOUT
-        self._found: List[Any] = []
-        self._failure: Optional[BaseException] = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._found = list(self._backend.get_many([self._task_id], timeout=PROBE_TIMEOUT))
-        except Exception as exc:
-            self._failure = exc
-
-    def ready(self) -> None:
-        """Wait until results published from now on are pushed.
-
-        Raises:
-            TimeoutError: when that takes too long.
-            Exception: the error of the wait.
-        """
-        inbox = self._backend.layout.inbox
-        while not inbox.covers(self._task_id):
-            if time.monotonic() > self._end:
-                raise TimeoutError(f"no inbox within {PROBE_TIMEOUT:g} s")
-            if not self.is_alive():
-                self.result()
-                return
-            time.sleep(0.005)
-
-    def result(self) -> List[Any]:
-        """Return the awaited result.
-
-        Raises:
-            TimeoutError: when it has not come in time.
-            Exception: the error of the wait.
-        """
-        self.join(max(0.0, self._end - time.monotonic()) + 1.0)
-        if self._failure is not None:
-            raise self._failure
-        return self._found
-
-
-def old_exchange_findings(broker: Any) -> Iterator[Finding]:
+def old_exchange_findings(broker: inspection.Broker) -> Iterator[Finding]:
     """Check whether Celery 4's exchange exists."""
     name = broker.topology.prefix
     if broker.exists(name):

@@ -8,7 +8,7 @@ import click
 from celery import states
 
 from celery_amqp_results.chords.remote import COMMAND
-from celery_amqp_results.cli.common import Exit, Failed, Session, command, shared_only
+from celery_amqp_results.cli.common import Exit, Failed, Session, command
 from celery_amqp_results.cli.output import age, counted
 from celery_amqp_results.cli.reading import present
 
@@ -40,7 +40,8 @@ def chord(session: Session, key: Optional[str], timeout: float) -> None:
     by remote control. Without ID all leaders are shown: their open chords, and the oldest. Exits
     with 3 while tasks are missing, or when no worker leads the chord.
     """
-    shared_only(session, "chord")
+    # Other layouts leave chords to Celery.
+    session.shared_layout()
     if not key:
         _leaders(session, timeout)
         return

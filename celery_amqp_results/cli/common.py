@@ -16,10 +16,12 @@ from celery.exceptions import CeleryError, ImproperlyConfigured, TimeoutError
 from kombu.exceptions import KombuError, OperationalError
 
 from celery_amqp_results import errors
+from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.cli.output import Output, clean
 from celery_amqp_results.options import RetryPolicy
+from celery_amqp_results.shared_layout import SharedLayout
 
-__all__ = ("Exit", "Failed", "Session", "command", "management_options", "shared_only")
+__all__ = ("Exit", "Failed", "Session", "command", "management_options")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -54,8 +56,23 @@ class Session:
     """The context of a command."""
 
     app: Any
-    backend: Any
+    backend: AMQPBackend
     output: Output
+
+    def shared_layout(self) -> SharedLayout:
+        """The layout of the app's results.
+
+        Raises:
+            Failed: when it is another one.
+        """
+        layout = self.backend.layout
+        if not isinstance(layout, SharedLayout):
+            raise Failed(
+                f"{click.get_current_context().info_name} works on the layout 'shared'; this app's "
+                f"is {self.backend.layout_name!r}",
+                Exit.CONFIGURATION,
+            )
+        return layout
 
     @property
     def expires(self) -> Optional[float]:
@@ -100,14 +117,12 @@ def report_errors() -> Iterator[None]:
         raise Failed(f"{type(exc).__name__}: {exc}", Exit.FAILED) from exc
 
 
-def _open(app: Any) -> Any:
+def _open(app: Any) -> AMQPBackend:
     """Return a backend for the command alone, configured like that of *app*.
 
     Raises:
         Failed: when the app has another backend.
     """
-    from celery_amqp_results.backend import AMQPBackend
-
     try:
         theirs = app.backend
     except ImportError as exc:
@@ -171,16 +186,6 @@ def management_options(function: _F) -> _F:
     return click.option("--no-management", is_flag=True, help="Ask nothing of the management API.")(
         function
     )
-
-
-def shared_only(session: Session, what: str) -> None:
-    """Fail if the layout is not ``shared``."""
-    layout = session.backend.layout_name
-    if layout != "shared":
-        raise Failed(
-            f"{what} works on the layout 'shared'; this app's is {layout!r}",
-            Exit.CONFIGURATION,
-        )
 
 
 def check_ids(ids: Sequence[str], group: Optional[str] = None) -> None:

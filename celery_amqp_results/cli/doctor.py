@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Iterator, List, Optional
+from typing import Callable, Iterable, Iterator, List, Optional
 
 import click
 from amqp import exceptions as amqp_errors
 
+from celery_amqp_results.cli import amqp_checks, inspection, management_checks, probe
 from celery_amqp_results.cli.common import (
     Exit,
     Failed,
     Session,
     command,
     management_options,
-    shared_only,
 )
 from celery_amqp_results.cli.findings import Finding, show
 
@@ -37,9 +37,6 @@ def doctor(
     and leftovers are known from RabbitMQ's management API alone. Exits with 1 when there is an
     error.
     """
-    from celery_amqp_results.cli import amqp_checks, inspection, management_checks
-
-    shared_only(session, "doctor")
     findings: List[Finding] = []
     with inspection.Broker(session) as broker:
 
@@ -62,9 +59,9 @@ def doctor(
             take(lambda: amqp_checks.chord_findings(broker))
         fresh = broker.exists(broker.topology.exchange) is False
         if usable and not no_probe and (fits or not fresh):
-            take(lambda: amqp_checks.probe_findings(session))
+            take(lambda: probe.findings(session))
             if fresh:
-                amqp_checks.remove_traces(session, broker)
+                probe.remove_traces(session, broker)
         take(lambda: amqp_checks.old_exchange_findings(broker))
         if api is None:
             findings.append(
@@ -84,10 +81,10 @@ def doctor(
         session.end(Exit.FAILED)
 
 
-def _run_check(check: Callable[[], Iterable[Finding]], broker: Any) -> Iterator[Finding]:
+def _run_check(
+    check: Callable[[], Iterable[Finding]], broker: inspection.Broker
+) -> Iterator[Finding]:
     """Yield the findings of a check; a refusal is a finding as well."""
-    from celery_amqp_results.cli import amqp_checks
-
     try:
         yield from check()
     except amqp_errors.AccessRefused as exc:

@@ -118,9 +118,9 @@ class Broker:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        backend = session.backend
-        self.topology = backend.config.topology
-        self.connector = backend.layout.connector
+        layout = session.shared_layout()
+        self.topology = session.backend.config.topology
+        self.connector = layout.connector
         self.link: Link = self.connector.open(HEARTBEAT)
         self._channel: Any = None
 

@@ -11,6 +11,7 @@ import dataclasses
 import email.utils
 import http.client
 import json
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -104,8 +105,6 @@ class Management:
             raise ManagementError(f"{self.url} does not answer as it should: {exc}") from exc
 
     def _note_date(self, date: Optional[str]) -> None:
-        import time
-
         if date:
             try:
                 self.skew = email.utils.parsedate_to_datetime(date).timestamp() - time.time()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import uuid
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import click
 from kombu.exceptions import KombuError, OperationalError
 
 from celery_amqp_results import errors
+from celery_amqp_results.backend import AMQPBackend
+from celery_amqp_results.cli import inspection, management
 from celery_amqp_results.cli.common import (
     RETRY_POLICY,
     Exit,
@@ -17,7 +19,6 @@ from celery_amqp_results.cli.common import (
     Session,
     command,
     management_options,
-    shared_only,
 )
 from celery_amqp_results.protocol.message import STATE
 from celery_amqp_results.protocol.names import BROADCAST, Route
@@ -28,14 +29,12 @@ __all__ = ("migrate", "old_queues")
 _NAME = re.compile(r"[0-9a-f]{32}\Z")
 
 
-def old_queues(api: Any, exchange: str) -> List[str]:
+def old_queues(api: management.Management, exchange: str) -> List[str]:
     """Return the names of the queues of single tasks that are bound to *exchange*.
 
     Raises:
         ManagementError: when the management API does not answer.
     """
-    from celery_amqp_results.cli import management
-
     try:
         bindings = api.get("exchanges", api.vhost, exchange, "bindings", "source")
     except management.ManagementError as exc:
@@ -72,9 +71,8 @@ def migrate(
     after result_expires from now. Tasks that have not ended are left alone. Exits with 1 when one
     could not be moved.
     """
-    from celery_amqp_results.cli import inspection, management
-
-    shared_only(session, "migrate")
+    # Fails before anything is asked if results are not moved into this layout.
+    session.shared_layout()
     chosen = list(dict.fromkeys(ids))
     if not chosen:
         with inspection.Broker(session) as broker:
@@ -113,13 +111,13 @@ def migrate(
         session.end(Exit.FAILED)
 
 
-def _per_task(session: Session) -> Any:
+def _per_task(session: Session) -> AMQPBackend:
     """Return a backend that reads queues of single tasks on the same broker."""
     options = {"layout": "per-task", "track_sent": False, "retry_policy": RETRY_POLICY}
     return session.backend.clone("the command line", **options)
 
 
-def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) -> str:
+def _one(session: Session, old: AMQPBackend, task_id: str, delete: bool, dry_run: bool) -> str:
     """Move or delete one result; return the outcome."""
     new = session.backend
     try:
@@ -146,6 +144,7 @@ def _one(session: Session, old: Any, task_id: str, delete: bool, dry_run: bool) 
         expiration = new.config.expirations.result
         message = new.recorder.encode(task_id, state.state, found, STATE, expiration)
         # Deleted only after the broker has confirmed the copy.
-        new.layout.publish(new.layout.detach(message), Route(BROADCAST), True)
+        layout = session.shared_layout()
+        layout.publish(message, Route(BROADCAST), True)
     old.layout.forget((task_id,))
     return "deleted" if delete else "moved"

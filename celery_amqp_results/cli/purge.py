@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from celery_amqp_results.cli.common import Exit, Session, command, shared_only
+from celery_amqp_results.cli import inspection
+from celery_amqp_results.cli.common import Exit, Session, command
 from celery_amqp_results.cli.output import counted
 
 __all__ = ("purge",)
@@ -17,9 +18,6 @@ def purge(session: Session, yes: bool) -> None:
 
     Chords that wait for their parts go on. Results that are stored meanwhile may stay.
     """
-    from celery_amqp_results.cli import inspection
-
-    shared_only(session, "purge")
     with inspection.Broker(session) as broker:
         lengths = broker.lengths()
         total = sum(lengths.values())

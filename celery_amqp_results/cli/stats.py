@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any, Dict, Mapping, Optional
 
 import click
 
+from celery_amqp_results.cli import inspection, management
 from celery_amqp_results.cli.common import (
     Exit,
     Failed,
     Session,
     command,
     management_options,
-    shared_only,
 )
 from celery_amqp_results.cli.output import age, counted, size
+from celery_amqp_results.protocol.names import OVERFLOW
 from celery_amqp_results.protocol.ranking import is_final
 
 __all__ = ("stats",)
@@ -51,9 +53,6 @@ def stats(
     Messages are counted exactly. Their contents are counted in some shards and estimated for all,
     see --read. Only RabbitMQ's management API knows inboxes and memory.
     """
-    from celery_amqp_results.cli import inspection
-
-    shared_only(session, "stats")
     with inspection.Broker(session) as broker:
         api = broker.management(management_url, guess=not no_management)
         found = _kept(session, broker, broker.lengths(), count)
@@ -76,14 +75,14 @@ def _number(text: str, shards: int) -> Optional[int]:
     return int(text)
 
 
-def _kept(session: Session, broker: Any, lengths: Mapping[int, int], count: str) -> Dict[str, Any]:
+def _kept(
+    session: Session, broker: inspection.Broker, lengths: Mapping[int, int], count: str
+) -> Dict[str, Any]:
     """Return the contents of the shards, counted in some and estimated for all.
 
     Results are spread evenly over the shards by their ids, whereas a message may hold one or many:
     so the estimate is by shards.
     """
-    from celery_amqp_results.cli import inspection
-
     topology = broker.topology
     filled = sum(1 for length in lengths.values() if length)
     chosen = inspection.choose(lengths, _number(count, topology.shards))
@@ -123,10 +122,9 @@ def _kept(session: Session, broker: Any, lengths: Mapping[int, int], count: str)
 
 
 def _rates(session: Session, seconds: float) -> Dict[str, float]:
-
     published = ended = 0
     end = time.monotonic() + seconds
-    with session.backend.layout.tap() as tap:
+    with session.shared_layout().tap() as tap:
         while (left := end - time.monotonic()) > 0:
             for state in tap.step(end, left):
                 published += 1
@@ -134,12 +132,9 @@ def _rates(session: Session, seconds: float) -> Dict[str, float]:
     return {"published_per_second": published / seconds, "ended_per_second": ended / seconds}
 
 
-def _from_management(session: Session, broker: Any, api: Any) -> Dict[str, Any]:
-    import re
-
-    from celery_amqp_results.cli import management
-    from celery_amqp_results.protocol.names import OVERFLOW
-
+def _from_management(
+    session: Session, broker: inspection.Broker, api: management.Management
+) -> Dict[str, Any]:
     topology = broker.topology
     prefix = re.escape(topology.prefix)
     try:

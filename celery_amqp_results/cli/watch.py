@@ -2,293 +2,19 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import time
-from typing import Any, Deque, Dict, Generator, Iterator, List, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import click
-from celery import states as celery_states
 from celery.exceptions import TimeoutError
 
+from celery_amqp_results.cli.board import Board, Screen
 from celery_amqp_results.cli.common import Exit, Session, check_ids, command
-from celery_amqp_results.cli.output import STYLES, Output, age, clean, counted
-from celery_amqp_results.cli.reading import describe, group_ids
-from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.cli.describing import describe, group_ids
+from celery_amqp_results.cli.output import counted
 
-__all__ = ("Board", "Waiting", "watch")
-
-#: Seconds over which throughput is averaged.
-RATE_SECONDS = 10.0
-#: The most progress bars, and lines of recent states, on a terminal.
-MAX_BARS = 12
-MAX_RECENT = 12
-#: Seconds that the bar of an ended task stays.
-LINGER_SECONDS = 3.0
-#: The most tasks whose progress is remembered.
-MAX_REMEMBERED = 1000
-#: Frames per second.
-FRAMES = 8
-
-Described = Dict[str, Any]
-
-
-def progress_of(described: Described) -> Optional[Tuple[float, float]]:
-    """Return ``(current, total)`` of a task that reports them, or ``None``."""
-    result = described["result"]
-    if not isinstance(result, dict) or described["ready"]:
-        return None
-    current, total = result.get("current"), result.get("total")
-    for number in (current, total):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            return None
-    assert current is not None
-    assert total is not None
-    return (float(current), float(total)) if 0 <= current <= total and total > 0 else None
-
-
-class Board:
-    """A summary of all states seen so far. Does no I/O.
-
-    Parameters:
-        clock: monotonic seconds.
-    """
-
-    def __init__(self, expected: Optional[int] = None, clock: Any = time.monotonic) -> None:
-        self._clock = clock
-        #: How many tasks will end, if that is known.
-        self.expected = expected
-        self.started = clock()
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.recent: Deque[Tuple[float, Described]] = collections.deque(maxlen=MAX_RECENT)
-        #: By task id: progress, and the time of the report or of the task's end.
-        self.bars: collections.OrderedDict[str, Tuple[float, float, str, float]] = (
-            collections.OrderedDict()
-        )
-        self._ended: Deque[float] = collections.deque()
-
-    def take(self, described: Described) -> None:
-        """Note a state."""
-        now = self._clock()
-        task_id, state = described["id"], described["state"]
-        self.counts[state] += 1
-        progress = progress_of(described)
-        if progress is not None:
-            self.bars[task_id] = (*progress, state, now)
-            if len(self.bars) > MAX_REMEMBERED:
-                self.bars.popitem(last=False)
-        else:
-            self.recent.append((now, described))
-        if described["ready"]:
-            self._ended.append(now)
-            if task_id in self.bars:
-                current, total, _, _ = self.bars[task_id]
-                done = total if state == celery_states.SUCCESS else current
-                self.bars[task_id] = (done, total, state, now)
-
-    @property
-    def ended(self) -> int:
-        """How many tasks have ended."""
-        return sum(count for state, count in self.counts.items() if is_final(state))
-
-    @property
-    def failed(self) -> int:
-        """How many have failed or were revoked."""
-        return sum(
-            c
-            for s, c in self.counts.items()
-            if s in celery_states.PROPAGATE_STATES and s != "RETRY"
-        )
-
-    def rate(self) -> float:
-        """Return the number of tasks that end per second."""
-        now = self._clock()
-        while self._ended and self._ended[0] < now - RATE_SECONDS:
-            self._ended.popleft()
-        seconds: float = min(now - self.started, RATE_SECONDS)
-        return len(self._ended) / max(seconds, 0.1)
-
-    def live_bars(self) -> List[Tuple[str, float, float, str]]:
-        """Return the bars to show: id, current, total and state."""
-        now = self._clock()
-        for task_id, (_, _, state, when) in list(self.bars.items()):
-            if is_final(state) and now - when > LINGER_SECONDS:
-                del self.bars[task_id]
-        return [(i, c, t, s) for i, (c, t, s, _) in list(self.bars.items())[-MAX_BARS:]]
-
-
-def shorten(value: Any, width: int = 60) -> str:
-    """Return *value* on one line of at most *width* characters."""
-    text = clean(value if isinstance(value, str) else repr(value)).replace("\n", " ")
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def saying(described: Described, width: int = 60) -> str:
-    """Return a summary of a state, in one line."""
-    if described["error"] is not None:
-        error = described["error"]
-        if isinstance(error, BaseException):
-            return shorten(f"{type(error).__name__}: {error}", width)
-        return shorten(error, width)
-    progress = progress_of(described)
-    if progress is not None:
-        return f"{progress[0]:g} of {progress[1]:g}"
-    return "" if described["result"] is None else shorten(repr(described["result"]), width)
-
-
-def picture(board: Board, title: str) -> Any:
-    """Return the live picture for a terminal, as a rich object."""
-    from rich.console import Group
-    from rich.panel import Panel
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    head = Text()
-    head.append(f"{board.ended:,}", style="bold")
-    head.append(f" of {board.expected:,} ended" if board.expected else " ended")
-    head.append(f"   {board.rate():,.1f}/s", style="bold cyan")
-    head.append("   ")
-    head.append(f"{board.failed:,} failed", style="bold red" if board.failed else "dim")
-    head.append(f"   {age(time.monotonic() - board.started)}", style="dim")
-    counts = Text()
-    for state, count in sorted(board.counts.items()):
-        counts.append(f" {clean(state)} ", style=f"reverse {STYLES.get(state, 'blue')}")
-        counts.append(f" {count:,}   ")
-    parts: List[Any] = [head, counts]
-    if board.expected:
-        done = board.ended == board.expected
-        parts.append(
-            ProgressBar(
-                total=board.expected,
-                completed=board.ended,
-                complete_style="green" if done else "cyan",
-                finished_style="red" if board.failed else "green",
-            )
-        )
-    bars = board.live_bars()
-    if bars:
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(no_wrap=True, style="dim", width=12)
-        grid.add_column(no_wrap=True, width=10)
-        grid.add_column(ratio=1)
-        grid.add_column(justify="right", no_wrap=True)
-        for task_id, current, total, state in bars:
-            grid.add_row(
-                Text(clean(task_id)[:12]),
-                Text(clean(state)[:10], style=STYLES.get(state, "blue")),
-                ProgressBar(
-                    total=total,
-                    completed=current,
-                    complete_style="cyan",
-                    finished_style="red" if state == "FAILURE" else "green",
-                ),
-                Text(f"{current / total:4.0%}  {current:g}/{total:g}"),
-            )
-        parts += [Text(), grid]
-    if board.recent:
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(no_wrap=True, style="dim", width=8)
-        grid.add_column(no_wrap=True, width=36)
-        grid.add_column(no_wrap=True, width=10)
-        grid.add_column(no_wrap=True, ratio=1, overflow="ellipsis")
-        for when, described in board.recent:
-            state = described["state"]
-            grid.add_row(
-                f"{when - board.started:7.1f}s",
-                Text(clean(described["id"])[:36]),
-                Text(clean(state)[:10], style=STYLES.get(state, "blue")),
-                Text(saying(described, 80)),
-            )
-        parts += [Text(), grid]
-    return Panel(
-        Group(*parts),
-        title=Text(title, style="bold"),
-        title_align="left",
-        border_style="red" if board.failed else "cyan",
-        padding=(0, 1),
-    )
-
-
-class _Screen:
-    """Prints states as they come."""
-
-    def __init__(self, output: Output, board: Board, title: str) -> None:
-        self._output = output
-        self.board = board
-        self._title = title
-
-    @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show the live picture while the block runs, on a terminal."""
-        console = self._output.console
-        if console is None:
-            yield
-            return
-        from rich.live import Live
-
-        with Live(
-            get_renderable=lambda: picture(self.board, self._title),
-            console=console,
-            refresh_per_second=FRAMES,
-        ):
-            yield
-
-    def take(self, described: Described) -> None:
-        self.board.take(described)
-        if self._output.json:
-            self._output.data(described)
-        elif self._output.console is None:
-            self._output.line(line_of(described))
-
-
-class Waiting:
-    """Shows the progress of tasks while a command waits for them, by a ``with`` statement.
-
-    On a terminal it is the live picture, which disappears at the end. Otherwise each state of an
-    unfinished task is a line on standard error. With ``--json`` there is no output.
-
-    Parameters:
-        output: the output of the command.
-        count: how many tasks are awaited.
-        shown: whether to show anything.
-    """
-
-    def __init__(self, output: Output, count: int, shown: bool) -> None:
-        self._output = output
-        self._board = Board(count)
-        self._shown = shown and not output.json
-        self._live: Any = None
-
-    def __enter__(self) -> Waiting:
-        if self._shown and self._output.console is not None:
-            from rich.live import Live
-
-            title = f"waiting for {counted(self._board.expected or 0, 'task')}"
-            self._live = Live(
-                get_renderable=lambda: picture(self._board, title),
-                console=self._output.console,
-                refresh_per_second=FRAMES,
-                transient=True,
-            )
-            self._live.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def take(self, described: Described) -> None:
-        """Note a state."""
-        self._board.take(described)
-        if self._shown and self._live is None and not described["ready"]:
-            self._output.note(line_of(described))
-
-
-def line_of(described: Described) -> str:
-    """Return a state as one line, for people."""
-    now = time.strftime("%H:%M:%S")
-    return f"{now} {described['id']} {described['state']} {saying(described, 100)}".rstrip()
+__all__ = ("watch",)
 
 
 @command(name="watch")
@@ -315,47 +41,68 @@ def watch(
     if ids:
         check_ids(ids)
     wanted = tuple(name.upper() for name in names) or None
-    targets: Optional[List[str]] = list(dict.fromkeys(ids)) or None
-    title = f"watching {len(ids)} task{'s' if len(ids) != 1 else ''}" if ids else "watching"
-    live_group = None
-    if group is not None:
-        members = group_ids(session, group)
-        if members is None:
-            if targets:
-                raise click.UsageError(f"group {group!r} is not saved: watch it without other ids")
-            session.output.note(
-                f"group {group!r} is not saved (GroupResult.save): its states are shown from now "
-                f"on, until {'Ctrl-C' if timeout is None else '--timeout is over'}"
-            )
-            live_group = group
-        else:
-            targets = list(dict.fromkeys([*(targets or []), *members]))
-        title = f"watching group {group}"
-    elif not ids:
-        title = f"watching {', '.join(wanted) if wanted else 'everything'}"
-    board = Board(len(targets) if targets and wanted is None else None)
-    screen = _Screen(session.output, board, title)
-    metas: Generator[Dict[str, Any], None, None] = session.backend.watch(
-        targets, states=wanted, timeout=timeout
-    )
+    target = _target(session, ids, group)
+    title = _title(len(ids), group, wanted)
+    if target.live_group is not None:
+        end = "Ctrl-C" if timeout is None else "--timeout is over"
+        session.output.note(
+            f"group {group!r} is not saved (GroupResult.save): its states are shown from now on, "
+            f"until {end}"
+        )
+    board = Board(len(target.ids) if target.ids and wanted is None else None)
+    screen = Screen(session.output, board, title)
+    metas = session.backend.watch(target.ids, states=wanted, timeout=timeout)
     late = None
     try:
         with contextlib.closing(metas), screen.shown():
             for found in metas:
-                if live_group is None or found.get("group_id") == live_group:
+                if target.live_group in (None, found.get("group_id")):
                     screen.take(describe(found["task_id"], found))
     except TimeoutError as exc:
         late = str(exc)
     except KeyboardInterrupt:
         _summary(session, board)
-        session.end(Exit.INTERRUPTED if targets is not None else Exit.OK)
+        session.end(Exit.INTERRUPTED if target.ids is not None else Exit.OK)
     _summary(session, board)
     if late is not None:
         session.output.note(late)
-    if board.failed and targets is not None:
+    if board.failed and target.ids is not None:
         session.end(Exit.FAILED)
     if late is not None:
         session.end(Exit.NOT_READY)
+
+
+class _Target(NamedTuple):
+    """What is watched."""
+
+    #: The tasks, ``None`` for all.
+    ids: Optional[List[str]]
+    #: The only group whose states are shown.
+    live_group: Optional[str] = None
+
+
+def _target(session: Session, ids: Tuple[str, ...], group: Optional[str]) -> _Target:
+    """Return what to watch.
+
+    Raises:
+        click.UsageError: when the members of a group beside other ids are unknown.
+    """
+    if group is None:
+        return _Target(list(dict.fromkeys(ids)) or None)
+    members = group_ids(session, group)
+    if members is not None:
+        return _Target(list(dict.fromkeys([*ids, *members])))
+    if ids:
+        raise click.UsageError(f"group {group!r} is not saved: watch it without other ids")
+    return _Target(None, group)
+
+
+def _title(count: int, group: Optional[str], wanted: Optional[Tuple[str, ...]]) -> str:
+    if group is not None:
+        return f"watching group {group}"
+    if count:
+        return f"watching {counted(count, 'task')}"
+    return f"watching {', '.join(wanted) if wanted else 'everything'}"
 
 
 def _summary(session: Session, board: Board) -> None:

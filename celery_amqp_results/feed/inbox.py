@@ -28,11 +28,12 @@ from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.feed.bindings import Action
 from celery_amqp_results.feed.keeper import Keeper
+from celery_amqp_results.feed.pushed import PushedStates
 from celery_amqp_results.feed.session import Session
 from celery_amqp_results.feed.table import Table, Unread
 from celery_amqp_results.feed.views import Look
 from celery_amqp_results.feed.waiter import Waiter, Waiters
-from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage, dated
+from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage
 from celery_amqp_results.protocol.page import Census
 from celery_amqp_results.protocol.ranking import is_lasting
 from celery_amqp_results.toolkit.retry import time_left
@@ -75,9 +76,9 @@ class Inbox:
         self._sent_by_others: Set[str] = set()
         self._table = Table(declarations.topology, limit)
         self._session: Optional[Session] = None
-        #: States received, and messages that were not states.
+        self._pushed = PushedStates(declarations.topology, logger)
+        #: States received.
         self.received = 0
-        self.rejected = 0
         #: Barriers that came back.
         self.barriers = 0
         #: When the latest of the states was published, in microseconds since 1970.
@@ -87,6 +88,11 @@ class Inbox:
     def waited_for(self) -> int:
         """The number of tasks that clients wait for."""
         return len(self._waiters)
+
+    @property
+    def rejected(self) -> int:
+        """How many messages were not states."""
+        return self._pushed.rejected
 
     @property
     def connections(self) -> int:
@@ -382,13 +388,8 @@ class Inbox:
 
     def on_message(self, message: amqp.Message) -> None:
         """Take in a pushed message."""
-        try:
-            state = dated(StateMessage.from_properties(message.properties, message.body), _wall())
-            self._declarations.topology.check_body_queue(state)
-        except errors.ForeignMessage as exc:
-            self.rejected += 1
-            level = logging.WARNING if self.rejected == 1 else logging.DEBUG
-            logger.log(level, "ignored a foreign or damaged message in the inbox: %s", exc)
+        state = self._pushed.read(message)
+        if state is None:
             return
         if state.kind == MARK and state.state == FORGOTTEN:
             self.forget(state.id)

@@ -8,9 +8,9 @@ way of reading differs from Celery 4, see :mod:`~celery_amqp_results.per_task.lo
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable, Collection, Dict, Mapping, Optional, Sequence, Set
+from typing import Any, Callable, Collection, Dict, Optional, Set
 
-from celery_amqp_results import errors, options
+from celery_amqp_results import options
 from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.metrics import Metrics
@@ -24,7 +24,6 @@ from celery_amqp_results.protocol.message import GROUP, StateMessage
 from celery_amqp_results.protocol.names import Route
 from celery_amqp_results.toolkit.forks import Process
 from celery_amqp_results.waiting.following import Following
-from celery_amqp_results.waiting.tap import Tap
 
 __all__ = ("HEARTBEAT", "PerTaskLayout")
 
@@ -69,35 +68,6 @@ class PerTaskLayout:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def shape(self, result_meta: Mapping[str, Any]) -> Dict[str, Any]:
-        """Return the fields of a meta that are written."""
-        return self.queues.wire.shape(result_meta)
-
-    def note_sent(self, task_id: str) -> None:
-        """Do nothing: the process that stores a state declares the queue."""
-
-    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
-        """Do nothing: a task's queue has no place for marks."""
-
-    def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
-        """Do nothing, as :meth:`mark_sent`."""
-
-    def last_mark(self, task_id: str) -> Optional[StateMessage]:
-        """Return ``None``."""
-        return None
-
-    def detach(self, state: StateMessage) -> StateMessage:
-        """Return *state*: every task has a queue of its own anyway."""
-        return state
-
-    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
-        """Return *pointer*: this layout has no pointers."""
-        return pointer
-
-    def publish_part(self, part: StateMessage, group_id: str) -> None:
-        """Raise: this layout has no chords of its own."""
-        raise errors.Unsupported("the layout 'per-task' has no parts of chords")
-
     def publish(
         self,
         state: StateMessage,
@@ -131,23 +101,21 @@ class PerTaskLayout:
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def poll(
-        self, ids: Collection[str], backlog_limit: Optional[int] = None
-    ) -> Dict[str, Optional[StateMessage]]:
+    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
         """Return the current state of each of *ids*, or ``None`` where nothing is known.
-
-        Parameters:
-            ids: the tasks.
-            backlog_limit: how many states of one task may be skipped.
 
         Raises:
             Exception: as :meth:`LookUps.read`.
         """
-        return self.lookups.read(ids, limit=backlog_limit)
+        return self.lookups.read(ids)
 
-    def stored_state(self, task_id: str, besides: Collection[str] = ()) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task; no body is in another queue here."""
-        return self.poll((task_id,))[task_id]
+    def poll_within(self, task_id: str, backlog_limit: int) -> Optional[StateMessage]:
+        """Return the current state of a task if that skips at most *backlog_limit* states.
+
+        Raises:
+            Exception: as :meth:`LookUps.read`.
+        """
+        return self.lookups.read((task_id,), limit=backlog_limit)[task_id]
 
     def read_group(self, group_id: str) -> Optional[StateMessage]:
         """Return a group that was kept, or ``None``."""
@@ -170,17 +138,6 @@ class PerTaskLayout:
         with self._lock:
             self._followers.discard(follower)
 
-    def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
-        """Raise: this layout publishes states only by the key of their task.
-
-        Raises:
-            Unsupported: always.
-        """
-        raise errors.Unsupported(
-            "the layout 'per-task' has no place where the states of all tasks come by; watch given "
-            "tasks, or use the layout 'shared' on RabbitMQ"
-        )
-
     def metrics(self) -> Metrics:
         """Return the counts so far. Does no I/O; this counts less than the layout ``shared``."""
         with self._lock:
@@ -202,9 +159,6 @@ class PerTaskLayout:
     def forget_group(self, group_id: str) -> None:
         """Delete the queue of a group."""
         self.forget((group_id,))
-
-    def flush(self) -> None:
-        """Do nothing: every publish waits for its confirm."""
 
     def close(self, wait: bool = True) -> None:
         """Close all connections; waiting calls raise an error."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Collection, List, Optional
+from typing import Collection, List, Optional, Protocol, runtime_checkable
 
 import amqp
 
@@ -16,14 +16,14 @@ from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.feed.pushed import PushedStates
 from celery_amqp_results.protocol.message import STATE, StateMessage
-from celery_amqp_results.toolkit.bounded import OnceLogger
 from celery_amqp_results.toolkit.forks import Process
 from celery_amqp_results.toolkit.retry import Retry, time_left
 from celery_amqp_results.toolkit.sockets import WakeUp
 from celery_amqp_results.waiting.newest import Newest
 
-__all__ = ("FORKED", "MAX_QUEUED", "Tap")
+__all__ = ("FORKED", "MAX_QUEUED", "Tap", "tap_of")
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,32 @@ MAX_REMEMBERED = 20_000
 
 #: The message of an error.
 FORKED = "a watch was begun before a fork and goes on in the child: begin it in the child"
+
+
+@runtime_checkable
+class Tappable(Protocol):
+    """A layout in which the states of all tasks come by at one place."""
+
+    def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
+        """Return a tap of all published states.
+
+        Parameters:
+            wanted: names of the states to get, ``None`` for all.
+        """
+
+
+def tap_of(layout: object, wanted: Optional[Collection[str]] = None) -> Tap:
+    """Return a tap of all states, or of the *wanted* ones.
+
+    Raises:
+        Unsupported: where the layout has no tap.
+    """
+    if not isinstance(layout, Tappable):
+        raise errors.Unsupported(
+            "the layout 'per-task' has no place where the states of all tasks come by; watch given "
+            "tasks, or use the layout 'shared' on RabbitMQ"
+        )
+    return layout.tap(wanted)
 
 
 class Tap:
@@ -67,14 +93,13 @@ class Tap:
         self._link: Optional[Link] = None
         self._arrived: List[StateMessage] = []
         self._tries = Retry(connector.policy)
-        self._once = OnceLogger(logger)
+        self._pushed = PushedStates(declarations.topology, logger)
         self._opened = False
         self._shut = False
         self._process = Process()
         self._newest = Newest(MAX_REMEMBERED)
-        #: How often the connection was lost, and how many messages were not states.
+        #: How often the connection was lost.
         self.lost = 0
-        self.rejected = 0
         #: Made by the first step, since a tap that is never used is not closed either.
         self._wake_up: Optional[WakeUp] = None
 
@@ -201,18 +226,10 @@ class Tap:
         self._opened = True
 
     def _on_message(self, message: amqp.Message) -> None:
-        try:
-            state = StateMessage.from_properties(message.properties, message.body)
-        except errors.ForeignMessage as exc:
-            self.rejected += 1
-            self._once.log(
-                logging.WARNING,
-                "rejected",
-                "ignored a foreign or damaged message while watching: %s",
-                exc,
-            )
+        state = self._pushed.read(message)
+        if state is None or state.kind != STATE:
             return
-        if state.kind == STATE and (self._wanted is None or state.state in self._wanted):
+        if self._wanted is None or state.state in self._wanted:
             self._arrived.append(state)
 
 

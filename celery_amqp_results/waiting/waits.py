@@ -42,7 +42,7 @@ from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
 from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.progress import Update
-from celery_amqp_results.waiting.tap import Tap
+from celery_amqp_results.waiting.tap import tap_of
 
 __all__ = ("DEFAULT_INTERVAL", "Patience", "Waits")
 
@@ -64,9 +64,6 @@ class Readable(Protocol):
 
     def follower(self) -> Following:
         """Return a follower without tasks."""
-
-    def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
-        """Return a tap of all published states."""
 
 
 class Decoder(Protocol):
@@ -301,7 +298,7 @@ class Waits:
         """
         wanted = watching.read_states(names)
         if target is None:
-            tap = self._layout().tap(wanted)
+            tap = tap_of(self._layout(), wanted)
             return watching.watch_everything(tap, self._decoder.decode, timeout)
         found = watching.read_target(target)
         updates = self.updates(found.ids, Patience(timeout, WATCH_INTERVAL))

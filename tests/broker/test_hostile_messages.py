@@ -497,3 +497,27 @@ def test_hostile_messages_in_a_plan_queue_neither_fire_nor_stop_a_chord(
         request = Context(id=member, group=group_id, chord=dict(body))
         app.backend.mark_as_done(member, 1, request)
         eventually(lambda: app.backend.metrics().chords_fired == 1)
+
+
+def test_a_watch_of_everything_reads_no_foreign_queue(
+    app: Celery, raw: amqp.Connection, eventually: Callable[..., Any]
+) -> None:
+    # Given a watcher, and a queue of others
+    task_id, precious = new_id(), new_id()
+    channel = raw.channel()
+    channel.queue_declare(precious)
+    channel.basic_publish(
+        amqp.Message(b'{"status": "SUCCESS"}', **state_properties(task_id)), "", precious
+    )
+    waiting = Waiting(lambda: next(app.backend.watch(timeout=LONG)))
+    taps = app.backend.layout._taps
+    eventually(lambda: any(tap._link is not None for tap in list(taps)))
+    # When a state is pushed whose body is said to be there
+    topology = app.backend.config.topology
+    pointer = state_properties(task_id, headers={"body-queue": precious})
+    key = topology.routing_key(task_id, states.SUCCESS, Route("all"))
+    channel.basic_publish(amqp.Message(b"", **pointer), topology.exchange, key)
+    app.backend.store_result(task_id, "good", states.SUCCESS)
+    # Then it is left out
+    assert waiting.result()["result"] == "good"
+    assert channel.queue_declare(precious, passive=True).message_count == 1

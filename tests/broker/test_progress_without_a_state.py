@@ -9,7 +9,7 @@ import pytest
 from celery import Celery, states
 
 from celery_amqp_results import aio
-from celery_amqp_results.cli.reading import describe
+from celery_amqp_results.cli.describing import describe
 from tests.broker.helpers import LONG, Waiting, new_id, until_stored
 from tests.conftest import Apps
 

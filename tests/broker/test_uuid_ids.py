@@ -14,7 +14,7 @@ from celery.result import GroupResult
 from kombu import serialization
 
 from celery_amqp_results import aio
-from celery_amqp_results.cli.reading import describe
+from celery_amqp_results.cli.describing import describe
 from tests.broker.helpers import LONG, until_stored
 from tests.conftest import Apps
 
