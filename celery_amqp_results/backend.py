@@ -219,6 +219,13 @@ class AMQPBackend(Backend):
 
         The second parameter is *backlog_limit* in Celery 4, and *cache* in Celery 5, which passes
         it by name. A second positional argument that is true or false is treated as *cache*.
+
+        Raises:
+            LookupTimeout: when the store could not be read within ``lookup_timeout`` seconds.
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+            kombu.exceptions.ContentDisallowed, ForeignMessage: when the state cannot be decoded.
+
+        Reading changes nothing: after an error it is safe to ask again.
         """
         if isinstance(backlog_limit, bool):
             cache, backlog_limit = backlog_limit, BACKLOG_LIMIT
@@ -244,7 +251,12 @@ class AMQPBackend(Backend):
         return self.reader.fate(id_text(task_id))
 
     def forget(self, task_id: Any) -> None:
-        """Delete everything kept of a task."""
+        """Delete everything kept of a task.
+
+        Raises:
+            LookupTimeout, BackendUnavailable: see :meth:`get_task_meta`. Some states may be
+                deleted; forgetting again is safe.
+        """
         super().forget(id_text(task_id))
 
     def _forget(self, task_id: str) -> None:
@@ -263,7 +275,34 @@ class AMQPBackend(Backend):
     ) -> Generator[Meta, None, None]:
         """Watch tasks: yield the meta of every state as it happens.
 
-        See :meth:`Waits.watch <celery_amqp_results.waiting.waits.Waits.watch>`.
+        A meta is what ``get_task_meta`` returns, with the ``task_id``. The current state of each
+        task comes first, then each state that becomes current, once; an older state never comes
+        after a newer one. It ends when all the tasks have ended.
+
+        Parameters:
+            target: a task id, a result object, a group or another result set, a list of these, or
+                ``None`` for every state of every task from now on, which does not end. Such a watch
+                misses states published while the connection is lost, and logs a warning. Given
+                tasks are looked up again after that, so only states before the current one are
+                missed.
+            states: names of the states to yield, or one name; ``None`` for all.
+            timeout: seconds in total; ``None`` for no end, 0 for the current states alone.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* is over and a given task has not ended.
+                A watch of everything just ends.
+            Unsupported: for a watch of everything in the layout ``per-task``.
+            BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or
+                when the backend was closed.
+            LookupTimeout: when *timeout* is 0 and the store could not be read in time.
+            kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot
+                be decoded. A watch of everything leaves it out and logs a warning.
+            TypeError, ValueError: when *target* or *states* are invalid, at once.
+            RuntimeError: when the watch was begun before a fork and goes on in the child.
+
+        The generator is for one thread at a time; it opens nothing before the first meta is
+        requested. Closing or dropping it removes all its bindings. After an error it has ended;
+        watching again is safe.
         """
         return self.waits.watch(target, states, timeout)
 

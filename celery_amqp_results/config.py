@@ -73,6 +73,8 @@ class Location:
     broker: ResultBroker = dataclasses.field(repr=False, compare=False)
     #: ``shared`` or ``per-task``.
     layout: str
+    #: How many connections may be open at once, ``None`` for any number: ``broker_pool_limit``.
+    max_connections: Optional[int] = None
 
     @classmethod
     def read(cls, app: Any, url: Optional[str], given: Optional[Options]) -> Location:
@@ -92,7 +94,7 @@ class Location:
         layout = _choose_layout(broker, options.layout)
         if options.track_sent:
             _check_tracking(app, broker, layout)
-        return cls(parsed, options, broker, layout)
+        return cls(parsed, options, broker, layout, app.conf.broker_pool_limit or None)
 
 
 class Own(NamedTuple):

@@ -166,7 +166,12 @@ def make_layout(app: Any, config: BackendConfig) -> Layout:
     """
     broker, options = config.broker, config.options
     connector = connections.Connector(
-        broker.connection, options.retry_policy, broker.describe, app.main or "celery"
+        broker.connection,
+        options.retry_policy,
+        broker.describe,
+        app.main or "celery",
+        # A clone, such as that of the command line, must work beside the app's own backend.
+        None if config.purpose else config.location.max_connections,
     )
     if config.layout_name == "shared":
         return SharedLayout(
@@ -180,6 +185,6 @@ def make_layout(app: Any, config: BackendConfig) -> Layout:
         )
     sessions: transports.Sessions = transports.KombuSessions(broker.connection, connector)
     if broker.is_amqp():
-        pool = Pool(connector, PER_TASK_HEARTBEAT, "per-task")
+        pool = Pool(connector, PER_TASK_HEARTBEAT, "per-task", connector.slots.limit)
         sessions = transports.AMQPSessions(pool)
     return PerTaskLayout(sessions, connector, config.wire, config.codec, options)

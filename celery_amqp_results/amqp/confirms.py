@@ -141,6 +141,12 @@ class ConfirmLog:
     def __iter__(self) -> Iterator[Publication]:
         return iter(list(self._kept.values()))
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything that matters is unconfirmed, or must be published again."""
+        copies = any(publication.waited for publication in list(self._copies.values()))
+        return bool(self._kept or copies or self.strays)
+
     def unwaited(self) -> List[Publication]:
         """Return the unconfirmed publications that no caller waits for."""
         # Copied in one step: another thread may take in confirms meanwhile.

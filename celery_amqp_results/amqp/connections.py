@@ -25,6 +25,7 @@ from celery_amqp_results.amqp.failures import (
     limit_of,
 )
 from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.amqp.slots import Slots
 from celery_amqp_results.toolkit import retry
 from celery_amqp_results.toolkit.bounded import OnceLogger
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
@@ -95,6 +96,7 @@ class Connector:
         policy: how opening is retried.
         describe: returns the broker's address without password, for messages.
         app_name: name of the app, which is part of the names of its connections.
+        max_connections: how many may be open at once; ``None`` for any number.
 
     Thread-safe. Holds nothing that must not be used after a fork.
     """
@@ -105,9 +107,12 @@ class Connector:
         policy: options.RetryPolicy,
         describe: Callable[[], str],
         app_name: str = "celery",
+        max_connections: Optional[int] = None,
     ) -> None:
         self._make = make
         self._app_name = app_name
+        #: The connections that may be open at once.
+        self.slots = Slots(max_connections)
         self.policy = policy
         self.describe = describe
         #: Number of the host that is tried first, counted over all rounds through the hosts.
@@ -160,9 +165,21 @@ class Connector:
             purpose: what the connection is for, shown by the broker as part of its name.
 
         Raises:
-            BackendUnavailable: when the broker refuses us; ``__cause__`` says why.
+            BackendUnavailable: when the broker refuses us, which ``__cause__`` explains, or when
+                ``broker_pool_limit`` allows no further connection.
             OSError, amqp.AMQPError: when no host answers.
         """
+        self.slots.take(purpose, deadline)
+        try:
+            link = self._open_counted(heartbeat, deadline, purpose)
+        except BaseException:
+            self.slots.give_back(purpose)
+            raise
+        link.on_closed(functools.partial(self.slots.give_back, purpose))
+        self._once.forget(CONNECTIONS)
+        return link
+
+    def _open_counted(self, heartbeat: float, deadline: Optional[float], purpose: str) -> Link:
         connection = self._make(heartbeat)
         _override_transport_options(connection, self._name(purpose))
         hosts = max(1, len(connection.alt or ()))
@@ -190,7 +207,6 @@ class Connector:
                 connection.maybe_switch_next()
                 continue
             self._host = link.host = first + attempt
-            self._once.forget(CONNECTIONS)
             return link
         raise AssertionError("unreachable")  # pragma: no cover
 

@@ -124,6 +124,7 @@ class Link:
         #: TLS decrypts whole records, so it may hold more bytes than were read.
         self._decrypted: Optional[Callable[[], int]] = getattr(self.socket, "pending", None)
         established.on_inbound_frame = frames.tolerant(established.on_inbound_frame)
+        self._closed: Optional[weakref.finalize[..., Link]] = None
         _links.add(self)
         self.amqp.on_blocked = self._on_blocked
         self.amqp.on_unblocked = self._on_unblocked
@@ -297,6 +298,13 @@ class Link:
         """Close the socket without the protocol's handshake."""
         with contextlib.suppress(Exception):
             self.amqp.collect()
+        if self._closed is not None:
+            self._closed()
+
+    def on_closed(self, callback: Callable[[], None]) -> None:
+        """Call *callback* once, when the connection is closed, or is forgotten without that."""
+        self._closed = weakref.finalize(self, callback)
+        self._closed.atexit = False
 
 
 def channel_nowait(

@@ -64,6 +64,7 @@ class Pool:
         self._idle: Deque[Link] = collections.deque()
         self._keeper: Optional[threading.Thread] = None
         self._closed = False
+        connector.slots.add_giver(self.give_up_idle)
 
     @contextlib.contextmanager
     def link(self, deadline: Optional[float] = None) -> Iterator[Link]:
@@ -145,13 +146,22 @@ class Pool:
             link.drop()
             return
         with self._changed:
-            if not self._closed:
+            if not self._closed and not self._connector.slots.wanted:
                 link.idle_since = time.monotonic()
                 self._idle.append(link)
                 if self._keeper is None:
                     self._keeper = start_thread(self._keep, self._name)
                 return
         link.close()
+
+    def give_up_idle(self) -> bool:
+        """Close the connection that has been idle longest; return whether there was one."""
+        with self._changed:
+            link = self._idle.popleft() if self._idle else None
+        if link is None:
+            return False
+        link.close()
+        return True
 
     def _keep(self) -> None:
         pause = self._heartbeat / 2 if self._heartbeat else IDLE_SECONDS / 4

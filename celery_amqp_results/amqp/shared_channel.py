@@ -33,6 +33,9 @@ HEARTBEAT = 0.0
 #: The longest single wait for bytes, in seconds. Between waits the thread looks for an alarm.
 STEP = 1.0
 
+#: Seconds in which outstanding confirms must come when the connection is given up.
+GIVE_UP_SECONDS = 0.5
+
 
 class Waiter:
     """A thread that waits for some publications.
@@ -103,6 +106,10 @@ class SharedChannel:
         self._turn = threading.Lock()
         self._led = False
         self._followers: Deque[Waiter] = collections.deque()
+        #: Not set while the connection is given up for another one.
+        self._may_send = threading.Event()
+        self._may_send.set()
+        connector.slots.add_giver(self.give_up_idle)
 
     @contextlib.contextmanager
     def open(self, since: float) -> Iterator[ConfirmChannel]:
@@ -117,6 +124,8 @@ class SharedChannel:
         Raises:
             BackendUnavailable: when the connection could not be opened.
         """
+        if not self._may_send.is_set():
+            self._may_send.wait(STEP)
         with self._io:
             channel = self._ready(since)
             try:
@@ -318,6 +327,30 @@ class SharedChannel:
                 self._lose(channel, exc)
                 raise
             return channel.log.unwaited()
+
+    def give_up_idle(self) -> bool:
+        """Close the connection when everything is confirmed; return whether it was closed.
+
+        Meanwhile no thread sends anything, so that publishing threads take turns with others.
+        """
+        channel = self._channel
+        if channel is None:
+            return False
+        self._may_send.clear()
+        try:
+            self.wait(Waiter(list(channel.log)), time.monotonic() + GIVE_UP_SECONDS)
+            with self.present() as present:
+                if present is None or present is not channel or channel.log.busy:
+                    return False
+                self._channel = None
+                channel.link.close()
+                return True
+        except TRANSIENT as exc:
+            raise_if_from_signal_handler(exc)
+            # The threads that publish notice that themselves.
+            return False
+        finally:
+            self._may_send.set()
 
     def close(self) -> None:
         """Close the connection with the protocol's handshake."""

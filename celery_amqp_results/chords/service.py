@@ -256,7 +256,7 @@ class Service:
             reader = bell.reader()
             if reader is None:
                 wake_up.wait(3600.0)
-            elif wake_up.wait_for_any(3600.0, reader):
+            elif wake_up.wait(3600.0, reader):
                 self.met = True
                 bell.drain()
 

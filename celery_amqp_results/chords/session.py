@@ -87,7 +87,7 @@ class Session:
         #: Whether the connection is known to be lost.
         self.dropped = False
         self._retake_at = time.monotonic() + RETAKE_SECONDS
-        self.link = connector.open_once(HEARTBEAT)
+        self.link = connector.open_once(HEARTBEAT, purpose="chords")
         try:
             self._set_up()
         except BaseException:
@@ -164,7 +164,7 @@ class Session:
         while not handler.finished:
             now = time.monotonic()
             pause = min(link.idle_time(), handler.perform(self, now) - now)
-            ready = self._wake_up.wait_for_any(max(0.0, pause), *sources)
+            ready = self._wake_up.wait(max(0.0, pause), *sources)
             if reader in ready:
                 bell.drain()
             if link.socket in ready:

@@ -12,6 +12,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 from celery_amqp_results.cli.findings import Finding
 from celery_amqp_results.cli.output import counted
 from celery_amqp_results.protocol.names import PLAN_QUEUES
+from celery_amqp_results.store.lookup import PARALLEL
 
 __all__ = (
     "Limits",
@@ -39,8 +40,8 @@ CELERY_IN_MAIN = 2
 CELERY_IN_PROCESS = 1
 
 #: The most channels of one of our connections, unless it offers fewer: one for each shard that is
-#: read at the same time, and one to publish.
-CHANNELS_WANTED = 17
+#: read at the same time, one to publish pages, and one for other requests.
+CHANNELS_WANTED = PARALLEL + 2
 
 #: A connection needs at least this many channels.
 CHANNELS_NEEDED = 2
@@ -81,6 +82,8 @@ class Needs:
     declare: bool = True
     #: Child processes of a worker.
     concurrency: int = 1
+    #: The setting ``broker_pool_limit``; ``None`` or 0 for no limit.
+    pool_limit: Optional[int] = None
 
     @property
     def missing_queues(self) -> int:
@@ -92,13 +95,16 @@ class Needs:
     @property
     def worker_connections(self) -> int:
         """Connections of one prefork worker."""
-        main = STORES + LEADS + CELERY_IN_MAIN
-        return main + self.concurrency * (STORES + CELERY_IN_PROCESS)
+        main = self._limited(STORES + LEADS) + CELERY_IN_MAIN
+        return main + self.concurrency * (self._limited(STORES) + CELERY_IN_PROCESS)
 
     @property
     def client_connections(self) -> int:
         """Connections of one process that sends tasks and waits for them."""
-        return WAITS + CELERY_IN_PROCESS
+        return self._limited(WAITS) + CELERY_IN_PROCESS
+
+    def _limited(self, connections: int) -> int:
+        return min(connections, self.pool_limit or connections)
 
 
 def limits_from(
@@ -136,7 +142,12 @@ def recommended_shards(free: int) -> int:
 
 def findings(limits: Limits, needs: Needs) -> Iterator[Finding]:
     """Yield the limits, and which of them are too low."""
-    found = [*_queues(limits, needs), *_connections(limits, needs), *_channels(limits)]
+    found = [
+        *_queues(limits, needs),
+        *_connections(limits, needs),
+        *_pool_limit(needs),
+        *_channels(limits),
+    ]
     yield from found
     if not limits.complete:
         yield Finding(
@@ -208,6 +219,18 @@ def _connections(limits: Limits, needs: Needs) -> Iterator[Finding]:
                 if enough
                 else "use fewer child processes or --pool=threads (one process), or raise the limit"
             ),
+        )
+
+
+def _pool_limit(needs: Needs) -> Iterator[Finding]:
+    if needs.pool_limit == 1:
+        yield Finding(
+            "pool-limit",
+            "warning",
+            "broker_pool_limit is 1: a process can store and look up results, but cannot wait for "
+            "them, and a worker cannot lead chords",
+            "set broker_pool_limit to 3 or more, or to 2 for processes that either wait or lead "
+            "chords",
         )
 
 

@@ -99,6 +99,7 @@ def _needs(session: Session, broker: Any, api: Optional[Any]) -> limits.Needs:
         stored=bool(broker.exists(topology.exchange)),
         declare=session.backend.options.declare,
         concurrency=conf.worker_concurrency or os.cpu_count() or 1,
+        pool_limit=conf.broker_pool_limit,
     )
 
 

@@ -291,7 +291,7 @@ class Session:
         owner = self._owner
         next_tick = 0.0
         while not owner.closing:
-            readable = self._watch.wait(self.link.idle_time())
+            readable = self._watch.wait_for_socket(self.link.idle_time())
             if self._failure is not None:
                 raise self._failure
             if readable:

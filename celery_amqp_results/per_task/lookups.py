@@ -83,7 +83,7 @@ _FINDINGS = (*_UNREADABLE, errors.BacklogLimitExceeded)
 
 
 class _Wanted(NamedTuple):
-    """What a look-up is for."""
+    """The task or group to look up."""
 
     task_id: str
     #: :data:`~celery_amqp_results.protocol.message.STATE` or

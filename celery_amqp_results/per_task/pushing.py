@@ -1,4 +1,4 @@
-"""Waiting for tasks on AMQP: states are pushed to a queue of the follower.
+"""Waiting for tasks on AMQP, with a queue that receives their states.
 
 A follower has a connection with an exclusive queue of its own, bound to the result exchange by the
 key of each task that it follows. A state published by a Celery 4 or 5 worker goes to the task's
@@ -80,7 +80,7 @@ class Bindings:
         self._silent.append(task_id)
 
     def ended(self, task_id: str) -> bool:
-        """Forget a task; return whether so many bindings are unused that the queue must go.
+        """Forget a task; return whether too many bindings are unused and the queue must go.
 
         Unbinding takes as long as binding; deleting the queue removes all bindings.
         """
@@ -309,7 +309,7 @@ class PushFollower(QueueFollower):
         return self._read(ids, deadline)
 
     def _open(self, deadline: Optional[float]) -> None:
-        link = self._queues.connector.open(HEARTBEAT, deadline)
+        link = self._queues.connector.open(HEARTBEAT, deadline, "push")
         try:
             channel = link.amqp.channel(1)
             self._queues.declare_exchange(_Channel(channel))

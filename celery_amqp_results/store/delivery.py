@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import List, NamedTuple, Optional, Sequence, Set
+from typing import Callable, List, NamedTuple, Optional, Sequence, Set
 
 from amqp import exceptions as amqp_errors
 
@@ -43,9 +43,44 @@ class Delivery:
     def __init__(self, messages: Sequence[Outgoing]) -> None:
         self.messages = messages
         self.publications = [Publication(message) for message in messages]
-        #: Queues that do not exist and need not.
-        self.gone: Set[str] = set()
         self._declared: Set[int] = set()
+
+    @property
+    def gone(self) -> Set[str]:
+        """The queues that do not exist and need not."""
+        return {p.message.queue for p in self.publications if _is_gone(p)}
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing must be published again."""
+        return all(p.status is Status.CONFIRMED or _is_gone(p) for p in self.publications)
+
+    def choose_copies(
+        self, verdict: Verdict, confirm: bool, knows: Callable[[Optional[int]], bool]
+    ) -> List[int]:
+        """Decide which live copies are sent at once; return the shards to declare before that.
+
+        A reader that receives a state must find it in the store from then on. So the copy waits for
+        the confirm if the shard may have no queue. Without a waiting caller the shard is declared
+        first instead.
+
+        Parameters:
+            verdict: the next steps.
+            confirm: whether a caller waits.
+            knows: returns whether the queue of a shard is known to be there.
+        """
+        unknown: List[int] = []
+        for publication in verdict.again:
+            shard = publication.message.shard
+            sure = shard is None or shard in verdict.declare or knows(shard)
+            publication.push = sure or not confirm
+            if shard is not None and not sure and not confirm:
+                unknown.append(shard)
+        return unknown
+
+    def held_copies(self) -> List[Publication]:
+        """Return the messages whose live copies were held until the confirm."""
+        return [p for p in self.publications if not p.push and p.message.pushed is not None]
 
     def unsent(self) -> List[Publication]:
         """Return the messages to publish."""
@@ -68,7 +103,6 @@ class Delivery:
                 refused.append(publication)
             elif publication.status is Status.RETURNED:
                 if shard is None:
-                    self.gone.add(publication.message.queue)
                     continue
                 again.append(publication)
                 if shard in self._declared:
@@ -76,6 +110,10 @@ class Delivery:
                 declare.append(shard)
         self._declared.update(declare)
         return Verdict(again, list(dict.fromkeys(declare)), failure, refused, homeless)
+
+
+def _is_gone(publication: Publication) -> bool:
+    return publication.status is Status.RETURNED and publication.message.shard is None
 
 
 def size_limit(exc: Optional[BaseException]) -> Optional[int]:

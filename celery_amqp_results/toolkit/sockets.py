@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 import types
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterator, List
 
 __all__ = ("SocketWatch", "WakeUp", "readable")
 
@@ -79,19 +79,7 @@ class WakeUp:
         with contextlib.suppress(OSError):
             self._sender.send(b"\0")
 
-    def wait(self, timeout: float, sock: Optional[Any] = None) -> bool:
-        """Wait until :meth:`ring` is called, or *sock* is readable; return whether *sock* is.
-
-        Parameters:
-            timeout: seconds to wait at most.
-            sock: a socket to wait for as well.
-        """
-        found = _wait([self._receiver] if sock is None else [sock, self._receiver], timeout)
-        if self._receiver.fileno() in found:
-            self._silence()
-        return sock is not None and sock.fileno() in found
-
-    def wait_for_any(self, timeout: float, *sources: Any) -> List[Any]:
+    def wait(self, timeout: float, *sources: Any) -> List[Any]:
         """Wait until :meth:`ring` is called, or one of *sources* is readable; return which are.
 
         Parameters:
@@ -120,8 +108,8 @@ class SocketWatch(WakeUp):
     """Lets a thread wait for a socket that other threads may borrow.
 
     A thread that has just asked for something reads the answer itself: that saves two switches of
-    threads. While a thread borrows the socket, :meth:`wait` does not return because of it. Only
-    epoll allows that from another thread, so where it is missing nothing is lent.
+    threads. While a thread borrows the socket, :meth:`wait_for_socket` does not return because of
+    it. Only epoll allows that from another thread, so where it is missing nothing is lent.
 
     Parameters:
         sock: the socket.
@@ -138,15 +126,14 @@ class SocketWatch(WakeUp):
             self._epoll.register(sock.fileno(), select.EPOLLIN)
             self._epoll.register(self._receiver.fileno(), select.EPOLLIN)
 
-    def wait(self, timeout: float, sock: Optional[Any] = None) -> bool:
+    def wait_for_socket(self, timeout: float) -> bool:
         """Wait until the socket is readable, or :meth:`ring` is called; return whether it is.
 
         Parameters:
             timeout: seconds to wait at most.
-            sock: not used.
         """
         if self._epoll is None:
-            return super().wait(timeout, self._sock)
+            return bool(self.wait(timeout, self._sock))
         found = [number for number, _ in self._epoll.poll(timeout)]
         if not found:
             # An exception from a signal handler may have kept a thread from giving it back.

@@ -29,7 +29,7 @@ def _published_as(state: StateMessage) -> Hashable:
 
 
 class Progress:
-    """What is known of each task that has not ended.
+    """The tasks that have not ended, and their states so far.
 
     Parameters:
         identify: returns what two receptions of the same state have in common.

@@ -191,9 +191,9 @@ class Tap:
     def _open(self, deadline: Optional[float]) -> None:
         # At the first connection the URL may well be wrong.
         link = (
-            self._connector.open_once(HEARTBEAT, deadline)
+            self._connector.open_once(HEARTBEAT, deadline, "watch")
             if self._opened
-            else self._connector.open(HEARTBEAT, deadline)
+            else self._connector.open(HEARTBEAT, deadline, "watch")
         )
         try:
             topology = self._declarations.topology

@@ -12,14 +12,14 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication, Status
 from celery_amqp_results.amqp.declarations import declare_exchange
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.store import publisher
+from celery_amqp_results.store import unwaited
 from tests.conftest import Apps, eventually
 
 
 @pytest.fixture
 def few_unconfirmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher, "MAX_UNCONFIRMED", 20)
-    monkeypatch.setattr(publisher, "COLLECT_EVERY", 7)
+    monkeypatch.setattr(unwaited, "MAX_UNCONFIRMED", 20)
+    monkeypatch.setattr(unwaited, "COLLECT_EVERY", 7)
 
 
 @pytest.mark.usefixtures("few_unconfirmed")

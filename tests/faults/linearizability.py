@@ -64,9 +64,9 @@ def store(app: Celery, run: str, first: int, step: int, rate: float) -> List[Eve
     start, end = begin()
     for count in range(1_000_000):
         due = start + count / rate
-        if due >= end:
+        time.sleep(max(0.0, min(due, end) - time.monotonic()))
+        if time.monotonic() >= end:
             return events
-        time.sleep(max(0.0, due - time.monotonic()))
         number = first + count * step
         for version in range(1, len(STAGES)):
             began = time.monotonic()

@@ -1,34 +1,48 @@
 """A simulation of several processes that store, read and forget, on a model of the broker.
 
-The processes use the real table of tasks and shards. The model has what the reads depend on: shards
-that keep states, loose and in pages; an exchange that routes copies to bound inboxes; bindings that
-take effect some time after they were confirmed; inboxes that deliver in order; confirms; lost
-connections; and a crash that loses what was not confirmed. A seed decides in which order everything
-happens. Nothing else does: the same seed gives the same run.
+The processes use the real table of tasks and shards, the real checkout with its packing into real
+pages, and the real log of confirms with the decisions of a delivery. The models have what these
+depend on: queues that keep messages and give them to one consumer after the other
+(:mod:`tests.unit.broker_model`); an exchange that routes copies to inboxes
+(:mod:`tests.simulation.exchange`); bindings that take effect some time after they were confirmed;
+confirms in any order; lost connections; and a crash that loses what was not confirmed. A test
+compares the models with RabbitMQ. A seed decides in which order everything happens. Nothing else
+does: the same seed gives the same run.
 
 Messages published to a shard and to the exchange in one write take effect in one step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import random
 import uuid
-from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from unittest import mock
 
-from celery_amqp_results.feed.bindings import ALL
+from celery_amqp_results.amqp.confirms import ConfirmLog, Outgoing, Publication, Status
 from celery_amqp_results.feed.table import PROOF_SECONDS, Table, Unread
 from celery_amqp_results.feed.views import STEADY, Look
-from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.codec import Codec
+from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.names import Topology
-from celery_amqp_results.protocol.page import Census, number_of
-from celery_amqp_results.protocol.ranking import fold, is_final, is_lasting
+from celery_amqp_results.protocol.page import Census
+from celery_amqp_results.protocol.ranking import fold, is_lasting
+from celery_amqp_results.store import checkout, lookup
+from celery_amqp_results.store.delivery import Delivery
+from tests.simulation.exchange import Exchange
+from tests.unit.broker_model import Clock, Killed, Link, Queue
 
 SHARDS = 4
 TASKS = 16
 PROCESSES = 3
-STEPS = 700
+STEPS = 1500
+#: Reads under way at once, at most.
+MAX_READS = 6
 STAGES = ("STARTED", "PROGRESS", "SUCCESS")
+CODEC = Codec("json", ["application/json"])
 
 
 class Broken(AssertionError):
@@ -54,18 +68,97 @@ class Task:
     forgotten_at: Optional[float] = None
 
 
-@dataclasses.dataclass(eq=False)
-class Process:
-    """A process with an inbox."""
+class Shards(Link):
+    """A connection for look-ups, which reads any number of shards.
 
-    number: int
-    table: Table
-    connected: bool = False
-    inbox: Deque[Any] = dataclasses.field(default_factory=lambda: Deque())
-    #: Requested and unanswered keys; keys that route, and those that soon will.
-    asked: List[int] = dataclasses.field(default_factory=list)
-    routing: Set[int] = dataclasses.field(default_factory=set)
-    late: Dict[int, float] = dataclasses.field(default_factory=dict)
+    Parameters:
+        queues: the shards, by their names.
+        between: called before each operation.
+    """
+
+    def __init__(self, queues: Dict[str, Queue], between: Callable[[], None]) -> None:
+        super().__init__(next(iter(queues.values())), between)
+        self._queues = queues
+
+    def find(self, name: str) -> Queue:
+        return self._queues[name]
+
+
+@dataclasses.dataclass(eq=False)
+class Store:
+    """A state that is being stored: what ``store_result`` does."""
+
+    task: Task
+    stage: int
+    state: StateMessage
+    delivery: Delivery
+
+    @property
+    def publication(self) -> Publication:
+        """The durable copy, and its live copy."""
+        return self.delivery.publications[0]
+
+
+class Process:
+    """A process with an inbox, and with a channel to publish on."""
+
+    def __init__(self, number: int, table: Table) -> None:
+        self.number = number
+        self.table = table
+        #: Requested and unanswered keys; those that will route soon.
+        self.asked: List[int] = []
+        self.late: Dict[int, float] = {}
+        #: Shards that it has seen a confirm of.
+        self.knows: Set[int] = set()
+        self.connect_publisher()
+        self.stores: List[Store] = []
+
+    def connect_publisher(self) -> None:
+        """Open another channel to publish on."""
+        self.log = ConfirmLog()
+        self._tag = 0
+        #: Answers of the broker that have not arrived: delivery tags.
+        self.answers: List[int] = []
+
+    def write(self, publication: Publication, now: float) -> None:
+        """Note that a message is written, with its live copy if it has one."""
+        self.log.sent(publication, now)
+        self._expect(1 + publication.push)
+
+    def write_copy(self, publication: Publication) -> None:
+        """Note that a live copy is written."""
+        self.log.copy_sent(publication)
+        self._expect(1)
+
+    def _expect(self, count: int) -> None:
+        self.answers += range(self._tag + 1, self._tag + count + 1)
+        self._tag += count
+
+
+@dataclasses.dataclass(eq=False)
+class Checkouts:
+    """The reads of some shards by one look-up."""
+
+    link: Shards
+    reads: List[Any]
+    left: List[Any]
+
+    def step(self, messages: int) -> bool:
+        """Handle some messages, or finish a shard; return whether all are read.
+
+        Raises:
+            Killed: when the connection was lost.
+        """
+        if self.link.dead:
+            raise Killed
+        done = [read for read in self.left if read.done]
+        for read in done:
+            self.left.remove(read)
+            read.finish(float("inf"), float("inf"))
+        for _ in range(0 if done else messages):
+            if not self.link.drain(0.0) or any(read.done for read in self.left):
+                break
+        return not self.left
 
 
 @dataclasses.dataclass(eq=False)
@@ -81,7 +174,9 @@ class Read:
     barrier: str = "none"
     answers: Dict[str, Optional[StateMessage]] = dataclasses.field(default_factory=dict)
     look: Optional[Look] = None
-    found: Optional[Tuple[Dict[str, List[StateMessage]], Dict[int, Census]]] = None
+    checkouts: Optional[Checkouts] = None
+    #: Whether it only takes a census.
+    counts: bool = False
 
 
 class Simulation:
@@ -95,23 +190,31 @@ class Simulation:
         self.seed = seed
         self.random = random.Random(seed)
         self.topology = Topology("simulation", SHARDS, "classic")
-        self.now = 1000.0
+        self.clock = Clock()
         self.step = 0
         self.schedule: List[str] = []
         limit = self.random.choice((2_000, 4_000, 1_000_000))
         self.processes = [Process(n, Table(self.topology, limit)) for n in range(PROCESSES)]
         self.tasks = [self._new_task() for _ in range(TASKS)]
-        self.shards: List[List[StateMessage]] = [[] for _ in range(SHARDS)]
-        #: Tasks whose states lie in pages.
-        self.packed: Set[str] = set()
-        #: States that were written and not confirmed.
-        self.unconfirmed: List[Tuple[Task, int, StateMessage]] = []
-        self.forgetting: List[Task] = []
+        self.queues = {
+            self.topology.shard_queue_name(shard): Queue(self.clock) for shard in range(SHARDS)
+        }
+        #: Shards that were declared. The others return what is published to them.
+        self.declared: Set[int] = set()
+        self.exchange = Exchange()
+        declarations: Any = mock.Mock(topology=self.topology)
+        self.store_of = lookup.Store(None, declarations, 10.0, 600, True, CODEC.decode)  # type: ignore[arg-type]
+        self.forgetting: List[Tuple[Task, Optional[Checkouts]]] = []
         self.reads: List[Read] = []
         self.answered = 0
         self.remembered = 0
         #: Those of them that needed no barrier.
         self.unproved = 0
+
+    @property
+    def now(self) -> float:
+        """The time."""
+        return self.clock.monotonic()
 
     def _new_task(self) -> Task:
         task_id = str(uuid.UUID(int=self.random.getrandbits(128), version=4))
@@ -124,18 +227,29 @@ class Simulation:
         Raises:
             Broken: when an answer is wrong.
         """
+        with contextlib.ExitStack() as stack:
+            for module, name, value in (
+                (lookup, "time", self.clock), (checkout, "time", self.clock),
+                (lookup, "PACK_AT", 8),
+            ):  # fmt: skip
+                stack.enter_context(mock.patch.object(module, name, value))
+            self._run()
+        return self
+
+    def _run(self) -> None:
         # With few deliveries the inboxes lag behind.
         deliveries = self.random.choice((2, 16))
         actions: List[Tuple[float, Callable[[], Optional[str]]]] = [
-            (2, self.store), (8, self.confirm), (0.5, self.forget), (2, self.end_forgetting),
-            (8, self.ask), (14, self.go_on), (deliveries, self.deliver), (6, self.bind),
-            (4, self.take_effect), (4, self.connect), (1, self.pack), (3, self.wait),
-            (2, self.count),
+            (3, self.store), (12, self.answer), (0.5, self.forget), (4, self.go_on_forgetting),
+            (8, self.ask), (40, self.go_on), (deliveries, self.deliver), (6, self.bind),
+            (4, self.take_effect), (4, self.connect), (1, self.wait), (2, self.count),
         ]  # fmt: skip
-        rare: List[Callable[[], Optional[str]]] = [self.lose, self.crash, self.send_again]
+        rare: List[Callable[[], Optional[str]]] = [
+            self.lose, self.crash, self.lose_publisher, self.refuse,
+        ]  # fmt: skip
         weights = [weight for weight, _ in actions]
         for self.step in range(STEPS):
-            if self.random.random() < 0.004:
+            if self.random.random() < 0.002:
                 action = self.random.choice(rare)
             else:
                 ((_, action),) = self.random.choices(actions, weights)
@@ -144,68 +258,164 @@ class Simulation:
                 self.schedule.append(f"{self.step:4} {self.now:9.2f} {done}")
         while self.reads:
             self.step += 1
+            self.go_on_forgetting()
             self.go_on()
             self.deliver()
+            if self.step > 100 * STEPS:
+                self.fail("a read never ends")
         for process in self.processes:
             self._check_memory(process.table)
-        return self
 
-    # -- storing and forgetting --------------------------------------------------------------------
+    # -- storing -----------------------------------------------------------------------------------
 
     def store(self) -> Optional[str]:
-        task = self.random.choice(self.tasks)
-        waiting = any(each is task for each, _, _ in self.unconfirmed)
+        at = self.random.randrange(len(self.tasks))
+        task = self.tasks[at]
+        if task.confirmed == len(STAGES) and self.random.random() < 0.3:
+            # Old tasks lie in pages, of which memory has only the digests.
+            task = self.tasks[at] = self._new_task()
+        waiting = any(each.task is task for process in self.processes for each in process.stores)
         if waiting or task.begun == len(STAGES) or task.forget_began is not None:
             return None
         if task.begun == 0:
             self.processes[task.owner].table.sent(task.id, self.now)
         task.begun += 1
-        state = StateMessage(
-            task.id, STAGES[task.begun - 1], self.step, b"x" * 200, "application/json", "utf-8"
-        )
-        self._write(task, task.begun, state)
-        return f"{state.state} of {self._name(task)} is written"
+        name = STAGES[task.begun - 1]
+        body = json.dumps({"task_id": task.id, "status": name, "result": "x" * 150}).encode()
+        state = StateMessage(task.id, name, self.clock.now(), body, "application/json", "utf-8")
+        outgoing = Outgoing(
+            self.topology.shard_queue_name(task.shard), state.properties(True), body, task.shard,
+            pushed=("states", task.id),
+        )  # fmt: skip
+        process = self.random.choice(self.processes)
+        store = Store(task, task.begun, state, Delivery([outgoing]))
+        process.stores.append(store)
+        self._publish(process, store)
+        return f"process {process.number} writes {state.state} of {self._name(task)}"
 
-    def _write(self, task: Task, stage: int, state: StateMessage) -> None:
-        self.shards[task.shard].append(state)
-        for process in self.processes:
-            own = process.number == task.owner
-            if process.connected and (own or process.routing & {task.shard, ALL}):
-                process.inbox.append(state)
-        self.unconfirmed.append((task, stage, state))
+    def _publish(self, process: Process, store: Store) -> None:
+        publication, shard = store.publication, store.task.shard
+        publication.push = shard in process.knows
+        process.write(publication, self.now)
+        if shard in self.declared:
+            message = publication.message
+            self.queues[message.queue].publish(dict(message.properties), message.body)
+        else:
+            message = publication.message
+            process.log.came_back(message.queue, message.properties, message.body)
+        if publication.push:
+            self.exchange.publish(store.state, shard, store.task.owner)
 
-    def confirm(self) -> Optional[str]:
-        if not self.unconfirmed:
+    def answer(self) -> Optional[str]:
+        """A confirm arrives."""
+        process = self.random.choice(self.processes)
+        if not process.answers:
             return None
-        index = self.random.randrange(len(self.unconfirmed))
-        task, stage, state = self.unconfirmed.pop(index)
-        task.confirmed = stage
-        task.kept.append((stage, self.step))
-        return f"{state.state} of {self._name(task)} is confirmed"
+        tag = process.answers.pop(self.random.randrange(len(process.answers)))
+        process.log.acknowledged(tag, False)
+        self._decide(process)
+        return f"process {process.number} receives the confirm of {tag}"
+
+    def refuse(self) -> Optional[str]:
+        """A queue refuses a message that it has not kept, or a live copy."""
+        process = self.random.choice(self.processes)
+        if not process.answers:
+            return None
+        tag = process.answers.pop(self.random.randrange(len(process.answers)))
+        for store in process.stores:
+            if process.log._kept.get(tag) is store.publication:
+                self._drop(store)
+        process.log.refused(tag, False)
+        self._decide(process)
+        return f"process {process.number} learns that {tag} is refused"
+
+    def lose_publisher(self) -> str:
+        """A publisher loses its connection before the confirms have come."""
+        process = self.random.choice(self.processes)
+        process.log.lost(OSError("lost"))
+        process.connect_publisher()
+        self._decide(process)
+        return f"process {process.number} publishes on another connection"
+
+    def _decide(self, process: Process) -> None:
+        """Do what the deliveries decide after an answer."""
+        for store in list(process.stores):
+            publication, shard = store.publication, store.task.shard
+            if not publication.settled:
+                continue
+            verdict = store.delivery.judge()
+            self.declared.update(verdict.declare)
+            if verdict.again:
+                self._publish(process, store)
+            elif not publication.push:
+                process.knows.add(shard)
+                process.write_copy(publication)
+                self.exchange.publish(store.state, shard, store.task.owner)
+            elif not publication.copying:
+                process.stores.remove(store)
+                store.task.confirmed = store.stage
+                store.task.kept.append((store.stage, self.step))
+
+    def _drop(self, store: Store) -> None:
+        """Lose a message that was not confirmed."""
+        queue = self.queues[store.publication.message.queue]
+        published = store.state.published
+        entries = [*queue.ready, *(e for c in queue.consumers for e in c.held.values())]
+        for entry in entries:
+            headers = entry.properties.get("application_headers") or {}
+            if headers.get("published") == published:
+                # It expires at once, unless a reader has it already.
+                entry.expires = 0
+
+    # -- forgetting --------------------------------------------------------------------------------
 
     def forget(self) -> Optional[str]:
         task = self.random.choice(self.tasks)
         if task.confirmed < len(STAGES) or task.forget_began is not None:
             return None
         task.forget_began = self.step
-        self.shards[task.shard] = [each for each in self.shards[task.shard] if each.id != task.id]
-        self.packed.discard(task.id)
-        self.forgetting.append(task)
-        return f"{self._name(task)} is removed"
+        self.forgetting.append((task, None))
+        return f"{self._name(task)} is being removed"
 
-    def end_forgetting(self) -> Optional[str]:
+    def go_on_forgetting(self) -> Optional[str]:
         if not self.forgetting:
             return None
-        task = self.forgetting.pop(self.random.randrange(len(self.forgetting)))
-        for process in self.processes:
-            if process.connected:
-                process.inbox.append(("forgotten", task.id))
-        task.forgotten_at = self.now
-        return f"the removal of {self._name(task)} is announced and confirmed"
+        task, checkouts = self.forgetting.pop(0)
+        try:
+            if checkouts is None:
+                checkouts = self._check_out({task.shard: {task.id}}, remove=True)
+            elif checkouts.step(self._some()):
+                self.exchange.broadcast(("forgotten", task.id))
+                task.forgotten_at = self.now
+                return f"the removal of {self._name(task)} is announced and confirmed"
+        except Killed:
+            checkouts = None
+        self.forgetting.append((task, checkouts))
+        return None
+
+    def _some(self) -> int:
+        return self.random.choice((2, 100, 100))
+
+    def _check_out(
+        self, shards: Dict[int, Set[str]], census: Any = (), remove: bool = False
+    ) -> Checkouts:
+        link = Shards(self.queues, lambda: None)
+
+        def between() -> None:
+            if self.random.random() < 0.003:
+                link.die()
+
+        link.between = between
+        request = lookup._Request(shards, STATE, lambda read: None, remove, census)
+        reads = [lookup._Read(self.store_of, link, shard, request) for shard in shards]  # type: ignore[arg-type]
+        return Checkouts(link, reads, list(reads))
 
     # -- reading -----------------------------------------------------------------------------------
 
     def ask(self) -> Optional[str]:
+        if len(self.reads) >= MAX_READS:
+            # They would only stand in line.
+            return None
         process = self.random.choice(self.processes)
         tasks = self.random.sample(self.tasks, self.random.choice((1, 1, 1, 3)))
         read = Read(process, tasks, self.step, self.now)
@@ -223,7 +433,7 @@ class Simulation:
             return f"process {process.number} asks for {names}, and knows them"
         if table.epoch and known:
             read.epoch, read.barrier = table.epoch, "under way"
-            process.inbox.append(read)
+            self.exchange.pass_through(process.number, read)
         return f"process {process.number} asks for {names}; barrier: {read.barrier}"
 
     def _recall(self, table: Table, task: Task) -> Optional[Tuple[Optional[StateMessage]]]:
@@ -241,7 +451,7 @@ class Simulation:
         table = read.process.table
         who = f"process {read.process.number}"
         if read.barrier == "under way":
-            if self.random.random() < 0.02 or not read.process.connected:
+            if self.random.random() < 0.002 or not self._connected(read.process):
                 read.barrier = "lost"
                 return f"{who} gives up a barrier"
             return None
@@ -254,7 +464,7 @@ class Simulation:
                         read.answers[task.id] = recalled[0]
                         self.remembered += 1
         missing = [task for task in read.tasks if task.id not in read.answers]
-        if not missing:
+        if not missing and not (read.counts and read.look):
             self._answer(read, {})
             return f"{who} has answers"
         return f"{who} {self._look_up(read, missing)}"
@@ -270,27 +480,45 @@ class Simulation:
         if read.look is None:
             read.look = table.begin([task.id for task in missing], self.now)
             return f"begins a look-up, census of {sorted(read.look.census)}"
-        if read.found is None:
-            read.found = self._snapshot(read.look)
-            return "has read the shards"
-        found, censuses = read.found
-        table.end(read.look, found, censuses, self.now)
-        read.answers.update((task_id, fold(states)) for task_id, states in found.items())
-        read.look = read.found = None
+        try:
+            if read.checkouts is None:
+                shards: Dict[int, Set[str]] = {shard: set() for shard in read.look.census}
+                for task in missing:
+                    shards.setdefault(task.shard, set()).add(task.id)
+                read.checkouts = self._check_out(shards, frozenset(read.look.census))
+                return "reads shards"
+            if not read.checkouts.step(self._some()):
+                return "receives messages"
+        except Killed:
+            self._give_up(read)
+            return "loses the connection of a look-up"
+        self._end_look(read.process, read.look, read.checkouts, read.answers)
+        read.look = read.checkouts = None
         return "ends a look-up"
 
-    def _snapshot(self, look: Look) -> Tuple[Dict[str, List[StateMessage]], Dict[int, Census]]:
-        found: Dict[str, List[StateMessage]] = {task_id: [] for task_id in look.ids}
-        censuses = {shard: Census() for shard in look.census}
-        for shard, states in enumerate(self.shards):
-            for state in states:
-                if state.id in found:
-                    found[state.id].append(state)
-                if shard in censuses and state.id in self.packed and is_final(state.state):
-                    censuses[shard].digests.add(number_of(state.id))
-                elif shard in censuses:
-                    censuses[shard].add(state)
-        return found, censuses
+    def _end_look(
+        self,
+        process: Process,
+        look: Look,
+        checkouts: Checkouts,
+        answers: Dict[str, Optional[StateMessage]],
+    ) -> None:
+        found: Dict[str, List[StateMessage]] = {}
+        censuses: Dict[int, Census] = {}
+        for each in checkouts.reads:
+            for task_id in each.wanted:
+                found[task_id] = self.store_of.readable("shard", each.found.get(task_id, []))
+            if each.census is not None:
+                each.census.loose = each.credible(each.census.loose)
+                censuses[each.shard] = each.census
+        process.table.end(look, found, censuses, self.now)
+        answers.update((task_id, fold(states)) for task_id, states in found.items())
+
+    def _give_up(self, read: Read) -> None:
+        """End a look-up that has failed; the next one begins afresh."""
+        if read.look is not None:
+            read.process.table.end(read.look, {}, {}, self.now)
+        read.look = read.checkouts = None
 
     def _judge(self, read: Read, task: Task) -> None:
         """Check an answer against everything that was stored, forgotten and seen before."""
@@ -314,33 +542,37 @@ class Simulation:
     def count(self) -> Optional[str]:
         process = self.random.choice(self.processes)
         shards = process.table.uncounted(self.now)[:2]
-        if not shards:
+        if not shards or len(self.reads) >= MAX_READS:
             return None
-        look = process.table.begin((), self.now, shards)
-        read = Read(process, [], self.step, self.now, look=look)
-        read.found = self._snapshot(look)
-        process.table.end(look, *read.found, self.now)
+        # The other readers may hold the shards, so this read goes on step by step as well.
+        read = Read(process, [], self.step, self.now)
+        read.look = process.table.begin((), self.now, shards)
+        read.counts = True
+        self.reads.append(read)
         return f"process {process.number} counts {shards}"
 
     # -- connections -------------------------------------------------------------------------------
 
+    def _connected(self, process: Process) -> bool:
+        return process.number in self.exchange.inboxes
+
     def connect(self) -> Optional[str]:
         process = self.random.choice(self.processes)
-        if process.connected or not process.table.wants_inbox:
+        if self._connected(process) or not process.table.wants_inbox:
             return None
-        process.connected = True
+        self.exchange.open(process.number)
         process.table.opened(self.now)
         self._act(process)
         return f"process {process.number} opens its inbox"
 
     def _act(self, process: Process) -> None:
-        if not process.connected:
+        if not self._connected(process):
             return
         for action in process.table.actions(self.now):
             if action.bind:
                 process.asked.append(action.key)
             else:
-                process.routing.discard(action.key)
+                self.exchange.unbind(process.number, action.key)
                 process.late.pop(action.key, None)
 
     def bind(self) -> Optional[str]:
@@ -350,7 +582,7 @@ class Simulation:
         key = process.asked.pop(0)
         # In a cluster it takes effect on another node a moment later.
         if self.random.random() < 0.5:
-            process.routing.add(key)
+            self.exchange.bind(process.number, key)
         else:
             process.late[key] = self.now + STEADY * 0.99
         process.table.bound(key, self.now)
@@ -362,14 +594,15 @@ class Simulation:
             return None
         process, key = self.random.choice(late)
         del process.late[key]
-        process.routing.add(key)
+        self.exchange.bind(process.number, key)
         return f"the binding of process {process.number} to {key} takes effect"
 
     def deliver(self) -> Optional[str]:
         process = self.random.choice(self.processes)
-        if not process.inbox:
+        inbox = self.exchange.inboxes.get(process.number)
+        if inbox is None or not inbox.messages:
             return None
-        message = process.inbox.popleft()
+        message = inbox.messages.popleft()
         table = process.table
         if isinstance(message, Read):
             if message.barrier == "under way":
@@ -387,7 +620,7 @@ class Simulation:
         return f"process {process.number} is given {what}"
 
     def lose(self) -> Optional[str]:
-        connected = [process for process in self.processes if process.connected]
+        connected = list(filter(self._connected, self.processes))
         if not connected:
             return None
         process = self.random.choice(connected)
@@ -395,63 +628,51 @@ class Simulation:
         return f"process {process.number} loses its connection"
 
     def _disconnect(self, process: Process) -> None:
-        process.connected = False
+        self.exchange.lose(process.number)
         process.table.lost()
-        process.inbox.clear()
         process.asked.clear()
-        process.routing.clear()
         process.late.clear()
 
     def crash(self) -> str:
-        """Kill the broker: what it has not confirmed is lost, and published again."""
-        for process in self.processes:
-            if process.connected:
-                self._disconnect(process)
-        unconfirmed, self.unconfirmed = self.unconfirmed, []
-        for task, stage, state in unconfirmed:
-            lost = [each for each in self.shards[task.shard] if each is not state]
-            self.shards[task.shard] = lost
-            # It may have been seen before; that is not promised.
-            task.seen = [(seen, at) for seen, at in task.seen if seen < stage]
-            self._write(task, stage, state)
+        """Kill the broker: what it has not confirmed may be lost, and is published again."""
+        for process in list(filter(self._connected, self.processes)):
+            self._disconnect(process)
         for read in self.reads:
+            if read.checkouts is not None:
+                read.checkouts.link.die()
+            self._give_up(read)
             # Before the crash they may have read the states that were lost.
             read.answers.clear()
-            if read.look is not None:
-                read.process.table.end(read.look, {}, {}, self.now)
-            read.look = read.found = None
             read.began = self.step
+        for _, checkouts in self.forgetting:
+            if checkouts is not None:
+                checkouts.link.die()
+        for process in self.processes:
+            for store in process.stores:
+                if store.publication.status is not Status.CONFIRMED:
+                    # It may have been seen before; that is not promised.
+                    task, stage = store.task, store.stage
+                    task.seen = [(seen, at) for seen, at in task.seen if seen < stage]
+                    if self.random.random() < 0.5:
+                        self._drop(store)
+            process.log.lost(OSError("killed"))
+            process.connect_publisher()
+            self._decide(process)
         return "the broker is killed, and back"
 
-    def send_again(self) -> Optional[str]:
-        """A publisher has lost its connection before the confirm came."""
-        if not self.unconfirmed:
-            return None
-        task, stage, state = self.unconfirmed.pop(self.random.randrange(len(self.unconfirmed)))
-        self._write(task, stage, state)
-        return f"{state.state} of {self._name(task)} is written again"
-
-    def pack(self) -> Optional[str]:
-        shard = self.random.randrange(SHARDS)
-        ids = {each.id for each in self.shards[shard] if is_final(each.state)}
-        for task_id in ids - self.packed:
-            found = [each for each in self.shards[shard] if each.id == task_id]
-            current = fold(found)
-            waiting = {each.id for _, _, each in self.unconfirmed}
-            if current is None or task_id in waiting:
-                continue
-            others = [each for each in self.shards[shard] if each.id != task_id]
-            self.shards[shard] = [*others, current]
-            self.packed.add(task_id)
-        return f"shard {shard} is packed" if ids else None
-
     def wait(self) -> str:
-        self.now += self.random.choice((0.1, 0.3, 0.3, 0.5, 0.5, 1.0, 1.0, 5.0, 20.0))
+        seconds = self.random.choice((0.1, 0.3, 0.3, 0.5, 0.5, 1.0, 1.0, 5.0, 20.0))
+        self.clock.microseconds += int(seconds * 1e6)
         for process in self.processes:
             for key, at in list(process.late.items()):
                 if self.now >= at:
                     del process.late[key]
-                    process.routing.add(key)
+                    self.exchange.bind(process.number, key)
+        under_way = [each.checkouts for each in self.reads] + [each for _, each in self.forgetting]
+        for checkouts in under_way:
+            for each in checkouts.left if checkouts is not None else ():
+                with contextlib.suppress(Killed):
+                    each.checkout.renew_fence()
         return "time passes"
 
     # -- the verdict -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from celery_amqp_results.feed.table import Table
 from tests.simulation.model import Broken, Simulation, run_many
 
 #: `make simulate` runs more.
-SEEDS = 150
+SEEDS = 100
 
 
 def test_no_answer_is_wrong_in_any_order_of_events() -> None:
@@ -22,10 +22,14 @@ def test_the_same_seed_gives_the_same_run() -> None:
     assert Simulation(7).run().schedule == Simulation(7).run().schedule
 
 
+# These seeds find the faults soon; others do as well.
 @pytest.mark.parametrize(
-    "fault", ["bindings are relied on at once", "pushes are lost", "a proof never ends"]
+    ("fault", "first"),
+    [("bindings are relied on at once", 98), ("pushes are lost", 12), ("a proof never ends", 190)],
 )
-def test_the_simulation_finds_faults(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_the_simulation_finds_faults(
+    monkeypatch: pytest.MonkeyPatch, fault: str, first: int
+) -> None:
     if fault == "pushes are lost":
         pushed = Table.pushed
         monkeypatch.setattr(
@@ -37,5 +41,5 @@ def test_the_simulation_finds_faults(monkeypatch: pytest.MonkeyPatch, fault: str
     else:
         monkeypatch.setattr("celery_amqp_results.feed.views.STEADY", 0.0)
     with pytest.raises(Broken, match="seed"):
-        for _ in run_many(0, 900):
+        for _ in run_many(first, 5 * SEEDS):
             pass

@@ -119,3 +119,16 @@ def test_refusals_that_name_a_limit(text: str, words: str) -> None:
 
 def test_other_refusals() -> None:
     assert advice_on_refusal("ACCESS_REFUSED - access to queue", 256) is None
+
+
+def test_a_pool_limit_of_one_is_too_low_to_wait() -> None:
+    assert "pool-limit" not in found(Limits(), Needs(16, pool_limit=10))
+    (finding,) = found(Limits(), Needs(16, pool_limit=1))["pool-limit"]
+    assert finding.severity == "warning"
+    assert "cannot wait" in finding.text
+
+
+def test_the_pool_limit_bounds_the_connections_that_are_counted() -> None:
+    unlimited, limited = Needs(16, concurrency=4), Needs(16, concurrency=4, pool_limit=2)
+    assert (unlimited.worker_connections, limited.worker_connections) == (17, 16)
+    assert (unlimited.client_connections, limited.client_connections) == (4, 3)

@@ -180,13 +180,13 @@ def test_a_wait_for_several_sources_tells_which_are_readable() -> None:
     reader, writer = os.pipe()
     bell = sockets.WakeUp()
     try:
-        assert bell.wait_for_any(0, here, reader) == []
+        assert bell.wait(0, here, reader) == []
         bell.ring()
-        assert bell.wait_for_any(60, here, reader) == []
+        assert bell.wait(60, here, reader) == []
         os.write(writer, b"x")
-        assert bell.wait_for_any(60, here, reader) == [reader]
+        assert bell.wait(60, here, reader) == [reader]
         there.send(b"x")
-        assert set(bell.wait_for_any(60, here, reader)) == {here, reader}
+        assert set(bell.wait(60, here, reader)) == {here, reader}
     finally:
         here.close()
         there.close()

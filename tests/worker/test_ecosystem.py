@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import uuid
@@ -213,4 +214,19 @@ def test_typed_code_passes_mypy_in_strict_mode(tmp_path: Path) -> None:
         timeout=240,
         check=False,
     )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_typed_code_passes_pyright() -> None:
+    pyright = shutil.which("pyright")
+    if pyright is None:
+        pytest.skip("pyright is not installed: npm install --global pyright")
+    done = subprocess.run(
+        [pyright, "--pythonpath", sys.executable, "examples/typed.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

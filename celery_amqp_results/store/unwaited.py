@@ -1,0 +1,195 @@
+"""Publishing without a waiting caller: confirms are collected, and lost messages published again.
+
+The next message on the channel collects confirms, and a thread does so a second later.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import List, Optional, Tuple, Type
+
+from celery_amqp_results import errors
+from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.confirms import ConfirmChannel, ConfirmLog, Publication, Status
+from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations
+from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.shared_channel import SharedChannel, Waiter
+from celery_amqp_results.store.strays import Strays
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import is_over, time_left
+from celery_amqp_results.toolkit.threads import start_thread
+
+__all__ = ("Unwaited", "room_refusal")
+
+logger = logging.getLogger(__name__)
+
+#: The most unconfirmed messages without a waiting caller.
+MAX_UNCONFIRMED = 500
+
+#: After this many messages without a waiting caller their confirms are collected.
+COLLECT_EVERY = 50
+
+#: Seconds after which a confirm without a waiting caller is collected.
+CHECK_SECONDS = 1.0
+
+#: Seconds between looks at refused messages while the process ends.
+REFUSED_SECONDS = 0.05
+
+#: The checking thread ends after this many checks with nothing to do.
+IDLE_CHECKS = 10
+
+
+_FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *TRANSIENT)
+
+
+class Unwaited:
+    """Keeps the messages that no caller waits for until the broker has confirmed them.
+
+    Parameters:
+        connector: opens the connection of the channel.
+        declarations: declares missing shards.
+
+    Thread-safe. After a fork the child must make a new one.
+    """
+
+    def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
+        self._declarations = declarations
+        self._strays = Strays()
+        #: The publishing channel.
+        self.channel = SharedChannel(connector, lambda lost: self._strays.add((lost,)))
+        self._lock = threading.Lock()
+        self._keeper: Optional[threading.Thread] = None
+        self._closed = threading.Event()
+
+    def send(self, channel: ConfirmChannel) -> None:
+        """Publish again what must be, on a channel that the caller has to itself."""
+        strays, log = self._strays, channel.log
+        if not strays and not log.strays:
+            return
+        refused, log.strays = log.strays, []
+        strays.add(refused)
+        due = strays.take_due(time.monotonic())
+        for number, publication in enumerate(due):
+            if publication.status is Status.RETURNED and not self._declare(channel, publication):
+                continue
+            try:
+                channel.publish(publication)
+            except BaseException:
+                strays.add(due[number + (not publication.settled) :])
+                raise
+
+    def _declare(self, channel: ConfirmChannel, publication: Publication) -> bool:
+        """Declare the shard of a message that came back; return whether that is possible."""
+        message = publication.message
+        assert message.shard is not None
+        full: Optional[Exception] = None
+        try:
+            if not self._declarations.declare:
+                raise self._declarations.missing(f"queue {message.queue}")
+            self._declarations.check_limit()
+        except (errors.DeclarationRefused, errors.BackendUnavailable) as exc:
+            full = exc
+        else:
+            full = room_refusal(channel, self._declarations, 1)
+        if full is not None:
+            logger.error("lost: %s: %s", message.what, full)
+            return False
+        self._declarations.request_shard(channel.channel, message.shard)
+        return True
+
+    def keep_up(self, log: ConfirmLog) -> None:
+        """Keep the number of unconfirmed messages limited, and the checking thread running."""
+        if len(log) > MAX_UNCONFIRMED:
+            # Only for half of them, so that the broker always has work.
+            self.channel.wait(Waiter(log.unwaited()[: MAX_UNCONFIRMED // 2]))
+        elif len(log) % COLLECT_EVERY == 0:
+            self.channel.collect()
+        if self._keeper is None and not self._closed.is_set():
+            with self._lock:
+                if self._keeper is None:
+                    self._keeper = start_thread(self._keep, "confirms")
+
+    def flush(self, timeout: float) -> None:
+        """Wait until everything is confirmed, at most *timeout* seconds."""
+        end = time.monotonic() + timeout
+        left: List[Publication] = []
+        try:
+            while not is_over(end):
+                left = self._collect()
+                if not left and not self._has_strays():
+                    return
+                self.channel.wait(Waiter(left), end)
+                if not left:
+                    # What the broker refused is published again after a pause.
+                    time.sleep(time_left(end, REFUSED_SECONDS))
+        except _FAILURES as exc:
+            raise_if_from_signal_handler(exc)
+            logger.info("states were not confirmed when the process ended: %r", exc)
+        count = len(self._strays) + sum(not p.settled for p in left)
+        if count:
+            logger.warning("%d states were not confirmed when the process ended", count)
+
+    def close(self, timeout: float) -> None:
+        """Wait for outstanding confirms, at most *timeout* seconds, and close the connection."""
+        self._closed.set()
+        self.flush(timeout)
+        self.channel.close()
+
+    def _has_strays(self) -> bool:
+        with self.channel.present() as channel:
+            return bool(self._strays or (channel is not None and channel.log.strays))
+
+    def _collect(self) -> List[Publication]:
+        """Collect confirms, publish again what must be, and return what is unconfirmed."""
+        unconfirmed = self.channel.collect()
+        if not self._has_strays():
+            return unconfirmed
+        try:
+            with self.channel.open(time.monotonic()) as channel:
+                self._declarations.ensure_exchange(channel.channel)
+                self.send(channel)
+                return channel.log.unwaited()
+        except BaseException:
+            self._declarations.forget()
+            raise
+
+    def _keep(self) -> None:
+        """Collect confirms until there are none for a while."""
+        idle = 0
+        while not self._closed.wait(CHECK_SECONDS):
+            try:
+                busy = self._check()
+            except Exception as exc:
+                busy = True
+                logger.info("states that nobody waits for are not published yet: %r", exc)
+            idle = 0 if busy else idle + 1
+            if idle >= IDLE_CHECKS:
+                break
+        with self._lock:
+            self._keeper = None
+
+    def _check(self) -> bool:
+        """Publish lost messages again; return whether anything is unconfirmed."""
+        unconfirmed = self._collect()
+        old = [p for p in unconfirmed if time.monotonic() - p.sent > CHECK_SECONDS]
+        if old:
+            # This closes the connection if no confirm comes for long.
+            self.channel.wait(Waiter(old))
+        return bool(unconfirmed) or self._has_strays()
+
+
+def room_refusal(
+    channel: ConfirmChannel, declarations: Declarations, count: int
+) -> Optional[errors.BackendUnavailable]:
+    """Return the error to raise instead of declaring *count* shards, or ``None``.
+
+    Parameters:
+        channel: the publishing channel, which the caller has to itself.
+        declarations: knows the shards.
+        count: how many shards are about to be declared.
+    """
+    if not count or declarations.topology.shards <= FEW_SHARDS:
+        return None
+    return declarations.check_room(channel.asking(), count)

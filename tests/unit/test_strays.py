@@ -1,0 +1,64 @@
+"""Which messages without a waiting caller are published again, and when."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Optional
+
+import pytest
+from amqp.exceptions import PreconditionFailed
+
+from celery_amqp_results.amqp.confirms import Outgoing, Publication, Status
+from celery_amqp_results.store.strays import MAX_STRAYS, Strays
+
+
+def stray(status: Status, shard: Optional[int] = 1, **attributes: Any) -> Publication:
+    publication = Publication(Outgoing("q", {}, b"body", shard, "the SUCCESS of x"), waited=False)
+    publication.status = status
+    for name, value in attributes.items():
+        setattr(publication, name, value)
+    return publication
+
+
+@pytest.mark.parametrize("status", [Status.LOST, Status.RETURNED])
+def test_what_was_lost_or_came_back_is_published_at_once(status: Status) -> None:
+    strays, message = Strays(), stray(status)
+    strays.add((message,))
+    assert strays.take_due(0.0) == [message]
+    assert not strays
+
+
+def test_what_came_back_from_a_queue_that_need_not_exist_is_dropped() -> None:
+    strays = Strays()
+    strays.add((stray(Status.RETURNED, None),))
+    assert strays.take_due(0.0) == []
+    assert not strays
+
+
+def test_what_was_refused_is_published_after_growing_pauses(caplog: Any) -> None:
+    strays, message = Strays(), stray(Status.REFUSED, refusals=2, sent=10.0)
+    strays.add((message,))
+    assert strays.take_due(10.1) == []
+    assert len(strays) == 1
+    assert strays.take_due(10.3) == [message]
+    message.refusals = 6
+    strays.add((message,))
+    with caplog.at_level(logging.ERROR):
+        assert strays.take_due(99.0) == []
+    assert "refused it 6 times" in caplog.text
+
+
+def test_what_is_too_large_is_not_published_again(caplog: Any) -> None:
+    strays = Strays()
+    failure = PreconditionFailed("message size 4 larger than configured max size 3")
+    with caplog.at_level(logging.ERROR):
+        strays.add((stray(Status.LOST, failure=failure),))
+    assert not strays
+    assert "4 bytes, and the broker takes up to 3" in caplog.text
+
+
+def test_the_oldest_is_dropped_when_there_are_too_many() -> None:
+    strays = Strays()
+    messages = [stray(Status.LOST) for _ in range(MAX_STRAYS + 1)]
+    strays.add(messages)
+    assert strays.take_due(0.0) == messages[1:]
