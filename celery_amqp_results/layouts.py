@@ -139,7 +139,7 @@ class KeepsBodies(Protocol):
         """Return the state that a pointer stands for, or ``None`` if the body is gone."""
 
     def stored_besides(self, task_id: str, queues: Collection[str]) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task, except those with a body in *queues*."""
+        """Return the state that the broker keeps of a task, without bodies in *queues*."""
 
 
 @runtime_checkable

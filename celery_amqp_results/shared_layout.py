@@ -164,7 +164,7 @@ class SharedLayout:
         return self.stored_besides(task_id, ())
 
     def stored_besides(self, task_id: str, queues: Collection[str]) -> Optional[StateMessage]:
-        """Return the state that the broker keeps of a task, except those with a body in *queues*."""
+        """Return the state that the broker keeps of a task, without bodies in *queues*."""
         found = self.store.read((task_id,))[task_id]
         return fold(state for state in found if state.body_queue not in queues)
 
