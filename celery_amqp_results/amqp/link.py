@@ -340,6 +340,9 @@ def _after_fork_in_child() -> None:
     # destructors might shut down the connection, and open sockets would keep it alive at the broker
     # after the parent has ended.
     for link in list(_links):
+        if link._closed is not None:
+            # A thread of the parent may have held a lock that the callback needs.
+            link._closed.detach()
         with contextlib.suppress(Exception):
             transport = link.amqp.transport
             sock, transport.sock = transport.sock, None
