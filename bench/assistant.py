@@ -138,8 +138,17 @@ class Server:
         started = time.perf_counter()
         with internals.packing_everything():
             for task_id in chosen:
-                self._app.backend._get_task_meta_for(task_id)
+                internals.read_store(self._app, (task_id,))
         return {"seconds": time.perf_counter() - started}
+
+    def read_store(self, ids: List[str], at_once: bool = False) -> Dict[str, Any]:
+        """Read results from the shards; return how many milliseconds each read took."""
+        taken = []
+        for some in [ids] if at_once else [[task_id] for task_id in ids]:
+            started = time.perf_counter()
+            internals.read_store(self._app, some)
+            taken.append((time.perf_counter() - started) * 1e3)
+        return {"milliseconds": taken}
 
     def memory(self) -> Dict[str, Any]:
         """Return the memory of this process in bytes."""

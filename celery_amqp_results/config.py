@@ -98,7 +98,7 @@ class Location:
 
 
 class Own(NamedTuple):
-    """What a backend was given, or has found out, beyond settings and URL."""
+    """The arguments of a backend and the values that follow from them."""
 
     #: First part of all names; ``None`` for the setting.
     exchange: Optional[str]

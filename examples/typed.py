@@ -1,12 +1,13 @@
 """Typed code that uses this package: mypy accepts it in strict mode, and pyright accepts it too.
 
-Celery itself has no types, so that results are Any until they are given a type.
+Celery itself has no types, so results are Any. Where stubs such as celery-types know the type of
+a result object, coroutines return values of that type.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Protocol
 
 from celery_amqp_results import AMQPBackend, aio, errors
 from celery_amqp_results.metrics import Metrics
@@ -43,6 +44,27 @@ async def value_of(app: Any, task_id: str) -> int:
     except errors.BackendUnavailable as exc:
         raise RuntimeError("no broker") from exc
     return number
+
+
+class Doubled(Protocol):
+    """The result object of a task that returns a number, as stubs for Celery describe it."""
+
+    id: str
+
+    def get(self, timeout: Optional[float] = None) -> int: ...
+
+
+async def doubled(result: Doubled) -> int:
+    """Wait for a result object; the value has the type that the stubs know."""
+    return await aio.get(result, timeout=5)
+
+
+async def sum_of(results: List[Doubled]) -> int:
+    """Wait for several of them."""
+    total = sum(await aio.gather(*results))
+    async for _, number in aio.as_completed(results):
+        total -= number
+    return total
 
 
 async def follow(app: Any, task_id: str) -> List[Dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The number of shards: what it costs to store, to join and to look up.
 
 This backend alone is measured, with several numbers of classic queues and with quorum queues.
+Look-ups read the shards: a process that reads often would answer from memory instead.
 """
 
 from __future__ import annotations
@@ -105,16 +106,16 @@ def _looking_up(place: Place, queues: Mapping[str, str], more: int, kept: int) -
         found = place.alternate(measures, rounds=3)
     end = f"{kept:,} kept"
     for key, title in (
-        ("found", "look-up by a stranger, median"),
-        ("unknown", "look-up of an unknown id, median"),
-        ("batch", "look-up of 1,000 ids at once"),
+        ("found", "look-up in the store, median"),
+        ("unknown", "look-up of an unknown id in the store, median"),
+        ("batch", "look-up of 1,000 ids in the store at once"),
     ):
         yield Row(f"shards.{key}", f"{title}, {end}", "ms", LESS, found[key], kept)
 
 
 def _stranger(reader: Assistant, ids: List[str], count: int) -> Mapping[str, float]:
     def median(chosen: List[str], **how: Any) -> float:
-        answer = reader.ask("look_up", ids=chosen, **how)
+        answer = reader.ask("read_store", ids=chosen, **how)
         return percentile(answer["milliseconds"], 50)
 
     return {

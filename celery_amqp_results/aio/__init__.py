@@ -18,18 +18,10 @@ other. A program may have several event loops; each object returned here belongs
 asked for it. Tasks are sent as usual: ``delay()`` talks to the broker, and blocks while it does.
 """
 
-from celery_amqp_results.aio.coroutines import (
-    Completed,
-    WaitTimeout,
-    Watch,
-    as_completed,
-    forget,
-    gather,
-    get,
-    get_meta,
-    state,
-    watch,
-)
+from celery_amqp_results.aio.asking import forget, get_meta, state
+from celery_amqp_results.aio.streams import Completed, Watch, as_completed, watch
+from celery_amqp_results.aio.values import gather, get
+from celery_amqp_results.errors import WaitTimeout
 
 __all__ = (
     "Completed",

@@ -280,19 +280,6 @@ class Link:
         if pieces:
             transport.write(b"".join(pieces))
 
-    def write(self, octets: bytes) -> None:
-        """Write whole frames at once.
-
-        Raises:
-            RecoverableConnectionError, OSError: when the connection is closed or lost.
-        """
-        # py-amqp would connect again when asked for the transport of a closed connection.
-        if not self.alive:
-            raise amqp_errors.RecoverableConnectionError("the connection is closed")
-        self.amqp.transport.write(octets)
-        # py-amqp's heartbeats count these bytes.
-        self.amqp.bytes_sent += 1
-
     def tick(self) -> None:
         """Send a heartbeat if one is due; raise if the broker's have stopped coming."""
         if self.heartbeat:
@@ -353,6 +340,9 @@ def _after_fork_in_child() -> None:
     # destructors might shut down the connection, and open sockets would keep it alive at the broker
     # after the parent has ended.
     for link in list(_links):
+        if link._closed is not None:
+            # A thread of the parent may have held a lock that the callback needs.
+            link._closed.detach()
         with contextlib.suppress(Exception):
             transport = link.amqp.transport
             sock, transport.sock = transport.sock, None

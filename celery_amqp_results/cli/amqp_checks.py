@@ -234,7 +234,7 @@ def declaration_findings(session: Session, broker: inspection.Broker) -> Iterato
                 "error",
                 str(exc),
                 "set the option 'queue_type' to what the queues are; to change it, give this app "
-                "another result_exchange",
+                "another result_exchange, or delete the queue if it is the only one and empty",
             )
             return
         except amqp_errors.AccessRefused:

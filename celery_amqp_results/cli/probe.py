@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,18 +110,13 @@ def _wait_for_inbox(inbox: Inbox, task_id: str, waiting: Future[List[Any]]) -> N
 
 
 def remove_traces(session: Session, broker: inspection.Broker) -> None:
-    """Delete the exchange and the shard that the probe has declared, unless they are in use by now.
+    """Delete the exchange that the probe has declared, unless it is in use by now.
 
-    Otherwise a look at a new broker would settle the number and the type of the shards.
+    Otherwise a look at a new broker would settle the number of shards. The probe's shard stays: a
+    result that is routed to a queue while it is deleted is confirmed and lost.
     """
     session.backend.close()
-    classic = broker.topology.queue_type == "classic"
-    refusals = (amqp_errors.PreconditionFailed, amqp_errors.AccessRefused, amqp_errors.NotFound)
-    # RabbitMQ deletes quorum queues without conditions only, and a result may have come meanwhile.
-    for shard in broker.lengths() if classic else ():
-        with contextlib.suppress(*refusals):
-            name = broker.topology.shard_queue(shard).name
-            broker.channel.queue_delete(name, if_unused=True, if_empty=True)
+    refusals = (amqp_errors.AccessRefused, amqp_errors.NotFound)
     # The binding of the probe's inbox goes a moment after its connection.
     end = time.monotonic() + TRACES_TIMEOUT
     while time.monotonic() < end:

@@ -123,8 +123,10 @@ def _kept(
 
 def _rates(session: Session, seconds: float) -> Dict[str, float]:
     published = ended = 0
-    end = time.monotonic() + seconds
     with session.shared_layout().tap() as tap:
+        # The connection is opened before the time begins.
+        tap.step(None, 0.0)
+        end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             for state in tap.step(end, left):
                 published += 1

@@ -15,9 +15,8 @@ import time
 from typing import Any, Deque, Dict, Iterator, List, Optional, Protocol, Tuple, Type
 
 import amqp
-from amqp import spec
 
-from celery_amqp_results.amqp import connections, frames
+from celery_amqp_results.amqp import connections, frames, nowait
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.feed.barriers import Barrier, Barriers
@@ -150,8 +149,7 @@ class Session:
         channel.basic_qos(0, 0, False)
         for queue, callback in ((self.queue, self._on_message), (spilled, self._on_overflow)):
             channel.basic_consume(queue, no_ack=True, callback=callback, on_cancel=self._on_cancel)
-        # The answers come in order, and no thread waits for them.
-        channel._callbacks[spec.Queue.BindOk] = self._on_bind_ok
+        nowait.on_bound(channel, self._on_bind_ok)
         # A broker that refuses barriers closes this channel alone.
         barriers = self.link.channel_nowait(self._on_barriers_refused)
         barriers.events["basic_return"].add(self._on_barrier_returned)
@@ -241,7 +239,7 @@ class Session:
                 with self._lock:
                     number = self._barriers.publish(barrier, time.monotonic())
                 digits = _NUMBER.format(number).encode()
-                self.link.write(self._barrier_start + digits + self._barrier_end)
+                nowait.write(self.link.amqp, self._barrier_start + digits + self._barrier_end)
         finally:
             with self._lock:
                 # After an interrupt, no read may join a barrier that is never published.
@@ -317,9 +315,9 @@ class Session:
                 where = (self.queue, topology.exchange, pattern)
                 if bind:
                     self._binding.append(key)
-                    self.channel.send_method(spec.Queue.Bind, "BsssbF", (0, *where, False, None))
+                    nowait.bind(self.channel, *where)
                 else:
-                    self.channel.send_method(spec.Queue.Unbind, "BsssF", (0, *where, None))
+                    nowait.unbind(self.channel, *where)
 
     # -- what the broker sends ---------------------------------------------------------------------
 

@@ -8,11 +8,9 @@ delivered it to all inboxes.
 from __future__ import annotations
 
 import time
-from typing import Any, Collection
+from typing import Collection
 
-import amqp
-
-from celery_amqp_results.amqp import frames
+from celery_amqp_results.amqp import nowait
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
 from celery_amqp_results.protocol.names import BROADCAST, Route, Topology
@@ -52,20 +50,10 @@ def announce(link: Link, topology: Topology, ids: Collection[str]) -> None:
             mark = StateMessage(
                 task_id, FORGOTTEN, now, b"", "application/octet-stream", "binary", kind=MARK
             )
-            link.amqp.transport.write(_frames(link, channel, topology, mark))
+            key = topology.routing_key(mark.id, mark.state, Route(BROADCAST))
+            properties = mark.properties(persistent=False)
+            nowait.publish(channel, topology.exchange, key, properties, mark.body)
     end = time.monotonic() + CONFIRM_SECONDS
     while confirmed < len(ids) and channel.is_open and not is_over(end):
         link.drain(time_left(end, CONFIRM_SECONDS))
     channel.close()
-
-
-def _frames(link: Link, channel: amqp.Channel, topology: Topology, mark: StateMessage) -> Any:
-    return frames.publish_frames(
-        channel.channel_id,
-        topology.exchange,
-        topology.routing_key(mark.id, mark.state, Route(BROADCAST)),
-        False,
-        mark.properties(persistent=False),
-        mark.body,
-        link.amqp.frame_max,
-    )

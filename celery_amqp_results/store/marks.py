@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Optional, Set
 import amqp
 import kombu
 
-from celery_amqp_results.amqp import frames
+from celery_amqp_results.amqp import nowait
 from celery_amqp_results.amqp.confirms import Outgoing
 from celery_amqp_results.amqp.declarations import Declarations, declare_exchange
 from celery_amqp_results.amqp.failures import TRANSIENT
@@ -112,19 +112,8 @@ class _Side:
         if shard is not None and self._declarations.declare and shard not in self._requested:
             self._declarations.request_shard(self.channel, shard)
             self._requested.add(shard)
-        connection = self.channel.connection
-        # basic_publish() would wait for a confirm if the app's connections use confirms.
-        connection.transport.write(
-            frames.publish_frames(
-                self.channel.channel_id,
-                "",
-                message.queue,
-                False,
-                message.properties,
-                message.body,
-                connection.frame_max,
-            )
-        )
+        # The app's connections may use confirms.
+        nowait.publish(self.channel, "", message.queue, message.properties, message.body)
 
 
 class Marker:

@@ -19,7 +19,7 @@ from celery.result import EagerResult, GroupResult, ResultSet
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import aio, errors
-from celery_amqp_results.aio import bridge
+from celery_amqp_results.aio import bridge, driver
 from tests.broker.helpers import LONG, new_id
 from tests.conftest import PATIENCE, Apps
 from tools import rabbitmq
@@ -407,7 +407,7 @@ def test_ten_thousand_coroutines_wait_on_one_thread(app: Celery, make_app: Apps)
         ]
         await until_covered(app, *ids)
         # The follower, the inbox, keep-alive connections, and those for look-ups.
-        assert threading.active_count() <= before + 4 + bridge.MAX_THREADS
+        assert threading.active_count() <= before + 4 + driver.MAX_THREADS
 
         def store_all() -> None:
             for number, task_id in enumerate(ids):
@@ -509,7 +509,7 @@ def test_several_event_loops_wait_concurrently_and_in_sequence(app: Celery, work
 def test_a_closed_loop_leaves_no_thread_behind(
     app: Celery, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(bridge, "LINGER", 0.2)
+    monkeypatch.setattr(driver, "LINGER", 0.2)
     before = set(threading.enumerate())
     names = {"celery-results-aio-follow", "celery-results-aio-tap"}
 

@@ -13,7 +13,7 @@ from celery.result import EagerResult, GroupResult
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import aio, errors
-from celery_amqp_results.aio import bridge, coroutines
+from celery_amqp_results.aio import bridge, streams
 from tests.broker.helpers import LONG, new_id, until_stored
 from tests.broker.test_aio import lose, run, store, until, until_covered, worker
 from tests.conftest import Apps
@@ -207,7 +207,7 @@ def test_a_watch_belongs_to_one_loop(app: Celery) -> None:
 def test_unread_states_are_bounded_and_the_final_state_is_kept(
     app: Celery, worker: Celery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(coroutines, "MAX_BUFFERED", 10)
+    monkeypatch.setattr(streams, "MAX_BUFFERED", 10)
 
     async def scenario() -> None:
         ended, running = new_id(), new_id()

@@ -312,3 +312,34 @@ def test_a_garbage_collected_app_leaves_no_thread(
         gc.collect()
         time.sleep(0.05)
     assert names() <= before
+
+
+def test_a_child_forked_while_connections_are_counted_does_not_hang(
+    app: Celery, fork: Callable[..., Any]
+) -> None:
+    # Given a thread that counts connections at the moment of the fork
+    app.backend.store_result(new_id(), 1, states.SUCCESS)
+    slots = app.backend.layout.connector.slots
+    counting, forked = threading.Event(), threading.Event()
+
+    def count() -> None:
+        with slots._changed:
+            counting.set()
+            forked.wait(LONG)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    counting.wait(LONG)
+
+    def work() -> Any:
+        # The connections of the parent are forgotten here, and others are opened.
+        gc.collect()
+        app.backend.store_result(new_id(), 1, states.SUCCESS)
+        gc.collect()
+        return "stored"
+
+    answer = fork(work)
+    forked.set()
+    thread.join(LONG)
+    # Then the child stores a result
+    assert answer() == "stored"

@@ -57,7 +57,7 @@ def test_threads_that_store_read_and_wait_respect_the_limit(
             app.backend.store_result(task_id, {}, "STARTED")
             app.backend.store_result(task_id, number, "SUCCESS")
             assert app.AsyncResult(task_id).get(timeout=60) == number
-            assert app.backend.layout.kept(task_id).state == "SUCCESS"
+            assert app.backend.layout.stored_state(task_id).state == "SUCCESS"
             assert app.AsyncResult(new_id()).state == "PENDING"
 
     # When many threads store results, wait for them and look them up
@@ -75,7 +75,7 @@ def test_one_connection_is_enough_to_store_and_to_look_up(
         for number in range(5):
             task_id = new_id()
             app.backend.store_result(task_id, number, "SUCCESS")
-            assert app.backend.layout.kept(task_id).state == "SUCCESS"
+            assert app.backend.layout.stored_state(task_id).state == "SUCCESS"
     assert max(counted) == 1
 
 
@@ -88,7 +88,7 @@ def test_threads_that_store_and_look_up_take_turns_on_one_connection(make_app: A
     def work(number: int) -> None:
         while time.monotonic() < end or not done[number]:
             if number % 2:
-                app.backend.layout.kept(new_id())
+                app.backend.layout.stored_state(new_id())
             else:
                 app.backend.store_result(new_id(), 1, "SUCCESS")
             done[number] += 1
@@ -106,7 +106,7 @@ def test_waiting_with_one_connection_says_what_it_needs(make_app: Apps) -> None:
         app.AsyncResult(task_id).get(timeout=60)
     # And the process goes on
     app.backend.store_result(task_id, 1, "SUCCESS")
-    assert app.backend.layout.kept(task_id).state == "SUCCESS"
+    assert app.backend.layout.stored_state(task_id).state == "SUCCESS"
 
 
 def test_a_caller_waits_for_a_connection_until_its_deadline(make_app: Apps) -> None:
@@ -161,7 +161,7 @@ def work(number):
         task = new_id()
         app.backend.store_result(task, number, "SUCCESS")
         assert app.AsyncResult(task).get(timeout=60) == number
-        assert app.backend.layout.kept(task).state == "SUCCESS"
+        assert app.backend.layout.stored_state(task).state == "SUCCESS"
     return 1
 jobs = [gevent.spawn(work, number) for number in range(40)]
 gevent.joinall(jobs)

@@ -199,22 +199,51 @@ def test_the_commands_of_the_compose_file_work(broker: str, tmp_path: Path) -> N
         assert running.wait(60) == 0
 
 
-def test_typed_code_passes_mypy_in_strict_mode(tmp_path: Path) -> None:
+def check_types(folder: Path, *files: Path) -> Any:
+    """Run mypy in strict mode over *files*."""
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed")
-    config = tmp_path / "mypy.ini"
+    config = folder / "mypy.ini"
     config.write_text("[mypy]\nstrict = true\n[mypy-celery.*,kombu.*,amqp.*,vine.*]\n"
                       "ignore_missing_imports = true\nfollow_imports = skip\n")  # fmt: skip
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", str(config), "--cache-dir",
-         str(tmp_path / "cache"), "--follow-imports", "silent", "examples/typed.py"],
+         str(folder / "cache"), "--follow-imports", "silent", *map(str, files)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )  # fmt: skip
+
+
+def test_typed_code_passes_mypy_in_strict_mode(tmp_path: Path) -> None:
+    done = check_types(tmp_path, Path("examples/typed.py"))
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_coroutines_return_values_of_the_type_that_stubs_give_a_result(tmp_path: Path) -> None:
+    # Given code that treats the number of a result object as text
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "from typing import Any\n"
+        "from celery_amqp_results import aio\n"
+        "class Number:\n"
+        "    def get(self, timeout: float = 1) -> int: ...  # type: ignore[empty-body]\n"
+        "async def use(result: Number, untyped: Any) -> None:\n"
+        "    one: str = await aio.get(result)\n"
+        "    many = await aio.gather(result, result)\n"
+        "    first: str = many[0]\n"
+        "    async for _, each in aio.as_completed([result]):\n"
+        "        last: str = each\n"
+        "    other: str = await aio.get(untyped)\n"
+        "    by_id: str = await aio.get('an id')\n"
+    )
+    # When it is checked
+    done = check_types(tmp_path, wrong)
+    # Then the three uses whose type is known are errors, and no other
+    lines = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert [line.split(":")[1] for line in lines] == ["6", "8", "10"], done.stdout
 
 
 def test_typed_code_passes_pyright() -> None:

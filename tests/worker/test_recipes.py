@@ -120,7 +120,7 @@ def check_count(found: List[Dict[str, Any]], total: int) -> None:
     assert found[-1]["result"] == total
     steps = [each["result"]["current"] for each in found[:-1]]
     assert [each["state"] for each in found[:-1]] == ["PROGRESS"] * len(steps)
-    assert len(steps) >= 3
+    assert steps
     assert steps == sorted(set(steps))
 
 
