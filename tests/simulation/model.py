@@ -30,7 +30,7 @@ from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.page import Census
 from celery_amqp_results.protocol.ranking import fold, is_lasting
-from celery_amqp_results.store import checkout, lookup
+from celery_amqp_results.store import checkout, lookup, shard_read
 from celery_amqp_results.store.delivery import Delivery
 from tests.simulation.exchange import Exchange
 from tests.unit.broker_model import Clock, Killed, Link, Queue
@@ -156,7 +156,7 @@ class Checkouts:
         done = [read for read in self.left if read.done]
         for read in done:
             self.left.remove(read)
-            read.finish(float("inf"), float("inf"))
+            read.finish(float("inf"), float("inf"), lambda: None)
         for _ in range(0 if done else messages):
             if not self.link.drain(0.0) or any(read.done for read in self.left):
                 break
@@ -232,7 +232,7 @@ class Simulation:
         with contextlib.ExitStack() as stack:
             for module, name, value in (
                 (lookup, "time", self.clock), (checkout, "time", self.clock),
-                (lookup, "PACK_AT", 8),
+                (shard_read, "time", self.clock), (shard_read, "PACK_AT", 8),
             ):  # fmt: skip
                 stack.enter_context(mock.patch.object(module, name, value))
             self._run()
@@ -410,8 +410,13 @@ class Simulation:
                 link.die()
 
         link.between = between
-        request = lookup._Request(shards, STATE, lambda read: None, remove, census)
-        reads = [lookup._Read(self.store_of, link, shard, request) for shard in shards]  # type: ignore[arg-type]
+        reads: List[Any] = []
+        for shard, ids in shards.items():
+            where: Any = (self.store_of, link, shard, ids, STATE)
+            if remove:
+                reads.append(shard_read.Removal(*where))
+            else:
+                reads.append(shard_read.LookUp(*where, Census() if shard in census else None))
         return Checkouts(link, reads, list(reads))
 
     # -- reading -----------------------------------------------------------------------------------
