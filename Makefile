@@ -12,6 +12,11 @@ PROCESSES ?= 4
 
 BIN := $(VENV)/bin
 RUN_TESTS := -m pytest --numprocesses $(PROCESSES) --dist loadgroup
+# What depends on the version of RabbitMQ, and what depends on that of Python.
+BROKER_TESTS := tests/broker tests/faults tests/cli tests/worker \
+	$(foreach name,demo ecosystem recipes testing_guide,--ignore=tests/worker/test_$(name).py)
+PYTHON_TESTS := tests/unit $(foreach name,aio fork_and_threads gevent publisher store_and_lookup tls \
+	waiting,tests/broker/test_$(name).py)
 # Code outside the package that is checked with it.
 SCRIPTS := demo examples tools tests $(wildcard bench)
 
@@ -36,7 +41,7 @@ coverage: $(VENV)/.test ## Run tests and report the lines and branches that they
 
 test-newest-rabbitmq: $(VENV)/.test ## Run the tests that need a broker on Debian forky's RabbitMQ
 	RABBITMQ_DISTRIBUTION=forky $(BIN)/python $(RUN_TESTS) \
-		$(if $(filter tests,$(PYTEST)),tests/broker tests/worker tests/faults tests/cli,$(PYTEST))
+		$(if $(filter tests,$(PYTEST)),$(BROKER_TESTS),$(PYTEST))
 
 test-faults: $(VENV)/.test ## Run all fault tests, those under load too; RABBITMQ=forky for the newest
 	LOAD=1 RABBITMQ_DISTRIBUTION=$(or $(RABBITMQ),system) $(BIN)/python -m pytest tests/faults
@@ -54,10 +59,10 @@ test-oldest: ## Run unit and broker tests with the oldest supported Celery, and 
 		PYTHON="$$($(PYTHON) tools/pythons.py oldest)" .venv-oldest/.test
 	.venv-oldest/bin/python $(RUN_TESTS) $(if $(filter tests,$(PYTEST)),tests/unit tests/broker,$(PYTEST))
 
-test-newest-python: ## Run unit and broker tests on the newest Python that is here
+test-newest-python: ## Run unit tests and some broker tests on the newest Python that is here
 	@$(MAKE) --no-print-directory VENV=.venv-newest \
 		PYTHON="$$($(PYTHON) tools/pythons.py newest)" .venv-newest/.test
-	.venv-newest/bin/python $(RUN_TESTS) $(if $(filter tests,$(PYTEST)),tests/unit tests/broker,$(PYTEST))
+	.venv-newest/bin/python $(RUN_TESTS) $(if $(filter tests,$(PYTEST)),$(PYTHON_TESTS),$(PYTEST))
 
 # All but the fault tests. `python tools/pythons.py pairs` lists the pairs.
 test-matrix: ## Run tests on every pair of Python and Celery that is here; PAIRS="3.9-5.3 3.13-5.7"

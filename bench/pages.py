@@ -58,7 +58,7 @@ _ABOUT = re.compile(r"(?P<comment><!-- about: (?P<run>\S+) -->\n\n)(?P<line>.*)\
 
 
 class Table(NamedTuple):
-    """What a comment says."""
+    """The contents of a comment."""
 
     #: Labels and names, in their order.
     columns: Sequence[Tuple[str, str]]

@@ -141,6 +141,9 @@ class KeepsBodies(abc.ABC):
     def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
         """Return the state that a pointer stands for, or ``None`` if the body is gone."""
 
+    def stored_besides(self, task_id: str, queues: Collection[str]) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, without bodies in *queues*."""
+
 
 class LimitsBacklog(abc.ABC):
     """A layout in which a look-up skips the earlier states of a task."""

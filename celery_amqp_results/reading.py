@@ -7,16 +7,18 @@ class.
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, ContextManager, Dict, Iterable, Optional
+from typing import Any, Callable, Collection, ContextManager, Dict, Iterable, Optional
 
 from celery import states
 from celery.exceptions import SecurityError
+from kombu.exceptions import ContentDisallowed
 from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.layouts import KeepsBodies, KeepsMarks, Layout, LimitsBacklog
-from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.message import STATE, StateMessage
+from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.store.marks import Fate
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting.groups import Pass
@@ -61,8 +63,12 @@ class Reader:
 
     # -- decoding ----------------------------------------------------------------------------------
 
-    def content(self, state: StateMessage) -> Meta:
+    def content(self, state: StateMessage, besides: Collection[str] = ()) -> Meta:
         """Return the decoded body of *state*, which may have to be fetched.
+
+        Parameters:
+            state: the state.
+            besides: queues with bodies that cannot be decoded.
 
         Raises:
             ResultExpired: when the body is gone.
@@ -78,7 +84,22 @@ class Reader:
                 f"the {state.state} of {state.id!r} is gone from the queue {state.body_queue!r}: "
                 "it has expired or was forgotten, or somebody deleted the queue"
             )
-        return self._config.codec.decode(complete)
+        try:
+            return self._config.codec.decode(complete)
+        except (ContentDisallowed, errors.ForeignMessage):
+            if (
+                state.kind != STATE
+                or not is_final(state.state)
+                or not isinstance(layout, KeepsBodies)
+            ):
+                raise
+            # Only now it is known that the body cannot be decoded. It must not hide another final
+            # state, of another run of the task.
+            besides = (*besides, state.body_queue)
+            other = layout.stored_besides(state.id, besides)
+            if other is None or not is_final(other.state):
+                raise
+            return self.content(other, besides)
 
     def decode(self, state: StateMessage) -> Meta:
         """Return the meta that *state* holds.

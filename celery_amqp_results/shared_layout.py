@@ -161,7 +161,12 @@ class SharedLayout:
 
     def stored_state(self, task_id: str) -> Optional[StateMessage]:
         """Return the state that the broker keeps of a task, regardless of pushed states."""
-        return fold(self.store.read((task_id,))[task_id])
+        return self.stored_besides(task_id, ())
+
+    def stored_besides(self, task_id: str, queues: Collection[str]) -> Optional[StateMessage]:
+        """Return the state that the broker keeps of a task, without bodies in *queues*."""
+        found = self.store.read((task_id,))[task_id]
+        return fold(state for state in found if state.body_queue not in queues)
 
     def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
         """Return the state that a pointer stands for, or ``None`` if the body is gone."""

@@ -265,7 +265,8 @@ class ConfirmChannel:
         self.link = link
         self.log = ConfirmLog()
         self.channel = link.channel()
-        self.channel.confirm_select()
+        # The broker never refuses this, so its answer is not worth a round trip.
+        self.channel.confirm_select(nowait=True)
         self._asking: Optional[amqp.Channel] = None
         self.channel.events["basic_ack"].add(self.log.acknowledged)
         self.channel.events["basic_nack"].add(self._on_nack)

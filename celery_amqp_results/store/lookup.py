@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
+import functools
 import logging
 import math
 import threading
@@ -17,23 +17,21 @@ import time
 from typing import Any, Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
 
 import amqp
-from celery import states
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
-from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirms import ConfirmChannel
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.protocol import page
-from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
+from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.announcing import announce
-from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
+from celery_amqp_results.store.shard_read import PAGE_SECONDS, LookUp, Removal, ShardRead
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
-from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("Store",)
 
@@ -55,25 +53,9 @@ SILENT_SECONDS = 1.0
 #: How many shards one look-up reads at the same time.
 PARALLEL = 16
 
-#: A reader packs a shard that has at least this many loose results.
-PACK_AT = 32
-
 #: Seconds of packing in one look-up before it leaves the rest to the next reader: others wait in
 #: line.
 PACK_SECONDS = 0.03
-
-#: A shard with this many messages counts as long. If the last shard of a look-up is long, packing
-#: it may take this share of the reading time: others have waited for long anyway, and the next
-#: reads become faster.
-LONG_SHARD = 10_000
-LONG_PACK_SHARE = 0.2
-
-#: How many seconds a reader waits for its own published pages to come back. They do not come if it
-#: holds as many messages as it may; going on is harmless unless a task has two results.
-PAGE_SECONDS = 1.0
-
-#: The most bytes of messages that a reader keeps in memory for packing.
-MAX_RETAINED = 2 * 1024 * 1024
 
 #: A foreign message is logged in full once; this many kinds of them are remembered.
 MAX_COMPLAINTS = 100
@@ -89,344 +71,27 @@ def lookup_seconds(shards: int, lookup_timeout: float) -> float:
 
 @dataclasses.dataclass
 class _Request:
-    """The ids that a look-up reads or removes."""
+    """The ids that are read or removed, by their shards."""
 
-    #: The ids, by their shards.
     shards: Dict[int, Set[str]]
-    kind: str
-    #: Called after reading each shard.
-    take: Callable[[_Read], None]
-    remove: bool = False
-    #: The shards to take a census of.
-    census: Collection[int] = ()
+    #: Begins the read of a shard.
+    begin: Callable[[Link, int], ShardRead]
+    #: Called when a shard is done.
+    take: Callable[[Any], None]
+    #: The time limit (``time.monotonic``).
+    end: float = math.inf
+    #: Time after which packing is left to the next reader.
+    pack_end: float = math.inf
+    #: The shards that are not done.
+    todo: Deque[int] = dataclasses.field(init=False)
 
+    def __post_init__(self) -> None:
+        self.todo = collections.deque(sorted(self.shards))
 
-class _Read:
-    """The read of one shard, which may pack it or remove messages on the way."""
-
-    def __init__(
-        self,
-        store: Store,
-        link: Link,
-        shard: int,
-        request: _Request,
-    ) -> None:
-        self.shard = shard
-        self.wanted: Collection[str] = request.shards[shard]
-        #: The content of the whole shard, if a census is wanted.
-        self.census = page.Census() if shard in request.census else None
-        self._in_pages = page.Wanted(self.wanted)
-        self.found: Dict[str, List[StateMessage]] = {}
-        self.removed = 0
-        self._kind = request.kind
-        self._remove = request.remove
-        self._store = store
-        self._link = link
-        #: Loose messages that packing would replace, by delivery tag.
-        self._loose: Dict[int, StateMessage] = {}
-        self._small_pages: Dict[int, bytes] = {}
-        self._retained = 0
-        #: When the first message came.
-        self._began: Optional[float] = None
-        #: Time limit of the look-up.
-        self._end = 0.0
-        #: Pages to rewrite without the removed states, by delivery tag.
-        self._cut_pages: Dict[int, bytes] = {}
-        #: Pointers to remove, after their queues have been deleted.
-        self._removed_pointers: List[int] = []
-        self._body_queues: Set[str] = set()
-        # A missing queue counts as empty: a look-up declares nothing.
-        topology = store.declarations.topology
-        self.checkout = Checkout(
-            link,
-            topology.shard_queue_name(shard),
-            self._on_message,
-            longest_prefetch(topology.queue_type),
-            look_again=self._incomplete,
-            arguments=longest_hold(topology.queue_type, store.lookup_timeout),
-        )
-
-    def _on_message(self, message: amqp.Message) -> None:
-        if self._began is None:
-            self._began = time.monotonic()
-        properties = message.properties
-        tag = message.delivery_tag
-        try:
-            if properties.get("type") == page.PAGE:
-                self._on_page(tag, message.body)
-            else:
-                self._on_state(tag, StateMessage.from_properties(properties, message.body))
-        except errors.ForeignMessage as exc:
-            self._reject(exc)
-            if properties.get("type") is None:
-                # No version of this package has written it, and without an expiration it would slow
-                # down every reader for ever. A message with a type stays: another version may know
-                # it.
-                self.checkout.acknowledge((tag,))
-
-    def _reject(self, why: Exception) -> None:
-        self._store.reject(self.checkout.queue, str(why))
-
-    def _on_state(self, tag: int, state: StateMessage) -> None:
-        topology = self._store.declarations.topology
-        shard = topology.shard(state.id)
-        if shard != self.shard:
-            raise errors.ForeignMessage(f"{state.id!r:.100} belongs to shard {shard}")
-        topology.check_body_queue(state)
-        now = time.time_ns() // 1000
-        state = dated(state, now)
-        undated = state.published == UNKNOWN_TIME
-        if state.id in self.wanted and state.kind == self._kind:
-            if self._remove:
-                self.removed += 1
-                if state.body_queue is None:
-                    self.checkout.acknowledge((tag,))
-                else:
-                    self._removed_pointers.append(tag)
-                    self._body_queues.add(state.body_queue)
-                return
-            # The broker drops an expired message only when it is first in the queue.
-            if undated or not state.expired(now):
-                self.found.setdefault(state.id, []).append(state)
-        if self.census is not None and (undated or not state.expired(now)):
-            self.census.add(state)
-        # A page cannot tell when a state without a date expires; for a loose state the broker can.
-        if not undated and self._retain(len(state.body)):
-            self._loose[tag] = state
-
-    def _on_page(self, tag: int, body: bytes) -> None:
-        now = time.time_ns() // 1000
-        hits = [
-            state
-            for state in page.find(body, self._in_pages, self._reject)
-            if state.kind == self._kind and not state.expired(now) and self._points_right(state)
-        ]
-        if self._remove:
-            if hits:
-                self.removed += len(hits)
-                self._body_queues.update(queue for s in hits if (queue := s.body_queue))
-                self._cut_pages[tag] = body
-            return
-        if self.census is not None:
-            self.census.add_page(body)
-        for state in hits:
-            self.found.setdefault(state.id, []).append(dated(state, now))
-        if self._retain(len(body)):
-            self._small_pages[tag] = body
-
-    def _points_right(self, state: StateMessage) -> bool:
-        try:
-            self._store.declarations.topology.check_body_queue(state)
-        except errors.ForeignMessage as exc:
-            self._reject(exc)
-            return False
-        return True
-
-    def _retain(self, size: int) -> bool:
-        """Return whether a message of *size* bytes is worth packing and may be kept in memory."""
-        page_size = self._store.page_size
-        if size > page_size // 2 or self._retained + size > MAX_RETAINED:
-            return False
-        self._retained += size
-        return True
-
-    @property
-    def done(self) -> bool:
-        """Whether the whole shard was seen."""
-        return self.checkout.fenced
-
-    def _incomplete(self) -> bool:
-        """Return whether a wanted state may lie in a page behind the fence."""
-        if self._remove or self._kind != STATE or self.census is not None:
-            return True
-        return not all(
-            any(state.state == states.SUCCESS for state in self.found.get(task_id, ()))
-            for task_id in self.wanted
-        )
-
-    def long_packing_end(self, packed: float, end: float) -> float:
-        """Return until when the shard may be packed as the last of a look-up; 0 if it is not long.
-
-        Parameters:
-            packed: seconds of packing since the look-up has read everything.
-            end: the look-up's time limit (``time.monotonic``). A page confirmed too late would stay
-                beside the messages that it was to replace, and the shard would grow.
-        """
-        if self._began is None or self.checkout.seen < LONG_SHARD:
-            return 0.0
-        now = time.monotonic()
-        reading = now - self._began - packed
-        return min(now + LONG_PACK_SHARE * reading - packed, end - PAGE_SECONDS)
-
-    def finish(self, pack_until: float, end: float) -> None:
-        """Write pages and removals, and release the shard.
-
-        Parameters:
-            pack_until: time (``time.monotonic``) after which packing is left to the next reader.
-            end: time after which it no longer waits for the broker.
-
-        Raises:
-            NotConfirmed: when the broker has not confirmed a page by then.
-        """
-        self._end = end
-        if self._remove:
-            self._delete_bodies()
-            self._cut()
-        elif len(self._loose) >= PACK_AT and time.monotonic() < pack_until:
-            self._pack(pack_until)
-        # Only a removal must be complete before the caller goes on.
-        self.checkout.close(wait=self._remove)
-
-    def _delete_bodies(self) -> None:
-        """Delete the queues of large results, and only then their pointers."""
-        if self._body_queues:
-            channel = self._link.channel()
-            for queue in self._body_queues:
-                channel.queue_delete(queue)
-            channel.close()
-        self.checkout.acknowledge(self._removed_pointers)
-
-    def _cut(self) -> None:
-        cut = dict(self._cut_pages)
-        published = False
-        for body in cut.values():
-            kept = [
-                state
-                for state in page.decode(body, self._reject)
-                if not (state.id in self.wanted and state.kind == self._kind)
-            ]
-            if kept:
-                self._publish_page(kept)
-                published = True
-        if published:
-            self._wait_for_pages()
-        self.checkout.acknowledge(cut)
-
-    def _wait_for_pages(self) -> None:
-        """Wait until the published pages have come back.
-
-        The fences of readers in line lie in front of the pages. Such a reader may have received the
-        other states of a task: it must learn that this reader held the queue meanwhile.
-        """
-        self.checkout.set_fence()
-        until = min(time.monotonic() + PAGE_SECONDS, self._end)
-        while not self.checkout.fenced and time.monotonic() < until:
-            self._link.drain(time_left(until, PAGE_SECONDS))
-
-    def _pack(self, until: float) -> None:
-        """Replace loose results, and small pages, by full pages.
-
-        Each page is confirmed before the messages that it replaces are acknowledged. A crash in
-        between leaves results twice, which the fold makes harmless.
-        """
-        now = time.time_ns() // 1000
-        store = self._store
-        sources: Dict[int, List[StateMessage]] = {
-            tag: [state] for tag, state in self._loose.items()
-        }
-        for tag, body in self._small_pages.items():
-            try:
-                sources[tag] = page.decode(body)
-            except errors.ForeignMessage as exc:
-                self._reject(exc)
-        keep, drop = page.select(self.credible(itertools.chain(*sources.values())), now)
-        if len(keep) + len(drop) < PACK_AT:
-            # Almost all of them are states of unfinished tasks.
-            return
-        settled = {id(state) for state in drop}
-        batch: List[StateMessage] = []
-        size = 0
-        # Publish at least one page if there is time for it to come back. Otherwise nothing would
-        # ever be packed where the selection takes all the time.
-        stop = max(until, self._end - PAGE_SECONDS)
-        for state in keep:
-            if batch and size + len(state.body) > store.page_size:
-                if time.monotonic() >= stop:
-                    break
-                self._publish_page(batch)
-                settled.update(map(id, batch))
-                batch, size = [], 0
-                stop = until
-            batch.append(state)
-            size += len(state.body) + page.OVERHEAD
-        else:
-            if batch:
-                self._publish_page(batch)
-                settled.update(map(id, batch))
-        done = [
-            tag
-            for tag, states_of in sources.items()
-            if all(id(state) in settled for state in states_of)
-        ]
-        if done:
-            self._wait_for_pages()
-        self._drop_bodies(drop, sources, done)
-        self.checkout.acknowledge(done)
-        store.count(packed=len(settled))
-
-    def _drop_bodies(
-        self,
-        drop: List[StateMessage],
-        sources: Dict[int, List[StateMessage]],
-        done: List[int],
-    ) -> None:
-        """Delete queues whose only pointers are dropped and that would not expire."""
-        dropped = {id(state) for state in drop}
-        settled = set(done)
-        gone: Set[str] = set()
-        # The same pointer may occur twice.
-        kept: Set[str] = set()
-        for tag, states_of in sources.items():
-            for state in states_of:
-                if state.body_queue is not None and state.expiration is None:
-                    superseded = tag in settled and id(state) in dropped
-                    (gone if superseded else kept).add(state.body_queue)
-        gone -= kept
-        if not gone:
-            return
-        channel = self._link.channel()
-        try:
-            for queue in gone:
-                channel.queue_delete(queue)
-        except amqp.exceptions.AccessRefused as exc:
-            # A user that only reads may lack the permission.
-            logger.info("superseded large results were not deleted: %s", exc)
-        channel.close()
-
-    def credible(self, states_of: Iterable[StateMessage]) -> List[StateMessage]:
-        """Return *states_of* without undecodable final states that would hide others."""
-        known = list(states_of)
-        ends: Dict[str, List[StateMessage]] = {}
-        for state in known:
-            if state.kind == STATE and is_final(state.state):
-                ends.setdefault(state.id, []).append(state)
-        damaged: Set[int] = set()
-        for several in ends.values():
-            if len(several) > 1:
-                damaged.update(map(id, several))
-                damaged.difference_update(
-                    map(id, self._store.readable(self.checkout.queue, several))
-                )
-        return [state for state in known if id(state) not in damaged]
-
-    def _publish_page(self, content: List[StateMessage]) -> None:
-        """Publish a page to the shard, and wait for its confirm."""
-        expires = page.expiration(content, time.time_ns() // 1000)
-        properties: Dict[str, Any] = {
-            "type": page.PAGE,
-            "content_type": page.CONTENT_TYPE,
-            "delivery_mode": 2 if self._store.persistent else 1,
-        }
-        if expires is not None:
-            properties["expiration"] = str(expires)
-        channel = self._store.confirm_channel(self._link)
-        published = Publication(
-            Outgoing(self.checkout.queue, properties, page.encode(content), self.shard)
-        )
-        channel.publish(published)
-        channel.wait((published,), self._end)
-        if published.status is not Status.CONFIRMED:
-            raise errors.NotConfirmed(f"the broker did not take a page for {self.checkout.queue!r}")
+    def done(self, read: ShardRead) -> None:
+        """Note that a shard need not be read again."""
+        self.todo.remove(read.shard)
+        self.take(read)
 
 
 class Store:
@@ -507,7 +172,12 @@ class Store:
         found: Dict[str, List[StateMessage]] = {}
         wanted_censuses = {} if censuses is None else censuses
 
-        def take(read: _Read) -> None:
+        def begin(link: Link, shard: int) -> LookUp:
+            census = page.Census() if shard in wanted_censuses else None
+            return LookUp(self, link, shard, shards[shard], kind, census)
+
+        def take(read: LookUp) -> None:
+            self.count(looked_up=len(read.wanted))
             for task_id in read.wanted:
                 found[task_id] = self.readable(read.checkout.queue, read.found.get(task_id, []))
             if read.census is not None:
@@ -517,7 +187,7 @@ class Store:
         shards = self._by_shard(ids)
         for shard in wanted_censuses:
             shards.setdefault(shard, set())
-        self._run(_Request(shards, kind, take, census=frozenset(wanted_censuses)), deadline)
+        self._run(_Request(shards, begin, take), deadline)
         return found
 
     def remove(
@@ -529,12 +199,16 @@ class Store:
         deleted.
         """
         removed = 0
+        shards = self._by_shard(ids)
 
-        def take(read: _Read) -> None:
+        def begin(link: Link, shard: int) -> Removal:
+            return Removal(self, link, shard, shards[shard], kind)
+
+        def take(read: Removal) -> None:
             nonlocal removed
             removed += read.removed
 
-        self._run(_Request(self._by_shard(ids), kind, take, remove=True), deadline)
+        self._run(_Request(shards, begin, take), deadline)
         return removed
 
     def announce_removal(self, ids: Collection[str]) -> None:
@@ -601,68 +275,86 @@ class Store:
     def _run(self, request: _Request, deadline: Optional[float]) -> None:
         shards = request.shards
         started = time.monotonic()
-        end = started + lookup_seconds(len(shards), self.lookup_timeout)
+        request.end = started + lookup_seconds(len(shards), self.lookup_timeout)
         if deadline is not None:
-            end = min(end, max(deadline, started + LEAST_SECONDS))
-        todo: Deque[int] = collections.deque(sorted(shards))
-        # A caller with less time than a page may take leaves packing to others. An unconfirmed page
-        # would stay beside the messages that it was to replace, one more with each short wait.
-        pack_end = math.inf if deadline is None else deadline - PAGE_SECONDS
+            request.end = min(request.end, max(deadline, started + LEAST_SECONDS))
+            # A caller with less time than a page may take leaves packing to others. An unconfirmed
+            # page would stay beside the messages that it was to replace, one more with each short
+            # wait.
+            request.pack_end = deadline - PAGE_SECONDS
         prefix = self.declarations.topology.prefix
-        tries = connections.LookupTries(self._pool.policy, end, prefix)
-        while todo:
+        tries = connections.LookupTries(self._pool.policy, request.end, prefix)
+        while request.todo:
             late = None
             try:
-                with self._pool.link(end) as link:
+                with self._pool.link(request.end) as link:
                     # Time spent on connecting must not end the look-up before it has read anything.
-                    end = max(end, time.monotonic() + LEAST_SECONDS)
-                    late = self._read_on(link, request, todo, end, pack_end)
+                    request.end = max(request.end, time.monotonic() + LEAST_SECONDS)
+                    self._check_exchange(link)
+                    late = _Reading(self, link, request).run()
             except errors.LookupTimeout:
                 raise
             except TRANSIENT as exc:
                 # Shards read completely are done; the others are read again.
                 self.declarations.forget()
-                if not todo:
+                if not request.todo:
                     # All shards were read; only the packing failed, and the next reader can do
                     # that.
                     logger.warning("a shard was read and could not be packed: %r", exc)
                     return
                 if isinstance(exc, errors.BackendUnavailable):
                     raise
-                tries.wait(exc, f"{len(todo)} of {len(shards)} shards")
+                tries.wait(exc, f"{len(request.todo)} of {len(shards)} shards")
             if late is not None:
                 raise late
 
-    def _read_on(
-        self,
-        link: Link,
-        request: _Request,
-        todo: Deque[int],
-        end: float,
-        pack_end: float,
-    ) -> Optional[errors.LookupTimeout]:
-        """Read the shards *todo*; return an error if that takes longer than until *end*.
-
-        All shards are released, so the connection can be used again.
-        """
+    def _check_exchange(self, link: Link) -> None:
         if not self.declarations.exchange_checked:
             channel = link.channel()
             self.declarations.check_exchange(channel)
             channel.close()
-        remove = request.remove
-        running: List[_Read] = []
-        waiting = collections.deque(todo)
+
+    def confirm_channel(self, link: Link) -> ConfirmChannel:
+        """Return the channel for publishing on a connection for look-ups."""
+        if link.publishing is None:
+            link.publishing = ConfirmChannel(link)
+        channel: ConfirmChannel = link.publishing
+        return channel
+
+
+class _Reading:
+    """One try to read the shards of a request, on one connection.
+
+    Parameters:
+        store: counts.
+        link: the connection, which the caller has to itself.
+        request: the request.
+    """
+
+    def __init__(self, store: Store, link: Link, request: _Request) -> None:
+        self._store = store
+        self._link = link
+        self._request = request
+        self._running: List[ShardRead] = []
+        self._waiting = collections.deque(request.todo)
+        # Seconds of packing: in total, and since the last shard was read.
+        self._packed = self._packed_last = 0.0
+
+    def run(self) -> Optional[errors.LookupTimeout]:
+        """Read the shards; return an error if that takes too long.
+
+        All shards are released, so the connection can be used again.
+        """
+        request, link, running = self._request, self._link, self._running
         started = time.monotonic()
         frames_before = link.frames_received
-        # Seconds of packing: in total, and since the last shard was read.
-        packed = packed_last = 0.0
-        while waiting or running:
+        while self._waiting or running:
             with link.corked():
-                while waiting and len(running) < PARALLEL and link.has_room():
-                    running.append(_Read(self, link, waiting.popleft(), request))
+                while self._waiting and len(running) < PARALLEL and link.has_room():
+                    running.append(request.begin(link, self._waiting.popleft()))
             now = time.monotonic()
-            if now >= end:
-                late = self._late(link, running, now - started)
+            if now >= request.end:
+                late = self._late(now - started)
                 silent = link.frames_received == frames_before and now - started >= SILENT_SECONDS
                 if link.blocked or silent:
                     # This connection is of no use: pending writes would wait for the end of the
@@ -673,53 +365,42 @@ class Store:
                 return late
             finished = [read for read in running if read.done]
             if not finished:
-                link.drain(min(end - now, HEARTBEAT / 2))
+                link.drain(min(request.end - now, HEARTBEAT / 2))
                 link.tick()
                 for read in running:
                     read.checkout.renew_fence()
-                continue
             for read in finished:
-                running.remove(read)
-                if not remove:
-                    todo.remove(read.shard)
-                    request.take(read)
-                started_packing = time.monotonic()
-                pack_until = started_packing + PACK_SECONDS - packed
-                all_read = not waiting and all(other.done for other in running)
-                if all_read:
-                    pack_until = max(pack_until, read.long_packing_end(packed_last, end))
-                read.finish(min(pack_until, pack_end), end)
-                spent = time.monotonic() - started_packing
-                packed += spent
-                packed_last += spent if all_read else 0.0
-                if remove:
-                    todo.remove(read.shard)
-                    request.take(read)
-                self.count(
-                    looked_up=0 if remove else len(read.wanted),
-                    shards_read=1,
-                    messages_read=read.checkout.seen,
-                )
+                self._finish(read)
         return None
 
-    def confirm_channel(self, link: Link) -> ConfirmChannel:
-        """Return the channel for publishing on a connection for look-ups."""
-        if link.publishing is None:
-            link.publishing = ConfirmChannel(link)
-        channel: ConfirmChannel = link.publishing
-        return channel
+    def _finish(self, read: ShardRead) -> None:
+        """Write to a shard that was read, and release it."""
+        request = self._request
+        self._running.remove(read)
+        began = time.monotonic()
+        pack_until = began + PACK_SECONDS - self._packed
+        all_read = not self._waiting and all(other.done for other in self._running)
+        if all_read:
+            long_end = read.long_packing_end(self._packed_last, request.end)
+            pack_until = max(pack_until, long_end)
+        done = functools.partial(request.done, read)
+        read.finish(min(pack_until, request.pack_end), request.end, done)
+        spent = time.monotonic() - began
+        self._packed += spent
+        self._packed_last += spent if all_read else 0.0
+        self._store.count(shards_read=1, messages_read=read.checkout.seen)
 
-    def _late(self, link: Link, running: List[_Read], seconds: float) -> errors.LookupTimeout:
-        slow = running[0]
-        queue = self.declarations.topology.shard_queue_name(slow.shard)
-        if link.blocked:
-            why = f"the broker blocks publishers ({link.blocked}: a memory or disk alarm)"
+    def _late(self, seconds: float) -> errors.LookupTimeout:
+        slow = self._running[0]
+        queue = slow.checkout.queue
+        if self._link.blocked:
+            why = f"the broker blocks publishers ({self._link.blocked}: a memory or disk alarm)"
         elif slow.checkout.seen:
             why = f"{slow.checkout.seen} messages were read by then, and more are kept in it"
         else:
             why = "another reader holds it, or the broker does not answer"
         return errors.LookupTimeout(
             f"queue {queue!r} could not be read within {seconds:.1f} s (lookup_timeout is "
-            f"{self.lookup_timeout:g} s): {why}. The state of the task is unknown; asking again "
-            "is safe."
+            f"{self._store.lookup_timeout:g} s): {why}. The state of the task is unknown; asking "
+            "again is safe."
         )

@@ -122,7 +122,7 @@ class Unwaited:
                     return
                 self.channel.wait(Waiter(left), end)
                 if not left:
-                    # What the broker refused is published again after a pause.
+                    # Refused messages are published again after a pause.
                     time.sleep(time_left(end, REFUSED_SECONDS))
         except _FAILURES as exc:
             raise_if_from_signal_handler(exc)

@@ -26,7 +26,7 @@ from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import PART, PLAN, StateMessage
 from celery_amqp_results.protocol.names import Route, plan_number
 from celery_amqp_results.protocol.ranking import fold
-from celery_amqp_results.store import lookup as store
+from celery_amqp_results.store import shard_read
 from tests.broker.helpers import LONG, Waiting, new_id, until_stored, until_watched
 from tests.conftest import Apps, eventually
 
@@ -305,7 +305,7 @@ def test_a_state_from_the_far_future_loses_to_every_other_state(
     for _, properties, _ in future:
         properties["expiration"] = "86400000"
     publish_to(raw, shard_of(app, task_id), future)
-    for _ in range(store.PACK_AT):
+    for _ in range(shard_read.PACK_AT):
         app.backend.store_result(new_id(), None, states.SUCCESS)
     for _ in range(2):
         found = app.backend.layout.store.read([task_id, alone])

@@ -145,6 +145,24 @@ def test_a_final_state_that_can_be_decoded_counts_more_than_one_that_cannot(
     assert reader.AsyncResult(second).state == states.FAILURE
 
 
+LARGE = "x" * 200_000
+
+
+@pytest.mark.parametrize("read", [_get, _get_at_once, _group, _aio_get])
+def test_a_large_final_state_that_cannot_be_decoded_hides_no_other(
+    make_app: Apps, read: Callable[[Celery, str], Any]
+) -> None:
+    app = make_app(result_serializer="picky", accept_content=["picky"])
+    task_id = _started_and_ended(app, BAD + LARGE)
+    app.backend.store_result(task_id, BAD + LARGE, states.SUCCESS)
+    reader = _reader(make_app, app)
+    with pytest.raises(errors.ForeignMessage, match=BAD):
+        read(reader, task_id)
+    # When the task ran once more, and that result can be decoded
+    app.backend.store_result(task_id, "third run", states.SUCCESS)
+    assert read(_reader(make_app, app), task_id) in ("third run", ["third run"])
+
+
 def test_of_several_final_states_that_cannot_be_decoded_one_is_an_error(
     app: Celery, make_app: Apps
 ) -> None:

@@ -20,6 +20,15 @@ from tools import rabbitmq
 #: The number of repetitions of each test.
 LOOPS = int(os.environ.get("CHORD_FAULT_LOOPS", "3" if LOAD else "1"))
 
+#: How often a leader is killed at each point.
+KILLS = int(os.environ.get("CHORD_KILLS", "50" if LOAD else str(LOOPS)))
+
+#: Chords that are open when all workers are killed.
+OPEN = 200 if LOAD else 60
+
+#: Tasks of a large body.
+LARGE_BODY = int(os.environ.get("CHORD_BODY", "100000" if LOAD else "200"))
+
 TIMEOUT = 60
 
 POINTS = ["before", "between", "after"]
@@ -65,9 +74,9 @@ def fleet(make_app: Apps, tmp_path: Path) -> Iterator[Callable[..., Fleet]]:
         started.stop()
 
 
-@pytest.fixture
-def app(make_app: Apps) -> Celery:
-    app = make_app()
+@pytest.fixture(params=["classic", "quorum"] if LOAD else ["classic"])
+def app(request: pytest.FixtureRequest, make_app: Apps) -> Celery:
+    app = make_app(result_backend_transport_options={"queue_type": request.param, "shards": 16})
     app.set_current()
     return app
 
@@ -91,7 +100,7 @@ def test_a_chord_survives_its_leader(
     app: Celery, t: SimpleNamespace, fleet: Any, tmp_path: Path, pool: str, point: str
 ) -> None:
     workers = fleet(app, 2, pool=pool, concurrency=1)
-    for number in range(LOOPS):
+    for number in range(KILLS):
         result = chord([t.late.s(i) for i in range(6)], mortal(t, tmp_path, point, number)).delay()
         eventually((tmp_path / f"killed-{number}").exists)
         assert result.get(timeout=TIMEOUT) == list(range(6))
@@ -126,7 +135,7 @@ def test_open_chords_survive_a_restart_of_all_workers(
     workers = fleet(app, 2, pool="prefork", concurrency=1)
     log = tmp_path / "ran"
     results = [
-        chord([t.late.s(i) for i in range(4)], t.record.s(str(log))).delay() for _ in range(60)
+        chord([t.late.s(i) for i in range(4)], t.record.s(str(log))).delay() for _ in range(OPEN)
     ]
     eventually(lambda: len(lines(log)) >= 5)
     for worker in workers.workers:
@@ -206,3 +215,49 @@ def test_a_large_chord_survives_a_broker_restart(
         assert result.get(timeout=3 * TIMEOUT) == list(range(size))
         workers.refill()
         assert set(lines(log)) == {result.id}
+
+
+def test_a_large_chord_survives_that_the_broker_is_killed(
+    app: Celery, t: SimpleNamespace, fleet: Any, tmp_path: Path, node: rabbitmq.Node
+) -> None:
+    size = 1000 if LOAD else 200
+    workers = fleet(app, 2, pool="prefork", concurrency=1)
+    log = tmp_path / "ran"
+    header = (t.late_and_slow.s(i, 0.005) for i in range(size))
+    result = chord(header, t.record.s(str(log))).delay()
+    eventually(lambda: result.parent.completed_count() >= size // 10, TIMEOUT)
+    node.kill()
+    node.start()
+    assert result.get(timeout=3 * TIMEOUT) == list(range(size))
+    workers.refill()
+    # Celery may run a task twice that was delivered when the broker was killed.
+    assert set(lines(log)) == {result.id}
+
+
+def test_a_large_body_is_sent_once(
+    app: Celery, t: SimpleNamespace, fleet: Any, tmp_path: Path
+) -> None:
+    fleet(app, 2, pool="prefork", concurrency=1)
+    log = tmp_path / "ran"
+    body = group(t.record.s(str(log)) for _ in range(LARGE_BODY))
+    result = chord([t.same.s(1), t.same.s(2)], body).delay()
+    patience = TIMEOUT + LARGE_BODY / 20
+    eventually(lambda: len(lines(log)) >= LARGE_BODY, patience)
+    assert sorted(lines(log)) == sorted(task.id for task in result.results)
+
+
+def test_a_plan_is_held_for_longer_than_the_broker_allows(
+    tmp_path: Path, fleet: Any, node: rabbitmq.Node
+) -> None:
+    """The broker closes the channel of the leader, and delivers the plan again."""
+    with rabbitmq.Node(node.distribution) as impatient:
+        for name, milliseconds in (("consumer_timeout", 2000), ("channel_tick_interval", 1000)):
+            impatient.eval(f"application:set_env(rabbit, {name}, {milliseconds})")
+        app = Apps(impatient.url())()
+        app.set_current()
+        t = register(app)
+        fleet(app, 1, pool="prefork", concurrency=2, args=("--prefetch-multiplier", "1"))
+        log = tmp_path / "ran"
+        result = chord([t.slow.s(1, 0), t.slow.s(2, 12)], t.record.s(str(log))).delay()
+        assert result.get(timeout=2 * TIMEOUT) == [1, 2]
+        assert lines(log) == [result.id]

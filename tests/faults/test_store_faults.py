@@ -14,6 +14,7 @@ from amqp.exceptions import ConsumerCancelled
 from celery import Celery, states
 
 from celery_amqp_results.store import lookup as store_module
+from celery_amqp_results.store import shard_read
 from celery_amqp_results.store.checkout import FENCE, GRACE, Checkout, longest_hold
 from tests import subprocesses
 from tests.conftest import LOAD, Apps, eventually
@@ -247,14 +248,15 @@ def test_the_first_success_stays_current_when_packing_moves_it_behind_a_reader(
         writer.backend.store_result(task_id, "first", states.SUCCESS)
     if how == "cut":
         read_from_store(app, others_ids[:1])
-    finish = store_module._Read.finish
+    kind = shard_read.Removal if how == "cut" else shard_read.LookUp
+    finish = kind.finish
     got: List[Any] = []
     in_line = threading.Thread(
         target=lambda: got.append(second.backend._get_task_meta_for(wanted)["result"])
     )
 
-    def finish_late(self: Any, pack_until: float, end: float) -> None:
-        monkeypatch.setattr(store_module._Read, "finish", finish)
+    def finish_late(self: Any, pack_until: float, end: float, done: Any) -> None:
+        monkeypatch.setattr(kind, "finish", finish)
         fences: List[str] = []
         receive = self.checkout.channel.callbacks["r"]
 
@@ -271,9 +273,9 @@ def test_the_first_success_stays_current_when_packing_moves_it_behind_a_reader(
         while not fences and time.monotonic() < deadline:
             self._link.drain(1.0)
         assert fences
-        finish(self, pack_until, end)
+        finish(self, pack_until, end, done)
 
-    monkeypatch.setattr(store_module._Read, "finish", finish_late)
+    monkeypatch.setattr(kind, "finish", finish_late)
     # And the first reader moves the first result behind the second one
     if how == "cut":
         app.AsyncResult(forgotten).forget()

@@ -21,7 +21,7 @@ from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.protocol.ranking import fold, supersedes
-from celery_amqp_results.store import checkout
+from celery_amqp_results.store import checkout, shard_read
 from celery_amqp_results.store import lookup as store
 from tests.unit.broker_model import Clock, Killed, Link, Queue
 
@@ -74,8 +74,8 @@ class Reader:
             if other.remove:
                 self.disturbed.update(other.ids)
         machine.active.append(self)
-        request = store._Request({0: set(ids)}, STATE, lambda read: None, remove)
-        self.read = store._Read(machine.store, self.link, 0, request)  # type: ignore[arg-type]
+        kind = shard_read.Removal if remove else shard_read.LookUp
+        self.read: Any = kind(machine.store, self.link, 0, set(ids), STATE)  # type: ignore[arg-type]
 
     def _between(self) -> None:
         what = self.interludes.pop(0) if self.interludes else "nothing"
@@ -98,7 +98,7 @@ class Reader:
         self.machine.readers.remove(self)
         self.interludes = list(interludes)
         try:
-            self.read.finish(float("inf"), float("inf"))
+            self.read.finish(float("inf"), float("inf"), lambda: None)
         except Killed:
             return
         finally:
@@ -156,8 +156,9 @@ class PackingMachine(RuleBasedStateMachine):
         self._patches = [
             mock.patch.object(store, "time", self.clock),
             mock.patch.object(checkout, "time", self.clock),
-            mock.patch.object(store, "PACK_AT", 3),
-            mock.patch.object(store, "MAX_RETAINED", 2_000),
+            mock.patch.object(shard_read, "time", self.clock),
+            mock.patch.object(shard_read, "PACK_AT", 3),
+            mock.patch.object(shard_read, "MAX_RETAINED", 2_000),
         ]
         for patch in self._patches:
             patch.start()

@@ -95,6 +95,23 @@ def test_the_compose_file_has_what_its_services_need() -> None:
     assert named == compose["volumes"].keys()
 
 
+def test_the_image_of_the_compose_file_installs_what_there_is() -> None:
+    dockerfile = (ROOT / "examples" / "compose" / "Dockerfile").read_text()
+    extras = (ROOT / "pyproject.toml").read_text()
+    (named,) = re.findall(r'"\.\[(\w+)\]"', dockerfile)
+    assert re.search(rf"^{named} = \[", extras, re.MULTILINE)
+    # The versions of the web server are those that the tests install
+    for requirement in re.findall(r'"([a-z]+>=[\d.]+)"', dockerfile):
+        assert f'"{requirement}"' in extras, requirement
+
+
+def test_the_documentation_names_every_extra() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text()
+    extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    for name in re.findall(r"^(\w+) = \[", extras.partition("[tool.")[0], re.MULTILINE):
+        assert f"`{name}`" in page, name
+
+
 def test_relative_links_in_project_files_lead_somewhere() -> None:
     for page in (ROOT / "SECURITY.md", ROOT / "SUPPORT.md"):
         text = page.read_text()

@@ -14,7 +14,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.names import Topology
-from celery_amqp_results.store import checkout
+from celery_amqp_results.store import checkout, shard_read
 from celery_amqp_results.store import lookup as store
 from tests.unit.broker_model import Clock, ConfirmChannel, Link, Queue
 from tests.unit.fakes import state
@@ -86,7 +86,8 @@ class Shards:
         self.store = store.Store(pool, declarations, 10.0, 1000, True, codec.decode)
         monkeypatch.setattr(store, "time", self.clock)
         monkeypatch.setattr(checkout, "time", self.clock)
-        monkeypatch.setattr(store, "LONG_SHARD", LOOSE)
+        monkeypatch.setattr(shard_read, "time", self.clock)
+        monkeypatch.setattr(shard_read, "LONG_SHARD", LOOSE)
         #: One id for each shard.
         self.ids: Dict[int, str] = {}
         self.names = {shard: topology.shard_queue_name(shard) for shard in range(shards)}
@@ -143,7 +144,7 @@ def test_packing_a_long_shard_takes_a_fifth_of_the_time_that_reading_took(
     reading = LOOSE * READING
     spent = shards.clock.monotonic() - started
     # One more page may be in flight when the time is over; it comes back, before the fence.
-    assert spent < reading * (1 + store.LONG_PACK_SHARE) + 2 * CONFIRMING + 20 * READING
+    assert spent < reading * (1 + shard_read.LONG_PACK_SHARE) + 2 * CONFIRMING + 20 * READING
 
 
 def test_packing_a_long_shard_ends_before_the_look_up_times_out(
@@ -180,7 +181,7 @@ def test_a_reader_without_time_for_the_page_to_return_publishes_none(
 ) -> None:
     # Given a short shard, and a caller that waits only until it is read
     shards = Shards(1, monkeypatch)
-    monkeypatch.setattr(store, "LONG_SHARD", 10_000)
+    monkeypatch.setattr(shard_read, "LONG_SHARD", 10_000)
     for _ in range(3):
         assert shards.read_until((LOOSE + 3) * READING) == list(shards.ids.values())
     # Then the shard does not grow
@@ -195,7 +196,7 @@ def test_packing_does_not_take_the_time_that_other_shards_need(
 ) -> None:
     # Given several long shards that can all be read if nothing else is done
     shards = Shards(4, monkeypatch)
-    found = shards.read(4 * (LOOSE + 2) * READING * (1 + store.LONG_PACK_SHARE / 2))
+    found = shards.read(4 * (LOOSE + 2) * READING * (1 + shard_read.LONG_PACK_SHARE / 2))
     assert sorted(found) == sorted(shards.ids.values())
 
 
@@ -208,4 +209,4 @@ def test_packing_time_does_not_multiply_with_the_number_of_shards(
     assert shards.pages() > 1
     reading = 4 * LOOSE * READING
     spent = shards.clock.monotonic() - started
-    assert spent < reading * (1 + store.LONG_PACK_SHARE) + 4 * (2 * CONFIRMING + 10 * READING)
+    assert spent < reading * (1 + shard_read.LONG_PACK_SHARE) + 4 * (2 * CONFIRMING + 10 * READING)

@@ -60,6 +60,7 @@ def environment_of(app: Celery) -> dict[str, str]:
         "TEST_RESULT_EXCHANGE": str(app.conf.result_exchange),
         "TEST_TASK_QUEUE": str(app.conf.task_default_queue),
         "TEST_SHARDS": str(app.backend.options.shards),
+        "TEST_QUEUE_TYPE": app.backend.options.queue_type,
     }
 
 

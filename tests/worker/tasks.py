@@ -21,6 +21,7 @@ def app_from_environment() -> Celery:
         task_default_queue=os.environ.get("TEST_TASK_QUEUE", "celery"),
         result_backend_transport_options={
             "shards": int(os.environ.get("TEST_SHARDS", "8")),
+            "queue_type": os.environ.get("TEST_QUEUE_TYPE", "classic"),
             "lookup_timeout": 60,
             # A broker that restarts on a busy machine may take long.
             "retry_policy": {"max_retries": 300},

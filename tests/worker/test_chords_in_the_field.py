@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +19,7 @@ from celery.exceptions import TimeoutError
 from tests import subprocesses
 from tests.conftest import PATIENCE, Apps, eventually
 from tests.worker.chord_tasks import register
-from tests.worker.conftest import worker_in_process
+from tests.worker.conftest import ROOT, environment_of, worker_in_process
 from tests.worker.test_chords import canvas_of, lines
 
 TIMEOUT = 60
@@ -86,6 +89,25 @@ def test_chords_of_a_worker_that_is_started_with(
     for number in range(3):
         result = chord([t.add.s(number, n) for n in range(4)], t.total.s()).delay()
         assert result.get(timeout=TIMEOUT) == 4 * number + 6
+
+
+def test_chords_of_workers_that_celery_multi_has_started(
+    app: Celery, t: SimpleNamespace, tmp_path: Path
+) -> None:
+    def multi(*args: str) -> None:
+        subprocess.run(
+            [sys.executable, "-m", "celery", "multi", *args, "-A", MODULE,
+             f"--pidfile={tmp_path}/%n.pid", f"--logfile={tmp_path}/%n%I.log"],
+            cwd=ROOT, env={**os.environ, **environment_of(app)}, check=True, timeout=TIMEOUT,
+        )  # fmt: skip
+
+    multi("start", "2", "--concurrency=1")
+    try:
+        for number in range(3):
+            result = chord([t.add.s(number, n) for n in range(4)], t.total.s()).delay()
+            assert result.get(timeout=2 * TIMEOUT) == 4 * number + 6
+    finally:
+        multi("stopwait", "2")
 
 
 def test_chords_of_a_worker_in_the_process_of_a_test(app: Celery, t: SimpleNamespace) -> None:
