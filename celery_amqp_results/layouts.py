@@ -141,6 +141,7 @@ class KeepsBodies(abc.ABC):
     def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
         """Return the state that a pointer stands for, or ``None`` if the body is gone."""
 
+    @abc.abstractmethod
     def stored_besides(self, task_id: str, queues: Collection[str]) -> Optional[StateMessage]:
         """Return the state that the broker keeps of a task, without bodies in *queues*."""
 
