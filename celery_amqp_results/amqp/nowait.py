@@ -18,7 +18,8 @@ def write(connection: amqp.Connection, octets: bytes) -> None:
     Raises:
         amqp.AMQPError, OSError: when the connection is lost.
     """
-    if connection.transport is None:
+    # py-amqp would connect again when asked for the transport of a closed connection.
+    if not connection.connected:
         raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
     connection.transport.write(octets)
     # py-amqp's heartbeats count these bytes.

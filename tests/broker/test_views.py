@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from typing import Any, Callable, List
@@ -13,6 +14,7 @@ from celery.exceptions import TimeoutError
 
 from celery_amqp_results.feed import table as table_module
 from celery_amqp_results.feed import views
+from celery_amqp_results.feed.barriers import Barrier
 from tests.broker.helpers import LONG, Waiting, new_id, open_inbox
 from tests.conftest import Apps, eventually
 
@@ -178,6 +180,34 @@ def test_a_thread_that_is_interrupted_while_it_reads_makes_the_inbox_connect_aga
     assert reader.AsyncResult(task_id).state == states.SUCCESS
     eventually(lambda: inbox.connections == 2)
     until_live(reader, task_id)
+
+
+@pytest.mark.parametrize("when", ["before the barrier is written", "before it is back"])
+def test_a_connection_that_is_lost_between_question_and_answer_hides_no_state(
+    writer: Celery, reader: Celery, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    task_id = new_id()
+    until_live(reader, task_id)
+    inbox = reader.backend.layout.inbox
+    session = inbox._session
+    publish = session._publish
+
+    def lose(barrier: Barrier) -> None:
+        # Given a state of which the inbox is not told, since the connection is lost before
+        if when == "before it is back":
+            publish(barrier)
+        session.link.socket.shutdown(socket.SHUT_RDWR)
+        writer.backend.store_result(task_id, ValueError("no"), states.FAILURE)
+        if when == "before the barrier is written":
+            publish(barrier)
+
+    monkeypatch.setattr(session, "_publish", lose)
+    # The answer is what was there when the question was asked, or newer
+    assert reader.AsyncResult(task_id).state in (states.PENDING, states.FAILURE)
+    assert reader.AsyncResult(task_id).state == states.FAILURE
+    eventually(lambda: inbox.connections == 2)
+    until_live(reader, task_id)
+    assert reader.AsyncResult(task_id).state == states.FAILURE
 
 
 def test_a_result_that_has_expired_is_not_read_from_memory(make_app: Apps, reader: Celery) -> None:
