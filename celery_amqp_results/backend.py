@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union
 
 import celery
@@ -13,7 +13,7 @@ from celery.backends.base import Backend
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
-from celery_amqp_results.celery4.api import Celery4API, documented
+from celery_amqp_results.celery4.api import Celery4API
 from celery_amqp_results.celery4.consumer import Consumer
 from celery_amqp_results.celery4.producer import Exchange, Producer
 from celery_amqp_results.chords.hooks import ChordHooks
@@ -30,6 +30,7 @@ from celery_amqp_results.reading import Reader
 from celery_amqp_results.recording import Recorder, plain_meta, without_arguments
 from celery_amqp_results.registry import OwnLayout
 from celery_amqp_results.store.marks import Fate
+from celery_amqp_results.toolkit.delegation import delegated
 from celery_amqp_results.waiting.waits import Patience, Waits
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
@@ -221,8 +222,7 @@ class AMQPBackend(Backend):
         it by name. A second positional argument that is true or false is treated as *cache*.
 
         Raises:
-            LookupTimeout: when the store could not be read within ``lookup_timeout`` seconds.
-            BackendUnavailable: when the broker cannot be reached or refuses us.
+            LookupTimeout, BackendUnavailable: when the store could not be read.
             kombu.exceptions.ContentDisallowed, ForeignMessage: when the state cannot be decoded.
 
         Reading changes nothing: after an error it is safe to ask again.
@@ -251,12 +251,7 @@ class AMQPBackend(Backend):
         return self.reader.fate(id_text(task_id))
 
     def forget(self, task_id: Any) -> None:
-        """Delete everything kept of a task.
-
-        Raises:
-            LookupTimeout, BackendUnavailable: see :meth:`get_task_meta`. Some states may be
-                deleted; forgetting again is safe.
-        """
+        """Delete everything kept of a task. After an error, forgetting again is safe."""
         super().forget(id_text(task_id))
 
     def _forget(self, task_id: str) -> None:
@@ -266,45 +261,7 @@ class AMQPBackend(Backend):
 
     # -- waiting -----------------------------------------------------------------------------
 
-    def watch(
-        self,
-        target: Any = None,
-        *,
-        states: Union[str, Iterable[str], None] = None,
-        timeout: Optional[float] = None,
-    ) -> Generator[Meta, None, None]:
-        """Watch tasks: yield the meta of every state as it happens.
-
-        A meta is what ``get_task_meta`` returns, with the ``task_id``. The current state of each
-        task comes first, then each state that becomes current, once; an older state never comes
-        after a newer one. It ends when all the tasks have ended.
-
-        Parameters:
-            target: a task id, a result object, a group or another result set, a list of these, or
-                ``None`` for every state of every task from now on, which does not end. Such a watch
-                misses states published while the connection is lost, and logs a warning. Given
-                tasks are looked up again after that, so only states before the current one are
-                missed.
-            states: names of the states to yield, or one name; ``None`` for all.
-            timeout: seconds in total; ``None`` for no end, 0 for the current states alone.
-
-        Raises:
-            celery.exceptions.TimeoutError: when *timeout* is over and a given task has not ended.
-                A watch of everything just ends.
-            Unsupported: for a watch of everything in the layout ``per-task``.
-            BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or
-                when the backend was closed.
-            LookupTimeout: when *timeout* is 0 and the store could not be read in time.
-            kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot
-                be decoded. A watch of everything leaves it out and logs a warning.
-            TypeError, ValueError: when *target* or *states* are invalid, at once.
-            RuntimeError: when the watch was begun before a fork and goes on in the child.
-
-        The generator is for one thread at a time; it opens nothing before the first meta is
-        requested. Closing or dropping it removes all its bindings. After an error it has ended;
-        watching again is safe.
-        """
-        return self.waits.watch(target, states, timeout)
+    watch = delegated("waits", Waits.watch)
 
     def wait_for_pending(
         self,
@@ -427,14 +384,14 @@ class AMQPBackend(Backend):
     #: The queue class that declares a queue at every use.
     Queue: ClassVar[Type[NoCacheQueue]] = NoCacheQueue
 
-    consume = documented(Celery4API.consume)
-    destination_for = documented(Celery4API.destination_for)
-    drain_events = documented(Celery4API.drain_events)
-    get_many = documented(Celery4API.get_many)
-    on_reply_declare = documented(Celery4API.on_reply_declare)
-    poll = documented(Celery4API.poll)
-    reload_group_result = documented(Celery4API.reload_group_result)
-    reload_task_result = documented(Celery4API.reload_task_result)
-    revive = documented(Celery4API.revive)
-    rkey = documented(Celery4API.rkey)
-    wait_for = documented(Celery4API.wait_for)
+    consume = delegated("celery4", Celery4API.consume)
+    destination_for = delegated("celery4", Celery4API.destination_for)
+    drain_events = delegated("celery4", Celery4API.drain_events)
+    get_many = delegated("celery4", Celery4API.get_many)
+    on_reply_declare = delegated("celery4", Celery4API.on_reply_declare)
+    poll = delegated("celery4", Celery4API.poll)
+    reload_group_result = delegated("celery4", Celery4API.reload_group_result)
+    reload_task_result = delegated("celery4", Celery4API.reload_task_result)
+    revive = delegated("celery4", Celery4API.revive)
+    rkey = delegated("celery4", Celery4API.rkey)
+    wait_for = delegated("celery4", Celery4API.wait_for)

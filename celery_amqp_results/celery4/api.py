@@ -8,12 +8,10 @@ backend, with the documented parameters and defaults; what they do is here. Meth
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
 import socket
 import time
 from typing import (
-    TYPE_CHECKING,
     Any,
     Callable,
     Dict,
@@ -24,7 +22,6 @@ from typing import (
     Optional,
     Protocol,
     Tuple,
-    TypeVar,
 )
 
 import kombu
@@ -38,15 +35,7 @@ from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.reading import Reader
 from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits
 
-if TYPE_CHECKING:
-    # Part of typing since Python 3.10; type checkers know it for all versions.
-    from typing_extensions import Concatenate, ParamSpec
-
-    P = ParamSpec("P")
-
-__all__ = ("Celery4API", "documented")
-
-R = TypeVar("R")
+__all__ = ("Celery4API",)
 
 Meta = Dict[str, Any]
 
@@ -75,18 +64,6 @@ class CeleryBackend(Protocol):
 
     def get_group_meta(self, group_id: str, cache: bool = True) -> Optional[Meta]:
         """Return the meta of a saved group."""
-
-
-def documented(
-    method: Callable[Concatenate[Celery4API, P], R],
-) -> Callable[Concatenate[Any, P], R]:
-    """Return the method of the backend that calls *method* of its :class:`Celery4API`."""
-
-    @functools.wraps(method)
-    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return method(self.celery4, *args, **kwargs)
-
-    return call
 
 
 class Celery4API:

@@ -263,10 +263,44 @@ class Waits:
             yield from missing.end(task_id)
 
     def watch(
-        self, target: Any, names: Union[str, Iterable[str], None], timeout: Optional[float]
+        self,
+        target: Any = None,
+        *,
+        states: Union[str, Iterable[str], None] = None,
+        timeout: Optional[float] = None,
     ) -> Generator[Meta, None, None]:
-        """Yield the meta of every state of tasks as it happens; see ``AMQPBackend.watch``."""
-        wanted = watching.read_states(names)
+        """Watch tasks: yield the meta of every state as it happens.
+
+        A meta is what ``get_task_meta`` returns, with the ``task_id``. The current state of each
+        task comes first, then each state that becomes current, once; an older state never comes
+        after a newer one. It ends when all the tasks have ended.
+
+        Parameters:
+            target: a task id, a result object, a group or another result set, a list of these, or
+                ``None`` for every state of every task from now on, which does not end. Such a watch
+                misses states published while the connection is lost, and logs a warning. Given
+                tasks are looked up again after that, so only states before the current one are
+                missed.
+            states: names of the states to yield, or one name; ``None`` for all.
+            timeout: seconds in total; ``None`` for no end, 0 for the current states alone.
+
+        Raises:
+            celery.exceptions.TimeoutError: when *timeout* is over and a given task has not ended.
+                A watch of everything just ends.
+            Unsupported: for a watch of everything in the layout ``per-task``.
+            BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or
+                when the backend was closed.
+            LookupTimeout: when *timeout* is 0 and the store could not be read in time.
+            kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot
+                be decoded. A watch of everything leaves it out and logs a warning.
+            TypeError, ValueError: when *target* or *states* are invalid, at once.
+            RuntimeError: when the watch was begun before a fork and goes on in the child.
+
+        The generator is for one thread at a time; it opens nothing before the first meta is
+        requested. Closing or dropping it removes all its bindings. After an error it has ended;
+        watching again is safe.
+        """
+        wanted = watching.read_states(states)
         if target is None:
             tap = tap_of(self._layout(), wanted)
             return watching.watch_everything(tap, self._decoder.decode, timeout)
