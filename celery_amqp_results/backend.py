@@ -185,10 +185,10 @@ class AMQPBackend(Backend):
         request: Any = None,
         **kwargs: Any,
     ) -> Any:
-        task_id, state = id_text(task_id), state_name(state)
+        task_id, name = id_text(task_id), state_name(state)
         meta = self._get_result_meta(result, state, traceback, request)
         try:
-            self.recorder.record(task_id, state, meta, request)
+            self.recorder.record(task_id, name, meta, request)
         except errors.ResultTooLarge as exc:
             # Celery turns a SUCCESS into a FAILURE with this error. For a FAILURE that is too large
             # itself, a short state must be stored, or waiting clients would wait for ever.
@@ -196,7 +196,7 @@ class AMQPBackend(Backend):
                 raise
             logger.error("task %s ended with %s, which is stored without details", task_id, exc)
             meta = self._get_result_meta(self.encode_result(exc, state), state, None, request)
-            self.recorder.record(task_id, state, without_arguments(meta), request)
+            self.recorder.record(task_id, name, without_arguments(meta), request)
         return result
 
     def _get_result_meta(self, result: Any, state: str, traceback: Any, request: Any) -> Any:

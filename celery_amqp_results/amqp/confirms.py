@@ -17,7 +17,7 @@ import amqp
 import amqp.exceptions
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import frames
+from celery_amqp_results.amqp import frames, nowait
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.toolkit.retry import time_left
 
@@ -280,7 +280,7 @@ class ConfirmChannel:
         state at its next look-up.
         """
         connection = self.link.amqp
-        if not self.channel.is_open or connection.transport is None:
+        if not self.channel.is_open:
             raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
         message = publication.message
         octets = frames.publish_frames(
@@ -294,14 +294,12 @@ class ConfirmChannel:
             message.pushed if publication.push else None,
         )
         self.log.sent(publication, time.monotonic())
-        connection.transport.write(octets)
-        # py-amqp's heartbeats count these bytes.
-        connection.bytes_sent += 1
+        nowait.write(connection, octets)
 
     def publish_copy(self, publication: Publication) -> None:
         """Publish the live copy of a message that the broker has confirmed."""
         connection = self.link.amqp
-        if not self.channel.is_open or connection.transport is None:
+        if not self.channel.is_open:
             raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
         message = publication.message
         assert message.pushed is not None
@@ -314,8 +312,7 @@ class ConfirmChannel:
             connection.frame_max,
         )
         self.log.copy_sent(publication)
-        connection.transport.write(octets)
-        connection.bytes_sent += 1
+        nowait.write(connection, octets)
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
         if self.log.refused(tag, multiple):

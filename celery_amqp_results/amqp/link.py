@@ -16,6 +16,7 @@ from amqp import exceptions as amqp_errors
 from amqp import spec
 
 from celery_amqp_results.amqp import frames
+from celery_amqp_results.amqp.nowait import open_transport
 from celery_amqp_results.toolkit import sockets
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import time_left
@@ -264,7 +265,7 @@ class Link:
         Nothing in the block may wait for an answer. Blocks may be nested; after an error in the
         block nothing is sent.
         """
-        transport = self.amqp.transport
+        transport = open_transport(self.amqp)
         write = transport._write
         pieces: List[bytes] = []
 
@@ -288,7 +289,7 @@ class Link:
     def close(self) -> None:
         """Close the connection as the protocol asks, waiting at most a moment for the answer."""
         with contextlib.suppress(Exception):
-            sock = self.amqp.transport.sock
+            sock = open_transport(self.amqp).sock
             if sock is not None:
                 sock.settimeout(1.0)
             self.amqp.close()
@@ -344,7 +345,7 @@ def _after_fork_in_child() -> None:
             # A thread of the parent may have held a lock that the callback needs.
             link._closed.detach()
         with contextlib.suppress(Exception):
-            transport = link.amqp.transport
+            transport = open_transport(link.amqp)
             sock, transport.sock = transport.sock, None
             sock.close()
     _links.clear()

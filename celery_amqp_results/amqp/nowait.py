@@ -9,7 +9,20 @@ from amqp import spec
 
 from celery_amqp_results.amqp import frames
 
-__all__ = ("bind", "on_bound", "publish", "unbind", "write")
+__all__ = ("bind", "on_bound", "open_transport", "publish", "unbind", "write")
+
+
+def open_transport(connection: amqp.Connection) -> Any:
+    """Return the transport of an open connection.
+
+    Asked for the transport of a closed connection, py-amqp would connect again.
+
+    Raises:
+        amqp.RecoverableConnectionError: when the connection is closed.
+    """
+    if not connection.connected:
+        raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
+    return connection.transport
 
 
 def write(connection: amqp.Connection, octets: bytes) -> None:
@@ -18,10 +31,7 @@ def write(connection: amqp.Connection, octets: bytes) -> None:
     Raises:
         amqp.AMQPError, OSError: when the connection is lost.
     """
-    # py-amqp would connect again when asked for the transport of a closed connection.
-    if not connection.connected:
-        raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
-    connection.transport.write(octets)
+    open_transport(connection).write(octets)
     # py-amqp's heartbeats count these bytes.
     connection.bytes_sent += 1
 

@@ -367,7 +367,8 @@ def test_the_models_and_the_broker_give_the_same_observations(
     make_app: Apps, queue_type: str, seed: int
 ) -> None:
     options = {"shards": SHARDS, "queue_type": queue_type}
-    app = make_app(result_backend_transport_options=options)
+    # Every reader has a connection of its own.
+    app = make_app(result_backend_transport_options=options, broker_pool_limit=None)
     topology = app.backend.config.topology
     broker = Broker(app)
     try:

@@ -276,8 +276,8 @@ def test_the_state_of_a_task_that_added_others_names_its_last_amendment(
 ) -> None:
     result = chord([t.adds.s(1, 2), t.same.s(2)], t.same.s()).delay()
     assert len(result.get(timeout=TIMEOUT)) == 4
-    kept = t.adds.app.backend.layout.kept
-    adding, other = (kept(task.id) for task in result.parent.results)
+    stored = t.adds.app.backend.layout.stored_state
+    adding, other = (stored(task.id) for task in result.parent.results)
     assert re.fullmatch("[0-9a-f]{32}", adding.amended)
     assert other.amended is None
 
@@ -496,8 +496,8 @@ def bound_shards(inbox: Any) -> List[int]:
 
 
 @canvas_of(5, 3, 6)
-def test_a_chord_of_many_parts(app: Celery, t: SimpleNamespace, log: Path) -> None:
-    size = 1000 if app.test_pool == "prefork" or LOAD else 200
+def test_a_chord_of_many_parts(world: World, t: SimpleNamespace, log: Path) -> None:
+    size = 1000 if world[0].test_pool == "prefork" or LOAD else 200
     result = chord((t.same.s(i) for i in range(size)), t.record.s(str(log))).delay()
     assert result.get(timeout=4 * TIMEOUT) == list(range(size))
     assert lines(log) == [result.id]
