@@ -100,6 +100,8 @@ _PORT_ATTEMPTS = 5
 _TAIL = 8000
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: The PATH of a user may lack its folder.
+_CHROOT = "/usr/sbin/chroot"
 
 
 class NotAvailable(RuntimeError):
@@ -214,7 +216,7 @@ class Distribution:
             return line
         # Run as the current user, so that the node can be signalled and its files removed.
         who = f"--userspec={os.geteuid()}:{os.getegid()}"
-        line = ["chroot", who, str(self.root), *line]
+        line = [_CHROOT, who, str(self.root), *line]
         become = [] if os.geteuid() == 0 else ["sudo", "-n"]
         if not _can_unshare():
             return [*become, *line]
@@ -499,7 +501,7 @@ def _debootstrap(suite: str, root: Path) -> None:
             hosts = "printf '127.0.0.1 localhost\\n::1 localhost\\n' > \"$1\""
             _run([*become, "sh", "-c", hosts, "sh", str(unfinished / "etc/hosts")])
             # The downloaded packages are no longer needed.
-            _run([*become, "chroot", str(unfinished), "/usr/bin/apt-get", "clean"])
+            _run([*become, _CHROOT, str(unfinished), "/usr/bin/apt-get", "clean"])
             # Within one folder this needs no permission for the renamed folder itself.
             unfinished.rename(root)
             return

@@ -221,6 +221,8 @@ def test_a_large_chord_survives_that_the_broker_is_killed(
     app: Celery, t: SimpleNamespace, fleet: Any, tmp_path: Path, node: rabbitmq.Node
 ) -> None:
     size = 1000 if LOAD else 200
+    # Without it, tasks that Celery has sent and that no worker has taken are lost with the broker.
+    app.conf.broker_transport_options = {"confirm_publish": True}
     workers = fleet(app, 2, pool="prefork", concurrency=1)
     log = tmp_path / "ran"
     header = (t.late_and_slow.s(i, 0.005) for i in range(size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -80,10 +81,15 @@ def test_flower_shows_tasks_and_their_results(broker: str, tmp_path: Path) -> No
         other = app.send_task("examples.tasks.count", (4, 0)).id
         failed = app.send_task("examples.tasks.count", (-1,)).id
         # Then Flower reads their results
+
+        def ended(task_id: str) -> Any:
+            found = client.get(f"result/{task_id}").json()
+            return found["state"] in ("SUCCESS", "FAILURE") and found
+
         for task_id, value in ((sent["task-id"], 3), (other, 4)):
-            found = client.get(f"result/{task_id}", params={"timeout": 30}).json()
+            found = eventually(functools.partial(ended, task_id))
             assert (found["state"], found["result"]) == ("SUCCESS", value)
-        found = client.get(f"result/{failed}", params={"timeout": 30}).json()
+        found = eventually(functools.partial(ended, failed))
         assert found["state"] == "FAILURE"
         assert "below zero" in found["traceback"]
         # And the state is known by the events as well
