@@ -220,8 +220,9 @@ def _stale_plots() -> Iterator[Tuple[str, Run]]:
 
 
 def _draw(stale: Sequence[Tuple[str, Run]]) -> None:
-    from bench.plots import draw
-
+    if stale:
+        # It needs matplotlib.
+        from bench.plots import draw
     for name, run in stale:
         for path in draw(run, PLOTS, only=[name]):
             print(f"drew {path.relative_to(ROOT)}")
