@@ -136,8 +136,8 @@ class Reader:
         Raises:
             Exception: as :meth:`content`, and BacklogLimitExceeded when there are more states.
         """
-        present = self._pass.states
-        state = present[task_id] if task_id in present else self._look_up(task_id, backlog_limit)
+        unused = self._pass.unused()
+        state = unused.pop(task_id) if task_id in unused else self._look_up(task_id, backlog_limit)
         found = None if state is None else self.decode_if_kept(state)
         return {"status": states.PENDING, "result": None} if found is None else found
 

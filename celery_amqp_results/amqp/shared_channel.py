@@ -30,8 +30,12 @@ __all__ = ("SharedChannel", "Waiter")
 #: gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
 HEARTBEAT = 0.0
 
-#: The longest single wait for bytes, in seconds. Between waits the thread looks for an alarm.
+#: The longest single wait of a follower, in seconds. Between waits it looks for an alarm.
 STEP = 1.0
+
+#: The longest single wait of the leader for bytes, in seconds. Another thread may have taken in its
+#: confirm together with the answer to a request.
+READ_STEP = 0.05
 
 #: Seconds in which outstanding confirms must come when the connection is given up.
 GIVE_UP_SECONDS = 0.5
@@ -133,6 +137,8 @@ class SharedChannel:
             except BaseException as exc:
                 self._lose(channel, exc)
                 raise
+            # With its answers, the block may have taken in confirms of others.
+            self._wake_done()
 
     @contextlib.contextmanager
     def present(self) -> Iterator[Optional[ConfirmChannel]]:
@@ -212,18 +218,28 @@ class SharedChannel:
                 confirm, unless the broker blocks publishers.
         """
         patience = time.monotonic() + confirms.CONFIRM_TIMEOUT
-        while not waiter.done:
-            self._take_turn(waiter, deadline)
-            now = time.monotonic()
-            if is_over(deadline):
-                return
-            channel = self._channel
-            if channel is not None and channel.link.blocked:
-                patience = now + confirms.CONFIRM_TIMEOUT
-            elif now > patience and channel is not None and not waiter.done:
-                with self._io:
-                    if channel is self._channel:
-                        self._lose(channel, confirms.no_confirm())
+        try:
+            while not waiter.done:
+                self._take_turn(waiter, deadline)
+                now = time.monotonic()
+                if is_over(deadline):
+                    return
+                channel = self._channel
+                if channel is not None and channel.link.blocked:
+                    patience = now + confirms.CONFIRM_TIMEOUT
+                elif now > patience and channel is not None and not waiter.done:
+                    with self._io:
+                        if channel is self._channel:
+                            self._lose(channel, confirms.no_confirm())
+        finally:
+            self._pass_on_lead()
+
+    def _pass_on_lead(self) -> None:
+        """Wake a follower if nobody leads: this thread was to lead, and has not."""
+        if self._followers:
+            with self._turn:
+                if not self._led and self._followers:
+                    self._followers[0].wake()
 
     def _take_turn(self, waiter: Waiter, deadline: Optional[float]) -> None:
         """Read as the leader, or wait for the leader to read."""
@@ -247,7 +263,7 @@ class SharedChannel:
             # This thread or a follower may wait only for confirms that were taken in before it led.
             self._wake_done()
             while not waiter.done and self._channel is not None:
-                came = self._read(time_left(deadline, STEP))
+                came = self._read(time_left(deadline, READ_STEP))
                 if not came or is_over(deadline):
                     break
                 self._wake_done()

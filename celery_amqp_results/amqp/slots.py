@@ -77,12 +77,17 @@ class Slots:
             self._line.append(me)
         try:
             while not self._take_in_turn(me):
-                if self._give_up_one():
-                    continue
                 if is_over(until) or (purpose in LASTING and self.limit == 1):
                     raise self._exceeded(purpose)
+                if not self._waits_for_lasting(purpose) and self._give_up_one():
+                    continue
                 with self._changed:
                     self._changed.wait(time_left(until, LOOK_AGAIN))
+        except BaseException:
+            # An alarm or a time limit may end the wait after the connection was counted.
+            if me.taken:
+                self.give_back(purpose)
+            raise
         finally:
             with self._changed:
                 self._line.remove(me)
@@ -90,8 +95,15 @@ class Slots:
 
     @property
     def wanted(self) -> bool:
-        """Whether callers wait. An idle connection should then be closed."""
-        return bool(self._line)
+        """Whether callers wait for a connection that is idle now, and should be closed."""
+        with self._changed:
+            return any(not self._waits_for_lasting(turn.purpose) for turn in self._line)
+
+    def _waits_for_lasting(self, purpose: str) -> bool:
+        """Return whether only the end of a lasting connection makes room."""
+        if purpose not in LASTING or self.limit is None:
+            return False
+        return sum(self._open[name] for name in LASTING) + 1 >= self.limit
 
     def _take_in_turn(self, me: _Turn) -> bool:
         with self._changed:
@@ -110,10 +122,7 @@ class Slots:
     def _has_room(self, purpose: str) -> bool:
         if self.limit is None:
             return True
-        lasting = sum(self._open[name] for name in LASTING)
-        if purpose in LASTING and lasting + 1 >= self.limit:
-            return False
-        return sum(self._open.values()) < self.limit
+        return not self._waits_for_lasting(purpose) and sum(self._open.values()) < self.limit
 
     def _give_up_one(self) -> bool:
         for giver in self._givers:

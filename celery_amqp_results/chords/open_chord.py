@@ -55,7 +55,9 @@ class OpenChord:
         """Return the action that sends the body."""
         self.sending = True
         results = plans.amended(self.plan.results, self.amendments)
-        return Fire(self.plan, results, self.ends, frozenset(self.bodiless), self.failures)
+        # Copies: the leader goes on while a helper sends the body.
+        ends, bodiless = dict(self.ends), frozenset(self.bodiless)
+        return Fire(self.plan, results, ends, bodiless, self.failures)
 
     def was_sent(self, bodies: Mapping[str, Iterable[StateMessage]]) -> bool:
         """Return whether the states of *bodies* prove that another leader has sent the body."""

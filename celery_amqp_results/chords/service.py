@@ -213,6 +213,8 @@ class Service:
                     tries.succeeded()
                     session.lead()
                     session.close()
+                    if self.met and not (session.found or self._declarations.declare):
+                        raise self._declarations.missing("queues for the plans of chords")
                 except Exception as exc:
                     if session is not None:
                         session.drop()

@@ -84,7 +84,7 @@ class Session:
         self._topology = declarations.topology
         #: Whether plan queues exist.
         self.found = False
-        #: Whether the connection is known to be lost.
+        #: Whether the connection is known to be lost, or was closed.
         self.dropped = False
         self._retake_at = time.monotonic() + RETAKE_SECONDS
         self.link = connector.open_once(HEARTBEAT, purpose="chords")
@@ -187,6 +187,8 @@ class Session:
 
     def close(self) -> None:
         """Close the connection with the protocol's handshake."""
+        # Helpers send no more bodies: the next leader is given the plans.
+        self.dropped = True
         self.link.close()
 
     def drop(self) -> None:

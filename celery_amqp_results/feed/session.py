@@ -49,6 +49,9 @@ MAX_QUEUED = 1_000_000
 #: The errors of a lost connection; a closed socket has no number, which is a ValueError.
 _LOST: Tuple[Type[Exception], ...] = (*TRANSIENT, ValueError)
 
+#: The longest single wait of a reader for the socket that it has borrowed, in seconds.
+POLL_SECONDS = 0.02
+
 #: A read that needs no barrier takes in this many messages at most. If there are more, the process
 #: has not kept up, and the read needs a barrier.
 MAX_TAKEN_IN = 100
@@ -116,8 +119,8 @@ class Session:
         #: Requested binding keys, in order.
         self._binding: Deque[int] = collections.deque()
         self.link = connector.open_once(HEARTBEAT, purpose="inbox")
-        self._watch = SocketWatch(self.link.socket)
         try:
+            self._watch = SocketWatch(self.link.socket)
             self._set_up(client)
         except BaseException:
             self.drop()
@@ -223,7 +226,8 @@ class Session:
             if borrowed:
                 with self._passing_on_errors():
                     while not (barrier.ended or self._failure or is_over(end)):
-                        if self.link.readable(time_left(end, timeout)):
+                        # Another thread may have taken the barrier in.
+                        if self.link.readable(time_left(end, POLL_SECONDS)):
                             self._drain()
         if not barrier.ended:
             barrier.wait(time_left(end, timeout))

@@ -233,7 +233,9 @@ class Table:
             if entry.state is None or supersedes(state, entry.state):
                 self._memory.remember(state.id, state, now, entry.sure)
         elif view.digests is None:
-            view.note(state, now)
+            # Only a look-up that began on this connection can use it.
+            if self.epoch:
+                view.note(state, now)
         elif number_of(state.id) not in view.digests:
             self._memory.remember(state.id, state, now, True)
         # Otherwise an older state that is only in the store may be the current one.

@@ -27,7 +27,7 @@ from celery_amqp_results.amqp.confirms import (
     QueueLength,
     Status,
 )
-from celery_amqp_results.amqp.declarations import Declarations, declare_queue
+from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations, declare_queue
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.shared_channel import Waiter
 from celery_amqp_results.protocol.names import QueueSpec
@@ -206,9 +206,14 @@ class Publisher:
     ) -> Optional[BaseException]:
         """Publish once, and wait if *confirm* says so; return the error if that fails."""
         unknown = delivery.choose_copies(verdict, confirm, self._declarations.knows)
-        if unknown and self._declarations.declare:
+        try:
+            if unknown and self._declarations.declare:
+                verdict.declare.extend(self._missing(unknown))
+        except _FAILURES as exc:
+            raise_if_from_signal_handler(exc)
+            return exc
+        if verdict.declare and not confirm:
             self._declarations.check_limit()
-            verdict.declare.extend(unknown)
         try:
             log = self._send(verdict.again, verdict.declare, confirm)
             if confirm:
@@ -220,6 +225,24 @@ class Publisher:
             raise_if_from_signal_handler(exc)
             return exc
         return None
+
+    def _missing(self, shards: Sequence[int]) -> Sequence[int]:
+        """Return those of *shards* to declare.
+
+        A declaration of many shards is checked against limits, which costs the broker far more than
+        a question about the queue.
+        """
+        topology = self._declarations.topology
+        if topology.shards <= FEW_SHARDS:
+            return shards
+        missing = []
+        with self._channel.open(time.monotonic()) as channel:
+            for shard in shards:
+                if channel.length(topology.shard_queue(shard).name) is None:
+                    missing.append(shard)
+                else:
+                    self._declarations.remember(shard)
+        return missing
 
     def _finish(self, delivery: Delivery) -> bool:
         """Complete a confirmed delivery with its live copies; return whether that was possible.

@@ -13,8 +13,9 @@ __all__ = ("MAX_STRAYS", "Strays")
 
 logger = logging.getLogger(__name__)
 
-#: The most messages that wait to be published again. The oldest is dropped for one more.
-MAX_STRAYS = 500
+#: The most messages that wait to be published again. The oldest is dropped for one more. A lost
+#: connection leaves what was unconfirmed on it: 500 messages, and one for each further thread.
+MAX_STRAYS = 2000
 
 #: Pauses, in seconds, before a refused message is published again. After the last refusal the
 #: message is lost.

@@ -72,9 +72,10 @@ class Unwaited:
         strays.add(refused)
         due = strays.take_due(time.monotonic())
         for number, publication in enumerate(due):
-            if publication.status is Status.RETURNED and not self._declare(channel, publication):
-                continue
+            returned = publication.status is Status.RETURNED
             try:
+                if returned and not self._declare(channel, publication):
+                    continue
                 channel.publish(publication)
             except BaseException:
                 strays.add(due[number + (not publication.settled) :])
@@ -106,10 +107,7 @@ class Unwaited:
             self.channel.wait(Waiter(log.unwaited()[: MAX_UNCONFIRMED // 2]))
         elif len(log) % COLLECT_EVERY == 0:
             self.channel.collect()
-        if self._keeper is None and not self._closed.is_set():
-            with self._lock:
-                if self._keeper is None:
-                    self._keeper = start_thread(self._keep, "confirms")
+        self._start_keeper()
 
     def flush(self, timeout: float) -> None:
         """Wait until everything is confirmed, at most *timeout* seconds."""
@@ -169,6 +167,16 @@ class Unwaited:
                 break
         with self._lock:
             self._keeper = None
+        with self.channel.present() as channel:
+            sent_meanwhile = channel is not None and len(channel.log) > 0
+        if sent_meanwhile:
+            self._start_keeper()
+
+    def _start_keeper(self) -> None:
+        if self._keeper is None and not self._closed.is_set():
+            with self._lock:
+                if self._keeper is None:
+                    self._keeper = start_thread(self._keep, "confirms")
 
     def _check(self) -> bool:
         """Publish lost messages again; return whether anything is unconfirmed."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Type, TypeVar
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Type, TypeVar
 
 from celery.result import ResultSet
 
@@ -42,10 +42,12 @@ class Pass:
     def __init__(self) -> None:
         self._local = threading.local()
 
-    @property
-    def states(self) -> Mapping[str, Optional[StateMessage]]:
-        """The states of the present pass; none outside of a pass."""
-        found: Mapping[str, Optional[StateMessage]] = getattr(self._local, "states", {})
+    def unused(self) -> Dict[str, Optional[StateMessage]]:
+        """The states of the present pass that were not used yet; none outside of a pass.
+
+        Each answers one question: callbacks of users may ask again, and are told what is so then.
+        """
+        found: Dict[str, Optional[StateMessage]] = getattr(self._local, "states", {})
         return found
 
     @contextlib.contextmanager

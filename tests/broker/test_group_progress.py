@@ -53,6 +53,22 @@ def test_each_question_about_a_group_is_one_read(app: Celery, asked: Any) -> Non
     assert batches == [25, 5, 5, 5, 5]
 
 
+def test_a_callback_that_asks_again_is_told_what_is_so_then(app: Celery, make_app: Apps) -> None:
+    group = GroupResult.restore(saved_group(app, 1, pending=1), app=make_app())
+    first, second = group.results
+    seen: List[str] = []
+
+    def callback(*_: Any) -> None:
+        app.backend.store_result(second.id, 7, states.SUCCESS)
+        seen.append(second.state)
+        seen.append(second.state)
+
+    first.then(callback)
+    group.ready()
+    assert first.ready()
+    assert seen[-1] == states.SUCCESS
+
+
 def test_a_group_in_a_group_is_read_with_it(app: Celery, asked: Any) -> None:
     reader, batches = asked
     inner = GroupResult.restore(saved_group(app, 3), app=app)

@@ -160,3 +160,47 @@ def test_a_temporarily_refused_state_is_stored_with_a_later_result(
     reader = make_app(shards=1)
     assert reader.AsyncResult(first).state == "PROGRESS"
     assert reader.AsyncResult(second).state == "SUCCESS"
+
+
+def test_a_new_process_declares_no_shard_that_is_there(
+    make_app: Apps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a shard, and a process that does not know it
+    task_id = str(uuid.uuid4())
+    make_app(shards=64).backend.store_result(task_id, 1, "STARTED")
+    other = make_app(shards=64).backend
+    stored = other.layout.stored_state
+    eventually(lambda: stored(task_id) is not None)
+
+    def check_room(*arguments: Any) -> None:
+        pytest.fail("a declaration was about to be checked")
+
+    monkeypatch.setattr("celery_amqp_results.amqp.declarations.Declarations.check_room", check_room)
+    # When it stores a state without waiting for the confirm
+    other.store_result(task_id, 2, "PROGRESS")
+    # Then it asks for the queue and declares nothing
+    eventually(lambda: stored(task_id).state == "PROGRESS")
+
+
+def test_states_wait_for_the_next_connection_when_the_declaration_of_their_shard_fails(
+    make_app: Apps,
+) -> None:
+    backend = make_app(shards=64).backend
+    backend.store_result(str(uuid.uuid4()), 1, "SUCCESS")
+    kept = backend.layout.publisher._unwaited
+    lost = []
+    for number in range(3):
+        message = Outgoing("a queue that is gone", {}, b"{}", number, "a state")
+        lost.append(Publication(message, waited=False))
+        lost[-1].status = Status.RETURNED
+
+    def send_again() -> None:
+        with kept.channel.open(0.0) as channel:
+            channel.log.strays = list(lost)
+            channel.asking = lambda: (_ for _ in ()).throw(ConnectionResetError("reset"))
+            kept.send(channel)
+
+    with pytest.raises(OSError, match="reset"):
+        send_again()
+    assert len(kept._strays) == 3
+    kept._strays.take_due(float("inf"))
