@@ -135,6 +135,15 @@ def test_a_leader_that_starts_late_finds_all_in_the_store(
     assert sent.once() == [0, [1, 2], 3]
 
 
+def test_a_leader_without_plan_queues_that_it_may_not_declare_pauses(
+    make_app: Apps, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(result_backend_transport_options={"shards": 2, "declare": False})
+    lead(app)
+    eventually(lambda: "chords cannot be led here, trying again in" in caplog.text)
+    assert "queues for the plans of chords" in caplog.text
+
+
 def test_another_leader_takes_over(make_app: Apps, group_id: str, raw: Any) -> None:
     first, second = make_app(), make_app()
     ids = new_ids(2)
