@@ -143,7 +143,7 @@ def test_a_user_without_configure_rights_uses_what_an_administrator_declared(
     make_app: Apps, node: rabbitmq.Node, queue_type: str
 ) -> None:
     # Given a user that may declare temporary queues, as documented, and nothing else
-    pattern = re.search(r"`configure` may then be `(\S+)`", PAGE.read_text())
+    pattern = re.search(r"need to configure only `(\S+)`", PAGE.read_text())
     assert pattern is not None
     configure = pattern.group(1).replace("celeryresults", make_app.prefix)
     options = {"shards": 2, "queue_type": queue_type}
