@@ -14,6 +14,7 @@ import time
 from typing import Any, Callable, Optional
 
 import kombu
+from amqp import exceptions as amqp_errors
 from kombu.transport import pyamqp
 
 from celery_amqp_results import errors, options
@@ -60,7 +61,14 @@ def _override_transport_options(connection: kombu.Connection, name: str) -> None
 
 
 class _Connection(pyamqp.Connection):
-    """kombu's class of AMQP connections, which tries the addresses of a host itself."""
+    """kombu's class of AMQP connections, with two differences.
+
+    It tries the addresses of a host itself. And it stays closed: py-amqp would connect again, with
+    a warning, when a thread uses a connection that another one has dropped.
+    """
+
+    def _warn_force_connect(self, attr: str) -> None:
+        raise amqp_errors.RecoverableConnectionError("the connection is closed")
 
     def Transport(self, *args: Any, **kwargs: Any) -> Any:
         """Return py-amqp's transport, which connects to one address at a time."""

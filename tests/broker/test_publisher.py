@@ -275,3 +275,12 @@ def test_a_pushed_state_is_in_the_store_even_if_its_shard_is_new(make_app: Apps)
         assert waiting.result() == 1
         # Then a reader finds it
         assert client.backend.layout.store.read((task_id,))[task_id]
+
+
+def test_a_connection_that_was_dropped_is_not_opened_again_by_its_use(app: Celery) -> None:
+    link = app.backend.layout.connector.open_once(0.0)
+    link.drop()
+    for use in (lambda: link.amqp.transport, link.amqp.blocking_read, link.channel):
+        with pytest.raises((amqp.AMQPError, OSError)):
+            use()
+    assert not link.alive

@@ -135,7 +135,8 @@ def test_open_chords_survive_a_restart_of_all_workers(
     workers = fleet(app, 2, pool="prefork", concurrency=1)
     log = tmp_path / "ran"
     results = [
-        chord([t.late.s(i) for i in range(4)], t.record.s(str(log))).delay() for _ in range(OPEN)
+        chord([t.late.s(i) for i in range(4)], t.late_record.s(str(log))).delay()
+        for _ in range(OPEN)
     ]
     eventually(lambda: len(lines(log)) >= 5)
     for worker in workers.workers:

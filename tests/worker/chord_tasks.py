@@ -51,6 +51,13 @@ def register(app: Celery) -> SimpleNamespace:
         note(path, self.request.id)
         return results
 
+    # A task that was acknowledged is lost with its worker.
+    @task(bind=True, acks_late=True)
+    def late_record(self: Any, results: Any, path: str) -> Any:
+        """Body like ``record`` that survives its worker."""
+        note(path, self.request.id)
+        return results
+
     @task()
     def fail(message: str = "broken") -> None:
         raise KeyError(message)
