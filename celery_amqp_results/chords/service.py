@@ -27,6 +27,7 @@ from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.chords.session import Session
 from celery_amqp_results.chords.workers import bell
 from celery_amqp_results.feed.pushed import PushedStates
+from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import (
     PART,
     PLAN,
@@ -266,7 +267,7 @@ class Service:
         """Carry out the actions of the leader; return when it is due again."""
         while self._done:
             self._done.popleft()(now)
-        self._leader.tick(now, _wall())
+        self._leader.tick(now, wall())
         while True:
             pending = self._leader.take()
             if not pending:
@@ -274,7 +275,7 @@ class Service:
             for action in pending:
                 if isinstance(action, actions.Bind):
                     session.bind(action.number)
-                    self._leader.bound(action.number, now, _wall())
+                    self._leader.bound(action.number, now, wall())
                 elif isinstance(action, actions.Acknowledge):
                     session.acknowledge(action.deliveries)
                 elif isinstance(action, actions.LookUp):
@@ -285,7 +286,7 @@ class Service:
                 else:
                     self.abandoned += 1
                     logger.error("chord %s is given up: %s", action.group_id, action.why)
-            self._leader.tick(now, _wall())
+            self._leader.tick(now, wall())
 
     # -- on helper threads -------------------------------------------------------------------------
 
@@ -354,7 +355,7 @@ class Service:
         """Take in a pushed state."""
         state = self._pushed.read(message)
         if state is not None and state.kind in (STATE, PART):
-            self._leader.state_pushed(state, time.monotonic(), _wall())
+            self._leader.state_pushed(state, time.monotonic(), wall())
 
 
 def read_ends(store: Store, ids: Iterable[str]) -> Dict[str, StateMessage]:
@@ -378,7 +379,3 @@ def _ends(found: Mapping[str, List[StateMessage]]) -> Dict[str, StateMessage]:
         for task_id, state in current.items()
         if state is not None and is_final(state.state)
     }
-
-
-def _wall() -> int:
-    return time.time_ns() // 1000

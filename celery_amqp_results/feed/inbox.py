@@ -33,6 +33,7 @@ from celery_amqp_results.feed.session import Session
 from celery_amqp_results.feed.table import Table, Unread
 from celery_amqp_results.feed.views import Look
 from celery_amqp_results.feed.waiter import Waiter, Waiters
+from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, STATE, StateMessage
 from celery_amqp_results.protocol.page import Census
 from celery_amqp_results.protocol.ranking import is_lasting
@@ -136,7 +137,7 @@ class Inbox:
         Returns:
             The tasks whose states are already pushed.
         """
-        now, wall = time.monotonic(), _wall()
+        now, present = time.monotonic(), wall()
         with self._changed:
             uncovered = []
             pushed = set(ids) - self.unbound(ids) if self._table.epoch else set()
@@ -149,7 +150,7 @@ class Inbox:
                     uncovered.append(task_id)
                     continue
                 try:
-                    state = self._table.recall(task_id, now, wall, sure=False)
+                    state = self._table.recall(task_id, now, present, sure=False)
                 except Unread:
                     uncovered.append(task_id)
                     continue
@@ -220,7 +221,7 @@ class Inbox:
         """Return whether no state of the task could have been missed."""
         with self._changed:
             try:
-                self._table.recall(task_id, time.monotonic(), _wall(), sure=False)
+                self._table.recall(task_id, time.monotonic(), wall(), sure=False)
             except Unread:
                 return False
             return True
@@ -272,11 +273,11 @@ class Inbox:
         table = self._table
         if not epoch or epoch != table.epoch:
             return found
-        now, wall = time.monotonic(), _wall()
+        now, present = time.monotonic(), wall()
         for task_id in ids:
             with contextlib.suppress(Unread):
                 if not table.is_due(task_id, now):
-                    found[task_id] = table.recall(task_id, now, wall)
+                    found[task_id] = table.recall(task_id, now, present)
         return found
 
     def uncounted(self) -> List[int]:
@@ -297,7 +298,7 @@ class Inbox:
     ) -> None:
         """End a look-up, see :meth:`Table.end`."""
         with self._changed:
-            self._table.end(look, found, censuses, time.monotonic(), _wall())
+            self._table.end(look, found, censuses, time.monotonic(), wall())
             missed, self._table.missed = self._table.missed, ""
             if missed:
                 self.suspect(f"{missed} is stored, and was not pushed")
@@ -406,8 +407,3 @@ class Inbox:
         with self._changed:
             self.barriers += 1
             self._table.proved(at)
-
-
-def _wall() -> int:
-    """Return microseconds since 1970."""
-    return time.time_ns() // 1000

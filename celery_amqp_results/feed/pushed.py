@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any, Optional
 
 from celery_amqp_results import errors
+from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import StateMessage, dated
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.toolkit.bounded import OnceLogger
@@ -39,4 +39,4 @@ class PushedStates:
                 logging.WARNING, "foreign", "ignored a foreign or damaged message: %s", exc
             )
             return None
-        return dated(state, time.time_ns() // 1000)
+        return dated(state, wall())

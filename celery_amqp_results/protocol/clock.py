@@ -1,11 +1,16 @@
-"""The clock that stamps states."""
+"""The clocks that stamp states, and that decide whether they have expired."""
 
 from __future__ import annotations
 
 import threading
 import time
 
-__all__ = ("PublishClock",)
+__all__ = ("PublishClock", "wall")
+
+
+def wall() -> int:
+    """Return microseconds since 1970."""
+    return time.time_ns() // 1000
 
 
 class PublishClock:
@@ -26,5 +31,5 @@ class PublishClock:
     def now(self) -> int:
         """Return the present time, at least one microsecond later than the last one returned."""
         with self._lock:
-            self._last = max(self._last + 1, time.time_ns() // 1000)
+            self._last = max(self._last + 1, wall())
             return self._last

@@ -12,6 +12,7 @@ from typing import Collection
 
 from celery_amqp_results.amqp import nowait
 from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
 from celery_amqp_results.protocol.names import BROADCAST, Route, Topology
 from celery_amqp_results.toolkit.retry import is_over, time_left
@@ -44,7 +45,7 @@ def announce(link: Link, topology: Topology, ids: Collection[str]) -> None:
 
     channel.events["basic_ack"].add(on_ack)
     channel.events["basic_nack"].add(on_ack)
-    now = time.time_ns() // 1000
+    now = wall()
     with link.corked():
         for task_id in ids:
             mark = StateMessage(

@@ -14,6 +14,7 @@ from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publicat
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol import page
+from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
 from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
 from celery_amqp_results.store.packing import Packing, without_damaged
@@ -201,7 +202,7 @@ class ShardRead:
 
     def _publish_page(self, content: List[StateMessage]) -> None:
         """Publish a page to the shard, and wait for its confirm."""
-        expires = page.expiration(content, time.time_ns() // 1000)
+        expires = page.expiration(content, wall())
         properties: Dict[str, Any] = {
             "type": page.PAGE,
             "content_type": page.CONTENT_TYPE,
@@ -245,7 +246,7 @@ class LookUp(ShardRead):
         super().__init__(store, link, shard, wanted, kind)
 
     def _on_own_state(self, tag: int, state: StateMessage) -> None:
-        now = time.time_ns() // 1000
+        now = wall()
         state = dated(state, now)
         undated = state.published == UNKNOWN_TIME
         # The broker drops an expired message only when it is first in the queue.
@@ -259,7 +260,7 @@ class LookUp(ShardRead):
             self._loose[tag] = state
 
     def _on_page(self, tag: int, body: bytes) -> None:
-        now = time.time_ns() // 1000
+        now = wall()
         if self.census is not None:
             self.census.add_page(body)
         for state in self._hits(body, now):
@@ -306,7 +307,7 @@ class LookUp(ShardRead):
                 sources[tag] = page.decode(body)
             except errors.ForeignMessage as exc:
                 self._reject(exc)
-        packing = Packing(sources, self.credible, time.time_ns() // 1000)
+        packing = Packing(sources, self.credible, wall())
         if packing.size < PACK_AT:
             # Almost all of them are states of unfinished tasks.
             return
@@ -371,7 +372,7 @@ class Removal(ShardRead):
             self._body_queues.add(state.body_queue)
 
     def _on_page(self, tag: int, body: bytes) -> None:
-        hits = self._hits(body, time.time_ns() // 1000)
+        hits = self._hits(body, wall())
         if hits:
             self.removed += len(hits)
             self._body_queues.update(queue for s in hits if (queue := s.body_queue))

@@ -18,6 +18,7 @@ from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.feed.waiter import Waiter
+from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.toolkit.bounded import OnceLogger
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
@@ -174,7 +175,7 @@ class Follower:
         ):
             # Its push may be on its way, behind others.
             return
-        late = time.time_ns() // 1000 - final.published
+        late = wall() - final.published
         if late > LATE * 1_000_000:
             self._inbox.suspect(
                 f"the {final.state} of {final.id!r} was published {late / 1e6:.0f} s ago, and was "

@@ -25,6 +25,7 @@ from unittest import mock
 from celery_amqp_results.amqp.confirms import ConfirmLog, Outgoing, Publication, Status
 from celery_amqp_results.feed.table import PROOF_SECONDS, Table, Unread
 from celery_amqp_results.feed.views import STEADY, Look
+from celery_amqp_results.protocol import clock
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.names import Topology
@@ -232,7 +233,8 @@ class Simulation:
         with contextlib.ExitStack() as stack:
             for module, name, value in (
                 (lookup, "time", self.clock), (checkout, "time", self.clock),
-                (shard_read, "time", self.clock), (shard_read, "PACK_AT", 8),
+                (shard_read, "time", self.clock), (clock, "time", self.clock),
+                (shard_read, "PACK_AT", 8),
             ):  # fmt: skip
                 stack.enter_context(mock.patch.object(module, name, value))
             self._run()

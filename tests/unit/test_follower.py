@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 )
 
 from celery_amqp_results import errors
+from celery_amqp_results.protocol import clock as clock_module
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.waiting import follower as waiting_module
@@ -77,6 +78,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock that waiting uses."""
     made = Clock()
     monkeypatch.setattr(waiting_module, "time", made)
+    monkeypatch.setattr(clock_module, "time", made)
     return made
 
 

@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from celery_amqp_results.protocol import clock
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.names import Topology
@@ -157,6 +158,7 @@ class PackingMachine(RuleBasedStateMachine):
             mock.patch.object(store, "time", self.clock),
             mock.patch.object(checkout, "time", self.clock),
             mock.patch.object(shard_read, "time", self.clock),
+            mock.patch.object(clock, "time", self.clock),
             mock.patch.object(shard_read, "PACK_AT", 3),
             mock.patch.object(shard_read, "MAX_RETAINED", 2_000),
         ]
