@@ -109,11 +109,8 @@ class Publisher:
             DeclarationRefused: when the queue exists with other properties.
             BackendUnavailable: when the broker could not be reached or refuses us.
         """
-        self._ask(lambda channel: declare_queue(channel.channel, queue), (message,))
-        delivery = Delivery((message,))
-        self._deliver(delivery, True)
-        if delivery.gone:
-            raise errors.NotConfirmed(f"the queue {queue.name!r} was deleted meanwhile")
+        self._declare((queue,), message)
+        self._publish_to_declared((queue,), message)
         with self._lock:
             self.large += 1
 
@@ -134,16 +131,32 @@ class Publisher:
             return
         if not self._declarations.declare:
             raise self._declarations.missing(f"queue {message.queue!r}")
+        self._declare(queues, message)
+        self._publish_to_declared(queues, message)
 
+    def _declare(self, queues: Sequence[QueueSpec], message: Outgoing) -> None:
         def declare(channel: ConfirmChannel) -> None:
             for queue in queues:
                 declare_queue(channel.channel, queue)
 
         self._ask(declare, (message,))
-        delivery = Delivery((message,))
-        self._deliver(delivery, True)
-        if delivery.gone:
-            raise errors.NotConfirmed(f"the queue {message.queue!r} was deleted meanwhile")
+
+    def _publish_to_declared(self, queues: Sequence[QueueSpec], message: Outgoing) -> None:
+        """Publish *message*; declare *queues* again each time its queue is not there.
+
+        RabbitMQ may confirm a declaration and forget the queue when it is killed a moment later.
+        """
+        tries = retry.Retry(self._connector.policy)
+        while True:
+            delivery = Delivery((message,))
+            self._deliver(delivery, True)
+            if not delivery.gone:
+                return
+            gone = errors.NotConfirmed(f"the queue {message.queue!r} was deleted meanwhile")
+            pause = self._pause_or_raise(gone, (message,), tries)
+            self._warn(delivery.messages, pause, tries, gone)
+            time.sleep(pause)
+            self._declare(queues, message)
 
     def length(self, queue: str) -> Optional[QueueLength]:
         """Return the present length of *queue*, or ``None`` if it does not exist.
@@ -304,15 +317,20 @@ class Publisher:
                 else:
                     self.failed += 1
             raise
+        self._warn(delivery.messages, pause, tries, failure)
+        time.sleep(pause)
+
+    def _warn(
+        self, messages: Sequence[Outgoing], pause: float, tries: retry.Retry, failure: BaseException
+    ) -> None:
         logger.warning(
             "%s was not published, trying again in %.1f s [%d/%s]: %r",
-            describe(delivery.messages),
+            describe(messages),
             pause,
             tries.failed,
             self._connector.policy.max_retries,
             failure,
         )
-        time.sleep(pause)
 
     def _pause_or_raise(
         self, exc: BaseException, messages: Sequence[Outgoing], tries: retry.Retry

@@ -257,3 +257,24 @@ def test_pointers_that_are_not_text_are_foreign() -> None:
             },
             b"",
         )
+
+
+def test_a_body_queue_that_is_lost_after_its_declaration_is_declared_again(
+    make_app: Apps, amqp_url: str, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make(make_app)
+    declare, lost = publisher.declare_queue, []
+
+    def declare_and_lose(channel: Any, queue: Any) -> None:
+        declare(channel, queue)
+        if len(lost) < 2:
+            # As a broker does that is killed before the declaration is on its disk.
+            with raw_connection(amqp_url) as connection:
+                connection.channel().queue_delete(queue.name)
+            lost.append(queue.name)
+
+    monkeypatch.setattr(publisher, "declare_queue", declare_and_lose)
+    task_id = new_id()
+    app.backend.store_result(task_id, BODY, states.SUCCESS)
+    assert lost == queues.names * 2
+    assert app.AsyncResult(task_id).get(timeout=LONG) == BODY

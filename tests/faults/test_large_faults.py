@@ -47,7 +47,8 @@ def test_confirmed_large_results_survive_a_killed_broker(
     writer = Writer(app)
     for _ in range(2):
         wanted = len(writer.confirmed) + 20
-        eventually(lambda wanted=wanted: len(writer.confirmed) >= wanted, 60)
+        eventually(lambda wanted=wanted: writer.errors or len(writer.confirmed) >= wanted, 60)
+        assert not writer.errors
         node.kill()
         node.start()
     writer.stop()
