@@ -36,7 +36,7 @@ OTHER = "#adb5bd"
 def draw(run: Run, folder: Path, only: Optional[Collection[str]] = None) -> Iterator[Path]:
     """Write the plots of *run* into *folder*, or those named in *only*, and yield their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         # The same run gives the same file.
         "svg.hashsalt": "bench",

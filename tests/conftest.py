@@ -60,11 +60,12 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
         if "admin" in scopes:
             item.add_marker(pytest.mark.xdist_group("admin"))
         elif "module" in scopes.values():
-            world = getattr(item, "callspec", None) and item.callspec.params.get("world", "")
+            callspec = getattr(item, "callspec", None)
+            world = callspec and callspec.params.get("world", "")
             item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {world or ''}"))
 
 
-def eventually(condition: Callable[[], _T], timeout: float = PATIENCE) -> _T:
+def eventually(condition: Callable[[], Optional[_T]], timeout: float = PATIENCE) -> _T:
     """Return the value of *condition* once it is true; fail after *timeout* seconds."""
     deadline = time.monotonic() + timeout
     while True:

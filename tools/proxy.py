@@ -15,9 +15,11 @@ import contextlib
 import socket
 import struct
 import threading
-from typing import Any, Coroutine, List, Optional, Set
+from typing import Any, Coroutine, List, Optional, Set, TypeVar
 
 __all__ = ("Proxy",)
+
+_P = TypeVar("_P", bound="Proxy")
 
 #: Bytes to read at once; a slow proxy reads fewer.
 _CHUNK = 64 * 1024
@@ -74,7 +76,7 @@ class Proxy:
         self._run(self._listen())
         self.resume()
 
-    def __enter__(self) -> Proxy:
+    def __enter__(self: _P) -> _P:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -32,10 +32,10 @@ def measure(place: Place) -> Iterator[Row]:
         queue = f"bench-{uuid.uuid4().hex[:8]}"
         for name in place.chosen("amqp", "rpc", "redis"):
             # This backend stores the same messages sooner if it does not wait for confirms.
-            storer = "amqp, confirm=False" if name == "amqp" else name
+            without_wait = "amqp, confirm=False" if name == "amqp" else name
             pairs[name] = (
                 stack.enter_context(place.assistant(name, queue)),
-                stack.enter_context(place.assistant(storer, queue)),
+                stack.enter_context(place.assistant(without_wait, queue)),
             )
         for name, (client, storer) in pairs.items():
             # The first wait opens connections; and every shard is there after this.

@@ -186,7 +186,7 @@ def store(place: Place, name: str, queue: str, ids: List[str]) -> None:
 
     This backend does not wait for each confirm; the messages are the same.
     """
-    options = {"confirm": False} if name.startswith(OURS) else {}
+    options: Dict[str, Any] = {"confirm": False} if name.startswith(OURS) else {}
     storers = STORERS if len(ids) >= 10_000 else 1
     with contextlib.ExitStack() as stack:
         assistants = [

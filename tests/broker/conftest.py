@@ -127,7 +127,7 @@ def bodies(queue: kombu.Queue) -> List[Any]:
 
 def messages(queue: kombu.Queue) -> List[Any]:
     """Take all messages out of a queue."""
-    found = []
+    found: List[Any] = []
     while True:
         message = queue.get(no_ack=True)
         if message is None:

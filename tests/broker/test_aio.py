@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Awaitable, Callable, Dict, Iterator, List, Set, TypeVar
+from typing import Any, Awaitable, Callable, Dict, Iterator, List, Set, TypeVar, cast
 
 import celery.exceptions
 import pytest
 from celery import Celery, states
 from celery._state import _set_task_join_will_block
-from celery.result import EagerResult, GroupResult, ResultSet
+from celery.result import AsyncResult, EagerResult, GroupResult, ResultSet
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import aio, errors
@@ -139,7 +139,8 @@ def test_results_that_need_no_waiting(app: Celery) -> None:
             await aio.get(EagerResult("e", KeyError(), states.FAILURE))
         assert await aio.get(ResultSet([], app=app)) == []
         assert await aio.gather() == []
-        assert [each async for each in aio.as_completed([])] == []
+        nothing: List[AsyncResult] = []
+        assert [each async for each in aio.as_completed(nothing)] == []
 
     run(scenario)
 
@@ -192,9 +193,9 @@ def test_cancellation_works_in_every_way_that_asyncio_offers(app: Celery, worker
 def test_invalid_arguments_are_refused(app: Celery) -> None:
     async def scenario() -> None:
         with pytest.raises(TypeError, match="17 cannot be waited for"):
-            await aio.get(17, app=app)
+            await aio.get(cast(Any, 17), app=app)
         with pytest.raises(TypeError, match="gather"):
-            await aio.get([new_id()], app=app)
+            await aio.get(cast(Any, [new_id()]), app=app)
         other = Celery("other", broker="memory://", backend="cache+memory://", set_as_current=False)
         with pytest.raises(TypeError, match="app="):
             await aio.get(new_id(), app=other)
@@ -523,8 +524,9 @@ def test_a_closed_loop_leaves_no_thread_behind(
     loop.run_until_complete(asyncio.sleep(0.1))
     assert running() == names
     # A loop that is closed while coroutines wait. (It warns when these are dropped.)
-    for task in (waiting, watching):
-        task._log_destroy_pending = False  # type: ignore[attr-defined]
+    tasks: List[Any] = [waiting, watching]
+    for task in tasks:
+        task._log_destroy_pending = False
     loop.close()
     eventually(lambda: not running())
     bridge._bridges.pop(loop)

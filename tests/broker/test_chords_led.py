@@ -472,8 +472,13 @@ def test_open_plans_are_taken_again_before_the_broker_finds_them_held_for_too_lo
     body = send(app, group_id, ids)
     app.backend.add_to_chord(group_id, AsyncResult(added[0], app=app))
     retaken: List[int] = []
-    monkeypatch.setattr(leading._leader, "requeued", lambda: retaken.append(requeued()))
-    requeued = type(leading._leader).requeued.__get__(leading._leader)
+    requeued = leading._leader.requeued
+
+    def noted() -> None:
+        requeued()
+        retaken.append(1)
+
+    monkeypatch.setattr(leading._leader, "requeued", noted)
     app.backend.mark_as_done(ids[0], 1, request(ids[0], group_id, body))
     eventually(lambda: len(retaken) >= 3)
     for task_id in (ids[1], *added):

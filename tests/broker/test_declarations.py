@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import amqp
 import pytest
@@ -154,11 +154,12 @@ def test_a_different_number_of_shards_is_refused_with_a_clear_error(make_app: Ap
     task_id = new_id()
     make_app(shards=8).backend.store_result(task_id, 1, states.SUCCESS)
     app = make_app(shards=16)
-    for ask in (
+    calls: Tuple[Callable[[], Any], ...] = (
         lambda: app.backend.store_result(task_id, 2, states.SUCCESS),
         lambda: app.backend.store_result(task_id, None, states.STARTED),
         lambda: app.AsyncResult(new_id()).get(timeout=LONG),
-    ):
+    )
+    for ask in calls:
         with pytest.raises(ImproperlyConfigured, match="'shards'") as caught:
             ask()
         assert "16" in str(caught.value)

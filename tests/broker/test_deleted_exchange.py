@@ -66,7 +66,7 @@ def until_remembered(reader: Celery) -> None:
 
     def asked() -> bool:
         reader.AsyncResult(new_id()).state  # noqa: B018 - asks
-        return reader.backend.metrics().remembered > before
+        return bool(reader.backend.metrics().remembered > before)
 
     eventually(asked)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import kombu
 import pytest
@@ -155,7 +155,8 @@ def test_the_broker_gets_the_declared_arguments(
     entities: Entities, option: str, default: bool
 ) -> None:
     assert getattr(Exchange, option) is default
-    exchange = entities.exchange(**{option: not default})
+    options: Dict[str, Any] = {option: not default}
+    exchange = entities.exchange(**options)
     exchange(entities.channel()).declare()
     # The broker refuses a declaration that differs from the existing one.
     exchange(entities.channel()).declare()

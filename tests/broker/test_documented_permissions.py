@@ -9,7 +9,7 @@ import sys
 import uuid
 from concurrent import futures
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Any, Dict, Iterator, List
 
 import pytest
 from celery.app.task import Context
@@ -149,7 +149,7 @@ def test_a_user_without_configure_rights_uses_what_an_administrator_declared(
     options = {"shards": 2, "queue_type": queue_type}
     task_id = uuid.uuid4().hex
     with user_with(node, {**documented(make_app.prefix), "configure": configure}) as url:
-        apart = {"result_backend_transport_options": {**options, "declare": False}}
+        apart: Dict[str, Any] = {"result_backend_transport_options": {**options, "declare": False}}
         writer, reader = make_app(url, **apart), make_app(url, **apart)
         # While nothing is declared, reading finds nothing, and storing names what is missing
         assert reader.AsyncResult(task_id).state == "PENDING"

@@ -32,11 +32,11 @@ def bare(function: Callable[[], Any]) -> Callable[[], Any]:
         try:
             os.close(reading)
             try:
-                answer: Any = function()
+                value: Any = function()
             except BaseException as exc:
-                answer = exc
+                value = exc
             with os.fdopen(writing, "wb") as pipe:
-                pipe.write(pickle.dumps(answer))
+                pipe.write(pickle.dumps(value))
             status = 0
         finally:
             os._exit(status)
@@ -131,7 +131,7 @@ def test_the_parent_s_connections_survive_a_child_that_collects_garbage_and_exit
     def drop_everything() -> bool:
         nonlocal app, inbox
         del inbox
-        app = None  # type: ignore[assignment]
+        app = None
         child_app.clear()
         gc.collect()
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import uuid
 from typing import Any, Iterator, List
@@ -12,6 +13,7 @@ from celery import Celery, states
 from celery.result import GroupResult
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp import declarations
 from celery_amqp_results.store import publisher
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps, raw_connection
@@ -98,7 +100,7 @@ def test_a_large_result_has_many_readers_and_only_a_pointer_in_the_shard(
     def read(reader: Celery) -> List[Any]:
         return [reader.backend._get_task_meta_for(task_id)["result"] for _ in range(3)]
 
-    readers = [Waiting(lambda reader=reader: read(reader)) for reader in others]
+    readers = [Waiting(functools.partial(read, reader)) for reader in others]
 
     # Then all of them get it
     for reader in readers:
@@ -263,7 +265,8 @@ def test_a_body_queue_that_is_lost_after_its_declaration_is_declared_again(
     make_app: Apps, amqp_url: str, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = make(make_app)
-    declare, lost = publisher.declare_queue, []
+    declare = declarations.declare_queue
+    lost: List[str] = []
 
     def declare_and_lose(channel: Any, queue: Any) -> None:
         declare(channel, queue)

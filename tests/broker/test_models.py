@@ -88,7 +88,7 @@ class Model:
     def link(self) -> Any:
         """Return the connection of a new reader."""
         link = broker_model.Link(next(iter(self._queues.values())), lambda: None)
-        link.find = self._queues.__getitem__  # type: ignore[method-assign]
+        vars(link)["find"] = self._queues.__getitem__
         return link
 
     def close(self) -> None:
@@ -159,7 +159,8 @@ class Broker:
         channel.queue_unbind(queue, self._topology.exchange, self._pattern(key))
 
     def _pattern(self, key: int) -> str:
-        return self._topology.every_binding() if key == ALL else self._topology.shard_binding(key)
+        topology: Topology = self._topology
+        return topology.every_binding() if key == ALL else topology.shard_binding(key)
 
     def inbox(self, process: int) -> List[str]:
         """Return what has come to an inbox before a barrier."""

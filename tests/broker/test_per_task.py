@@ -71,7 +71,7 @@ class Broker:
 
     def messages(self, task_id: str) -> List[Tuple[Dict[str, Any], bytes]]:
         """Take all messages out of a task's queue: properties and body."""
-        found = []
+        found: List[Any] = []
         with raw_connection(self.url) as connection:
             channel = connection.channel()
             channel.auto_decode = False

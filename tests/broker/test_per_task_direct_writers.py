@@ -7,6 +7,7 @@ comes by the result exchange.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from typing import Any, Callable, List
 
@@ -101,6 +102,13 @@ def test_a_result_that_is_published_to_the_queue_of_its_task_ends_the_wait(
     assert waiting.result() == 42
 
 
+def wait_and_note(client: Celery, task_id: str, noted: List[str]) -> Any:
+    """Wait for a task, and note its states."""
+    return client.AsyncResult(task_id).get(
+        timeout=SOON, on_message=lambda meta: noted.append(meta["status"])
+    )
+
+
 def test_states_on_the_way_are_seen_by_several_waiting_clients(
     app: Celery, make_app: Apps, write: Callable[..., None], eventually: Callable[..., Any]
 ) -> None:
@@ -108,12 +116,8 @@ def test_states_on_the_way_are_seen_by_several_waiting_clients(
     seen: List[List[str]] = [[], []]
     clients = [app, make_app("amqp://?layout=per-task")]
     waiting = [
-        Waiting(
-            lambda client=client, states=states: client.AsyncResult(task_id).get(
-                timeout=SOON, on_message=lambda meta: states.append(meta["status"])
-            )
-        )
-        for client, states in zip(clients, seen)
+        Waiting(functools.partial(wait_and_note, client, task_id, noted))
+        for client, noted in zip(clients, seen)
     ]
     eventually(lambda: all(map(bound, clients)))
     write(task_id, {}, states.STARTED)

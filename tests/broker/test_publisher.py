@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -269,7 +270,7 @@ def test_a_pushed_state_is_in_the_store_even_if_its_shard_is_new(make_app: Apps)
     for _ in range(60):
         task_id = new_id()
         client.backend.layout.note_sent(task_id)
-        waiting = Waiting(lambda task_id=task_id: client.AsyncResult(task_id).get(timeout=60))
+        waiting = Waiting(functools.partial(client.AsyncResult(task_id).get, timeout=60))
         app.backend.store_result(task_id, 1, "SUCCESS")
         # When it has received that
         assert waiting.result() == 1

@@ -270,7 +270,7 @@ def test_a_signed_result_cannot_be_used_for_another_task_or_state(
         issued = trustme.CA().issue_cert(f"{name}.example", key_type=trustme.KeyType.RSA)
         issued.private_key_pem.write_to_path(str(tmp_path / f"{name}.key"))
         issued.cert_chain_pems[0].write_to_path(str(tmp_path / f"{name}.pem"))
-    signing = {
+    signing: Dict[str, Any] = {
         "result_serializer": "auth", "task_serializer": "auth", "event_serializer": "auth",
         "accept_content": ["auth"], "result_accept_content": ["auth"],
     }  # fmt: skip

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import zlib
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List
 
 import amqp
 import pytest
@@ -70,7 +70,7 @@ def test_result_serializer(
 ) -> None:
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
-    conf = {"result_serializer": serializer, "result_accept_content": [serializer]}
+    conf: Dict[str, Any] = {"result_serializer": serializer, "result_accept_content": [serializer]}
     app = make_app(**conf)
     tapped = tap(app)
     value = {"text": "ünï", "list": [1, 2.5, None, True]}
@@ -86,7 +86,7 @@ def test_result_serializer(
 
 
 def test_pickle_preserves_types_that_json_cannot(make_app: Apps) -> None:
-    conf = {"result_serializer": "pickle", "result_accept_content": ["pickle"]}
+    conf: Dict[str, Any] = {"result_serializer": "pickle", "result_accept_content": ["pickle"]}
     app, task_id = make_app(**conf), new_id()
     value = {("a", 1): {2, 3}, "when": datetime.date(2026, 11, 22)}
     app.backend.store_result(task_id, value, states.SUCCESS)

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from typing import Any, Iterator, List, Type
+from typing import Any, Callable, Dict, Iterator, List, Type
 
 import pytest
 
@@ -37,7 +37,7 @@ def alarm() -> Iterator[Any]:
 
 
 #: Operations that wait for a broker that is away.
-OPERATIONS = {
+OPERATIONS: Dict[str, Callable[[Any], Any]] = {
     "store": lambda app: app.backend.store_result(new_id(), 1, "SUCCESS"),
     "state": lambda app: app.backend.get_state(new_id()),
     "get": lambda app: app.AsyncResult(new_id()).get(timeout=60),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from typing import Any, List
 
 import amqp
 import kombu.pools
@@ -85,7 +85,7 @@ def test_the_fate_of_an_expired_result_is_expired(make_app: Apps, packed: bool) 
 
 def test_marks_are_not_pushed(make_app: Apps) -> None:
     app, worker = make(make_app), make(make_app)
-    seen = []
+    seen: List[Any] = []
     task_id = new_id()
     waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG, on_message=seen.append))
     until_watched(app, task_id, eventually)

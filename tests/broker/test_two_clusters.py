@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from typing import Any, Dict, List
@@ -26,7 +27,7 @@ def test_results_of_two_clusters_do_not_mix(make_app: Apps, node: rabbitmq.Node)
         try:
             # When both wait for the same task, and store results under the same ids in threads
             waiting = {
-                where: Waiting(lambda app=app: app.AsyncResult(later).get(timeout=LONG))
+                where: Waiting(functools.partial(app.AsyncResult(later).get, timeout=LONG))
                 for where, app in apps.items()
             }
             found: List[Any] = []

@@ -66,11 +66,12 @@ def test_missing_permissions_raise_a_clear_error(
     user, vhost = account
     node.ctl("set_permissions", "-p", vhost, user, "", "", "")
     app = make_app(url_of(amqp_url, user, PASSWORD, vhost))
-    for ask in (
+    calls: Tuple[Callable[[], Any], ...] = (
         lambda: app.backend.store_result(new_id(), 1, states.SUCCESS),
         lambda: app.AsyncResult(new_id()).state,
         lambda: app.AsyncResult(new_id()).get(timeout=LONG),
-    ):
+    )
+    for ask in calls:
         with pytest.raises(OperationalError, match=r"(?i)permission") as caught:
             ask()
         assert PASSWORD not in shown(caught.value)

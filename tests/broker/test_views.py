@@ -31,7 +31,7 @@ def until_live(reader: Celery, task_id: str) -> None:
     def asked() -> bool:
         before = reader.backend.metrics().remembered
         reader.AsyncResult(task_id).state  # noqa: B018
-        return reader.backend.metrics().remembered > before
+        return bool(reader.backend.metrics().remembered > before)
 
     eventually(asked)
 

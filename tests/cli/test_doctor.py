@@ -195,7 +195,7 @@ def test_risky_settings_are_reported(make_app: Apps) -> None:
 
 
 def test_missing_declarations_are_reported_if_declaring_is_turned_off(make_app: Apps) -> None:
-    apart = {"result_backend_transport_options": {"shards": 2, "declare": False}}
+    apart: Dict[str, Any] = {"result_backend_transport_options": {"shards": 2, "declare": False}}
     app, other = make_app(**apart), make_app(shards=2)
     report = amqp_only(app)
     assert "is not there" in report.said("exchange", "error")
@@ -286,7 +286,9 @@ def test_operator_policies_are_reported(
 def test_a_delivery_limit_is_reported_for_quorum_queues_only(
     managed_apps: Apps, admin: Administrator
 ) -> None:
-    quorum = {"result_backend_transport_options": {"shards": 1, "queue_type": "quorum"}}
+    quorum: Dict[str, Any] = {
+        "result_backend_transport_options": {"shards": 1, "queue_type": "quorum"}
+    }
     pattern = f"^{managed_apps.prefix}\\."
     with admin.policy(pattern, {"delivery-limit": 5}, **{"apply-to": "queues"}):
         report = managed(managed_apps(**quorum), admin, "--no-probe")
@@ -302,7 +304,7 @@ def test_the_probe_notices_results_that_a_policy_drops(
     store(app)
     pattern = f"^{managed_apps.prefix}\\.shard"
     with admin.policy(pattern, {"message-ttl": 0}, **{"apply-to": "queues"}):
-        report = eventually(lambda: (r := amqp_only(app)).exit_code == Exit.FAILED and r)
+        report = eventually(lambda: r if (r := amqp_only(app)).exit_code == Exit.FAILED else None)
         assert "not found any more" in report["probe"]["text"]
         assert "message-ttl" in report["probe"]["advice"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator
+from typing import Any, Dict, Iterator
 
 import amqp
 import pytest
@@ -133,7 +133,9 @@ def test_the_advice_on_the_message_store_is_for_classic_queues_of_rabbitmq_4(
     newer = int(version.partition(".")[0]) >= 4
     report = amqp_only(managed_apps(), "--no-probe")
     assert ("queue_index_embed_msgs_below" in report.said("message-store", "info")) == newer
-    quorum = {"result_backend_transport_options": {"shards": 1, "queue_type": "quorum"}}
+    quorum: Dict[str, Any] = {
+        "result_backend_transport_options": {"shards": 1, "queue_type": "quorum"}
+    }
     assert amqp_only(managed_apps(**quorum), "--no-probe").said("message-store", "info") == ""
 
 

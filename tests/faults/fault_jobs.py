@@ -42,10 +42,10 @@ def die_while_packing(app: Celery, task_id: str, point: str) -> None:
 
     publish, wait, acknowledge = ConfirmChannel.publish, ConfirmChannel.wait, Checkout.acknowledge
 
-    def dying_publish(self: Any, message: Any) -> int:
+    def dying_publish(self: Any, message: Any) -> None:
         if point == "before the page":
             die()
-        return publish(self, message)
+        publish(self, message)
 
     def dying_wait(self: Any, tags: Any, deadline: Any) -> None:
         wait(self, tags, deadline)
@@ -64,9 +64,12 @@ def die_while_packing(app: Celery, task_id: str, point: str) -> None:
         if point == "after the acknowledgements":
             die()
 
-    ConfirmChannel.publish = dying_publish
-    ConfirmChannel.wait = dying_wait
-    Checkout.acknowledge = dying_acknowledge
+    for owner, method in (
+        (ConfirmChannel, dying_publish),
+        (ConfirmChannel, dying_wait),
+        (Checkout, dying_acknowledge),
+    ):
+        setattr(owner, method.__name__[len("dying_") :], method)
     store_module.PACK_SECONDS = 10.0
     state = app.AsyncResult(task_id).state
     raise AssertionError(f"nothing was packed, the state is {state}")

@@ -60,7 +60,7 @@ def begin() -> Tuple[float, float]:
 
 def store(app: Celery, run: str, first: int, step: int, rate: float) -> List[Event]:
     """Store the states of every *step*th task, from *first* on."""
-    events = []
+    events: List[Event] = []
     start, end = begin()
     for count in range(1_000_000):
         due = start + count / rate

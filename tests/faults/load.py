@@ -22,7 +22,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from celery import Celery
 
@@ -76,13 +76,14 @@ class Load:
                 self._start_storing(slot)
             if self._has_worker:
                 self.start_worker()
-            for function, options in (
+            jobs: List[Tuple[Callable[..., Any], Dict[str, Any]]] = [
                 (load_clients.wait, {"timeout": self._timeout, "forks": self._forks}),
                 (load_clients.join, {"timeout": self._timeout}),
                 (load_clients.poll, {}),
                 (load_clients.look_up, {}),
                 *([(load_clients.send, {"timeout": self._timeout})] if self._has_worker else []),
-            ):
+            ]
+            for function, options in jobs:
                 self.processes[function.__name__] = subprocesses.Process(
                     self.reading, function, {**self._common, **options}
                 )

@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from tests.faults import faults, recorder
 from tests.faults.load import Load
@@ -56,7 +56,7 @@ HEADER = ("fault", "provoked", "at stake", "refused", "lost", "wrong", "late", "
 
 def table(rows: Dict[str, Row]) -> str:
     """Return the rows as text."""
-    lines = [HEADER]
+    lines: List[Tuple[str, ...]] = [HEADER]
     for name, row in rows.items():
         lines.append(
             (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from typing import Any, Iterator, List
+from typing import Any, Dict, Iterator, List
 
 import pytest
 from celery import states
@@ -29,7 +29,9 @@ LONG = 60.0
 def test_an_alarm_delays_stores_and_is_named_by_look_ups(
     make_app: Apps, node: rabbitmq.Node, kind: str
 ) -> None:
-    conf = {"result_backend_transport_options": {"shards": 1, "lookup_timeout": 1.5}}
+    conf: Dict[str, Any] = {
+        "result_backend_transport_options": {"shards": 1, "lookup_timeout": 1.5}
+    }
     app, worker, waiting = (make_app(**conf) for _ in range(3))
     first, second, third = new_ids(3)
     worker.backend.store_result(first, 1, states.SUCCESS)
@@ -225,7 +227,9 @@ def test_a_full_third_party_queue_never_blocks_storing(make_app: Apps, raw: Any)
 
 
 def test_results_survive_any_number_of_reads(make_app: Apps, node: rabbitmq.Node) -> None:
-    conf = {"result_backend_transport_options": {"shards": 1, "queue_type": "quorum"}}
+    conf: Dict[str, Any] = {
+        "result_backend_transport_options": {"shards": 1, "queue_type": "quorum"}
+    }
     app = make_app(**conf)
     ids = new_ids(5)
     for task_id in ids:

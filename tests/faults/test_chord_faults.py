@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from celery import Celery, chord, group
+from celery.result import AsyncResult
 
 from tests.conftest import LOAD, Apps, eventually
 from tests.worker.chord_tasks import register
@@ -34,12 +36,17 @@ TIMEOUT = 60
 POINTS = ["before", "between", "after"]
 
 
+def completed(result: AsyncResult, wanted: int) -> bool:
+    """Return whether *wanted* tasks of a chord's header have ended."""
+    return bool(result.parent.completed_count() >= wanted)
+
+
 class Fleet:
     """Workers, with a replacement for each one that is killed."""
 
     def __init__(self, app: Celery, tmp_path: Path, size: int, **kwargs: Any) -> None:
-        self._start = lambda: launch_worker(
-            app, tmp_path, module="tests.faults.chord_app", **kwargs
+        self._start = functools.partial(
+            launch_worker, app, tmp_path, module="tests.faults.chord_app", **kwargs
         )
         self._size = size
         self.workers: List[Worker] = []
@@ -195,7 +202,7 @@ def test_a_redelivered_header_task_counts_once(
         log = tmp_path / f"ran-{number}"
         header = [t.late_and_slow.s(i, 0.3) for i in range(8)]
         result = chord(header, t.record.s(str(log))).delay()
-        eventually(lambda result=result: result.parent.completed_count() >= 1)
+        eventually(functools.partial(completed, result, 1))
         workers.workers[0].kill()
         workers.replace_the_killed()
         assert result.get(timeout=TIMEOUT) == list(range(8))
@@ -211,7 +218,7 @@ def test_a_large_chord_survives_a_broker_restart(
         log = tmp_path / f"ran-{number}"
         header = (t.late_and_slow.s(i, 0.005) for i in range(size))
         result = chord(header, t.record.s(str(log))).delay()
-        eventually(lambda result=result: result.parent.completed_count() >= 100, TIMEOUT)
+        eventually(functools.partial(completed, result, 100), TIMEOUT)
         node.restart()
         assert result.get(timeout=3 * TIMEOUT) == list(range(size))
         workers.refill()

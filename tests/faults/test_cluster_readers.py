@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any, Dict
 
 from celery import states
 
@@ -17,7 +18,7 @@ def test_no_reader_waits_behind_one_whose_node_was_killed(
 ) -> None:
     # By default, RabbitMQ 4.3 keeps the consumers of a lost node for a minute.
     options = {"shards": 1, "queue_type": "quorum", "lookup_timeout": 40}
-    conf = {"result_backend_transport_options": options}
+    conf: Dict[str, Any] = {"result_backend_transport_options": options}
     doomed, *others_left = cluster.nodes
     there, here = Apps(doomed.url(), {}), Apps(others_left[0].url(), {})
     here.prefix = there.prefix

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from typing import Callable, Iterator
+from typing import Callable, Iterator, List
 
 import pytest
 from celery import states
@@ -28,7 +28,7 @@ BEFORE, AFTER = 10.0, 15.0
 @pytest.fixture
 def apps(cluster: rabbitmq.Cluster) -> Iterator[Callable[..., Apps]]:
     """Make apps that connect to the nodes in a given order."""
-    made = []
+    made: List[Apps] = []
 
     def make(first: int = 0) -> Apps:
         urls = cluster.urls()
@@ -71,7 +71,7 @@ def test_a_reader_on_a_node_that_is_cut_off_answers_right_once_its_view_is_check
     def remembered() -> bool:
         before = reader.backend.metrics().remembered
         reader.AsyncResult(task_id).state  # noqa: B018
-        return reader.backend.metrics().remembered > before
+        return bool(reader.backend.metrics().remembered > before)
 
     eventually(remembered)
     with faults.partitioned(cluster.nodes, cluster.nodes[1]):

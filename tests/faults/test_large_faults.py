@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import uuid
 from typing import Dict, List
@@ -33,6 +34,10 @@ class Writer:
         except BaseException as exc:
             self.errors.append(exc)
 
+    def has_confirmed(self, wanted: int) -> bool:
+        """Return whether so many are confirmed, or none will be any more."""
+        return bool(self.errors) or len(self.confirmed) >= wanted
+
     def stop(self) -> None:
         self._stop.set()
         self._thread.join(60)
@@ -47,7 +52,7 @@ def test_confirmed_large_results_survive_a_killed_broker(
     writer = Writer(app)
     for _ in range(2):
         wanted = len(writer.confirmed) + 20
-        eventually(lambda wanted=wanted: writer.errors or len(writer.confirmed) >= wanted, 60)
+        eventually(functools.partial(writer.has_confirmed, wanted), 60)
         assert not writer.errors
         node.kill()
         node.start()

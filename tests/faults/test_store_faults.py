@@ -67,7 +67,9 @@ class Writer:
 def test_confirmed_results_survive_a_broker_that_is_killed_repeatedly(
     make_app: Apps, node: rabbitmq.Node, queue_type: str
 ) -> None:
-    conf = {"result_backend_transport_options": {"shards": 4, "queue_type": queue_type}}
+    conf: Dict[str, Any] = {
+        "result_backend_transport_options": {"shards": 4, "queue_type": queue_type}
+    }
     if queue_type == "quorum":
         # RabbitMQ writes the record of a new quorum queue to disk some moments after it has
         # confirmed the declaration. If the only replica is killed before, the queue comes back
@@ -239,7 +241,9 @@ def test_readers_never_miss_a_result_while_others_pack(make_app: Apps) -> None:
 def test_the_first_success_stays_current_when_packing_moves_it_behind_a_reader(
     make_app: Apps, monkeypatch: pytest.MonkeyPatch, queue_type: str, how: str
 ) -> None:
-    conf = {"result_backend_transport_options": {"shards": 1, "queue_type": queue_type}}
+    conf: Dict[str, Any] = {
+        "result_backend_transport_options": {"shards": 1, "queue_type": queue_type}
+    }
     app, writer, second = make_app(**conf), make_app(**conf), make_app(**conf)
     monkeypatch.setattr(store_module, "PACK_SECONDS", 10.0)
     # Given the result of a task, packed or due for packing

@@ -399,7 +399,8 @@ class ChordSimulation:
             bodies = {task: list(self.store[task]) for task in sorted(request.bodies)}
             process.looking.insert(0, (request, (ends, bodies)))
             return "a look-up reads the store"
-        process.leader.looked_up(request, *found, self.now)
+        ends, bodies = found
+        process.leader.looked_up(request, ends, bodies, self.now)
         return "a look-up ends"
 
     def _fire(self, process: Process) -> Optional[str]:

@@ -414,7 +414,7 @@ class Simulation:
         link.between = between
         reads: List[Any] = []
         for shard, ids in shards.items():
-            where: Any = (self.store_of, link, shard, ids, STATE)
+            where: Tuple[Any, Any, int, Any, str] = (self.store_of, link, shard, ids, STATE)
             if remove:
                 reads.append(shard_read.Removal(*where))
             else:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import __main__ as command
-from bench import compare, figures, pages, processes, report
+from bench import compare, figures, measures, pages, processes, report
 from bench.figures import LESS, MORE, Row, Run, percentile, ratios
 from bench.peers import PEERS, Servers
 from bench.place import Place
@@ -337,7 +337,7 @@ def test_a_measure_that_fails_leaves_the_rows_of_the_others(
 
     place = Place(SimpleNamespace(version="4.3.6"), Servers("", "", ""), True, (), (), ())  # type: ignore[arg-type]
     monkeypatch.setattr(command, "_place", lambda *_: place)
-    monkeypatch.setattr(command.measures, "ALL", {"broken": broken, "good": good})
+    monkeypatch.setattr(measures, "ALL", {"broken": broken, "good": good})
     target = tmp_path / "run.json"
     assert command.main(["--json", str(target)]) == 1
     assert [row.name for row in Run.read(target).rows] == ["store.10", "store.20"]

@@ -128,9 +128,12 @@ def test_a_process_that_has_ended_has_no_connections_and_no_processor_time() -> 
 def test_ticks_of_several_threads_are_all_counted() -> None:
     with ticking() as ticks:
         mine = Ticks(ticks.path)
-        threads = [
-            threading.Thread(target=lambda: [mine.add() for _ in range(500)]) for _ in range(8)
-        ]
+
+        def work() -> None:
+            for _ in range(500):
+                mine.add()
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -168,7 +168,7 @@ class ConfirmChannel:
     def publish(self, publication: Publication) -> None:
         self._link.operation()
         message = publication.message
-        self._link.find(message.queue).publish(message.properties, message.body)
+        self._link.find(message.queue).publish(dict(message.properties), message.body)
 
     def wait(self, publications: Any, end: Any = None) -> None:
         # The reader receives messages while it waits for its confirms.

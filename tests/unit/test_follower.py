@@ -31,6 +31,7 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.waiting import follower as waiting_module
 from celery_amqp_results.waiting import rechecks
+from celery_amqp_results.waiting.followed import HOLD_SECONDS
 from celery_amqp_results.waiting.follower import Follower
 from celery_amqp_results.waiting.progress import Update
 from tests.unit.fakes import FakeInbox, FakeStore, follower_of, new_id, push, state, timed_out
@@ -486,7 +487,7 @@ def test_pushes_are_held_back_only_briefly_while_look_ups_fail(
         done = state(one)
         push(inbox, done)
         assert settle(follower) == []
-        clock.now += waiting_module.HOLD_SECONDS - 1
+        clock.now += HOLD_SECONDS - 1
         assert settle(follower) == []
         clock.now += 1
         assert settle(follower) == [Update(one, [done], done)]
@@ -524,7 +525,7 @@ def test_a_long_wait_wakes_up_when_held_back_states_are_due(
         done = state(task_id)
         push(inbox, done)
         assert step(follower) == []
-        due = clock.now + waiting_module.HOLD_SECONDS
+        due = clock.now + HOLD_SECONDS
         if not connected:
             inbox.lose()
             monkeypatch.setattr(inbox, "cover", cover)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, List, Optional
+from typing import Any, Iterable, List, Optional, Type, TypeVar
 
 import pytest
 
@@ -20,6 +20,8 @@ from celery_amqp_results.chords.pending import RETRY_SECONDS
 from celery_amqp_results.chords.plan import Amendment, Plan, amended, fill, leaves
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import plan_number
+
+_A = TypeVar("_A")
 
 #: A wall clock, in microseconds, and the monotonic clock of the same moment.
 WALL = 1_000_000_000_000
@@ -59,6 +61,13 @@ def settled(memory: int = 1000) -> Leader:
     return leader
 
 
+def the(kind: Type[_A], leader: Leader) -> _A:
+    """Return the one action of the leader, which is of this *kind*."""
+    (action,) = leader.take()
+    assert isinstance(action, kind)
+    return action
+
+
 def kinds(actions: Iterable[Any]) -> List[type]:
     return [type(action) for action in actions]
 
@@ -73,8 +82,7 @@ def test_a_chord_is_fired_once_when_all_its_tasks_have_ended() -> None:
     assert leader.progress(GROUP) == (2, ["b"])
     leader.state_pushed(end("b"), NOW, WALL)
     leader.state_pushed(end("b"), NOW, WALL)
-    (fire,) = leader.take()
-    assert isinstance(fire, Fire)
+    fire = the(Fire, leader)
     assert fire.results == ["a", "b"]
     assert set(fire.ends) == {"a", "b"}
     leader.sent("m")
@@ -96,14 +104,14 @@ def test_a_first_plan_is_looked_up_when_the_binding_stands_and_once_more_a_secon
     assert leader.take() == [Bind(NUMBER)]
     leader.bound(NUMBER, NOW, WALL)
     leader.tick(NOW, WALL)
-    (request,) = leader.take()
+    request = the(LookUp, leader)
     assert request == LookUp(frozenset("ab"), frozenset(["body"]))
     leader.looked_up(request, {"a": end("a")}, {"body": []}, NOW)
     assert leader.take() == []
     assert leader.next_event() == NOW + leading.SETTLE_SECONDS
     later = NOW + leading.SETTLE_SECONDS
     leader.tick(later, WALL)
-    (request,) = leader.take()
+    request = the(LookUp, leader)
     assert request == LookUp(frozenset("b"), frozenset())
     leader.looked_up(request, {"b": end("b")}, {}, later)
     assert kinds(leader.take()) == [Fire]
@@ -116,7 +124,7 @@ def test_a_redelivered_plan_whose_body_was_sent_is_acknowledged() -> None:
     leader.state_pushed(end("a"), NOW, WALL)
     assert leader.take() == []
     leader.tick(NOW, WALL)
-    (request,) = leader.take()
+    request = the(LookUp, leader)
     leader.looked_up(request, {}, {"body": [end("body", state="STARTED")]}, NOW)
     assert leader.take() == [Acknowledge((7,))]
 
@@ -126,7 +134,7 @@ def test_a_redelivered_plan_whose_body_was_not_sent_is_fired() -> None:
     leader.plan_delivered(plan("a", proofs=("body",)), 7, True, NOW)
     leader.state_pushed(end("a"), NOW, WALL)
     leader.tick(NOW, WALL)
-    (request,) = leader.take()
+    request = the(LookUp, leader)
     leader.looked_up(request, {}, {"body": []}, NOW)
     assert kinds(leader.take()) == [Fire]
 
@@ -137,7 +145,7 @@ def test_a_chord_that_is_sent_again_is_not_taken_for_the_one_before() -> None:
     again = plan("a", again=True, began=began, proofs=("body",))
     leader.plan_delivered(again, 7, True, NOW)
     leader.tick(NOW, WALL)
-    (request,) = leader.take()
+    request = the(LookUp, leader)
     old = began - 1
     leader.looked_up(request, {"a": end("a", old)}, {"body": [end("body", old)]}, NOW)
     assert leader.take() == []
@@ -169,7 +177,7 @@ def test_a_body_that_could_not_be_sent_is_tried_again() -> None:
     leader.not_sent("m", NOW)
     assert leader.next_event() == pytest.approx(NOW + RETRY_SECONDS[0])
     leader.tick(leader.next_event(), WALL)
-    (fire,) = leader.take()
+    fire = the(Fire, leader)
     assert fire.failures == 1
     leader.connection_lost(["m"])
     leader.not_sent("m", NOW)
@@ -204,7 +212,7 @@ def test_an_amendment_is_waited_for_and_acknowledged_with_the_plan() -> None:
         leader.state_pushed(end(task_id), NOW, WALL)
     assert leader.take() == []
     leader.state_pushed(end("c"), NOW, WALL)
-    (fire,) = leader.take()
+    fire = the(Fire, leader)
     assert fire.results == ["a", "c", "b"]
     leader.sent("m")
     assert leader.take() == [Acknowledge((7, 8, 9))]
@@ -224,7 +232,7 @@ def test_a_state_that_overtakes_its_amendment_fires_nothing() -> None:
     leader.amendment_delivered(more, 8, NOW)
     assert leader.take() == []
     leader.state_pushed(end("c"), NOW, WALL)
-    (fire,) = leader.take()
+    fire = the(Fire, leader)
     assert fire.results == ["a", "c"]
     leader.sent("m")
     assert leader.take() == [Acknowledge((7, 8))]
@@ -287,7 +295,7 @@ def test_a_decision_to_fire_that_was_lost_with_the_connection_is_taken_again() -
     assert kinds(leader.take()) == [Bind]
     leader.bound(NUMBER, NOW, WALL)
     leader.tick(NOW, WALL)
-    (request,) = leader.take()
+    request = the(LookUp, leader)
     leader.looked_up(request, {"a": end("a")}, {}, NOW)
     assert kinds(leader.take()) == [Fire]
 
@@ -300,9 +308,9 @@ def test_an_amendment_of_a_chord_that_was_sent_again_holds_none_of_both() -> Non
     leader.state_pushed(end("a", amended=more.mark), NOW, WALL)
     assert leader.take() == []
     leader.amendment_delivered(more, 9, NOW)
-    assert [action.plan.mark for action in leader.take()] == ["m"]
+    assert the(Fire, leader).plan.mark == "m"
     leader.state_pushed(end("c"), NOW, WALL)
-    assert [action.plan.mark for action in leader.take()] == ["second"]
+    assert the(Fire, leader).plan.mark == "second"
 
 
 def test_an_amendment_that_comes_before_its_plan_waits_for_it() -> None:
@@ -328,7 +336,7 @@ def test_a_group_that_is_added_is_pushed_under_its_own_id() -> None:
     assert leader.take() == [Bind(plan_number(subgroup))]
     leader.bound(plan_number(subgroup), NOW, WALL)
     leader.tick(NOW, WALL)
-    (request,) = leader.take()
+    request = the(LookUp, leader)
     assert {"c", "d"} <= request.tasks
 
 
@@ -353,6 +361,7 @@ def test_a_chord_of_which_nothing_is_heard_is_looked_up_less_and_less_often() ->
         leader.tick(now, WALL)
         for action in leader.take():
             asked.append(now - NOW)
+            assert isinstance(action, LookUp)
             leader.looked_up(action, {}, {}, now)
     assert asked[:4] == [15, 30, 60, 120]
     assert max(b - a for a, b in zip(asked, asked[1:])) <= LAST_RECHECK
@@ -362,7 +371,7 @@ def test_a_look_up_that_failed_is_repeated() -> None:
     leader = settled()
     leader.plan_delivered(plan("a"), 7, True, NOW)
     leader.tick(NOW, WALL)
-    (request,) = leader.take()
+    request = the(LookUp, leader)
     leader.look_up_failed(request, NOW)
     assert leader.next_event() > NOW
     leader.tick(leader.next_event(), WALL)
@@ -374,7 +383,7 @@ def test_results_over_the_memory_are_kept_without_their_bodies() -> None:
     leader.plan_delivered(plan("a", "b"), 7, False, NOW)
     leader.state_pushed(end("a", body=b"x" * 9), NOW, WALL)
     leader.state_pushed(end("b", body=b"x" * 9), NOW, WALL)
-    (fire,) = leader.take()
+    fire = the(Fire, leader)
     assert fire.bodiless == {"b"}
     assert leader.held_bytes == 9
 

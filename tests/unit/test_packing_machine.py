@@ -154,7 +154,7 @@ class PackingMachine(RuleBasedStateMachine):
         self.active: List[Reader] = []
         declarations: Any = mock.Mock(topology=Topology("t", 1, "classic"))
         self.store = store.Store(None, declarations, 10.0, 600, True, CODEC.decode)  # type: ignore[arg-type]
-        self._patches = [
+        self._patches: List[Any] = [
             mock.patch.object(store, "time", self.clock),
             mock.patch.object(checkout, "time", self.clock),
             mock.patch.object(shard_read, "time", self.clock),

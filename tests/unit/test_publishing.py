@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 import pytest
 from amqp import exceptions as amqp_errors
@@ -112,7 +112,7 @@ def test_copies_that_are_never_confirmed_take_little_memory() -> None:
 def test_any_answers_settle_each_message_once(answers: List[tuple[int, bool, bool]]) -> None:
     log = ConfirmLog()
     made = sent(log, *map(str, range(15)))
-    settled = {}
+    settled: Dict[int, Any] = {}
     for tag, multiple, positive in answers:
         (log.acknowledged if positive else log.refused)(tag, multiple)
         for publication in made:

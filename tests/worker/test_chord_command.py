@@ -58,7 +58,7 @@ def test_the_command_names_the_tasks_that_have_not_ended(
         app.control.add_consumer(later, reply=True, timeout=TIMEOUT, limit=1)
     # And when the chord has fired, no worker leads it any more
     assert body.get(timeout=TIMEOUT) == 22
-    result = eventually(lambda: (r := run(app, "chord", header.id)).stderr and r)
+    result = eventually(lambda: r if (r := run(app, "chord", header.id)).stderr else None)
     assert result.exit_code == Exit.NOT_READY
     assert "it has fired" in result.stderr
 

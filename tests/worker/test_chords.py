@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -432,16 +433,21 @@ def test_the_same_chord_can_be_sent_twice(t: SimpleNamespace, log: Path) -> None
     assert len(lines(log)) == 2
 
 
+def has_lines(log: Path, number: int) -> bool:
+    """Return whether the body has run *number* times."""
+    return len(lines(log)) == number
+
+
 def test_a_frozen_chord_can_be_sent_again(t: SimpleNamespace, log: Path) -> None:
     whole = chord([t.same.s(1), t.same.s(2)], t.record.s(str(log)))
     whole.freeze()
     for number in range(1, 11):
         # The process that fires may not have deleted the queue yet.
         assert whole.delay().get(timeout=TIMEOUT) == [1, 2]
-        eventually(lambda number=number: len(lines(log)) == number)
+        eventually(functools.partial(has_lines, log, number))
 
 
-class Stamps(StampingVisitor):  # type: ignore[misc]
+class Stamps(StampingVisitor):
     def on_signature(self, sig: Any, **headers: Any) -> Any:
         return {"tenant": ["t1"]}
 

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
 from celery import Celery, chain, chord, group, states
@@ -55,7 +55,7 @@ def world(
 ) -> Iterator[World]:
     """One worker of four processes, for all tests of the module."""
     apps = Apps(os.environ["AMQP_URL"] if _session_node is None else _session_node.url())
-    conf = {
+    conf: Dict[str, Any] = {
         "result_backend_transport_options": OPTIONS,
         "result_expires": EXPIRES,
         # How often Celery's task looks whether the header of a chord is done, in seconds.
@@ -274,7 +274,7 @@ def test_the_sender_of_a_chain_can_wait_although_a_worker_sends_its_last_task(wo
 
 # -- chords: Celery's polling task ---------------------------------------------------------------
 
-SHAPES = [
+SHAPES: List[Tuple[str, Callable[[Any], Any], Any]] = [
     ("one", lambda t: chord([t.add.s(1, 1)], t.same.s()), [2]),
     ("none", lambda t: chord([], t.same.s()), []),
     ("fifty", lambda t: chord([t.same.s(i) for i in range(50)], t.same.s()), list(range(50))),
