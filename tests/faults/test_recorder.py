@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import types
 from pathlib import Path
 from typing import Any, Callable, List, Optional
@@ -62,8 +61,13 @@ def store(journal: Journal, state: str, version: int, task_id: str = "t") -> Any
     return result
 
 
+def now() -> float:
+    """Return the time by the clock of the recorder, which the tests set."""
+    return float(vars(recorder)["time"].monotonic())
+
+
 def look_up(journal: Journal, state: str, result: Any, kind: str = "look-up") -> None:
-    journal.read(kind, time.monotonic(), "t", state, result)
+    journal.read(kind, now(), "t", state, result)
 
 
 def kinds(verdict: Verdict) -> List[str]:
@@ -115,7 +119,7 @@ def test_a_failed_or_unfinished_store_promises_nothing(
 def test_a_read_concurrent_with_a_store_may_find_either_state(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
-    began = time.monotonic()
+    began = now()
     store(storer, "SUCCESS", 0)
     reader.read("look-up", began, "t", "PENDING", None)
     assert kinds(judge()) == []
@@ -220,7 +224,7 @@ def test_it_finds_a_wait_that_never_ends(
 def test_it_finds_a_look_up_that_raises_too_late(
     reader: Journal, clock: Clock, judge: Callable[..., Verdict]
 ) -> None:
-    began = time.monotonic()
+    began = now()
     clock.now += 30
     reader.failed_to_read(began, 10, "LookupTimeout()")
     assert kinds(judge(grace=15)) == ["late"]
