@@ -104,8 +104,8 @@ class Link:
         # py-amqp's connection refers to kombu's weakly in places; keep it as long as ours.
         self._kombu = connection
         self.amqp = established
-        #: For waiting until it is readable. Kept here, since a lost connection raises an error when
-        #: it is asked for its socket.
+        #: For waiting until it is readable. Kept here, since py-amqp raises an error for the
+        #: socket of a lost connection.
         self.socket = established.transport.sock
         self.heartbeat = heartbeat
         #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
