@@ -12,7 +12,7 @@ from celery import states
 from celery.backends.base import Backend
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
+from celery_amqp_results.amqp.failures import TRANSIENT, was_refused
 from celery_amqp_results.celery4.api import Celery4API
 from celery_amqp_results.celery4.consumer import Consumer
 from celery_amqp_results.celery4.producer import Exchange, Producer
@@ -208,8 +208,7 @@ class AMQPBackend(Backend):
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether a retry may help: the broker is unreachable, but has not refused."""
-        cause = exc.__cause__ or exc
-        return isinstance(exc, (errors.BackendUnavailable, *TRANSIENT)) and not is_refusal(cause)
+        return isinstance(exc, (errors.BackendUnavailable, *TRANSIENT)) and not was_refused(exc)
 
     # -- reading -----------------------------------------------------------------------------
 

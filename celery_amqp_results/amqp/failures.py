@@ -22,6 +22,7 @@ __all__ = (
     "Limit",
     "is_refusal",
     "limit_of",
+    "was_refused",
 )
 
 #: Errors of a lost connection, a closed channel or a broken protocol.
@@ -78,3 +79,8 @@ def is_refusal(exc: BaseException) -> bool:
         return False
     limit = limit_of(exc)
     return limit is None or limit.what == QUEUES
+
+
+def was_refused(exc: BaseException) -> bool:
+    """Return whether *exc*, or the error that it was raised from, is a refusal."""
+    return is_refusal(exc.__cause__ or exc)

@@ -16,7 +16,6 @@ from amqp import exceptions as amqp_errors
 from amqp import spec
 
 from celery_amqp_results.amqp import frames
-from celery_amqp_results.amqp.nowait import open_transport
 from celery_amqp_results.toolkit import sockets
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import time_left
@@ -105,8 +104,8 @@ class Link:
         # py-amqp's connection refers to kombu's weakly in places; keep it as long as ours.
         self._kombu = connection
         self.amqp = established
-        #: For waiting until it is readable. Kept here, since py-amqp would reconnect when asked for
-        #: the socket of a lost connection.
+        #: For waiting until it is readable. Kept here, since py-amqp raises an error for the
+        #: socket of a lost connection.
         self.socket = established.transport.sock
         self.heartbeat = heartbeat
         #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
@@ -265,7 +264,7 @@ class Link:
         Nothing in the block may wait for an answer. Blocks may be nested; after an error in the
         block nothing is sent.
         """
-        transport = open_transport(self.amqp)
+        transport = self.amqp.transport
         write = transport._write
         pieces: List[bytes] = []
 
@@ -289,7 +288,7 @@ class Link:
     def close(self) -> None:
         """Close the connection as the protocol asks, waiting at most a moment for the answer."""
         with contextlib.suppress(Exception):
-            sock = open_transport(self.amqp).sock
+            sock = self.amqp.transport.sock
             if sock is not None:
                 sock.settimeout(1.0)
             self.amqp.close()
@@ -345,7 +344,7 @@ def _after_fork_in_child() -> None:
             # A thread of the parent may have held a lock that the callback needs.
             link._closed.detach()
         with contextlib.suppress(Exception):
-            transport = open_transport(link.amqp)
+            transport = link.amqp.transport
             sock, transport.sock = transport.sock, None
             sock.close()
     _links.clear()

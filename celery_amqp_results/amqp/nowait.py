@@ -9,20 +9,7 @@ from amqp import spec
 
 from celery_amqp_results.amqp import frames
 
-__all__ = ("bind", "on_bound", "open_transport", "publish", "unbind", "write")
-
-
-def open_transport(connection: amqp.Connection) -> Any:
-    """Return the transport of an open connection.
-
-    Asked for the transport of a closed connection, py-amqp would connect again.
-
-    Raises:
-        amqp.RecoverableConnectionError: when the connection is closed.
-    """
-    if not connection.connected:
-        raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
-    return connection.transport
+__all__ = ("bind", "on_bound", "publish", "unbind", "write")
 
 
 def write(connection: amqp.Connection, octets: bytes) -> None:
@@ -31,7 +18,10 @@ def write(connection: amqp.Connection, octets: bytes) -> None:
     Raises:
         amqp.AMQPError, OSError: when the connection is lost.
     """
-    open_transport(connection).write(octets)
+    # Celery's own connections would connect again.
+    if not connection.connected:
+        raise amqp.exceptions.RecoverableConnectionError("the connection is closed")
+    connection.transport.write(octets)
     # py-amqp's heartbeats count these bytes.
     connection.bytes_sent += 1
 

@@ -235,7 +235,7 @@ class SharedChannel:
             self._pass_on_lead()
 
     def _pass_on_lead(self) -> None:
-        """Wake a follower if nobody leads: this thread was to lead, and has not."""
+        """Wake a follower if no thread leads, since this one was chosen and has not led."""
         if self._followers:
             with self._turn:
                 if not self._led and self._followers:

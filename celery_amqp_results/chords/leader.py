@@ -260,8 +260,8 @@ class Leader:
         """Forget everything that the broker redelivers, or that may have changed meanwhile.
 
         Parameters:
-            sending: marks of the chords whose bodies are being sent. Nobody has begun to send
-                another one, even if that was decided.
+            sending: marks of the chords whose bodies are being sent. The sending of any
+                other has not begun, even if it was decided.
         """
         kept = {mark: chord for mark, chord in self._chords.items() if mark in sending}
         for mark, chord in self._chords.items():

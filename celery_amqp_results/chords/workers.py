@@ -16,6 +16,8 @@ from typing import Any, Callable, Optional, Tuple
 
 from celery import bootsteps, signals
 
+from celery_amqp_results.toolkit.forks import Process
+
 __all__ = ("Bell", "bell", "on_ready")
 
 #: Seconds between two bytes of a child; the first one is enough.
@@ -35,7 +37,8 @@ class Bell:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pipe: Optional[Tuple[int, int]] = None
-        self._main = 0
+        #: The process that has opened the pipe.
+        self._main: Optional[Process] = None
         self._child = False
         #: The latest worker of this process, which may end before the process does, as in tests.
         self._worker: Callable[[], Any] = _nothing
@@ -45,18 +48,18 @@ class Bell:
         """Open the pipe, in the main process of *worker*."""
         with self._lock:
             self._worker, self._child = weakref.ref(worker), False
-            if self._main != os.getpid():
+            if not self._in_opener():
                 # A worker started by a child of another worker has children of its own.
                 self._close()
                 reader, writer = os.pipe()
                 os.set_blocking(reader, False)
                 os.set_blocking(writer, False)
-                self._pipe, self._main = (reader, writer), os.getpid()
+                self._pipe, self._main = (reader, writer), Process()
 
     @property
     def in_main(self) -> bool:
         """Whether this is the main process of a worker that has not ended."""
-        return self._main == os.getpid() and self._working()
+        return self._in_opener() and self._working()
 
     @property
     def in_child(self) -> bool:
@@ -90,6 +93,9 @@ class Bell:
         self._lock = threading.Lock()
         self._child = self._child or self._working()
         self._quiet_until = 0.0
+
+    def _in_opener(self) -> bool:
+        return self._main is not None and self._main.is_current
 
     def _working(self) -> bool:
         worker = self._worker()

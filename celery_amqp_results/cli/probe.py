@@ -93,10 +93,10 @@ def _lost(what: str, prefix: str) -> Finding:
 
 
 def _wait_for_inbox(inbox: Inbox, task_id: str, waiting: Future[List[Any]]) -> None:
-    """Wait until states of a task are pushed to this process from now on.
+    """Wait until the broker pushes new states of a task to this process.
 
     Raises:
-        TimeoutError: when that takes too long.
+        TimeoutError: when the inbox does not cover the task in time.
         Exception: the error of the wait.
     """
     end = time.monotonic() + PROBE_TIMEOUT

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import collections
 import itertools
-from typing import Callable, Container, Dict, List, Optional
+from typing import Callable, Container, Dict, Optional
 
 from celery_amqp_results.feed import views
 from celery_amqp_results.feed.views import Digests, Entry, Look, View
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.page import Census, number_of
-from celery_amqp_results.protocol.ranking import fold
+from celery_amqp_results.protocol.ranking import by_task, fold
 
 __all__ = ("Memory",)
 
@@ -114,10 +114,11 @@ class Memory:
 
     def current_states(self, shard: int, look: Look, census: Census) -> Dict[str, StateMessage]:
         """Return the current states of a shard that a census has not found in pages."""
-        by_id: Dict[str, List[StateMessage]] = {}
-        for state in itertools.chain(census.loose, *look.pushed.values()):
-            if state.id not in look.forgotten and self._shard(state.id) == shard:
-                by_id.setdefault(state.id, []).append(state)
+        by_id = by_task(
+            state
+            for state in itertools.chain(census.loose, *look.pushed.values())
+            if state.id not in look.forgotten and self._shard(state.id) == shard
+        )
         for task_id in list(self.view(shard).ids):
             entry = self.recent[task_id]
             if entry.state is None:

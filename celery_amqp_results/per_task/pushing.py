@@ -31,6 +31,7 @@ from celery_amqp_results.per_task.polling import (
     identify,
 )
 from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.protocol.ranking import by_task
 from celery_amqp_results.toolkit.retry import Retry, time_left
 from celery_amqp_results.toolkit.sockets import WakeUp
 from celery_amqp_results.waiting.progress import Update
@@ -250,8 +251,9 @@ class PushFollower(QueueFollower):
         self._channel.queue_declare(self._queue, passive=True)
         arrived, self._arrived = self._arrived, []
         states: List[StateMessage] = []
+        pushed_of = by_task(arrived)
         for task_id, state in found.items():
-            pushed = [each for each in arrived if each.id == task_id]
+            pushed = pushed_of.get(task_id, [])
             if state is not None:
                 keys = [identify(each) for each in pushed]
                 if identify(state) in keys:

@@ -7,13 +7,13 @@ no I/O.
 
 from __future__ import annotations
 
-from typing import Iterable, Optional
+from typing import Dict, Iterable, List, Optional
 
 from celery import states
 
 from celery_amqp_results.protocol.message import StateMessage
 
-__all__ = ("fold", "is_final", "is_lasting", "supersedes")
+__all__ = ("by_task", "fold", "is_final", "is_lasting", "supersedes")
 
 #: The state of ``celery.contrib.abortable``; importing that module for one constant is too slow.
 ABORTED = "ABORTED"
@@ -57,6 +57,14 @@ def is_lasting(state: Optional[StateMessage]) -> bool:
     Another SUCCESS that was published earlier, and arrives later, still takes its place.
     """
     return state is not None and state.state == states.SUCCESS
+
+
+def by_task(messages: Iterable[StateMessage]) -> Dict[str, List[StateMessage]]:
+    """Return states by the id of their task, each list in the given order."""
+    found: Dict[str, List[StateMessage]] = {}
+    for message in messages:
+        found.setdefault(message.id, []).append(message)
+    return found
 
 
 def fold(messages: Iterable[StateMessage]) -> Optional[StateMessage]:

@@ -28,11 +28,11 @@ from celery_amqp_results.amqp.confirms import (
     Status,
 )
 from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations, declare_queue
-from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.failures import TRANSIENT, was_refused
 from celery_amqp_results.amqp.shared_channel import Waiter
 from celery_amqp_results.protocol.names import QueueSpec
 from celery_amqp_results.store.delivery import Delivery, Verdict, describe
-from celery_amqp_results.store.refusals import raise_if_final, raise_not_confirmed, was_refused
+from celery_amqp_results.store.refusals import raise_if_final, raise_not_confirmed
 from celery_amqp_results.store.unwaited import Unwaited, room_refusal
 from celery_amqp_results.toolkit import retry
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
@@ -312,7 +312,7 @@ class Publisher:
             pause = self._pause_or_raise(failure, delivery.messages, tries)
         except Exception as final:
             with self._lock:
-                if was_refused(final):
+                if not isinstance(final, errors.NotConfirmed) and was_refused(final):
                     self.refused += 1
                 else:
                     self.failed += 1

@@ -10,7 +10,7 @@ from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.store.delivery import concerns, describe, size_limit
 
-__all__ = ("raise_if_final", "raise_not_confirmed", "was_refused")
+__all__ = ("raise_if_final", "raise_not_confirmed")
 
 
 def raise_if_final(
@@ -57,8 +57,3 @@ def raise_not_confirmed(
     raise errors.NotConfirmed(
         f"the broker at {broker} did not confirm {describe(messages)} in {tries} tries: {exc!r}"
     ) from exc
-
-
-def was_refused(final: BaseException) -> bool:
-    """Return whether *final*, an error of this module, says that the broker refused."""
-    return not isinstance(final, errors.NotConfirmed) and is_refusal(final.__cause__ or final)

@@ -12,7 +12,7 @@ import time
 from typing import Any, Callable, Deque, Dict, List, Optional
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.failures import is_refusal
+from celery_amqp_results.amqp.failures import was_refused
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.protocol.message import StateMessage
@@ -94,8 +94,7 @@ class BackgroundFollower(Follower):
         except errors.BackendUnavailable as exc:
             job.failure = exc
             covered = not look.bound or job.covered
-            refused = exc.__cause__ is not None and is_refusal(exc.__cause__)
-            job.harmless = covered and not refused
+            job.harmless = covered and not was_refused(exc)
         except Exception as exc:
             job.failure = exc
         finally:

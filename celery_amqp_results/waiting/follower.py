@@ -14,7 +14,7 @@ import time
 from typing import Callable, Dict, Iterable, List, Optional
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.failures import is_refusal
+from celery_amqp_results.amqp.failures import was_refused
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.feed.reads import Reads
 from celery_amqp_results.feed.waiter import Waiter
@@ -159,7 +159,7 @@ class Follower:
         try:
             found = self._reads.states(look.ids, deadline, look.stored)
         except errors.BackendUnavailable as exc:
-            if exc.__cause__ is not None and is_refusal(exc.__cause__):
+            if was_refused(exc):
                 raise
             if deadline is None or time.monotonic() < deadline:
                 warn_of_failed_look_up(exc)

@@ -45,7 +45,7 @@ class Pass:
     def unused(self) -> Dict[str, Optional[StateMessage]]:
         """The states of the present pass that were not used yet; none outside of a pass.
 
-        Each answers one question: callbacks of users may ask again, and are told what is so then.
+        Each answers one question: callbacks of users may ask again, and get the state of then.
         """
         found: Dict[str, Optional[StateMessage]] = getattr(self._local, "states", {})
         return found

@@ -8,7 +8,7 @@ from typing import List, Optional
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, supersedes
 from celery_amqp_results.toolkit.bounded import BoundedDict
-from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.waiting.progress import Update, published_as
 
 __all__ = ("Newest",)
 
@@ -38,8 +38,7 @@ class Newest:
         """Return whether *state* outranks all earlier states of its task."""
         last = self._last.get(state.id)
         if last is not None and (
-            (state.published, state.state) == (last.published, last.state)
-            or not supersedes(state, last)
+            published_as(state) == published_as(last) or not supersedes(state, last)
         ):
             return False
         # Its body is no longer needed.

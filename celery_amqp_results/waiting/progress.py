@@ -6,9 +6,9 @@ import dataclasses
 from typing import Callable, Dict, Hashable, Iterable, List, Optional, Set
 
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.protocol.ranking import fold, is_final
+from celery_amqp_results.protocol.ranking import by_task, fold, is_final
 
-__all__ = ("Progress", "Update")
+__all__ = ("Progress", "Update", "published_as")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Update:
     history: bool = dataclasses.field(default=False, compare=False)
 
 
-def _published_as(state: StateMessage) -> Hashable:
+def published_as(state: StateMessage) -> Hashable:
+    """Return what two receptions of the same state have in common."""
     return state.published, state.state
 
 
@@ -35,7 +36,7 @@ class Progress:
         identify: returns what two receptions of the same state have in common.
     """
 
-    def __init__(self, identify: Callable[[StateMessage], Hashable] = _published_as) -> None:
+    def __init__(self, identify: Callable[[StateMessage], Hashable] = published_as) -> None:
         self._identify = identify
         #: The tasks that have not ended, each with its current state so far.
         self.pending: Dict[str, Optional[StateMessage]] = {}
@@ -82,8 +83,5 @@ class Progress:
 
     def updates(self, states: Iterable[StateMessage]) -> List[Update]:
         """Take in states of several tasks, see :meth:`update`."""
-        by_task: Dict[str, List[StateMessage]] = {}
-        for state in states:
-            by_task.setdefault(state.id, []).append(state)
-        found = (self.update(task_id, new) for task_id, new in by_task.items())
+        found = (self.update(task_id, new) for task_id, new in by_task(states).items())
         return [update for update in found if update is not None]

@@ -31,7 +31,7 @@ from celery.exceptions import TimeoutError
 from celery.result import ResultSet
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.failures import is_refusal
+from celery_amqp_results.amqp.failures import was_refused
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
@@ -166,8 +166,7 @@ class Waits:
                 try:
                     updates = follower.step(deadline, max(0.0, next_interval - now))
                 except errors.BackendUnavailable as exc:
-                    refused = exc.__cause__ is not None and is_refusal(exc.__cause__)
-                    if refused or not is_over(deadline):
+                    if was_refused(exc) or not is_over(deadline):
                         raise
                     # Connecting has used up the timeout.
                     raise patience.timed_out(len(missing), len(ids)) from exc

@@ -1,4 +1,4 @@
-"""The limit on connections: who waits, and which connections are closed for whom."""
+"""The limit on connections: which users wait, and which idle connections make room."""
 
 from __future__ import annotations
 
