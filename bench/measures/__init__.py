@@ -17,6 +17,7 @@ from bench.measures import (
     connections,
     end_to_end,
     fleet,
+    floor,
     large,
     memory,
     round_trip,
@@ -40,6 +41,7 @@ ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
     "cold": cold.measure,
     "chord": chord.measure,
     "storm": storm.measure,
+    "floor": floor.measure,
     "fleet": fleet.measure,
     "connections": connections.measure,
     "shards": shards.measure,
@@ -49,4 +51,4 @@ ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
 }
 
 #: Measures that a quick run leaves out unless the command line names them.
-THOROUGH = ("broker", "large", "cold", "shards", "connections")
+THOROUGH = ("broker", "floor", "large", "cold", "shards", "connections")

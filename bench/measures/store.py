@@ -102,18 +102,30 @@ def _storing(place: Place, name: str, app: Any, count: int) -> Callable[[], Mapp
     return measured
 
 
-class _Bare:
-    """py-amqp by itself, with the same queues, properties and body, and without live copies."""
-
-    BODY = (
+def bare_state(task_id: str) -> Any:
+    """Return a message for py-amqp by itself, with the properties and the size of a state."""
+    body = (
         b'{"status": "SUCCESS", "result": 42, "traceback": null, "children": [], "date_done": '
         b'"2026-01-01T00:00:00.000000+00:00", "task_id": "00000000-0000-4000-8000-000000000000"}'
     )
+    return amqp.Message(
+        body,
+        type="state",
+        content_type="application/json",
+        content_encoding="utf-8",
+        delivery_mode=2,
+        application_headers={"published": 1, "state": "SUCCESS"},
+        correlation_id=task_id,
+        expiration="86400000",
+    )
+
+
+class _Bare:
+    """py-amqp by itself, with the same queues, properties and body, and without live copies."""
 
     def __init__(self, connection: Any, place: Place, queue: str) -> None:
         self._app = place.app("amqp")
-        # A result stored in each shard declares all of them.
-        _fill(self._app)
+        declare_shards(self._app)
         peers.close(self._app)
         self._place = place
         self._channel = connection.channel()
@@ -134,18 +146,8 @@ class _Bare:
 
             def work() -> None:
                 for task_id in ids:
-                    message = amqp.Message(
-                        self.BODY,
-                        type="state",
-                        content_type="application/json",
-                        content_encoding="utf-8",
-                        delivery_mode=2,
-                        application_headers={"published": 1, "state": "SUCCESS"},
-                        correlation_id=task_id,
-                        expiration="86400000",
-                    )
                     publish(
-                        message,
+                        bare_state(task_id),
                         exchange="",
                         routing_key=internals.shard_queue(app, task_id),
                         mandatory=True,
@@ -157,7 +159,9 @@ class _Bare:
         return measured
 
 
-def _fill(app: Any) -> None:
+def declare_shards(app: Any) -> None:
+    """Have every shard of *app* declared."""
+    # A result stored in each shard declares all of them.
     ids = (str(uuid.uuid4()) for _ in range(20 * internals.shards(app)))
     for task_id in internals.one_id_a_shard(app, ids):
         app.backend.store_result(task_id, 42, "SUCCESS", request=peers.context(task_id))

@@ -31,7 +31,7 @@ def measure(place: Place) -> Iterator[Row]:
     round_trip.warm(place, "amqp, quorum")
     workers = place.workers("amqp", "amqp, quorum", "redis")
     for size, count in (QUICK if place.quick else FULL).items():
-        storms = {name: _storm(place, worker.app, size, count) for name, worker in workers.items()}
+        storms = {name: storm(place, worker.app, size, count) for name, worker in workers.items()}
         found = place.alternate(storms, rounds=3 if size == min(FULL) else 2)
         title = f"{count} chords of {size} at once"
         yield Row("storm", f"chords a second, {title}", "/s", MORE, found["per second"], size)
@@ -47,7 +47,9 @@ def measure(place: Place) -> Iterator[Row]:
         yield Row("storm.queues", title, "queues", LESS, queues, size, absolute=True)
 
 
-def _storm(place: Place, app: Any, size: int, count: int) -> Callable[[], Mapping[str, float]]:
+def storm(place: Place, app: Any, size: int, count: int) -> Callable[[], Mapping[str, float]]:
+    """Return what measures *count* chords of *size*, sent at once."""
+
     def work() -> Dict[str, float]:
         broker, started = place.broker_seconds(), time.perf_counter()
         sent = [

@@ -16,7 +16,7 @@ from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import is_over, time_left
 from celery_amqp_results.toolkit.threads import start_thread
 
-__all__ = ("Pool",)
+__all__ = ("AllInUse", "Pool")
 
 #: An idle connection of a pool is closed after this many seconds.
 IDLE_SECONDS = 60.0
@@ -27,6 +27,10 @@ IDLE_SECONDS = 60.0
 STUCK_SECONDS = 2.0
 #: At most this many connections do not count.
 MAX_STUCK = 8
+
+
+class AllInUse(errors.LookupTimeout):
+    """Other threads used all connections of the pool until the deadline."""
 
 
 class Pool:
@@ -78,7 +82,7 @@ class Pool:
 
         Raises:
             BackendUnavailable: when a new one was needed and could not be opened.
-            LookupTimeout: when others used all connections until the deadline.
+            AllInUse: when others used all connections until the deadline.
         """
         user = self._reserve(deadline)
         try:
@@ -99,7 +103,7 @@ class Pool:
                     self._lent[user] = now
                     return user
                 if is_over(deadline):
-                    raise errors.LookupTimeout(
+                    raise AllInUse(
                         f"{self._limit} connections for {self._name} were in use by other threads "
                         "of this process until the time was over; asking again is safe"
                     )
@@ -118,7 +122,7 @@ class Pool:
             yield link
         except BaseException as exc:
             link.drop()
-            if isinstance(exc, TRANSIENT):
+            if isinstance(exc, (errors.LookupTimeout, *TRANSIENT)):
                 self._connector.mark_host_failed(link)
                 self._connector.note_limit(exc)
             raise

@@ -303,6 +303,16 @@ class Inbox:
             if missed:
                 self.suspect(f"{missed} is stored, and was not pushed")
 
+    def doubt(self, look: Look, exc: Exception) -> None:
+        """Forget everything if *look* was to check a live view, and the store did not answer.
+
+        The node may be cut off from its cluster. It would still answer barriers, but receives no
+        pushes.
+        """
+        with self._changed:
+            if self._table.checks(look):
+                self.suspect(f"a shard view could not be checked ({exc})")
+
     def forget(self, task_id: str) -> None:
         """Drop the knowledge of a task that is no longer stored."""
         with self._changed:

@@ -12,6 +12,7 @@ from typing import Collection, Dict, Iterable, List, Optional
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.pool import AllInUse
 from celery_amqp_results.feed.inbox import Inbox
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.page import Census
@@ -140,8 +141,10 @@ class Reads:
         censuses = {shard: Census() for shard in look.census}
         try:
             found = self._store.read(ids, deadline, censuses=censuses)
-        except BaseException:
+        except BaseException as exc:
             censuses.clear()
+            if isinstance(exc, errors.LookupTimeout) and not isinstance(exc, AllInUse):
+                self._inbox.doubt(look, exc)
             raise
         finally:
             self._inbox.end(look, found, censuses)

@@ -350,6 +350,12 @@ class Table:
                     look.pushed.setdefault(state.id, []).append(state)
         return look
 
+    def checks(self, look: Look) -> bool:
+        """Return whether *look* compares a live view with the store."""
+        return look.epoch == self.epoch and any(
+            self._memory.view(shard).live for shard in look.census
+        )
+
     def end(
         self,
         look: Look,

@@ -45,9 +45,7 @@ HEARTBEAT = 3.0
 #: callers that poll with short timeouts would never get an answer.
 LEAST_SECONDS = 0.1
 
-#: A connection on which the broker sent nothing for this many seconds of a look-up is not used
-#: again: the broker answers at least the opening of a channel, even while another reader holds the
-#: shard.
+#: A connection on which no message came in this many seconds of a look-up is not used again.
 SILENT_SECONDS = 1.0
 
 #: How many shards one look-up reads at the same time.
@@ -347,7 +345,6 @@ class _Reading:
         """
         request, link, running = self._request, self._link, self._running
         started = time.monotonic()
-        frames_before = link.frames_received
         while self._waiting or running:
             with link.corked():
                 while self._waiting and len(running) < PARALLEL and link.has_room():
@@ -355,10 +352,11 @@ class _Reading:
             now = time.monotonic()
             if now >= request.end:
                 late = self._late(now - started)
-                silent = link.frames_received == frames_before and now - started >= SILENT_SECONDS
-                if link.blocked or silent:
+                unheard = not any(read.checkout.seen for read in running)
+                if link.blocked or (unheard and now - started >= SILENT_SECONDS):
                     # This connection is of no use: pending writes would wait for the end of the
-                    # alarm, or the broker no longer answers.
+                    # alarm, or the broker no longer answers, or its node is cut off from that of
+                    # the queues. The pool tries another host then.
                     raise late
                 for read in running:
                     read.checkout.close(wait=False)

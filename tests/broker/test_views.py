@@ -12,11 +12,12 @@ import pytest
 from celery import Celery, states
 from celery.exceptions import TimeoutError
 
+from celery_amqp_results import errors
 from celery_amqp_results.feed import table as table_module
 from celery_amqp_results.feed import views
 from celery_amqp_results.feed.barriers import Barrier
 from tests.broker.helpers import LONG, Waiting, new_id, open_inbox
-from tests.conftest import Apps, eventually
+from tests.conftest import Apps, eventually, raw_connection
 
 
 @pytest.fixture(autouse=True)
@@ -282,6 +283,35 @@ def test_a_purged_shard_is_noticed_when_the_view_is_checked(
     eventually(lambda: reader.backend.metrics().views or not reader.AsyncResult(task_id).state)
     raw.channel().queue_purge(reader.backend.config.topology.shard_queue_name(0))
     eventually(lambda: reader.AsyncResult(task_id).state == states.PENDING)
+
+
+def test_a_view_that_cannot_be_checked_is_not_used_again(
+    make_app: Apps, writer: Celery, amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "FIRST_CHECK", 3.0)
+    options = {"shards": 1, "lookup_timeout": 2}
+    reader = make_app(result_backend_transport_options=options)
+    task_id = new_id()
+    writer.backend.store_result(task_id, 1, states.STARTED)
+    until_live(reader, task_id)
+    # Given a reader whose node still answers barriers, but does not reach the node of the shard
+    inbox = reader.backend.layout.inbox
+    opened = inbox.connections
+    with raw_connection(amqp_url) as holder:
+        queue = reader.backend.config.topology.shard_queue_name(0)
+        holder.channel().basic_consume(queue, callback=lambda message: None)
+
+        def check_fails() -> bool:
+            try:
+                reader.AsyncResult(task_id).state  # noqa: B018
+            except errors.LookupTimeout:
+                return True
+            return False
+
+        eventually(check_fails)
+        # Then it gives up that connection, and with it everything that it remembers
+        eventually(lambda: inbox.connections > opened and not reader.backend.metrics().views)
+    assert reader.AsyncResult(task_id).state == states.STARTED
 
 
 def test_where_barriers_are_refused_the_store_is_read(

@@ -14,7 +14,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.amqp import confirms, declarations
 from celery_amqp_results.store import lookup as store_module
 from tests import subprocesses
-from tests.conftest import Apps, eventually
+from tests.conftest import Apps, eventually, raw_connection
 from tests.faults import fault_jobs
 from tests.faults.faults import alarm
 from tests.faults.test_store_faults import WORTH_PACKING, new_ids, read_from_store
@@ -153,6 +153,31 @@ def test_clients_fail_over_to_another_host_and_stay_there(
         assert app.AsyncResult(second).get(timeout=LONG) == 2
         assert one.accepted == 2
         assert two.accepted >= 2
+        app.backend.close()
+
+
+def test_a_look_up_that_receives_nothing_is_followed_by_one_through_another_host(
+    make_app: Apps, node: rabbitmq.Node
+) -> None:
+    with Proxy(node.amqp_port) as one, Proxy(node.amqp_port) as two:
+        app = make_app(
+            ";".join(proxy.url(node.url()) for proxy in (one, two)),
+            result_backend_transport_options={"lookup_timeout": 2, "shards": 1},
+        )
+        task_id = new_ids(1)[0]
+        app.backend.store_result(task_id, 1, states.SUCCESS)
+        # Given a node that answers, but does not reach the node of the queue: here another reader
+        # has the queue
+        queue = app.backend.config.topology.shard_queue(0).name
+        with raw_connection(node.url()) as holder:
+            holder.channel().basic_consume(queue, callback=lambda message: None)
+            with pytest.raises(errors.LookupTimeout):
+                app.backend._get_task_meta_for(task_id)
+            assert two.accepted == 0
+        # When the client looks it up again
+        assert app.backend._get_task_meta_for(task_id)["result"] == 1
+        # Then it has asked the other node
+        assert two.accepted > 0
         app.backend.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -18,9 +19,11 @@ from hypothesis import strategies as st
 from bench import __main__ as command
 from bench import compare, figures, pages, processes, report
 from bench.figures import LESS, MORE, Row, Run, percentile, ratios
+from bench.measures import floor
 from bench.peers import PEERS, Servers
 from bench.place import Place
 from bench.ticks import Ticks, ticking
+from tools import rabbitmq
 
 ABOUT: Dict[str, Any] = {
     "date": "2026-01-01", "rabbitmq": "3.10.8", "celery": "5.7.0", "cores": 2, "quick": True,
@@ -343,3 +346,18 @@ def test_a_measure_that_fails_leaves_the_rows_of_the_others(
     assert [row.name for row in Run.read(target).rows] == ["store.10", "store.20"]
     assert Run.read(target).about["failed"] == ["broken"]
     assert "RuntimeError: no worker" in capsys.readouterr().out
+
+
+def test_the_floor_of_chords_handles_every_message() -> None:
+    try:
+        rabbitmq.ensure_installed("system")
+    except rabbitmq.NotAvailable as exc:
+        pytest.skip(str(exc))
+    with rabbitmq.Node(rabbitmq.distribution("system")) as node:
+        place = Place(node, Servers(node.url(), "", ""), True, [], ["amqp"], ())
+        for kind in floor.KINDS:
+            with contextlib.closing(floor.Bare(place, kind, "amqp, 16 shards")) as bare:
+                for rate in (None, 200.0):
+                    figures = bare.measuring(3, rate)()
+                    assert sorted(figures) == ["broker", "per second"]
+                    assert bare.left() == 0
