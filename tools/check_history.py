@@ -12,7 +12,8 @@ The format
     ``process``   who did it; a process does several operations at once
     ``type``      ``invoke`` (begins), ``ok`` (returned), ``fail`` (raised, had no effect), ``info``
                   (raised, and may have had an effect; or an event that is no operation)
-    ``f``         ``store``, ``read``, ``wait``, ``deliver``, ``forget``, ``crash`` or ``delete``
+    ``f``         ``store``, ``read``, ``wait``, ``deliver``, ``forget``, ``crash``, ``delete`` or
+                  ``cut``
     ``op``        links the end of an operation with its beginning, within a process
     ``task``      the task; ``tasks`` for a wait
     ``value``     ``[state, version, digest]``: the version numbers the states of a task in the
@@ -22,7 +23,9 @@ The format
 
     ``deliver`` says that a wait (``op``) was given a state: ``by`` is ``return``, once a task, or
     ``message`` for a callback, which gets every state once. ``crash`` is written before and after
-    a broker is killed, ``delete`` before and after stored results are deleted on purpose.
+    a broker is killed, ``delete`` before and after stored results are deleted on purpose, ``cut``
+    before and after a node is cut off from its cluster: until then, and for the time of ``--lag``
+    afterwards, look-ups may lag behind as polls may.
 
 The model
     Each task is a register with a ranking: SUCCESS ranks above FAILURE and REVOKED, which rank
@@ -113,6 +116,7 @@ class History:
         self.failed_reads: List[Tuple[Event, Event]] = []
         self.crashes: List[float] = []
         self.deletes: List[float] = []
+        self.cuts: List[float] = []
         self.end = 0.0
         self._open: Dict[Tuple[str, int], Event] = {}
         self._unconfirmed: Dict[str, List[Tuple[str, Any]]] = collections.defaultdict(list)
@@ -159,6 +163,14 @@ class History:
     def _on_forget(self, event: Event) -> None:
         task = self.tasks[event["task"]]
         task.forgotten = min(task.forgotten, event["time"])
+
+    def _on_cut(self, event: Event) -> None:
+        self.cuts.append(event["time"])
+
+    def is_cut(self, at: float, lag: float) -> bool:
+        """Return whether a node was cut off at a time, or less than *lag* seconds before."""
+        ends = [*self.cuts[1::2], float("inf")]
+        return any(begin <= at <= end + lag for begin, end in zip(self.cuts[::2], ends))
 
     def _on_crash(self, event: Event) -> None:
         self.crashes.append(event["time"])
@@ -208,7 +220,8 @@ def _check_reads(name: str, task: Task, history: History, lag: float) -> Iterabl
             yield Violation("changed", name, read.ended, f"{read} after {success}")
         if state == "SUCCESS":
             success = success or read
-        delay = 0.0 if read.kind == "look-up" else lag
+        fresh = read.kind == "look-up" and not history.is_cut(read.began, lag)
+        delay = 0.0 if fresh else lag
         must = [stored.before(read.began - delay)]
         must.extend(
             other.value

@@ -216,9 +216,8 @@ class _Stream(Generic[_T]):
         """Return the item for a state, or ``None`` to leave it out."""
         raise NotImplementedError
 
-    async def _next(self) -> _T:
-        if self._ended:
-            raise StopAsyncIteration
+    def _check_loop(self) -> None:
+        """Begin on the running event loop, and refuse any other later."""
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
@@ -226,6 +225,24 @@ class _Stream(Generic[_T]):
                 self._deadline = time.monotonic() + self._timeout
         elif self._loop is not loop:
             raise RuntimeError("this belongs to another event loop: begin it on the running one")
+
+    async def _take_arrived(self, feed: _Feed) -> Optional[Tuple[_T]]:
+        """Return the next item of the states that have arrived."""
+        while feed.arrived:
+            # Removed only after decoding: a coroutine cancelled meanwhile has lost nothing.
+            state = feed.arrived[0]
+            decoded = await self._decoded_or_none(state)
+            if feed.arrived and feed.arrived[0] is state:
+                feed.arrived.popleft()
+            item = None if decoded is None else await self._item(decoded)
+            if item is not None:
+                return item
+        return None
+
+    async def _next(self) -> _T:
+        if self._ended:
+            raise StopAsyncIteration
+        self._check_loop()
         item = self._take_known()
         if item is not None:
             return item[0]
@@ -234,15 +251,9 @@ class _Stream(Generic[_T]):
         feed = self._feed
         assert feed is not None
         while True:
-            while feed.arrived:
-                # Removed only after decoding: a coroutine cancelled meanwhile has lost nothing.
-                state = feed.arrived[0]
-                decoded = await self._decoded_or_none(state)
-                if feed.arrived and feed.arrived[0] is state:
-                    feed.arrived.popleft()
-                item = None if decoded is None else await self._item(decoded)
-                if item is not None:
-                    return item[0]
+            item = await self._take_arrived(feed)
+            if item is not None:
+                return item[0]
             if self._ended:
                 raise StopAsyncIteration
             if feed.failure is not None:

@@ -19,6 +19,13 @@ from celery_amqp_results.cli.findings import Finding, show
 
 __all__ = ("doctor",)
 
+NO_MANAGEMENT = Finding(
+    "management",
+    "info",
+    "the management API was not asked: policies and leftovers are unknown",
+    "give its address with --management http://user:password@host:15672",
+)
+
 
 @command(name="doctor")
 @click.option("--no-probe", is_flag=True, help="Do not store and read a result.")
@@ -64,14 +71,7 @@ def doctor(
                 probe.remove_traces(session, broker)
         take(lambda: amqp_checks.old_exchange_findings(broker))
         if api is None:
-            findings.append(
-                Finding(
-                    "management",
-                    "info",
-                    "the management API was not asked: policies and leftovers are unknown",
-                    "give its address with --management http://user:password@host:15672",
-                )
-            )
+            findings.append(NO_MANAGEMENT)
         else:
             take(lambda: management_checks.management_findings(session, broker.topology, api))
     take(lambda: amqp_checks.setting_findings(session))

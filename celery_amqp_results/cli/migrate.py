@@ -76,18 +76,7 @@ def migrate(
     chosen = list(dict.fromkeys(ids))
     if not chosen:
         with inspection.Broker(session) as broker:
-            api = broker.management(management_url, guess=not no_management)
-            if api is None:
-                raise Failed(
-                    "AMQP cannot list queues: give ids, or the management API with --management "
-                    "http://user:password@host:15672",
-                    Exit.USAGE,
-                )
-            try:
-                names = old_queues(api, broker.topology.prefix)
-            except management.ManagementError as exc:
-                raise Failed(str(exc), Exit.UNAVAILABLE) from exc
-        chosen = [str(uuid.UUID(name)) for name in names]
+            chosen = _listed(broker, broker.management(management_url, guess=not no_management))
     what = "delete the queues" if delete else "move the results"
     if chosen and not dry_run and not yes:
         click.confirm(f"{what.capitalize()} of {len(chosen)} tasks?", abort=True, err=True)
@@ -109,6 +98,21 @@ def migrate(
         )
     if counts.get("unreadable"):
         session.end(Exit.FAILED)
+
+
+def _listed(broker: inspection.Broker, api: Optional[management.Management]) -> List[str]:
+    """Return the ids of all tasks with a queue."""
+    if api is None:
+        raise Failed(
+            "AMQP cannot list queues: give ids, or the management API with --management "
+            "http://user:password@host:15672",
+            Exit.USAGE,
+        )
+    try:
+        names = old_queues(api, broker.topology.prefix)
+    except management.ManagementError as exc:
+        raise Failed(str(exc), Exit.UNAVAILABLE) from exc
+    return [str(uuid.UUID(name)) for name in names]
 
 
 def _per_task(session: Session) -> AMQPBackend:

@@ -129,21 +129,6 @@ class StateMessage:
             raise errors.ForeignMessage(
                 f"header {PUBLISHED!r} is {_short(published)}, not microseconds since 1970"
             )
-        compression = headers.get(COMPRESSION_HEADER)
-        if compression is not None and not isinstance(compression, str):
-            raise errors.ForeignMessage(
-                f"header {COMPRESSION_HEADER!r} is {_short(compression)}, not a content type"
-            )
-        body_queue = headers.get(BODY_QUEUE_HEADER)
-        if body_queue is not None and not isinstance(body_queue, str):
-            raise errors.ForeignMessage(
-                f"header {BODY_QUEUE_HEADER!r} is {body_queue!r}, not the name of a queue"
-            )
-        amended = headers.get(AMENDED_HEADER)
-        if amended is not None and not isinstance(amended, str):
-            raise errors.ForeignMessage(
-                f"header {AMENDED_HEADER!r} is {_short(amended)}, not the mark of an amendment"
-            )
         return cls(
             id=message_id(properties),
             state=state,
@@ -151,11 +136,11 @@ class StateMessage:
             body=body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body),
             content_type=_text(properties, "content_type"),
             content_encoding=_text(properties, "content_encoding"),
-            compression=compression,
+            compression=_text_or_none(headers, COMPRESSION_HEADER, "a content type"),
             expiration=_expiration(properties),
             kind=kind,
-            body_queue=body_queue,
-            amended=amended,
+            body_queue=_text_or_none(headers, BODY_QUEUE_HEADER, "the name of a queue"),
+            amended=_text_or_none(headers, AMENDED_HEADER, "the mark of an amendment"),
         )
 
 
@@ -233,6 +218,13 @@ def _text(properties: Mapping[str, Any], name: str) -> str:
     value = properties.get(name)
     if not isinstance(value, str) or not value:
         raise errors.ForeignMessage(f"property {name!r} is {value!r}, not text")
+    return value
+
+
+def _text_or_none(headers: Mapping[str, Any], name: str, what: str) -> Optional[str]:
+    value = headers.get(name)
+    if value is not None and not isinstance(value, str):
+        raise errors.ForeignMessage(f"header {name!r} is {_short(value)}, not {what}")
     return value
 
 

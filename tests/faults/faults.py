@@ -274,8 +274,8 @@ def _delete_shards(place: Place) -> None:
 def _delete_inboxes(place: Place) -> None:
     # AMQP lets only the owner delete an exclusive queue. rabbitmqctl refuses too.
     place.node.eval(
-        '[rabbit_amqqueue:delete(Q, false, false, <<"operator">>) || Q <- rabbit_amqqueue:list(),'
-        " amqqueue:get_exclusive_owner(Q) =/= none]"
+        '[catch rabbit_amqqueue:delete(Q, false, false, <<"operator">>)'
+        " || Q <- rabbit_amqqueue:list(), amqqueue:get_exclusive_owner(Q) =/= none]"
     )
 
 
@@ -364,11 +364,13 @@ def _kill_leader(place: Place) -> None:
 @_fault(CLUSTER, "node partitioned away")
 def _partition(place: Place) -> None:
     node = place.random.choice([leader(place), place.random.choice(place.nodes)])
+    place.load.journal.cut()
     with partitioned(place.nodes, node):
         place.hold(place.random.uniform(1, 5))
         # Celery's own connections are not covered: a process that sends tasks through the node that
         # is cut off blocks together with it.
         place.load.until_flowing(without="send")
+    place.load.journal.cut()
 
 
 @contextlib.contextmanager

@@ -150,6 +150,10 @@ class Journal:
         """Record that results are about to be deleted on purpose, and again that they were."""
         self._note("delete", time.monotonic())
 
+    def cut(self) -> None:
+        """Record that a node is about to be cut off from its cluster, and again that it is back."""
+        self._note("cut", time.monotonic())
+
     @contextlib.contextmanager
     def storing(self, task_id: str, state: str, result: Any) -> Iterator[None]:
         """Record what the block stores, and whether it raises; swallows the error."""
@@ -218,6 +222,13 @@ class Record:
     unread: List[Tuple[str, float, float, float, str]] = dataclasses.field(default_factory=list)
     #: When the broker was killed.
     crashes: List[float] = dataclasses.field(default_factory=list)
+    #: When a node was cut off, and when it was back, in turn.
+    cuts: List[float] = dataclasses.field(default_factory=list)
+
+    def is_cut(self, at: float, lag: float) -> bool:
+        """Return whether a node was cut off at a time, or less than *lag* seconds before."""
+        ends = [*self.cuts[1::2], float("inf")]
+        return any(begin <= at <= end + lag for begin, end in zip(self.cuts[::2], ends))
 
     def promised(self, since: float = 0.0, until: float = float("inf")) -> List[str]:
         """Return the tasks that readers must find and that were stored between two times."""
@@ -277,12 +288,15 @@ def load(folder: Path) -> Record:
                 record.forgotten[task_id] = min(at, record.forgotten.get(task_id, at))
             elif what == "crash":
                 record.crashes.extend(event)
+            elif what == "cut":
+                record.cuts.extend(event)
             elif what == "delete":
                 pass  # check() has a parameter for it.
             else:
                 raise ValueError(f"{path}: unknown event {what!r}")
         record.waits.extend(waits.values())
     record.crashes.sort()
+    record.cuts.sort()
     return record
 
 
@@ -343,7 +357,8 @@ class Limits(NamedTuple):
     """Deviations that do not break a promise."""
 
     #: Seconds by which an answer from pushed states may lag behind the store. A process cannot
-    #: know better while its connection is dead and has not been reported as lost.
+    #: know better while its connection is dead and has not been reported as lost. Applies to all
+    #: answers while a node is cut off from its cluster, and for as long afterwards.
     lag: float = 45.0
     #: Seconds by which a wait or a look-up may exceed its timeout on a busy machine.
     grace: float = 15.0
@@ -596,8 +611,10 @@ def _check_task(
             if success is not None and success.content != content:
                 yield Violation("replaced", task_id, first, f"{read} after {success}")
             success = success or read
-        # A process that answers from pushed states may lag behind others.
-        lag = 0.0 if read.kind == "look-up" else limits.lag
+        # A process that answers from pushed states may lag behind others. A client on a node that
+        # is cut off may do so, until it notices.
+        fresh = read.kind == "look-up" and not record.is_cut(read.began, limits.lag)
+        lag = 0.0 if fresh else limits.lag
         for known in (
             by_stores.before(read.began - lag),
             by_others.before(read, lag),

@@ -165,6 +165,21 @@ def test_a_pushed_state_may_lag_up_to_the_limit(
     assert kinds(judge(lag=4)) == ["lost"]
 
 
+def test_a_look_up_may_lag_while_a_node_is_cut_off(
+    storer: Journal, reader: Journal, clock: Clock, judge: Callable[..., Verdict]
+) -> None:
+    store(storer, "SUCCESS", 0)
+    storer.cut()
+    clock.now += 5
+    look_up(reader, "PENDING", None)
+    assert kinds(judge(lag=6)) == []
+    assert kinds(judge(lag=4)) == ["lost"]
+    storer.cut()
+    clock.now += 7
+    look_up(reader, "PENDING", None)
+    assert kinds(judge(lag=6)) == ["lost"]
+
+
 def test_it_finds_a_replaced_success(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:

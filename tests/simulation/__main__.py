@@ -7,10 +7,12 @@ import sys
 import time
 
 from tests.simulation.chords import run_chords
+from tests.simulation.followers import run_followers
 from tests.simulation.model import Broken, run_many
 
-#: A run of chords takes longer than a run of reads, so this share of the seeds is run.
+#: Runs of chords and of clients take longer than runs of reads, so these shares are run.
 CHORDS_SHARE = 4
+FOLLOWERS_SHARE = 2
 
 
 def main() -> int:
@@ -24,6 +26,9 @@ def main() -> int:
             answers += simulation.answered
             remembered += simulation.remembered
         sent = sum(run.sent for run in run_chords(chosen.first, chosen.seeds // CHORDS_SHARE))
+        ended = sum(
+            run.ended for run in run_followers(chosen.first, chosen.seeds // FOLLOWERS_SHARE)
+        )
     except Broken as exc:
         print(exc)
         return 1
@@ -31,7 +36,7 @@ def main() -> int:
     print(
         f"{chosen.seeds:,} seeds in {seconds:.0f} s: {answers:,} answers, "
         f"{remembered:,} of them from memory, all right; "
-        f"{sent:,} bodies of chords sent"
+        f"{sent:,} bodies of chords sent, {ended:,} waits ended"
     )
     return 0
 

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import random
 import uuid
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple
 from unittest import mock
 
 from celery_amqp_results.amqp.confirms import ConfirmLog, Outgoing, Publication, Status
@@ -43,6 +43,7 @@ STEPS = 1500
 #: Reads under way at once, at most.
 MAX_READS = 6
 STAGES = ("STARTED", "PROGRESS", "SUCCESS")
+RANKS = {"FAILURE": 1, "SUCCESS": 2}
 CODEC = Codec("json", ["application/json"])
 
 
@@ -57,18 +58,27 @@ class Task:
     id: str
     shard: int
     owner: int
+    #: The states that are stored, in this order.
+    stages: Tuple[str, ...] = STAGES
     #: How many of its stages were begun to be stored, and how many were confirmed.
     begun: int = 0
     confirmed: int = 0
-    #: The stage that some read has returned, and the time when that read was over.
+    #: The worth of the state that some read has returned, and the step when that read was over.
     seen: List[Tuple[int, int]] = dataclasses.field(default_factory=list)
     #: The stages whose live copies were published.
     copied: Set[int] = dataclasses.field(default_factory=set)
-    #: When each stage was confirmed.
+    #: The worth of each stage, and the step when it was confirmed.
     kept: List[Tuple[int, int]] = dataclasses.field(default_factory=list)
     forget_began: Optional[int] = None
     #: When ``forget`` had returned: the time.
     forgotten_at: Optional[float] = None
+
+    def worth(self, stage: int) -> int:
+        """Return how many stages are not outranked by any after this one, from the worst on."""
+        by_rank = sorted(
+            self.stages, key=lambda state: (RANKS.get(state, 0), self.stages.index(state))
+        )
+        return by_rank.index(self.stages[stage - 1]) + 1 if stage else 0
 
 
 class Shards(Link):
@@ -115,6 +125,26 @@ class Process:
         self.knows: Set[int] = set()
         self.connect_publisher()
         self.stores: List[Store] = []
+
+    def sent(self, task_id: str, now: float) -> None:
+        """Note that it sends a task."""
+        self.table.sent(task_id, now)
+
+    def opened(self, now: float) -> None:
+        """Note that its inbox is open."""
+        self.table.opened(now)
+
+    def lost(self) -> None:
+        """Note that its inbox is lost."""
+        self.table.lost()
+
+    def bound(self, key: int, now: float) -> None:
+        """Note that a binding stands."""
+        self.table.bound(key, now)
+
+    def pushed(self, state: StateMessage, now: float) -> None:
+        """Take in a pushed state."""
+        self.table.pushed(state, now)
 
     def connect_publisher(self) -> None:
         """Open another channel to publish on."""
@@ -197,7 +227,7 @@ class Simulation:
         self.step = 0
         self.schedule: List[str] = []
         limit = self.random.choice((2_000, 4_000, 1_000_000))
-        self.processes = [Process(n, Table(self.topology, limit)) for n in range(PROCESSES)]
+        self.processes = [self._new_process(n, limit) for n in range(PROCESSES)]
         self.tasks = [self._new_task() for _ in range(TASKS)]
         self.queues = {
             self.topology.shard_queue_name(shard): Queue(self.clock) for shard in range(SHARDS)
@@ -218,6 +248,9 @@ class Simulation:
     def now(self) -> float:
         """The time."""
         return self.clock.monotonic()
+
+    def _new_process(self, number: int, limit: int) -> Process:
+        return Process(number, Table(self.topology, limit))
 
     def _new_task(self) -> Task:
         task_id = str(uuid.UUID(int=self.random.getrandbits(128), version=4))
@@ -240,14 +273,18 @@ class Simulation:
             self._run()
         return self
 
-    def _run(self) -> None:
+    def _actions(self) -> List[Tuple[float, Callable[[], Optional[str]]]]:
+        """Return what may happen, and how often it does."""
         # With few deliveries the inboxes lag behind.
         deliveries = self.random.choice((2, 16))
-        actions: List[Tuple[float, Callable[[], Optional[str]]]] = [
+        return [
             (3, self.store), (12, self.answer), (0.5, self.forget), (4, self.go_on_forgetting),
             (8, self.ask), (40, self.go_on), (deliveries, self.deliver), (6, self.bind),
             (4, self.take_effect), (4, self.connect), (1, self.wait), (2, self.count),
         ]  # fmt: skip
+
+    def _run(self) -> None:
+        actions = self._actions()
         rare: List[Callable[[], Optional[str]]] = [
             self.lose, self.crash, self.lose_publisher, self.refuse,
         ]  # fmt: skip
@@ -257,34 +294,41 @@ class Simulation:
                 action = self.random.choice(rare)
             else:
                 ((_, action),) = self.random.choices(actions, weights)
-            done = action()
-            if done is not None:
-                self.schedule.append(f"{self.step:4} {self.now:9.2f} {done}")
+            self._do(action)
         while self.reads:
             self.step += 1
-            self.go_on_forgetting()
-            self.go_on()
-            self.deliver()
+            self._go_on_at_the_end()
             if self.step > 100 * STEPS:
                 self.fail("a read never ends")
         for process in self.processes:
             self._check_memory(process.table)
+
+    def _go_on_at_the_end(self) -> None:
+        """Let everything go on that reads may wait for."""
+        self.go_on_forgetting()
+        self.go_on()
+        self.deliver()
+
+    def _do(self, action: Callable[[], Optional[str]]) -> None:
+        done = action()
+        if done is not None:
+            self.schedule.append(f"{self.step:4} {self.now:9.2f} {done}")
 
     # -- storing -----------------------------------------------------------------------------------
 
     def store(self) -> Optional[str]:
         at = self.random.randrange(len(self.tasks))
         task = self.tasks[at]
-        if task.confirmed == len(STAGES) and self.random.random() < 0.3:
+        if task.confirmed == len(task.stages) and self.random.random() < 0.3:
             # Old tasks lie in pages, of which memory has only the digests.
             task = self.tasks[at] = self._new_task()
         waiting = any(each.task is task for process in self.processes for each in process.stores)
-        if waiting or task.begun == len(STAGES) or task.forget_began is not None:
+        if waiting or task.begun == len(task.stages) or task.forget_began is not None:
             return None
         if task.begun == 0:
-            self.processes[task.owner].table.sent(task.id, self.now)
+            self.processes[task.owner].sent(task.id, self.now)
         task.begun += 1
-        name = STAGES[task.begun - 1]
+        name = task.stages[task.begun - 1]
         body = json.dumps({"task_id": task.id, "status": name, "result": "x" * 150}).encode()
         state = StateMessage(task.id, name, self.clock.now(), body, "application/json", "utf-8")
         outgoing = Outgoing(
@@ -360,7 +404,7 @@ class Simulation:
             elif not publication.copying:
                 process.stores.remove(store)
                 store.task.confirmed = store.stage
-                store.task.kept.append((store.stage, self.step))
+                store.task.kept.append((store.task.worth(store.stage), self.step))
 
     def _drop(self, store: Store) -> None:
         """Lose a message that was not confirmed."""
@@ -377,7 +421,7 @@ class Simulation:
 
     def forget(self) -> Optional[str]:
         task = self.random.choice(self.tasks)
-        if task.confirmed < len(STAGES) or task.forget_began is not None:
+        if task.confirmed < len(task.stages) or task.forget_began is not None:
             return None
         task.forget_began = self.step
         self.forgetting.append((task, None))
@@ -403,7 +447,7 @@ class Simulation:
         return self.random.choice((2, 100, 100))
 
     def _check_out(
-        self, shards: Dict[int, Set[str]], census: Any = (), remove: bool = False
+        self, shards: Mapping[int, Set[str]], census: Any = (), remove: bool = False
     ) -> Checkouts:
         link = Shards(self.queues, lambda: None)
 
@@ -534,14 +578,14 @@ class Simulation:
     def _judge(self, read: Read, task: Task) -> None:
         """Check an answer against everything that was stored, forgotten and seen before."""
         state = read.answers[task.id]
-        stage = 0 if state is None else STAGES.index(state.state) + 1
+        stage = 0 if state is None else task.stages.index(state.state) + 1
         self.answered += 1
         least = max((s for s, at in (*task.kept, *task.seen) if at < read.began), default=0)
         if state is None and task.forget_began is not None:
             return
         if task.forgotten_at is not None and task.forgotten_at + PROOF_SECONDS < read.asked_at:
             self.fail(f"{self._name(task)} was forgotten, and is read as {stage}")
-        if stage < least:
+        if task.worth(stage) < least:
             self.fail(
                 f"{self._name(task)} was at stage {least}, and process {read.process.number} reads "
                 f"{stage}"
@@ -550,7 +594,7 @@ class Simulation:
             self.fail(f"{self._name(task)} is read as {stage}, which was never stored")
         if stage in task.copied:
             # Where the live copy follows the confirm, a look-up may find the state before.
-            task.seen.append((stage, self.step))
+            task.seen.append((task.worth(stage), self.step))
 
     def count(self) -> Optional[str]:
         process = self.random.choice(self.processes)
@@ -569,12 +613,15 @@ class Simulation:
     def _connected(self, process: Process) -> bool:
         return process.number in self.exchange.inboxes
 
+    def _wants_inbox(self, process: Process) -> bool:
+        return process.table.wants_inbox
+
     def connect(self) -> Optional[str]:
         process = self.random.choice(self.processes)
-        if self._connected(process) or not process.table.wants_inbox:
+        if self._connected(process) or not self._wants_inbox(process):
             return None
         self.exchange.open(process.number)
-        process.table.opened(self.now)
+        process.opened(self.now)
         self._act(process)
         return f"process {process.number} opens its inbox"
 
@@ -598,7 +645,7 @@ class Simulation:
             self.exchange.bind(process.number, key)
         else:
             process.late[key] = self.now + STEADY * 0.99
-        process.table.bound(key, self.now)
+        process.bound(key, self.now)
         return f"process {process.number} is bound to {key}, late: {key in process.late}"
 
     def take_effect(self) -> Optional[str]:
@@ -623,7 +670,7 @@ class Simulation:
             table.proved(message.asked_at)
             what = "a barrier"
         elif isinstance(message, StateMessage):
-            table.pushed(message, self.now)
+            process.pushed(message, self.now)
             if table.restless:
                 self._act(process)
             what = f"{message.state} of {message.id[:4]}"
@@ -642,7 +689,7 @@ class Simulation:
 
     def _disconnect(self, process: Process) -> None:
         self.exchange.lose(process.number)
-        process.table.lost()
+        process.lost()
         process.asked.clear()
         process.late.clear()
 
@@ -657,21 +704,24 @@ class Simulation:
             # Before the crash they may have read the states that were lost.
             read.answers.clear()
             read.began = self.step
-        for _, checkouts in self.forgetting:
-            if checkouts is not None:
-                checkouts.link.die()
+        for checkouts in self._other_checkouts():
+            checkouts.link.die()
         for process in self.processes:
             for store in process.stores:
                 if store.publication.status is not Status.CONFIRMED:
                     # It may have been seen before; that is not promised.
                     task, stage = store.task, store.stage
-                    task.seen = [(seen, at) for seen, at in task.seen if seen < stage]
+                    task.seen = [each for each in task.seen if each[0] < task.worth(stage)]
                     if self.random.random() < 0.5:
                         self._drop(store)
             process.log.lost(OSError("killed"))
             process.connect_publisher()
             self._decide(process)
         return "the broker is killed, and back"
+
+    def _other_checkouts(self) -> List[Checkouts]:
+        """Return those that belong to no read."""
+        return [checkouts for _, checkouts in self.forgetting if checkouts is not None]
 
     def wait(self) -> str:
         seconds = self.random.choice((0.1, 0.3, 0.3, 0.5, 0.5, 1.0, 1.0, 5.0, 20.0))
@@ -681,7 +731,7 @@ class Simulation:
                 if self.now >= at:
                     del process.late[key]
                     self.exchange.bind(process.number, key)
-        under_way = [each.checkouts for each in self.reads] + [each for _, each in self.forgetting]
+        under_way = [each.checkouts for each in self.reads] + self._other_checkouts()
         for checkouts in under_way:
             for each in checkouts.left if checkouts is not None else ():
                 with contextlib.suppress(Killed):

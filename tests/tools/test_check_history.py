@@ -158,6 +158,17 @@ def test_a_poll_may_lag_up_to_the_limit(script: Script) -> None:
     assert script.broken(lag=5) == ["lost"]
 
 
+def test_a_look_up_may_lag_while_a_node_is_cut_off(script: Script) -> None:
+    script.store(SUCCESS)
+    script.event("h", "info", "cut")
+    script.read(PENDING)
+    assert script.broken(lag=5) == []
+    script.event("h", "info", "cut")
+    script.time += 6
+    script.read(PENDING)
+    assert script.broken(lag=5) == ["lost"]
+
+
 def test_a_success_that_changes_is_found(script: Script) -> None:
     script.store(SUCCESS)
     script.store(AGAIN)
