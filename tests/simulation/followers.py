@@ -197,7 +197,7 @@ class FollowingProcess(Process):
         self.inbox.on_bound(key)
 
     def pushed(self, state: StateMessage, now: float) -> None:
-        self.inbox.on_message(state)  # type: ignore[arg-type]
+        self.inbox.on_message(state)
 
 
 class Client:
