@@ -109,6 +109,7 @@ class Server:
         """Look up results, and return how many milliseconds each look-up took."""
         backend = self._app.backend
         taken, found = [], 0
+        remembered = internals.remembered(self._app)
         if at_once:
             started = time.perf_counter()
             if hasattr(backend, "mget"):
@@ -124,7 +125,8 @@ class Server:
                 meta = backend._get_task_meta_for(task_id)
                 taken.append((time.perf_counter() - started) * 1e3)
                 found += meta["status"] == "SUCCESS"
-        return {"milliseconds": taken, "found": found}
+        remembered = internals.remembered(self._app) - remembered
+        return {"milliseconds": taken, "found": found, "remembered": remembered}
 
     def forget(self, ids: List[str]) -> Dict[str, Any]:
         """Forget results."""
@@ -143,12 +145,12 @@ class Server:
 
     def read_store(self, ids: List[str], at_once: bool = False) -> Dict[str, Any]:
         """Read results from the shards; return how many milliseconds each read took."""
-        taken = []
+        taken, found = [], 0
         for some in [ids] if at_once else [[task_id] for task_id in ids]:
             started = time.perf_counter()
-            internals.read_store(self._app, some)
+            found += internals.read_store(self._app, some)
             taken.append((time.perf_counter() - started) * 1e3)
-        return {"milliseconds": taken}
+        return {"milliseconds": taken, "found": found}
 
     def memory(self) -> Dict[str, Any]:
         """Return the memory of this process in bytes."""

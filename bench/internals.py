@@ -7,7 +7,14 @@ from typing import Any, Collection, Dict, Iterable, Iterator, List
 
 from celery_amqp_results.store import lookup
 
-__all__ = ("one_id_a_shard", "packing_everything", "shard_queue", "shard_queues", "shards")
+__all__ = (
+    "one_id_a_shard",
+    "packing_everything",
+    "remembered",
+    "shard_queue",
+    "shard_queues",
+    "shards",
+)
 
 
 def shards(app: Any) -> int:
@@ -44,6 +51,12 @@ def read_store(app: Any, ids: Collection[str]) -> int:
     """Read *ids* from the shards, and never from memory; return how many were found."""
     found = app.backend.layout.store.read(ids)
     return sum(1 for states in found.values() if states)
+
+
+def remembered(app: Any) -> int:
+    """Return how many look-ups of this process were answered from memory; 0 for other backends."""
+    metrics = getattr(app.backend, "metrics", None)
+    return 0 if metrics is None else int(metrics().remembered)
 
 
 @contextlib.contextmanager

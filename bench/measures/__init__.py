@@ -20,6 +20,7 @@ from bench.measures import (
     floor,
     large,
     memory,
+    poll_floor,
     round_trip,
     shards,
     store,
@@ -42,6 +43,7 @@ ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
     "chord": chord.measure,
     "storm": storm.measure,
     "floor": floor.measure,
+    "pollfloor": poll_floor.measure,
     "fleet": fleet.measure,
     "connections": connections.measure,
     "shards": shards.measure,
@@ -51,4 +53,4 @@ ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
 }
 
 #: Measures that a quick run leaves out unless the command line names them.
-THOROUGH = ("broker", "floor", "large", "cold", "shards", "connections")
+THOROUGH = ("broker", "floor", "pollfloor", "large", "cold", "shards", "connections")

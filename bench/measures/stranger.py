@@ -32,6 +32,9 @@ FULL = (1000, 100_000)
 #: How many ids are looked up at once.
 BATCH = 1000
 
+#: Seconds within which memory must have the results that a process asks for again and again.
+REMEMBERED_WITHIN = 20.0
+
 #: How many processes store the results.
 STORERS = 2
 
@@ -126,11 +129,14 @@ def _packing(place: Place, reader: Assistant, ids: List[str]) -> Iterator[Row]:
 def _looking_up(place: Place, readers: Dict[str, Assistant], ids: List[str]) -> Iterator[Row]:
     count, kept, node = (100 if place.quick else 300), len(ids), place.node
 
-    def one_by_one(reader: Assistant, known: bool) -> Callable[[], Mapping[str, float]]:
+    def one_by_one(name: str, known: bool) -> Callable[[], Mapping[str, float]]:
+        # A process that has read often would answer from its memory.
+        command = "read_store" if name == OURS else "look_up"
+
         def work() -> Dict[str, float]:
             chosen = random.sample(ids, count) if known else _unknown(count)
             cpu = processes.cpu_seconds(node.pid)
-            answer = reader.ask("look_up", ids=chosen)
+            answer = readers[name].ask(command, ids=chosen)
             cpu = processes.cpu_seconds(node.pid) - cpu
             _check(answer["found"], count if known else 0)
             taken = answer["milliseconds"]
@@ -142,10 +148,12 @@ def _looking_up(place: Place, readers: Dict[str, Assistant], ids: List[str]) -> 
 
         return work
 
-    def together(reader: Assistant) -> Callable[[], Mapping[str, float]]:
+    def together(name: str) -> Callable[[], Mapping[str, float]]:
+        command = "read_store" if name == OURS else "look_up"
+
         def work() -> Dict[str, float]:
             chosen = random.sample(ids, BATCH)
-            answer = reader.ask("look_up", ids=chosen, at_once=True)
+            answer = readers[name].ask(command, ids=chosen, at_once=True)
             _check(answer["found"], BATCH)
             return {"ms": answer["milliseconds"][0]}
 
@@ -153,7 +161,7 @@ def _looking_up(place: Place, readers: Dict[str, Assistant], ids: List[str]) -> 
 
     end = f"{kept:,} kept"
     for key, known in (("found", True), ("unknown", False)):
-        found = place.alternate({n: one_by_one(r, known) for n, r in readers.items()})
+        found = place.alternate({name: one_by_one(name, known) for name in readers})
         title = f"look-up by a stranger, {'found' if known else 'of an unknown id'}"
         yield Row(f"lookup.{key}", f"{title}, median, {end}", "ms", LESS, found["median"], kept)
         title = f"{title}, 99th percentile, {end}"
@@ -162,14 +170,26 @@ def _looking_up(place: Place, readers: Dict[str, Assistant], ids: List[str]) -> 
             figures = {name: found["broker"][name] for name in found["broker"] if name != "redis"}
             title = f"processor time of RabbitMQ, each look-up, {end}"
             yield Row("broker.lookup", title, "µs", LESS, figures, kept, absolute=True)
-    batches = {
-        name: together(reader)
-        for name, reader in readers.items()
-        if not peers.named(name).queue_per_task
-    }
+    batches = {name: together(name) for name in readers if not peers.named(name).queue_per_task}
     found = place.alternate(batches)
     yield Row("lookup.batch", f"look-up of {BATCH:,} ids at once, {end}", "ms", LESS, found["ms"],
               kept)  # fmt: skip
+    yield from _remembered(place, readers[OURS], ids)
+
+
+def _remembered(place: Place, reader: Assistant, ids: List[str]) -> Iterator[Row]:
+    """Yield what the backend's own look-ups take, of ids that a process has asked for before."""
+    kept, count = len(ids), min(len(ids), 100)
+    chosen = random.sample(ids, count)
+    deadline = time.monotonic() + REMEMBERED_WITHIN
+    while reader.ask("look_up", ids=chosen)["remembered"] < count:
+        if time.monotonic() > deadline:
+            # Memory has no room for all of them.
+            return
+    answers = [reader.ask("look_up", ids=chosen) for _ in range(place.rounds)]
+    figures = {OURS: [percentile(answer["milliseconds"], 50) for answer in answers]}
+    title = f"look-up of a result in memory, median, {kept:,} kept"
+    yield Row("lookup.remembered", title, "ms", LESS, figures, kept, absolute=True)
 
 
 def _unknown(count: int) -> List[str]:

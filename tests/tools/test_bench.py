@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from bench import __main__ as command
 from bench import compare, figures, pages, processes, report
 from bench.figures import LESS, MORE, Row, Run, percentile, ratios
-from bench.measures import floor
+from bench.measures import floor, poll_floor
 from bench.peers import PEERS, Servers
 from bench.place import Place
 from bench.ticks import Ticks, ticking
@@ -361,3 +361,19 @@ def test_the_floor_of_chords_handles_every_message() -> None:
                     figures = bare.measuring(3, rate)()
                     assert sorted(figures) == ["broker", "per second"]
                     assert bare.left() == 0
+
+
+def test_the_floor_of_polls_handles_every_message() -> None:
+    try:
+        rabbitmq.ensure_installed("system")
+    except rabbitmq.NotAvailable as exc:
+        pytest.skip(str(exc))
+    with rabbitmq.Node(rabbitmq.distribution("system")) as node:
+        place = Place(node, Servers(node.url(), "", ""), True, [], ["amqp"], ())
+        for kind, barriers in poll_floor.KINDS.items():
+            floor_of_kind = poll_floor.Bare(place, kind, 2, "amqp, 16 shards")
+            with contextlib.closing(floor_of_kind) as bare:
+                figures = bare.measuring(4, 200.0)()
+                assert sorted(figures) == (["broker", "p50", "p99"] if barriers else ["broker"])
+                if barriers:
+                    assert bare.copies() == 8
