@@ -262,11 +262,7 @@ async def _values(
 
 
 def _unfailed_parents(nodes: Iterable[Any]) -> Dict[str, Any]:
-    """Return the tasks before *nodes* in a chain that are not known to have ended, first to last.
-
-    Raises:
-        Exception: the exception of one that has failed.
-    """
+    """Return the tasks before *nodes* in a chain not known to have ended, first to last."""
     unknown: Dict[str, Any] = {}
     for node in nodes:
         for parent in reversed(list(trees.parents(node))):

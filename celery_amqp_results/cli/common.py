@@ -118,11 +118,7 @@ def report_errors() -> Iterator[None]:
 
 
 def _open(app: Any) -> AMQPBackend:
-    """Return a backend for the command alone, configured like that of *app*.
-
-    Raises:
-        Failed: when the app has another backend.
-    """
+    """Return a backend for the command alone, configured like that of *app*."""
     try:
         theirs = app.backend
     except ImportError as exc:

@@ -93,12 +93,7 @@ def _lost(what: str, prefix: str) -> Finding:
 
 
 def _wait_for_inbox(inbox: Inbox, task_id: str, waiting: Future[List[Any]]) -> None:
-    """Wait until the broker pushes new states of a task to this process.
-
-    Raises:
-        TimeoutError: when the inbox does not cover the task in time.
-        Exception: the error of the wait.
-    """
+    """Wait until the broker pushes new states of a task to this process."""
     end = time.monotonic() + PROBE_TIMEOUT
     while not inbox.covers(task_id):
         if waiting.done():

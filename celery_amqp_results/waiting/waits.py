@@ -365,11 +365,7 @@ class _Missing:
 
 
 def _unfailed_parents(result: Any) -> List[Any]:
-    """Return the tasks before a group in a chain that are not known to have ended.
-
-    Raises:
-        Exception: the exception of one that has failed.
-    """
+    """Return the tasks before a group in a chain that are not known to have ended."""
     unknown = []
     for parent in trees.parents(result):
         if not _is_ready(parent):
