@@ -188,7 +188,6 @@ class ConfirmLog:
         Returns:
             The number of live copies among them. A queue that is bound to the exchange did not take
             them; the durable copies are not affected.
-            them; the states are kept nevertheless.
         """
         for publication in _taken(self._kept, tag, multiple):
             publication.refusals += 1
