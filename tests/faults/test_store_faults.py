@@ -82,7 +82,16 @@ def test_confirmed_results_survive_a_broker_that_is_killed_repeatedly(
 
     def more_are_confirmed(count: int) -> None:
         wanted = sum(len(w.confirmed) for w in writers) + count
-        eventually(lambda: sum(len(w.confirmed) for w in writers) >= wanted, 60)
+        eventually(
+            lambda: (
+                any(w.error is not None for w in writers)
+                or sum(len(w.confirmed) for w in writers) >= wanted
+            ),
+            60,
+        )
+        for writer in writers:
+            if writer.error is not None:
+                raise writer.error
 
     for _ in range(5 if LOAD else 2):
         # Given results that are being stored
