@@ -119,7 +119,11 @@ class Bridge:
         added, self._added = self._added, []
         wanted = [task_id for task_id in added if task_id in self._subscribers]
         if wanted:
-            self._driver.add(wanted)
+            try:
+                self._driver.add(wanted)
+            except Exception as exc:
+                # No thread can be started now.
+                self._fail_tasks(wanted, exc)
 
     def unsubscribe(self, ids: Iterable[str], subscriber: Subscriber) -> None:
         """Send no more updates of *ids* to *subscriber*."""

@@ -126,9 +126,10 @@ class Driver:
             if self._follower is None:
                 if not add:
                     return
-                self._follower = self._layout.follower(_submit)
+                follower = self._layout.follower(_submit)
+                start_thread(self._run, "aio-follow", follower)
+                self._follower = follower
                 self.running = True
-                start_thread(self._run, "aio-follow", self._follower)
             self._commands.append((add, ids))
             self._follower.poke()
 

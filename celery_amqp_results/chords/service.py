@@ -281,8 +281,8 @@ class Service:
                 elif isinstance(action, actions.LookUp):
                     self._helpers.submit(functools.partial(self._look_up, action))
                 elif isinstance(action, actions.Fire):
-                    self._sending.add(action.plan.mark)
                     self._helpers.submit(functools.partial(self._send, action, session))
+                    self._sending.add(action.plan.mark)
                 else:
                     self.abandoned += 1
                     logger.error("chord %s is given up: %s", action.group_id, action.why)

@@ -20,7 +20,7 @@ from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import aio, errors
 from celery_amqp_results.aio import bridge, driver
-from tests.broker.helpers import LONG, new_id
+from tests.broker.helpers import LONG, fail_once, new_id
 from tests.conftest import PATIENCE, Apps
 from tools import rabbitmq
 
@@ -609,6 +609,22 @@ def test_a_forked_child_waits_on_a_loop_of_its_own(app: Celery, worker: Celery) 
         assert os.WEXITSTATUS(status) == 0
         store(worker, after, 2)
         assert await waiting == 2
+
+    run(scenario)
+
+
+def test_a_thread_that_cannot_be_started_fails_only_the_waiters_of_that_moment(
+    app: Celery, worker: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_once(monkeypatch, driver)
+    task_id = new_id()
+    store(worker, task_id, 1)
+
+    async def scenario() -> None:
+        waiting = [aio.get(task_id, app=app, timeout=LONG) for _ in range(2)]
+        for failure in await asyncio.gather(*waiting, return_exceptions=True):
+            assert "can't start new thread" in str(failure)
+        assert await aio.get(task_id, app=app, timeout=LONG) == 1
 
     run(scenario)
 

@@ -17,10 +17,11 @@ from celery.utils.functional import regen
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results import errors
-from celery_amqp_results.chords import firing, session
+from celery_amqp_results.chords import firing, helpers, service, session
 from celery_amqp_results.chords.service import Service
 from celery_amqp_results.protocol.message import PART
 from celery_amqp_results.protocol.names import PLAN_QUEUES
+from tests.broker.helpers import fail_once
 from tests.conftest import PATIENCE, Apps, eventually
 from tools.proxy import Proxy
 
@@ -484,6 +485,23 @@ def test_open_plans_are_taken_again_before_the_broker_finds_them_held_for_too_lo
     for task_id in (ids[1], *added):
         app.backend.mark_as_done(task_id, 2, request(task_id, group_id, body))
     assert sent.once() == [1, 2, 2]
+    eventually(lambda: leading.open == 0)
+    app.backend.close()
+    assert plans_left(raw, app) == 0
+
+
+def test_a_chord_is_fired_after_a_helper_thread_could_not_be_started(
+    app: Celery, group_id: str, sent: Sent, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(helpers, "HELPER_IDLE", 0.01)
+    monkeypatch.setattr(service, "REFUSED_SECONDS", 0.1)
+    leading = lead(app)
+    (task_id,) = new_ids(1)
+    body = send(app, group_id, [task_id])
+    eventually(lambda: leading.progress(group_id) and not leading._helpers._threads)
+    fail_once(monkeypatch, helpers)
+    app.backend.mark_as_done(task_id, 1, request(task_id, group_id, body))
+    assert sent.once() == [1]
     eventually(lambda: leading.open == 0)
     app.backend.close()
     assert plans_left(raw, app) == 0
