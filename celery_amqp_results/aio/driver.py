@@ -140,10 +140,13 @@ class Driver:
         except Exception as exc:
             logger.exception("results are not handed to the event loop any more")
             failure = exc
+        commands: List[Tuple[bool, Sequence[str]]] = []
         with self._lock:
-            self._follower = None
-            self.running = False
-            commands, self._commands = self._commands, []
+            # Another thread may have been started as this one ended.
+            if self._follower is follower:
+                self._follower = None
+                self.running = False
+                commands, self._commands = self._commands, []
         if failure is not None:
             ids = [task_id for add, ids in commands if add for task_id in ids]
             self._post(self._fail, [*follower.pending, *ids], failure)

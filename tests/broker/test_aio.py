@@ -629,6 +629,40 @@ def test_a_thread_that_cannot_be_started_fails_only_the_waiters_of_that_moment(
     run(scenario)
 
 
+def test_a_wait_that_begins_as_the_idle_thread_ends_is_not_lost(
+    app: Celery, worker: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "LINGER", 0.05)
+    follow = driver.Driver._follow
+    idle, resumed = threading.Event(), threading.Event()
+    ending: List[threading.Thread] = []
+
+    def followed(self: driver.Driver, follower: Any) -> None:
+        if ending:
+            ending[0].join(LONG)
+        follow(self, follower)
+        if not ending:
+            ending.append(threading.current_thread())
+            idle.set()
+            assert resumed.wait(LONG)
+
+    monkeypatch.setattr(driver.Driver, "_follow", followed)
+    first, second = new_id(), new_id()
+    store(worker, first, 1)
+
+    async def scenario() -> None:
+        assert await aio.get(first, app=app, timeout=LONG) == 1
+        await until(idle.is_set)
+        waiting = asyncio.ensure_future(aio.get(second, app=app, timeout=LONG))
+        (of_loop,) = bridge._bridges[asyncio.get_running_loop()].values()
+        await until(lambda: of_loop._driver.running)
+        resumed.set()
+        await asyncio.to_thread(store, worker, second, 2)
+        assert await waiting == 2
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("layout", ["shared", "per-task"])
 def test_an_undecodable_result_fails_only_its_own_waiter(make_app: Apps, layout: str) -> None:
     options = {"layout": layout, **({"shards": 8} if layout == "shared" else {})}
