@@ -772,3 +772,33 @@ def test_an_event_loop_runs_beside_greenlets(app: Celery, amqp_url: str, kind: s
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+AT_EXIT = """
+import asyncio, atexit, sys
+from celery import Celery
+from celery_amqp_results import aio
+
+app = Celery("exit", broker=sys.argv[1], backend="amqp://")
+app.conf.result_exchange = sys.argv[2]
+
+async def ask():
+    try:
+        await asyncio.wait_for(aio.get_meta("some-id", app=app), float(sys.argv[3]))
+    except Exception as exc:
+        print(type(exc).__name__, exc, flush=True)
+
+# Registered first, so called after the interpreter has stopped its threads.
+atexit.register(lambda: asyncio.run(ask()))
+"""
+
+
+def test_asking_when_the_interpreter_ends_raises_an_error(app: Celery, amqp_url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, amqp_url, app.conf.result_exchange, str(PATIENCE / 2)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.stdout.startswith("RuntimeError"), done
