@@ -74,7 +74,8 @@ class Helpers:
                 return
             try:
                 function()
-            except Exception:
+            except BaseException:
+                # User code may raise SystemExit, for example.
                 logger.exception("a helper of the chord leader has failed")
             finally:
                 with self._lock:

@@ -40,3 +40,18 @@ def test_a_function_waits_for_another_thread_if_none_can_be_started(
     eventually(lambda: not threads.busy)
     assert ran == [True, 2]
     threads.close()
+
+
+def test_a_thread_survives_whatever_a_function_raises() -> None:
+    threads = helpers.Helpers("test", most=1)
+    ran: List[str] = []
+
+    def leave() -> None:
+        raise SystemExit(1)
+
+    threads.submit(leave)
+    eventually(lambda: not threads.busy)
+    threads.submit(lambda: ran.append("later"))
+    eventually(lambda: not threads.busy, timeout=PATIENCE / 4)
+    assert ran == ["later"]
+    threads.close()
