@@ -16,6 +16,7 @@ from celery_amqp_results.amqp.failures import TRANSIENT, was_refused
 from celery_amqp_results.celery4.api import Celery4API
 from celery_amqp_results.celery4.consumer import Consumer
 from celery_amqp_results.celery4.producer import Exchange, Producer
+from celery_amqp_results.chords.firing import call_errbacks
 from celery_amqp_results.chords.hooks import ChordHooks
 from celery_amqp_results.config import BackendConfig, Location, Own, expiry_of
 from celery_amqp_results.errors import BacklogLimitExceeded
@@ -373,6 +374,10 @@ class AMQPBackend(Backend):
             for request in self.chords.enclosing(callback):
                 self.on_chord_part_return(request, states.FAILURE, exc)
         return info
+
+    def _call_task_errbacks(self, request: Any, exc: Any, traceback: Any) -> None:
+        call = super()._call_task_errbacks
+        call_errbacks(request.id, lambda: call(request, exc, traceback))
 
     # -- what Celery 4.3 documents, and Celery 5 does not call -----------------------------------
 

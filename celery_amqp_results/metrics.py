@@ -86,3 +86,8 @@ class Metrics:
             for name, value in part.as_dict().items():
                 sums[name] = sums.get(name, 0) + value
         return cls(**sums)
+
+    def counters(self) -> Metrics:
+        """Return a copy without the values that only a running layout has."""
+        gauges = [f.name for f in dataclasses.fields(self) if f.metadata["kind"] == GAUGE]
+        return dataclasses.replace(self, **dict.fromkeys(gauges, 0))

@@ -7,7 +7,6 @@ Equal backends of an app share a layout, and so its connections. It may import `
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import os
 import threading
 import weakref
@@ -74,7 +73,7 @@ class LayoutRegistry:
         with self._lock:
             layout = self._layouts.pop(key, None)
             if layout is not None:
-                done = dataclasses.replace(layout.metrics(), waiting=0, views=0, view_bytes=0)
+                done = layout.metrics().counters()
                 self._past[key] = Metrics.total((self._past.get(key, Metrics()), done))
         if layout is not None:
             layout.close()

@@ -119,7 +119,11 @@ class Bridge:
         added, self._added = self._added, []
         wanted = [task_id for task_id in added if task_id in self._subscribers]
         if wanted:
-            self._driver.add(wanted)
+            try:
+                self._driver.add(wanted)
+            except Exception as exc:
+                # No thread can be started now.
+                self._fail_tasks(wanted, exc)
 
     def unsubscribe(self, ids: Iterable[str], subscriber: Subscriber) -> None:
         """Send no more updates of *ids* to *subscriber*."""
@@ -238,9 +242,7 @@ class Bridge:
         asked, self._asked = self._asked, {}
         if not asked:
             return
-        task = asyncio.get_running_loop().run_in_executor(
-            threads.get(), self.layout.poll, list(asked)
-        )
+        loop = asyncio.get_running_loop()
 
         def answer(done: asyncio.Future[Dict[str, Optional[StateMessage]]]) -> None:
             failure = None if done.cancelled() else done.exception()
@@ -255,6 +257,12 @@ class Bridge:
                     else:
                         future.set_result(done.result()[task_id])
 
+        try:
+            task = loop.run_in_executor(threads.get(), self.layout.poll, list(asked))
+        except Exception as exc:
+            # The interpreter is about to end, or no thread can be started now.
+            task = loop.create_future()
+            task.set_exception(exc)
         task.add_done_callback(answer)
 
 

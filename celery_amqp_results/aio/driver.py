@@ -126,9 +126,10 @@ class Driver:
             if self._follower is None:
                 if not add:
                     return
-                self._follower = self._layout.follower(_submit)
+                follower = self._layout.follower(_submit)
+                start_thread(self._run, "aio-follow", follower)
+                self._follower = follower
                 self.running = True
-                start_thread(self._run, "aio-follow", self._follower)
             self._commands.append((add, ids))
             self._follower.poke()
 
@@ -139,10 +140,13 @@ class Driver:
         except Exception as exc:
             logger.exception("results are not handed to the event loop any more")
             failure = exc
+        commands: List[Tuple[bool, Sequence[str]]] = []
         with self._lock:
-            self._follower = None
-            self.running = False
-            commands, self._commands = self._commands, []
+            # Another thread may have been started as this one ended.
+            if self._follower is follower:
+                self._follower = None
+                self.running = False
+                commands, self._commands = self._commands, []
         if failure is not None:
             ids = [task_id for add, ids in commands if add for task_id in ids]
             self._post(self._fail, [*follower.pending, *ids], failure)

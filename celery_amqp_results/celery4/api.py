@@ -156,7 +156,9 @@ class Celery4API:
         """
         task_id = id_text(task_id)
         meta = self._end_of(task_id, Patience(timeout, None, on_interval))
-        self._backend._cache[task_id] = meta
+        # After any other final state the task may run again, and succeed.
+        if meta["status"] == states.SUCCESS:
+            self._backend._cache[task_id] = meta
         return meta
 
     def _end_of(self, task_id: str, patience: Patience) -> Meta:

@@ -28,7 +28,7 @@ from celery_amqp_results.chords.service import NotSent, read_ends
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store.lookup import Store
 
-__all__ = ("BodySender", "Firing", "last_links", "sends_for_another")
+__all__ = ("BodySender", "Firing", "call_errbacks", "last_links", "sends_for_another")
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,24 @@ IDLE_SECONDS = 30.0
 _forwarded: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar(
     "celery_amqp_results_forwarded", default=None
 )
+
+
+#: Whether this thread or greenlet reports the failure of a chord.
+_failing: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "celery_amqp_results_failing", default=False
+)
+
+
+def call_errbacks(task_id: str, call: Callable[[], None]) -> None:
+    """Call the errbacks of a task; none of them keeps the failure of a chord from being stored."""
+    try:
+        call()
+    except Exception:
+        raise
+    except BaseException:
+        if not _failing.get():
+            raise
+        logger.exception("an errback of %s ends its thread, which goes on", task_id)
 
 
 def sends_for_another(task_id: str) -> bool:
@@ -103,7 +121,8 @@ class Firing:
         except ChordError as exc:
             logger.error("Chord %r raised: %r", group_id, exc)
             self._fail(app, signature, exc)
-        except Exception as exc:
+        except BaseException as exc:
+            # User code may raise SystemExit, for example.
             logger.exception("Chord %r raised: %r", group_id, exc)
             self._fail(app, signature, _chord_error(f"Join error: {exc!r}", exc))
         else:
@@ -115,7 +134,7 @@ class Firing:
         token = _forwarded.set(signature.options.get("task_id") if forwarded else None)
         try:
             self.bodies.send(signature, results, _ancestors(signature, action))
-        except Exception as exc:
+        except BaseException as exc:
             if isinstance(exc, TRANSIENT) and action.failures + 1 < TRIES:
                 raise NotSent(repr(exc)) from exc
             logger.exception("Chord callback for %r raised: %r", action.plan.group_id, exc)
@@ -125,10 +144,13 @@ class Firing:
 
     @staticmethod
     def _fail(app: Any, signature: Any, exc: ChordError) -> None:
+        token = _failing.set(True)
         try:
             app.backend.chord_error_from_stack(signature, exc)
         except UNAVAILABLE as unavailable:
             raise NotSent(f"its failure could not be stored: {unavailable}") from unavailable
+        finally:
+            _failing.reset(token)
 
     def _results(self, backend: Any, action: Fire) -> List[Any]:
         """Return the results of the header, in its order and nesting.

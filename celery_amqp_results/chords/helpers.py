@@ -32,13 +32,21 @@ class Helpers:
         self._queue: queue.Queue[Optional[Callable[[], None]]] = queue.Queue()
 
     def submit(self, function: Callable[[], None]) -> None:
-        """Call *function* soon."""
+        """Call *function* soon.
+
+        Raises:
+            RuntimeError: when there is no thread, and none can be started.
+        """
         with self._lock:
+            if self._threads < min(self._most, self._busy + 1):
+                try:
+                    start_thread(self._run, self._name)
+                    self._threads += 1
+                except RuntimeError:
+                    if not self._threads:
+                        raise
             self._busy += 1
             self._queue.put(function)
-            if self._threads < min(self._most, self._busy):
-                self._threads += 1
-                start_thread(self._run, self._name)
 
     @property
     def busy(self) -> bool:
@@ -66,7 +74,8 @@ class Helpers:
                 return
             try:
                 function()
-            except Exception:
+            except BaseException:
+                # User code may raise SystemExit, for example.
                 logger.exception("a helper of the chord leader has failed")
             finally:
                 with self._lock:

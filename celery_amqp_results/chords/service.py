@@ -281,8 +281,8 @@ class Service:
                 elif isinstance(action, actions.LookUp):
                     self._helpers.submit(functools.partial(self._look_up, action))
                 elif isinstance(action, actions.Fire):
-                    self._sending.add(action.plan.mark)
                     self._helpers.submit(functools.partial(self._send, action, session))
+                    self._sending.add(action.plan.mark)
                 else:
                     self.abandoned += 1
                     logger.error("chord %s is given up: %s", action.group_id, action.why)
@@ -294,7 +294,7 @@ class Service:
         try:
             found = read_ends(self._store, request.tasks)
             bodies = self._store.read(request.bodies) if request.bodies else {}
-        except Exception as exc:
+        except BaseException as exc:
             logger.warning("the results of chords could not be looked up: %r", exc)
             self._finish(lambda now: self._leader.look_up_failed(request, now))
         else:
@@ -311,7 +311,7 @@ class Service:
                 "the body of chord %s was not sent, trying again: %s", action.plan.group_id, exc
             )
             self._finish(lambda now: self._end_sending(mark, now, False))
-        except Exception:
+        except BaseException:
             logger.exception("chord %s could not be fired", action.plan.group_id)
             self._finish(lambda now: self._end_sending(mark, now, True))
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import collections.abc
 import functools
+import os
 import threading
 import uuid
 import weakref
@@ -34,6 +35,14 @@ MAX_LINKS = 100
 _tracings: weakref.WeakKeyDictionary[Any, _Tracing] = weakref.WeakKeyDictionary()
 _patched = threading.Lock()
 _originals: Dict[str, Callable[..., Any]] = {}
+
+
+def _after_fork() -> None:
+    for tracing in list(_tracings.values()):
+        tracing.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def trace(app: Any, tracer_provider: Any = None) -> None:
@@ -76,6 +85,10 @@ class _Tracing:
         self.tracer = tracer
         self._lock = threading.Lock()
         self._sent: BoundedDict[str, Any] = BoundedDict(MAX_REMEMBERED)
+
+    def after_fork(self) -> None:
+        """Make the lock anew: a thread of the parent may have held it."""
+        self._lock = threading.Lock()
 
     def remember(self, headers: Optional[Mapping[str, Any]] = None, **kwargs: Any) -> None:
         """Remember the trace in which a task is sent: a handler of ``before_task_publish``."""

@@ -303,7 +303,7 @@ class Inbox:
             if missed:
                 self.suspect(f"{missed} is stored, and was not pushed")
 
-    def doubt(self, look: Look, exc: Exception) -> None:
+    def doubt(self, look: Look, why: str) -> None:
         """Forget everything if *look* was to check a live view, and the store did not answer.
 
         The node may be cut off from its cluster. It would still answer barriers, but receives no
@@ -311,7 +311,7 @@ class Inbox:
         """
         with self._changed:
             if self._table.checks(look):
-                self.suspect(f"a shard view could not be checked ({exc})")
+                self.suspect(f"a shard view could not be checked ({why})")
 
     def forget(self, task_id: str) -> None:
         """Drop the knowledge of a task that is no longer stored."""

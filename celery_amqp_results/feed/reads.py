@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Collection, Dict, Iterable, List, Optional
 
 from kombu.exceptions import ContentDisallowed
@@ -14,6 +15,7 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.pool import AllInUse
 from celery_amqp_results.feed.inbox import Inbox
+from celery_amqp_results.feed.views import Look
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.page import Census
 from celery_amqp_results.protocol.ranking import fold, is_final
@@ -143,9 +145,15 @@ class Reads:
             found = self._store.read(ids, deadline, censuses=censuses)
         except BaseException as exc:
             censuses.clear()
-            if isinstance(exc, errors.LookupTimeout) and not isinstance(exc, AllInUse):
-                self._inbox.doubt(look, exc)
+            if self._is_silence(exc, look):
+                self._inbox.doubt(look, str(exc))
             raise
         finally:
             self._inbox.end(look, found, censuses)
         return found
+
+    def _is_silence(self, exc: BaseException, look: Look) -> bool:
+        """Whether the store did not answer, and had its full time for that."""
+        if not isinstance(exc, errors.LookupTimeout) or isinstance(exc, AllInUse):
+            return False
+        return time.monotonic() - look.began >= self._store.lookup_timeout

@@ -142,6 +142,11 @@ class TaskQueues:
                 # The broker may have restarted without the exchange.
                 self._exchange_declared = False
                 if is_refusal(exc) or not retry.wait_before_retry(tries, exc, deadline):
+                    if isinstance(exc, amqp_errors.MessageNacked):
+                        raise errors.NotConfirmed(
+                            f"{failure}: the broker refused to take (nack) it {tries.failed} "
+                            f"times, at {self.connector.describe()}"
+                        ) from exc
                     raise errors.BackendUnavailable(
                         f"{failure}, after {max(1, tries.failed)} tries at "
                         f"{self.connector.describe()}: {exc!r}"
@@ -288,10 +293,6 @@ class TaskQueues:
             raise errors.ResultTooLarge(
                 f"the broker refuses a message of {len(body)} bytes for the queue {name}: {exc}. "
                 "Its limit is the setting max_message_size."
-            ) from exc
-        except amqp_errors.MessageNacked as exc:
-            raise errors.NotConfirmed(
-                f"the broker did not take a message for the queue {name}"
             ) from exc
         return returned[0] if returned else ""
 

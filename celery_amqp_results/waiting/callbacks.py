@@ -72,10 +72,11 @@ class PendingResults:
             now = time.monotonic()
             self._added.append((task_id, now))
             if self._follower is None:
-                self._follower = self._make_follower()
+                follower = self._make_follower()
+                start_thread(self._run, "callbacks", follower)
+                self._follower = follower
                 # Results left over from a thread that ended by an error.
                 self._added.extend((left, now) for left in self._results)
-                start_thread(self._run, "callbacks", self._follower)
             self._follower.poke()
 
     def remove(self, result: Any) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from types import ModuleType
 from typing import Any, Callable, Optional
 
+import pytest
 from celery import Celery, states
 
+from celery_amqp_results.toolkit.threads import start_thread
 from tests.conftest import PATIENCE
 
 #: Seconds after which a wait counts as hanging.
@@ -17,6 +20,19 @@ LONG = PATIENCE
 
 def new_id() -> str:
     return str(uuid.uuid4())
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    """Make the first thread that *module* starts fail, as the system does at its limit."""
+    failed = threading.Event()
+
+    def fail(*args: Any) -> threading.Thread:
+        if failed.is_set():
+            return start_thread(*args)
+        failed.set()
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(module, "start_thread", fail)
 
 
 class Waiting:

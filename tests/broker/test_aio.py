@@ -20,7 +20,7 @@ from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import aio, errors
 from celery_amqp_results.aio import bridge, driver
-from tests.broker.helpers import LONG, new_id
+from tests.broker.helpers import LONG, fail_once, new_id
 from tests.conftest import PATIENCE, Apps
 from tools import rabbitmq
 
@@ -613,6 +613,56 @@ def test_a_forked_child_waits_on_a_loop_of_its_own(app: Celery, worker: Celery) 
     run(scenario)
 
 
+def test_a_thread_that_cannot_be_started_fails_only_the_waiters_of_that_moment(
+    app: Celery, worker: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_once(monkeypatch, driver)
+    task_id = new_id()
+    store(worker, task_id, 1)
+
+    async def scenario() -> None:
+        waiting = [aio.get(task_id, app=app, timeout=LONG) for _ in range(2)]
+        for failure in await asyncio.gather(*waiting, return_exceptions=True):
+            assert "can't start new thread" in str(failure)
+        assert await aio.get(task_id, app=app, timeout=LONG) == 1
+
+    run(scenario)
+
+
+def test_a_wait_that_begins_as_the_idle_thread_ends_is_not_lost(
+    app: Celery, worker: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "LINGER", 0.05)
+    follow = driver.Driver._follow
+    idle, resumed = threading.Event(), threading.Event()
+    ending: List[threading.Thread] = []
+
+    def followed(self: driver.Driver, follower: Any) -> None:
+        if ending:
+            ending[0].join(LONG)
+        follow(self, follower)
+        if not ending:
+            ending.append(threading.current_thread())
+            idle.set()
+            assert resumed.wait(LONG)
+
+    monkeypatch.setattr(driver.Driver, "_follow", followed)
+    first, second = new_id(), new_id()
+    store(worker, first, 1)
+
+    async def scenario() -> None:
+        assert await aio.get(first, app=app, timeout=LONG) == 1
+        await until(idle.is_set)
+        waiting = asyncio.ensure_future(aio.get(second, app=app, timeout=LONG))
+        (of_loop,) = bridge._bridges[asyncio.get_running_loop()].values()
+        await until(lambda: of_loop._driver.running)
+        resumed.set()
+        await asyncio.to_thread(store, worker, second, 2)
+        assert await waiting == 2
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("layout", ["shared", "per-task"])
 def test_an_undecodable_result_fails_only_its_own_waiter(make_app: Apps, layout: str) -> None:
     options = {"layout": layout, **({"shards": 8} if layout == "shared" else {})}
@@ -722,3 +772,33 @@ def test_an_event_loop_runs_beside_greenlets(app: Celery, amqp_url: str, kind: s
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+AT_EXIT = """
+import asyncio, atexit, sys
+from celery import Celery
+from celery_amqp_results import aio
+
+app = Celery("exit", broker=sys.argv[1], backend="amqp://")
+app.conf.result_exchange = sys.argv[2]
+
+async def ask():
+    try:
+        await asyncio.wait_for(aio.get_meta("some-id", app=app), float(sys.argv[3]))
+    except Exception as exc:
+        print(type(exc).__name__, exc, flush=True)
+
+# Registered first, so called after the interpreter has stopped its threads.
+atexit.register(lambda: asyncio.run(ask()))
+"""
+
+
+def test_asking_when_the_interpreter_ends_raises_an_error(app: Celery, amqp_url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, amqp_url, app.conf.result_exchange, str(PATIENCE / 2)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.stdout.startswith("RuntimeError"), done

@@ -10,7 +10,8 @@ import pytest
 from celery import Celery, states
 from celery.result import GroupResult
 
-from tests.broker.helpers import LONG, Waiting, new_id
+from celery_amqp_results.waiting import callbacks
+from tests.broker.helpers import LONG, Waiting, fail_once, new_id
 from tests.conftest import Apps
 
 
@@ -220,6 +221,18 @@ def test_callbacks_run_after_their_idle_thread_has_ended(
         called.wait()
         thread = called.threads[0]
         eventually(lambda thread=thread: not thread.is_alive())
+
+
+def test_callbacks_are_called_after_a_thread_could_not_be_started(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_once(monkeypatch, callbacks)
+    result, called = app.AsyncResult(new_id()), Calls()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        result.then(called)
+    result.then(called)
+    app.backend.store_result(result.id, 1, states.SUCCESS)
+    assert called.wait() is result
 
 
 def test_a_result_set_does_not_start_following_its_members(

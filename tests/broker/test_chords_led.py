@@ -17,10 +17,11 @@ from celery.utils.functional import regen
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results import errors
-from celery_amqp_results.chords import firing, session
+from celery_amqp_results.chords import firing, helpers, service, session
 from celery_amqp_results.chords.service import Service
 from celery_amqp_results.protocol.message import PART
 from celery_amqp_results.protocol.names import PLAN_QUEUES
+from tests.broker.helpers import fail_once
 from tests.conftest import PATIENCE, Apps, eventually
 from tools.proxy import Proxy
 
@@ -339,6 +340,40 @@ def test_a_body_that_cannot_be_sent_fails_the_chord(
     assert len(tries) == firing.TRIES
 
 
+def fail_header(app: Celery, group_id: str, errback: Any) -> Any:
+    """Send a chord whose header fails, and return the result of its body."""
+    body = app.signature("tests.body", options={"link_error": [errback]})
+    body.freeze()
+    (task_id,) = new_ids(1)
+    send(app, group_id, [task_id], body)
+    app.backend.mark_as_failure(
+        task_id, ValueError("x"), request=request(task_id, group_id, body), call_errbacks=False
+    )
+    return app.AsyncResult(body.id)
+
+
+def test_an_errback_that_ends_its_thread_keeps_no_chord_from_ending(
+    app: Celery, group_id: str, sent: Sent, raw: Any
+) -> None:
+    @app.task(name=f"errback-{group_id}", shared=False)
+    def errback(request: Any, exc: Any, traceback: Any) -> None:
+        raise SystemExit(1)
+
+    leading = lead(app)
+    result = fail_header(app, group_id, errback.s())
+    eventually(result.ready)
+    assert isinstance(result.result, ChordError)
+    assert "ValueError" in str(result.result)
+    second = str(uuid.uuid4())
+    (task_id,) = new_ids(1)
+    body = send(app, second, [task_id])
+    app.backend.mark_as_done(task_id, 1, request(task_id, second, body))
+    assert sent.once() == [1]
+    eventually(lambda: leading.open == 0)
+    app.backend.close()
+    assert plans_left(raw, app) == 0
+
+
 def test_a_result_that_cannot_be_decoded_fails_the_chord(make_app: Apps, group_id: str) -> None:
     app = make_app()
     pickling = make_app(result_serializer="pickle", result_accept_content=["pickle", "json"])
@@ -484,6 +519,23 @@ def test_open_plans_are_taken_again_before_the_broker_finds_them_held_for_too_lo
     for task_id in (ids[1], *added):
         app.backend.mark_as_done(task_id, 2, request(task_id, group_id, body))
     assert sent.once() == [1, 2, 2]
+    eventually(lambda: leading.open == 0)
+    app.backend.close()
+    assert plans_left(raw, app) == 0
+
+
+def test_a_chord_is_fired_after_a_helper_thread_could_not_be_started(
+    app: Celery, group_id: str, sent: Sent, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(helpers, "HELPER_IDLE", 0.01)
+    monkeypatch.setattr(service, "REFUSED_SECONDS", 0.1)
+    leading = lead(app)
+    (task_id,) = new_ids(1)
+    body = send(app, group_id, [task_id])
+    eventually(lambda: leading.progress(group_id) and not leading._helpers._threads)
+    fail_once(monkeypatch, helpers)
+    app.backend.mark_as_done(task_id, 1, request(task_id, group_id, body))
+    assert sent.once() == [1]
     eventually(lambda: leading.open == 0)
     app.backend.close()
     assert plans_left(raw, app) == 0

@@ -289,6 +289,13 @@ def test_consume_waits_and_leaves_the_result(app: Celery, task_ids: List[str]) -
         assert (meta["task_id"], meta["status"], meta["result"]) == (task_ids[0], "SUCCESS", 1)
 
 
+def test_a_success_after_a_consumed_failure_is_seen(app: Celery, task_ids: List[str]) -> None:
+    app.backend.store_result(task_ids[0], ValueError("first run"), states.FAILURE)
+    assert app.backend.consume(task_ids[0], timeout=LONG)["status"] == states.FAILURE
+    app.backend.store_result(task_ids[0], 2, states.SUCCESS)
+    assert app.AsyncResult(task_ids[0]).state == states.SUCCESS
+
+
 def test_consume_calls_on_interval(app: Celery, task_ids: List[str]) -> None:
     called: List[int] = []
     # A busy broker may take longer than that to connect.

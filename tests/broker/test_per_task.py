@@ -26,6 +26,7 @@ from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
 from celery_amqp_results.per_task.lookups import STILL_EMPTY_SECONDS
+from celery_amqp_results.toolkit import retry
 from tests import subprocess_jobs, subprocesses
 from tests.conftest import PATIENCE, PATIENT, Apps, raw_connection
 from tools import rabbitmq
@@ -280,6 +281,45 @@ def test_parameters_of_the_backend_win_over_the_settings(
     finally:
         backend.close()
         raw.channel().exchange_delete(exchange)
+
+
+def test_a_result_that_its_queue_refuses_is_tried_again(
+    make: Callable[..., Celery], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a queue that takes a single message, and is full
+    app, task_id = make(options={"retry_policy": {"max_retries": 3}}), broker.new_id()
+    queue, wait = task_id.replace("-", ""), retry.wait_before_retry
+    arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    with raw_connection(broker.url) as connection:
+        connection.channel().queue_declare(queue, auto_delete=False, arguments=arguments)
+    app.backend.store_result(task_id, None, states.STARTED)
+    refusals: List[BaseException] = []
+
+    def make_room(tries: Any, exc: BaseException, deadline: Any) -> bool:
+        refusals.append(exc)
+        with raw_connection(broker.url) as connection:
+            connection.channel().queue_purge(queue)
+        return wait(tries, exc, deadline)
+
+    # When it has room again after the first try
+    monkeypatch.setattr(retry, "wait_before_retry", make_room)
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    # Then the result is stored
+    assert [type(each) for each in refusals] == [amqp_errors.MessageNacked]
+    assert app.AsyncResult(task_id).result == 1
+
+
+def test_a_result_that_its_queue_goes_on_to_refuse_is_an_error(
+    make: Callable[..., Celery], broker: Broker
+) -> None:
+    app, task_id = make(options={"retry_policy": {"max_retries": 1}}), broker.new_id()
+    arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    with raw_connection(broker.url) as connection:
+        queue = task_id.replace("-", "")
+        connection.channel().queue_declare(queue, auto_delete=False, arguments=arguments)
+    app.backend.store_result(task_id, None, states.STARTED)
+    with pytest.raises(errors.NotConfirmed, match="nack"):
+        app.backend.store_result(task_id, 1, states.SUCCESS)
 
 
 def test_compression_has_no_effect(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from typing import Any, List
 
@@ -19,6 +21,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from celery_amqp_results.exporters import tracing
 from celery_amqp_results.exporters.tracing import trace
 
 
@@ -96,3 +99,22 @@ def test_another_app_has_no_spans(make_app: Apps, traces: Traces) -> None:
     trace(app, traces.provider)
     other.backend.store_result(new_id(), 1, states.SUCCESS)
     assert traces.named("store result") == []
+
+
+# Python 3.12 and later warn of a fork in a process with threads.
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_while_a_thread_remembers_a_trace_does_not_hang(
+    app: Celery, traces: Traces
+) -> None:
+    trace(app, traces.provider)
+    with tracing._tracings[app]._lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(int(LONG))
+            try:
+                tracing._tracings[app].remember({"id": new_id()})
+                with tracing._tracings[app]._lock:
+                    os._exit(0)
+            finally:
+                os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -314,6 +314,28 @@ def test_a_view_that_cannot_be_checked_is_not_used_again(
     assert reader.AsyncResult(task_id).state == states.STARTED
 
 
+def test_a_view_survives_a_check_that_a_short_timeout_ends(
+    writer: Celery, reader: Celery, amqp_url: str
+) -> None:
+    task_id = new_id()
+    writer.backend.store_result(task_id, 1, states.STARTED)
+    until_live(reader, task_id)
+    inbox = reader.backend.layout.inbox
+    opened = inbox.connections
+    inbox._table._memory.view(0).check_at = 0.0
+    # Given another reader that has the shard
+    with raw_connection(amqp_url) as holder:
+        queue = reader.backend.config.topology.shard_queue_name(0)
+        holder.channel().basic_consume(queue, callback=lambda message: None)
+        # When clients with short timeouts read it
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                reader.AsyncResult(task_id).get(timeout=0.2)
+    # Then the process stays connected, and remembers what it knew
+    assert reader.AsyncResult(task_id).state == states.STARTED
+    assert (inbox.connections, reader.backend.metrics().views) == (opened, 1)
+
+
 def test_where_barriers_are_refused_the_store_is_read(
     writer: Celery, reader: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
