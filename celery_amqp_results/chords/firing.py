@@ -12,11 +12,11 @@ import contextvars
 import logging
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Tuple, Type
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Type
 
 from celery import states
 from celery.canvas import _chain, chord, group, maybe_signature
-from celery.exceptions import ChordError
+from celery.exceptions import BackendStoreError, ChordError
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results import errors
@@ -27,6 +27,7 @@ from celery_amqp_results.chords.actions import Fire
 from celery_amqp_results.chords.service import NotSent, read_ends
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store.lookup import Store
+from celery_amqp_results.toolkit.bounded import BoundedDict
 
 __all__ = ("BodySender", "Firing", "call_errbacks", "last_links", "sends_for_another")
 
@@ -42,6 +43,16 @@ UNAVAILABLE: Tuple[Type[Exception], ...] = (
     *TRANSIENT,
 )
 
+#: Errors after which storing the failure of a chord is tried again.
+NOT_STORED: Tuple[Type[Exception], ...] = (
+    *UNAVAILABLE,
+    BackendStoreError,
+    errors.DeclarationRefused,
+)
+
+#: How many chords are remembered whose failure could not be stored.
+MAX_FAILING = 1_000
+
 #: How many times to try sending a body while the broker does not answer.
 TRIES = 5
 
@@ -54,22 +65,30 @@ _forwarded: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar(
 )
 
 
-#: Whether this thread or greenlet reports the failure of a chord.
-_failing: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "celery_amqp_results_failing", default=False
+#: The tasks whose errbacks were called for the chord whose failure is being reported here.
+_called: contextvars.ContextVar[Optional[Set[str]]] = contextvars.ContextVar(
+    "celery_amqp_results_called", default=None
 )
 
 
 def call_errbacks(task_id: str, call: Callable[[], None]) -> None:
-    """Call the errbacks of a task; none of them keeps the failure of a chord from being stored."""
-    try:
+    """Call the errbacks of a task.
+
+    For a chord that fails they are called once, however often its failure must be stored again, and
+    none of them keeps the failure from being stored.
+    """
+    called = _called.get()
+    if called is None:
         call()
-    except Exception:
-        raise
-    except BaseException:
-        if not _failing.get():
+    elif task_id not in called:
+        try:
+            call()
+        except Exception:
+            # Those that are tasks could not be sent: they are sent with the next try.
             raise
-        logger.exception("an errback of %s ends its thread, which goes on", task_id)
+        except BaseException:
+            logger.exception("an errback of %s ends its thread, which goes on", task_id)
+        called.add(task_id)
 
 
 def sends_for_another(task_id: str) -> bool:
@@ -98,6 +117,10 @@ class Firing:
         self._store = store
         self._content = content
         self.bodies = BodySender(app)
+        self._lock = threading.Lock()
+        #: Marks of the chords whose failure could not be stored yet, and the tasks whose errbacks
+        #: were called. They are kept when the connection is lost and the plans are redelivered.
+        self._called: BoundedDict[str, Set[str]] = BoundedDict(MAX_FAILING)
 
     def fire(self, action: Fire) -> None:
         """Send the body of a complete chord, or report the failure of its header.
@@ -120,11 +143,11 @@ class Firing:
             raise NotSent(f"its results could not be read: {exc}") from exc
         except ChordError as exc:
             logger.error("Chord %r raised: %r", group_id, exc)
-            self._fail(app, signature, exc)
+            self._fail(app, signature, action.plan.mark, exc)
         except BaseException as exc:
             # User code may raise SystemExit, for example.
             logger.exception("Chord %r raised: %r", group_id, exc)
-            self._fail(app, signature, _chord_error(f"Join error: {exc!r}", exc))
+            self._fail(app, signature, action.plan.mark, _chord_error(f"Join error: {exc!r}", exc))
         else:
             self._send(app, signature, results, action)
 
@@ -138,19 +161,25 @@ class Firing:
             if isinstance(exc, TRANSIENT) and action.failures + 1 < TRIES:
                 raise NotSent(repr(exc)) from exc
             logger.exception("Chord callback for %r raised: %r", action.plan.group_id, exc)
-            self._fail(app, signature, _chord_error(f"Callback error: {exc!r}", exc))
+            self._fail(
+                app, signature, action.plan.mark, _chord_error(f"Callback error: {exc!r}", exc)
+            )
         finally:
             _forwarded.reset(token)
 
-    @staticmethod
-    def _fail(app: Any, signature: Any, exc: ChordError) -> None:
-        token = _failing.set(True)
+    def _fail(self, app: Any, signature: Any, mark: str, exc: ChordError) -> None:
+        with self._lock:
+            called = self._called.get(mark) or set()
+            self._called[mark] = called
+        token = _called.set(called)
         try:
             app.backend.chord_error_from_stack(signature, exc)
-        except UNAVAILABLE as unavailable:
-            raise NotSent(f"its failure could not be stored: {unavailable}") from unavailable
+        except NOT_STORED as failure:
+            raise NotSent(f"its failure could not be stored: {failure}") from failure
         finally:
-            _failing.reset(token)
+            _called.reset(token)
+        with self._lock:
+            self._called.pop(mark)
 
     def _results(self, backend: Any, action: Fire) -> List[Any]:
         """Return the results of the header, in its order and nesting.

@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Type
 
 from celery.result import ResultSet
 
+from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.waiting.results import leaves
 
@@ -67,7 +68,7 @@ class Pass:
         if hasattr(self._local, "states"):
             yield
             return
-        missing = [task.id for task in tasks if task._cache is None]
+        missing = [id_text(task.id) for task in tasks if task._cache is None]
         self._local.states = read(missing) if missing else {}
         try:
             yield

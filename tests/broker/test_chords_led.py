@@ -11,7 +11,7 @@ import amqp
 import pytest
 from celery import Celery, chain, chord, group, signals, states
 from celery.app.task import Context
-from celery.exceptions import ChordError
+from celery.exceptions import BackendStoreError, ChordError
 from celery.result import AsyncResult, GroupResult
 from celery.utils.functional import regen
 from celery.utils.nodenames import anon_nodename
@@ -372,6 +372,45 @@ def test_an_errback_that_ends_its_thread_keeps_no_chord_from_ending(
     eventually(lambda: leading.open == 0)
     app.backend.close()
     assert plans_left(raw, app) == 0
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        errors.BackendUnavailable("away"),
+        BackendStoreError("failed to store result on the backend"),
+        errors.DeclarationRefused("refused"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_a_failure_that_could_not_be_stored_is_stored_later_and_errbacks_are_called_once(
+    make_app: Apps, group_id: str, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    app = make_app()
+    called: List[Any] = []
+    tries: List[str] = []
+
+    @app.task(name=f"errback-{group_id}", shared=False)
+    def errback(request: Any, exc: Any, traceback: Any) -> None:
+        called.append(request.id)
+
+    backend = type(app.backend)
+    fail_from_current_stack = backend.fail_from_current_stack
+
+    def fail_twice(self: Any, task_id: str, exc: Any = None) -> Any:
+        tries.append(task_id)
+        if len(tries) <= 2:
+            raise failure
+        return fail_from_current_stack(self, task_id, exc)
+
+    monkeypatch.setattr(backend, "fail_from_current_stack", fail_twice)
+    leading = lead(app)
+    result = fail_header(app, group_id, errback.s())
+    eventually(result.ready)
+    assert isinstance(result.result, ChordError)
+    assert len(tries) == 3
+    assert called == [result.id]
+    eventually(lambda: leading.open == 0)
 
 
 def test_a_result_that_cannot_be_decoded_fails_the_chord(make_app: Apps, group_id: str) -> None:

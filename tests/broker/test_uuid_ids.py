@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import uuid
 from typing import Any, Iterator
 
@@ -15,7 +16,7 @@ from kombu import serialization
 
 from celery_amqp_results import aio
 from celery_amqp_results.cli.describing import describe
-from tests.broker.helpers import LONG, until_stored
+from tests.broker.helpers import LONG, Waiting, until_stored
 from tests.conftest import Apps
 
 
@@ -99,6 +100,36 @@ def test_a_group_of_uuids_is_waited_for_in_every_way(app: Celery) -> None:
     assert found.keys() == set(map(str, members))
     assert {meta["task_id"] for meta in app.backend.watch(members, timeout=LONG)} == found.keys()
     assert {meta["task_id"] for meta in app.backend.watch(group(), timeout=LONG)} == found.keys()
+
+
+def test_a_group_of_uuids_tells_how_far_it_is(app: Celery) -> None:
+    done, failed, pending = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
+    app.backend.store_result(done, 1, states.SUCCESS)
+    app.backend.mark_as_failure(failed, KeyError("second"))
+
+    def group(*members: uuid.UUID) -> GroupResult:
+        return app.GroupResult(uuid.uuid4(), [app.AsyncResult(member) for member in members])
+
+    assert group(done).ready()
+    assert group(done).successful()
+    assert group(done, failed).failed()
+    assert group(done, pending).waiting()
+    assert group(done, pending).completed_count() == 1
+    for ask in (group(done, failed).maybe_throw, group(done, failed).maybe_reraise):
+        with pytest.raises(KeyError, match="second"):
+            ask()
+
+
+def test_a_task_behind_a_pending_uuid_is_waited_for(app: Celery, make_app: Apps) -> None:
+    task_id = uuid.uuid4()
+    result = app.AsyncResult(task_id, parent=app.AsyncResult(uuid.uuid4()))
+    asked = threading.Event()
+    waiting = Waiting(
+        lambda: result.get(timeout=LONG, interval=0.05, on_interval=lambda _: asked.set())
+    )
+    assert asked.wait(LONG) or waiting.result()
+    make_app(app.conf.result_backend).backend.store_result(task_id, 42, states.SUCCESS)
+    assert waiting.result() == 42
 
 
 def test_coroutines_take_a_uuid(app: Celery) -> None:
