@@ -81,7 +81,9 @@ class Bare:
         self._channel = self._link.channel()
         self._channel.confirm_select()
         self._channel.exchange_declare(self._exchange, "topic", auto_delete=False)
-        self._inboxes = [Inbox(_connection(place), self._exchange) for _ in range(inboxes)]
+        self._inboxes = [
+            Inbox(_connection(place), _connection(place), self._exchange) for _ in range(inboxes)
+        ]
 
     def close(self) -> None:
         """Delete what was declared, and close the connections."""
@@ -130,10 +132,15 @@ class Bare:
 
 
 class Inbox:
-    """An exclusive queue that copies and its own barriers come to, read by a thread."""
+    """An exclusive queue that copies and its own barriers come to, read by a thread.
 
-    def __init__(self, link: Any, exchange: str) -> None:
+    It publishes on a connection of its own: py-amqp reads from a connection before it publishes.
+    """
+
+    def __init__(self, link: Any, publishing: Any, exchange: str) -> None:
         self._link = link
+        self._publishing = publishing
+        self._sender = publishing.channel()
         self._exchange = exchange
         self._key = f"barrier.{uuid.uuid4()}"
         self._back = threading.Event()
@@ -154,16 +161,17 @@ class Inbox:
         self._back.clear()
         started = time.perf_counter()
         message = amqp.Message(b"", type="barrier", delivery_mode=1)
-        self._channel.basic_publish(message, self._exchange, self._key)
+        self._sender.basic_publish(message, self._exchange, self._key)
         if not self._back.wait(PATIENCE):
             raise RuntimeError("a barrier has not come back")
         return self._came_back - started
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connections."""
         self._closing = True
         self._thread.join(PATIENCE)
         self._link.close()
+        self._publishing.close()
 
     def _take(self, message: Any) -> None:
         if message.properties.get("type") != "barrier":
