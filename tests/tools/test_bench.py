@@ -350,37 +350,37 @@ def test_a_measure_that_fails_leaves_the_rows_of_the_others(
     assert "RuntimeError: no worker" in capsys.readouterr().out
 
 
-def test_the_floor_of_chords_handles_every_message() -> None:
+@pytest.fixture
+def place() -> Iterator[Place]:
+    """A place with a private node, and no Redis."""
     try:
         rabbitmq.ensure_installed("system")
     except rabbitmq.NotAvailable as exc:
         pytest.skip(str(exc))
     with rabbitmq.Node(rabbitmq.distribution("system")) as node:
         place = Place(node, Servers(node.url(), "", ""), True, [], ["amqp"], ())
-        for kind in floor.KINDS:
-            with contextlib.closing(floor.Bare(place, kind, "amqp, 16 shards")) as bare:
-                for rate in (None, 200.0):
-                    figures = bare.measuring(3, rate)()
-                    assert sorted(figures) == ["broker", "per second"]
-                    assert bare.left() == 0
+        yield place
+
+
+def test_the_floor_of_chords_handles_every_message(place: Place) -> None:
+    for kind in floor.KINDS:
+        with contextlib.closing(floor.Bare(place, kind, "amqp, 16 shards")) as bare:
+            for rate in (None, 200.0):
+                figures = bare.measuring(3, rate)()
+                assert sorted(figures) == ["broker", "per second"]
+                assert bare.left() == 0
 
 
 def has_copied(bare: poll_floor.Bare) -> bool:
     return bare.copies() == 8
 
 
-def test_the_floor_of_polls_handles_every_message() -> None:
-    try:
-        rabbitmq.ensure_installed("system")
-    except rabbitmq.NotAvailable as exc:
-        pytest.skip(str(exc))
-    with rabbitmq.Node(rabbitmq.distribution("system")) as node:
-        place = Place(node, Servers(node.url(), "", ""), True, [], ["amqp"], ())
-        for kind, barriers in poll_floor.KINDS.items():
-            floor_of_kind = poll_floor.Bare(place, kind, 2, "amqp, 16 shards")
-            with contextlib.closing(floor_of_kind) as bare:
-                figures = bare.measuring(4, 200.0)()
-                assert sorted(figures) == (["broker", "p50", "p99"] if barriers else ["broker"])
-                if barriers:
-                    # A copy may reach the inbox that passed no barrier a moment later.
-                    eventually(functools.partial(has_copied, bare))
+def test_the_floor_of_polls_handles_every_message(place: Place) -> None:
+    for kind, barriers in poll_floor.KINDS.items():
+        floor_of_kind = poll_floor.Bare(place, kind, 2, "amqp, 16 shards")
+        with contextlib.closing(floor_of_kind) as bare:
+            figures = bare.measuring(4, 200.0)()
+            assert sorted(figures) == (["broker", "p50", "p99"] if barriers else ["broker"])
+            if barriers:
+                # A copy may reach the inbox that passed no barrier a moment later.
+                eventually(functools.partial(has_copied, bare))
