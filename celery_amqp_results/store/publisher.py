@@ -144,7 +144,7 @@ class Publisher:
     def _publish_to_declared(self, queues: Sequence[QueueSpec], message: Outgoing) -> None:
         """Publish *message*; declare *queues* again each time its queue is not there.
 
-        RabbitMQ may confirm a declaration and forget the queue when it is killed a moment later.
+        Another client may delete it after the declaration.
         """
         tries = retry.Retry(self._connector.policy)
         while True:

@@ -271,7 +271,7 @@ def test_a_body_queue_that_is_lost_after_its_declaration_is_declared_again(
     def declare_and_lose(channel: Any, queue: Any) -> None:
         declare(channel, queue)
         if len(lost) < 2:
-            # As a broker does that is killed before the declaration is on its disk.
+            # As an operator may do in that moment.
             with raw_connection(amqp_url) as connection:
                 connection.channel().queue_delete(queue.name)
             lost.append(queue.name)

@@ -35,7 +35,7 @@ class Writer:
             self.errors.append(exc)
 
     def has_confirmed(self, wanted: int) -> bool:
-        """Return whether so many are confirmed, or none will be any more."""
+        """Return whether *wanted* results are confirmed, or the writer has failed."""
         return bool(self.errors) or len(self.confirmed) >= wanted
 
     def stop(self) -> None:
