@@ -309,6 +309,25 @@ def test_a_result_that_its_queue_refuses_is_tried_again(
     assert app.AsyncResult(task_id).result == 1
 
 
+def test_a_result_is_confirmed_at_once_after_a_poll_of_an_unknown_task(
+    app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: List[BaseException] = []
+
+    def give_up(tries: Any, exc: BaseException, deadline: Any) -> bool:
+        failures.append(exc)
+        return False
+
+    monkeypatch.setattr(retry, "wait_before_retry", give_up)
+    for _ in range(2):
+        task_id = broker.new_id()
+        # The broker closes the channel, since the queue does not exist
+        assert app.AsyncResult(task_id).state == states.PENDING
+        app.backend.store_result(task_id, 1, states.SUCCESS)
+        assert app.AsyncResult(task_id).state == states.SUCCESS
+    assert failures == []
+
+
 def test_a_result_that_its_queue_goes_on_to_refuse_is_an_error(
     make: Callable[..., Celery], broker: Broker
 ) -> None:
