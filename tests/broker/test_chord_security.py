@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Mapping
 
 import amqp
 import pytest
@@ -208,7 +208,9 @@ def attack_signed_chords(app: Celery, folder: str) -> Dict[str, Any]:
     """
     fired: List[Any] = []
 
-    def note(sender: Any, signature: Any, results: Any, options: Any) -> None:
+    def note(
+        self: firing.BodySender, signature: Any, results: List[Any], options: Mapping[str, Any]
+    ) -> None:
         fired.append(results)
 
     firing.BodySender.send = note  # type: ignore[method-assign]

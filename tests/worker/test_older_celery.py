@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
@@ -83,15 +84,16 @@ def test_workers_with_two_versions_of_celery_share_tasks_groups_and_chords(
     app = make_app(result_backend_transport_options={"shards": 8, "queue_type": queue_type})
     app.set_current()
     t = register(app)
-    pythons = {older: PYTHON, celery.__version__: ""}
+    pythons = {older: PYTHON, celery.__version__: sys.executable}
     newer = celery.__version__
     first, second = (older, newer) if leader == "older" else (newer, older)
     workers: List[Worker] = []
 
     def start(version: str) -> None:
-        python = {"python": PYTHON} if pythons[version] else {}
         names = f"{queues[version]},{app.conf.task_default_queue}"
-        workers.append(launch_worker(app, tmp_path, MODULE, args=("-Q", names), **python))
+        workers.append(
+            launch_worker(app, tmp_path, MODULE, args=("-Q", names), python=pythons[version])
+        )
 
     def expected(restored: Any) -> Dict[str, Any]:
         header = [[version, n] for n in (1, 2) for version in queues]
