@@ -277,11 +277,11 @@ class AMQPBackend(Backend):
     ) -> Any:
         """Wait until *result* is ready and return its value, for ``AsyncResult.get``."""
         self._ensure_not_eager()
-        if on_interval is not None and result.parent is not None:
-            on_interval = self.reader.with_parents_read(result, on_interval)
-        patience = Patience(timeout, interval, on_interval)
-        for _, state in self.waits.follow((id_text(result.id),), patience, on_message):
-            self.waits.resolve(result, state)
+        # The promise of AsyncResult.get has a function where Celery asks for the parents with it.
+        asks = on_interval is not None and getattr(on_interval, "fun", None) is not None
+        if on_interval is not None and asks:
+            on_interval = self.reader.without_parents(result, on_interval)
+        self.waits.wait_for(result, Patience(timeout, interval, on_interval), on_message, asks)
         return result.maybe_throw(callback=callback, propagate=propagate)
 
     def iter_native(

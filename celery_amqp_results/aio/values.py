@@ -265,7 +265,7 @@ def _unfailed_parents(nodes: Iterable[Any]) -> Dict[str, Any]:
     """Return the tasks before *nodes* in a chain not known to have ended, first to last."""
     unknown: Dict[str, Any] = {}
     for node in nodes:
-        for parent in reversed(list(trees.parents(node))):
+        for parent in trees.parents(node):
             if is_known(parent):
                 raise_failure(parent, *known_value(parent))
             else:
