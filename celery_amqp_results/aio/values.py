@@ -39,6 +39,7 @@ from celery_amqp_results.aio.targets import (
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.toolkit.retry import deadline_after
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting.progress import Update
 
@@ -286,7 +287,7 @@ async def _wait_for(
         waited: result objects and ids, by id.
         parents: tasks whose failure means that these will never run.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = deadline_after(timeout)
     failing: Dict[str, List[Any]] = dict(waited) if propagate else {}
     for task_id, parent in parents.items():
         failing.setdefault(task_id, [parent])

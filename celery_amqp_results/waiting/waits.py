@@ -37,7 +37,7 @@ from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.toolkit.forks import Process
-from celery_amqp_results.toolkit.retry import is_over
+from celery_amqp_results.toolkit.retry import deadline_after, is_over
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
@@ -98,10 +98,6 @@ class Patience(NamedTuple):
     interval: Optional[float] = None
     #: Called periodically while waiting, and once more when all have ended.
     on_interval: Optional[Callable[[], Any]] = None
-
-    def deadline(self) -> Optional[float]:
-        """Return when to give up (``time.monotonic``), ``None`` for never."""
-        return None if self.timeout is None else time.monotonic() + self.timeout
 
     def timed_out(self, missing: int, total: int) -> TimeoutError:
         """Return the error for tasks that have not ended in time."""
@@ -166,9 +162,9 @@ class Waits:
     def _updates_until(
         self, ids: List[str], patience: Patience, parents: Collection[str]
     ) -> Iterator[Update]:
-        _, interval, on_interval = patience
-        deadline = patience.deadline()
-        interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
+        timeout, interval, on_interval = patience
+        deadline = deadline_after(timeout)
+        interval = max(SHORTEST_INTERVAL, interval or DEFAULT_INTERVAL)
         follower, process = self._layout().follower(), Process()
         missing = set(ids)
         try:
@@ -274,7 +270,7 @@ class Waits:
             Exception: with *follow_parents*, the exception of a task before this one in a chain or
                 chord, when that has failed.
         """
-        deadline = patience.deadline()
+        deadline = deadline_after(patience.timeout)
         parents = _unfailed_parents(result) if follow_parents else []
         for _, state in self.follow((id_text(result.id),), patience, on_message, parents):
             self.resolve(result, state)
@@ -360,6 +356,7 @@ class Waits:
             kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot
                 be decoded. A watch of everything leaves it out and logs a warning.
             TypeError, ValueError: when *target* or *states* are invalid, at once.
+            ValueError: when *timeout* is nan, at the beginning of the iteration.
             RuntimeError: when the watch was begun before a fork and goes on in the child.
 
         The generator is for one thread at a time; it opens nothing before the first meta is

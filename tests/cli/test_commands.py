@@ -421,6 +421,13 @@ def test_migrate_collects_results_from_per_task_queues(make_app: Apps) -> None:
         ["get", "--timeout", "1", "x"],
         ["forget"],
         ["watch", "--timeout", "-1"],
+        ["get", "x", "--wait", "--timeout", "nan"],
+        ["get", "x", "--wait", "--timeout", "inf"],
+        ["watch", "--timeout", "nan"],
+        ["chord", "--timeout", "nan"],
+        ["chord", "--timeout", "inf"],
+        ["stats", "--rate", "nan"],
+        ["stats", "--rate", "inf"],
         ["nothing"],
     ],
 )
