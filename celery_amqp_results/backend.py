@@ -28,7 +28,7 @@ from celery_amqp_results.per_task.wire import NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text, state_name
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.reading import Reader
-from celery_amqp_results.recording import Recorder, plain_meta, without_arguments
+from celery_amqp_results.recording import Recorder, plain_meta, task_ends, without_arguments
 from celery_amqp_results.registry import OwnLayout
 from celery_amqp_results.store.marks import Fate
 from celery_amqp_results.toolkit.delegation import delegated
@@ -206,6 +206,21 @@ class AMQPBackend(Backend):
         meta = plain_meta(state, result, traceback, request, self.app)
         meta["children"] = self.current_task_children(request)
         return meta
+
+    def mark_as_done(self, *args: Any, **kwargs: Any) -> None:
+        """Store what a task has returned, and count it as its end."""
+        with task_ends():
+            super().mark_as_done(*args, **kwargs)
+
+    def mark_as_failure(self, *args: Any, **kwargs: Any) -> None:
+        """Store the failure of a task, and count it as its end."""
+        with task_ends():
+            super().mark_as_failure(*args, **kwargs)
+
+    def mark_as_revoked(self, *args: Any, **kwargs: Any) -> None:
+        """Store that a task was revoked, and count it as its end."""
+        with task_ends():
+            super().mark_as_revoked(*args, **kwargs)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether a retry may help: the broker is unreachable, but has not refused."""

@@ -29,6 +29,7 @@ from celery_amqp_results.chords.workers import bell
 from celery_amqp_results.feed.pushed import PushedStates
 from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import (
+    NOT_AN_END,
     PART,
     PLAN,
     STATE,
@@ -373,7 +374,10 @@ def read_ends(store: Store, ids: Iterable[str]) -> Dict[str, StateMessage]:
 
 
 def _ends(found: Mapping[str, List[StateMessage]]) -> Dict[str, StateMessage]:
-    current = {task_id: fold(states) for task_id, states in found.items()}
+    current = {
+        task_id: fold(state for state in states if state.amended != NOT_AN_END)
+        for task_id, states in found.items()
+    }
     return {
         task_id: state
         for task_id, state in current.items()

@@ -190,6 +190,28 @@ def test_a_task_without_a_stored_result_stores_a_part(
     assert sent.once() == ["ignored", 1]
 
 
+@pytest.mark.parametrize("state", [states.SUCCESS, states.FAILURE])
+@pytest.mark.parametrize("late", [False, True], ids=["pushed", "looked up"])
+def test_a_final_state_that_a_task_stores_itself_does_not_end_it(
+    app: Celery, group_id: str, sent: Sent, state: str, late: bool
+) -> None:
+    ids = new_ids(2)
+    body = send(app, group_id, ids)
+    requests = [request(task_id, group_id, body) for task_id in ids]
+    if not late:
+        lead(app)
+    # As update_state does
+    app.backend.store_result(ids[0], {"p": 1}, state, request=requests[0])
+    app.backend.mark_as_done(ids[1], 2, requests[1])
+    leading = lead(app)
+    eventually(lambda: leading.progress(group_id) == (2, [ids[0]]))
+    app.backend.mark_as_done(ids[0], 1, requests[0])
+    assert sent.once() == [1, 2]
+    # A state that was read as SUCCESS stays, as with Redis
+    expected = {"p": 1} if state == states.SUCCESS else 1
+    assert app.AsyncResult(ids[0]).get(timeout=PATIENCE) == expected
+
+
 def test_a_result_that_expires_before_its_chord_is_kept_as_a_part(
     make_app: Apps, group_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
