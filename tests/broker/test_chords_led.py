@@ -227,6 +227,21 @@ def test_a_result_that_expires_before_its_chord_is_kept_as_a_part(
     assert sent.once() == [1, 2]
 
 
+def test_a_part_is_stored_even_if_a_leader_cannot_be_looked_for(
+    app: Celery, group_id: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(queue: str) -> None:
+        raise errors.BackendUnavailable("the broker is away")
+
+    (task_id,) = new_ids(1)
+    body = send(app, group_id, [task_id])
+    monkeypatch.setattr(app.backend.layout.publisher, "length", fail)
+    app.backend.mark_as_done(task_id, 1, request(task_id, group_id, body))
+    assert app.AsyncResult(task_id).get(timeout=PATIENCE) == 1
+    assert app.backend.layout.store.read([task_id], kind=PART) == {task_id: []}
+    assert "the broker is away" in caplog.text
+
+
 def test_a_result_is_stored_once_where_it_lives_as_long_as_the_chord(
     app: Celery, group_id: str
 ) -> None:
