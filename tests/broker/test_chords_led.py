@@ -600,6 +600,19 @@ def test_open_plans_are_taken_again_before_the_broker_finds_them_held_for_too_lo
     assert plans_left(raw, app) == 0
 
 
+def test_a_plan_that_only_others_accept_is_taken_again_before_it_is_held_for_too_long(
+    make_app: Apps, group_id: str, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "RETAKE_SECONDS", 0.2)
+    monkeypatch.setattr(session, "HEARTBEAT", 0.4)
+    app = make_app(accept_content=["json"])
+    send(make_app(task_serializer="pickle", accept_content=["pickle"]), group_id, new_ids(1))
+    leading = lead(app)
+    eventually(lambda: leading.unreadable >= 3)
+    app.backend.close()
+    assert plans_left(raw, app) == 1
+
+
 def test_a_chord_is_fired_after_a_helper_thread_could_not_be_started(
     app: Celery, group_id: str, sent: Sent, raw: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
