@@ -20,7 +20,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.chords import firing, helpers, service, session
 from celery_amqp_results.chords.service import Service
 from celery_amqp_results.protocol.message import PART
-from celery_amqp_results.protocol.names import PLAN_QUEUES
+from celery_amqp_results.protocol.names import PLAN_QUEUES, plan_number
 from tests.broker.helpers import fail_once
 from tests.conftest import PATIENCE, Apps, eventually
 from tools.proxy import Proxy
@@ -160,6 +160,28 @@ def test_another_leader_takes_over(make_app: Apps, group_id: str, raw: Any) -> N
     eventually(lambda: service_of(second).open == 0)
     second.backend.close()
     assert plans_left(raw, second) == 0
+
+
+@pytest.mark.parametrize("lost", ["plan queue", "exchange"])
+def test_a_leader_that_starts_declares_what_was_deleted(
+    make_app: Apps, group_id: str, raw: Any, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, lost: str,
+) -> None:  # fmt: skip
+    sender, app = make_app(), make_app()
+    sent = Sent(app, monkeypatch)
+    (task_id,) = new_ids(1)
+    body = send(sender, group_id, [task_id])
+    topology = app.backend.config.topology
+    if lost == "exchange":
+        raw.channel().exchange_delete(topology.exchange)
+    else:
+        other = 1 if plan_number(group_id) != 1 else 2
+        raw.channel().queue_delete(topology.plan_queue(other).name)
+    service_of(app).start(met=False)
+    eventually(lambda: service_of(app).progress(group_id))
+    app.backend.mark_as_done(task_id, 1, request(task_id, group_id, body))
+    assert sent.once() == [1]
+    assert not [r for r in caplog.records if r.name.startswith("celery_amqp_results.chords")]
 
 
 def test_a_body_that_was_sent_by_a_leader_that_died_is_not_sent_again(
