@@ -58,7 +58,7 @@ class PendingResults:
         self._closing = False
         #: Ids to follow, and when they were added.
         self._added: Deque[Tuple[str, float]] = collections.deque()
-        self._removed: Deque[Tuple[str, int]] = collections.deque()
+        self._removed: Deque[Any] = collections.deque()
 
     def add(self, result: Any) -> None:
         """Register *result* for the end of its task. Does no I/O."""
@@ -66,9 +66,8 @@ class PendingResults:
         with self._lock:
             if self._closing:
                 return
-            results = self._results.setdefault(task_id, [])
-            if not any(known is result for known in results):
-                results.append(result)
+            if not self._knows(result):
+                self._results.setdefault(task_id, []).append(result)
             now = time.monotonic()
             self._added.append((task_id, now))
             if self._follower is None:
@@ -83,9 +82,8 @@ class PendingResults:
         """Unregister *result*. Takes no lock and does no I/O."""
         # Does not wake the thread: that takes a lock, and the garbage collector may call this. A
         # registered result is referenced from here, so it is always removed explicitly.
-        task_id = id_text(result.id)
-        if task_id in self._results:
-            self._removed.append((task_id, id(result)))
+        if self._knows(result):
+            self._removed.append(result)
 
     def close(self) -> None:
         """Call no more callbacks. Ends the thread, but does not wait for it."""
@@ -94,13 +92,17 @@ class PendingResults:
             if self._follower is not None:
                 self._follower.poke()
 
+    def _knows(self, result: Any) -> bool:
+        # Result objects of one task are equal.
+        return any(known is result for known in self._results.get(id_text(result.id), ()))
+
     def _run(self, follower: Following) -> None:
         idle_since = time.monotonic()
         try:
             while not self._closing:
                 self._follow_added(follower)
                 while self._removed:
-                    self._unfollow(follower, *self._removed.popleft())
+                    self._unfollow(follower, self._removed.popleft())
                 if follower.pending:
                     idle_since = time.monotonic()
                 elif time.monotonic() - idle_since >= LINGER:
@@ -158,9 +160,10 @@ class PendingResults:
                 except Exception:
                     logger.exception("a callback of the result %s has failed", update.task_id)
 
-    def _unfollow(self, follower: Following, task_id: str, identity: int) -> None:
+    def _unfollow(self, follower: Following, result: Any) -> None:
+        task_id = id_text(result.id)
         with self._lock:
-            results = [r for r in self._results.get(task_id, ()) if id(r) != identity]
+            results = [r for r in self._results.get(task_id, ()) if r is not result]
             if results:
                 self._results[task_id] = results
                 return

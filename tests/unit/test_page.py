@@ -72,8 +72,10 @@ def test_a_damaged_page_is_foreign_without_other_errors(octets: bytes, data: Any
 
 @given(lists, st.integers(0, 2**62))
 def test_selecting_keeps_the_current_state(given_states: List[StateMessage], now: int) -> None:
-    keep, drop = page.select(given_states, now)
-    rest = [s for s in given_states if not any(s is d for d in drop)]
+    kept, dropped = page.select(enumerate(given_states), now)
+    keep, drop = [s for _, s in kept], [s for _, s in dropped]
+    gone = {place for place, _ in dropped}
+    rest = [s for place, s in enumerate(given_states) if place not in gone]
     for kind in (STATE, GROUP):
         for task_id in {s.id for s in given_states}:
             before = fold(s for s in given_states if (s.kind, s.id) == (kind, task_id))
