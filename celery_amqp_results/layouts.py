@@ -70,10 +70,21 @@ class Layout(Protocol):
             route: the other parts of its routing key.
             final: whether to wait for the confirm.
             part: a message for the leader of a chord, where the state itself is not kept as long.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached, refuses us, or does not confirm
+                it.
+            DeclarationRefused: when a queue or exchange exists with other properties.
+            ResultTooLarge: when the broker refuses a message of this size.
         """
 
     def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
-        """Return the current state of each of *ids*, or ``None`` where nothing is known."""
+        """Return the current state of each of *ids*, or ``None`` where nothing is known.
+
+        Raises:
+            LookupTimeout, BackendUnavailable, DeclarationRefused: when the broker could not be
+                asked.
+        """
 
     def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
         """Return a follower without tasks.
@@ -95,7 +106,7 @@ class Layout(Protocol):
         """Delete a group that was kept."""
 
     def close(self, wait: bool = True) -> None:
-        """Close all connections and end all threads."""
+        """Close all connections and end all threads; with *wait*, return when that is done."""
 
 
 class NotesSent(abc.ABC):
@@ -111,7 +122,11 @@ class KeepsParts(abc.ABC):
 
     @abc.abstractmethod
     def publish_part(self, part: StateMessage, group_id: str) -> None:
-        """Publish the return value of a chord's header task whose state is not stored."""
+        """Publish the return value of a chord's header task whose state is not stored.
+
+        Raises:
+            Exception: as :meth:`Layout.publish`.
+        """
 
 
 class KeepsMarks(abc.ABC):
@@ -123,7 +138,11 @@ class KeepsMarks(abc.ABC):
 
     @abc.abstractmethod
     def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
-        """Publish marks."""
+        """Publish marks; with *confirm*, wait for their confirms.
+
+        Raises:
+            BackendUnavailable, DeclarationRefused: as :meth:`Layout.publish`.
+        """
 
     @abc.abstractmethod
     def last_mark(self, task_id: str) -> Optional[StateMessage]:

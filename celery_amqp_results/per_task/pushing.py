@@ -177,12 +177,7 @@ class PushFollower(QueueFollower):
         self._wake_up.wait(seconds)
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait at most *pause* seconds for updates and return them.
-
-        Raises:
-            BackendUnavailable: when the broker cannot be reached or refuses us.
-            Exception: whatever :meth:`LookUps.read` raises.
-        """
+        """Wait at most *pause* seconds for updates and return them."""
         until = time.monotonic() + time_left(deadline, pause)
         try:
             updates = self._read_if_due(deadline)
