@@ -8,15 +8,7 @@ from __future__ import annotations
 
 import abc
 import weakref
-from typing import (
-    Any,
-    Callable,
-    Collection,
-    Dict,
-    Optional,
-    Protocol,
-    Sequence,
-)
+from typing import Any, Callable, Collection, Dict, Optional, Protocol, Sequence
 
 from celery.utils.nodenames import anon_nodename
 

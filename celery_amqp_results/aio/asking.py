@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import (
-    Any,
-    Dict,
-    List,
-)
+from typing import Any, Dict, List
 
 from celery import states as celery_states
 from celery.result import EagerResult, ResultSet
@@ -15,12 +11,7 @@ from celery.result import EagerResult, ResultSet
 from celery_amqp_results import errors
 from celery_amqp_results.aio import bridge
 from celery_amqp_results.aio.driver import run_blocking
-from celery_amqp_results.aio.targets import (
-    backend_of,
-    checked,
-    decoded_state,
-    id_of,
-)
+from celery_amqp_results.aio.targets import backend_of, checked, decoded_state, id_of
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.waiting import results as trees
 

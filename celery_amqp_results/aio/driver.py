@@ -8,15 +8,7 @@ import logging
 import os
 import threading
 import time
-from typing import (
-    Any,
-    Callable,
-    List,
-    Optional,
-    Sequence,
-    Tuple,
-    TypeVar,
-)
+from typing import Any, Callable, List, Optional, Sequence, Tuple, TypeVar
 
 from celery_amqp_results import errors
 from celery_amqp_results.layouts import Layout

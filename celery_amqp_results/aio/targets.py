@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from typing import (
-    Any,
-    Iterable,
-    Optional,
-    Protocol,
-    Tuple,
-    TypeVar,
-)
+from typing import Any, Iterable, Optional, Protocol, Tuple, TypeVar
 
 import celery
 from celery import states as celery_states

@@ -6,18 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from typing import (
-    Any,
-    Collection,
-    Dict,
-    Iterable,
-    List,
-    Optional,
-    Tuple,
-    TypeVar,
-    Union,
-    overload,
-)
+from typing import Any, Collection, Dict, Iterable, List, Optional, Tuple, TypeVar, Union, overload
 
 from celery import states as celery_states
 from celery.result import ResultSet, assert_will_not_block

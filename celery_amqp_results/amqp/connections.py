@@ -18,13 +18,7 @@ from amqp import exceptions as amqp_errors
 from kombu.transport import pyamqp
 
 from celery_amqp_results import errors, options
-from celery_amqp_results.amqp.failures import (
-    CHANNELS,
-    CONNECTIONS,
-    TRANSIENT,
-    is_refusal,
-    limit_of,
-)
+from celery_amqp_results.amqp.failures import CHANNELS, CONNECTIONS, TRANSIENT, is_refusal, limit_of
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.amqp.slots import Slots
 from celery_amqp_results.toolkit import retry

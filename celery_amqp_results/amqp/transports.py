@@ -10,17 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
-from typing import (
-    Any,
-    Callable,
-    ContextManager,
-    Deque,
-    Iterator,
-    Optional,
-    Protocol,
-    Tuple,
-    Type,
-)
+from typing import Any, Callable, ContextManager, Deque, Iterator, Optional, Protocol, Tuple, Type
 
 import kombu
 

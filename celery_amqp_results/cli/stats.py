@@ -9,13 +9,7 @@ from typing import Any, Dict, Mapping, Optional
 import click
 
 from celery_amqp_results.cli import inspection, management
-from celery_amqp_results.cli.common import (
-    Exit,
-    Failed,
-    Session,
-    command,
-    management_options,
-)
+from celery_amqp_results.cli.common import Exit, Failed, Session, command, management_options
 from celery_amqp_results.cli.output import age, counted, size
 from celery_amqp_results.protocol.names import OVERFLOW
 from celery_amqp_results.protocol.ranking import is_final

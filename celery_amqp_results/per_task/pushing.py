@@ -24,12 +24,7 @@ from celery_amqp_results.amqp import transports
 from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.per_task.lookups import LookUps
-from celery_amqp_results.per_task.polling import (
-    LONGEST_PAUSE,
-    PAUSE_SHARE,
-    QueueFollower,
-    identify,
-)
+from celery_amqp_results.per_task.polling import LONGEST_PAUSE, PAUSE_SHARE, QueueFollower, identify
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import by_task
 from celery_amqp_results.toolkit.retry import Retry, time_left
