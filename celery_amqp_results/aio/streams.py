@@ -42,8 +42,7 @@ from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.waiting import watch as watching
-from celery_amqp_results.waiting.newest import Newest
-from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.waiting.progress import Newest, Update
 from celery_amqp_results.waiting.results import tasks_in
 from celery_amqp_results.waiting.tap import tap_of
 

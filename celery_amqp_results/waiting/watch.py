@@ -34,8 +34,7 @@ from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.toolkit.forks import Process
-from celery_amqp_results.waiting.newest import Newest
-from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.waiting.progress import Newest, Update
 from celery_amqp_results.waiting.results import tasks_in
 from celery_amqp_results.waiting.tap import FORKED, Tap
 
