@@ -179,7 +179,7 @@ class Firing:
         finally:
             _called.reset(token)
         with self._lock:
-            self._called.pop(mark)
+            self._called.pop(mark, None)
 
     def _results(self, backend: Any, action: Fire) -> List[Any]:
         """Return the results of the header, in its order and nesting.

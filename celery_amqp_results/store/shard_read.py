@@ -348,9 +348,7 @@ class LookUp(ShardRead):
         return [state for state in known if state not in damaged] if damaged else known
 
     def _damaged_in(self, known: Iterable[StateMessage]) -> Set[StateMessage]:
-        return damaged_in(
-            known, lambda several: self._store.readable(self.checkout.queue, several)
-        )
+        return damaged_in(known, lambda several: self._store.readable(self.checkout.queue, several))
 
 
 class Removal(ShardRead):
