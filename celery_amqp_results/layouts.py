@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import abc
 import weakref
-from typing import Any, Callable, Collection, Dict, Optional, Protocol, Sequence
+from typing import Callable, Collection, Dict, Optional, Protocol, Sequence
 
+import kombu
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.config import BackendConfig
+from celery_amqp_results.library_types import App
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task.layout import HEARTBEAT as PER_TASK_HEARTBEAT
 from celery_amqp_results.per_task.layout import PerTaskLayout
@@ -78,7 +80,7 @@ class Layout(Protocol):
                 asked.
         """
 
-    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
+    def follower(self, submit: Optional[Callable[..., object]] = None) -> Following:
         """Return a follower without tasks.
 
         Parameters:
@@ -125,7 +127,7 @@ class KeepsMarks(abc.ABC):
     """A layout that keeps marks: that a task was sent, has ended, or was forgotten."""
 
     @abc.abstractmethod
-    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+    def mark_sent(self, connection: kombu.Connection, sent: StateMessage) -> None:
         """Publish a mark on a connection that sends tasks. Does not wait for anything."""
 
     @abc.abstractmethod
@@ -179,7 +181,7 @@ for _ability in (NotesSent, KeepsParts, KeepsMarks, KeepsBodies, Flushes):
 LimitsBacklog.register(PerTaskLayout)
 
 
-def make_layout(app: Any, config: BackendConfig) -> Layout:
+def make_layout(app: App, config: BackendConfig) -> Layout:
     """Return the layout that *config* asks for. Does no I/O.
 
     Parameters:

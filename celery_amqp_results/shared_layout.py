@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Callable, Collection, Dict, Optional, Sequence
+from typing import Callable, Collection, Dict, Optional, Sequence
+
+import kombu
 
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
@@ -58,7 +60,7 @@ class SharedLayout:
         client: str,
         persistent: bool,
         codec: Codec,
-        app: Callable[[], Any],
+        app: Callable[[], object],
     ) -> None:
         self.connector = connector
         self._topology = topology
@@ -131,7 +133,7 @@ class SharedLayout:
         """Note that this process is about to send a task. Does no I/O."""
         self.inbox.note_sent(task_id)
 
-    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+    def mark_sent(self, connection: kombu.Connection, sent: StateMessage) -> None:
         """Publish a mark on a connection that sends tasks. Never waits, never raises."""
         self._marker.publish(connection, self._outgoing_mark(sent))
 
@@ -215,7 +217,7 @@ class SharedLayout:
         """Return the current state of each of *ids*, or ``None`` where nothing is known."""
         return self.reads.read(ids)
 
-    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Follower:
+    def follower(self, submit: Optional[Callable[..., object]] = None) -> Follower:
         """Return a follower without tasks; with *submit*, it never blocks on look-ups."""
         if submit is None:
             return Follower(self.inbox, self.reads)

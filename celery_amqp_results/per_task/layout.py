@@ -8,7 +8,7 @@ way of reading differs from Celery 4, see :mod:`~celery_amqp_results.per_task.lo
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable, Collection, Dict, Optional, Set
+from typing import Callable, Collection, Dict, Optional, Set
 
 from celery_amqp_results import options
 from celery_amqp_results.amqp import connections, transports
@@ -108,7 +108,7 @@ class PerTaskLayout:
         """Return a group that was kept, or ``None``."""
         return self.lookups.read((group_id,), GROUP)[group_id]
 
-    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
+    def follower(self, submit: Optional[Callable[..., object]] = None) -> Following:
         """Return a follower without tasks, which reads queues itself."""
         if not self.queues.sessions.amqp:
             return PollingFollower(self.lookups)

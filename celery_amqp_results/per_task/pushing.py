@@ -15,6 +15,7 @@ import logging
 import time
 from typing import Any, Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
 
+import amqp
 import kombu
 from amqp import exceptions as amqp_errors
 from kombu.exceptions import ContentDisallowed
@@ -319,7 +320,7 @@ class PushFollower(QueueFollower):
         if link is not None:
             link.drop()
 
-    def _on_message(self, raw: Any) -> None:
+    def _on_message(self, raw: amqp.Message) -> None:
         message: kombu.Message = self._channel.message_to_python(raw)
         try:
             self._arrived.append(self._lookups.messages.state_of(message))

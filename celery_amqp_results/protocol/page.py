@@ -23,7 +23,6 @@ import json
 import struct
 import sys
 from typing import (
-    Any,
     Callable,
     Collection,
     Dict,
@@ -118,7 +117,7 @@ def encode(states: Iterable[StateMessage]) -> bytes:
     """Return a page that holds *states*, in that order."""
     entries: List[Tuple[bytes, bytes]] = []
     for state in states:
-        fields: Dict[str, Any] = {}
+        fields: Dict[str, object] = {}
         for short, name in _FIELDS:
             value = getattr(state, name)
             if name not in _DEFAULTS or value != _DEFAULTS[name]:

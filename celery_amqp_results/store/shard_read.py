@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from typing import Any, Callable, Collection, Dict, Iterable, List, Optional, Protocol, Set
+from typing import Callable, Collection, Dict, Iterable, List, Optional, Protocol, Set
 
 import amqp
 from celery import states
@@ -204,7 +204,7 @@ class ShardRead:
     def _publish_page(self, content: List[StateMessage]) -> None:
         """Publish a page to the shard, and wait for its confirm."""
         expires = page.expiration(content, wall())
-        properties: Dict[str, Any] = {
+        properties: Dict[str, object] = {
             "type": page.PAGE,
             "content_type": page.CONTENT_TYPE,
             "delivery_mode": 2 if self._store.persistent else 1,

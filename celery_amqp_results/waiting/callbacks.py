@@ -14,11 +14,12 @@ import collections
 import logging
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+from typing import Callable, Deque, Dict, List, Optional, Tuple
 
 from vine import barrier
 
 from celery_amqp_results import errors
+from celery_amqp_results.library_types import TaskResult
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.toolkit.threads import start_thread
@@ -47,20 +48,22 @@ class PendingResults:
     """
 
     def __init__(
-        self, make_follower: Callable[[], Following], resolve: Callable[[Any, StateMessage], None]
+        self,
+        make_follower: Callable[[], Following],
+        resolve: Callable[[TaskResult, StateMessage], None],
     ) -> None:
         self._make_follower = make_follower
         self._resolve = resolve
         # Guards the following attributes, except the two queues.
         self._lock = threading.Lock()
-        self._results: Dict[str, List[Any]] = {}
+        self._results: Dict[str, List[TaskResult]] = {}
         self._follower: Optional[Following] = None
         self._closing = False
         #: Ids to follow, and when they were added.
         self._added: Deque[Tuple[str, float]] = collections.deque()
-        self._removed: Deque[Any] = collections.deque()
+        self._removed: Deque[TaskResult] = collections.deque()
 
-    def add(self, result: Any) -> None:
+    def add(self, result: TaskResult) -> None:
         """Register *result* for the end of its task. Does no I/O."""
         task_id = id_text(result.id)
         with self._lock:
@@ -78,7 +81,7 @@ class PendingResults:
                 self._added.extend((left, now) for left in self._results)
             self._follower.poke()
 
-    def remove(self, result: Any) -> None:
+    def remove(self, result: TaskResult) -> None:
         """Unregister *result*. Takes no lock and does no I/O."""
         # Does not wake the thread: that takes a lock, and the garbage collector may call this. A
         # registered result is referenced from here, so it is always removed explicitly.
@@ -92,7 +95,7 @@ class PendingResults:
             if self._follower is not None:
                 self._follower.poke()
 
-    def _knows(self, result: Any) -> bool:
+    def _knows(self, result: TaskResult) -> bool:
         # Result objects of one task are equal.
         return any(known is result for known in self._results.get(id_text(result.id), ()))
 
@@ -160,7 +163,7 @@ class PendingResults:
                 except Exception:
                     logger.exception("a callback of the result %s has failed", update.task_id)
 
-    def _unfollow(self, follower: Following, result: Any) -> None:
+    def _unfollow(self, follower: Following, result: TaskResult) -> None:
         task_id = id_text(result.id)
         with self._lock:
             results = [r for r in self._results.get(task_id, ()) if r is not result]
@@ -171,7 +174,7 @@ class PendingResults:
         follower.discard(task_id)
 
 
-def _has_callback(result: Any) -> Optional[bool]:
+def _has_callback(result: TaskResult) -> Optional[bool]:
     """Return whether a result has callbacks other than result sets; ``None`` if it has none."""
     listeners = [listener for listener in result.on_ready.listeners if listener is not None]
     if not listeners:

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import time
 from typing import (
-    Any,
     Callable,
     Collection,
     Dict,
@@ -30,6 +29,7 @@ from typing import (
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
+from celery_amqp_results.library_types import Meta
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
@@ -51,8 +51,6 @@ __all__ = (
 
 logger = logging.getLogger(__name__)
 
-Meta = Dict[str, Any]
-
 #: The longest single wait of a tap, in seconds.
 LONGEST_STEP = 3600.0
 
@@ -69,7 +67,7 @@ class Target(NamedTuple):
     ended: List[Meta]
 
 
-def read_target(target: Any) -> Target:
+def read_target(target: object) -> Target:
     """Return the tasks that *target* names.
 
     Parameters:
