@@ -72,8 +72,15 @@ class Layout(Protocol):
             ResultTooLarge: when the broker refuses a message of this size.
         """
 
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+    def poll(
+        self, ids: Collection[str], deadline: Optional[float] = None
+    ) -> Dict[str, Optional[StateMessage]]:
         """Return the current state of each of *ids*, or ``None`` where nothing is known.
+
+        Parameters:
+            ids: the tasks.
+            deadline: time (``time.monotonic``) at which to give up, if that is before
+                ``lookup_timeout`` is over; ``None`` for no earlier end.
 
         Raises:
             LookupTimeout, BackendUnavailable, DeclarationRefused: when the broker could not be

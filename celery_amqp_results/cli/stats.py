@@ -9,7 +9,14 @@ from typing import Any, Dict, Mapping, Optional
 import click
 
 from celery_amqp_results.cli import inspection, management
-from celery_amqp_results.cli.common import Exit, Failed, Session, command, management_options
+from celery_amqp_results.cli.common import (
+    Exit,
+    Failed,
+    Seconds,
+    Session,
+    command,
+    management_options,
+)
 from celery_amqp_results.cli.output import age, counted, size
 from celery_amqp_results.protocol.names import OVERFLOW
 from celery_amqp_results.protocol.ranking import is_final
@@ -30,7 +37,7 @@ __all__ = ("stats",)
 @click.option(
     "--rate",
     "seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min_open=True),
     metavar="SECONDS",
     help="Count what is published for so long.",
 )
