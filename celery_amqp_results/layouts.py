@@ -27,7 +27,6 @@ from celery_amqp_results.shared_layout import SharedLayout
 from celery_amqp_results.waiting.following import Following
 
 __all__ = (
-    "Flushes",
     "KeepsBodies",
     "KeepsMarks",
     "KeepsParts",
@@ -174,16 +173,8 @@ class LimitsBacklog(abc.ABC):
         """Return the current state of a task if that skips at most *backlog_limit* states."""
 
 
-class Flushes(abc.ABC):
-    """A layout that does not wait for every confirm."""
-
-    @abc.abstractmethod
-    def flush(self) -> None:
-        """Wait until the broker has all published messages, at most a few seconds."""
-
-
 # Registered, since isinstance() would take 20 to 40 us for a protocol, for each sent task.
-for _ability in (NotesSent, KeepsParts, KeepsMarks, KeepsBodies, Flushes):
+for _ability in (NotesSent, KeepsParts, KeepsMarks, KeepsBodies):
     _ability.register(SharedLayout)
 LimitsBacklog.register(PerTaskLayout)
 

@@ -15,7 +15,7 @@ from typing import Callable, Dict, Hashable, Protocol
 from celery import signals
 
 from celery_amqp_results.config import BackendConfig
-from celery_amqp_results.layouts import Flushes, Layout, make_layout
+from celery_amqp_results.layouts import Layout, make_layout
 from celery_amqp_results.library_types import App
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.toolkit.forks import Process
@@ -90,13 +90,6 @@ class LayoutRegistry:
                 parts.append(layout.metrics())
         return parts[0] if len(parts) == 1 else Metrics.total(parts)
 
-    def flush(self) -> None:
-        """Wait until the broker has all published messages, at most a few seconds."""
-        if self._process.is_current:
-            for layout in list(self._layouts.values()):
-                if isinstance(layout, Flushes):
-                    layout.flush()
-
     def close(self, wait: bool = True) -> None:
         """Close all layouts, unless they are another process's."""
         if not self._process.is_current:
@@ -170,17 +163,12 @@ def _after_fork_in_child() -> None:
         registry.reset()
 
 
-def _at_exit() -> None:
+def _at_end_of_process(**kwargs: object) -> None:
     for registry in list(_registries.values()):
         registry.close()
 
 
-def _at_end_of_worker_process(**kwargs: object) -> None:
-    # A child of a pool ends without running Python's exit functions.
-    for registry in list(_registries.values()):
-        registry.flush()
-
-
-signals.worker_process_shutdown.connect(_at_end_of_worker_process, weak=False)
 os.register_at_fork(after_in_child=_after_fork_in_child)
-atexit.register(_at_exit)
+atexit.register(_at_end_of_process)
+# A child of a pool ends without running Python's exit functions.
+signals.worker_process_shutdown.connect(_at_end_of_process, weak=False)

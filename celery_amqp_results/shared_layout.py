@@ -252,10 +252,6 @@ class SharedLayout:
         """Delete a saved group."""
         self.store.remove((group_id,), kind=GROUP)
 
-    def flush(self) -> None:
-        """Wait until the broker has all published messages, at most a few seconds."""
-        self.publisher.flush()
-
     def close(self, wait: bool = True) -> None:
         """Close all connections and end all threads; with *wait*, return when that is done."""
         for tap in list(self._taps):

@@ -22,11 +22,14 @@ PEERS = ("amqp", "amqp, confirm=False", "redis", "redis, lasting", "ignored")
 
 def measure(place: Place) -> Iterator[Row]:
     """Yield tasks a second with ``worker_max_tasks_per_child=1``, and of new workers."""
+    names = place.chosen(*PEERS)
+    used = {name: _used_queue(place, name) for name in names}
     with contextlib.ExitStack() as stack:
         ticks = stack.enter_context(ticking())
+        arguments = ["--max-tasks-per-child=1"]
         workers = {
-            name: stack.enter_context(place.worker(name, 2, arguments=["--max-tasks-per-child=1"]))
-            for name in place.chosen(*PEERS)
+            name: stack.enter_context(place.worker(name, 2, arguments=arguments, queue=used[name]))
+            for name in names
         }
         count = 20 if place.quick else 60
         found = place.alternate(
@@ -43,8 +46,6 @@ def measure(place: Place) -> Iterator[Row]:
         LESS,
         found["broker"],
     )
-    names = place.chosen(*PEERS)
-    used = {name: _used_queue(place, name) for name in names}
     with ticking() as ticks:
         first = {name: functools.partial(_new, place, name, ticks, "") for name in names}
         again = {name: functools.partial(_new, place, name, ticks, used[name]) for name in names}

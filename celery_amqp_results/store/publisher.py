@@ -184,13 +184,6 @@ class Publisher:
 
         self._ask(work)
 
-    def flush(self) -> None:
-        """Wait until everything is confirmed, at most some seconds.
-
-        To be called when the process ends.
-        """
-        self._unwaited.flush(FLUSH_SECONDS)
-
     def close(self) -> None:
         """Wait for outstanding confirms, and close the connection."""
         self._unwaited.close(FLUSH_SECONDS)

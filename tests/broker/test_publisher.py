@@ -228,6 +228,23 @@ def test_the_last_states_of_a_child_are_flushed_when_it_ends(make_app: Apps) -> 
     assert {app.AsyncResult(task_id).state for task_id in ids} == {"SKIPPED"}
 
 
+def test_a_child_of_a_pool_closes_its_connection_as_the_protocol_wants(
+    make_app: Apps, node: rabbitmq.Node, eventually: Callable[..., Any]
+) -> None:
+    app = make_app(result_backend_transport_options={"shards": 8})
+    with subprocesses.start(app, store_and_end_as_a_pool_does, ids=[new_id()]) as process:
+        pid = process.pid
+        process._process.communicate(timeout=60)
+
+    def closed() -> List[str]:
+        # The name of a connection says which process has opened it.
+        lines = node.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line for line in lines if f" {pid}@" in line and "closing AMQP" in line]
+
+    # An operator sees no warning
+    assert ["[info]" in line for line in eventually(closed)] == [True]
+
+
 def test_threads_share_one_failure_to_connect(make_app: Apps, node: rabbitmq.Node) -> None:
     # Given a broker that is away, and a policy of a second
     with Proxy(node.amqp_port) as proxy:

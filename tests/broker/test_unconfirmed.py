@@ -51,7 +51,7 @@ def test_returned_messages_between_confirms_are_published_again(
     first = [str(uuid.uuid4()) for _ in range(100)]
     for task_id in first:
         app.backend.store_result(task_id, 1, "SUCCESS")
-    app.backend.layout.publisher.flush()
+    app.backend.layout.publisher._unwaited.flush(10)
     topology = app.backend.config.topology
     channel = raw.channel()
     for shard in range(8):
@@ -156,7 +156,7 @@ def test_a_temporarily_refused_state_is_stored_with_a_later_result(
     channel.queue_declare(spec.name, durable=True, auto_delete=False, arguments=spec.arguments)
     # Then that state is stored together with the next result
     app.backend.store_result(second, 1, "SUCCESS")
-    app.backend.layout.publisher.flush()
+    app.backend.layout.publisher._unwaited.flush(10)
     reader = make_app(shards=1)
     assert reader.AsyncResult(first).state == "PROGRESS"
     assert reader.AsyncResult(second).state == "SUCCESS"

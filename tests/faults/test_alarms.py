@@ -100,7 +100,7 @@ def test_a_thread_that_declares_shards_in_an_alarm_costs_no_other_thread_its_con
         assert "not published" not in caplog.text
     storing.end()
     reporting.end()
-    layout.publisher.flush()
+    layout.publisher._unwaited.flush(10)
     found = read_from_store(app, [final, *others])
     assert [found[i]["result"] for i in (final, *others)] == [2, *range(len(others))]
 

@@ -16,7 +16,6 @@ ABILITIES = (
     layouts.KeepsParts,
     layouts.KeepsMarks,
     layouts.KeepsBodies,
-    layouts.Flushes,
     layouts.LimitsBacklog,
 )
 
