@@ -9,7 +9,7 @@ from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 
-__all__ = ("Packing", "without_damaged")
+__all__ = ("Packing", "split", "without_damaged")
 
 
 class Packing:
@@ -45,16 +45,7 @@ class Packing:
 
     def pages(self, page_size: int) -> Iterator[List[StateMessage]]:
         """Yield the contents of the pages, each of at most *page_size* bytes."""
-        batch: List[StateMessage] = []
-        size = 0
-        for state in self._keep:
-            if batch and size + len(state.body) > page_size:
-                yield batch
-                batch, size = [], 0
-            batch.append(state)
-            size += len(state.body) + page.OVERHEAD
-        if batch:
-            yield batch
+        return split(self._keep, page_size)
 
     def is_last(self, content: List[StateMessage]) -> bool:
         """Return whether *content* is that of the last page."""
@@ -89,6 +80,20 @@ class Packing:
                     superseded = tag in gone_tags and id(state) in dropped
                     (gone if superseded else kept).add(state.body_queue)
         return gone - kept
+
+
+def split(states: Iterable[StateMessage], page_size: int) -> Iterator[List[StateMessage]]:
+    """Yield *states* in batches that make pages of about *page_size* bytes at most."""
+    batch: List[StateMessage] = []
+    size = 0
+    for state in states:
+        if batch and size + len(state.body) > page_size:
+            yield batch
+            batch, size = [], 0
+        batch.append(state)
+        size += len(state.body) + page.OVERHEAD
+    if batch:
+        yield batch
 
 
 def without_damaged(

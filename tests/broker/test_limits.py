@@ -8,15 +8,15 @@ import logging
 import threading
 import time
 import uuid
-from typing import Any, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 from celery import Celery
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import declarations
-from tests.broker.helpers import Waiting, new_id
-from tests.conftest import PATIENT_OPTIONS, Apps, connect
+from tests.broker.helpers import Waiting, largest_message, new_id
+from tests.conftest import PATIENT_OPTIONS, Apps, connect, eventually
 from tools import rabbitmq
 
 
@@ -245,6 +245,53 @@ def test_a_connection_with_few_channels_looks_many_shards_up(
         look_up_all_shards(make_app(shards=64))
     finally:
         node.eval(f"application:set_env(rabbit, channel_max, {before})")
+
+
+def store_evenly(app: Celery, each: int, value: str) -> List[str]:
+    """Store *value* for *each* tasks of each shard; return the ids."""
+    topology = app.backend.config.topology
+    ids: Dict[int, List[str]] = {shard: [] for shard in range(topology.shards)}
+    while any(len(part) < each for part in ids.values()):
+        task_id = new_id()
+        if len(ids[topology.shard(task_id)]) < each:
+            ids[topology.shard(task_id)].append(task_id)
+            app.backend.store_result(task_id, value, "SUCCESS")
+    return [task_id for part in ids.values() for task_id in part]
+
+
+def test_a_broker_with_a_small_limit_on_messages_gets_small_pages(
+    make_app: Apps, node: rabbitmq.Node, caplog: Any
+) -> None:
+    # Given results that fill pages larger than the messages that the broker takes
+    app, reader = make_app(shards=4), make_app(shards=4)
+    with largest_message(node, 20_000):
+        ids = store_evenly(app, 40, "x" * 2_000)
+        # When several shards are read
+        store = reader.backend.layout.store
+        # Then each read finds everything
+        assert all(store.read(ids).values())
+        # And results are packed: of 40 in each shard, at most 31 are left
+        eventually(lambda: all(store.read(ids).values()) and store.packed >= 36)
+        assert all(reader.backend.layout.poll(ids).values())
+    # And the broker has refused one page only
+    assert caplog.text.count("pages of up to 10000 bytes from now on") == 1
+    assert caplog.text.count("from now on") == 1
+
+
+def test_a_result_in_a_page_over_the_limit_on_messages_is_forgotten(
+    make_app: Apps, node: rabbitmq.Node
+) -> None:
+    # Given a page that is larger than the messages that the broker takes by now
+    app, reader = make_app(shards=1), make_app(shards=1)
+    ids = store_evenly(app, 40, "x" * 2_000)
+    store = reader.backend.layout.store
+    eventually(lambda: store.read(ids) and store.packed >= len(ids))
+    with largest_message(node, 20_000):
+        # When one of its results is forgotten
+        reader.backend.forget(ids[0])
+        # Then that one is gone, and all others are kept
+        kept = [task_id for task_id, found in store.read(ids).items() if found]
+    assert sorted(kept) == sorted(ids[1:])
 
 
 def test_small_frames_carry_large_results(make_app: Apps, node: rabbitmq.Node) -> None:
