@@ -116,7 +116,24 @@ class SharedChannel:
         connector.slots.add_giver(self.give_up_idle)
 
     @contextlib.contextmanager
-    def open(self, since: float) -> Iterator[ConfirmChannel]:
+    def _held(self, deadline: Optional[float]) -> Iterator[None]:
+        """Hold the lock for I/O, which a thread that connects may hold for long."""
+        if deadline is None:
+            # An exception from a signal handler cannot come between the lock and the block.
+            with self._io:
+                yield
+            return
+        if not self._io.acquire(timeout=time_left(deadline, threading.TIMEOUT_MAX)):
+            raise errors.BackendUnavailable(
+                "other threads of this process still connect to the broker, or use the connection"
+            )
+        try:
+            yield
+        finally:
+            self._io.release()
+
+    @contextlib.contextmanager
+    def open(self, since: float, deadline: Optional[float] = None) -> Iterator[ConfirmChannel]:
         """Lend the channel for a ``with`` block that writes, or that asks the broker something.
 
         When the block raises, all threads lose the connection: half a frame may be on it.
@@ -124,14 +141,16 @@ class SharedChannel:
         Parameters:
             since: when the caller's attempt began. It shares the failure of an attempt to connect
                 that began after that, instead of making one more.
+            deadline: time (``time.monotonic``) after which to give up connecting, and waiting for
+                other threads; the retry policy may end the tries earlier.
 
         Raises:
             BackendUnavailable: when the connection could not be opened.
         """
         if not self._may_send.is_set():
             self._may_send.wait(STEP)
-        with self._io:
-            channel = self._ready(since)
+        with self._held(deadline):
+            channel = self._ready(since, deadline)
             try:
                 yield channel
             except BaseException as exc:
@@ -141,9 +160,13 @@ class SharedChannel:
             self._wake_done()
 
     @contextlib.contextmanager
-    def present(self) -> Iterator[Optional[ConfirmChannel]]:
-        """Lend the channel if it is open; ``None`` otherwise."""
-        with self._io:
+    def present(self, deadline: Optional[float] = None) -> Iterator[Optional[ConfirmChannel]]:
+        """Lend the channel if it is open; ``None`` otherwise.
+
+        Raises:
+            BackendUnavailable: when other threads use it until *deadline*.
+        """
+        with self._held(deadline):
             channel = self._channel
             try:
                 yield channel
@@ -152,7 +175,7 @@ class SharedChannel:
                     self._lose(channel, exc)
                 raise
 
-    def _ready(self, since: float) -> ConfirmChannel:
+    def _ready(self, since: float, deadline: Optional[float]) -> ConfirmChannel:
         channel = self._channel
         if channel is not None:
             try:
@@ -174,9 +197,11 @@ class SharedChannel:
             ) from self._open_failure.__cause__
         self._opening, self._open_failure = time.monotonic(), None
         try:
-            link = self._connector.open(HEARTBEAT, None, "publish")
+            link = self._connector.open(HEARTBEAT, deadline, "publish")
         except errors.BackendUnavailable as exc:
-            self._open_failure = exc
+            # Callers without a deadline have more tries.
+            if deadline is None:
+                self._open_failure = exc
             raise
         try:
             self._channel = ConfirmChannel(link)
@@ -327,9 +352,13 @@ class SharedChannel:
                 else:
                     self._followers.append(follower)
 
-    def collect(self) -> List[Publication]:
-        """Take in buffered confirms without waiting; return stray publications."""
-        with self._io:
+    def collect(self, deadline: Optional[float] = None) -> List[Publication]:
+        """Take in buffered confirms without waiting; return stray publications.
+
+        Raises:
+            BackendUnavailable: when other threads use the connection until *deadline*.
+        """
+        with self._held(deadline):
             channel = self._channel
             if channel is None:
                 return []
@@ -368,9 +397,12 @@ class SharedChannel:
         finally:
             self._may_send.set()
 
-    def close(self) -> None:
-        """Close the connection with the protocol's handshake."""
-        with self._io:
+    def close(self, deadline: float) -> None:
+        """Close the connection with the protocol's handshake.
+
+        If a thread still connects at *deadline*, there is nothing to close.
+        """
+        with contextlib.suppress(errors.BackendUnavailable), self._held(deadline):
             channel = self._channel
             if channel is not None:
                 self._channel = None

@@ -34,6 +34,13 @@ COLLECT_EVERY = 50
 #: Seconds after which a confirm without a waiting caller is collected.
 CHECK_SECONDS = 1.0
 
+#: Seconds for which the checking thread tries to connect before it leaves the connection to others
+#: for a moment. A process that ends waits for that.
+CONNECT_SECONDS = 5.0
+
+#: Seconds within which other threads must have released a connection that is to be closed.
+CLOSE_SECONDS = 1.0
+
 #: Seconds between looks at refused messages while the process ends.
 REFUSED_SECONDS = 0.05
 
@@ -115,8 +122,8 @@ class Unwaited:
         left: List[Publication] = []
         try:
             while not is_over(end):
-                left = self._collect()
-                if not left and not self._has_strays():
+                left = self._collect(end)
+                if not left and not self._has_strays(end):
                     return
                 self.channel.wait(Waiter(left), end)
                 if not left:
@@ -133,19 +140,19 @@ class Unwaited:
         """Wait for outstanding confirms, at most *timeout* seconds, and close the connection."""
         self._closed.set()
         self.flush(timeout)
-        self.channel.close()
+        self.channel.close(time.monotonic() + CLOSE_SECONDS)
 
-    def _has_strays(self) -> bool:
-        with self.channel.present() as channel:
+    def _has_strays(self, deadline: Optional[float] = None) -> bool:
+        with self.channel.present(deadline) as channel:
             return bool(self._strays or (channel is not None and channel.log.strays))
 
-    def _collect(self) -> List[Publication]:
+    def _collect(self, deadline: float) -> List[Publication]:
         """Collect confirms, publish again what must be, and return what is unconfirmed."""
-        unconfirmed = self.channel.collect()
-        if not self._has_strays():
+        unconfirmed = self.channel.collect(deadline)
+        if not self._has_strays(deadline):
             return unconfirmed
         try:
-            with self.channel.open(time.monotonic()) as channel:
+            with self.channel.open(time.monotonic(), deadline=deadline) as channel:
                 self._declarations.ensure_exchange(channel.channel)
                 self.send(channel)
                 return channel.log.unwaited()
@@ -168,8 +175,9 @@ class Unwaited:
         with self._lock:
             self._keeper = None
         with self.channel.present() as channel:
-            sent_meanwhile = channel is not None and len(channel.log) > 0
-        if sent_meanwhile:
+            left = channel is not None and len(channel.log) > 0
+        if left or self._has_strays():
+            # Sent, or lost, since the last check.
             self._start_keeper()
 
     def _start_keeper(self) -> None:
@@ -180,7 +188,7 @@ class Unwaited:
 
     def _check(self) -> bool:
         """Publish lost messages again; return whether anything is unconfirmed."""
-        unconfirmed = self._collect()
+        unconfirmed = self._collect(time.monotonic() + CONNECT_SECONDS)
         old = [p for p in unconfirmed if time.monotonic() - p.sent > CHECK_SECONDS]
         if old:
             # This closes the connection if no confirm comes for long.
