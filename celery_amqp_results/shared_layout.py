@@ -107,7 +107,7 @@ class SharedLayout:
             large=publisher.large,
             retried=publisher.retried,
             refused=publisher.refused,
-            failed=publisher.failed,
+            failed=publisher.failed + publisher.lost,
             late_copies=publisher.late_copies,
             pushed=inbox.received,
             looked_up=store.looked_up,

@@ -65,10 +65,21 @@ class Unwaited:
         self._declarations = declarations
         self._strays = Strays()
         #: The publishing channel.
-        self.channel = SharedChannel(connector, lambda lost: self._strays.add((lost,)))
+        self.channel = SharedChannel(connector, self._on_lost)
         self._lock = threading.Lock()
         self._keeper: Optional[threading.Thread] = None
         self._closed = threading.Event()
+
+    @property
+    def lost(self) -> int:
+        """How many messages were given up."""
+        return self._strays.lost
+
+    def _on_lost(self, publication: Publication) -> None:
+        if publication.failure is not None:
+            # A limit on queues is remembered, so that no more are declared for a while.
+            self._declarations.refusal(publication.failure)
+        self._strays.add((publication,))
 
     def send(self, channel: ConfirmChannel) -> None:
         """Publish again what must be, on a channel that the caller has to itself."""
@@ -102,7 +113,7 @@ class Unwaited:
         else:
             full = room_refusal(channel, self._declarations, 1)
         if full is not None:
-            logger.error("lost: %s: %s", message.what, full)
+            self._strays.give_up(publication, full)
             return False
         self._declarations.request_shard(channel.channel, message.shard)
         return True

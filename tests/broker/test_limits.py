@@ -214,6 +214,39 @@ def test_an_app_with_fewer_shards_keeps_to_a_limit_on_queues(
     assert {app.AsyncResult(task_id).state for task_id in ids} == {"SUCCESS"}
 
 
+@pytest.mark.parametrize(
+    ("shards", "refused"), [(8, "limit"), (8, "permission"), (64, "permission")]
+)
+def test_a_state_whose_shard_the_broker_refuses_is_not_published_for_ever(
+    shards: int, refused: str, tenant: Tenant, tenant_apps: Apps, caplog: Any
+) -> None:
+    app = tenant_apps(shards=shards)
+    topology, ids = app.backend.config.topology, [new_id() for _ in range(2000)]
+    here = [task_id for task_id in ids if topology.shard(task_id) == 0]
+    there = next(task_id for task_id in ids if topology.shard(task_id) == 1)
+    app.backend.store_result(here[0], 1, "SUCCESS")
+    # Given a broker that refuses a further shard
+    if refused == "limit":
+        tenant.limit(max_queues=1)
+    else:
+        names = rf"^{tenant_apps.prefix}\.(states|unrouted|shard\.0$)"
+        tenant.node.ctl("set_permissions", "-p", tenant.name, tenant.name, names, ".*", ".*")
+    try:
+        # When a state is stored there, and no process waits for its confirm
+        app.backend.store_result(there, {}, "PROGRESS")
+        # Then it is given up, which the log says
+        eventually(lambda: app.backend.metrics().failed == 1)
+        assert f"the PROGRESS of {there} is lost" in caplog.text
+        # And nothing is left to be published again
+        app.backend.layout.publisher.flush()
+        assert not app.backend.layout.publisher._unwaited._has_strays()
+        # And other results are stored
+        app.backend.store_result(here[1], 2, "SUCCESS")
+        assert app.backend.layout.stored_state(here[1]).state == "SUCCESS"
+    finally:
+        tenant.node.ctl("set_permissions", "-p", tenant.name, tenant.name, ".*", ".*", ".*")
+
+
 def look_up_all_shards(app: Celery) -> None:
     ids = [new_id() for _ in range(200)]
     for task_id in ids[:100]:

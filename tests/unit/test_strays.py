@@ -57,6 +57,32 @@ def test_what_is_too_large_is_not_published_again(caplog: Any) -> None:
     assert "4 bytes, and the broker takes up to 3" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("homeless", "refusal", "lost"),
+    [
+        (True, "cannot declare queue 'q': queue limit in vhost '/' (9) is reached", True),
+        # Another queue is refused
+        (True, "cannot declare queue 'p': queue limit in vhost '/' (9) is reached", False),
+        # The queue may be there
+        (False, "cannot declare queue 'q': queue limit in vhost '/' (9) is reached", False),
+    ],
+)
+def test_a_state_whose_missing_queue_the_broker_refuses_is_lost(
+    homeless: bool, refusal: str, lost: bool, caplog: Any
+) -> None:
+    strays = Strays()
+    failure = PreconditionFailed(refusal)
+    strays.add((stray(Status.LOST, failure=failure, homeless=homeless),))
+    assert (len(strays), strays.lost) == (0, 1) if lost else (1, 0)
+    assert ("the SUCCESS of x is lost" in caplog.text) is lost
+
+
+def test_a_lost_connection_loses_no_state_whose_queue_was_missing() -> None:
+    strays, message = Strays(), stray(Status.LOST, failure=OSError("queue 'q'"), homeless=True)
+    strays.add((message,))
+    assert strays.take_due(0.0) == [message]
+
+
 def test_the_oldest_is_dropped_when_there_are_too_many() -> None:
     strays = Strays()
     messages = [stray(Status.LOST) for _ in range(MAX_STRAYS + 1)]
