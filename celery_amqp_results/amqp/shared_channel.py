@@ -108,7 +108,7 @@ class SharedChannel:
         self._open_failure: Optional[errors.BackendUnavailable] = None
         # Guards the two below. Taken within the lock above, never around it.
         self._turn = threading.Lock()
-        self._led = False
+        self._leader: Optional[Waiter] = None
         self._followers: Deque[Waiter] = collections.deque()
         #: Not set while the connection is given up for another one.
         self._may_send = threading.Event()
@@ -217,7 +217,7 @@ class SharedChannel:
         A leader would wait in vain for the bytes that another thread has taken in.
         """
         with self._turn:
-            if not self._led:
+            if self._leader is None:
                 channel.take_in()
 
     def _lose(self, channel: ConfirmChannel, failure: BaseException) -> None:
@@ -257,34 +257,36 @@ class SharedChannel:
                         if channel is self._channel:
                             self._lose(channel, confirms.no_confirm())
         finally:
-            self._pass_on_lead()
+            self._pass_on_lead(waiter)
 
-    def _pass_on_lead(self) -> None:
-        """Wake a follower if no thread leads, since this one was chosen and has not led."""
-        if self._followers:
+    def _pass_on_lead(self, waiter: Waiter) -> None:
+        """Wake a follower if no thread leads, since *waiter* was chosen and has not led."""
+        if self._leader is waiter:
+            # An exception from a signal handler has kept it from handing over.
+            self._hand_over()
+        elif self._followers:
             with self._turn:
-                if not self._led and self._followers:
+                if self._leader is None and self._followers:
                     self._followers[0].wake()
 
     def _take_turn(self, waiter: Waiter, deadline: Optional[float]) -> None:
         """Read as the leader, or wait for the leader to read."""
-        with self._turn:
-            lead = not self._led
-            if lead:
-                self._led = True
-            else:
-                waiter.follow()
-                self._followers.append(waiter)
-                if waiter.done:
-                    # The leader took in its confirm before it knew of this follower.
-                    self._followers.pop()
-                    return
-        if not lead:
-            waiter.wait(time_left(deadline, STEP))
-            with self._turn, contextlib.suppress(ValueError):
-                self._followers.remove(waiter)
-            return
         try:
+            with self._turn:
+                if self._leader is None:
+                    self._leader = waiter
+                else:
+                    waiter.follow()
+                    self._followers.append(waiter)
+                    if waiter.done:
+                        # The leader took in its confirm before it knew of this follower.
+                        self._followers.pop()
+                        return
+            if self._leader is not waiter:
+                waiter.wait(time_left(deadline, STEP))
+                with self._turn, contextlib.suppress(ValueError):
+                    self._followers.remove(waiter)
+                return
             # This thread or a follower may wait only for confirms that were taken in before it led.
             self._wake_done()
             while not waiter.done and self._channel is not None:
@@ -293,7 +295,8 @@ class SharedChannel:
                     break
                 self._wake_done()
         finally:
-            self._hand_over()
+            if self._leader is waiter:
+                self._hand_over()
 
     def _read(self, timeout: float) -> bool:
         """Take in what comes within *timeout* seconds; return whether anything did."""
@@ -337,7 +340,7 @@ class SharedChannel:
 
     def _hand_over(self) -> None:
         with self._turn:
-            self._led = False
+            self._leader = None
             if not self._followers:
                 return
             followers, self._followers = list(self._followers), collections.deque()
