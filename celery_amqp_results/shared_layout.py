@@ -200,6 +200,8 @@ class SharedLayout:
         # A chord waits for this state, and it is not sent again.
         confirm = final and (self._options.confirm or route.in_chord)
         self.publisher.publish(messages, confirm)
+        if confirm:
+            self._large.clean_up()
         self.inbox.note_stored(state)
         self._note_chord(route, final)
 
