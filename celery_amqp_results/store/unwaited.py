@@ -19,7 +19,7 @@ from celery_amqp_results.amqp.shared_channel import SharedChannel, Waiter
 from celery_amqp_results.store.strays import Strays
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import is_over, time_left
-from celery_amqp_results.toolkit.threads import start_thread
+from celery_amqp_results.toolkit.threads import start_helper
 
 __all__ = ("Unwaited", "room_refusal")
 
@@ -195,7 +195,7 @@ class Unwaited:
         if self._keeper is None and not self._closed.is_set():
             with self._lock:
                 if self._keeper is None:
-                    self._keeper = start_thread(self._keep, "confirms")
+                    self._keeper = start_helper(self._keep, "confirms")
 
     def _check(self) -> bool:
         """Publish lost messages again; return whether anything is unconfirmed."""
