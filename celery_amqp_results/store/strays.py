@@ -58,7 +58,7 @@ class Strays:
         limit = size_limit(failure)
         if limit is not None and len(message.body) > limit:
             return f"it has {len(message.body)} bytes, and the broker takes up to {limit}"
-        # Whoever has declared the queue may have done so for nothing: it may be there.
+        # Unless the message has come back, its queue may be there although it was declared here.
         if failure is None or not publication.homeless or not is_refusal(failure):
             return None
         if named_queue(failure) != message.queue:

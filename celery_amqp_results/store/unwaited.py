@@ -38,7 +38,7 @@ CHECK_SECONDS = 1.0
 #: for a moment. A process that ends waits for that.
 CONNECT_SECONDS = 5.0
 
-#: Seconds within which other threads must have released a connection that is to be closed.
+#: Seconds that closing waits for other threads to leave the connection.
 CLOSE_SECONDS = 1.0
 
 #: Seconds between looks at refused messages while the process ends.
