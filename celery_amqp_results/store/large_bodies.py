@@ -134,7 +134,7 @@ class LargeBodies:
                 self._orphans.append(queue)
                 return
             except errors.BackendUnavailable as exc:
-                logger.warning("the queue %r of a result that is not stored is left: %s", queue, exc)
+                logger.warning("queue %r is left, whose result was not stored: %s", queue, exc)
 
     def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
         """Return the state that *pointer* stands for, or ``None`` if the body is gone.
