@@ -100,7 +100,7 @@ bench-check: $(VENV)/.bench ## Measure little, and fail if a ratio is worse than
 	$(BIN)/python -m bench --quick --compare $(BENCH)
 
 mutants: $(VENV)/.mutants ## Change the pure cores in small ways and list what no test notices; ONLY="*page*"
-	EXAMPLES=25 $(BIN)/mutmut run $(if $(ONLY),"$(ONLY)")
+	CI=1 EXAMPLES=25 SIMULATION_SEEDS=25 $(BIN)/mutmut run $(if $(ONLY),"$(ONLY)")
 	$(BIN)/mutmut results
 
 dist: $(VENV)/.release ## Build the wheel and the source archive into dist/, and check them

@@ -214,7 +214,10 @@ class Session:
             if self.blocked:
                 return False
             if self._barriers.overdue:
-                if self._barriers.late_for(time.monotonic()) > LOST_SECONDS:
+                now = time.monotonic()
+                # After an alarm it has just begun to come back.
+                late = min(self._barriers.late_for(now), now - self.link.unblocked_at)
+                if late > LOST_SECONDS:
                     self.replace(f"a barrier has not come back within {LOST_SECONDS:g} s")
                 return False
             barrier, first = self._barriers.join()

@@ -313,8 +313,9 @@ class PushFollower(QueueFollower):
     def _open(self, deadline: Optional[float]) -> None:
         link = self._queues.connector.open(HEARTBEAT, deadline, "push")
         try:
-            channel = link.amqp.channel(1)
-            self._queues.declare_exchange(_Channel(channel))
+            session = transports.AMQPSession(link)
+            channel = session.channel
+            self._queues.declare_exchange(session)
             self._queue = channel.queue_declare("", exclusive=True, auto_delete=True).queue
             channel.basic_qos(0, 0, False)
             channel.basic_consume(self._queue, no_ack=True, callback=self._on_message)
@@ -356,14 +357,3 @@ class PushFollower(QueueFollower):
         arrived, self._arrived = self._arrived, []
         self.bindings.pushed({state.id for state in arrived})
         return self._updates(arrived)
-
-
-class _Channel(transports.Session):
-    """A session of one channel."""
-
-    def __init__(self, channel: Any) -> None:
-        self._open = channel
-
-    @property
-    def channel(self) -> Any:
-        return self._open

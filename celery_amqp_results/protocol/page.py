@@ -295,13 +295,17 @@ def _index_end(page: bytes) -> int:
 def _entry(page: bytes, at: int) -> StateMessage:
     _, offset, length = _RECORD.unpack_from(page, at)
     try:
-        if offset + length > len(page):
-            raise ValueError(f"an entry ends at {offset + length} of {len(page)} bytes")
+        end = offset + length
+        if end > len(page):
+            raise ValueError(f"an entry ends at {end} of {len(page)} bytes")
         (head_length,) = _COUNT.unpack_from(page, offset)
         start = offset + _COUNT.size
-        fields = json.loads(page[start : start + head_length])
+        body = start + head_length
+        if body > end:
+            raise ValueError(f"an entry of {length} bytes has a head of {head_length} bytes")
+        fields = json.loads(page[start:body])
         values = {name: fields[short] for short, name in _FIELDS if short in fields}
-        return checked(StateMessage(body=page[start + head_length : offset + length], **values))
+        return checked(StateMessage(body=page[body:end], **values))
     except errors.ForeignMessage:
         raise
     except (ValueError, TypeError, KeyError, RecursionError, struct.error) as exc:

@@ -84,7 +84,8 @@ class Unwaited:
     def send(self, channel: ConfirmChannel) -> None:
         """Publish again what must be, on a channel that the caller has to itself."""
         strays, log = self._strays, channel.log
-        if not strays and not log.strays:
+        if channel.mute or not (strays or log.strays):
+            # What came back needs an answer of the broker.
             return
         refused, log.strays = log.strays, []
         strays.add(refused)
@@ -158,7 +159,10 @@ class Unwaited:
             return bool(self._strays or (channel is not None and channel.log.strays))
 
     def _collect(self, deadline: float) -> List[Publication]:
-        """Collect confirms, publish again what must be, and return what is unconfirmed."""
+        """Collect confirms, publish again what must be, and return what is unconfirmed.
+
+        Waits for the end of an alarm, until *deadline* (``time.monotonic``), before it publishes.
+        """
         unconfirmed = self.channel.collect(deadline)
         if not self._has_strays(deadline):
             return unconfirmed
@@ -167,6 +171,9 @@ class Unwaited:
                 self._declarations.ensure_exchange(channel.channel)
                 self.send(channel)
                 return channel.log.unwaited()
+        except errors.NotConfirmed:
+            # An alarm goes on.
+            raise
         except BaseException:
             self._declarations.forget()
             raise

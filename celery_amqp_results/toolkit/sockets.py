@@ -14,7 +14,7 @@ import threading
 import types
 from typing import Any, Iterator, List
 
-__all__ = ("SocketWatch", "WakeUp", "readable")
+__all__ = ("SocketWatch", "WakeUp", "readable", "ready")
 
 #: Looks for bytes without waiting and without taking them.
 _PEEK = getattr(socket, "MSG_PEEK", 0) | getattr(socket, "MSG_DONTWAIT", 0)
@@ -30,6 +30,17 @@ def readable(sock: Any, timeout: float) -> bool:
     if timeout <= 0 and not isinstance(getattr(select, "poll", None), types.BuiltinFunctionType):
         return _peek(sock)
     return bool(_wait([sock], timeout))
+
+
+def ready(sock: Any, timeout: float, read: bool = True) -> bool:
+    """Return whether *sock* has room for bytes to write, or bytes to read.
+
+    Parameters:
+        sock: a socket.
+        timeout: seconds to wait for that.
+        read: whether bytes to read count.
+    """
+    return bool(_wait([sock], timeout, read, write=True))
 
 
 def _peek(sock: Any) -> bool:
@@ -48,16 +59,16 @@ def _peek(sock: Any) -> bool:
     return True
 
 
-def _wait(socks: List[Any], timeout: float) -> List[int]:
-    """Return the numbers of those of *socks* that became readable within *timeout* seconds."""
+def _wait(socks: List[Any], timeout: float, read: bool = True, write: bool = False) -> List[int]:
+    """Return the numbers of those of *socks* that became ready within *timeout* seconds."""
     # Looked up at each call: gevent replaces poll, and eventlet removes it.
     make = getattr(select, "poll", None)
     if make is None:
-        found, _, _ = select.select(socks, [], [], timeout)
-        return [_number(sock) for sock in found]
+        found = select.select(socks if read else [], socks if write else [], [], timeout)
+        return [_number(sock) for sock in {*found[0], *found[1]}]
     poll = make()
     for sock in socks:
-        poll.register(sock, select.POLLIN)
+        poll.register(sock, select.POLLIN * read | select.POLLOUT * write)
     return [number for number, _ in poll.poll(1000 * timeout)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from celery_amqp_results.chords.open_chord import OpenChord
 from tests.simulation.chords import ChordSimulation, run_chords
 from tests.simulation.model import Broken
 
-#: `make simulate` runs more.
-SEEDS = 200
+#: `make simulate` runs more, and `make mutants` fewer.
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "200"))
 
 
 def test_every_chord_is_fired_with_all_its_parts_in_any_order_of_events() -> None:

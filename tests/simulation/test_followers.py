@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from celery_amqp_results.feed.waiter import Waiters
@@ -9,8 +11,8 @@ from celery_amqp_results.waiting.followed import FollowedTasks
 from tests.simulation.followers import FollowerSimulation, run_followers
 from tests.simulation.model import Broken
 
-#: `make simulate` runs more.
-SEEDS = 40
+#: `make simulate` runs more, and `make mutants` fewer.
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "40"))
 
 
 def test_every_wait_ends_once_with_the_right_state_in_any_order_of_events() -> None:

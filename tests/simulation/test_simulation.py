@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from celery_amqp_results.feed.table import Table
 from tests.simulation.model import Broken, Simulation, run_many
 
-#: `make simulate` runs more.
-SEEDS = 100
+#: `make simulate` runs more, and `make mutants` fewer.
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "100"))
 
 
 def test_no_answer_is_wrong_in_any_order_of_events() -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
+
+# Nobody looks at the example that kills a mutant, so it is not made smaller.
+_PHASES = set(Phase)
+if "MUTANT_UNDER_TEST" in os.environ:
+    _PHASES -= {Phase.shrink, Phase.explain}
 
 settings.register_profile(
     "unit",
@@ -13,5 +18,6 @@ settings.register_profile(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=bool(os.environ.get("CI")),
+    phases=_PHASES,
 )
 settings.load_profile("unit")

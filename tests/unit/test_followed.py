@@ -121,6 +121,96 @@ def test_a_final_state_that_only_the_store_has_is_reported_if_its_push_should_ha
     assert tasks.unpushed == []
 
 
+def test_a_final_state_that_was_pushed_in_the_meantime_is_not_reported_as_missing() -> None:
+    tasks = FollowedTasks()
+    tasks.add("a")
+    tasks.recheck("a")
+    # Nothing was missed, so it is not held back.
+    tasks.arrived([state("a", states.SUCCESS, 1)], NOW)
+    assert names(tasks) == {"a": ["SUCCESS"]}
+    assert tasks.unpushed == []
+
+
+def test_states_that_are_missed_after_all_are_held_back() -> None:
+    tasks = FollowedTasks()
+    tasks.add("ab")
+    tasks.pushed("ab")
+    tasks.recheck("a")
+    assert tasks.due == {"a", "b"}
+    tasks.missed("a")
+    tasks.missed(["unknown"])
+    tasks.arrived([state("a", states.STARTED, 1), state("b", states.STARTED, 1)], NOW)
+    assert not tasks.has_news
+    # Memory has the states of b, since they were pushed all the time.
+    assert tasks.begin("ab", bound=True).stored == {"a"}
+
+
+def test_nothing_is_left_of_a_task_that_is_not_followed_any_more() -> None:
+    tasks = following("a", "b")
+    tasks.arrived([state("a", states.STARTED, 1)], NOW)
+    tasks.discard("a")
+    tasks.discard("unknown")
+    assert (tasks.due, tasks.held_until()) == ({"b"}, math.inf)
+    assert list(tasks.pending) == ["b"]
+    tasks.release(math.inf)
+    assert tasks.add(["a", "b", "a"]) == ["a"]
+    assert tasks.due == {"b"}
+    assert names(tasks) == {}
+
+
+def test_the_first_state_held_back_decides_when_all_of_its_task_are_released() -> None:
+    tasks = following("a")
+    tasks.arrived([state("a", states.STARTED, 1)], NOW)
+    tasks.arrived([state("a", "PROGRESS", 2)], NOW + 1)
+    assert tasks.held_until() == NOW + HOLD_SECONDS
+    tasks.release(NOW - 1)
+    assert not tasks.has_news
+    tasks.release(NOW)
+    assert names(tasks) == {"a": ["STARTED", "PROGRESS"]}
+
+
+def test_a_look_up_that_failed_releases_nothing() -> None:
+    tasks = following("a")
+    look = tasks.begin("a", bound=True)
+    tasks.arrived([state("a", states.STARTED, 1)], NOW)
+    assert tasks.end(look, None)
+    assert not tasks.has_news
+    assert tasks.held_until() == NOW + HOLD_SECONDS
+
+
+def test_a_look_up_without_a_binding_yields_what_it_found_and_releases_nothing() -> None:
+    tasks = following("a", "b")
+    look = tasks.begin("ab", bound=False)
+    tasks.arrived([state("a", states.STARTED, 3), state("b", states.STARTED, 3)], NOW)
+    assert tasks.end(look, found(a=[state("a", "PROGRESS", 1)], b=[]))
+    (update,) = tasks.updates()
+    assert [each.state for each in update.states] == ["PROGRESS"]
+    assert update.history
+    # A later look-up with a binding does not undo that it was looked up.
+    tasks.begin("ab", bound=True)
+    assert tasks.never_looked_up("ab") == set()
+
+
+def test_only_states_from_the_store_are_history() -> None:
+    tasks = following("a", "b")
+    look = tasks.begin("ab", bound=True)
+    tasks.arrived([state("b", states.STARTED, 2)], NOW)
+    tasks.end(look, found(a=[state("a", states.STARTED, 1)], b=[]))
+    assert {update.task_id: update.history for update in tasks.updates()} == {"a": True, "b": False}
+    tasks.arrived([state("a", "PROGRESS", 3)], NOW)
+    assert [update.history for update in tasks.updates()] == [False]
+
+
+def test_a_state_that_comes_twice_is_yielded_once_beside_the_news_of_others() -> None:
+    tasks = FollowedTasks()
+    tasks.add("ab")
+    tasks.arrived([state("a", states.STARTED, 1)], NOW)
+    assert names(tasks) == {"a": ["STARTED"]}
+    tasks.arrived([state("a", states.STARTED, 1), state("b", states.SUCCESS, 1)], NOW)
+    assert names(tasks) == {"b": ["SUCCESS"]}
+    assert list(tasks.pending) == ["a"]
+
+
 def test_the_store_is_read_again_when_the_inbox_is_silent() -> None:
     rechecks = Rechecks(NOW)
     assert not rechecks.is_due(NOW, 0)

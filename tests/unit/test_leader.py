@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Iterable, List, Optional, Type, TypeVar
 
 import pytest
@@ -58,6 +59,15 @@ def settled(memory: int = 1000) -> Leader:
     leader.sent("first")
     leader.tick(NOW, WALL)
     leader.take()
+    return leader
+
+
+def without_timers() -> Leader:
+    """Return a leader whose binding has stood for long and that waits for nothing."""
+    leader = settled()
+    while leader.next_event() < math.inf:
+        leader.tick(leader.next_event(), WALL)
+    assert leader.take() == []
     return leader
 
 
@@ -376,6 +386,145 @@ def test_a_look_up_that_failed_is_repeated() -> None:
     assert leader.next_event() > NOW
     leader.tick(leader.next_event(), WALL)
     assert leader.take() == [request]
+
+
+def test_a_leader_tells_what_it_holds() -> None:
+    leader = Leader(1000)
+    assert (leader.open, leader.holds, leader.oldest) == (0, False, None)
+    assert (leader.leads, leader.next_event()) == (frozenset(), math.inf)
+    leader.amendment_delivered(amendment("c"), 8, NOW)
+    # It is acknowledged together with its plan, so it is held.
+    assert (leader.open, leader.holds, leader.oldest) == (0, True, None)
+    assert leader.leads == {NUMBER}
+    leader.plan_delivered(plan("a", began=WALL + 2), 7, False, NOW)
+    leader.plan_delivered(plan("a", began=WALL + 1, mark="n"), 9, False, NOW)
+    assert (leader.open, leader.holds, leader.oldest) == (2, True, WALL + 1)
+
+
+def test_progress_is_found_by_the_id_of_the_header_and_of_the_body() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("c", "a", "b", proofs=("body",)), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    for key in (GROUP, "body"):
+        assert leader.progress(key) == (3, ["b", "c"])
+    assert leader.progress("a") is None
+
+
+def test_the_message_about_an_expired_chord_tells_how_many_tasks_have_not_ended() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", "b", began=WALL, expires=10_000), 7, False, NOW)
+    leader.state_pushed(end("a", WALL + 5_000_000), NOW + 5, WALL + 5_000_000)
+    leader.tick(NOW + 16, WALL + 16_000_000)
+    assert leader.take()[0] == GiveUp(GROUP, "1 of 2 tasks have not ended")
+
+
+def test_an_amendment_to_a_finished_chord_is_given_up_when_it_expires() -> None:
+    leader = without_timers()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.sent("m")
+    leader.take()
+    leader.amendment_delivered(amendment("b", expires=3_000), 8, NOW)
+    assert leader.next_event() == NOW + 3.0
+    leader.tick(NOW + 2.9, WALL)
+    assert leader.take() == []
+    leader.tick(NOW + 3.0, WALL)
+    why = GiveUp(GROUP, "a task was added to it when it was over")
+    assert leader.take() == [why, Acknowledge((8,))]
+    assert not leader.holds
+    leader.amendment_delivered(amendment("d", mark="z", expires=3_600_000), 10, NOW)
+    leader.tick(NOW + leading.LAST_AMENDMENT - 0.1, WALL)
+    assert leader.take() == []
+    leader.tick(NOW + leading.LAST_AMENDMENT, WALL)
+    assert leader.take() == [why, Acknowledge((10,))]
+
+
+def test_an_amendment_that_never_expires_waits_for_its_plan() -> None:
+    leader = without_timers()
+    leader.amendment_delivered(Amendment("other", "y", None, ["z"]), 9, NOW)
+    leader.take()
+    assert leader.next_event() == math.inf
+    leader.tick(NOW + 1e9, WALL)
+    assert leader.take() == []
+    assert leader.holds
+
+
+def test_an_answer_to_a_look_up_from_before_the_connection_was_lost_is_ignored() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, True, NOW)
+    leader.tick(NOW, WALL)
+    request = the(LookUp, leader)
+    leader.connection_lost([])
+    leader.plan_delivered(plan("a"), 1, True, NOW)
+    leader.take()
+    leader.looked_up(request, {"a": end("a")}, {}, NOW)
+    assert leader.take() == []
+    assert leader.progress(GROUP) == (1, ["a"])
+
+
+def test_a_binding_that_stands_after_the_connection_was_lost_is_ignored() -> None:
+    leader = settled()
+    leader.connection_lost([])
+    leader.bound(NUMBER, NOW, WALL)
+    assert leader.leads == frozenset()
+
+
+def test_a_success_replaces_a_failure_while_the_chord_is_open() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", "b"), 7, False, NOW)
+    leader.state_pushed(end("a", WALL, "FAILURE", b"xxx"), NOW, WALL)
+    assert leader.held_bytes == 3
+    leader.state_pushed(end("a", WALL + 1, "SUCCESS", b"xxxxx"), NOW, WALL)
+    # A failure that comes later changes nothing.
+    leader.state_pushed(end("a", WALL + 2, "FAILURE", b"x"), NOW, WALL)
+    assert leader.held_bytes == 5
+    leader.state_pushed(end("b", body=b"y"), NOW, WALL)
+    fire = the(Fire, leader)
+    assert {task_id: each.state for task_id, each in fire.ends.items()} == {
+        "a": "SUCCESS",
+        "b": "SUCCESS",
+    }
+    leader.sent("m")
+    assert leader.held_bytes == 0
+
+
+def test_a_body_being_sent_is_kept_in_memory_when_the_connection_is_lost() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", "b"), 7, False, NOW)
+    leader.plan_delivered(plan("c", mark="other"), 8, False, NOW)
+    leader.state_pushed(end("a", body=b"xx"), NOW, WALL)
+    leader.state_pushed(end("b", body=b"xxx"), NOW, WALL)
+    assert kinds(leader.take()) == [Fire]
+    leader.connection_lost(["m"])
+    assert (leader.open, leader.held_bytes, leader.next_event()) == (1, 5, math.inf)
+    leader.sent("m")
+    # The plan was not delivered here again, and is acknowledged when it is.
+    assert (leader.open, leader.held_bytes, leader.take()) == (0, 0, [])
+
+
+def test_the_failed_sending_of_an_unknown_chord_changes_nothing() -> None:
+    leader = without_timers()
+    leader.not_sent("unknown", NOW)
+    leader.sent("unknown")
+    assert (leader.take(), leader.next_event()) == ([], math.inf)
+
+
+def test_each_failed_sending_waits_longer() -> None:
+    leader = without_timers()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    tried = [NOW]
+    assert the(Fire, leader).failures == 0
+    leader.not_sent("m", NOW)
+    while len(tried) <= len(RETRY_SECONDS):
+        now = leader.next_event()
+        leader.tick(now, WALL)
+        for action in leader.take():
+            assert isinstance(action, Fire)
+            assert action.failures == len(tried)
+            tried.append(now)
+            leader.not_sent("m", now)
+    assert [b - a for a, b in zip(tried, tried[1:])] == pytest.approx(list(RETRY_SECONDS))
 
 
 def test_results_over_the_memory_are_kept_without_their_bodies() -> None:

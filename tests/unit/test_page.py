@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from typing import Any, List, Set
 
 import pytest
@@ -13,6 +15,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.protocol import expiry, page
 from celery_amqp_results.protocol.message import GROUP, STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
+from tests.unit import fakes
 
 # Few ids, so that several states share one.
 ids = st.sampled_from(["a", "b", "c.d#*", "ü \ud800", "x" * 1000]) | st.text(min_size=1)
@@ -104,5 +107,174 @@ def test_a_page_does_not_expire_before_its_states(
 def test_a_page_with_an_impossible_size_is_foreign() -> None:
     octets = bytearray(page.encode([]))
     octets[8:12] = b"\xff\xff\xff\xff"
-    with pytest.raises(errors.ForeignMessage, match="4294967295 entries"):
+    with pytest.raises(errors.ForeignMessage) as caught:
         page.decode(bytes(octets))
+    assert str(caught.value) == "a page of 12 bytes says that it has 4294967295 entries"
+
+
+# -- the format --------------------------------------------------------------------------------
+
+
+def written(*entries: bytes, ids: str = "ab") -> bytes:
+    """Return a page with *entries* for the ids "a" and "b", as docs/wire.md describes it."""
+    index, offset = b"", 12 + 16 * len(entries)
+    for task_id, entry in zip(ids, entries):
+        digest = hashlib.blake2b(task_id.encode(), digest_size=8).digest()
+        index += digest + struct.pack(">II", offset, len(entry))
+        offset += len(entry)
+    return b"CARpage1" + struct.pack(">I", len(entries)) + index + b"".join(entries)
+
+
+def entry(head: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(head)) + head + body
+
+
+PLAIN = b'{"i":"a","s":"SUCCESS","p":5,"t":"application/json","e":"utf-8"}'
+FULL = (
+    b'{"i":"b","s":"GROUP","p":6,"t":"application/json","e":"utf-8","c":"application/x-gzip",'
+    b'"x":7,"k":"group","q":"queue","a":"mark"}'
+)
+
+
+def test_the_format_of_a_page_has_not_changed() -> None:
+    plain = StateMessage("a", "SUCCESS", 5, b"body", "application/json", "utf-8")
+    full = StateMessage(
+        "b", "GROUP", 6, b"", "application/json", "utf-8", "application/x-gzip", 7, GROUP, "queue",
+        "mark",
+    )  # fmt: skip
+    octets = written(entry(PLAIN, b"body"), entry(FULL))
+    assert page.encode([plain, full]) == octets
+    assert page.decode(octets) == [plain, full]
+    assert page.encode([]) == b"CARpage1\0\0\0\0"
+    assert page.decode(page.encode([])) == []
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"",
+        b"\0\0",
+        entry(b"{"),
+        entry(b"[]"),
+        entry(b"{}"),
+        entry(b'{"i":"a"}'),
+        entry(PLAIN.replace(b"5", b'"5"')),
+        entry(PLAIN[:-1] + b',"k":"plan"}'),
+        entry(b"[" * 100_000),
+    ],
+    ids=range(9),
+)
+def test_a_damaged_entry_is_reported_and_the_others_are_found(damaged: bytes) -> None:
+    good = entry(PLAIN.replace(b'"a"', b'"b"'))
+    octets = written(damaged, good)
+    reported: List[errors.ForeignMessage] = []
+    (found,) = page.decode(octets, reported.append)
+    assert found.id == "b"
+    assert list(page.find(octets, ["a", "b"], reported.append)) == [found]
+    assert len(reported) == 2
+    for search in (page.decode, lambda octets: list(page.find(octets, ["a"]))):
+        with pytest.raises(errors.ForeignMessage, match=r"^(an entry of a page|a field) is "):
+            search(octets)
+    # The other entry is found without looking at this one.
+    assert list(page.find(octets, ["b"])) == [found]
+
+
+def test_an_entry_that_ends_behind_the_page_is_damaged() -> None:
+    octets = written(entry(PLAIN, b"body"), ids="a")
+    with pytest.raises(errors.ForeignMessage) as caught:
+        page.decode(octets[:-1])
+    end = len(octets)
+    assert f"an entry ends at {end} of {end - 1} bytes" in str(caught.value)
+
+
+def test_a_head_that_ends_behind_its_entry_is_damaged() -> None:
+    # Otherwise many entries without a length of their own could share one long head.
+    octets = written(struct.pack(">I", len(PLAIN)), PLAIN)
+    with pytest.raises(errors.ForeignMessage, match=f"a head of {len(PLAIN)} bytes"):
+        list(page.find(octets, ["a"]))
+    octets = written(entry(PLAIN), ids="a")
+    assert page.decode(octets)[0].body == b""
+
+
+def test_entries_together_cannot_have_more_bytes_than_their_page() -> None:
+    one = written(entry(PLAIN, b"x" * 1000), ids="a")
+    index, rest = one[12:28], one[28:]
+    offset, length = struct.unpack(">II", index[8:])
+    copies = [index[:8] + struct.pack(">II", offset + 16, length)] * 2
+    octets = one[:8] + struct.pack(">I", 2) + b"".join(copies) + rest
+    for search in (page.decode, lambda octets: list(page.find(octets, ["a"]))):
+        with pytest.raises(errors.ForeignMessage) as caught:
+            search(octets)
+        assert str(caught.value) == f"entries of a page of {len(octets)} bytes overlap"
+
+
+@pytest.mark.parametrize("octets", [b"", b"CARpage1", b"CARpage1\0\0\0", b"CARpage2\0\0\0\0"])
+def test_what_does_not_begin_as_a_page_is_foreign(octets: bytes) -> None:
+    for search in (page.decode, page.digests, lambda octets: list(page.find(octets, ["a"]))):
+        with pytest.raises(errors.ForeignMessage) as caught:
+            search(octets)
+        assert str(caught.value) == f"a page does not begin as one, but with {octets!r}"
+
+
+def test_two_ids_may_have_the_same_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "digest", lambda task_id: b"8 bytes.")
+    one, other = fakes.state("a"), fakes.state("b")
+    octets = page.encode([one, other])
+    assert list(page.find(octets, ["b"])) == [other]
+    assert list(page.find(octets, page.Wanted(["a", "b"]))) == [one, other]
+    assert list(page.find(octets, ["c"])) == []
+
+
+# -- the content of a shard ----------------------------------------------------------------------
+
+
+def test_the_digests_of_a_page_are_those_of_its_ids() -> None:
+    octets = page.encode([fakes.state(task_id) for task_id in "abc"])
+    assert list(page.digests(octets)) == [page.number_of(task_id) for task_id in "abc"]
+    assert len({page.number_of(task_id) for task_id in "abc"}) == 3
+
+
+def test_a_census_has_loose_states_and_the_digests_of_everything_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = 10 + page.OVERHEAD
+    monkeypatch.setattr(page, "MAX_CENSUS_BYTES", 2 * size)
+    census = page.Census()
+    assert (census.loose, census.digests) == ([], set())
+    loose = [fakes.state(task_id, body=b"x" * 10) for task_id in "abc"]
+    census.add(fakes.state("g", "GROUP", kind=GROUP, body=b"x" * 1000))
+    for each in loose:
+        census.add(each)
+    assert census.loose == loose[:2]
+    assert census.digests == {page.number_of("c")}
+    census.add_page(page.encode([fakes.state("d"), fakes.state("e")]))
+    census.add_page(page.encode([fakes.state("f")]))
+    assert census.digests == {page.number_of(task_id) for task_id in "cdef"}
+
+
+def test_superseded_and_expired_states_are_dropped() -> None:
+    now = 10_000_000
+    old, current = fakes.state("a", states.FAILURE, 1), fakes.state("a", states.FAILURE, 2)
+    expired = fakes.state("b", published=now - 5_000_000, expiration=5_000)
+    started = fakes.state("c", states.STARTED, now)
+    outdated = fakes.state("c", states.STARTED, now - 5_000_000, expiration=5_000)
+    lasting = fakes.state("d", published=now - 5_000_000, expiration=5_001)
+    keep, drop = page.select([old, expired, started, current, outdated, lasting], now)
+    assert (keep, drop) == ([current, lasting], [old, expired, outdated])
+
+
+@pytest.mark.parametrize(
+    ("left", "milliseconds"),
+    [(-5, 1), (0, 1), (1, 1), (999, 1), (1000, 1), (1001, 2), (5_000_000, 5000)],
+)
+def test_a_page_expires_in_the_millisecond_in_which_its_last_state_does(
+    left: int, milliseconds: int
+) -> None:
+    now = 50_000_000
+    last = fakes.state("a", published=now + left - 3_000_000, expiration=3000)
+    first = fakes.state("b", published=0, expiration=3000)
+    assert page.expiration([first, last, first], now) == milliseconds
+    assert page.expiration([first, last, fakes.state("c")], now) is None
+    assert page.expiration([fakes.state("a", published=now, expiration=10**12)], now) == (
+        expiry.MAX_MILLISECONDS
+    )

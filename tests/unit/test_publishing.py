@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any, Dict, List, Optional
 
@@ -13,7 +14,13 @@ from hypothesis import strategies as st
 from celery_amqp_results.amqp import confirms
 from celery_amqp_results.amqp.confirms import ConfirmLog, Outgoing, Publication, Status
 from celery_amqp_results.amqp.shared_channel import Waiter
-from celery_amqp_results.store.delivery import Delivery, concerns, describe, size_limit
+from celery_amqp_results.store.delivery import (
+    Delivery,
+    Verdict,
+    concerns,
+    describe,
+    size_limit,
+)
 
 PUSHED = ("states", "key")
 
@@ -31,6 +38,25 @@ def sent(log: ConfirmLog, *names: str, queue: str = "q", waited: bool = True) ->
     for number, publication in enumerate(made):
         log.sent(publication, float(number))
     return made
+
+
+def test_a_new_publication_has_no_answer_yet() -> None:
+    new = Publication(outgoing("a"))
+    assert (new.status, new.settled, new.failure) == (Status.UNSENT, True, None)
+    assert (new.copying, new.returned, new.refusals, new.sent) == (False, False, 0, 0.0)
+    assert (new.waited, new.push) == (True, True)
+
+
+def test_a_message_that_is_sent_again_begins_anew() -> None:
+    log = ConfirmLog()
+    (one,) = sent(log, "a")
+    log.came_back("q", {}, b"a")
+    log.lost(OSError("cut"))
+    one.push = False
+    log.sent(one, 7.0)
+    assert (one.status, one.returned, one.failure) == (Status.SENT, False, None)
+    assert (one.sent, one.copying) == (7.0, False)
+    assert list(log) == [one]
 
 
 def test_a_message_and_its_copy_are_confirmed_each_for_itself() -> None:
@@ -72,6 +98,105 @@ def test_the_returned_message_is_the_one_that_came_back() -> None:
         Status.RETURNED,
         Status.CONFIRMED,
     ]
+
+
+@pytest.mark.parametrize("field", ["correlation_id", "message_id", "application_headers"])
+def test_returned_messages_with_one_body_are_told_apart_by_their_properties(field: str) -> None:
+    log, properties = ConfirmLog(), [{field: {"published": 1}}, {field: {"published": 2}}]
+    made = [Publication(Outgoing("q", each, b"same")) for each in properties]
+    for publication in made:
+        log.sent(publication, 0.0)
+    log.came_back("q", properties[1], b"same")
+    assert [p.returned for p in made] == [False, True]
+
+
+def test_a_message_without_headers_comes_back_with_none() -> None:
+    log = ConfirmLog()
+    made = [
+        Publication(Outgoing("q", {"application_headers": {"published": 1}}, b"same")),
+        Publication(Outgoing("q", {}, b"same")),
+    ]
+    for publication in made:
+        log.sent(publication, 0.0)
+    log.came_back("q", {"application_headers": {}}, b"same")
+    assert [p.returned for p in made] == [False, True]
+
+
+def test_each_return_is_another_message() -> None:
+    log = ConfirmLog()
+    made = sent(log, "a", "a", "b")
+    log.came_back("q", {"correlation_id": "a"}, b"a")
+    assert [p.returned for p in made] == [True, False, False]
+    log.came_back("q", {"correlation_id": "a"}, b"a")
+    assert [p.returned for p in made] == [True, True, False]
+
+
+def test_a_returned_message_that_cannot_be_identified_is_the_oldest_to_its_queue() -> None:
+    log = ConfirmLog()
+    made = [*sent(log, "a", queue="other"), *sent(log, "b", "c", "d")]
+    # The body is that of one message, but the properties differ.
+    log.came_back("q", {"correlation_id": "unknown"}, b"c")
+    assert [p.returned for p in made] == [False, False, True, False]
+    log.came_back("q", {"correlation_id": "d"}, b"unknown")
+    assert [p.returned for p in made] == [False, True, True, False]
+
+
+def test_the_copy_of_a_confirmed_message_has_a_delivery_tag_of_its_own() -> None:
+    log = ConfirmLog()
+    one = Publication(outgoing("a"))
+    one.push = False
+    log.sent(one, 0.0)
+    log.acknowledged(1, False)
+    assert (one.status, one.copying) == (Status.CONFIRMED, False)
+    log.copy_sent(one)
+    assert (one.push, one.copying) == (True, True)
+    log.acknowledged(1, False)
+    assert one.copying
+    log.acknowledged(2, False)
+    assert not one.copying
+
+
+def test_a_channel_is_busy_while_something_that_matters_is_unconfirmed() -> None:
+    log = ConfirmLog()
+    assert not log.busy
+    sent(log, "a")
+    assert log.busy
+    log.acknowledged(1, False)
+    # A caller waits for the copy.
+    assert log.busy
+    log.acknowledged(2, False)
+    assert not log.busy
+    (unwaited,) = sent(log, "b", waited=False)
+    assert log.unwaited() == [unwaited]
+    assert log.busy
+    log.acknowledged(3, False)
+    # Nobody waits for the copy.
+    assert unwaited.copying
+    assert not log.busy
+    assert log.unwaited() == []
+    sent(log, "c", waited=False)
+    log.refused(6, True)
+    # The message must be published again.
+    assert log.busy
+
+
+def test_only_publications_without_a_caller_are_unwaited() -> None:
+    log = ConfirmLog()
+    sent(log, "a")
+    (unwaited,) = sent(log, "b", waited=False)
+    sent(log, "c")
+    assert log.unwaited() == [unwaited]
+
+
+def test_a_copy_is_late_if_it_was_sent_before_a_time_and_is_unconfirmed() -> None:
+    log = ConfirmLog()
+    assert not log.has_late_copy(math.inf)
+    sent(log, "a", "b")
+    assert not log.has_late_copy(0.0)
+    assert log.has_late_copy(0.1)
+    log.acknowledged(2, False)
+    assert not log.has_late_copy(1.0)
+    assert log.has_late_copy(1.1)
 
 
 def test_what_nobody_waits_for_strays_unless_it_is_confirmed() -> None:
@@ -176,11 +301,74 @@ def test_only_what_failed_is_published_again() -> None:
     assert verdict.failure is second.failure
 
 
+def test_the_first_of_several_failures_is_reported() -> None:
+    delivery = Delivery([outgoing(name) for name in "abc"])
+    unsent, *lost = delivery.publications
+    for publication in lost:
+        publication.status = Status.LOST
+        publication.failure = OSError(publication.message.what)
+    verdict = delivery.judge()
+    assert verdict.again == [unsent, *lost]
+    assert verdict.failure is lost[0].failure
+    assert delivery.unsent() == [unsent]
+
+
+def test_a_message_that_is_gone_does_not_hide_the_ones_after_it() -> None:
+    delivery = Delivery([outgoing("a", shard=None), outgoing("b", shard=5), outgoing("c", shard=4)])
+    for publication in delivery.publications:
+        publication.status = Status.RETURNED
+    verdict = delivery.judge()
+    assert verdict.again == delivery.publications[1:]
+    assert verdict.declare == [5, 4]
+    assert verdict.failure is None
+
+
+def test_a_delivery_is_done_when_each_message_is_confirmed_or_gone() -> None:
+    delivery = Delivery([outgoing("a"), outgoing("b", shard=None)])
+    first, second = delivery.publications
+    first.status = Status.CONFIRMED
+    for status in Status:
+        second.status = status
+        assert delivery.done is (status in (Status.CONFIRMED, Status.RETURNED))
+    # The queue of a shard is declared, and its message published again.
+    first.status = Status.RETURNED
+    assert not delivery.done
+
+
+@pytest.mark.parametrize(
+    ("confirm", "known", "declared", "at_once", "unknown"),
+    [
+        (True, False, False, False, []),
+        (True, True, False, True, []),
+        (True, False, True, True, []),
+        (False, False, False, True, [3]),
+        (False, True, False, True, []),
+        (False, False, True, True, []),
+    ],
+)
+def test_a_live_copy_is_held_if_a_caller_waits_and_its_shard_may_have_no_queue(
+    confirm: bool, known: bool, declared: bool, at_once: bool, unknown: List[int]
+) -> None:
+    delivery = Delivery([outgoing("a", shard=3), outgoing("b", shard=None)])
+    verdict = Verdict(delivery.publications, [3] if declared else [], None, [], [])
+    assert delivery.choose_copies(verdict, confirm, lambda shard: known and shard == 3) == unknown
+    # A queue without a shard is not declared either.
+    assert [p.push for p in delivery.publications] == [at_once, True]
+
+
+def test_held_copies_are_those_of_messages_that_have_one() -> None:
+    delivery = Delivery([outgoing("a"), outgoing("b", pushed=False), outgoing("c")])
+    first, second, _ = delivery.publications
+    first.push = second.push = False
+    assert delivery.held_copies() == [first]
+
+
 @pytest.mark.parametrize(
     ("text", "size", "concerned"),
     [
         ("message size 70000 is larger than configured max size 50000", 60_000, True),
-        ("message size 70000 is larger than configured max size 50000", 40_000, False),
+        ("message size 70000 is larger than configured max size 50000", 50_000, False),
+        ("message size 70000 is larger than configured max size 50000", 50_001, True),
         ("inequivalent arg 'x-queue-type' for queue 'q' in vhost '/'", 1, True),
         ("inequivalent arg 'x-queue-type' for queue 'other' in vhost '/'", 1, False),
         ("inequivalent arg 'alternate-exchange' for exchange 'x' in vhost '/'", 1, True),
@@ -195,6 +383,24 @@ def test_an_error_of_the_channel_concerns_those_whose_message_it_is_about(
     assert (size_limit(error) == 50_000) == ("max size" in text)
 
 
+def test_a_size_limit_is_only_read_from_the_error_that_reports_one() -> None:
+    text = "PRECONDITION_FAILED - message size 7 is larger than configured max size 5"
+    assert size_limit(amqp_errors.PreconditionFailed(text)) == 5
+    assert size_limit(amqp_errors.AccessRefused(text)) is None
+    assert size_limit(None) is None
+
+
+def test_a_request_about_queues_is_concerned_by_every_error_about_queues() -> None:
+    other = "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'other' in vhost '/'"
+    assert concerns(amqp_errors.PreconditionFailed(other), ())
+    assert not concerns(amqp_errors.PreconditionFailed(other), [outgoing("a"), outgoing("b")])
+    large = "PRECONDITION_FAILED - message size 7 is larger than configured max size 5"
+    assert not concerns(amqp_errors.PreconditionFailed(large), ())
+
+
 def test_a_description_names_a_few_messages() -> None:
+    assert describe([outgoing(name) for name in "ab"]) == "a, b"
+    assert describe([outgoing(name) for name in "abc"]) == "a, b, c"
+    assert describe([outgoing(name) for name in "abcd"]) == "a, b, c and 1 more"
     assert describe([outgoing(name) for name in "abcde"]) == "a, b, c and 2 more"
     assert describe([]) == "a request about queues"

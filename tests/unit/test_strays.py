@@ -9,7 +9,7 @@ import pytest
 from amqp.exceptions import PreconditionFailed
 
 from celery_amqp_results.amqp.confirms import Outgoing, Publication, Status
-from celery_amqp_results.store.strays import MAX_STRAYS, Strays
+from celery_amqp_results.store.strays import MAX_STRAYS, REFUSAL_PAUSES, Strays
 
 
 def stray(status: Status, shard: Optional[int] = 1, **attributes: Any) -> Publication:
@@ -45,7 +45,24 @@ def test_what_was_refused_is_published_after_growing_pauses(caplog: Any) -> None
     strays.add((message,))
     with caplog.at_level(logging.ERROR):
         assert strays.take_due(99.0) == []
-    assert "refused it 6 times" in caplog.text
+    assert "refused it 6 times (nack): the SUCCESS of x" in caplog.text
+
+
+@pytest.mark.parametrize(("refusals", "pause"), list(enumerate(REFUSAL_PAUSES, start=1)))
+def test_each_refusal_has_its_pause(refusals: int, pause: float) -> None:
+    strays, message = Strays(), stray(Status.REFUSED, refusals=refusals, sent=8.0)
+    strays.add((message,))
+    assert strays.take_due(8.0 + pause - 0.125) == []
+    assert strays.take_due(8.0 + pause) == [message]
+
+
+def test_what_waits_or_is_dropped_does_not_hold_up_the_others() -> None:
+    strays = Strays()
+    early, late = (stray(Status.REFUSED, refusals=5, sent=sent) for sent in (0.0, 9.0))
+    lost = stray(Status.LOST)
+    strays.add((late, stray(Status.RETURNED, None), stray(Status.REFUSED, refusals=6), early, lost))
+    assert strays.take_due(5.0) == [early, lost]
+    assert strays.take_due(20.0) == [late]
 
 
 def test_what_is_too_large_is_not_published_again(caplog: Any) -> None:
@@ -54,7 +71,16 @@ def test_what_is_too_large_is_not_published_again(caplog: Any) -> None:
     with caplog.at_level(logging.ERROR):
         strays.add((stray(Status.LOST, failure=failure),))
     assert not strays
-    assert "4 bytes, and the broker takes up to 3" in caplog.text
+    assert "the SUCCESS of x is lost: it has 4 bytes, and the broker takes up to 3" in caplog.text
+
+
+def test_what_is_just_small_enough_is_published_again() -> None:
+    strays = Strays()
+    # A larger message has closed the channel.
+    failure = PreconditionFailed("message size 5 larger than configured max size 4")
+    message = stray(Status.LOST, failure=failure)
+    strays.add((message,))
+    assert strays.take_due(0.0) == [message]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Optional
 from urllib.parse import unquote_to_bytes
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from celery_amqp_results import errors
 from celery_amqp_results.protocol.names import (
     ABSENT,
     BROADCAST,
@@ -17,10 +20,12 @@ from celery_amqp_results.protocol.names import (
     QueueSpec,
     Route,
     Topology,
+    barrier_key,
     client_word,
     encode_word,
     plan_number,
 )
+from tests.unit.fakes import state
 
 #: Any text that Python can hold, including lone surrogates.
 any_text = st.text(st.characters(), min_size=1, max_size=1000)
@@ -234,6 +239,83 @@ def test_queues_are_declared_as_documented(queue_type: str) -> None:
 
     assert here.shard_queue(7) == durable("celeryresults.shard.7")
     assert here.plan_queue(7) == durable("celeryresults.chords.7")
+    assert here.large_queue("a.b", "mark") == durable("celeryresults.large.a%2Eb.mark")
+    expiring = {"x-expires": 5000}
+    assert here.large_queue("a", "m", 5000) == durable("celeryresults.large.a.m", **expiring)
+
+
+def test_the_permanent_declarations_are_the_exchange_and_all_queues() -> None:
+    here = Topology("x", 2, "quorum")
+    content = here.definitions("v")
+    assert content["exchanges"] == [
+        {
+            "name": "x.states",
+            "vhost": "v",
+            "type": "topic",
+            "durable": True,
+            "auto_delete": False,
+            "internal": False,
+            "arguments": {"alternate-exchange": "x.shards-2-quorum"},
+        }
+    ]
+    specs = [here.shard_queue(0), here.shard_queue(1), *map(here.plan_queue, range(PLAN_QUEUES))]
+    assert content["queues"] == [
+        {
+            "name": spec.name,
+            "vhost": "v",
+            "durable": True,
+            "auto_delete": False,
+            "arguments": spec.arguments,
+        }
+        for spec in specs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("queue", "right"),
+    [
+        (None, True),
+        ("x.large.a%2Eb.mark", True),
+        ("x.large.a%2Eb", False),
+        ("x.large.other.mark", False),
+        ("y.large.a%2Eb.mark", False),
+        ("x.shard.0", False),
+    ],
+)
+def test_a_state_may_only_point_to_a_queue_of_its_own(queue: Optional[str], right: bool) -> None:
+    pointer = state("a.b", body_queue=queue)
+    here = Topology("x", 2, "classic")
+    if right:
+        here.check_body_queue(pointer)
+        return
+    with pytest.raises(errors.ForeignMessage) as caught:
+        here.check_body_queue(pointer)
+    assert str(caught.value) == (
+        f"the body of 'a.b' is said to be in {queue!r}, which does not begin with 'x.large.a%2Eb.'"
+    )
+
+
+def test_the_message_about_a_wrong_queue_is_short() -> None:
+    pointer = state("a" * 5000, body_queue="q" * 5000)
+    with pytest.raises(errors.ForeignMessage) as caught:
+        topology.check_body_queue(pointer)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_barrier_reaches_only_the_inbox_that_is_bound_with_its_key() -> None:
+    key = barrier_key()
+    assert key != barrier_key()
+    assert re.fullmatch("barrier[.][0-9a-f]{32}", key)
+    assert not matches(topology.every_binding(), key)
+    assert matches(topology.every_binding(), topology.routing_key("a", "SUCCESS"))
+
+
+def test_a_route_without_a_chord_names_no_plan_queue() -> None:
+    assert Route(group_id="g").plan_queue == ABSENT
+    assert Route(in_chord=True).plan_queue == ABSENT
+    route = Route(group_id="g", in_chord=True)
+    assert route.plan_queue == str(plan_number("g"))
+    assert dataclasses.replace(route, group_id="").plan_queue == ABSENT
 
 
 def test_the_exchange_declares_the_number_of_shards() -> None:
