@@ -28,7 +28,7 @@ from celery_amqp_results.per_task.wire import NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text, state_name
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.reading import Reader
-from celery_amqp_results.recording import Recorder, plain_meta, without_arguments
+from celery_amqp_results.recording import Recorder, plain_meta, task_ends, without_arguments
 from celery_amqp_results.registry import OwnLayout
 from celery_amqp_results.store.marks import Fate
 from celery_amqp_results.toolkit.delegation import delegated
@@ -207,6 +207,21 @@ class AMQPBackend(Backend):
         meta["children"] = self.current_task_children(request)
         return meta
 
+    def mark_as_done(self, *args: Any, **kwargs: Any) -> None:
+        """Store what a task has returned, and count it as its end."""
+        with task_ends():
+            super().mark_as_done(*args, **kwargs)
+
+    def mark_as_failure(self, *args: Any, **kwargs: Any) -> None:
+        """Store the failure of a task, and count it as its end."""
+        with task_ends():
+            super().mark_as_failure(*args, **kwargs)
+
+    def mark_as_revoked(self, *args: Any, **kwargs: Any) -> None:
+        """Store that a task was revoked, and count it as its end."""
+        with task_ends():
+            super().mark_as_revoked(*args, **kwargs)
+
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether a retry may help: the broker is unreachable, but has not refused."""
         return isinstance(exc, (errors.BackendUnavailable, *TRANSIENT)) and not was_refused(exc)
@@ -277,11 +292,11 @@ class AMQPBackend(Backend):
     ) -> Any:
         """Wait until *result* is ready and return its value, for ``AsyncResult.get``."""
         self._ensure_not_eager()
-        if on_interval is not None and result.parent is not None:
-            on_interval = self.reader.with_parents_read(result, on_interval)
-        patience = Patience(timeout, interval, on_interval)
-        for _, state in self.waits.follow((id_text(result.id),), patience, on_message):
-            self.waits.resolve(result, state)
+        # The promise of AsyncResult.get has a function where Celery asks for the parents with it.
+        asks = on_interval is not None and getattr(on_interval, "fun", None) is not None
+        if on_interval is not None and asks:
+            on_interval = self.reader.without_parents(result, on_interval)
+        self.waits.wait_for(result, Patience(timeout, interval, on_interval), on_message, asks)
         return result.maybe_throw(callback=callback, propagate=propagate)
 
     def iter_native(

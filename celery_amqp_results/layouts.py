@@ -72,8 +72,16 @@ class Layout(Protocol):
             part: a message for the leader of a chord, where the state itself is not kept as long.
         """
 
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
-        """Return the current state of each of *ids*, or ``None`` where nothing is known."""
+    def poll(
+        self, ids: Collection[str], deadline: Optional[float] = None
+    ) -> Dict[str, Optional[StateMessage]]:
+        """Return the current state of each of *ids*, or ``None`` where nothing is known.
+
+        Parameters:
+            ids: the tasks.
+            deadline: time (``time.monotonic``) at which to give up, if that is before
+                ``lookup_timeout`` is over; ``None`` for no earlier end.
+        """
 
     def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
         """Return a follower without tasks.

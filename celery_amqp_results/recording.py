@@ -6,6 +6,7 @@ class.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import datetime
@@ -20,13 +21,13 @@ from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.layouts import KeepsMarks, KeepsParts, Layout, NotesSent
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.clock import PublishClock
-from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessage
+from celery_amqp_results.protocol.message import GROUP, NOT_AN_END, PART, STATE, StateMessage
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.store import marks as tracking
 from celery_amqp_results.toolkit.bounded import OnceLogger
 
-__all__ = ("Recorder", "plain_meta", "without_arguments")
+__all__ = ("Recorder", "plain_meta", "task_ends", "without_arguments")
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,29 @@ _NOT_GIVEN: Any = object()
 _stored: contextvars.ContextVar[Optional[Tuple[str, Optional[str]]]] = contextvars.ContextVar(
     "celery_amqp_results_stored", default=None
 )
+
+#: Whether Celery is reporting in this thread or greenlet that a task has ended.
+_ending: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "celery_amqp_results_ending", default=False
+)
+
+#: The task of a chord's header that has stored a final state itself in this thread or greenlet.
+_unended: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar(
+    "celery_amqp_results_unended", default=None
+)
+
+
+@contextlib.contextmanager
+def task_ends() -> Iterator[None]:
+    """Count the final states that are stored in a ``with`` block as the ends of their tasks.
+
+    A task may store any state of itself while it runs, even SUCCESS, with ``update_state``.
+    """
+    token = _ending.set(True)
+    try:
+        yield
+    finally:
+        _ending.reset(token)
 
 
 class Recorder:
@@ -104,6 +128,12 @@ class Recorder:
         message = self.encode(task_id, state, config.shape(meta), STATE, expiration)
         route = _route_of(request)
         counts = route.in_chord and is_final(state)
+        if counts and not (_ending.get() and _unended.get() != task_id):
+            # The task returns later, and may have an earlier state that outranks its end. What it
+            # returns is published as a part.
+            _unended.set(task_id)
+            counts, route = False, dataclasses.replace(route, in_chord=False)
+            message = dataclasses.replace(message, amended=NOT_AN_END)
         part = None
         if counts and _shorter(message.expiration, config.expirations.chord):
             part = dataclasses.replace(message, kind=PART, expiration=config.expirations.chord)

@@ -233,9 +233,11 @@ class SharedLayout:
             (topology.exchange, topology.routing_key(state.id, state.state, route)),
         )
 
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+    def poll(
+        self, ids: Collection[str], deadline: Optional[float] = None
+    ) -> Dict[str, Optional[StateMessage]]:
         """Return the current state of each of *ids*, or ``None`` where nothing is known."""
-        return self.reads.read(ids)
+        return self.reads.read(ids, deadline)
 
     def follower(self, submit: Optional[Callable[..., Any]] = None) -> Follower:
         """Return a follower without tasks.

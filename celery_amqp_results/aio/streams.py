@@ -41,6 +41,7 @@ from celery_amqp_results.aio.targets import (
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.toolkit.retry import deadline_after
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.newest import Newest
 from celery_amqp_results.waiting.progress import Update
@@ -221,8 +222,7 @@ class _Stream(Generic[_T]):
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
-            if self._timeout is not None:
-                self._deadline = time.monotonic() + self._timeout
+            self._deadline = deadline_after(self._timeout)
         elif self._loop is not loop:
             raise RuntimeError("this belongs to another event loop: begin it on the running one")
 

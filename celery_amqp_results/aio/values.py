@@ -39,6 +39,7 @@ from celery_amqp_results.aio.targets import (
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.toolkit.retry import deadline_after
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting.progress import Update
 
@@ -265,7 +266,7 @@ def _unfailed_parents(nodes: Iterable[Any]) -> Dict[str, Any]:
     """Return the tasks before *nodes* in a chain not known to have ended, first to last."""
     unknown: Dict[str, Any] = {}
     for node in nodes:
-        for parent in reversed(list(trees.parents(node))):
+        for parent in trees.parents(node):
             if is_known(parent):
                 raise_failure(parent, *known_value(parent))
             else:
@@ -286,7 +287,7 @@ async def _wait_for(
         waited: result objects and ids, by id.
         parents: tasks whose failure means that these will never run.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = deadline_after(timeout)
     failing: Dict[str, List[Any]] = dict(waited) if propagate else {}
     for task_id, parent in parents.items():
         failing.setdefault(task_id, [parent])

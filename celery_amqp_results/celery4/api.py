@@ -33,6 +33,7 @@ from celery_amqp_results.per_task.lookups import BACKLOG_LIMIT
 from celery_amqp_results.per_task.wire import NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.reading import Reader
+from celery_amqp_results.toolkit.retry import deadline_after
 from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits
 
 __all__ = ("Celery4API",)
@@ -290,7 +291,7 @@ class Celery4API:
                 ended[body["task_id"]] = self._backend.meta_from_decoded(body)
 
         consumer.callbacks[:] = [on_body]
-        deadline = None if timeout is None else now() + timeout
+        deadline = deadline_after(timeout, now)
         while True:
             pause = 1.0 if deadline is None else min(1.0, deadline - now())
             if pause > 0:

@@ -6,6 +6,7 @@ A process's knowledge of chords belongs to the app: Celery may make several back
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 import uuid
@@ -30,8 +31,11 @@ from celery_amqp_results.protocol.names import PLAN_QUEUES, QueueSpec, Topology,
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.store.publisher import Outgoing, Publisher
 from celery_amqp_results.toolkit.bounded import BoundedDict
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
 __all__ = ("Chords", "Plans", "expect_body")
+
+logger = logging.getLogger(__name__)
 
 #: State in the message of a plan, and of an amendment.
 CHORD_STATE = "CHORD"
@@ -297,7 +301,17 @@ class Chords:
     # -- leading -----------------------------------------------------------------------------------
 
     def note_chord(self, group_id: str) -> None:
-        """Start leading chords: a part of the chord with this header was stored or sent here."""
+        """Start leading chords: a part of the chord with this header was stored or sent here.
+
+        Raises nothing, since what was stored counts.
+        """
+        try:
+            self._lead_if_needed(group_id)
+        except Exception as exc:
+            raise_if_from_signal_handler(exc)
+            logger.warning("a leader for the chord %s was not looked for: %s", group_id, exc)
+
+    def _lead_if_needed(self, group_id: str) -> None:
         if bell.in_child:
             bell.ring()
         elif bell.in_main:

@@ -101,13 +101,15 @@ class PerTaskLayout:
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+    def poll(
+        self, ids: Collection[str], deadline: Optional[float] = None
+    ) -> Dict[str, Optional[StateMessage]]:
         """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
         Raises:
             Exception: as :meth:`LookUps.read`.
         """
-        return self.lookups.read(ids)
+        return self.lookups.read(ids, deadline=deadline)
 
     def poll_within(self, task_id: str, backlog_limit: int) -> Optional[StateMessage]:
         """Return the current state of a task if that skips at most *backlog_limit* states.

@@ -38,6 +38,9 @@ GROUP_STATE = "GROUP"
 #: Headers with which quorum queues count; a copy starts without.
 COUNT_HEADERS = ("x-delivery-count", "x-acquired-count")
 
+#: The most bytes of a name, and of the property that holds the id, in AMQP.
+MAX_ID = 255
+
 
 class NoCacheQueue(kombu.Queue):
     """A queue that is declared at every use: it may have expired, or gone with its consumer."""
@@ -69,7 +72,17 @@ class Wire:
 
     @staticmethod
     def rkey(task_id: str) -> str:
-        """Return the name of the queue of *task_id*, which is its routing key as well."""
+        """Return the name of the queue of *task_id*, which is its routing key as well.
+
+        Raises:
+            ValueError: when the id is too long for AMQP, so that the task cannot have a queue.
+        """
+        size = len(task_id.encode("utf-8", "surrogatepass"))
+        if size > MAX_ID:
+            raise ValueError(
+                f"the id {task_id[:40]!r}... has {size} bytes, and one in the layout per-task has "
+                f"at most {MAX_ID}: give the task a shorter id, or use the layout shared"
+            )
         return task_id.replace("-", "")
 
     def exchange_entity(self) -> kombu.Exchange:

@@ -37,6 +37,8 @@ COMPRESSION_HEADER = "compression"
 BODY_QUEUE_HEADER = "body-queue"
 #: Header with the mark of the last amendment that a chord's header task made before it ended.
 AMENDED_HEADER = "amended"
+#: Stands there for a final state of such a task that does not tell what the task has returned.
+NOT_AN_END = "-"
 #: Longest AMQP short string, in bytes.
 MAX_SHORT_STRING = 255
 #: The largest credible clock error, in microseconds. A state dated further ahead must not hide the
@@ -68,7 +70,7 @@ class StateMessage:
     kind: str = STATE
     #: The queue that has a body too large for a shard; :attr:`body` is empty then.
     body_queue: Optional[str] = None
-    #: The mark of the task's last amendment to its chord, or ``None``.
+    #: The mark of the task's last amendment to its chord, :data:`NOT_AN_END`, or ``None``.
     amended: Optional[str] = None
     #: The meta, if decoding it was needed to know the state: :meth:`Codec.decode` returns it.
     decoded: Optional[Mapping[str, Any]] = dataclasses.field(

@@ -29,15 +29,18 @@ def leaves(node: Any) -> Iterator[Any]:
 
 
 def parents(node: Any) -> Iterator[Any]:
-    """Yield the tasks before *node* in a chain, the nearest first.
+    """Yield the tasks before *node* in a chain, first to last.
 
     Parameters:
         node: an id, which has none, a result object or a group.
     """
+    before = []
     parent = getattr(node, "parent", None)
     while parent is not None:
-        yield from leaves(parent)
+        before.append(parent)
         parent = getattr(parent, "parent", None)
+    for parent in reversed(before):
+        yield from leaves(parent)
 
 
 def tasks_in(target: Any) -> Iterator[Any]:

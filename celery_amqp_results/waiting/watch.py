@@ -34,6 +34,7 @@ from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.toolkit.forks import Process
+from celery_amqp_results.toolkit.retry import deadline_after
 from celery_amqp_results.waiting.newest import Newest
 from celery_amqp_results.waiting.progress import Update
 from celery_amqp_results.waiting.results import tasks_in
@@ -156,7 +157,7 @@ def watch_everything(
     Raises:
         BackendUnavailable, DeclarationRefused: see :meth:`Tap.step`.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = deadline_after(timeout)
     with tap:
         while deadline is None or time.monotonic() < deadline:
             for state in tap.step(deadline, LONGEST_STEP):
