@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from typing import Any, Callable, FrozenSet, Optional
+from typing import Callable, FrozenSet, Optional
 
 __all__ = ("block_signals", "start_helper", "start_thread")
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _SYNCHRONOUS = frozenset({"SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGTRAP", "SIGSYS", "SIGABRT"})
 
 
-def start_thread(target: Callable[..., Any], name: str, *args: Any) -> threading.Thread:
+def start_thread(target: Callable[..., object], name: str, *args: object) -> threading.Thread:
     """Start a daemon thread that receives no signals, and return it.
 
     The system gives a signal to any thread that does not block it. Python runs handlers in the
@@ -40,7 +40,7 @@ def start_thread(target: Callable[..., Any], name: str, *args: Any) -> threading
     return thread
 
 
-def start_helper(target: Callable[[], Any], name: str) -> Optional[threading.Thread]:
+def start_helper(target: Callable[[], object], name: str) -> Optional[threading.Thread]:
     """Start a thread that its user can do without for now.
 
     Parameters are those of :func:`start_thread`. Returns ``None`` when the system allows no further
