@@ -45,7 +45,7 @@ def test_what_was_refused_is_published_after_growing_pauses(caplog: Any) -> None
     strays.add((message,))
     with caplog.at_level(logging.ERROR):
         assert strays.take_due(99.0) == []
-    assert "refused it 6 times (nack): the SUCCESS of x" in caplog.text
+    assert "the SUCCESS of x is lost: the broker refused it 6 times (nack)" in caplog.text
 
 
 @pytest.mark.parametrize(("refusals", "pause"), list(enumerate(REFUSAL_PAUSES, start=1)))
