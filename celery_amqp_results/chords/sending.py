@@ -11,10 +11,10 @@ import threading
 import time
 import uuid
 import weakref
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 from celery import signals
-from celery.canvas import _chain, chord, group
+from celery.canvas import Signature, _chain, chord, group
 from celery.result import ResultSet
 from celery.utils.functional import _regen
 from celery.utils.nodenames import anon_nodename
@@ -25,6 +25,7 @@ from celery_amqp_results.chords import plan as plans
 from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.chords.service import Service
 from celery_amqp_results.chords.workers import bell
+from celery_amqp_results.library_types import App
 from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.message import PLAN, StateMessage
 from celery_amqp_results.protocol.names import PLAN_QUEUES, QueueSpec, Topology, plan_number
@@ -60,7 +61,7 @@ _clock = PublishClock()
 class _Sending:
     """A chord that is being sent."""
 
-    body: Any
+    body: Signature
     #: The results of the header; a weak reference if they are a generator, which may never be
     #: exhausted.
     results: Any
@@ -104,7 +105,7 @@ class Plans:
         self,
         group_id: str,
         state: str,
-        content: Mapping[str, Any],
+        content: Mapping[str, object],
         serializers: Tuple[str, ...] = (),
     ) -> Outgoing:
         """Return the message of a plan or amendment, encoded like the app's tasks.
@@ -194,7 +195,12 @@ class Chords:
     # -- the sender --------------------------------------------------------------------------------
 
     def prepare(
-        self, group_id: str, results: Any, body: Any, expires: Optional[int], root_id: Optional[str]
+        self,
+        group_id: str,
+        results: Iterable[object],
+        body: Signature,
+        expires: Optional[int],
+        root_id: Optional[str],
     ) -> None:
         """Note a chord whose header is about to be sent. Does no I/O.
 
@@ -255,7 +261,7 @@ class Chords:
         self._publish(self._messages.write(group_id, CHORD_STATE, content, serializers), group_id)
 
     def publish_amendment(
-        self, group_id: str, result: Any, after: Optional[str], expires: Optional[int]
+        self, group_id: str, result: object, after: Optional[str], expires: Optional[int]
     ) -> None:
         """Add one task or group to a chord. A task of its header must call this.
 
@@ -327,7 +333,7 @@ class Chords:
         self.service.start(met=False)
 
 
-def expect_body(app: Any, body: Any, note_sent: Callable[[str], None]) -> None:
+def expect_body(app: App, body: Signature, note_sent: Callable[[str], None]) -> None:
     """Have the states of a body pushed to this process, although another one sends it.
 
     A process that waits for its own task neither reads the store nor binds a shard, which would
@@ -366,7 +372,7 @@ def _follow_generator(group_id: str, results: Any) -> None:
     _take_ahead()
 
 
-def _take_ahead(**kwargs: Any) -> None:
+def _take_ahead(**kwargs: object) -> None:
     while _lazy.results:
         group_id, reference = _lazy.results[-1]
         results = reference()
@@ -392,7 +398,7 @@ def _forget_generator(group_id: str) -> Optional[Exception]:
     return _lazy.failed.pop(group_id, None)
 
 
-def _serializers(body: Any) -> Tuple[str, ...]:
+def _serializers(body: Signature) -> Tuple[str, ...]:
     """Return the serializers that a body names."""
     own = body.options.get("serializer")
     return (own,) if own else ()

@@ -28,13 +28,7 @@ from celery_amqp_results.chords.session import Session
 from celery_amqp_results.chords.workers import bell
 from celery_amqp_results.feed.pushed import PushedStates
 from celery_amqp_results.protocol.clock import wall
-from celery_amqp_results.protocol.message import (
-    NOT_AN_END,
-    PART,
-    PLAN,
-    STATE,
-    StateMessage,
-)
+from celery_amqp_results.protocol.message import NOT_AN_END, PART, PLAN, STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.lookup import Store
 from celery_amqp_results.toolkit.retry import Retry

@@ -188,7 +188,7 @@ class LookUps:
                         state = found[task_id] = read(session, task_id)
                     if state is not None:
                         with self._lock:
-                            self._empty.pop(name)
+                            self._empty.pop(name, None)
                 except _FINDINGS as exc:
                     # The error is not about the connection.
                     return exc

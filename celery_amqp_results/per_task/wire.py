@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Dict, Mapping, Optional, Tuple
 
 import kombu
 
@@ -95,14 +95,14 @@ class Wire:
             delivery_mode=self.delivery_mode,
         )
 
-    def queue_entity(self, task_id: str, **changes: Any) -> NoCacheQueue:
+    def queue_entity(self, task_id: str, **changes: object) -> NoCacheQueue:
         """Return the queue of *task_id*, not bound to a channel.
 
         Parameters:
             **changes: arguments of ``kombu.Queue`` to override.
         """
         name = self.rkey(task_id)
-        arguments: Dict[str, Any] = {
+        arguments: Dict[str, object] = {
             "durable": self.persistent,
             "auto_delete": self.auto_delete,
             "expires": self.expires or None,
@@ -110,7 +110,7 @@ class Wire:
         }
         return NoCacheQueue(name, self.exchange_entity(), name, **arguments)
 
-    def shape(self, result_meta: Mapping[str, Any]) -> Dict[str, Any]:
+    def shape(self, result_meta: Mapping[str, object]) -> Dict[str, object]:
         """Return the written fields of *result_meta*, in Celery 4's order."""
         if result_meta.get("status") == GROUP_STATE and "group_id" in result_meta:
             fields: Tuple[str, ...] = GROUP_FIELDS
