@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import logging
 import time
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import amqp
 import amqp.exceptions
@@ -53,7 +53,7 @@ class Outgoing:
     #: Name of the queue that keeps it. The message comes back if there is no such queue.
     queue: str
     #: AMQP properties, by py-amqp's names.
-    properties: Mapping[str, Any]
+    properties: Mapping[str, object]
     body: bytes
     #: Number of the shard whose queue that is, which is declared if the message comes back;
     #: ``None`` for no shard.
@@ -245,7 +245,7 @@ class ConfirmLog:
         if not publication.waited and status is not Status.CONFIRMED:
             self.strays.append(publication)
 
-    def came_back(self, queue: str, properties: Mapping[str, Any], body: bytes) -> None:
+    def came_back(self, queue: str, properties: Mapping[str, object], body: bytes) -> None:
         """Note that a message was returned: there is no *queue*. Its confirm follows.
 
         An earlier message to the same queue may still be unconfirmed without having come back: the
@@ -374,7 +374,9 @@ class ConfirmChannel:
             # A full queue, or the inbox of a process whose node is cut off.
             logger.info("a queue bound to the exchange refuses a state, which is kept all the same")
 
-    def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
+    def _on_return(
+        self, exc: Exception, exchange: str, routing_key: str, message: amqp.Message
+    ) -> None:
         self.log.came_back(routing_key, message.properties, message.body)
 
     def wait(self, publications: Iterable[Publication], deadline: Optional[float] = None) -> None:
@@ -461,7 +463,7 @@ def no_confirm() -> errors.NotConfirmed:
     return errors.NotConfirmed(f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s")
 
 
-def _identity(properties: Mapping[str, Any]) -> Tuple[Any, ...]:
+def _identity(properties: Mapping[str, object]) -> Tuple[object, ...]:
     """Return the fields that distinguish a message from others in the same queue."""
     headers = properties.get("application_headers") or {}
     return properties.get("correlation_id"), properties.get("message_id"), headers

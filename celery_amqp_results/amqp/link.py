@@ -334,7 +334,7 @@ class Link:
         write = transport._write
         pieces: List[bytes] = []
 
-        def hold(piece: Any) -> None:
+        def hold(piece: bytes) -> None:
             # py-amqp writes its next frame into the same buffer.
             pieces.append(bytes(piece))
 

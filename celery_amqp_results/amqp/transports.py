@@ -12,17 +12,7 @@ import contextlib
 import functools
 import threading
 import time
-from typing import (
-    Any,
-    Callable,
-    ContextManager,
-    Deque,
-    Iterator,
-    Optional,
-    Protocol,
-    Tuple,
-    Type,
-)
+from typing import Any, Callable, ContextManager, Deque, Iterator, Optional, Protocol, Tuple, Type
 
 import kombu
 from amqp import exceptions as amqp_errors

@@ -15,6 +15,7 @@ import logging
 import time
 from typing import Any, Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
 
+import amqp
 import kombu
 from amqp import exceptions as amqp_errors
 from kombu.exceptions import ContentDisallowed
@@ -24,12 +25,7 @@ from celery_amqp_results.amqp import transports
 from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.per_task.lookups import LookUps
-from celery_amqp_results.per_task.polling import (
-    LONGEST_PAUSE,
-    PAUSE_SHARE,
-    QueueFollower,
-    identify,
-)
+from celery_amqp_results.per_task.polling import LONGEST_PAUSE, PAUSE_SHARE, QueueFollower, identify
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import by_task
 from celery_amqp_results.toolkit.retry import Retry, time_left
@@ -177,12 +173,7 @@ class PushFollower(QueueFollower):
         self._wake_up.wait(seconds)
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait at most *pause* seconds for updates and return them.
-
-        Raises:
-            BackendUnavailable: when the broker cannot be reached or refuses us.
-            Exception: whatever :meth:`LookUps.read` raises.
-        """
+        """Wait at most *pause* seconds for updates and return them."""
         until = time.monotonic() + time_left(deadline, pause)
         try:
             updates = self._read_if_due(deadline)
@@ -330,7 +321,7 @@ class PushFollower(QueueFollower):
         if link is not None:
             link.drop()
 
-    def _on_message(self, raw: Any) -> None:
+    def _on_message(self, raw: amqp.Message) -> None:
         message: kombu.Message = self._channel.message_to_python(raw)
         try:
             self._arrived.append(self._lookups.messages.state_of(message))

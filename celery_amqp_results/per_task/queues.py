@@ -270,7 +270,7 @@ class TaskQueues:
         exchange: str,
         name: str,
         body: bytes,
-        properties: Dict[str, Any],
+        properties: Dict[str, object],
     ) -> str:
         """Publish to the queue *name* and wait for the confirm.
 

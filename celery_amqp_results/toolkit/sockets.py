@@ -12,7 +12,10 @@ import select
 import socket
 import threading
 import types
-from typing import Any, Iterator, List
+from typing import TYPE_CHECKING, Any, Iterator, List, Sequence
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike, HasFileno
 
 __all__ = ("SocketWatch", "WakeUp", "readable", "ready")
 
@@ -20,7 +23,7 @@ __all__ = ("SocketWatch", "WakeUp", "readable", "ready")
 _PEEK = getattr(socket, "MSG_PEEK", 0) | getattr(socket, "MSG_DONTWAIT", 0)
 
 
-def readable(sock: Any, timeout: float) -> bool:
+def readable(sock: HasFileno, timeout: float) -> bool:
     """Return whether *sock* has bytes to read, or its end.
 
     Parameters:
@@ -32,7 +35,7 @@ def readable(sock: Any, timeout: float) -> bool:
     return bool(_wait([sock], timeout))
 
 
-def ready(sock: Any, timeout: float, read: bool = True) -> bool:
+def ready(sock: HasFileno, timeout: float, read: bool = True) -> bool:
     """Return whether *sock* has room for bytes to write, or bytes to read.
 
     Parameters:
@@ -43,7 +46,7 @@ def ready(sock: Any, timeout: float, read: bool = True) -> bool:
     return bool(_wait([sock], timeout, read, write=True))
 
 
-def _peek(sock: Any) -> bool:
+def _peek(sock: HasFileno) -> bool:
     # A plain system socket, since a TLS socket takes no flags. gevent's poll() with a timeout of 0
     # does not look at all, and select() switches to other greenlets.
     raw = _socket.socket(fileno=sock.fileno())
@@ -59,7 +62,9 @@ def _peek(sock: Any) -> bool:
     return True
 
 
-def _wait(socks: List[Any], timeout: float, read: bool = True, write: bool = False) -> List[int]:
+def _wait(
+    socks: Sequence[FileDescriptorLike], timeout: float, read: bool = True, write: bool = False
+) -> List[int]:
     """Return the numbers of those of *socks* that became ready within *timeout* seconds."""
     # Looked up at each call: gevent replaces poll, and eventlet removes it.
     make = getattr(select, "poll", None)
@@ -72,7 +77,7 @@ def _wait(socks: List[Any], timeout: float, read: bool = True, write: bool = Fal
     return [number for number, _ in poll.poll(1000 * timeout)]
 
 
-def _number(source: Any) -> int:
+def _number(source: FileDescriptorLike) -> int:
     return source if isinstance(source, int) else int(source.fileno())
 
 
@@ -90,7 +95,7 @@ class WakeUp:
         with contextlib.suppress(OSError):
             self._sender.send(b"\0")
 
-    def wait(self, timeout: float, *sources: Any) -> List[Any]:
+    def wait(self, timeout: float, *sources: FileDescriptorLike) -> List[FileDescriptorLike]:
         """Wait until :meth:`ring` is called, or one of *sources* is readable; return which are.
 
         Parameters:
@@ -126,7 +131,7 @@ class SocketWatch(WakeUp):
         sock: the socket.
     """
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self, sock: HasFileno) -> None:
         super().__init__()
         self._sock = sock
         self._lent = threading.Lock()
