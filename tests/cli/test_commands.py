@@ -191,7 +191,9 @@ def test_watch_ends_when_the_given_tasks_have_finished(make_app: Apps) -> None:
     timer.join()
     assert result.exit_code == Exit.FAILED
     seen = [(line["id"], line["state"]) for line in lines(result)]
-    assert set(seen) == {(done, "SUCCESS"), (failing, "PROGRESS"), (failing, "FAILURE")}
+    ended = {(done, "SUCCESS"), (failing, "FAILURE")}
+    # On a slow machine the failure may be stored before the first look-up.
+    assert ended <= set(seen) <= ended | {(failing, "PROGRESS")}
     result = run(app, "watch", done)
     assert result.exit_code == Exit.OK
     assert "1 ended, 0 failed" in result.stdout
