@@ -191,22 +191,6 @@ def test_results_leave_a_share_of_a_limit_on_queues_to_the_workers(
     assert {reader.AsyncResult(task_id).state for task_id in stored} == {"SUCCESS"}
 
 
-def test_tasks_that_are_tracked_leave_the_queues_of_a_limit_to_the_workers(
-    tenant: Tenant, tenant_apps: Apps
-) -> None:
-    # Given a broker with a limit, and an app with more shards that tracks what it sends
-    tenant.limit(max_queues=12)
-    app = tenant_apps(result_backend_transport_options=options(shards=64, track_sent=True))
-    # When it sends many tasks
-    with app.connection_for_write() as connection:
-        for _ in range(60):
-            app.send_task("task", connection=connection)
-    # Then a worker can still declare its queues
-    with connect(tenant.url) as connection:
-        for _ in range(4):
-            connection.channel().queue_declare(new_id(), exclusive=True)
-
-
 def test_a_user_who_may_not_declare_other_queues_stores_results(
     tenant: Tenant, tenant_apps: Apps
 ) -> None:
