@@ -11,7 +11,6 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 from celery import states
-from celery.exceptions import TimeoutError
 
 from celery_amqp_results.amqp import confirms, link
 from celery_amqp_results.feed import session
@@ -28,8 +27,8 @@ LONG = 60.0
 ONE_TRY: Dict[str, Any] = {"retry_policy": {"max_retries": 0}}
 
 
-class Storing:
-    """Calls that store something, each in a thread."""
+class Calls:
+    """Calls that take until an alarm ends, each in a thread."""
 
     def __init__(self, *calls: Callable[[], Any]) -> None:
         self.errors: List[BaseException] = []
@@ -60,7 +59,7 @@ def test_large_results_are_stored_when_an_alarm_ends(make_app: Apps, node: rabbi
     results = {first: "x" * 1_000_000, second: "y" * 8_000_000}
     # Given an alarm that lasts longer than the kernel keeps bytes for a broker that reads none
     with alarm(node, "memory"):
-        storing = Storing(
+        storing = Calls(
             *(
                 lambda i=i, r=r: app.backend.store_result(i, r, states.SUCCESS)
                 for i, r in results.items()
@@ -78,7 +77,7 @@ def test_large_results_are_stored_when_an_alarm_ends(make_app: Apps, node: rabbi
 def test_a_thread_that_declares_shards_in_an_alarm_costs_no_other_thread_its_connection(
     make_app: Apps, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr(link, "IO_TIMEOUT", 1.0)
+    monkeypatch.setattr(link, "IO_TIMEOUT", 3.0)
     app = make_app(result_backend_transport_options={"shards": 64, **ONE_TRY})
     warm, final, *others = new_ids(20)
     app.backend.store_result(warm, 1, states.SUCCESS)
@@ -89,11 +88,11 @@ def test_a_thread_that_declares_shards_in_an_alarm_costs_no_other_thread_its_con
             app.backend.store_result(task_id, number, "PROGRESS")
 
     with caplog.at_level(logging.WARNING), alarm(node, "memory"):
-        storing = Storing(lambda: app.backend.store_result(final, 2, states.SUCCESS))
+        storing = Calls(lambda: app.backend.store_result(final, 2, states.SUCCESS))
         # When a thread waits for the end of an alarm, and another one needs answers of the broker
         eventually(lambda: layout.publisher._channel._channel.link.blocked)
-        reporting = Storing(report)
-        time.sleep(4)
+        reporting = Calls(report)
+        time.sleep(link.IO_TIMEOUT + 2)
         # Then both wait, without another connection
         assert storing.waits()
         assert reporting.waits()
@@ -118,7 +117,7 @@ def test_a_connection_that_is_lost_in_an_alarm_is_no_failed_try(
         return channel._channel is not cut
 
     with alarm(node, "memory"):
-        storing = Storing(lambda: app.backend.store_result(final, 2, states.SUCCESS))
+        storing = Calls(lambda: app.backend.store_result(final, 2, states.SUCCESS))
         for _ in range(3):
             # When the connections that it blocks are cut, one after the other
             blocked = eventually(lambda: channel._channel and channel._channel.link.blocked)
@@ -139,7 +138,7 @@ def test_a_large_result_in_the_layout_per_task_is_stored_when_an_alarm_ends(
     first, second = new_ids(2)
     results = {first: "x", second: "y" * 8_000_000}
     with alarm(node, "memory"):
-        storing = Storing(
+        storing = Calls(
             *(
                 lambda i=i, r=r: app.backend.store_result(i, r, states.SUCCESS)
                 for i, r in results.items()
@@ -178,11 +177,11 @@ def test_a_shard_that_confirms_nothing_costs_other_shards_no_connection(
             app.backend.store_result(ids[1][1], 1, states.SUCCESS)
 
     # Given results that are stored in one shard
-    others = Storing(store_in_the_other_shard)
+    others = Calls(store_in_the_other_shard)
     # When the other shard stands still
     node.eval(f"sys:suspend(element(2, {found}))")
     try:
-        storing = Storing(lambda: app.backend.store_result(ids[0][1], 1, states.SUCCESS))
+        storing = Calls(lambda: app.backend.store_result(ids[0][1], 1, states.SUCCESS))
         time.sleep(confirms.CONFIRM_TIMEOUT + 2)
         # Then the confirms show that the connection is not dead
         assert storing.waits()
@@ -198,17 +197,19 @@ def test_a_shard_that_confirms_nothing_costs_other_shards_no_connection(
 def test_the_first_read_after_an_alarm_keeps_the_connection_of_the_inbox(
     make_app: Apps, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "LOST_SECONDS", 1.0)
     app = make_app(shards=1)
     inbox = app.backend.layout.inbox
-    with pytest.raises(TimeoutError):
-        app.AsyncResult(new_ids(1)[0]).get(timeout=0.1)
+    (task_id,) = new_ids(1)
+    waiting = Calls(lambda: app.AsyncResult(task_id).get(timeout=2 * LONG))
     opened = eventually(lambda: inbox._session)
-    passed: List[bool] = []
+    kept: List[bool] = []
 
     def unblocked() -> None:
         opened.link._on_unblocked()
-        passed.append(opened.pass_barrier(0.0))
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "LOST_SECONDS", 1.0)
+            opened.pass_barrier(0.0)
+        kept.append(opened._failure is None)
 
     reasons: List[str] = []
     opened.link.amqp.on_blocked = reasons.append
@@ -219,7 +220,9 @@ def test_the_first_read_after_an_alarm_keeps_the_connection_of_the_inbox(
         time.sleep(1.5)
         # When a read begins at the moment when the alarm ends
         opened.link.amqp.on_unblocked = unblocked
-    assert eventually(lambda: passed) == [False]
+    assert eventually(lambda: kept) == [True]
     # Then the barrier comes back on the same connection
     assert eventually(lambda: opened.pass_barrier(LONG))
     assert inbox._session is opened
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    waiting.end()
