@@ -170,7 +170,7 @@ def test_a_channel_is_busy_while_something_that_matters_is_unconfirmed() -> None
     assert log.unwaited() == [unwaited]
     assert log.busy
     log.acknowledged(3, False)
-    # Nobody waits for the copy.
+    # No caller waits for the copy.
     assert unwaited.copying
     assert not log.busy
     assert log.unwaited() == []
@@ -271,7 +271,9 @@ def test_a_woken_follower_goes_on() -> None:
 
 
 def test_a_returned_message_has_its_shard_declared_once() -> None:
-    delivery = Delivery([outgoing("a", shard=3), outgoing("b", shard=3)])
+    messages = [outgoing("a", shard=3), outgoing("b", shard=3)]
+    delivery = Delivery(messages)
+    assert delivery.messages == [p.message for p in delivery.publications] == messages
     assert delivery.unsent() == delivery.publications
     for publication in delivery.publications:
         publication.status = Status.RETURNED
