@@ -9,8 +9,8 @@ One process stores results, another sends the ids and waits for each, in windows
 the way the memory of both and of the broker (of a node of its own, if none is given) is printed.
 Results expire after a minute, so that what is kept stays the same as well.
 
-With ``--reconnects`` all connections of a process that stores and waits are reset, again and again,
-and each time it stores a result, and waits for it.
+With ``--reconnects`` all connections of a process that stores, waits and looks up are reset, again
+and again, and each time it stores a result, waits for it, and looks it up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import uuid
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import kombu
 from celery import Celery, states
@@ -132,26 +132,33 @@ class Held(NamedTuple):
     connections: int
 
 
-def reconnect(count: int, broker: str) -> Iterator[Held]:
-    """Reset all connections *count* times, and yield ten times what this process holds.
+def reconnect(
+    count: int, broker: str, close: Optional[Callable[[], None]] = None
+) -> Iterator[Held]:
+    """Close all connections *count* times, and yield ten times what this process holds.
 
-    Each time one result is stored, and waited for by an app that did not store it.
+    Each time one result is stored, and waited for and looked up by apps that did not store it.
 
     Parameters:
         count: how often; the first tenth is not measured, since it opens what is opened once.
         broker: URL of a broker on this machine.
+        close: closes all connections; by default they are reset.
     """
     port = kombu.Connection(broker).port or 5672
     with Proxy(port) as proxy:
-        waiting, storing = (make_app(proxy.url(broker), "flat-again") for _ in range(2))
+        close = close or proxy.reset
+        prefix = f"flat-{uuid.uuid4().hex[:8]}"
+        apps = [make_app(proxy.url(broker), prefix) for _ in range(3)]
+        waiting, storing, looking = apps
         started = time.monotonic()
         step = max(1, count // 10)
         for number in range(1, count + 1):
             task_id = str(uuid.uuid4())
             waiting.backend.on_task_call(None, task_id)
-            proxy.reset()
+            close()
             storing.backend.store_result(task_id, number, states.SUCCESS)
             assert waiting.AsyncResult(task_id).get(timeout=120) == number
+            assert looking.AsyncResult(task_id).state == states.SUCCESS
             if number % step == 0:
                 yield Held(
                     number,
@@ -161,7 +168,7 @@ def reconnect(count: int, broker: str) -> Iterator[Held]:
                     threading.active_count(),
                     proxy.open,
                 )
-        for app in (waiting, storing):
+        for app in apps:
             app.backend.close()
             app.close()
 

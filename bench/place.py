@@ -99,10 +99,15 @@ class Place:
 
     @contextlib.contextmanager
     def worker(
-        self, name: str, concurrency: int, pool: str = "prefork", arguments: Sequence[str] = ()
+        self,
+        name: str,
+        concurrency: int,
+        pool: str = "prefork",
+        arguments: Sequence[str] = (),
+        queue: str = "",
     ) -> Iterator[programs.Worker]:
         """Run a worker of the peer *name* for the duration of a ``with`` block."""
-        worker = programs.Worker(name, self.servers, concurrency, pool, arguments)
+        worker = programs.Worker(name, self.servers, concurrency, pool, arguments, queue)
         try:
             worker.wait()
             yield worker

@@ -26,6 +26,7 @@ class Worker:
         concurrency: number of processes, threads or greenlets of the pool.
         pool: name of the pool.
         arguments: further arguments of ``celery worker``.
+        queue: where its tasks are; names for the results are made from it. A new one by default.
 
     Starting takes seconds; :meth:`wait` waits for it.
     """
@@ -37,9 +38,10 @@ class Worker:
         concurrency: int = 2,
         pool: str = "prefork",
         arguments: Sequence[str] = (),
+        queue: str = "",
     ) -> None:
         self.name = name
-        queue = f"bench-{uuid.uuid4().hex[:8]}"
+        queue = queue or f"bench-{uuid.uuid4().hex[:8]}"
         self.hostname = f"{queue}@localhost"
         self.queue = queue
         self.app = peers.make_app(name, servers, queue)

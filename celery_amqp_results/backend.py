@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union
 
 import celery
+import kombu
 from celery import states
+from celery.app.task import Context
 from celery.backends.base import Backend
+from celery.canvas import Signature
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.failures import TRANSIENT, was_refused
@@ -22,13 +25,14 @@ from celery_amqp_results.config import BackendConfig, Location, Own, expiry_of
 from celery_amqp_results.errors import BacklogLimitExceeded
 from celery_amqp_results.groups import SavedGroups
 from celery_amqp_results.layouts import Layout
+from celery_amqp_results.library_types import Meta, TaskResult
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task.lookups import BACKLOG_LIMIT
 from celery_amqp_results.per_task.wire import NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text, state_name
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.reading import Reader
-from celery_amqp_results.recording import Recorder, plain_meta, without_arguments
+from celery_amqp_results.recording import Recorder, plain_meta, task_ends, without_arguments
 from celery_amqp_results.registry import OwnLayout
 from celery_amqp_results.store.marks import Fate
 from celery_amqp_results.toolkit.delegation import delegated
@@ -41,9 +45,8 @@ logger = logging.getLogger(__name__)
 #: Celery before 5.5 stores the end time of a task in UTC.
 DATES_IN_ZONE_OF_APP = celery.VERSION >= (5, 5)
 
-Meta = Dict[str, Any]
-OnMessage = Callable[[Meta], Any]
-OnInterval = Callable[[], Any]
+OnMessage = Callable[[Meta], object]
+OnInterval = Callable[[], object]
 
 
 class AMQPBackend(Backend):
@@ -86,8 +89,8 @@ class AMQPBackend(Backend):
 
     def __init__(
         self,
-        app: Any,
-        connection: Any = None,
+        app: celery.Celery,
+        connection: object = None,
         exchange: Optional[str] = None,
         exchange_type: Optional[str] = None,
         persistent: Optional[bool] = None,
@@ -101,7 +104,7 @@ class AMQPBackend(Backend):
         # Celery 4's format has no place for either; Celery warns if they are set.
         self.supports_result_compression = self.supports_failure_expires = shared
         super().__init__(app, serializer=serializer, **kwargs)
-        self._arguments = dict(
+        self._arguments: Dict[str, Any] = dict(
             kwargs,
             exchange=exchange,
             exchange_type=exchange_type,
@@ -133,7 +136,7 @@ class AMQPBackend(Backend):
         self.exchange = self.celery4.exchange()
         self.delivery_mode, self.auto_delete = self.config.wire.delivery_mode, auto_delete
 
-    def clone(self, purpose: str, **options: Any) -> AMQPBackend:
+    def clone(self, purpose: str, **options: object) -> AMQPBackend:
         """Return a backend like this one, with connections of its own and other options.
 
         Clones with the same *purpose* and options share connections. The options are named and
@@ -172,7 +175,7 @@ class AMQPBackend(Backend):
 
     # -- storing -----------------------------------------------------------------------------
 
-    def on_task_call(self, producer: Any, task_id: str) -> Meta:
+    def on_task_call(self, producer: kombu.Producer, task_id: str) -> Meta:
         """Note that a task is about to be sent; with ``track_sent``, publish a mark with it."""
         self.recorder.note_sent(id_text(task_id), producer)
         return {}
@@ -182,9 +185,9 @@ class AMQPBackend(Backend):
         task_id: str,
         result: Any,
         state: str,
-        traceback: Any = None,
-        request: Any = None,
-        **kwargs: Any,
+        traceback: object = None,
+        request: object = None,
+        **kwargs: object,
     ) -> Any:
         task_id, name = id_text(task_id), state_name(state)
         meta = self._get_result_meta(result, state, traceback, request)
@@ -200,12 +203,27 @@ class AMQPBackend(Backend):
             self.recorder.record(task_id, name, without_arguments(meta), request)
         return result
 
-    def _get_result_meta(self, result: Any, state: str, traceback: Any, request: Any) -> Any:
+    def _get_result_meta(self, result: Any, state: str, traceback: object, request: object) -> Any:
         if self.config.wire.extended or not DATES_IN_ZONE_OF_APP:
             return super()._get_result_meta(result, state, traceback, request)
         meta = plain_meta(state, result, traceback, request, self.app)
         meta["children"] = self.current_task_children(request)
         return meta
+
+    def mark_as_done(self, *args: Any, **kwargs: Any) -> None:
+        """Store what a task has returned, and count it as its end."""
+        with task_ends():
+            super().mark_as_done(*args, **kwargs)
+
+    def mark_as_failure(self, *args: Any, **kwargs: Any) -> None:
+        """Store the failure of a task, and count it as its end."""
+        with task_ends():
+            super().mark_as_failure(*args, **kwargs)
+
+    def mark_as_revoked(self, *args: Any, **kwargs: Any) -> None:
+        """Store that a task was revoked, and count it as its end."""
+        with task_ends():
+            super().mark_as_revoked(*args, **kwargs)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether a retry may help: the broker is unreachable, but has not refused."""
@@ -250,7 +268,7 @@ class AMQPBackend(Backend):
         """Return what is known of a task; with ``track_sent``, also of one without a state."""
         return self.reader.fate(id_text(task_id))
 
-    def forget(self, task_id: Any) -> None:
+    def forget(self, task_id: object) -> None:
         """Delete everything kept of a task. After an error, forgetting again is safe."""
         super().forget(id_text(task_id))
 
@@ -265,41 +283,41 @@ class AMQPBackend(Backend):
 
     def wait_for_pending(
         self,
-        result: Any,
+        result: TaskResult,
         timeout: Optional[float] = None,
         interval: Optional[float] = None,
         no_ack: bool = True,
         on_message: Optional[OnMessage] = None,
         on_interval: Optional[OnInterval] = None,
-        callback: Optional[Callable[[str, Any], Any]] = None,
+        callback: Optional[Callable[[str, Any], object]] = None,
         propagate: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Wait until *result* is ready and return its value, for ``AsyncResult.get``."""
         self._ensure_not_eager()
-        if on_interval is not None and result.parent is not None:
-            on_interval = self.reader.with_parents_read(result, on_interval)
-        patience = Patience(timeout, interval, on_interval)
-        for _, state in self.waits.follow((id_text(result.id),), patience, on_message):
-            self.waits.resolve(result, state)
+        # The promise of AsyncResult.get has a function where Celery asks for the parents with it.
+        asks = on_interval is not None and getattr(on_interval, "fun", None) is not None
+        if on_interval is not None and asks:
+            on_interval = self.reader.without_parents(result, on_interval)
+        self.waits.wait_for(result, Patience(timeout, interval, on_interval), on_message, asks)
         return result.maybe_throw(callback=callback, propagate=propagate)
 
     def iter_native(
         self,
-        result: Any,
+        result: TaskResult,
         timeout: Optional[float] = None,
         interval: Optional[float] = None,
         no_ack: bool = True,
         on_message: Optional[OnMessage] = None,
         on_interval: Optional[OnInterval] = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Iterator[Tuple[str, Union[Meta, List[Any]]]]:
         """Wait for the members of a result set; yield each as it becomes ready."""
         self._ensure_not_eager()
         patience = Patience(timeout, interval, on_interval)
         return self.waits.members(result, patience, on_message)
 
-    def add_pending_result(self, result: Any, weak: Optional[bool] = None) -> Any:
+    def add_pending_result(self, result: TaskResult, weak: Optional[bool] = None) -> TaskResult:
         """Register a result. Does no I/O.
 
         Only ``AsyncResult.then`` passes ``weak=False``: its callback must be called even if no
@@ -309,22 +327,22 @@ class AMQPBackend(Backend):
             self.waits.add_callback(result)
         return result
 
-    def remove_pending_result(self, result: Any) -> Any:
+    def remove_pending_result(self, result: TaskResult) -> TaskResult:
         """Unregister a result. Safe within garbage collection: no lock, no I/O."""
         self.waits.remove_callback(result)
         return result
 
     # -- groups ------------------------------------------------------------------------------
 
-    def get_group_meta(self, group_id: Any, cache: bool = True) -> Any:
+    def get_group_meta(self, group_id: object, cache: bool = True) -> Any:
         """Return the meta of a group that was saved, or ``None``."""
         return super().get_group_meta(id_text(group_id), cache)
 
-    def delete_group(self, group_id: Any) -> Any:
+    def delete_group(self, group_id: object) -> Any:
         """Delete a group that was saved; its members are kept."""
         return super().delete_group(id_text(group_id))
 
-    def _save_group(self, group_id: Any, result: Any) -> Any:
+    def _save_group(self, group_id: object, result: Any) -> Any:
         self._groups.save(id_text(group_id), result)
         return result
 
@@ -336,7 +354,9 @@ class AMQPBackend(Backend):
 
     # -- chords ------------------------------------------------------------------------------
 
-    def apply_chord(self, header_result_args: Tuple[str, Any], body: Any, **kwargs: Any) -> None:
+    def apply_chord(
+        self, header_result_args: Tuple[str, Any], body: Signature, **kwargs: object
+    ) -> None:
         """Note a chord whose header is about to be sent. Does no I/O."""
         if not self.chords.supported:
             super().apply_chord(header_result_args, body, **kwargs)
@@ -358,14 +378,18 @@ class AMQPBackend(Backend):
         else:
             self.chords.add(chord_id, result)
 
-    def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
+    def on_chord_part_return(
+        self, request: object, state: str, result: Any, **kwargs: object
+    ) -> None:
         """Tell the leader of a chord what a task of its header returned."""
         if not self.chords.supported:
             super().on_chord_part_return(request, state, result, **kwargs)
         else:
             self.chords.part_returned(request, state, self.encode_result(result, state))
 
-    def chord_error_from_stack(self, callback: Any, exc: Optional[BaseException] = None) -> Any:
+    def chord_error_from_stack(
+        self, callback: Signature, exc: Optional[BaseException] = None
+    ) -> Any:
         """Fail the body of a chord, and report that to a chord whose header has this body."""
         if exc is None:
             exc = sys.exc_info()[1]
@@ -375,7 +399,7 @@ class AMQPBackend(Backend):
                 self.on_chord_part_return(request, states.FAILURE, exc)
         return info
 
-    def _call_task_errbacks(self, request: Any, exc: Any, traceback: Any) -> None:
+    def _call_task_errbacks(self, request: Context, exc: object, traceback: object) -> None:
         call = super()._call_task_errbacks
         call_errbacks(request.id, lambda: call(request, exc, traceback))
 

@@ -16,6 +16,7 @@ from kombu.compression import encoders, get_encoder
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import transports
 from celery_amqp_results.amqp.broker import ResultBroker
+from celery_amqp_results.library_types import App
 from celery_amqp_results.options import Options, ResultURL, parse_url
 from celery_amqp_results.per_task.wire import Wire
 from celery_amqp_results.protocol import expiry
@@ -77,7 +78,7 @@ class Location:
     max_connections: Optional[int] = None
 
     @classmethod
-    def read(cls, app: Any, url: Optional[str], given: Optional[Options]) -> Location:
+    def read(cls, app: App, url: Optional[str], given: Optional[Options]) -> Location:
         """Return the location of results for the settings of *app* and the result backend URL.
 
         Parameters:
@@ -187,7 +188,7 @@ class BackendConfig:
         """``shared`` or ``per-task``."""
         return self.location.layout
 
-    def shape(self, meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    def shape(self, meta: Mapping[str, object]) -> Mapping[str, object]:
         """Return the fields of a meta that are written."""
         return meta if self.layout_name == "shared" else self.wire.shape(meta)
 
@@ -233,7 +234,7 @@ def codec_of(
     return Codec(serializer, accept, compression or None, location.options.max_decompressed_size)
 
 
-def expiry_of(name: str, value: Any) -> Optional[float]:
+def expiry_of(name: str, value: object) -> Optional[float]:
     """Return the expiry that the setting *name* gives in seconds, ``None`` for never.
 
     Raises:
@@ -257,7 +258,7 @@ def _choose_layout(broker: ResultBroker, wanted: Optional[str]) -> str:
     return "per-task"
 
 
-def _check_tracking(app: Any, broker: ResultBroker, layout: str) -> None:
+def _check_tracking(app: App, broker: ResultBroker, layout: str) -> None:
     if layout != "shared":
         raise errors.InvalidOption(
             f"the option 'track_sent' needs the layout 'shared', and the layout is {layout!r}"

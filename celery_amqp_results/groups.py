@@ -5,12 +5,13 @@ It may import ``recording``, ``reading`` and what is below them.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional
+from typing import Callable, Optional
 
-from celery.result import result_from_tuple
+from celery.result import GroupResult, result_from_tuple
 
 from celery_amqp_results import errors
 from celery_amqp_results.layouts import Layout
+from celery_amqp_results.library_types import App, Meta
 from celery_amqp_results.protocol.ids import plain_ids
 from celery_amqp_results.reading import Reader
 from celery_amqp_results.recording import Recorder
@@ -20,8 +21,6 @@ __all__ = ("SavedGroups",)
 
 #: The state of a saved group, in header and body.
 GROUP_STATE = "GROUP"
-
-Meta = Dict[str, Any]
 
 
 class SavedGroups:
@@ -37,7 +36,7 @@ class SavedGroups:
     """
 
     def __init__(
-        self, app: Any, layout: Callable[[], Layout], recorder: Recorder, reader: Reader
+        self, app: App, layout: Callable[[], Layout], recorder: Recorder, reader: Reader
     ) -> None:
         self._app = app
         self._layout = layout
@@ -45,7 +44,7 @@ class SavedGroups:
         self._reader = reader
         ask_in_one_pass(app)
 
-    def save(self, group_id: str, result: Any) -> None:
+    def save(self, group_id: str, result: GroupResult) -> None:
         """Keep a group: its id and those of its members.
 
         Raises:

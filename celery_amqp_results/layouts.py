@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import abc
 import weakref
-from typing import (
-    Any,
-    Callable,
-    Collection,
-    Dict,
-    Optional,
-    Protocol,
-    Sequence,
-)
+from typing import Callable, Collection, Dict, Optional, Protocol, Sequence
 
+import kombu
 from celery.utils.nodenames import anon_nodename
 
 from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.config import BackendConfig
+from celery_amqp_results.library_types import App
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task.layout import HEARTBEAT as PER_TASK_HEARTBEAT
 from celery_amqp_results.per_task.layout import PerTaskLayout
@@ -70,12 +64,30 @@ class Layout(Protocol):
             route: the other parts of its routing key.
             final: whether to wait for the confirm.
             part: a message for the leader of a chord, where the state itself is not kept as long.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached, refuses us, or does not confirm
+                it.
+            DeclarationRefused: when a queue or exchange exists with other properties.
+            ResultTooLarge: when the broker refuses a message of this size.
         """
 
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
-        """Return the current state of each of *ids*, or ``None`` where nothing is known."""
+    def poll(
+        self, ids: Collection[str], deadline: Optional[float] = None
+    ) -> Dict[str, Optional[StateMessage]]:
+        """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
-    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
+        Parameters:
+            ids: the tasks.
+            deadline: time (``time.monotonic``) at which to give up, if that is before
+                ``lookup_timeout`` is over; ``None`` for no earlier end.
+
+        Raises:
+            LookupTimeout, BackendUnavailable, DeclarationRefused: when the broker could not be
+                asked.
+        """
+
+    def follower(self, submit: Optional[Callable[..., object]] = None) -> Following:
         """Return a follower without tasks.
 
         Parameters:
@@ -95,7 +107,7 @@ class Layout(Protocol):
         """Delete a group that was kept."""
 
     def close(self, wait: bool = True) -> None:
-        """Close all connections and end all threads."""
+        """Close all connections and end all threads; with *wait*, return when that is done."""
 
 
 class NotesSent(abc.ABC):
@@ -111,19 +123,27 @@ class KeepsParts(abc.ABC):
 
     @abc.abstractmethod
     def publish_part(self, part: StateMessage, group_id: str) -> None:
-        """Publish the return value of a chord's header task whose state is not stored."""
+        """Publish the return value of a chord's header task whose state is not stored.
+
+        Raises:
+            Exception: as :meth:`Layout.publish`.
+        """
 
 
 class KeepsMarks(abc.ABC):
     """A layout that keeps marks: that a task was sent, has ended, or was forgotten."""
 
     @abc.abstractmethod
-    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+    def mark_sent(self, connection: kombu.Connection, sent: StateMessage) -> None:
         """Publish a mark on a connection that sends tasks. Does not wait for anything."""
 
     @abc.abstractmethod
     def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
-        """Publish marks."""
+        """Publish marks; with *confirm*, wait for their confirms.
+
+        Raises:
+            BackendUnavailable, DeclarationRefused: as :meth:`Layout.publish`.
+        """
 
     @abc.abstractmethod
     def last_mark(self, task_id: str) -> Optional[StateMessage]:
@@ -168,7 +188,7 @@ for _ability in (NotesSent, KeepsParts, KeepsMarks, KeepsBodies, Flushes):
 LimitsBacklog.register(PerTaskLayout)
 
 
-def make_layout(app: Any, config: BackendConfig) -> Layout:
+def make_layout(app: App, config: BackendConfig) -> Layout:
     """Return the layout that *config* asks for. Does no I/O.
 
     Parameters:

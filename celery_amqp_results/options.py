@@ -88,13 +88,15 @@ class Options:
     #: Whether the backend declares the exchange and the shard queues; otherwise they must exist.
     declare: bool = True
     #: TLS of the connections for results, as in ``broker_use_ssl``; ``None`` to follow the URL.
-    use_ssl: Union[bool, Mapping[str, Any], None] = None
+    use_ssl: Union[bool, Mapping[str, object], None] = None
     #: How connecting and publishing are retried.
     retry_policy: RetryPolicy = RetryPolicy()
 
     @classmethod
     def read(
-        cls, settings: Optional[Mapping[str, Any]] = None, query: Optional[Mapping[str, str]] = None
+        cls,
+        settings: Optional[Mapping[str, object]] = None,
+        query: Optional[Mapping[str, str]] = None,
     ) -> Options:
         """Return the options given by *settings* and, winning over them, by a URL's *query*.
 
@@ -129,7 +131,7 @@ class Options:
                     ) from None
         return cls(**values)
 
-    def changed(self, changes: Mapping[str, Any]) -> Options:
+    def changed(self, changes: Mapping[str, object]) -> Options:
         """Return these options with *changes*.
 
         Raises:
@@ -139,8 +141,8 @@ class Options:
         return Options.read({**given, **changes})
 
 
-def _one_of(*allowed: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
+def _one_of(*allowed: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
         if value not in allowed:
             raise ValueError(f"allowed are {' and '.join(map(repr, allowed))}")
         return str(value)
@@ -148,8 +150,8 @@ def _one_of(*allowed: str) -> Callable[[Any], str]:
     return parse
 
 
-def _integer(low: int, high: int) -> Callable[[Any], int]:
-    def parse(value: Any) -> int:
+def _integer(low: int, high: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -159,7 +161,7 @@ def _integer(low: int, high: int) -> Callable[[Any], int]:
     return parse
 
 
-def _seconds(low: float, high: float) -> Callable[[Any], float]:
+def _seconds(low: float, high: float) -> Callable[[object], float]:
     def parse(value: Any) -> float:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
@@ -172,7 +174,7 @@ def _seconds(low: float, high: float) -> Callable[[Any], float]:
     return parse
 
 
-def _boolean(value: Any) -> bool:
+def _boolean(value: object) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -183,7 +185,7 @@ def _boolean(value: Any) -> bool:
     raise ValueError("allowed are true and false")
 
 
-def _tls(value: Any) -> Union[bool, Mapping[str, Any]]:
+def _tls(value: object) -> Union[bool, Mapping[str, object]]:
     if not isinstance(value, Mapping):
         return _boolean(value)
     unknown = sorted(set(value) - _TLS_NAMES)
@@ -194,14 +196,14 @@ def _tls(value: Any) -> Union[bool, Mapping[str, Any]]:
     return dict(value)
 
 
-def _with_tls(query: Mapping[str, str]) -> Mapping[str, Any]:
+def _with_tls(query: Mapping[str, str]) -> Mapping[str, object]:
     """Return *query* with ``use_ssl`` in place of its ``ssl_...``, which redis:// has as well.
 
     Raises:
         InvalidOption: when there is no such option or its value is not allowed.
     """
-    rest: Dict[str, Any] = {}
-    tls: Dict[str, Any] = {}
+    rest: Dict[str, object] = {}
+    tls: Dict[str, object] = {}
     for name, value in query.items():
         if not name.startswith("ssl_"):
             rest[name] = value
@@ -226,7 +228,7 @@ def _with_tls(query: Mapping[str, str]) -> Mapping[str, Any]:
     return {**rest, "use_ssl": tls} if tls else rest
 
 
-def _retry_policy(value: Any) -> RetryPolicy:
+def _retry_policy(value: object) -> RetryPolicy:
     if isinstance(value, RetryPolicy):
         return value
     if not isinstance(value, Mapping):
@@ -267,7 +269,7 @@ _TLS_NAMES = frozenset(
 #: Those that a URL's query may hold.
 _TLS_QUERY = frozenset(f"ssl_{name}" for name in _TLS_NAMES - {"context", "ssl_version"})
 
-_PARSERS: Dict[str, Callable[[Any], Any]] = {
+_PARSERS: Dict[str, Callable[[object], object]] = {
     "layout": _one_of(*LAYOUTS),
     "shards": _integer(1, MAX_SHARDS),
     "queue_type": _one_of(*QUEUE_TYPES),

@@ -151,11 +151,15 @@ class Reader:
         """Read the states of result objects at once, and answer from that in a ``with`` block."""
         return self._pass.over(self._layout().poll, tasks)
 
-    def with_parents_read(self, result: Any, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Return *function* with one read of all the parents of *result*, for which it asks."""
+    def without_parents(self, result: Any, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Return *function*, which asks for all the parents of *result*, without a look-up.
+
+        They are followed: *function* gets the states of those that are known to have failed, and
+        nothing of the others.
+        """
 
         def call() -> Any:
-            with self.in_one_pass(trees.parents(result)):
+            with self._pass.over(dict.fromkeys, trees.parents(result)):
                 return function()
 
         return call

@@ -6,39 +6,65 @@ class.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import datetime
 import logging
 import os
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterator, Mapping, Optional, Tuple
 
+import kombu
 from celery.app.task import Context
 
 from celery_amqp_results.chords.firing import sends_for_another
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.layouts import KeepsMarks, KeepsParts, Layout, NotesSent
+from celery_amqp_results.library_types import App, Meta
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.clock import PublishClock
-from celery_amqp_results.protocol.message import GROUP, PART, STATE, StateMessage
+from celery_amqp_results.protocol.message import GROUP, NOT_AN_END, PART, STATE, StateMessage
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
 from celery_amqp_results.store import marks as tracking
 from celery_amqp_results.toolkit.bounded import OnceLogger
 
-__all__ = ("Recorder", "plain_meta", "without_arguments")
+__all__ = ("Recorder", "plain_meta", "task_ends", "without_arguments")
 
 logger = logging.getLogger(__name__)
 
 _clock = PublishClock()
 
-_NOT_GIVEN: Any = object()
+_NOT_GIVEN = object()
 
 #: The task of a chord's header whose final state was just stored in this thread or greenlet, and
 #: the id of the header.
 _stored: contextvars.ContextVar[Optional[Tuple[str, Optional[str]]]] = contextvars.ContextVar(
     "celery_amqp_results_stored", default=None
 )
+
+#: Whether Celery is reporting in this thread or greenlet that a task has ended.
+_ending: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "celery_amqp_results_ending", default=False
+)
+
+#: The task of a chord's header that has stored a final state itself in this thread or greenlet.
+_unended: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar(
+    "celery_amqp_results_unended", default=None
+)
+
+
+@contextlib.contextmanager
+def task_ends() -> Iterator[None]:
+    """Count the final states that are stored in a ``with`` block as the ends of their tasks.
+
+    A task may store any state of itself while it runs, even SUCCESS, with ``update_state``.
+    """
+    token = _ending.set(True)
+    try:
+        yield
+    finally:
+        _ending.reset(token)
 
 
 class Recorder:
@@ -52,7 +78,7 @@ class Recorder:
     Thread-safe.
     """
 
-    def __init__(self, app: Any, config: BackendConfig, layout: Callable[[], Layout]) -> None:
+    def __init__(self, app: App, config: BackendConfig, layout: Callable[[], Layout]) -> None:
         self._app = app
         self._config = config
         self._layout = layout
@@ -62,7 +88,7 @@ class Recorder:
         self,
         message_id: str,
         state: str,
-        meta: Mapping[str, Any],
+        meta: Mapping[str, object],
         kind: str,
         expiration: Optional[int],
     ) -> StateMessage:
@@ -85,7 +111,7 @@ class Recorder:
             kind,
         )
 
-    def record(self, task_id: str, state: str, meta: Mapping[str, Any], request: Any) -> None:
+    def record(self, task_id: str, state: str, meta: Mapping[str, object], request: object) -> None:
         """Publish a state of a task.
 
         Parameters:
@@ -104,6 +130,12 @@ class Recorder:
         message = self.encode(task_id, state, config.shape(meta), STATE, expiration)
         route = _route_of(request)
         counts = route.in_chord and is_final(state)
+        if counts and not (_ending.get() and _unended.get() != task_id):
+            # The task returns later, and may have an earlier state that outranks its end. What it
+            # returns is published as a part.
+            _unended.set(task_id)
+            counts, route = False, dataclasses.replace(route, in_chord=False)
+            message = dataclasses.replace(message, amended=NOT_AN_END)
         part = None
         if counts and _shorter(message.expiration, config.expirations.chord):
             part = dataclasses.replace(message, kind=PART, expiration=config.expirations.chord)
@@ -135,7 +167,7 @@ class Recorder:
         part = self.encode(task_id, meta["status"], meta, PART, self._config.expirations.chord)
         layout.publish_part(part, group_id)
 
-    def save_group(self, group_id: str, state: str, meta: Mapping[str, Any]) -> None:
+    def save_group(self, group_id: str, state: str, meta: Mapping[str, object]) -> None:
         """Keep a group.
 
         Raises:
@@ -152,7 +184,7 @@ class Recorder:
         if isinstance(layout, NotesSent):
             layout.note_sent(task_id)
 
-    def note_sent(self, task_id: str, producer: Any) -> None:
+    def note_sent(self, task_id: str, producer: kombu.Producer) -> None:
         """Note that a task is about to be sent by *producer*. Does not wait for the broker."""
         current = self._app.current_worker_task
         # A retried or replaced task keeps its first sender.
@@ -182,7 +214,7 @@ class Recorder:
     def _mark(self, task_id: str, name: str) -> StateMessage:
         return tracking.mark(task_id, name, _clock.now(), self._config.expirations.result)
 
-    def _expiration_of(self, state: str, request: Any) -> Optional[int]:
+    def _expiration_of(self, state: str, request: object) -> Optional[int]:
         """Return the milliseconds after which a state expires, ``None`` for never."""
         for where, seconds in self._own_expiries(request):
             try:
@@ -192,7 +224,7 @@ class Recorder:
                 self._complaints.log(logging.WARNING, text, "%s", text)
         return self._config.expirations.of(state)
 
-    def _own_expiries(self, request: Any) -> Iterator[Tuple[str, Any]]:
+    def _own_expiries(self, request: object) -> Iterator[Tuple[str, object]]:
         """Yield a task's own expiries and their sources, the one with precedence first."""
         if request is None:
             return
@@ -209,7 +241,7 @@ class Recorder:
             yield f"the attribute {expiry.NAME!r} of the task {name}", own
 
 
-def plain_meta(state: str, result: Any, traceback: Any, request: Any, app: Any) -> Dict[str, Any]:
+def plain_meta(state: str, result: object, traceback: object, request: object, app: App) -> Meta:
     """Return the meta of a state, without what ``result_extended`` adds, except its children.
 
     It equals the one of Celery 5.5 and newer, and takes a third of the time: Celery reads
@@ -230,18 +262,18 @@ def plain_meta(state: str, result: Any, traceback: Any, request: Any, app: Any) 
     return meta
 
 
-def without_arguments(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_arguments(meta: Mapping[str, object]) -> Mapping[str, object]:
     """Return *meta* without the arguments of the task, which may be long."""
     return {k: None if k in ("args", "kwargs") else value for k, value in meta.items()}
 
 
-def _route_of(request: Any) -> Route:
+def _route_of(request: object) -> Route:
     """Return the route of the states of the task of *request*."""
     group_id = getattr(request, "group", None)
     return Route(_client_of(request), group_id, bool(group_id and getattr(request, "chord", None)))
 
 
-def _client_of(request: Any) -> str:
+def _client_of(request: object) -> str:
     """Return the routing key's word for the process that sent the task of *request*."""
     origin = getattr(request, "origin", None)
     if origin and not getattr(request, "replaced_task_nesting", 0):

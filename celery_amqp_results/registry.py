@@ -10,12 +10,13 @@ import atexit
 import os
 import threading
 import weakref
-from typing import Any, Callable, Dict, Hashable, Protocol
+from typing import Callable, Dict, Hashable, Protocol
 
 from celery import signals
 
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.layouts import Flushes, Layout, make_layout
+from celery_amqp_results.library_types import App
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.toolkit.forks import Process
 
@@ -121,7 +122,7 @@ class OwnLayout:
     Thread-safe. Making it and the layout does no I/O.
     """
 
-    def __init__(self, app: Any, config: BackendConfig) -> None:
+    def __init__(self, app: App, config: BackendConfig) -> None:
         self._app = app
         self._config = config
         self._registry = _registry_of(app)
@@ -147,11 +148,11 @@ class OwnLayout:
         self._registry.close_one(self._key)
 
 
-_registries: weakref.WeakKeyDictionary[Any, LayoutRegistry] = weakref.WeakKeyDictionary()
+_registries: weakref.WeakKeyDictionary[App, LayoutRegistry] = weakref.WeakKeyDictionary()
 _registries_lock = threading.Lock()
 
 
-def _registry_of(app: Any) -> LayoutRegistry:
+def _registry_of(app: App) -> LayoutRegistry:
     """Return the layouts of the backends of *app*; they are closed when the app is gone."""
     with _registries_lock:
         registry = _registries.get(app)
@@ -174,7 +175,7 @@ def _at_exit() -> None:
         registry.close()
 
 
-def _at_end_of_worker_process(**kwargs: Any) -> None:
+def _at_end_of_worker_process(**kwargs: object) -> None:
     # A child of a pool ends without running Python's exit functions.
     for registry in list(_registries.values()):
         registry.flush()

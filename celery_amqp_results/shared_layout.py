@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Callable, Collection, Dict, Optional, Sequence
+from typing import Callable, Collection, Dict, Optional, Sequence
+
+import kombu
 
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
@@ -58,7 +60,7 @@ class SharedLayout:
         client: str,
         persistent: bool,
         codec: Codec,
-        app: Callable[[], Any],
+        app: Callable[[], object],
     ) -> None:
         self.connector = connector
         self._topology = topology
@@ -131,17 +133,12 @@ class SharedLayout:
         """Note that this process is about to send a task. Does no I/O."""
         self.inbox.note_sent(task_id)
 
-    def mark_sent(self, connection: Any, sent: StateMessage) -> None:
+    def mark_sent(self, connection: kombu.Connection, sent: StateMessage) -> None:
         """Publish a mark on a connection that sends tasks. Never waits, never raises."""
         self._marker.publish(connection, self._outgoing_mark(sent))
 
     def mark(self, marks: Sequence[StateMessage], confirm: bool) -> None:
-        """Publish marks; with *confirm*, wait for their confirms.
-
-        Raises:
-            BackendUnavailable, DeclarationRefused: see
-                :meth:`~celery_amqp_results.store.publisher.Publisher.publish`.
-        """
+        """Publish marks; with *confirm*, wait for their confirms."""
         self.publisher.publish([self._outgoing_mark(mark) for mark in marks], confirm)
 
     def last_mark(self, task_id: str) -> Optional[StateMessage]:
@@ -179,18 +176,7 @@ class SharedLayout:
         final: bool,
         part: Optional[StateMessage] = None,
     ) -> None:
-        """Publish a state; for a *final* one, return only when the broker has confirmed it.
-
-        Parameters:
-            state: the state.
-            route: the other parts of its routing key.
-            final: whether to wait for the confirm.
-            part: a message for the leader of a chord, where the state itself is not kept as long.
-
-        Raises:
-            BackendUnavailable, ResultTooLarge, DeclarationRefused: see
-                :meth:`~celery_amqp_results.store.publisher.Publisher.publish`.
-        """
+        """Publish a state; for a *final* one, return only when the broker has confirmed it."""
         if part is not None:
             part = self._large.detach(part)
         state = self._large.detach(state)
@@ -204,11 +190,7 @@ class SharedLayout:
         self._note_chord(route, final)
 
     def publish_part(self, part: StateMessage, group_id: str) -> None:
-        """Publish the return value of a chord's header task whose state is not stored.
-
-        Raises:
-            BackendUnavailable, ResultTooLarge, DeclarationRefused: as :meth:`publish`.
-        """
+        """Publish the return value of a chord's header task whose state is not stored."""
         route = Route(group_id=group_id, in_chord=True)
         self.publisher.publish((self._outgoing(self._large.detach(part), route),))
         self._note_chord(route, True)
@@ -231,27 +213,20 @@ class SharedLayout:
             (topology.exchange, topology.routing_key(state.id, state.state, route)),
         )
 
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+    def poll(
+        self, ids: Collection[str], deadline: Optional[float] = None
+    ) -> Dict[str, Optional[StateMessage]]:
         """Return the current state of each of *ids*, or ``None`` where nothing is known."""
-        return self.reads.read(ids)
+        return self.reads.read(ids, deadline)
 
-    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Follower:
-        """Return a follower without tasks.
-
-        Parameters:
-            submit: calls a function with arguments on another thread. If it is given, look-ups run
-                there, and the follower never blocks on them.
-        """
+    def follower(self, submit: Optional[Callable[..., object]] = None) -> Follower:
+        """Return a follower without tasks; with *submit*, it never blocks on look-ups."""
         if submit is None:
             return Follower(self.inbox, self.reads)
         return BackgroundFollower(self.inbox, self.reads, self._options.lookup_timeout, submit)
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
-        """Return a tap of all published states.
-
-        Parameters:
-            wanted: names of the states to get, ``None`` for all.
-        """
+        """Return a tap of all published states, or of those with a *wanted* name."""
         tap = Tap(self.connector, self._declarations, wanted)
         self._taps.add(tap)
         return tap
@@ -282,11 +257,7 @@ class SharedLayout:
         self.publisher.flush()
 
     def close(self, wait: bool = True) -> None:
-        """Close all connections and end all threads.
-
-        Parameters:
-            wait: whether to wait until that is done.
-        """
+        """Close all connections and end all threads; with *wait*, return when that is done."""
         for tap in list(self._taps):
             tap.shut()
         # The leader sends bodies until it is closed, and reads the store for that.

@@ -54,7 +54,7 @@ def one_input(data: bytes) -> None:
         head = b"CARpage1" + struct.pack(">I8sII", 1, bytes(8), 28, len(entry))
         for state in page.decode(head + entry):
             state.expired(1)
-            page.select([state], 1)
+            page.select([(0, state)], 1)
             page.expiration([state], 1)
             _decode(state)
     state = StateMessage(

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import logging
-from typing import (
-    Any,
-    Dict,
-    List,
-)
+from typing import Dict, List, Optional
 
+from celery import Celery
 from celery import states as celery_states
 from celery.result import EagerResult, ResultSet
 
 from celery_amqp_results import errors
 from celery_amqp_results.aio import bridge
 from celery_amqp_results.aio.driver import run_blocking
-from celery_amqp_results.aio.targets import (
-    backend_of,
-    checked,
-    decoded_state,
-    id_of,
-)
+from celery_amqp_results.aio.targets import backend_of, checked, decoded_state, id_of
 from celery_amqp_results.backend import AMQPBackend
+from celery_amqp_results.library_types import Meta
 from celery_amqp_results.waiting import results as trees
 
 __all__ = ("forget", "get_meta", "state")
 
 logger = logging.getLogger(__name__)
 
-Meta = Dict[str, Any]
 
-
-async def get_meta(target: Any, *, app: Any = None) -> Meta:
+async def get_meta(target: object, *, app: Optional[Celery] = None) -> Meta:
     """Return the current meta of a task, as ``backend.get_task_meta`` does, with the ``task_id``.
 
     The meta of an unknown task is ``{"status": "PENDING", "result": None}``. All tasks requested in
@@ -66,7 +57,7 @@ async def get_meta(target: Any, *, app: Any = None) -> Meta:
     return {"task_id": task_id, "status": celery_states.PENDING, "result": None}
 
 
-async def state(target: Any, *, app: Any = None) -> str:
+async def state(target: object, *, app: Optional[Celery] = None) -> str:
     """Return the name of the current state of a task, ``PENDING`` if nothing is known of it.
 
     Parameters and errors are those of :func:`get_meta`.
@@ -74,7 +65,7 @@ async def state(target: Any, *, app: Any = None) -> str:
     return str((await get_meta(target, app=app))["status"])
 
 
-async def forget(target: Any, *, app: Any = None) -> None:
+async def forget(target: object, *, app: Optional[Celery] = None) -> None:
     """Delete everything kept of a task and those before it in a chain, or of a group's members.
 
     Parameters:

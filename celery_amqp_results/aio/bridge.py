@@ -85,7 +85,7 @@ class Bridge:
             self._subscribers or self._added or self._asked or self._taps or self._driver.running
         )
 
-    def _post(self, function: Optional[Callable[..., None]], *args: Any) -> bool:
+    def _post(self, function: Optional[Callable[..., None]], *args: object) -> bool:
         """Make the loop call *function*; return whether the loop still exists. For any thread."""
         loop = self._loop()
         if loop is None or loop.is_closed():

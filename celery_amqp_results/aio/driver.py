@@ -8,15 +8,7 @@ import logging
 import os
 import threading
 import time
-from typing import (
-    Any,
-    Callable,
-    List,
-    Optional,
-    Sequence,
-    Tuple,
-    TypeVar,
-)
+from typing import Callable, List, Optional, Sequence, Tuple, TypeVar
 
 from celery_amqp_results import errors
 from celery_amqp_results.layouts import Layout
@@ -62,7 +54,7 @@ threads = Threads()
 os.register_at_fork(after_in_child=threads.reset)
 
 
-def _submit(function: Callable[..., Any], *args: Any) -> None:
+def _submit(function: Callable[..., object], *args: object) -> None:
     """Call *function* on one of these threads."""
     try:
         threads.get().submit(function, *args)
@@ -71,7 +63,7 @@ def _submit(function: Callable[..., Any], *args: Any) -> None:
         function(*args)
 
 
-async def run_blocking(function: Callable[..., _T], *args: Any) -> _T:
+async def run_blocking(function: Callable[..., _T], *args: object) -> _T:
     """Call *function* on one of a few threads and return its result.
 
     When the waiting coroutine is cancelled, the function runs to its end all the same.

@@ -23,6 +23,7 @@ from typing import (
     overload,
 )
 
+from celery import Celery
 from celery import states as celery_states
 
 from celery_amqp_results.aio import bridge
@@ -39,11 +40,12 @@ from celery_amqp_results.aio.targets import (
     timed_out,
 )
 from celery_amqp_results.backend import AMQPBackend
+from celery_amqp_results.library_types import Leaf, Meta
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.toolkit.retry import deadline_after
 from celery_amqp_results.waiting import watch as watching
-from celery_amqp_results.waiting.newest import Newest
-from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.waiting.progress import Newest, Update
 from celery_amqp_results.waiting.results import tasks_in
 from celery_amqp_results.waiting.tap import tap_of
 
@@ -52,8 +54,6 @@ __all__ = ("Completed", "Watch", "as_completed", "watch")
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-Meta = Dict[str, Any]
 
 #: The most states that a watch buffers for a slow reader. Beyond that it drops the oldest: of given
 #: tasks only those that are not final, of everything any.
@@ -221,8 +221,7 @@ class _Stream(Generic[_T]):
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
-            if self._timeout is not None:
-                self._deadline = time.monotonic() + self._timeout
+            self._deadline = deadline_after(self._timeout)
         elif self._loop is not loop:
             raise RuntimeError("this belongs to another event loop: begin it on the running one")
 
@@ -306,7 +305,13 @@ class _Stream(Generic[_T]):
 class Watch(_Stream[Meta]):
     """The metas of states as they happen; made by :func:`watch`."""
 
-    def __init__(self, target: Any, states: Any, timeout: Optional[float], app: Any) -> None:
+    def __init__(
+        self,
+        target: object,
+        states: Union[str, Iterable[str], None],
+        timeout: Optional[float],
+        app: Optional[Celery],
+    ) -> None:
         wanted = watching.read_states(states)
         self._ended_before: Deque[Meta] = collections.deque()
         if target is None:
@@ -340,11 +345,11 @@ class Watch(_Stream[Meta]):
 
 
 def watch(
-    target: Any = None,
+    target: object = None,
     *,
     states: Union[str, Iterable[str], None] = None,
     timeout: Optional[float] = None,
-    app: Any = None,
+    app: Optional[Celery] = None,
 ) -> Watch:
     """Watch tasks: iterate over the metas of states as they happen.
 
@@ -385,10 +390,12 @@ def watch(
 class Completed(_Stream[Tuple[str, _T]]):
     """Ids and values of tasks as they end; made by :func:`as_completed`."""
 
-    def __init__(self, target: Any, timeout: Optional[float], propagate: bool, app: Any) -> None:
+    def __init__(
+        self, target: object, timeout: Optional[float], propagate: bool, app: Optional[Celery]
+    ) -> None:
         self._propagate = propagate
-        self._known: Deque[Any] = collections.deque()
-        self._leaves: Dict[str, List[Any]] = {}
+        self._known: Deque[Leaf] = collections.deque()
+        self._leaves: Dict[str, List[Leaf]] = {}
         for leaf in tasks_in(target):
             if is_known(leaf):
                 self._known.append(leaf)
@@ -407,7 +414,7 @@ class Completed(_Stream[Tuple[str, _T]]):
             known = resolve(self._backend, leaf, state)
         return self._end(leaf, *known)
 
-    def _end(self, leaf: Any, name: str, value: Any) -> Tuple[Tuple[str, _T]]:
+    def _end(self, leaf: Leaf, name: str, value: Any) -> Tuple[Tuple[str, _T]]:
         if self._propagate:
             raise_failure(leaf, name, value)
         return ((id_of(leaf), value),)
@@ -419,18 +426,26 @@ def as_completed(
     timeout: Optional[float] = None,
     propagate: bool = True,
     *,
-    app: Any = None,
+    app: Optional[Celery] = None,
 ) -> Completed[_T]: ...
 
 
 @overload
 def as_completed(
-    target: Any, timeout: Optional[float] = None, propagate: bool = True, *, app: Any = None
+    target: object,
+    timeout: Optional[float] = None,
+    propagate: bool = True,
+    *,
+    app: Optional[Celery] = None,
 ) -> Completed[Any]: ...
 
 
 def as_completed(
-    target: Any, timeout: Optional[float] = None, propagate: bool = True, *, app: Any = None
+    target: object,
+    timeout: Optional[float] = None,
+    propagate: bool = True,
+    *,
+    app: Optional[Celery] = None,
 ) -> Completed[Any]:
     """Iterate over tasks as they finish, by ``async for task_id, value in``.
 

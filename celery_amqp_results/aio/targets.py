@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from typing import (
-    Any,
-    Iterable,
-    Optional,
-    Protocol,
-    Tuple,
-    TypeVar,
-)
+from typing import Any, Iterable, Optional, Protocol, Tuple, TypeVar
 
 import celery
 from celery import states as celery_states
@@ -20,6 +13,7 @@ from celery.result import AsyncResult, EagerResult, ResultSet
 from celery_amqp_results.aio.driver import run_blocking
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.errors import WaitTimeout
+from celery_amqp_results.library_types import Leaf
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.waiting.results import tasks_in
@@ -55,7 +49,7 @@ class Gettable(Protocol[_T_co]):
         """Return the value."""
 
 
-def backend_of(node: Any, app: Any = None) -> AMQPBackend:
+def backend_of(node: Leaf, app: Optional[celery.Celery] = None) -> AMQPBackend:
     """Return the backend that knows of an id or of a result object."""
     backend = None if isinstance(node, str) else getattr(node, "backend", None)
     if backend is None:
@@ -68,7 +62,7 @@ def backend_of(node: Any, app: Any = None) -> AMQPBackend:
     return backend
 
 
-def checked(node: Any) -> Any:
+def checked(node: object) -> Any:
     """Return an id as text, and a result object as it is.
 
     Raises:
@@ -84,12 +78,12 @@ def checked(node: Any) -> Any:
     )
 
 
-def id_of(leaf: Any) -> str:
+def id_of(leaf: Leaf) -> str:
     """Return the id of a result object, or *leaf* if it is one itself."""
     return leaf if isinstance(leaf, str) else id_text(leaf.id)
 
 
-def is_known(leaf: Any) -> bool:
+def is_known(leaf: Leaf) -> bool:
     """Whether *leaf* is known without asking the store."""
     return not isinstance(leaf, str) and (
         leaf.ignored
@@ -123,7 +117,7 @@ async def decoded_state(backend: AMQPBackend, state: StateMessage) -> StateMessa
     return state
 
 
-def common_backend(leaves: Iterable[Any], app: Any) -> AMQPBackend:
+def common_backend(leaves: Iterable[Leaf], app: Optional[celery.Celery]) -> AMQPBackend:
     """Return the backend of all of *leaves*, of which there is at least one.
 
     Raises:
@@ -135,14 +129,14 @@ def common_backend(leaves: Iterable[Any], app: Any) -> AMQPBackend:
     return backends[0]
 
 
-def backend_of_all(target: Any, app: Any) -> Optional[AMQPBackend]:
+def backend_of_all(target: object, app: Optional[celery.Celery]) -> Optional[AMQPBackend]:
     """Return the backend of the tasks in *target*, or ``None`` if none must be waited for."""
     nodes = list(tasks_in(target))
     waited = [node for node in nodes if not isinstance(node, EagerResult)]
     return common_backend(waited, app) if waited else None
 
 
-def resolve(backend: AMQPBackend, leaf: Any, state: StateMessage) -> Tuple[str, Any]:
+def resolve(backend: AMQPBackend, leaf: Leaf, state: StateMessage) -> Tuple[str, Any]:
     """Give a result object its final state; return the state's name and the value."""
     if isinstance(leaf, str):
         meta = backend.reader.decode(state)
@@ -151,7 +145,7 @@ def resolve(backend: AMQPBackend, leaf: Any, state: StateMessage) -> Tuple[str, 
     return known_value(leaf)
 
 
-def raise_failure(leaf: Any, state: str, value: Any) -> None:
+def raise_failure(leaf: Leaf, state: str, value: object) -> None:
     """Raise the exception of a task that has failed."""
     if state not in celery_states.PROPAGATE_STATES:
         return

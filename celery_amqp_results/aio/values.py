@@ -6,19 +6,9 @@ import asyncio
 import contextlib
 import time
 import uuid
-from typing import (
-    Any,
-    Collection,
-    Dict,
-    Iterable,
-    List,
-    Optional,
-    Tuple,
-    TypeVar,
-    Union,
-    overload,
-)
+from typing import Any, Collection, Dict, Iterable, List, Optional, Tuple, TypeVar, Union, overload
 
+from celery import Celery
 from celery import states as celery_states
 from celery.result import ResultSet, assert_will_not_block
 
@@ -37,8 +27,10 @@ from celery_amqp_results.aio.targets import (
     timed_out,
 )
 from celery_amqp_results.backend import AMQPBackend
+from celery_amqp_results.library_types import Leaf
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
+from celery_amqp_results.toolkit.retry import deadline_after
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting.progress import Update
 
@@ -128,7 +120,7 @@ async def get(
     timeout: Optional[float] = None,
     propagate: bool = True,
     *,
-    app: Any = None,
+    app: Optional[Celery] = None,
     follow_parents: bool = True,
     disable_sync_subtasks: bool = True,
 ) -> _T: ...
@@ -140,18 +132,18 @@ async def get(
     timeout: Optional[float] = None,
     propagate: bool = True,
     *,
-    app: Any = None,
+    app: Optional[Celery] = None,
     follow_parents: bool = True,
     disable_sync_subtasks: bool = True,
 ) -> Any: ...
 
 
 async def get(
-    target: Any,
+    target: object,
     timeout: Optional[float] = None,
     propagate: bool = True,
     *,
-    app: Any = None,
+    app: Optional[Celery] = None,
     follow_parents: bool = True,
     disable_sync_subtasks: bool = True,
 ) -> Any:
@@ -193,26 +185,26 @@ async def gather(
     *targets: Gettable[_T],
     timeout: Optional[float] = None,
     return_exceptions: bool = False,
-    app: Any = None,
+    app: Optional[Celery] = None,
     disable_sync_subtasks: bool = True,
 ) -> List[_T]: ...
 
 
 @overload
 async def gather(
-    *targets: Any,
+    *targets: object,
     timeout: Optional[float] = None,
     return_exceptions: bool = False,
-    app: Any = None,
+    app: Optional[Celery] = None,
     disable_sync_subtasks: bool = True,
 ) -> List[Any]: ...
 
 
 async def gather(
-    *targets: Any,
+    *targets: object,
     timeout: Optional[float] = None,
     return_exceptions: bool = False,
-    app: Any = None,
+    app: Optional[Celery] = None,
     disable_sync_subtasks: bool = True,
 ) -> List[Any]:
     """Wait for several tasks or groups together and return their values in order.
@@ -237,12 +229,12 @@ async def _values(
     nodes: Tuple[Any, ...],
     timeout: Optional[float],
     propagate: bool,
-    app: Any,
+    app: Optional[Celery],
     follow_parents: bool,
 ) -> List[Any]:
     leaves = [leaf for node in nodes for leaf in trees.leaves(node)]
     known: Dict[str, Tuple[str, Any]] = {}
-    waited: Dict[str, List[Any]] = {}
+    waited: Dict[str, List[Leaf]] = {}
     for leaf in leaves:
         if is_known(leaf):
             known[id_of(leaf)] = known_value(leaf)
@@ -261,11 +253,11 @@ async def _values(
     return [_value(node, known) for node in nodes]
 
 
-def _unfailed_parents(nodes: Iterable[Any]) -> Dict[str, Any]:
+def _unfailed_parents(nodes: Iterable[object]) -> Dict[str, Leaf]:
     """Return the tasks before *nodes* in a chain not known to have ended, first to last."""
-    unknown: Dict[str, Any] = {}
+    unknown: Dict[str, Leaf] = {}
     for node in nodes:
-        for parent in reversed(list(trees.parents(node))):
+        for parent in trees.parents(node):
             if is_known(parent):
                 raise_failure(parent, *known_value(parent))
             else:
@@ -275,10 +267,10 @@ def _unfailed_parents(nodes: Iterable[Any]) -> Dict[str, Any]:
 
 async def _wait_for(
     backend: AMQPBackend,
-    waited: Dict[str, List[Any]],
+    waited: Dict[str, List[Leaf]],
     timeout: Optional[float],
     propagate: bool,
-    parents: Dict[str, Any],
+    parents: Dict[str, Leaf],
 ) -> Dict[str, Tuple[str, Any]]:
     """Wait for tasks, and return the state and value of each.
 
@@ -286,8 +278,8 @@ async def _wait_for(
         waited: result objects and ids, by id.
         parents: tasks whose failure means that these will never run.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
-    failing: Dict[str, List[Any]] = dict(waited) if propagate else {}
+    deadline = deadline_after(timeout)
+    failing: Dict[str, List[Leaf]] = dict(waited) if propagate else {}
     for task_id, parent in parents.items():
         failing.setdefault(task_id, [parent])
     found, failed = await _ends(backend, list(waited), timeout, failing)
@@ -309,7 +301,7 @@ async def _wait_for(
 
 
 async def _failures(
-    backend: AMQPBackend, parents: Dict[str, Any], deadline: Optional[float]
+    backend: AMQPBackend, parents: Dict[str, Leaf], deadline: Optional[float]
 ) -> Dict[str, StateMessage]:
     """Return the final states of those of *parents* that have failed, if there is time to ask."""
     seconds = None if deadline is None else deadline - time.monotonic()

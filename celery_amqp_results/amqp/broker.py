@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any, Dict, Mapping, Union
+from typing import Dict, Mapping, Union
 
 import kombu
 
 from celery_amqp_results import errors, options
 from celery_amqp_results.amqp import transports
+from celery_amqp_results.library_types import App
 
 __all__ = ("ResultBroker",)
 
 #: How TLS is set up: as ``broker_use_ssl``.
-TLS = Union[bool, Mapping[str, Any], None]
+TLS = Union[bool, Mapping[str, object], None]
 
 
 class ResultBroker:
@@ -26,7 +27,7 @@ class ResultBroker:
         use_ssl: the option of that name.
     """
 
-    def __init__(self, app: Any, url: options.ResultURL, use_ssl: TLS) -> None:
+    def __init__(self, app: App, url: options.ResultURL, use_ssl: TLS) -> None:
         self._app = weakref.ref(app)
         self.url = url
         self._use_ssl = use_ssl
@@ -45,7 +46,7 @@ class ResultBroker:
             raise errors.BackendUnavailable("the Celery app of this result backend is gone")
         return app.connection_for_write(self.url.broker, heartbeat=heartbeat, **self._tls(app))
 
-    def _tls(self, app: Any) -> Dict[str, Any]:
+    def _tls(self, app: App) -> Dict[str, object]:
         if self._use_ssl is not None:
             return {"ssl": self._use_ssl}
         secure = self.url.scheme in ("amqps", "pyamqps")

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import logging
 import time
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import amqp
 import amqp.exceptions
@@ -21,14 +21,25 @@ from celery_amqp_results.amqp import frames, nowait
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.toolkit.retry import time_left
 
-__all__ = ("ConfirmChannel", "ConfirmLog", "Outgoing", "Publication", "QueueLength", "Status")
+__all__ = (
+    "ConfirmChannel",
+    "ConfirmLog",
+    "LostInAlarm",
+    "Outgoing",
+    "Patience",
+    "Publication",
+    "QueueLength",
+    "Status",
+)
 
 logger = logging.getLogger(__name__)
 
-#: Seconds without a confirm after which the connection counts as dead. The time in which the broker
-#: blocks publishers does not count.
+#: Seconds after which the connection counts as dead if the broker takes and confirms nothing. The
+#: time in which it blocks publishers does not count.
 CONFIRM_TIMEOUT = 30.0
-
+#: Seconds after which it counts as dead although the broker confirms other messages. A shard of a
+#: cluster may have lost the majority of its nodes; or the broker may have forgotten a confirm.
+LONGEST_CONFIRM = 300.0
 
 #: The most live copies with outstanding confirms. A stuck third-party queue that is bound to the
 #: exchange confirms none.
@@ -42,7 +53,7 @@ class Outgoing:
     #: Name of the queue that keeps it. The message comes back if there is no such queue.
     queue: str
     #: AMQP properties, by py-amqp's names.
-    properties: Mapping[str, Any]
+    properties: Mapping[str, object]
     body: bytes
     #: Number of the shard whose queue that is, which is declared if the message comes back;
     #: ``None`` for no shard.
@@ -51,6 +62,35 @@ class Outgoing:
     what: str = "a message"
     #: Exchange and routing key of the live copy, which need not reach any queue.
     pushed: Optional[Tuple[str, str]] = None
+
+
+class LostInAlarm(errors.NotConfirmed):
+    """The connection was lost while an alarm of the broker blocked it. That is no failed try."""
+
+
+class Patience:
+    """Decides when a connection counts as dead on which a confirm does not come. Has no clock.
+
+    Parameters:
+        now: the time (``time.monotonic``), here and in the methods.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._began = self._latest = now
+        self._progress = 0
+
+    def is_over(self, now: float, blocked: bool, progress: int) -> bool:
+        """Return whether the connection counts as dead.
+
+        Parameters:
+            blocked: whether the broker blocks publishers.
+            progress: a number that changes while the broker takes or confirms something.
+        """
+        if blocked:
+            self._began = self._latest = now
+        elif progress != self._progress:
+            self._progress, self._latest = progress, now
+        return now - self._latest > CONFIRM_TIMEOUT or now - self._began > LONGEST_CONFIRM
 
 
 class QueueLength(NamedTuple):
@@ -134,6 +174,8 @@ class ConfirmLog:
         self._copies: Dict[int, Publication] = {}
         #: Messages that were returned or refused and that no caller waits for.
         self.strays: List[Publication] = []
+        #: How often the broker has confirmed or refused something.
+        self.answers = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -177,6 +219,7 @@ class ConfirmLog:
 
     def acknowledged(self, tag: int, multiple: bool) -> None:
         """Note that the broker has confirmed *tag*, or everything up to it."""
+        self.answers += 1
         for publication in _taken(self._kept, tag, multiple):
             self._settle(publication, Status.RETURNED if publication.returned else Status.CONFIRMED)
         for publication in _taken(self._copies, tag, multiple):
@@ -202,7 +245,7 @@ class ConfirmLog:
         if not publication.waited and status is not Status.CONFIRMED:
             self.strays.append(publication)
 
-    def came_back(self, queue: str, properties: Mapping[str, Any], body: bytes) -> None:
+    def came_back(self, queue: str, properties: Mapping[str, object], body: bytes) -> None:
         """Note that a message was returned: there is no *queue*. Its confirm follows.
 
         An earlier message to the same queue may still be unconfirmed without having come back: the
@@ -255,14 +298,16 @@ class ConfirmChannel:
 
     Parameters:
         link: an open connection.
+        in_alarm: whether an alarm of the broker may block it as soon as something is published.
 
     Raises:
         amqp.AMQPError, OSError: when the connection is lost, here and in all methods.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, in_alarm: bool = False) -> None:
         self.link = link
         self.log = ConfirmLog()
+        self._in_alarm = in_alarm
         self.channel = link.channel()
         # The broker never refuses this, so its answer is not worth a round trip.
         self.channel.confirm_select(nowait=True)
@@ -270,6 +315,17 @@ class ConfirmChannel:
         self.channel.events["basic_ack"].add(self.log.acknowledged)
         self.channel.events["basic_nack"].add(self._on_nack)
         self.channel.events["basic_return"].add(self._on_return)
+
+    @property
+    def mute(self) -> bool:
+        """Whether the broker may answer no request before an alarm ends."""
+        doubtful = self._in_alarm and len(self.log) > 0 and not self.log.answers
+        return bool(self.link.blocked) or doubtful
+
+    @property
+    def progress(self) -> int:
+        """A number that grows while the broker takes messages or answers."""
+        return self.log.answers + self.link.bytes_sent
 
     def publish(self, publication: Publication) -> None:
         """Publish a message, then its live copy; do not wait for confirms.
@@ -318,7 +374,9 @@ class ConfirmChannel:
             # A full queue, or the inbox of a process whose node is cut off.
             logger.info("a queue bound to the exchange refuses a state, which is kept all the same")
 
-    def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
+    def _on_return(
+        self, exc: Exception, exchange: str, routing_key: str, message: amqp.Message
+    ) -> None:
         self.log.came_back(routing_key, message.properties, message.body)
 
     def wait(self, publications: Iterable[Publication], deadline: Optional[float] = None) -> None:
@@ -335,7 +393,7 @@ class ConfirmChannel:
             NotConfirmed: when the broker has not answered in time.
         """
         started = time.monotonic()
-        patience = started + CONFIRM_TIMEOUT
+        patience = Patience(started)
         waiting = list(publications)
         while True:
             waiting = [publication for publication in waiting if not publication.settled]
@@ -354,9 +412,7 @@ class ConfirmChannel:
                 raise errors.NotConfirmed(
                     f"no confirm from the broker within {now - started:.1f} s{why}"
                 )
-            if self.link.blocked:
-                patience = now + CONFIRM_TIMEOUT
-            elif now > patience:
+            if patience.is_over(now, bool(self.link.blocked), self.progress):
                 raise no_confirm()
 
     def asking(self) -> amqp.Channel:
@@ -407,7 +463,7 @@ def no_confirm() -> errors.NotConfirmed:
     return errors.NotConfirmed(f"no confirm from the broker within {CONFIRM_TIMEOUT:g} s")
 
 
-def _identity(properties: Mapping[str, Any]) -> Tuple[Any, ...]:
+def _identity(properties: Mapping[str, object]) -> Tuple[object, ...]:
     """Return the fields that distinguish a message from others in the same queue."""
     headers = properties.get("application_headers") or {}
     return properties.get("correlation_id"), properties.get("message_id"), headers

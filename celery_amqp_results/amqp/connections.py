@@ -18,13 +18,7 @@ from amqp import exceptions as amqp_errors
 from kombu.transport import pyamqp
 
 from celery_amqp_results import errors, options
-from celery_amqp_results.amqp.failures import (
-    CHANNELS,
-    CONNECTIONS,
-    TRANSIENT,
-    is_refusal,
-    limit_of,
-)
+from celery_amqp_results.amqp.failures import CHANNELS, CONNECTIONS, TRANSIENT, is_refusal, limit_of
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.amqp.slots import Slots
 from celery_amqp_results.toolkit import retry
@@ -70,7 +64,7 @@ class _Connection(pyamqp.Connection):
     def _warn_force_connect(self, attr: str) -> None:
         raise amqp_errors.RecoverableConnectionError("the connection is closed")
 
-    def Transport(self, *args: Any, **kwargs: Any) -> Any:
+    def Transport(self, *args: object, **kwargs: object) -> Any:
         """Return py-amqp's transport, which connects to one address at a time."""
         transport = super().Transport(*args, **kwargs)
         transport._connect = functools.partial(_connect_to_any, transport._connect)

@@ -12,6 +12,7 @@ import time
 import uuid
 from typing import Any, Optional, Set
 
+import amqp
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import errors
@@ -60,7 +61,7 @@ class Declarations:
         with self._lock:
             self._shards.add(shard)
 
-    def ensure_exchange(self, channel: Any) -> None:
+    def ensure_exchange(self, channel: amqp.Channel) -> None:
         """Declare the exchange, if this process has not.
 
         Raises:
@@ -95,7 +96,7 @@ class Declarations:
             if generation == self._generation:
                 self._exchange = True
 
-    def check_exchange(self, channel: Any) -> None:
+    def check_exchange(self, channel: amqp.Channel) -> None:
         """Check once that the exchange has the expected properties, if it exists.
 
         For processes that only read and declare nothing: they learn that others count the shards
@@ -127,7 +128,7 @@ class Declarations:
             "'rabbitmqctl import_definitions'."
         )
 
-    def request_shard(self, channel: Any, shard: int) -> None:
+    def request_shard(self, channel: amqp.Channel, shard: int) -> None:
         """Ask for the queue of *shard* to be declared.
 
         Does not wait for an answer. If the broker refuses, it closes the channel, and
@@ -160,7 +161,7 @@ class Declarations:
         if self._limit is not None and time.monotonic() < self._asked_again:
             raise self._too_many_queues()
 
-    def check_room(self, channel: Any, count: int) -> Optional[errors.BackendUnavailable]:
+    def check_room(self, channel: amqp.Channel, count: int) -> Optional[errors.BackendUnavailable]:
         """Return the error to raise instead of declaring *count* shards, or ``None``.
 
         AMQP does not tell a limit on queues before it is reached. So this declares *count* and
@@ -216,7 +217,7 @@ class Declarations:
             self._shards.clear()
 
 
-def declare_exchange(channel: Any, topology: Topology, nowait: bool = False) -> None:
+def declare_exchange(channel: amqp.Channel, topology: Topology, nowait: bool = False) -> None:
     """Declare the exchange on *channel*.
 
     Parameters:
@@ -237,7 +238,7 @@ def declare_exchange(channel: Any, topology: Topology, nowait: bool = False) -> 
     )
 
 
-def declare_queue(channel: Any, spec: QueueSpec) -> int:
+def declare_queue(channel: amqp.Channel, spec: QueueSpec) -> int:
     """Declare the queue *spec* on *channel*, and return how many read it already.
 
     Raises:
@@ -250,7 +251,7 @@ def declare_queue(channel: Any, spec: QueueSpec) -> int:
     return int(declared.consumer_count)
 
 
-def _declare_queue(channel: Any, spec: QueueSpec, nowait: bool = False) -> Any:
+def _declare_queue(channel: amqp.Channel, spec: QueueSpec, nowait: bool = False) -> Any:
     return channel.queue_declare(
         spec.name,
         durable=spec.durable,

@@ -66,7 +66,7 @@ def _short(text: str) -> bytes:
 _name = functools.lru_cache(maxsize=256)(_short)
 
 
-def _table(table: Mapping[str, Any]) -> bytes:
+def _table(table: Mapping[str, object]) -> bytes:
     parts: List[bytes] = []
     for name, value in table.items():
         if isinstance(value, str):
@@ -107,7 +107,7 @@ def publish_frames(
     exchange: str,
     routing_key: str,
     mandatory: bool,
-    properties: Mapping[str, Any],
+    properties: Mapping[str, object],
     body: bytes,
     frame_max: int,
     pushed: Optional[Tuple[str, str]] = None,

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import struct
+import time
 import weakref
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
@@ -16,6 +17,7 @@ from amqp import exceptions as amqp_errors
 from amqp import spec
 
 from celery_amqp_results.amqp import frames
+from celery_amqp_results.amqp.outbox import Outbox
 from celery_amqp_results.toolkit import sockets
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import time_left
@@ -26,6 +28,12 @@ logger = logging.getLogger(__name__)
 
 #: How long a single read or write on an open connection may take, in seconds.
 IO_TIMEOUT = 10.0
+
+#: Linux's option for how many milliseconds it keeps bytes that the other side does not take, before
+#: it gives up the connection.
+_USER_TIMEOUT: Optional[int] = getattr(socket, "TCP_USER_TIMEOUT", None)
+#: py-amqp's value, which is short for a broker that is busy.
+_SHORT_USER_TIMEOUT = 1000
 
 #: How many bytes are read from a socket at once.
 RECEIVE_SIZE = 64 * 1024
@@ -110,6 +118,9 @@ class Link:
         self.heartbeat = heartbeat
         #: Why the broker blocks publishers on this connection, or ``None`` while it does not.
         self.blocked: Optional[str] = None
+        #: When the broker last ceased to (``time.monotonic``).
+        self.unblocked_at = 0.0
+        self._outbox: Optional[Outbox] = None
         self.idle_since = 0.0
         #: Which of the connector's hosts it leads to, see :meth:`Connector.leave`.
         self.host = 0
@@ -124,17 +135,72 @@ class Link:
         #: TLS decrypts whole records, so it may hold more bytes than were read.
         self._decrypted: Optional[Callable[[], int]] = getattr(self.socket, "pending", None)
         established.on_inbound_frame = frames.tolerant(established.on_inbound_frame)
+        self._user_timeout = 0
         self._closed: Optional[weakref.finalize[..., Link]] = None
         _links.add(self)
         self.amqp.on_blocked = self._on_blocked
         self.amqp.on_unblocked = self._on_unblocked
 
     def _on_blocked(self, reason: str) -> None:
-        self.blocked = reason
         logger.warning("the broker blocks publishers (memory or disk alarm): %s", reason)
+        if self.blocked is None:
+            # The broker reads nothing until the alarm ends, however long that takes.
+            self._user_timeout = self._set_user_timeout(0)
+        self.blocked = reason
 
     def _on_unblocked(self) -> None:
-        self.blocked = None
+        if self.blocked is not None:
+            self.blocked, self.unblocked_at = None, time.monotonic()
+            self._set_user_timeout(self._user_timeout)
+
+    def _set_user_timeout(self, milliseconds: int) -> int:
+        """Have the kernel keep bytes for that long, or for any time with 0.
+
+        Returns:
+            The value before.
+        """
+        before = 0
+        # The socket may be closed.
+        with contextlib.suppress(OSError):
+            if _USER_TIMEOUT is not None:
+                before = self.socket.getsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT)
+                self.socket.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, milliseconds)
+        return before
+
+    def keep_unsent(self) -> None:
+        """Keep bytes that the socket has no room for, see :attr:`unsent`, for a publisher."""
+        if self._outbox is not None:
+            return
+        self._outbox = Outbox(self.amqp.transport)
+        before = self._set_user_timeout(int(1000 * IO_TIMEOUT))
+        if before != _SHORT_USER_TIMEOUT:
+            # The app has chosen it.
+            self._set_user_timeout(before)
+
+    @property
+    def unsent(self) -> bool:
+        """Whether bytes are kept that :meth:`flush` must send."""
+        return self._outbox is not None and self._outbox.waiting
+
+    @property
+    def bytes_sent(self) -> int:
+        """How many bytes were sent, if unsent ones are kept."""
+        return self._outbox.sent if self._outbox is not None else 0
+
+    def flush(self) -> None:
+        """Send what the socket has room for now."""
+        if self._outbox is not None and self._outbox.waiting:
+            self._outbox.flush()
+
+    def ready(self, timeout: float) -> bool:
+        """Return whether there is something to read, or room for something to send.
+
+        Parameters:
+            timeout: seconds to wait for it.
+        """
+        if not self.unsent:
+            return self.readable(timeout)
+        return self.buffered() or sockets.ready(self.socket, timeout)
 
     @property
     def alive(self) -> bool:
@@ -268,7 +334,7 @@ class Link:
         write = transport._write
         pieces: List[bytes] = []
 
-        def hold(piece: Any) -> None:
+        def hold(piece: bytes) -> None:
             # py-amqp writes its next frame into the same buffer.
             pieces.append(bytes(piece))
 
@@ -291,7 +357,8 @@ class Link:
             sock = self.amqp.transport.sock
             if sock is not None:
                 sock.settimeout(1.0)
-            self.amqp.close()
+            if not self.unsent:
+                self.amqp.close()
         self.drop()
 
     def drop(self) -> None:

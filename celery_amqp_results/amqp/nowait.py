@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from typing import Callable, Mapping
 
 import amqp
 from amqp import spec
@@ -27,7 +27,7 @@ def write(connection: amqp.Connection, octets: bytes) -> None:
 
 
 def publish(
-    channel: amqp.Channel, exchange: str, key: str, properties: Mapping[str, Any], body: bytes
+    channel: amqp.Channel, exchange: str, key: str, properties: Mapping[str, object], body: bytes
 ) -> None:
     """Publish a message that need not find a queue.
 

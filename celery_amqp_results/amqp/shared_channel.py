@@ -13,21 +13,22 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import threading
 import time
-from typing import Callable, Deque, Iterator, List, Optional, Sequence
+from typing import Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Type
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import confirms, connections
-from celery_amqp_results.amqp.confirms import ConfirmChannel, Publication
-from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.confirms import ConfirmChannel, LostInAlarm, Publication
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import is_over, time_left
 
 __all__ = ("SharedChannel", "Waiter")
 
 #: Publishing has no heartbeats. A dead connection is noticed at the next message, which the kernel
-#: gives up after a second (py-amqp sets TCP_USER_TIMEOUT).
+#: gives up after some seconds (TCP_USER_TIMEOUT), or for which no confirm comes.
 HEARTBEAT = 0.0
 
 #: The longest single wait of a follower, in seconds. Between waits it looks for an alarm.
@@ -39,6 +40,9 @@ READ_STEP = 0.05
 
 #: Seconds in which outstanding confirms must come when the connection is given up.
 GIVE_UP_SECONDS = 0.5
+
+#: The errors of a lost connection.
+_LOSSES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *TRANSIENT)
 
 
 class Waiter:
@@ -84,6 +88,23 @@ class Waiter:
         self._event.set()
 
 
+class _Request(Waiter):
+    """A thread that waits until the broker takes what it has to write.
+
+    Parameters:
+        free: whether it does.
+    """
+
+    def __init__(self, free: Callable[[], bool]) -> None:
+        super().__init__(())
+        self._free = free
+
+    @property
+    def done(self) -> bool:
+        """Whether the wait is over."""
+        return self._free()
+
+
 class SharedChannel:
     """Opens the channel, and moves bytes on it for many threads.
 
@@ -103,6 +124,8 @@ class SharedChannel:
         # Guards the channel, and everything read from its socket or written to it.
         self._io = threading.Lock()
         self._channel: Optional[ConfirmChannel] = None
+        #: Whether the last one was lost while an alarm blocked it.
+        self._in_alarm = False
         #: When the last attempt to open it began, and how it failed.
         self._opening = 0.0
         self._open_failure: Optional[errors.BackendUnavailable] = None
@@ -116,29 +139,52 @@ class SharedChannel:
         connector.slots.add_giver(self.give_up_idle)
 
     @contextlib.contextmanager
-    def open(self, since: float) -> Iterator[ConfirmChannel]:
+    def open(
+        self,
+        since: float,
+        asks: Callable[[], bool] = lambda: True,
+        deadline: Optional[float] = None,
+    ) -> Iterator[ConfirmChannel]:
         """Lend the channel for a ``with`` block that writes, or that asks the broker something.
 
-        When the block raises, all threads lose the connection: half a frame may be on it.
+        Waits for the end of an alarm first if the broker would not answer, or reads no more. When
+        the block raises, all threads lose the connection: half a frame may be on it.
 
         Parameters:
             since: when the caller's attempt began. It shares the failure of an attempt to connect
                 that began after that, instead of making one more.
+            asks: whether the block waits for an answer.
+            deadline: time (``time.monotonic``) after which to give up waiting for that.
 
         Raises:
-            BackendUnavailable: when the connection could not be opened.
+            BackendUnavailable: when the connection could not be opened, or at the deadline.
         """
         if not self._may_send.is_set():
             self._may_send.wait(STEP)
-        with self._io:
-            channel = self._ready(since)
-            try:
-                yield channel
-            except BaseException as exc:
-                self._lose(channel, exc)
-                raise
-            # With its answers, the block may have taken in confirms of others.
-            self._wake_done()
+        while True:
+            with self._io:
+                channel = self._ready(since)
+                if self._is_free(channel, asks):
+                    try:
+                        yield channel
+                    except BaseException as exc:
+                        failure = self._lose(channel, exc)
+                        if failure is exc:
+                            raise
+                        raise_if_from_signal_handler(exc)
+                        raise failure from exc
+                    # With its answers, the block may have taken in confirms of others.
+                    self._wake_done()
+                    return
+            self.wait(_Request(functools.partial(self._is_free, channel, asks)), deadline)
+            if is_over(deadline):
+                raise errors.NotConfirmed(f"the broker blocks publishers ({channel.link.blocked})")
+
+    def _is_free(self, channel: ConfirmChannel, asks: Callable[[], bool]) -> bool:
+        """Whether nothing must be waited for before *channel* is written to, or it is lost."""
+        if channel is not self._channel:
+            return True
+        return not (channel.link.unsent or (channel.mute and asks()))
 
     @contextlib.contextmanager
     def present(self) -> Iterator[Optional[ConfirmChannel]]:
@@ -179,7 +225,8 @@ class SharedChannel:
             self._open_failure = exc
             raise
         try:
-            self._channel = ConfirmChannel(link)
+            link.keep_unsent()
+            self._channel = ConfirmChannel(link, self._in_alarm)
         except BaseException:
             link.drop()
             self._connector.mark_host_failed(link)
@@ -193,12 +240,20 @@ class SharedChannel:
         """
         with self._turn:
             if not self._led:
+                channel.link.flush()
                 channel.take_in()
 
-    def _lose(self, channel: ConfirmChannel, failure: BaseException) -> None:
-        """Drop the connection. Every thread that waits on it finds that it is lost."""
+    def _lose(self, channel: ConfirmChannel, failure: BaseException) -> BaseException:
+        """Drop the connection. Every thread that waits on it finds that it is lost.
+
+        Returns:
+            The error that the publications are lost with.
+        """
         if self._channel is channel:
             self._channel = None
+        self._in_alarm = bool(channel.link.blocked)
+        if self._in_alarm and isinstance(failure, _LOSSES) and not is_refusal(failure):
+            failure = LostInAlarm(f"the connection was lost in an alarm: {failure!r}")
         left = [*channel.log.strays, *channel.log.lost(failure)]
         channel.log.strays = []
         for publication in left:
@@ -207,6 +262,7 @@ class SharedChannel:
         channel.link.drop()
         self._connector.mark_host_failed(channel.link)
         self._wake_done()
+        return failure
 
     def wait(self, waiter: Waiter, deadline: Optional[float] = None) -> None:
         """Wait until *waiter* is done; a lost connection ends the wait as well.
@@ -214,20 +270,20 @@ class SharedChannel:
         Parameters:
             waiter: what to wait for.
             deadline: time (``time.monotonic``) at which to stop waiting. With ``None`` the
-                connection counts as dead after :data:`confirms.CONFIRM_TIMEOUT` seconds without a
-                confirm, unless the broker blocks publishers.
+                connection counts as dead after :data:`confirms.CONFIRM_TIMEOUT` seconds in which
+                the broker has taken and confirmed nothing, unless it blocks publishers.
         """
-        patience = time.monotonic() + confirms.CONFIRM_TIMEOUT
+        patience = confirms.Patience(time.monotonic())
         try:
             while not waiter.done:
                 self._take_turn(waiter, deadline)
-                now = time.monotonic()
                 if is_over(deadline):
                     return
-                channel = self._channel
-                if channel is not None and channel.link.blocked:
-                    patience = now + confirms.CONFIRM_TIMEOUT
-                elif now > patience and channel is not None and not waiter.done:
+                channel, now = self._channel, time.monotonic()
+                if channel is None:
+                    continue
+                blocked = bool(channel.link.blocked)
+                if patience.is_over(now, blocked, channel.progress) and not waiter.done:
                     with self._io:
                         if channel is self._channel:
                             self._lose(channel, confirms.no_confirm())
@@ -277,7 +333,7 @@ class SharedChannel:
             return False
         before = channel.link.frames_received
         try:
-            if not channel.link.readable(timeout):
+            if not channel.link.ready(timeout):
                 return False
         except (OSError, ValueError) as exc:
             raise_if_from_signal_handler(exc)
@@ -288,7 +344,11 @@ class SharedChannel:
         with self._io:
             if channel is self._channel:
                 try:
-                    if channel.link.frames_received == before:
+                    if channel.link.unsent:
+                        # There may be room for it, and nothing to read.
+                        channel.link.flush()
+                        channel.take_in()
+                    elif channel.link.frames_received == before:
                         channel.take_in_readable()
                     else:
                         # Another thread has read meanwhile, perhaps everything.
@@ -357,6 +417,8 @@ class SharedChannel:
             self.wait(Waiter(list(channel.log)), time.monotonic() + GIVE_UP_SECONDS)
             with self.present() as present:
                 if present is None or present is not channel or channel.log.busy:
+                    return False
+                if channel.link.unsent:
                     return False
                 self._channel = None
                 channel.link.close()

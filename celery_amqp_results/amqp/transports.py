@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import threading
-from typing import (
-    Any,
-    Callable,
-    ContextManager,
-    Deque,
-    Iterator,
-    Optional,
-    Protocol,
-    Tuple,
-    Type,
-)
+import time
+from typing import Any, Callable, ContextManager, Deque, Iterator, Optional, Protocol, Tuple, Type
 
 import kombu
+from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
+from celery_amqp_results.amqp.confirms import Patience, no_confirm
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.toolkit import retry
 
-__all__ = ("AMQPSessions", "KombuSessions", "Session", "Sessions", "is_amqp", "transport_name")
+__all__ = (
+    "AMQPSession",
+    "AMQPSessions",
+    "KombuSessions",
+    "Session",
+    "Sessions",
+    "is_amqp",
+    "transport_name",
+)
 
 #: What kombu calls its AMQP transports; ``librabbitmq`` is another library, and none of ours.
 _AMQP_TRANSPORTS = frozenset(
@@ -71,6 +73,9 @@ class Session(Protocol):
     def channel(self) -> Any:
         """An open kombu channel; a new one where the broker has closed the last."""
 
+    def confirm(self, channel: Any) -> None:
+        """Have publishing on *channel* wait for the broker's confirm, where there are confirms."""
+
 
 class Sessions(Protocol):
     """Lends channels. Thread-safe; made anew after a fork."""
@@ -97,15 +102,48 @@ class Sessions(Protocol):
         """Close all connections that are not in use."""
 
 
-class _AMQPSession:
+class AMQPSession(Session):
+    """A session on an AMQP connection.
+
+    Parameters:
+        link: the connection.
+    """
+
     def __init__(self, link: Link) -> None:
         self._link = link
 
     @property
     def channel(self) -> Any:
+        """The open channel."""
         # Number 1 is the same channel each time that this connection is lent, until the broker
         # closes it: opening one takes longer than reading a message.
         return self._link.amqp.channel(1)
+
+    def confirm(self, channel: Any) -> None:
+        """Have publishing on *channel* wait for the confirm."""
+        # py-amqp before 5.4 opens a channel again that the broker has closed, and then takes it
+        # for one that still confirms.
+        channel.confirm_select(nowait=True)
+        channel.basic_publish = functools.partial(self._publish, channel)
+
+    def _publish(self, channel: Any, *args: Any, **kwargs: Any) -> None:
+        """Publish and wait for the confirm, also through an alarm, in which py-amqp gives up."""
+        link, answers = self._link, []
+        channel.events["basic_ack"] = {lambda *_: answers.append(True)}
+        channel.events["basic_nack"] = {lambda *_: answers.append(False)}
+        patience = Patience(time.monotonic())
+        link.keep_unsent()
+        channel._basic_publish(*args, **kwargs)
+        while not answers:
+            if link.ready(1.0):
+                link.flush()
+            if link.readable():
+                link.drain(0.0)
+            link.tick()
+            if patience.is_over(time.monotonic(), bool(link.blocked), link.bytes_sent):
+                raise amqp_errors.RecoverableConnectionError(str(no_confirm()))
+        if not answers[0]:
+            raise amqp_errors.MessageNacked
 
 
 class AMQPSessions:
@@ -126,20 +164,23 @@ class AMQPSessions:
     def session(self, deadline: Optional[float] = None) -> Iterator[Session]:
         """Lend a session, see :class:`Sessions`."""
         with self._pool.link(deadline) as link:
-            yield _AMQPSession(link)
+            yield AMQPSession(link)
 
     def close(self) -> None:
         """Close all connections that are not in use."""
         self._pool.close()
 
 
-class _KombuSession:
+class _KombuSession(Session):
     def __init__(self, connection: kombu.Connection) -> None:
         self.connection = connection
 
     @property
     def channel(self) -> Any:
         return self.connection.default_channel
+
+    def confirm(self, channel: Any) -> None:
+        pass
 
 
 class KombuSessions:

@@ -14,6 +14,7 @@ import time
 from typing import (
     Any,
     Callable,
+    Container,
     Dict,
     Iterable,
     Iterator,
@@ -29,15 +30,15 @@ from celery import states
 from celery.exceptions import TimeoutError
 
 from celery_amqp_results.config import BackendConfig
+from celery_amqp_results.library_types import Meta
 from celery_amqp_results.per_task.lookups import BACKLOG_LIMIT
 from celery_amqp_results.per_task.wire import NoCacheQueue
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.reading import Reader
+from celery_amqp_results.toolkit.retry import deadline_after
 from celery_amqp_results.waiting.waits import DEFAULT_INTERVAL, Patience, Waits
 
 __all__ = ("Celery4API",)
-
-Meta = Dict[str, Any]
 
 
 class CeleryBackend(Protocol):
@@ -47,11 +48,11 @@ class CeleryBackend(Protocol):
     reader: Reader
     waits: Waits
     #: The metas of tasks that have ended, by id.
-    _cache: MutableMapping[str, Any]
+    _cache: MutableMapping[str, Optional[Meta]]
 
     def _ensure_not_eager(self) -> None: ...
 
-    def exception_to_python(self, exc: Any) -> BaseException:
+    def exception_to_python(self, exc: object) -> BaseException:
         """Return a stored exception as an exception."""
 
     def meta_from_decoded(self, meta: Meta) -> Meta:
@@ -96,7 +97,7 @@ class Celery4API:
             return self._backend.config.wire.rkey(task_id)
         return self._backend.config.topology.task_binding(task_id)
 
-    def destination_for(self, task_id: str, request: Any) -> Tuple[str, str]:
+    def destination_for(self, task_id: str, request: object) -> Tuple[str, str]:
         """Return the routing key and the correlation id of a task's result.
 
         Parameters:
@@ -129,7 +130,7 @@ class Celery4API:
             )
         ]
 
-    def revive(self, channel: Any) -> None:
+    def revive(self, channel: object) -> None:
         """Do nothing: lost connections are replaced when they are needed.
 
         Parameters:
@@ -141,7 +142,7 @@ class Celery4API:
         task_id: str,
         timeout: Optional[float] = None,
         no_ack: bool = True,
-        on_interval: Optional[Callable[[], Any]] = None,
+        on_interval: Optional[Callable[[], object]] = None,
     ) -> Meta:
         """Wait for a task to end and return its meta; the result stays where it is.
 
@@ -172,11 +173,11 @@ class Celery4API:
         timeout: Optional[float] = None,
         cache: bool = True,
         no_ack: bool = True,
-        on_interval: Optional[Callable[[], Any]] = None,
-        READY_STATES: Any = states.READY_STATES,
-        PROPAGATE_STATES: Any = states.PROPAGATE_STATES,
+        on_interval: Optional[Callable[[], object]] = None,
+        READY_STATES: Container[str] = states.READY_STATES,
+        PROPAGATE_STATES: Container[str] = states.PROPAGATE_STATES,
         interval: Optional[float] = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Wait for a task and return its result, or raise its exception.
 
@@ -206,15 +207,15 @@ class Celery4API:
         task_ids: Iterable[str],
         timeout: Optional[float] = None,
         no_ack: bool = True,
-        on_message: Optional[Callable[[Meta], Any]] = None,
-        on_interval: Optional[Callable[[], Any]] = None,
+        on_message: Optional[Callable[[Meta], object]] = None,
+        on_interval: Optional[Callable[[], object]] = None,
         now: Callable[[], float] = time.monotonic,
         getfields: Callable[[Meta], Tuple[str, str]] = operator.itemgetter("status", "task_id"),
-        READY_STATES: Any = states.READY_STATES,
-        PROPAGATE_STATES: Any = states.PROPAGATE_STATES,
+        READY_STATES: Container[str] = states.READY_STATES,
+        PROPAGATE_STATES: Container[str] = states.PROPAGATE_STATES,
         interval: Optional[float] = None,
         max_iterations: Optional[int] = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Iterator[Tuple[str, Meta]]:
         """Wait for tasks; yield ``(id, meta)`` of each as it becomes ready.
 
@@ -255,12 +256,12 @@ class Celery4API:
 
     def drain_events(
         self,
-        connection: Any,
+        connection: kombu.Connection,
         consumer: kombu.Consumer,
         timeout: Optional[float] = None,
-        on_interval: Optional[Callable[[], Any]] = None,
+        on_interval: Optional[Callable[[], object]] = None,
         now: Callable[[], float] = time.monotonic,
-        wait: Optional[Callable[..., Any]] = None,
+        wait: Optional[Callable[..., object]] = None,
     ) -> Dict[str, Meta]:
         """Read results with the caller's own consumer until at least one final state has come.
 
@@ -285,12 +286,12 @@ class Celery4API:
         wait = wait or connection.drain_events
         ended: Dict[str, Meta] = {}
 
-        def on_body(body: Any, message: Any) -> None:
+        def on_body(body: Meta, message: object) -> None:
             if body["status"] in states.READY_STATES:
                 ended[body["task_id"]] = self._backend.meta_from_decoded(body)
 
         consumer.callbacks[:] = [on_body]
-        deadline = None if timeout is None else now() + timeout
+        deadline = deadline_after(timeout, now)
         while True:
             pause = 1.0 if deadline is None else min(1.0, deadline - now())
             if pause > 0:

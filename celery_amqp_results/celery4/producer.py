@@ -53,8 +53,8 @@ class Exchange(kombu.Exchange):
         self,
         body: Any,
         delivery_mode: Union[int, str, None] = None,
-        properties: Optional[Mapping[str, Any]] = None,
-        **kwargs: Any,
+        properties: Optional[Mapping[str, object]] = None,
+        **kwargs: object,
     ) -> Any:
         """Return a message for :meth:`publish`.
 
@@ -150,7 +150,7 @@ class Producer(kombu.Producer):
         serializer: Optional[str] = None,
         auto_declare: Optional[bool] = None,
         compression: Optional[str] = None,
-        on_return: Optional[Callable[[Exception, str, str, Any], Any]] = None,
+        on_return: Optional[Callable[[Exception, str, str, Any], object]] = None,
     ) -> None:
         if isinstance(exchange, str):
             exchange = Exchange(exchange, no_declare=True)
@@ -160,7 +160,7 @@ class Producer(kombu.Producer):
         if channel and self.auto_declare and self.exchange.name:
             self.maybe_declare(self.exchange)
 
-    def maybe_declare(self, entity: Any, retry: bool = False, **retry_policy: Any) -> Any:
+    def maybe_declare(self, entity: Any, retry: bool = False, **retry_policy: object) -> Any:
         """Declare an exchange or a queue, unless that was done on this connection.
 
         Parameters:
@@ -190,14 +190,14 @@ class Producer(kombu.Producer):
         content_type: Optional[str] = None,
         content_encoding: Optional[str] = None,
         serializer: Optional[str] = None,
-        headers: Optional[Mapping[str, Any]] = None,
+        headers: Optional[Mapping[str, object]] = None,
         compression: Optional[str] = None,
         exchange: Union[kombu.Exchange, str, None] = None,
         retry: bool = False,
         retry_policy: Optional[Dict[str, Any]] = None,
         declare: Optional[Sequence[Any]] = None,
         expiration: Optional[float] = None,
-        **properties: Any,
+        **properties: object,
     ) -> Any:
         """Publish a message.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import FrozenSet, List, Mapping, Tuple, Union
 
-from celery_amqp_results.chords.plan import Plan
+from celery_amqp_results.chords.plan import Nested, Plan
 from celery_amqp_results.protocol.message import StateMessage
 
 __all__ = ("Acknowledge", "Action", "Bind", "Delivery", "Fire", "GiveUp", "LookUp")
@@ -35,7 +35,7 @@ class Fire:
 
     plan: Plan
     #: The ids of the header's tasks in order and nesting, including amendments.
-    results: List[str] = dataclasses.field(compare=False)
+    results: List[Nested] = dataclasses.field(compare=False)
     ends: Mapping[str, StateMessage] = dataclasses.field(compare=False)
     #: Tasks with known ends whose bodies did not fit the memory.
     bodiless: FrozenSet[str] = frozenset()

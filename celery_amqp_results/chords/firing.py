@@ -14,8 +14,9 @@ import threading
 import time
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Type
 
+import kombu
 from celery import states
-from celery.canvas import _chain, chord, group, maybe_signature
+from celery.canvas import Signature, _chain, chord, group, maybe_signature
 from celery.exceptions import BackendStoreError, ChordError
 from celery.utils.nodenames import anon_nodename
 
@@ -25,6 +26,7 @@ from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.chords import plan as plans
 from celery_amqp_results.chords.actions import Fire
 from celery_amqp_results.chords.service import NotSent, read_ends
+from celery_amqp_results.library_types import App
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store.lookup import Store
 from celery_amqp_results.toolkit.bounded import BoundedDict
@@ -151,7 +153,7 @@ class Firing:
         else:
             self._send(app, signature, results, action)
 
-    def _send(self, app: Any, signature: Any, results: List[Any], action: Fire) -> None:
+    def _send(self, app: App, signature: Signature, results: List[object], action: Fire) -> None:
         origin = signature.options.get("origin")
         forwarded = origin is not None and origin != anon_nodename()
         token = _forwarded.set(signature.options.get("task_id") if forwarded else None)
@@ -167,7 +169,7 @@ class Firing:
         finally:
             _forwarded.reset(token)
 
-    def _fail(self, app: Any, signature: Any, mark: str, exc: ChordError) -> None:
+    def _fail(self, app: App, signature: Signature, mark: str, exc: ChordError) -> None:
         with self._lock:
             called = self._called.get(mark) or set()
             self._called[mark] = called
@@ -179,9 +181,9 @@ class Firing:
         finally:
             _called.reset(token)
         with self._lock:
-            self._called.pop(mark)
+            self._called.pop(mark, None)
 
-    def _results(self, backend: Any, action: Fire) -> List[Any]:
+    def _results(self, backend: Any, action: Fire) -> List[object]:
         """Return the results of the header, in its order and nesting.
 
         Raises:
@@ -190,14 +192,14 @@ class Firing:
         ends = dict(action.ends)
         if action.bodiless:
             ends.update(read_ends(self._store, action.bodiless))
-        values: Dict[str, Any] = {}
+        values: Dict[str, object] = {}
         for task_id in plans.leaves(action.results):
             if task_id not in values:
                 values[task_id] = self._value(backend, ends[task_id])
         return plans.fill(action.results, values)
 
     @staticmethod
-    def _value(backend: Any, state: StateMessage) -> Any:
+    def _value(backend: Any, state: StateMessage) -> object:
         content = backend.reader.decode(state)
         if content["status"] in states.PROPAGATE_STATES:
             cause = content["result"]
@@ -209,7 +211,7 @@ class Firing:
         self.bodies.close()
 
 
-def _ancestors(signature: Any, action: Fire) -> Dict[str, str]:
+def _ancestors(signature: Signature, action: Fire) -> Dict[str, str]:
     """Return the ids of the body's parent and root, the same as with Celery's other backends.
 
     There the header task that ends last sends the body.
@@ -241,9 +243,11 @@ class BodySender:
     def __init__(self, app: Callable[[], Any]) -> None:
         self._app = app
         self._lock = threading.Lock()
-        self._idle: Deque[Tuple[float, Any]] = collections.deque()
+        self._idle: Deque[Tuple[float, kombu.Producer]] = collections.deque()
 
-    def send(self, signature: Any, results: List[Any], options: Mapping[str, Any]) -> None:
+    def send(
+        self, signature: Signature, results: List[object], options: Mapping[str, object]
+    ) -> None:
         """Send *signature* with *results* and additional *options*.
 
         Raises:
@@ -254,7 +258,7 @@ class BodySender:
             retry_publish(signature.apply_async, (results,), producer=producer, **options)
 
     @contextlib.contextmanager
-    def _producer(self) -> Iterator[Any]:
+    def _producer(self) -> Iterator[kombu.Producer]:
         """Lend a producer; it is not used again if the block raises."""
         app = self._app()
         producer = None
@@ -287,7 +291,7 @@ class BodySender:
                 producer.connection.release()
 
 
-def last_links(signature: Any, app: Any) -> Iterator[Any]:
+def last_links(signature: Signature, app: App) -> Iterator[Signature]:
     """Yield the simple signatures whose results stand for the result of *signature*."""
     signature = maybe_signature(signature, app=app)
     if isinstance(signature, chord):
@@ -303,11 +307,11 @@ def last_links(signature: Any, app: Any) -> Iterator[Any]:
         yield signature
 
 
-def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+def _call(function: Callable[..., object], *args: object, **kwargs: object) -> object:
     return function(*args, **kwargs)
 
 
-def _chord_error(message: str, cause: Any) -> ChordError:
+def _chord_error(message: str, cause: object) -> ChordError:
     error = ChordError(message)
     if isinstance(cause, BaseException):
         error.__cause__ = cause

@@ -6,13 +6,15 @@ fails. :class:`ChordHooks` says what these calls mean here.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator, Mapping, Optional, Protocol, Tuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Protocol, Tuple
 
 from celery.app.task import Context
+from celery.canvas import Signature
 
 from celery_amqp_results.chords import remote, workers
 from celery_amqp_results.chords.firing import last_links
 from celery_amqp_results.chords.sending import Chords, expect_body
+from celery_amqp_results.library_types import App
 
 __all__ = ("ChordHooks",)
 
@@ -46,7 +48,7 @@ class ChordHooks:
 
     def __init__(
         self,
-        app: Any,
+        app: App,
         layout: Callable[[], HasChords],
         recorder: RecordsParts,
         expires: Optional[int],
@@ -67,7 +69,7 @@ class ChordHooks:
         """Whether the layout has chords. Otherwise Celery's base class polls with a task."""
         return self._layout().chords is not None
 
-    def apply(self, header_result_args: Tuple[str, Any], body: Any) -> None:
+    def apply(self, header_result_args: Tuple[str, Iterable[object]], body: Signature) -> None:
         """Note a chord whose header is about to be sent. Does no I/O, and keeps no task of it."""
         expect_body(self._app, body, self._recorder.note_awaited)
         current = self._app.current_worker_task
@@ -82,7 +84,7 @@ class ChordHooks:
         """
         self._chords.publish_plan(group_id)
 
-    def add(self, group_id: str, result: Any) -> None:
+    def add(self, group_id: str, result: object) -> None:
         """Add one task or group to a chord; the present task is of its header.
 
         Raises:
@@ -92,7 +94,7 @@ class ChordHooks:
         after = None if current is None else current.request.id
         self._chords.publish_amendment(group_id, result, after, self._expires)
 
-    def part_returned(self, request: Any, state: str, result: Any) -> None:
+    def part_returned(self, request: Context, state: str, result: object) -> None:
         """Tell the leader of a chord what a task of its header returned.
 
         Publishes nothing if the stored state says so and is kept long enough. May be called any
@@ -107,7 +109,7 @@ class ChordHooks:
             meta = {"status": state, "result": result, "task_id": request.id}
             self._recorder.record_part(request.id, request.group, meta)
 
-    def enclosing(self, callback: Any) -> Iterator[Context]:
+    def enclosing(self, callback: Signature) -> Iterator[Context]:
         """Yield a request for each chord that waits for a body which has failed.
 
         A body may be a task of the header of another chord, which would wait for ever. Celery
@@ -130,7 +132,7 @@ class ChordHooks:
             self._chords.start_if_needed()
 
 
-def _on_worker_ready(app: Any) -> None:
+def _on_worker_ready(app: App) -> None:
     hooks = getattr(app.backend, "chords", None)
     if isinstance(hooks, ChordHooks):
         hooks.lead()

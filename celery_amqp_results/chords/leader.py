@@ -266,7 +266,7 @@ class Leader:
         kept = {mark: chord for mark, chord in self._chords.items() if mark in sending}
         for mark, chord in self._chords.items():
             if chord.sending and mark not in kept:
-                self._fired.pop(mark)
+                self._fired.pop(mark, None)
         self._chords.clear()
         self._waiting.clear()
         self._proving.clear()

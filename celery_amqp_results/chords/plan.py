@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
 
-from celery.canvas import _chain, chord, group
+from celery.canvas import Signature, _chain, chord, group
 from celery.result import ResultSet
 
 from celery_amqp_results import errors
@@ -18,7 +18,7 @@ from celery_amqp_results.protocol.message import StateMessage
 __all__ = ("Amendment", "Nested", "Plan", "fill", "leaves", "proofs", "tree")
 
 #: The results of a header: the id of a task, or a list of these for a group in the header.
-Nested = Union[str, List[Any]]
+Nested = Union[str, List["Nested"]]
 
 #: The most tasks of a body that are looked up as proof that it was sent.
 MAX_PROOFS = 10
@@ -33,7 +33,7 @@ class Plan:
     #: Distinguishes two sendings of the same chord.
     mark: str
     #: The ids of the header's tasks, in order and nesting.
-    results: List[Any]
+    results: List[Nested]
     #: When the sender began to send the chord, in microseconds since 1970.
     began: int
     #: Milliseconds without a new result after which the chord is abandoned; ``None`` for never.
@@ -47,7 +47,7 @@ class Plan:
     #: The message, which holds the signature of the body.
     message: Optional[StateMessage] = dataclasses.field(default=None, compare=False, repr=False)
 
-    def content(self, body: Mapping[str, Any]) -> Dict[str, Any]:
+    def content(self, body: Mapping[str, object]) -> Dict[str, object]:
         """Return the content of the message, for the body with the signature *body*."""
         return {
             "mark": self.mark,
@@ -61,7 +61,7 @@ class Plan:
         }
 
     @classmethod
-    def read(cls, content: Any, message: StateMessage) -> Plan:
+    def read(cls, content: object, message: StateMessage) -> Plan:
         """Read the plan from *message*.
 
         Parameters:
@@ -108,14 +108,14 @@ class Amendment:
     #: The task that has added them.
     after: Optional[str]
     #: Their ids, in order and nesting.
-    results: List[Any]
+    results: List[Nested]
     #: Id of the group that they are in, where that is not the header.
     subgroup: Optional[str] = None
     #: When they were added, in microseconds since 1970, and the longest time to keep that.
     began: int = 0
     expires: Optional[int] = None
 
-    def content(self) -> Dict[str, Any]:
+    def content(self) -> Dict[str, object]:
         """Return the content of the message."""
         return {
             "mark": self.mark,
@@ -126,7 +126,7 @@ class Amendment:
         }
 
     @classmethod
-    def read(cls, content: Any, message: StateMessage) -> Amendment:
+    def read(cls, content: object, message: StateMessage) -> Amendment:
         """Read the amendment from *message*.
 
         Raises:
@@ -153,8 +153,8 @@ class Amendment:
         )
 
 
-def _checked(results: Iterable[Any], where: str) -> List[Any]:
-    checked: List[Any] = []
+def _checked(results: Iterable[object], where: str) -> List[Nested]:
+    checked: List[Nested] = []
     for node in results:
         if isinstance(node, str) and node:
             checked.append(node)
@@ -165,14 +165,14 @@ def _checked(results: Iterable[Any], where: str) -> List[Any]:
     return checked
 
 
-def tree(results: Iterable[Any]) -> List[Any]:
+def tree(results: Iterable[Any]) -> List[Nested]:
     """Return the ids of Celery's *results*, in the same order and nesting."""
     return [
         tree(result.results) if isinstance(result, ResultSet) else result.id for result in results
     ]
 
 
-def leaves(results: Iterable[Any]) -> Iterator[str]:
+def leaves(results: Iterable[Nested]) -> Iterator[str]:
     """Yield all ids in *results*, in order."""
     for node in results:
         if isinstance(node, str):
@@ -181,7 +181,7 @@ def leaves(results: Iterable[Any]) -> Iterator[str]:
             yield from leaves(node)
 
 
-def amended(results: List[Any], amendments: Iterable[Amendment]) -> List[Any]:
+def amended(results: List[Nested], amendments: Iterable[Amendment]) -> List[Nested]:
     """Return *results* with the tasks of *amendments*, each behind the task that added it."""
     added: Dict[Optional[str], List[str]] = {}
     for amendment in amendments:
@@ -189,7 +189,7 @@ def amended(results: List[Any], amendments: Iterable[Amendment]) -> List[Any]:
     if not added:
         return results
 
-    def extend(nodes: Iterable[Any]) -> Iterator[Any]:
+    def extend(nodes: Iterable[Nested]) -> Iterator[Nested]:
         for node in nodes:
             if isinstance(node, str):
                 yield node
@@ -204,17 +204,17 @@ def amended(results: List[Any], amendments: Iterable[Amendment]) -> List[Any]:
     return extended
 
 
-def fill(results: Iterable[Any], values: Mapping[str, Any]) -> List[Any]:
+def fill(results: Iterable[Nested], values: Mapping[str, object]) -> List[object]:
     """Return the values of all ids, in the order and nesting of *results*."""
     return [values[node] if isinstance(node, str) else fill(node, values) for node in results]
 
 
-def proofs(body: Any) -> Tuple[str, ...]:
+def proofs(body: Signature) -> Tuple[str, ...]:
     """Return ids of tasks of a frozen *body* whose states prove that it was sent."""
     return tuple(dict.fromkeys(_first_tasks(body)))[:MAX_PROOFS]
 
 
-def _first_tasks(signature: Any) -> Iterator[str]:
+def _first_tasks(signature: Signature) -> Iterator[str]:
     if isinstance(signature, _chain):
         if signature.tasks:
             yield from _first_tasks(signature.tasks[0])

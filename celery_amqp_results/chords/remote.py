@@ -24,7 +24,7 @@ def register() -> None:
     )
 
 
-def _answer(state: Any, key: str = "", **kwargs: Any) -> Dict[str, Any]:
+def _answer(state: Any, key: str = "", **kwargs: object) -> Dict[str, object]:
     """Return the chords that this worker leads, or the progress of one of them."""
     layout = getattr(state.app.backend, "layout", None)
     chords = getattr(layout, "chords", None)

@@ -6,14 +6,15 @@ A process's knowledge of chords belongs to the app: Celery may make several back
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 import uuid
 import weakref
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 from celery import signals
-from celery.canvas import _chain, chord, group
+from celery.canvas import Signature, _chain, chord, group
 from celery.result import ResultSet
 from celery.utils.functional import _regen
 from celery.utils.nodenames import anon_nodename
@@ -24,14 +25,18 @@ from celery_amqp_results.chords import plan as plans
 from celery_amqp_results.chords.plan import Amendment, Plan
 from celery_amqp_results.chords.service import Service
 from celery_amqp_results.chords.workers import bell
+from celery_amqp_results.library_types import App
 from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.message import PLAN, StateMessage
 from celery_amqp_results.protocol.names import PLAN_QUEUES, QueueSpec, Topology, plan_number
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.store.publisher import Outgoing, Publisher
 from celery_amqp_results.toolkit.bounded import BoundedDict
+from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
 __all__ = ("Chords", "Plans", "expect_body")
+
+logger = logging.getLogger(__name__)
 
 #: State in the message of a plan, and of an amendment.
 CHORD_STATE = "CHORD"
@@ -56,7 +61,7 @@ _clock = PublishClock()
 class _Sending:
     """A chord that is being sent."""
 
-    body: Any
+    body: Signature
     #: The results of the header; a weak reference if they are a generator, which may never be
     #: exhausted.
     results: Any
@@ -100,7 +105,7 @@ class Plans:
         self,
         group_id: str,
         state: str,
-        content: Mapping[str, Any],
+        content: Mapping[str, object],
         serializers: Tuple[str, ...] = (),
     ) -> Outgoing:
         """Return the message of a plan or amendment, encoded like the app's tasks.
@@ -190,7 +195,12 @@ class Chords:
     # -- the sender --------------------------------------------------------------------------------
 
     def prepare(
-        self, group_id: str, results: Any, body: Any, expires: Optional[int], root_id: Optional[str]
+        self,
+        group_id: str,
+        results: Iterable[object],
+        body: Signature,
+        expires: Optional[int],
+        root_id: Optional[str],
     ) -> None:
         """Note a chord whose header is about to be sent. Does no I/O.
 
@@ -251,7 +261,7 @@ class Chords:
         self._publish(self._messages.write(group_id, CHORD_STATE, content, serializers), group_id)
 
     def publish_amendment(
-        self, group_id: str, result: Any, after: Optional[str], expires: Optional[int]
+        self, group_id: str, result: object, after: Optional[str], expires: Optional[int]
     ) -> None:
         """Add one task or group to a chord. A task of its header must call this.
 
@@ -297,7 +307,17 @@ class Chords:
     # -- leading -----------------------------------------------------------------------------------
 
     def note_chord(self, group_id: str) -> None:
-        """Start leading chords: a part of the chord with this header was stored or sent here."""
+        """Start leading chords: a part of the chord with this header was stored or sent here.
+
+        Raises nothing, since what was stored counts.
+        """
+        try:
+            self._lead_if_needed(group_id)
+        except Exception as exc:
+            raise_if_from_signal_handler(exc)
+            logger.warning("a leader for the chord %s was not looked for: %s", group_id, exc)
+
+    def _lead_if_needed(self, group_id: str) -> None:
         if bell.in_child:
             bell.ring()
         elif bell.in_main:
@@ -313,7 +333,7 @@ class Chords:
         self.service.start(met=False)
 
 
-def expect_body(app: Any, body: Any, note_sent: Callable[[str], None]) -> None:
+def expect_body(app: App, body: Signature, note_sent: Callable[[str], None]) -> None:
     """Have the states of a body pushed to this process, although another one sends it.
 
     A process that waits for its own task neither reads the store nor binds a shard, which would
@@ -352,7 +372,7 @@ def _follow_generator(group_id: str, results: Any) -> None:
     _take_ahead()
 
 
-def _take_ahead(**kwargs: Any) -> None:
+def _take_ahead(**kwargs: object) -> None:
     while _lazy.results:
         group_id, reference = _lazy.results[-1]
         results = reference()
@@ -378,7 +398,7 @@ def _forget_generator(group_id: str) -> Optional[Exception]:
     return _lazy.failed.pop(group_id, None)
 
 
-def _serializers(body: Any) -> Tuple[str, ...]:
+def _serializers(body: Signature) -> Tuple[str, ...]:
     """Return the serializers that a body names."""
     own = body.options.get("serializer")
     return (own,) if own else ()

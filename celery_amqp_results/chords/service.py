@@ -28,12 +28,7 @@ from celery_amqp_results.chords.session import Session
 from celery_amqp_results.chords.workers import bell
 from celery_amqp_results.feed.pushed import PushedStates
 from celery_amqp_results.protocol.clock import wall
-from celery_amqp_results.protocol.message import (
-    PART,
-    PLAN,
-    STATE,
-    StateMessage,
-)
+from celery_amqp_results.protocol.message import NOT_AN_END, PART, PLAN, STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.lookup import Store
 from celery_amqp_results.toolkit.retry import Retry
@@ -87,6 +82,8 @@ class Service:
         self._helpers = Helpers("chord-helper")
         #: Marks of the chords whose bodies helpers are sending. For the thread only.
         self._sending: Set[str] = set()
+        #: How many plans of this connection are left to a leader that accepts their content.
+        self._left = 0
         #: Finished work of helpers: the thread calls these with the leader.
         self._done: Deque[Callable[[float], None]] = collections.deque()
         # Guards the attributes below. No I/O is done while holding it.
@@ -143,7 +140,7 @@ class Service:
     @property
     def holds(self) -> bool:
         """Whether any plan or amendment is not acknowledged."""
-        return self._leader.holds
+        return self._leader.holds or self._left > 0
 
     @property
     def finished(self) -> bool:
@@ -154,6 +151,7 @@ class Service:
 
     def requeued(self) -> None:
         """Note that all open plans will be delivered again."""
+        self._left = 0
         self._leader.requeued()
 
     def oldest_age(self) -> float:
@@ -209,6 +207,7 @@ class Service:
         try:
             while not self._closing:
                 session: Optional[Session] = None
+                self._left = 0
                 try:
                     session = Session(self._connector, self._declarations, self, wake_up)
                     tries.succeeded()
@@ -343,7 +342,9 @@ class Service:
             # A serializer may raise anything.
             self.unreadable += 1
             logger.error("a plan of a chord cannot be read here: %r", exc)
-            return not isinstance(exc, ContentDisallowed)
+            for_others = isinstance(exc, ContentDisallowed)
+            self._left += for_others
+            return not for_others
         redelivered = bool(message.delivery_info.get("redelivered"))
         if isinstance(plan, Plan):
             self._leader.plan_delivered(plan, message.delivery_tag, redelivered, now)
@@ -373,7 +374,10 @@ def read_ends(store: Store, ids: Iterable[str]) -> Dict[str, StateMessage]:
 
 
 def _ends(found: Mapping[str, List[StateMessage]]) -> Dict[str, StateMessage]:
-    current = {task_id: fold(states) for task_id, states in found.items()}
+    current = {
+        task_id: fold(state for state in states if state.amended != NOT_AN_END)
+        for task_id, states in found.items()
+    }
     return {
         task_id: state
         for task_id, state in current.items()

@@ -96,12 +96,21 @@ class Session:
 
     def _set_up(self) -> None:
         self.channel = self.link.channel()
-        if self._handler.met and self._declarations.declare:
+        declare = self._handler.met and self._declarations.declare
+        if not declare:
+            present = self._present()
+            if not present:
+                return
+            self._handler.met = True
+            # Declared together, so no one needs the permission to declare them again, unless
+            # somebody has deleted one.
+            declare = present <= PLAN_QUEUES
+            if declare and not self._declarations.declare:
+                return
+        if declare:
             self._declarations.ensure_exchange(self.channel)
             for number in range(PLAN_QUEUES):
                 declare_queue(self.channel, self._topology.plan_queue(number))
-        elif not self._exists():
-            return
         self.found = True
         self.queue = str(
             self.channel.queue_declare(
@@ -123,16 +132,19 @@ class Session:
                 on_cancel=self._on_cancel,
             )
 
-    def _exists(self) -> bool:
-        channel = self.link.channel()
+    def _present(self) -> int:
+        """Return how many plan queues, and the exchange after them, exist up to the first gap."""
+        channel, present = self.link.channel(), 0
         try:
-            channel.queue_declare(self._topology.plan_queue(0).name, passive=True)
+            for number in range(PLAN_QUEUES):
+                channel.queue_declare(self._topology.plan_queue(number).name, passive=True)
+                present += 1
+            channel.exchange_declare(self._topology.exchange, "topic", passive=True)
+            present += 1
         except amqp_errors.NotFound:
-            return False
+            return present
         channel.close()
-        # Declared together with the queue, so no one needs the permission to declare it again.
-        self._handler.met = True
-        return True
+        return present
 
     def _on_plan(self, message: amqp.Message) -> None:
         if self._handler.on_plan(message):

@@ -41,7 +41,7 @@ class Bell:
         self._main: Optional[Process] = None
         self._child = False
         #: The latest worker of this process, which may end before the process does, as in tests.
-        self._worker: Callable[[], Any] = _nothing
+        self._worker: Callable[[], object] = _nothing
         self._quiet_until = 0.0
 
     def hang(self, worker: Any) -> None:
@@ -115,7 +115,7 @@ class Bell:
 bell = Bell()
 
 
-def _hang(sender: Any = None, **kwargs: Any) -> None:
+def _hang(sender: Any = None, **kwargs: object) -> None:
     bell.hang(sender)
 
 
@@ -126,7 +126,7 @@ os.register_at_fork(after_in_child=bell.after_fork_in_child)
 def on_ready(function: Callable[[Any], None]) -> None:
     """Call *function* with the app in the main process of a worker when that is ready."""
 
-    def call(sender: Any = None, **kwargs: Any) -> None:
+    def call(sender: Any = None, **kwargs: object) -> None:
         function(sender.app)
 
     signals.worker_ready.connect(call, weak=False)

@@ -8,7 +8,7 @@ import click
 from celery import states
 
 from celery_amqp_results.chords.remote import COMMAND
-from celery_amqp_results.cli.common import Exit, Failed, Session, command
+from celery_amqp_results.cli.common import Exit, Failed, Seconds, Session, command
 from celery_amqp_results.cli.output import age, counted
 from celery_amqp_results.cli.reading import present
 
@@ -27,7 +27,7 @@ _NO_ANSWER = (
 @click.argument("key", metavar="[ID]", required=False)
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min_open=True),
     default=2.0,
     show_default=True,
     metavar="SECONDS",

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import logging
+import math
 import sys
 from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, TypeVar
 
@@ -21,12 +22,15 @@ from celery_amqp_results.cli.output import Output, clean
 from celery_amqp_results.options import RetryPolicy
 from celery_amqp_results.shared_layout import SharedLayout
 
-__all__ = ("Exit", "Failed", "Session", "command", "management_options")
+__all__ = ("Exit", "Failed", "Seconds", "Session", "command", "management_options")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 #: Short, since a user waits for the answer: an unreachable broker is reported soon.
 RETRY_POLICY = RetryPolicy(max_retries=2, interval_start=0.2, interval_step=0.5)
+
+#: The most seconds of an option, 23 days: a poll takes 2**31 ms, and nan and inf are no durations.
+MAX_SECONDS = 2_000_000
 
 
 class Exit(enum.IntEnum):
@@ -41,6 +45,20 @@ class Exit(enum.IntEnum):
     UNAVAILABLE = 69
     CONFIGURATION = 78
     INTERRUPTED = 130
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds, at most as many as a poll of the system takes."""
+
+    def __init__(self, min_open: bool = False) -> None:
+        super().__init__(min=0, max=MAX_SECONDS, min_open=min_open)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the number, or fail."""
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return seconds
 
 
 class Failed(click.ClickException):

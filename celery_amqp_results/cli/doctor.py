@@ -8,13 +8,7 @@ import click
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results.cli import amqp_checks, inspection, management_checks, probe
-from celery_amqp_results.cli.common import (
-    Exit,
-    Failed,
-    Session,
-    command,
-    management_options,
-)
+from celery_amqp_results.cli.common import Exit, Failed, Session, command, management_options
 from celery_amqp_results.cli.findings import Finding, show
 
 __all__ = ("doctor",)

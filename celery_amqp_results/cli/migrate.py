@@ -69,7 +69,7 @@ def migrate(
 
     Without ids the queues are listed by RabbitMQ's management API. A result that is moved expires
     after result_expires from now. Tasks that have not ended are left alone. Exits with 1 when one
-    could not be moved.
+    could not be moved, and otherwise with 3 when one that was named is not there or has not ended.
     """
     # Fails before anything is asked if results are not moved into this layout.
     session.shared_layout()
@@ -98,6 +98,8 @@ def migrate(
         )
     if counts.get("unreadable"):
         session.end(Exit.FAILED)
+    if ids and ("not there" in counts or "not ended" in counts):
+        session.end(Exit.NOT_READY)
 
 
 def _listed(broker: inspection.Broker, api: Optional[management.Management]) -> List[str]:
@@ -124,6 +126,11 @@ def _per_task(session: Session) -> AMQPBackend:
 def _one(session: Session, old: AMQPBackend, task_id: str, delete: bool, dry_run: bool) -> str:
     """Move or delete one result; return the outcome."""
     new = session.backend
+    try:
+        old.rkey(task_id)
+    except ValueError:
+        # Too long for the name of a queue.
+        return "not there"
     try:
         state = old.layout.poll((task_id,))[task_id]
     except OperationalError:

@@ -11,7 +11,7 @@ from kombu.exceptions import KombuError
 
 from celery_amqp_results import errors
 from celery_amqp_results.cli.board import Waiting
-from celery_amqp_results.cli.common import Exit, Failed, Session, check_ids, command
+from celery_amqp_results.cli.common import Exit, Failed, Seconds, Session, check_ids, command
 from celery_amqp_results.cli.describing import describe, group_ids, show
 from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.waiting.waits import Patience
@@ -90,9 +90,7 @@ class _Answers:
 @command(name="get")
 @click.argument("ids", metavar="ID...", nargs=-1)
 @click.option("--wait", is_flag=True, help="Wait until all of them have ended.")
-@click.option(
-    "--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait no longer than that."
-)
+@click.option("--timeout", type=Seconds(), metavar="SECONDS", help="Wait no longer than that.")
 def get(session: Session, ids: Tuple[str, ...], wait: bool, timeout: Optional[float]) -> None:
     """Show the state, result, traceback and children of tasks.
 

@@ -12,6 +12,7 @@ from celery_amqp_results.cli import inspection, management
 from celery_amqp_results.cli.common import (
     Exit,
     Failed,
+    Seconds,
     Session,
     command,
     management_options,
@@ -36,7 +37,7 @@ __all__ = ("stats",)
 @click.option(
     "--rate",
     "seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min_open=True),
     metavar="SECONDS",
     help="Count what is published for so long.",
 )

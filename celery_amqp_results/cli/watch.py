@@ -10,7 +10,7 @@ import click
 from celery.exceptions import TimeoutError
 
 from celery_amqp_results.cli.board import Board, Screen
-from celery_amqp_results.cli.common import Exit, Session, check_ids, command
+from celery_amqp_results.cli.common import Exit, Seconds, Session, check_ids, command
 from celery_amqp_results.cli.describing import describe, group_ids
 from celery_amqp_results.cli.output import counted
 
@@ -23,7 +23,7 @@ __all__ = ("watch",)
 @click.option(
     "--state", "names", metavar="STATE", multiple=True, help="These states alone; may be repeated."
 )
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="End after that.")
+@click.option("--timeout", type=Seconds(), metavar="SECONDS", help="End after that.")
 def watch(
     session: Session,
     ids: Tuple[str, ...],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import Callable, Iterator, Mapping, Optional
 
+from celery import Celery
 from opentelemetry import metrics as otel
 
 import celery_amqp_results
@@ -18,7 +19,9 @@ PREFIX = "celery.results."
 
 
 def instrument(
-    app: Any, meter_provider: Any = None, attributes: Optional[Mapping[str, Any]] = None
+    app: Celery,
+    meter_provider: Optional[otel.MeterProvider] = None,
+    attributes: Optional[Mapping[str, object]] = None,
 ) -> None:
     """Register the backend's metrics as observable instruments.
 
@@ -53,9 +56,9 @@ def instrument(
 
 
 def _observer(
-    reference: weakref.ref[Any], name: str, attributes: Optional[Mapping[str, Any]]
-) -> Callable[[Any], Iterator[Any]]:
-    def observe(options: Any) -> Iterator[Any]:
+    reference: weakref.ref[Celery], name: str, attributes: Optional[Mapping[str, object]]
+) -> Callable[[otel.CallbackOptions], Iterator[otel.Observation]]:
+    def observe(options: otel.CallbackOptions) -> Iterator[otel.Observation]:
         app = reference()
         if app is not None:
             yield otel.Observation(getattr(app.backend.metrics(), name), attributes)

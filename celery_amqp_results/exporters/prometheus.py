@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterator, Mapping, Optional
+from typing import Iterator, Mapping, Optional
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from celery import Celery
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from celery_amqp_results.metrics import COUNTER, Metrics
@@ -31,19 +32,19 @@ class ResultsCollector(Collector):
     Thread-safe. Collecting does no I/O. After a fork it reports the child's metrics.
     """
 
-    def __init__(self, app: Any, labels: Optional[Mapping[str, str]] = None) -> None:
+    def __init__(self, app: Celery, labels: Optional[Mapping[str, str]] = None) -> None:
         self._app = app
         self._labels = dict(labels or {})
 
-    def describe(self) -> Iterator[Any]:
+    def describe(self) -> Iterator[Metric]:
         """Yield the metrics without their values."""
         return self._families(None)
 
-    def collect(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
         return self._families(self._app.backend.metrics())
 
-    def _families(self, metrics: Optional[Metrics]) -> Iterator[Any]:
+    def _families(self, metrics: Optional[Metrics]) -> Iterator[Metric]:
         for field in dataclasses.fields(Metrics):
             kind = CounterMetricFamily if field.metadata["kind"] == COUNTER else GaugeMetricFamily
             family = kind(

@@ -15,12 +15,15 @@ import uuid
 import weakref
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
+from celery import Celery
+from celery.result import ResultSet
 from celery.signals import before_task_publish
 from opentelemetry import propagate
 from opentelemetry import trace as otel
 
 import celery_amqp_results
 from celery_amqp_results.backend import AMQPBackend
+from celery_amqp_results.library_types import TaskResult
 from celery_amqp_results.toolkit.bounded import BoundedDict
 
 __all__ = ("trace",)
@@ -32,7 +35,7 @@ MAX_REMEMBERED = 10_000
 MAX_LINKS = 100
 
 #: The tracers of the apps.
-_tracings: weakref.WeakKeyDictionary[Any, _Tracing] = weakref.WeakKeyDictionary()
+_tracings: weakref.WeakKeyDictionary[Celery, _Tracing] = weakref.WeakKeyDictionary()
 _patched = threading.Lock()
 _originals: Dict[str, Callable[..., Any]] = {}
 
@@ -45,7 +48,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def trace(app: Any, tracer_provider: Any = None) -> None:
+def trace(app: Celery, tracer_provider: Optional[otel.TracerProvider] = None) -> None:
     """Make spans around storing results and waiting for them.
 
     Call it once for an app, before the first task is sent. In a prefork worker call it in the
@@ -81,16 +84,16 @@ def trace(app: Any, tracer_provider: Any = None) -> None:
 class _Tracing:
     """The tracer of one app, and the traces in which its tasks were sent. Thread-safe."""
 
-    def __init__(self, tracer: Any) -> None:
+    def __init__(self, tracer: otel.Tracer) -> None:
         self.tracer = tracer
         self._lock = threading.Lock()
-        self._sent: BoundedDict[str, Any] = BoundedDict(MAX_REMEMBERED)
+        self._sent: BoundedDict[str, otel.SpanContext] = BoundedDict(MAX_REMEMBERED)
 
     def after_fork(self) -> None:
         """Make the lock anew: a thread of the parent may have held it."""
         self._lock = threading.Lock()
 
-    def remember(self, headers: Optional[Mapping[str, Any]] = None, **kwargs: Any) -> None:
+    def remember(self, headers: Optional[Mapping[str, Any]] = None, **kwargs: object) -> None:
         """Remember the trace in which a task is sent: a handler of ``before_task_publish``."""
         task_id = (headers or {}).get("id")
         context = _context_in(headers) or otel.get_current_span().get_span_context()
@@ -98,7 +101,7 @@ class _Tracing:
             with self._lock:
                 self._sent[task_id] = context
 
-    def links(self, ids: Iterator[str]) -> List[Any]:
+    def links(self, ids: Iterator[str]) -> List[otel.Link]:
         """Return links to the traces in which tasks were sent, as far as this process knows."""
         with self._lock:
             found = [self._sent[task_id] for task_id in ids if task_id in self._sent]
@@ -107,7 +110,7 @@ class _Tracing:
         return [otel.Link(context) for context in list(unique.values())[:MAX_LINKS]]
 
 
-def _context_in(headers: Any) -> Optional[Any]:
+def _context_in(headers: object) -> Optional[otel.SpanContext]:
     """Return the span context that the headers of a task carry, as instrumentation sets them."""
     if not isinstance(headers, collections.abc.Mapping):
         return None
@@ -116,7 +119,7 @@ def _context_in(headers: Any) -> Optional[Any]:
     return context if context.is_valid and context.is_remote else None
 
 
-def _attributes(operation: str, task_id: Any, **more: Any) -> Dict[str, Any]:
+def _attributes(operation: str, task_id: object, **more: object) -> Dict[str, object]:
     return {
         "messaging.system": "rabbitmq",
         "messaging.operation.type": operation,
@@ -128,7 +131,12 @@ def _attributes(operation: str, task_id: Any, **more: Any) -> Dict[str, Any]:
 def _around_store(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def store_result(
-        self: Any, task_id: Any, result: Any, state: str, *args: Any, **kwargs: Any
+        self: AMQPBackend,
+        task_id: object,
+        result: object,
+        state: str,
+        *args: object,
+        **kwargs: object,
     ) -> Any:
         tracing = _tracings.get(self.app)
         if tracing is None:
@@ -151,7 +159,9 @@ def _around_store(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _around_wait(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def wait_for_pending(self: Any, result: Any, *args: Any, **kwargs: Any) -> Any:
+    def wait_for_pending(
+        self: AMQPBackend, result: TaskResult, *args: object, **kwargs: object
+    ) -> object:
         tracing = _tracings.get(self.app)
         if tracing is None:
             return original(self, result, *args, **kwargs)
@@ -168,7 +178,9 @@ def _around_wait(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _around_group(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def iter_native(self: Any, result: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def iter_native(
+        self: AMQPBackend, result: ResultSet, *args: object, **kwargs: object
+    ) -> Iterator[Any]:
         tracing = _tracings.get(self.app)
         if tracing is None:
             yield from original(self, result, *args, **kwargs)

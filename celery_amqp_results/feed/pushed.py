@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Optional
+from typing import Optional
+
+import amqp
 
 from celery_amqp_results import errors
 from celery_amqp_results.protocol.clock import wall
@@ -28,7 +30,7 @@ class PushedStates:
         #: How many messages were not states.
         self.rejected = 0
 
-    def read(self, message: Any) -> Optional[StateMessage]:
+    def read(self, message: amqp.Message) -> Optional[StateMessage]:
         """Return the state in a py-amqp message, or ``None`` if it is foreign or damaged."""
         try:
             state = StateMessage.from_properties(message.properties, message.body)

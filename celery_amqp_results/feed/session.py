@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from typing import Any, Deque, Dict, Iterator, List, Optional, Protocol, Tuple, Type
+from typing import Deque, Dict, Iterator, List, Optional, Protocol, Tuple, Type
 
 import amqp
 
@@ -214,7 +214,10 @@ class Session:
             if self.blocked:
                 return False
             if self._barriers.overdue:
-                if self._barriers.late_for(time.monotonic()) > LOST_SECONDS:
+                now = time.monotonic()
+                # After an alarm it has just begun to come back.
+                late = min(self._barriers.late_for(now), now - self.link.unblocked_at)
+                if late > LOST_SECONDS:
                     self.replace(f"a barrier has not come back within {LOST_SECONDS:g} s")
                 return False
             barrier, first = self._barriers.join()
@@ -325,7 +328,7 @@ class Session:
 
     # -- what the broker sends ---------------------------------------------------------------------
 
-    def _on_bind_ok(self, *arguments: Any) -> None:
+    def _on_bind_ok(self, *arguments: object) -> None:
         self._owner.on_bound(self._binding.popleft())
 
     def _on_message(self, message: amqp.Message) -> None:
@@ -347,7 +350,7 @@ class Session:
     def _on_cancel(self, consumer_tag: str) -> None:
         raise amqp.exceptions.ConsumerCancelled("the inbox queue was deleted", (60, 30))
 
-    def _on_overflow(self, message: Any) -> None:
+    def _on_overflow(self, message: amqp.Message) -> None:
         raise amqp.exceptions.RecoverableConnectionError(
             f"the inbox overflowed: more than {MAX_QUEUED} states came while this process stood "
             "still"
@@ -368,14 +371,14 @@ class Session:
             exchange,
         )
 
-    def _on_barrier_returned(self, *arguments: Any) -> None:
+    def _on_barrier_returned(self, *arguments: object) -> None:
         raise amqp.exceptions.RecoverableConnectionError(
             "the inbox's bindings are gone: the exchange "
             f"{self._declarations.topology.exchange!r} was deleted and declared again"
         )
 
 
-def _declare(channel: Any, arguments: Dict[str, Any]) -> str:
+def _declare(channel: amqp.Channel, arguments: Dict[str, object]) -> str:
     """Declare an exclusive queue named by the broker and return its name."""
     return str(
         channel.queue_declare(

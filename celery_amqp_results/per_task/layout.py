@@ -8,7 +8,7 @@ way of reading differs from Celery 4, see :mod:`~celery_amqp_results.per_task.lo
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable, Collection, Dict, Optional, Set
+from typing import Callable, Collection, Dict, Optional, Set
 
 from celery_amqp_results import options
 from celery_amqp_results.amqp import connections, transports
@@ -79,11 +79,6 @@ class PerTaskLayout:
 
         This also waits for states that are not final: two states of a task must not overtake each
         other, as Celery 4 uses the last one as the current one.
-
-        Raises:
-            BackendUnavailable: when the broker cannot be reached, or does not confirm it.
-            DeclarationRefused: when the broker refuses the queue.
-            ResultTooLarge: when the broker refuses a message of this size.
         """
         self._store(state)
         with self._lock:
@@ -101,32 +96,22 @@ class PerTaskLayout:
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
-        """Return the current state of each of *ids*, or ``None`` where nothing is known.
-
-        Raises:
-            Exception: as :meth:`LookUps.read`.
-        """
-        return self.lookups.read(ids)
+    def poll(
+        self, ids: Collection[str], deadline: Optional[float] = None
+    ) -> Dict[str, Optional[StateMessage]]:
+        """Return the current state of each of *ids*, or ``None`` where nothing is known."""
+        return self.lookups.read(ids, deadline=deadline)
 
     def poll_within(self, task_id: str, backlog_limit: int) -> Optional[StateMessage]:
-        """Return the current state of a task if that skips at most *backlog_limit* states.
-
-        Raises:
-            Exception: as :meth:`LookUps.read`.
-        """
+        """Return the current state of a task if that skips at most *backlog_limit* states."""
         return self.lookups.read((task_id,), limit=backlog_limit)[task_id]
 
     def read_group(self, group_id: str) -> Optional[StateMessage]:
         """Return a group that was kept, or ``None``."""
         return self.lookups.read((group_id,), GROUP)[group_id]
 
-    def follower(self, submit: Optional[Callable[..., Any]] = None) -> Following:
-        """Return a follower without tasks.
-
-        Parameters:
-            submit: not used; the following thread reads queues itself.
-        """
+    def follower(self, submit: Optional[Callable[..., object]] = None) -> Following:
+        """Return a follower without tasks, which reads queues itself."""
         if not self.queues.sessions.amqp:
             return PollingFollower(self.lookups)
         follower = PushFollower(self.lookups, self._drop_follower)

@@ -48,6 +48,7 @@ from celery_amqp_results.per_task.queues import TaskQueues
 from celery_amqp_results.per_task.wire import Messages, NoCacheQueue, returns_of
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import is_final, supersedes
+from celery_amqp_results.toolkit import retry
 from celery_amqp_results.toolkit.bounded import BoundedDict
 
 __all__ = ("BACKLOG_LIMIT", "LookUps")
@@ -114,7 +115,11 @@ class LookUps:
         self._empty: BoundedDict[str, bool] = BoundedDict(MAX_EMPTY)
 
     def read(
-        self, ids: Collection[str], kind: str = STATE, limit: Optional[int] = None
+        self,
+        ids: Collection[str],
+        kind: str = STATE,
+        limit: Optional[int] = None,
+        deadline: Optional[float] = None,
     ) -> Dict[str, Optional[StateMessage]]:
         """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
@@ -125,6 +130,8 @@ class LookUps:
             kind: :data:`~celery_amqp_results.protocol.message.STATE` or
                 :data:`~celery_amqp_results.protocol.message.GROUP`.
             limit: how many states of one task may be skipped, :attr:`limit` by default.
+            deadline: time (``time.monotonic``) after which connecting is given up, and an empty
+                queue is not looked at again.
 
         Raises:
             BacklogLimitExceeded: when a queue holds more states. The states already read are
@@ -139,9 +146,9 @@ class LookUps:
 
         def read(session: transports.Session, task_id: str) -> Optional[StateMessage]:
             most = self.limit if limit is None else limit
-            return self._read_patiently(session, _Wanted(task_id, kind, most))
+            return self._read_patiently(session, _Wanted(task_id, kind, most), deadline)
 
-        return self._each(ids, read)
+        return self._each(ids, read, deadline)
 
     def glance(
         self, ids: Collection[str], deadline: Optional[float]
@@ -181,7 +188,7 @@ class LookUps:
                         state = found[task_id] = read(session, task_id)
                     if state is not None:
                         with self._lock:
-                            self._empty.pop(name)
+                            self._empty.pop(name, None)
                 except _FINDINGS as exc:
                     # The error is not about the connection.
                     return exc
@@ -200,10 +207,10 @@ class LookUps:
         return _Look(self, session, queue, wanted)
 
     def _read_patiently(
-        self, session: transports.Session, wanted: _Wanted
+        self, session: transports.Session, wanted: _Wanted, deadline: Optional[float]
     ) -> Optional[StateMessage]:
         name = self.queues.wire.rkey(wanted.task_id)
-        until = time.monotonic() + self._patience(name)
+        until = time.monotonic() + retry.time_left(deadline, self._patience(name))
         while True:
             try:
                 look = self._look(session, wanted)

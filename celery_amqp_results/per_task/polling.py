@@ -105,12 +105,7 @@ class PollingFollower(QueueFollower):
         self._event.wait(seconds)
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait at most *pause* seconds for updates and return them.
-
-        Raises:
-            BackendUnavailable: when the broker cannot be reached or refuses us.
-            Exception: whatever :meth:`LookUps.read` raises.
-        """
+        """Wait at most *pause* seconds for updates and return them."""
         until = time.monotonic() + time_left(deadline, pause)
         while True:
             poked = self._event.is_set()

@@ -15,6 +15,7 @@ import logging
 import time
 from typing import Any, Callable, Collection, Deque, Dict, Iterable, List, Optional, Set
 
+import amqp
 import kombu
 from amqp import exceptions as amqp_errors
 from kombu.exceptions import ContentDisallowed
@@ -24,12 +25,7 @@ from celery_amqp_results.amqp import transports
 from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.per_task.lookups import LookUps
-from celery_amqp_results.per_task.polling import (
-    LONGEST_PAUSE,
-    PAUSE_SHARE,
-    QueueFollower,
-    identify,
-)
+from celery_amqp_results.per_task.polling import LONGEST_PAUSE, PAUSE_SHARE, QueueFollower, identify
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import by_task
 from celery_amqp_results.toolkit.retry import Retry, time_left
@@ -177,12 +173,7 @@ class PushFollower(QueueFollower):
         self._wake_up.wait(seconds)
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait at most *pause* seconds for updates and return them.
-
-        Raises:
-            BackendUnavailable: when the broker cannot be reached or refuses us.
-            Exception: whatever :meth:`LookUps.read` raises.
-        """
+        """Wait at most *pause* seconds for updates and return them."""
         until = time.monotonic() + time_left(deadline, pause)
         try:
             updates = self._read_if_due(deadline)
@@ -313,8 +304,9 @@ class PushFollower(QueueFollower):
     def _open(self, deadline: Optional[float]) -> None:
         link = self._queues.connector.open(HEARTBEAT, deadline, "push")
         try:
-            channel = link.amqp.channel(1)
-            self._queues.declare_exchange(_Channel(channel))
+            session = transports.AMQPSession(link)
+            channel = session.channel
+            self._queues.declare_exchange(session)
             self._queue = channel.queue_declare("", exclusive=True, auto_delete=True).queue
             channel.basic_qos(0, 0, False)
             channel.basic_consume(self._queue, no_ack=True, callback=self._on_message)
@@ -329,7 +321,7 @@ class PushFollower(QueueFollower):
         if link is not None:
             link.drop()
 
-    def _on_message(self, raw: Any) -> None:
+    def _on_message(self, raw: amqp.Message) -> None:
         message: kombu.Message = self._channel.message_to_python(raw)
         try:
             self._arrived.append(self._lookups.messages.state_of(message))
@@ -356,14 +348,3 @@ class PushFollower(QueueFollower):
         arrived, self._arrived = self._arrived, []
         self.bindings.pushed({state.id for state in arrived})
         return self._updates(arrived)
-
-
-class _Channel(transports.Session):
-    """A session of one channel."""
-
-    def __init__(self, channel: Any) -> None:
-        self._open = channel
-
-    @property
-    def channel(self) -> Any:
-        return self._open

@@ -270,7 +270,7 @@ class TaskQueues:
         exchange: str,
         name: str,
         body: bytes,
-        properties: Dict[str, Any],
+        properties: Dict[str, object],
     ) -> str:
         """Publish to the queue *name* and wait for the confirm.
 
@@ -286,10 +286,7 @@ class TaskQueues:
         returned: List[str] = []
         channel.events["basic_return"] = {lambda exc, *_: returned.append(str(exc))}
         if self._settings.confirm:
-            # py-amqp before 5.4 opens a channel again that the broker has closed, and then takes
-            # it for one that still confirms.
-            channel.confirm_select(nowait=True)
-            channel.basic_publish = channel.basic_publish_confirm
+            session.confirm(channel)
         try:
             producer.publish(body, mandatory=True, **properties)
         except amqp_errors.PreconditionFailed as exc:

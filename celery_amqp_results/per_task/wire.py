@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Dict, Mapping, Optional, Tuple
 
 import kombu
 
@@ -37,6 +37,9 @@ GROUP_STATE = "GROUP"
 
 #: Headers with which quorum queues count; a copy starts without.
 COUNT_HEADERS = ("x-delivery-count", "x-acquired-count")
+
+#: The most bytes of a name, and of the property that holds the id, in AMQP.
+MAX_ID = 255
 
 
 class NoCacheQueue(kombu.Queue):
@@ -69,7 +72,17 @@ class Wire:
 
     @staticmethod
     def rkey(task_id: str) -> str:
-        """Return the name of the queue of *task_id*, which is its routing key as well."""
+        """Return the name of the queue of *task_id*, which is its routing key as well.
+
+        Raises:
+            ValueError: when the id is too long for AMQP, so that the task cannot have a queue.
+        """
+        size = len(task_id.encode("utf-8", "surrogatepass"))
+        if size > MAX_ID:
+            raise ValueError(
+                f"the id {task_id[:40]!r}... has {size} bytes, and one in the layout per-task has "
+                f"at most {MAX_ID}: give the task a shorter id, or use the layout shared"
+            )
         return task_id.replace("-", "")
 
     def exchange_entity(self) -> kombu.Exchange:
@@ -82,14 +95,14 @@ class Wire:
             delivery_mode=self.delivery_mode,
         )
 
-    def queue_entity(self, task_id: str, **changes: Any) -> NoCacheQueue:
+    def queue_entity(self, task_id: str, **changes: object) -> NoCacheQueue:
         """Return the queue of *task_id*, not bound to a channel.
 
         Parameters:
             **changes: arguments of ``kombu.Queue`` to override.
         """
         name = self.rkey(task_id)
-        arguments: Dict[str, Any] = {
+        arguments: Dict[str, object] = {
             "durable": self.persistent,
             "auto_delete": self.auto_delete,
             "expires": self.expires or None,
@@ -97,7 +110,7 @@ class Wire:
         }
         return NoCacheQueue(name, self.exchange_entity(), name, **arguments)
 
-    def shape(self, result_meta: Mapping[str, Any]) -> Dict[str, Any]:
+    def shape(self, result_meta: Mapping[str, object]) -> Dict[str, object]:
         """Return the written fields of *result_meta*, in Celery 4's order."""
         if result_meta.get("status") == GROUP_STATE and "group_id" in result_meta:
             fields: Tuple[str, ...] = GROUP_FIELDS

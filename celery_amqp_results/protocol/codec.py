@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import reprlib
 import uuid
-from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
+from typing import Iterable, Mapping, Optional, Tuple
 
 from kombu import compression as kombu_compression
 from kombu import serialization
 
 from celery_amqp_results import errors
+from celery_amqp_results.library_types import Meta
 from celery_amqp_results.protocol.compression import MAX_DECOMPRESSED, decompress
 from celery_amqp_results.protocol.ids import id_text, state_name
 from celery_amqp_results.protocol.message import STATE, StateMessage
@@ -43,7 +44,7 @@ class Codec:
         self.compression = compression
         self.max_decompressed = max_decompressed
 
-    def encode(self, meta: Mapping[str, Any]) -> Tuple[str, str, Optional[str], bytes]:
+    def encode(self, meta: Mapping[str, object]) -> Tuple[str, str, Optional[str], bytes]:
         """Return *meta* as (content type, content encoding, compression, body).
 
         Raises:
@@ -66,7 +67,7 @@ class Codec:
             payload = payload.encode("utf-8")
         return content_type, content_encoding, compression, payload
 
-    def decode(self, message: StateMessage) -> Dict[str, Any]:
+    def decode(self, message: StateMessage) -> Meta:
         """Return the meta that *message* holds.
 
         Raises:

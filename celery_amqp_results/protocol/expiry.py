@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from typing import Any, Optional
+from typing import Optional
 
 __all__ = ("MAX_MILLISECONDS", "NAME", "milliseconds", "seconds")
 
@@ -15,7 +15,7 @@ NAME = "result_expires"
 MAX_MILLISECONDS = 315_360_000_000
 
 
-def seconds(value: Any) -> Optional[float]:
+def seconds(value: object) -> Optional[float]:
     """Return an expiry in seconds, ``None`` for never.
 
     Parameters:
@@ -40,13 +40,13 @@ def seconds(value: Any) -> Optional[float]:
     return min(number, MAX_MILLISECONDS / 1000)
 
 
-def milliseconds(value: Any) -> Optional[int]:
+def milliseconds(value: object) -> Optional[int]:
     """Return an expiry in milliseconds, ``None`` for never; see :func:`seconds`."""
     number = seconds(value)
     return None if number is None else max(1, int(number * 1000))
 
 
-def _number(value: Any) -> Optional[float]:
+def _number(value: object) -> Optional[float]:
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
     if isinstance(value, bool):

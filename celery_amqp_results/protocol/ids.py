@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ("id_text", "plain_ids", "state_name")
 
 
-def id_text(value: Any) -> str:
+def id_text(value: object) -> str:
     """Return the id of a task or a group as text.
 
     Parameters:
@@ -26,7 +26,7 @@ def id_text(value: Any) -> str:
     raise TypeError(f"{value!r:.200} is not the id of a task or a group: give text or a UUID")
 
 
-def plain_ids(value: Any) -> Any:
+def plain_ids(value: object) -> Any:
     """Return nested tuples of results with every ``uuid.UUID`` in them as text.
 
     Parameters:
@@ -37,7 +37,7 @@ def plain_ids(value: Any) -> Any:
     return str(value) if isinstance(value, uuid.UUID) else value
 
 
-def state_name(state: Any) -> str:
+def state_name(state: object) -> str:
     """Return the name under which *state* goes over the wire.
 
     A task may report progress without naming a state: ``None`` and the empty text have the empty

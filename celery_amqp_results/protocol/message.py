@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Union
 
 from celery_amqp_results import errors
 
@@ -37,6 +37,8 @@ COMPRESSION_HEADER = "compression"
 BODY_QUEUE_HEADER = "body-queue"
 #: Header with the mark of the last amendment that a chord's header task made before it ended.
 AMENDED_HEADER = "amended"
+#: Stands there for a final state of such a task that does not tell what the task has returned.
+NOT_AN_END = "-"
 #: Longest AMQP short string, in bytes.
 MAX_SHORT_STRING = 255
 #: The largest credible clock error, in microseconds. A state dated further ahead must not hide the
@@ -68,10 +70,10 @@ class StateMessage:
     kind: str = STATE
     #: The queue that has a body too large for a shard; :attr:`body` is empty then.
     body_queue: Optional[str] = None
-    #: The mark of the task's last amendment to its chord, or ``None``.
+    #: The mark of the task's last amendment to its chord, :data:`NOT_AN_END`, or ``None``.
     amended: Optional[str] = None
     #: The meta, if decoding it was needed to know the state: :meth:`Codec.decode` returns it.
-    decoded: Optional[Mapping[str, Any]] = dataclasses.field(
+    decoded: Optional[Mapping[str, object]] = dataclasses.field(
         default=None, compare=False, repr=False
     )
 
@@ -81,8 +83,8 @@ class StateMessage:
 
     def properties(self, persistent: bool) -> Dict[str, Any]:
         """Return the AMQP properties it is published with, by py-amqp's names for them."""
-        headers: Dict[str, Any] = {PUBLISHED: self.published, STATE_HEADER: self.state}
-        properties: Dict[str, Any] = {
+        headers: Dict[str, object] = {PUBLISHED: self.published, STATE_HEADER: self.state}
+        properties: Dict[str, object] = {
             "type": self.kind,
             "content_type": self.content_type,
             "content_encoding": self.content_encoding,
@@ -105,7 +107,9 @@ class StateMessage:
         return properties
 
     @classmethod
-    def from_properties(cls, properties: Mapping[str, Any], body: Any) -> StateMessage:
+    def from_properties(
+        cls, properties: Mapping[str, object], body: Union[bytes, str]
+    ) -> StateMessage:
         """Return the state that a message on the broker holds.
 
         Parameters:
@@ -181,12 +185,12 @@ def dated(state: StateMessage, now: int) -> StateMessage:
     return dataclasses.replace(state, published=UNKNOWN_TIME)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     # A header may be as long as a frame, and goes to the log.
     return reprlib.repr(value)
 
 
-def message_id(properties: Mapping[str, Any]) -> str:
+def message_id(properties: Mapping[str, object]) -> str:
     """Return the id in a message's properties.
 
     Raises:
@@ -214,26 +218,26 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _text(properties: Mapping[str, Any], name: str) -> str:
+def _text(properties: Mapping[str, object], name: str) -> str:
     value = properties.get(name)
     if not isinstance(value, str) or not value:
         raise errors.ForeignMessage(f"property {name!r} is {value!r}, not text")
     return value
 
 
-def _text_or_none(headers: Mapping[str, Any], name: str, what: str) -> Optional[str]:
+def _text_or_none(headers: Mapping[str, object], name: str, what: str) -> Optional[str]:
     value = headers.get(name)
     if value is not None and not isinstance(value, str):
         raise errors.ForeignMessage(f"header {name!r} is {_short(value)}, not {what}")
     return value
 
 
-def _expiration(properties: Mapping[str, Any]) -> Optional[int]:
+def _expiration(properties: Mapping[str, object]) -> Optional[int]:
     value = properties.get("expiration")
     if value is None:
         return None
     try:
-        return int(value)
+        return int(value)  # type: ignore[call-overload,no-any-return]
     except (TypeError, ValueError, OverflowError):
         raise errors.ForeignMessage(
             f"property 'expiration' is {value!r}, not milliseconds"

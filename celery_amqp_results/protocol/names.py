@@ -22,7 +22,7 @@ import functools
 import hashlib
 import uuid
 import zlib
-from typing import Any, Dict, Mapping, Optional
+from typing import Dict, Mapping, Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.protocol.message import StateMessage
@@ -123,7 +123,7 @@ class QueueSpec:
     durable: bool
     exclusive: bool
     auto_delete: bool
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, object]
 
 
 def plan_number(group_id: str) -> int:
@@ -167,7 +167,7 @@ class Topology:
         return f"{self.prefix}.states"
 
     @property
-    def exchange_arguments(self) -> Dict[str, Any]:
+    def exchange_arguments(self) -> Dict[str, object]:
         """Arguments of the exchange.
 
         RabbitMQ neither keeps nor compares arguments of our own. It does compare the name of the
@@ -229,8 +229,8 @@ class Topology:
             arguments["x-expires"] = expires
         return QueueSpec(name, True, False, False, arguments)
 
-    def _queue_arguments(self) -> Dict[str, Any]:
-        arguments: Dict[str, Any] = {
+    def _queue_arguments(self) -> Dict[str, object]:
+        arguments: Dict[str, object] = {
             "x-queue-type": self.queue_type,
             # The single active consumer holds the lock of a checkout.
             "x-single-active-consumer": True,
@@ -257,7 +257,7 @@ class Topology:
         # "#" would also match the keys of barriers, and that of an inbox that overflows.
         return "*.*.*.#"
 
-    def definitions(self, vhost: str) -> Dict[str, Any]:
+    def definitions(self, vhost: str) -> Dict[str, object]:
         """Return the permanent declarations, in the format of RabbitMQ's definitions.
 
         Parameters:

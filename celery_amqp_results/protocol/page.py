@@ -23,7 +23,6 @@ import json
 import struct
 import sys
 from typing import (
-    Any,
     Callable,
     Collection,
     Dict,
@@ -33,6 +32,7 @@ from typing import (
     Optional,
     Set,
     Tuple,
+    TypeVar,
     Union,
 )
 
@@ -56,6 +56,8 @@ __all__ = (
     "number_of",
     "select",
 )
+
+_T = TypeVar("_T")
 
 #: The property ``type`` of a page.
 PAGE = "page"
@@ -115,7 +117,7 @@ def encode(states: Iterable[StateMessage]) -> bytes:
     """Return a page that holds *states*, in that order."""
     entries: List[Tuple[bytes, bytes]] = []
     for state in states:
-        fields: Dict[str, Any] = {}
+        fields: Dict[str, object] = {}
         for short, name in _FIELDS:
             value = getattr(state, name)
             if name not in _DEFAULTS or value != _DEFAULTS[name]:
@@ -313,36 +315,38 @@ def _entry(page: bytes, at: int) -> StateMessage:
 
 
 def select(
-    states: Iterable[StateMessage], now: int
-) -> Tuple[List[StateMessage], List[StateMessage]]:
+    states: Iterable[Tuple[_T, StateMessage]], now: int
+) -> Tuple[List[Tuple[_T, StateMessage]], List[Tuple[_T, StateMessage]]]:
     """Divide *states* into those worth keeping in a page and those that may be dropped.
 
     For a task that has ended only the current state is kept, unless it has expired. For a task that
     goes on only expired states are dropped, since a watcher may want its history.
 
     Parameters:
-        states: states of any number of tasks and groups; for each, all states in the shard.
+        states: states of any number of tasks and groups, each with where it is kept; for each task,
+            all states in the shard.
         now: microseconds since 1970.
 
     Returns:
         The final states and groups to keep, and the states to drop. States of tasks that go on
         are in neither, unless they have expired.
     """
-    by_id: Dict[Tuple[str, str], List[StateMessage]] = {}
-    for state in states:
-        by_id.setdefault((state.kind, state.id), []).append(state)
-    keep: List[StateMessage] = []
-    drop: List[StateMessage] = []
+    by_id: Dict[Tuple[str, str], List[Tuple[_T, StateMessage]]] = {}
+    for placed in states:
+        by_id.setdefault((placed[1].kind, placed[1].id), []).append(placed)
+    keep: List[Tuple[_T, StateMessage]] = []
+    drop: List[Tuple[_T, StateMessage]] = []
     for (kind, _), found in by_id.items():
-        current = fold(found)
+        current = fold(state for _, state in found)
         if current is None or not (kind != STATE or is_final(current.state)):
-            drop.extend(state for state in found if state.expired(now))
+            drop.extend(placed for placed in found if placed[1].expired(now))
             continue
-        for state in found:
-            if state is current and not state.expired(now):
-                keep.append(state)
+        for placed in found:
+            # Of two equal copies only one is kept.
+            if placed[1] is current and not current.expired(now):
+                keep.append(placed)
             else:
-                drop.append(state)
+                drop.append(placed)
     return keep, drop
 
 

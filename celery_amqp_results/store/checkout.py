@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, Callable, Iterable, List, Mapping, Optional
+from typing import Callable, Iterable, List, Mapping, Optional
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -55,7 +55,7 @@ def longest_prefetch(queue_type: str) -> int:
 GRACE = 20.0
 
 
-def longest_hold(queue_type: str, lookup_timeout: float) -> Mapping[str, Any]:
+def longest_hold(queue_type: str, lookup_timeout: float) -> Mapping[str, object]:
     """Return consumer arguments that evict a reader which does not release the queue.
 
     This does not concern readers that die or freeze, since the broker closes their connections. But
@@ -102,7 +102,7 @@ class Checkout:
         on_message: Callable[[amqp.Message], None],
         prefetch: int = PREFETCH,
         look_again: Optional[Callable[[], bool]] = None,
-        arguments: Optional[Mapping[str, Any]] = None,
+        arguments: Optional[Mapping[str, object]] = None,
     ) -> None:
         self.link = link
         self.queue = queue

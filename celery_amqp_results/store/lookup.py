@@ -113,7 +113,7 @@ class Store:
         lookup_timeout: float,
         page_size: int,
         persistent: bool,
-        check: Optional[Callable[[StateMessage], Any]] = None,
+        check: Optional[Callable[[StateMessage], object]] = None,
     ) -> None:
         #: Raises an error for a state that cannot be decoded.
         self.check = check

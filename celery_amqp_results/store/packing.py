@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Set
+import collections
+from typing import AbstractSet, Callable, Collection, Counter, Dict, Iterable, Iterator, List, Set
 
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 
-__all__ = ("Packing", "without_damaged")
+__all__ = ("Packing", "damaged_in")
 
 
 class Packing:
@@ -17,21 +17,33 @@ class Packing:
 
     Parameters:
         sources: the states in each message, by delivery tag.
-        credible: returns states without those that must not displace others.
+        damaged: states that must not displace others; they stay where they are.
         now: microseconds since 1970.
     """
 
     def __init__(
         self,
-        sources: Mapping[int, List[StateMessage]],
-        credible: Callable[[Iterable[StateMessage]], List[StateMessage]],
+        sources: Dict[int, List[StateMessage]],
+        damaged: AbstractSet[StateMessage],
         now: int,
     ) -> None:
         self._sources = sources
+        # Each state with the delivery tag of its message.
         self._keep, self._drop = page.select(
-            credible(itertools.chain.from_iterable(sources.values())), now
+            (
+                (tag, state)
+                for tag, states_of in sources.items()
+                for state in states_of
+                if not damaged or state not in damaged
+            ),
+            now,
         )
-        self._settled = {id(state) for state in self._drop}
+        #: How many states of each message are neither packed nor dropped.
+        self._left = {tag: len(states_of) for tag, states_of in sources.items()}
+        #: How many states are packed, from the beginning of those to keep.
+        self._packed = 0
+        for tag, _ in self._drop:
+            self._left[tag] -= 1
 
     @property
     def size(self) -> int:
@@ -41,13 +53,13 @@ class Packing:
     @property
     def settled(self) -> int:
         """How many states were packed or dropped so far."""
-        return len(self._settled)
+        return self._packed + len(self._drop)
 
     def pages(self, page_size: int) -> Iterator[List[StateMessage]]:
         """Yield the contents of the pages, each of at most *page_size* bytes."""
         batch: List[StateMessage] = []
         size = 0
-        for state in self._keep:
+        for _, state in self._keep:
             if batch and size + len(state.body) > page_size:
                 yield batch
                 batch, size = [], 0
@@ -58,56 +70,58 @@ class Packing:
 
     def is_last(self, content: List[StateMessage]) -> bool:
         """Return whether *content* is that of the last page."""
-        return content[-1] is self._keep[-1]
+        return self._packed + len(content) == len(self._keep)
 
     def wrote(self, content: List[StateMessage]) -> None:
-        """Note that the broker has confirmed a page."""
-        self._settled.update(map(id, content))
+        """Note that the broker has confirmed the next page."""
+        packed = self._packed + len(content)
+        for tag, _ in self._keep[self._packed : packed]:
+            self._left[tag] -= 1
+        self._packed = packed
 
     def replaced(self) -> List[int]:
         """Return the delivery tags of messages of which every state is packed or dropped."""
-        return [
-            tag
-            for tag, states_of in self._sources.items()
-            if all(id(state) in self._settled for state in states_of)
-        ]
+        return [tag for tag, left in self._left.items() if not left]
 
-    def orphans(self, replaced: Iterable[int]) -> Set[str]:
+    def orphans(self, replaced: Collection[int]) -> Set[str]:
         """Return the queues whose only pointers are dropped and that would not expire.
 
         Parameters:
             replaced: the tags of the messages that are removed.
         """
-        dropped = {id(state) for state in self._drop}
         gone_tags = set(replaced)
-        gone: Set[str] = set()
+        gone = _unexpiring(state for tag, state in self._drop if tag in gone_tags)
         # The same pointer may occur twice.
-        kept: Set[str] = set()
-        for tag, states_of in self._sources.items():
-            for state in states_of:
-                if state.body_queue is not None and state.expiration is None:
-                    superseded = tag in gone_tags and id(state) in dropped
-                    (gone if superseded else kept).add(state.body_queue)
-        return gone - kept
+        known = _unexpiring(state for states_of in self._sources.values() for state in states_of)
+        return {queue for queue, count in gone.items() if count == known[queue]}
 
 
-def without_damaged(
+def _unexpiring(states: Iterable[StateMessage]) -> Counter[str]:
+    """Return the queues of large results that would not expire, and how many states have them."""
+    return collections.Counter(
+        state.body_queue
+        for state in states
+        if state.body_queue is not None and state.expiration is None
+    )
+
+
+def damaged_in(
     known: Iterable[StateMessage],
     readable: Callable[[List[StateMessage]], List[StateMessage]],
-) -> List[StateMessage]:
-    """Return the states *known* without undecodable final states that would hide others.
+) -> Set[StateMessage]:
+    """Return the undecodable final states that would hide others among *known*.
 
     Parameters:
         readable: returns those of several final states of a task that do not hide a decodable one.
     """
-    states = list(known)
     ends: Dict[str, List[StateMessage]] = {}
-    for state in states:
+    for state in known:
         if state.kind == STATE and is_final(state.state):
             ends.setdefault(state.id, []).append(state)
-    damaged: Set[int] = set()
+    damaged: Set[StateMessage] = set()
     for several in ends.values():
         if len(several) > 1:
-            damaged.update(map(id, several))
-            damaged.difference_update(map(id, readable(several)))
-    return [state for state in states if id(state) not in damaged]
+            # Equal copies are equally damaged.
+            kept = readable(several)
+            damaged.update(state for state in several if state not in kept)
+    return damaged

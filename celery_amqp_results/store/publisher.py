@@ -22,6 +22,7 @@ from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.confirms import (
     ConfirmChannel,
     ConfirmLog,
+    LostInAlarm,
     Outgoing,
     Publication,
     QueueLength,
@@ -44,6 +45,10 @@ logger = logging.getLogger(__name__)
 #: Seconds that :meth:`Publisher.publish` waits for the confirms of live copies. They normally come
 #: first. A stuck third-party queue must not delay results.
 COPY_SECONDS = 0.25
+
+#: Seconds before messages are published again that were lost in an alarm of the broker. Storing
+#: waits for its end, however long it takes.
+ALARM_SECONDS = 1.0
 
 #: Seconds that an ending process waits for confirms.
 FLUSH_SECONDS = 10.0
@@ -277,7 +282,7 @@ class Publisher:
 
     def _send_copies(self, held: Sequence[Publication]) -> None:
         try:
-            with self._channel.open(time.monotonic()) as channel:
+            with self._channel.open(time.monotonic(), lambda: False) as channel:
                 for publication in held:
                     channel.publish_copy(publication)
         except _FAILURES as exc:
@@ -336,7 +341,10 @@ class Publisher:
         self, exc: BaseException, messages: Sequence[Outgoing], tries: retry.Retry
     ) -> float:
         """Return the pause before the next try; raise if there must be none."""
-        pause = tries.after(exc, time.monotonic())
+        if isinstance(exc, LostInAlarm):
+            pause: Optional[float] = ALARM_SECONDS
+        else:
+            pause = tries.after(exc, time.monotonic())
         broker = self._connector.describe()
         raise_if_final(exc, messages, broker, self._declarations)
         if pause is None:
@@ -370,8 +378,13 @@ class Publisher:
             The log of unconfirmed publications on the connection.
         """
         declarations = self._declarations
+
+        def asks() -> bool:
+            few = declarations.topology.shards <= FEW_SHARDS
+            return not declarations.exchange_checked or bool(declare and not few)
+
         try:
-            with self._channel.open(time.monotonic()) as channel:
+            with self._channel.open(time.monotonic(), asks) as channel:
                 declarations.ensure_exchange(channel.channel)
                 self._unwaited.send(channel)
                 full = room_refusal(channel, declarations, len(declare))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from typing import Any, Callable, Collection, Dict, Iterable, List, Optional, Protocol, Set
+from typing import Callable, Collection, Dict, Iterable, List, Optional, Protocol, Set
 
 import amqp
 from celery import states
@@ -17,7 +18,7 @@ from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
 from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
-from celery_amqp_results.store.packing import Packing, without_damaged
+from celery_amqp_results.store.packing import Packing, damaged_in
 from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("LookUp", "Removal", "ShardRead", "Shelf")
@@ -203,7 +204,7 @@ class ShardRead:
     def _publish_page(self, content: List[StateMessage]) -> None:
         """Publish a page to the shard, and wait for its confirm."""
         expires = page.expiration(content, wall())
-        properties: Dict[str, Any] = {
+        properties: Dict[str, object] = {
             "type": page.PAGE,
             "content_type": page.CONTENT_TYPE,
             "delivery_mode": 2 if self._store.persistent else 1,
@@ -307,7 +308,8 @@ class LookUp(ShardRead):
                 sources[tag] = page.decode(body)
             except errors.ForeignMessage as exc:
                 self._reject(exc)
-        packing = Packing(sources, self.credible, wall())
+        damaged = self._damaged_in(itertools.chain.from_iterable(sources.values()))
+        packing = Packing(sources, damaged, wall())
         if packing.size < PACK_AT:
             # Almost all of them are states of unfinished tasks.
             return
@@ -340,11 +342,13 @@ class LookUp(ShardRead):
             logger.info("superseded large results were not deleted: %s", exc)
         channel.close()
 
-    def credible(self, known: Iterable[StateMessage]) -> List[StateMessage]:
+    def credible(self, known: List[StateMessage]) -> List[StateMessage]:
         """Return the states *known* without undecodable final states that would hide others."""
-        return without_damaged(
-            known, lambda several: self._store.readable(self.checkout.queue, several)
-        )
+        damaged = self._damaged_in(known)
+        return [state for state in known if state not in damaged] if damaged else known
+
+    def _damaged_in(self, known: Iterable[StateMessage]) -> Set[StateMessage]:
+        return damaged_in(known, lambda several: self._store.readable(self.checkout.queue, several))
 
 
 class Removal(ShardRead):

@@ -66,7 +66,8 @@ class Unwaited:
     def send(self, channel: ConfirmChannel) -> None:
         """Publish again what must be, on a channel that the caller has to itself."""
         strays, log = self._strays, channel.log
-        if not strays and not log.strays:
+        if channel.mute or not (strays or log.strays):
+            # What came back needs an answer of the broker.
             return
         refused, log.strays = log.strays, []
         strays.add(refused)
@@ -115,7 +116,7 @@ class Unwaited:
         left: List[Publication] = []
         try:
             while not is_over(end):
-                left = self._collect()
+                left = self._collect(end)
                 if not left and not self._has_strays():
                     return
                 self.channel.wait(Waiter(left), end)
@@ -139,13 +140,16 @@ class Unwaited:
         with self.channel.present() as channel:
             return bool(self._strays or (channel is not None and channel.log.strays))
 
-    def _collect(self) -> List[Publication]:
-        """Collect confirms, publish again what must be, and return what is unconfirmed."""
+    def _collect(self, deadline: Optional[float] = None) -> List[Publication]:
+        """Collect confirms, publish again what must be, and return what is unconfirmed.
+
+        Waits for the end of an alarm, until *deadline* (``time.monotonic``), before it publishes.
+        """
         unconfirmed = self.channel.collect()
         if not self._has_strays():
             return unconfirmed
         try:
-            with self.channel.open(time.monotonic()) as channel:
+            with self.channel.open(time.monotonic(), deadline=deadline) as channel:
                 self._declarations.ensure_exchange(channel.channel)
                 self.send(channel)
                 return channel.log.unwaited()

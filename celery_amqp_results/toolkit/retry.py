@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from typing import Callable, Optional
@@ -9,10 +10,25 @@ from typing import Callable, Optional
 from celery_amqp_results import options
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
-__all__ = ("Retry", "is_over", "time_left", "wait_before_retry")
+__all__ = ("Retry", "deadline_after", "is_over", "time_left", "wait_before_retry")
 
 #: Pauses vary by this share, so that processes that lost a broker together do not return together.
 JITTER = 0.2
+
+
+def deadline_after(
+    timeout: Optional[float], clock: Callable[[], float] = time.monotonic
+) -> Optional[float]:
+    """Return when *timeout* seconds are over by *clock*; ``None`` for never.
+
+    Raises:
+        ValueError: when *timeout* is not a number, with which nothing would ever be over.
+    """
+    if timeout is None:
+        return None
+    if math.isnan(timeout):
+        raise ValueError("nan is no timeout: give seconds, or None for no end")
+    return clock() + timeout
 
 
 def time_left(deadline: Optional[float], at_most: float) -> float:

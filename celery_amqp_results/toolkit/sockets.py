@@ -12,15 +12,18 @@ import select
 import socket
 import threading
 import types
-from typing import Any, Iterator, List
+from typing import TYPE_CHECKING, Any, Iterator, List, Sequence
 
-__all__ = ("SocketWatch", "WakeUp", "readable")
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike, HasFileno
+
+__all__ = ("SocketWatch", "WakeUp", "readable", "ready")
 
 #: Looks for bytes without waiting and without taking them.
 _PEEK = getattr(socket, "MSG_PEEK", 0) | getattr(socket, "MSG_DONTWAIT", 0)
 
 
-def readable(sock: Any, timeout: float) -> bool:
+def readable(sock: HasFileno, timeout: float) -> bool:
     """Return whether *sock* has bytes to read, or its end.
 
     Parameters:
@@ -32,7 +35,18 @@ def readable(sock: Any, timeout: float) -> bool:
     return bool(_wait([sock], timeout))
 
 
-def _peek(sock: Any) -> bool:
+def ready(sock: HasFileno, timeout: float, read: bool = True) -> bool:
+    """Return whether *sock* has room for bytes to write, or bytes to read.
+
+    Parameters:
+        sock: a socket.
+        timeout: seconds to wait for that.
+        read: whether bytes to read count.
+    """
+    return bool(_wait([sock], timeout, read, write=True))
+
+
+def _peek(sock: HasFileno) -> bool:
     # A plain system socket, since a TLS socket takes no flags. gevent's poll() with a timeout of 0
     # does not look at all, and select() switches to other greenlets.
     raw = _socket.socket(fileno=sock.fileno())
@@ -48,20 +62,22 @@ def _peek(sock: Any) -> bool:
     return True
 
 
-def _wait(socks: List[Any], timeout: float) -> List[int]:
-    """Return the numbers of those of *socks* that became readable within *timeout* seconds."""
+def _wait(
+    socks: Sequence[FileDescriptorLike], timeout: float, read: bool = True, write: bool = False
+) -> List[int]:
+    """Return the numbers of those of *socks* that became ready within *timeout* seconds."""
     # Looked up at each call: gevent replaces poll, and eventlet removes it.
     make = getattr(select, "poll", None)
     if make is None:
-        found, _, _ = select.select(socks, [], [], timeout)
-        return [_number(sock) for sock in found]
+        found = select.select(socks if read else [], socks if write else [], [], timeout)
+        return [_number(sock) for sock in {*found[0], *found[1]}]
     poll = make()
     for sock in socks:
-        poll.register(sock, select.POLLIN)
+        poll.register(sock, select.POLLIN * read | select.POLLOUT * write)
     return [number for number, _ in poll.poll(1000 * timeout)]
 
 
-def _number(source: Any) -> int:
+def _number(source: FileDescriptorLike) -> int:
     return source if isinstance(source, int) else int(source.fileno())
 
 
@@ -79,7 +95,7 @@ class WakeUp:
         with contextlib.suppress(OSError):
             self._sender.send(b"\0")
 
-    def wait(self, timeout: float, *sources: Any) -> List[Any]:
+    def wait(self, timeout: float, *sources: FileDescriptorLike) -> List[FileDescriptorLike]:
         """Wait until :meth:`ring` is called, or one of *sources* is readable; return which are.
 
         Parameters:
@@ -115,7 +131,7 @@ class SocketWatch(WakeUp):
         sock: the socket.
     """
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self, sock: HasFileno) -> None:
         super().__init__()
         self._sock = sock
         self._lent = threading.Lock()

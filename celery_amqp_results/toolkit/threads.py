@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import Any, Callable, FrozenSet
+from typing import Callable, FrozenSet
 
 __all__ = ("block_signals", "start_thread")
 
@@ -12,7 +12,7 @@ __all__ = ("block_signals", "start_thread")
 _SYNCHRONOUS = frozenset({"SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGTRAP", "SIGSYS", "SIGABRT"})
 
 
-def start_thread(target: Callable[..., Any], name: str, *args: Any) -> threading.Thread:
+def start_thread(target: Callable[..., object], name: str, *args: object) -> threading.Thread:
     """Start a daemon thread that receives no signals, and return it.
 
     The system gives a signal to any thread that does not block it. Python runs handlers in the

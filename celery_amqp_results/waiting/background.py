@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import time
-from typing import Any, Callable, Deque, Dict, List, Optional
+from typing import Callable, Deque, Dict, List, Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.failures import was_refused
@@ -56,7 +56,7 @@ class BackgroundFollower(Follower):
     """
 
     def __init__(
-        self, inbox: Inbox, reads: Reads, lookup_timeout: float, submit: Callable[..., Any]
+        self, inbox: Inbox, reads: Reads, lookup_timeout: float, submit: Callable[..., object]
     ) -> None:
         super().__init__(inbox, reads)
         self._lookup_timeout = lookup_timeout

@@ -14,11 +14,12 @@ import collections
 import logging
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+from typing import Callable, Deque, Dict, List, Optional, Tuple
 
 from vine import barrier
 
 from celery_amqp_results import errors
+from celery_amqp_results.library_types import TaskResult
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.toolkit.threads import start_thread
@@ -47,28 +48,29 @@ class PendingResults:
     """
 
     def __init__(
-        self, make_follower: Callable[[], Following], resolve: Callable[[Any, StateMessage], None]
+        self,
+        make_follower: Callable[[], Following],
+        resolve: Callable[[TaskResult, StateMessage], None],
     ) -> None:
         self._make_follower = make_follower
         self._resolve = resolve
         # Guards the following attributes, except the two queues.
         self._lock = threading.Lock()
-        self._results: Dict[str, List[Any]] = {}
+        self._results: Dict[str, List[TaskResult]] = {}
         self._follower: Optional[Following] = None
         self._closing = False
         #: Ids to follow, and when they were added.
         self._added: Deque[Tuple[str, float]] = collections.deque()
-        self._removed: Deque[Tuple[str, int]] = collections.deque()
+        self._removed: Deque[TaskResult] = collections.deque()
 
-    def add(self, result: Any) -> None:
+    def add(self, result: TaskResult) -> None:
         """Register *result* for the end of its task. Does no I/O."""
         task_id = id_text(result.id)
         with self._lock:
             if self._closing:
                 return
-            results = self._results.setdefault(task_id, [])
-            if not any(known is result for known in results):
-                results.append(result)
+            if not self._knows(result):
+                self._results.setdefault(task_id, []).append(result)
             now = time.monotonic()
             self._added.append((task_id, now))
             if self._follower is None:
@@ -79,13 +81,12 @@ class PendingResults:
                 self._added.extend((left, now) for left in self._results)
             self._follower.poke()
 
-    def remove(self, result: Any) -> None:
+    def remove(self, result: TaskResult) -> None:
         """Unregister *result*. Takes no lock and does no I/O."""
         # Does not wake the thread: that takes a lock, and the garbage collector may call this. A
         # registered result is referenced from here, so it is always removed explicitly.
-        task_id = id_text(result.id)
-        if task_id in self._results:
-            self._removed.append((task_id, id(result)))
+        if self._knows(result):
+            self._removed.append(result)
 
     def close(self) -> None:
         """Call no more callbacks. Ends the thread, but does not wait for it."""
@@ -94,13 +95,17 @@ class PendingResults:
             if self._follower is not None:
                 self._follower.poke()
 
+    def _knows(self, result: TaskResult) -> bool:
+        # Result objects of one task are equal.
+        return any(known is result for known in self._results.get(id_text(result.id), ()))
+
     def _run(self, follower: Following) -> None:
         idle_since = time.monotonic()
         try:
             while not self._closing:
                 self._follow_added(follower)
                 while self._removed:
-                    self._unfollow(follower, *self._removed.popleft())
+                    self._unfollow(follower, self._removed.popleft())
                 if follower.pending:
                     idle_since = time.monotonic()
                 elif time.monotonic() - idle_since >= LINGER:
@@ -158,9 +163,10 @@ class PendingResults:
                 except Exception:
                     logger.exception("a callback of the result %s has failed", update.task_id)
 
-    def _unfollow(self, follower: Following, task_id: str, identity: int) -> None:
+    def _unfollow(self, follower: Following, result: TaskResult) -> None:
+        task_id = id_text(result.id)
         with self._lock:
-            results = [r for r in self._results.get(task_id, ()) if id(r) != identity]
+            results = [r for r in self._results.get(task_id, ()) if r is not result]
             if results:
                 self._results[task_id] = results
                 return
@@ -168,7 +174,7 @@ class PendingResults:
         follower.discard(task_id)
 
 
-def _has_callback(result: Any) -> Optional[bool]:
+def _has_callback(result: TaskResult) -> Optional[bool]:
     """Return whether a result has callbacks other than result sets; ``None`` if it has none."""
     listeners = [listener for listener in result.on_ready.listeners if listener is not None]
     if not listeners:

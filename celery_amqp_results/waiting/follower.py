@@ -92,17 +92,7 @@ class Follower:
         self._waiter.wait(seconds)
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait for new states and return them.
-
-        Parameters:
-            deadline: time (``time.monotonic``) after which the store is no longer read.
-            pause: seconds to wait at most before returning an empty list. Reading the store may
-                take longer.
-
-        Raises:
-            BackendUnavailable: when the broker cannot be reached or refuses us.
-            DeclarationRefused: when something on the broker exists with other properties.
-        """
+        """Wait at most *pause* seconds for updates and return them."""
         now = time.monotonic()
         until = now + pause if deadline is None else min(now + pause, deadline)
         if self._rechecks.is_due(now, self._inbox.received):

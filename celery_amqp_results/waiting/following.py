@@ -35,7 +35,17 @@ class Following(Protocol):
         """Wait for *seconds*, or until there is something to do."""
 
     def step(self, deadline: Optional[float], pause: float) -> List[Update]:
-        """Wait at most *pause* seconds for updates and return them."""
+        """Wait for updates and return them.
+
+        Parameters:
+            deadline: time (``time.monotonic``) after which nothing more is read from the broker.
+            pause: seconds to wait at most before returning an empty list. Reading may take longer.
+
+        Raises:
+            BackendUnavailable: when the broker cannot be reached or refuses us.
+            DeclarationRefused: when something on the broker exists with other properties.
+            Exception: what is wrong with a state or its queue, in the layout ``per-task``.
+        """
 
     def close(self) -> None:
         """Stop following all tasks."""

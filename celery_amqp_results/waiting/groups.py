@@ -14,13 +14,14 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Type
 
 from celery.result import ResultSet
 
+from celery_amqp_results.library_types import App, TaskResult
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.waiting.results import leaves
 
 __all__ = ("Pass", "ask_in_one_pass")
 
-_M = TypeVar("_M", bound=Callable[..., Any])
+_M = TypeVar("_M", bound=Callable[..., object])
 
 #: The methods of a result set that read every member.
 ASKING = (
@@ -55,7 +56,7 @@ class Pass:
     def over(
         self,
         read: Callable[[List[str]], Dict[str, Optional[StateMessage]]],
-        tasks: Iterable[Any],
+        tasks: Iterable[TaskResult],
     ) -> Iterator[None]:
         """Answer from one read of all *tasks* that are not known to be ready.
 
@@ -76,7 +77,7 @@ class Pass:
             del self._local.states
 
 
-def ask_in_one_pass(app: Any) -> None:
+def ask_in_one_pass(app: App) -> None:
     """Make the result sets of *app* read all their members at once.
 
     Celery makes every group from these classes: one that was just sent, and one that is restored.
@@ -96,7 +97,7 @@ def _in_one_pass(kind: Type[ResultSet]) -> Type[ResultSet]:
 
 def _wrapped(method: _M) -> _M:
     @functools.wraps(method)
-    def ask(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def ask(self: ResultSet, *args: object, **kwargs: object) -> Any:
         # A restored group may be given another backend.
         reader = getattr(self.backend, "reader", None)
         with contextlib.nullcontext() if reader is None else reader.in_one_pass(leaves(self)):

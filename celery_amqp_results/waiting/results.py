@@ -10,6 +10,7 @@ from typing import Any, Iterable, Iterator
 
 from celery.result import AsyncResult, EagerResult, ResultSet
 
+from celery_amqp_results.library_types import Leaf, TaskResult
 from celery_amqp_results.protocol.ids import id_text
 
 __all__ = ("leaves", "parents", "tasks_in")
@@ -28,19 +29,22 @@ def leaves(node: Any) -> Iterator[Any]:
         yield node
 
 
-def parents(node: Any) -> Iterator[Any]:
-    """Yield the tasks before *node* in a chain, the nearest first.
+def parents(node: object) -> Iterator[TaskResult]:
+    """Yield the tasks before *node* in a chain, first to last.
 
     Parameters:
         node: an id, which has none, a result object or a group.
     """
+    before = []
     parent = getattr(node, "parent", None)
     while parent is not None:
-        yield from leaves(parent)
+        before.append(parent)
         parent = getattr(parent, "parent", None)
+    for parent in reversed(before):
+        yield from leaves(parent)
 
 
-def tasks_in(target: Any) -> Iterator[Any]:
+def tasks_in(target: object) -> Iterator[Leaf]:
     """Yield the ids and result objects that a user has named.
 
     Parameters:

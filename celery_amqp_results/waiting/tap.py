@@ -21,7 +21,7 @@ from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.toolkit.forks import Process
 from celery_amqp_results.toolkit.retry import Retry, time_left
 from celery_amqp_results.toolkit.sockets import WakeUp
-from celery_amqp_results.waiting.newest import Newest
+from celery_amqp_results.waiting.progress import Newest
 
 __all__ = ("FORKED", "MAX_QUEUED", "Tap", "tap_of")
 

@@ -7,6 +7,7 @@ nothing of Celery's backend class.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from typing import (
@@ -36,7 +37,7 @@ from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.toolkit.forks import Process
-from celery_amqp_results.toolkit.retry import is_over
+from celery_amqp_results.toolkit.retry import deadline_after, is_over
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.callbacks import PendingResults
@@ -53,13 +54,25 @@ SHORTEST_INTERVAL = 0.01
 #: The longest single wait of a watcher, in seconds.
 WATCH_INTERVAL = 5.0
 
+#: Errors of reading the parents of a task that has ended.
+_NOT_READ = (
+    *watching.UNREADABLE,
+    errors.BackendUnavailable,
+    errors.BacklogLimitExceeded,
+    errors.DeclarationRefused,
+)
+
+logger = logging.getLogger(__name__)
+
 Meta = Dict[str, Any]
 
 
 class Readable(Protocol):
     """The part of a layout that waiting needs."""
 
-    def poll(self, ids: Collection[str]) -> Dict[str, Optional[StateMessage]]:
+    def poll(
+        self, ids: Collection[str], deadline: Optional[float] = None
+    ) -> Dict[str, Optional[StateMessage]]:
         """Return the current state of each of *ids*, or ``None`` where nothing is known."""
 
     def follower(self) -> Following:
@@ -130,8 +143,6 @@ class Waits:
         else:
             yield from self._updates_until(ids, patience, parents)
         if patience.on_interval is not None:
-            # Celery raises the errors of parents from here. The failure of a header is known before
-            # that of its body.
             patience.on_interval()
 
     def _poll_once(
@@ -152,8 +163,8 @@ class Waits:
         self, ids: List[str], patience: Patience, parents: Collection[str]
     ) -> Iterator[Update]:
         timeout, interval, on_interval = patience
-        deadline = None if timeout is None else time.monotonic() + timeout
-        interval = max(interval or DEFAULT_INTERVAL, SHORTEST_INTERVAL)
+        deadline = deadline_after(timeout)
+        interval = max(SHORTEST_INTERVAL, interval or DEFAULT_INTERVAL)
         follower, process = self._layout().follower(), Process()
         missing = set(ids)
         try:
@@ -210,13 +221,22 @@ class Waits:
                 parent = before.get(update.task_id)
                 if parent is not None:
                     if update.final is not None:
-                        self.resolve(parent, update.final)
-                        parent.maybe_throw()
+                        self._end_parent(parent, update.final)
                     continue
                 if on_message is not None:
                     self._report(update, on_message)
                 if update.final is not None:
                     yield update.task_id, update.final
+
+    def _end_parent(self, parent: Any, final: StateMessage) -> None:
+        """Give a parent its final state, and raise its exception if it has failed."""
+        failed = final.state in states.PROPAGATE_STATES
+        # Another value is not needed here: a large one is not fetched, an unreadable one no error.
+        if failed or final.body_queue is None:
+            with contextlib.suppress(*() if failed else watching.UNREADABLE):
+                self.resolve(parent, final)
+        if failed:
+            parent.maybe_throw()
 
     def _report(self, update: Update, on_message: Callable[[Meta], Any]) -> None:
         for state in update.states:
@@ -235,6 +255,49 @@ class Waits:
                 return
             result._set_cache(meta)
         result.on_ready(result)
+
+    def wait_for(
+        self,
+        result: Any,
+        patience: Patience,
+        on_message: Optional[Callable[[Meta], Any]],
+        follow_parents: bool,
+    ) -> None:
+        """Wait for one task, and give its result object the final state.
+
+        Raises:
+            celery.exceptions.TimeoutError: when the timeout is over.
+            Exception: with *follow_parents*, the exception of a task before this one in a chain or
+                chord, when that has failed.
+        """
+        deadline = deadline_after(patience.timeout)
+        parents = _unfailed_parents(result) if follow_parents else []
+        for _, state in self.follow((id_text(result.id),), patience, on_message, parents):
+            self.resolve(result, state)
+        if result._cache["status"] in states.PROPAGATE_STATES:
+            self._raise_failure_before(result, parents, deadline)
+
+    def _raise_failure_before(
+        self, result: Any, parents: Iterable[Any], deadline: Optional[float]
+    ) -> None:
+        """Raise the exception of a parent of *result*, which has failed itself, if one is found.
+
+        The failure of a header is stored before that of its body, but may be pushed after it.
+        """
+        unknown = {id_text(parent.id): parent for parent in parents if parent._cache is None}
+        if not unknown or is_over(deadline):
+            return
+        try:
+            for task_id, state in self._layout().poll(unknown, deadline).items():
+                if state is not None and state.state in states.PROPAGATE_STATES:
+                    self.resolve(unknown[task_id], state)
+        except _NOT_READ as exc:
+            logger.warning(
+                "%s has failed, and the tasks before it could not be read: %s", result.id, exc
+            )
+        for parent in unknown.values():
+            if parent._cache is not None:
+                parent.maybe_throw()
 
     def members(
         self,
@@ -293,6 +356,7 @@ class Waits:
             kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot
                 be decoded. A watch of everything leaves it out and logs a warning.
             TypeError, ValueError: when *target* or *states* are invalid, at once.
+            ValueError: when *timeout* is nan, at the beginning of the iteration.
             RuntimeError: when the watch was begun before a fork and goes on in the child.
 
         The generator is for one thread at a time; it opens nothing before the first meta is
@@ -365,12 +429,12 @@ class _Missing:
 
 
 def _unfailed_parents(result: Any) -> List[Any]:
-    """Return the tasks before a group in a chain that are not known to have ended."""
+    """Return the tasks before *result* in a chain that are not known to have ended."""
     unknown = []
     for parent in trees.parents(result):
-        if not _is_ready(parent):
+        if parent._cache is None:
             unknown.append(parent)
-        elif not parent.ignored:
+        else:
             parent.maybe_throw()
     return unknown
 

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import time
 from typing import (
-    Any,
     Callable,
     Collection,
     Dict,
@@ -30,12 +29,13 @@ from typing import (
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
+from celery_amqp_results.library_types import Meta
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.toolkit.forks import Process
-from celery_amqp_results.waiting.newest import Newest
-from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.toolkit.retry import deadline_after
+from celery_amqp_results.waiting.progress import Newest, Update
 from celery_amqp_results.waiting.results import tasks_in
 from celery_amqp_results.waiting.tap import FORKED, Tap
 
@@ -51,8 +51,6 @@ __all__ = (
 )
 
 logger = logging.getLogger(__name__)
-
-Meta = Dict[str, Any]
 
 #: The longest single wait of a tap, in seconds.
 LONGEST_STEP = 3600.0
@@ -70,7 +68,7 @@ class Target(NamedTuple):
     ended: List[Meta]
 
 
-def read_target(target: Any) -> Target:
+def read_target(target: object) -> Target:
     """Return the tasks that *target* names.
 
     Parameters:
@@ -156,7 +154,7 @@ def watch_everything(
     Raises:
         BackendUnavailable, DeclarationRefused: see :meth:`Tap.step`.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = deadline_after(timeout)
     with tap:
         while deadline is None or time.monotonic() < deadline:
             for state in tap.step(deadline, LONGEST_STEP):

@@ -20,7 +20,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.chords import firing, helpers, service, session
 from celery_amqp_results.chords.service import Service
 from celery_amqp_results.protocol.message import PART
-from celery_amqp_results.protocol.names import PLAN_QUEUES
+from celery_amqp_results.protocol.names import PLAN_QUEUES, plan_number
 from tests.broker.helpers import fail_once
 from tests.conftest import PATIENCE, Apps, eventually
 from tools.proxy import Proxy
@@ -162,6 +162,28 @@ def test_another_leader_takes_over(make_app: Apps, group_id: str, raw: Any) -> N
     assert plans_left(raw, second) == 0
 
 
+@pytest.mark.parametrize("lost", ["plan queue", "exchange"])
+def test_a_leader_that_starts_declares_what_was_deleted(
+    make_app: Apps, group_id: str, raw: Any, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, lost: str,
+) -> None:  # fmt: skip
+    sender, app = make_app(), make_app()
+    sent = Sent(app, monkeypatch)
+    (task_id,) = new_ids(1)
+    body = send(sender, group_id, [task_id])
+    topology = app.backend.config.topology
+    if lost == "exchange":
+        raw.channel().exchange_delete(topology.exchange)
+    else:
+        other = 1 if plan_number(group_id) != 1 else 2
+        raw.channel().queue_delete(topology.plan_queue(other).name)
+    service_of(app).start(met=False)
+    eventually(lambda: service_of(app).progress(group_id))
+    app.backend.mark_as_done(task_id, 1, request(task_id, group_id, body))
+    assert sent.once() == [1]
+    assert not [r for r in caplog.records if r.name.startswith("celery_amqp_results.chords")]
+
+
 def test_a_body_that_was_sent_by_a_leader_that_died_is_not_sent_again(
     app: Celery, group_id: str, sent: Sent
 ) -> None:
@@ -190,6 +212,28 @@ def test_a_task_without_a_stored_result_stores_a_part(
     assert sent.once() == ["ignored", 1]
 
 
+@pytest.mark.parametrize("state", [states.SUCCESS, states.FAILURE])
+@pytest.mark.parametrize("late", [False, True], ids=["pushed", "looked up"])
+def test_a_final_state_that_a_task_stores_itself_does_not_end_it(
+    app: Celery, group_id: str, sent: Sent, state: str, late: bool
+) -> None:
+    ids = new_ids(2)
+    body = send(app, group_id, ids)
+    requests = [request(task_id, group_id, body) for task_id in ids]
+    if not late:
+        lead(app)
+    # As update_state does
+    app.backend.store_result(ids[0], {"p": 1}, state, request=requests[0])
+    app.backend.mark_as_done(ids[1], 2, requests[1])
+    leading = lead(app)
+    eventually(lambda: leading.progress(group_id) == (2, [ids[0]]))
+    app.backend.mark_as_done(ids[0], 1, requests[0])
+    assert sent.once() == [1, 2]
+    # A state that was read as SUCCESS stays, as with Redis
+    expected = {"p": 1} if state == states.SUCCESS else 1
+    assert app.AsyncResult(ids[0]).get(timeout=PATIENCE) == expected
+
+
 def test_a_result_that_expires_before_its_chord_is_kept_as_a_part(
     make_app: Apps, group_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +247,21 @@ def test_a_result_that_expires_before_its_chord_is_kept_as_a_part(
     lead(app)
     app.backend.mark_as_done(ids[1], 2, request(ids[1], group_id, body))
     assert sent.once() == [1, 2]
+
+
+def test_a_part_is_stored_even_if_a_leader_cannot_be_looked_for(
+    app: Celery, group_id: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(queue: str) -> None:
+        raise errors.BackendUnavailable("the broker is away")
+
+    (task_id,) = new_ids(1)
+    body = send(app, group_id, [task_id])
+    monkeypatch.setattr(app.backend.layout.publisher, "length", fail)
+    app.backend.mark_as_done(task_id, 1, request(task_id, group_id, body))
+    assert app.AsyncResult(task_id).get(timeout=PATIENCE) == 1
+    assert app.backend.layout.store.read([task_id], kind=PART) == {task_id: []}
+    assert "the broker is away" in caplog.text
 
 
 def test_a_result_is_stored_once_where_it_lives_as_long_as_the_chord(
@@ -561,6 +620,19 @@ def test_open_plans_are_taken_again_before_the_broker_finds_them_held_for_too_lo
     eventually(lambda: leading.open == 0)
     app.backend.close()
     assert plans_left(raw, app) == 0
+
+
+def test_a_plan_that_only_others_accept_is_taken_again_before_it_is_held_for_too_long(
+    make_app: Apps, group_id: str, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "RETAKE_SECONDS", 0.2)
+    monkeypatch.setattr(session, "HEARTBEAT", 0.4)
+    app = make_app(accept_content=["json"])
+    send(make_app(task_serializer="pickle", accept_content=["pickle"]), group_id, new_ids(1))
+    leading = lead(app)
+    eventually(lambda: leading.unreadable >= 3)
+    app.backend.close()
+    assert plans_left(raw, app) == 1
 
 
 def test_a_chord_is_fired_after_a_helper_thread_could_not_be_started(

@@ -200,21 +200,42 @@ def test_a_reader_that_may_publish_no_state_answers_from_memory_if_it_may_publis
 # -- what signing prevents -----------------------------------------------------------------------
 
 
+def sign_with(app: Celery, folder: str, name: str) -> None:
+    """Sign with the key *name*; only the key ``known`` is trusted."""
+    # Celery 5.3 calls an API that newer versions of cryptography warn about.
+    warnings.filterwarnings("ignore", "Properties that return a na")
+    app.conf.update(
+        security_key=f"{folder}/{name}.key",
+        security_certificate=f"{folder}/{name}.pem",
+        security_cert_store=f"{folder}/known*.pem",
+    )
+    app.setup_security()
+
+
+def make_keys(folder: Path) -> None:
+    """Make the keys and certificates for :func:`sign_with`."""
+    for name in ("known", "stranger"):
+        issued = trustme.CA().issue_cert(f"{name}.example", key_type=trustme.KeyType.RSA)
+        issued.private_key_pem.write_to_path(str(folder / f"{name}.key"))
+        issued.cert_chain_pems[0].write_to_path(str(folder / f"{name}.pem"))
+
+
+#: Settings with which tasks and results are signed.
+SIGNING: Dict[str, Any] = {
+    "result_serializer": "auth", "task_serializer": "auth", "event_serializer": "auth",
+    "accept_content": ["auth"], "result_accept_content": ["auth"],
+}  # fmt: skip
+
+signs = pytest.mark.skipif(
+    celery.VERSION[:2] == (5, 4), reason="Celery 5.4 cannot read any certificate (a TypeError)"
+)
+
+
 def attack_signed_results(app: Celery, folder: str) -> Dict[str, Any]:
     """Store signed results, replay and forge them; return what readers get.
 
     Setting up security changes kombu for the whole process, so this runs in a process of its own.
     """
-    # Celery 5.3 calls an API that newer versions of cryptography warn about.
-    warnings.filterwarnings("ignore", "Properties that return a na")
-
-    def sign_with(name: str) -> None:
-        app.conf.update(
-            security_key=f"{folder}/{name}.key",
-            security_certificate=f"{folder}/{name}.pem",
-            security_cert_store=f"{folder}/known*.pem",
-        )
-        app.setup_security()
 
     def read(task_id: str) -> str:
         try:
@@ -233,11 +254,11 @@ def attack_signed_results(app: Celery, folder: str) -> Dict[str, Any]:
         outgoing = Outgoing(queue, state.properties(True), state.body, shard)
         app.backend.layout.publisher.publish([outgoing])
 
-    sign_with("stranger")
+    sign_with(app, folder, "stranger")
     forged = new_id()
     app.backend.store_result(forged, "forged", states.SUCCESS)
     unknown_signer = stored(forged)
-    sign_with("known")
+    sign_with(app, folder, "known")
     genuine, forgotten = new_id(), new_id()
     for task_id in (genuine, forgotten):
         app.backend.store_result(task_id, "genuine", states.SUCCESS)
@@ -259,22 +280,13 @@ def attack_signed_results(app: Celery, folder: str) -> Dict[str, Any]:
     }
 
 
-@pytest.mark.skipif(
-    celery.VERSION[:2] == (5, 4), reason="Celery 5.4 cannot read any certificate (a TypeError)"
-)
+@signs
 def test_a_signed_result_cannot_be_used_for_another_task_or_state(
     make_app: Apps, tmp_path: Path
 ) -> None:
     pytest.importorskip("cryptography")
-    for name in ("known", "stranger"):
-        issued = trustme.CA().issue_cert(f"{name}.example", key_type=trustme.KeyType.RSA)
-        issued.private_key_pem.write_to_path(str(tmp_path / f"{name}.key"))
-        issued.cert_chain_pems[0].write_to_path(str(tmp_path / f"{name}.pem"))
-    signing: Dict[str, Any] = {
-        "result_serializer": "auth", "task_serializer": "auth", "event_serializer": "auth",
-        "accept_content": ["auth"], "result_accept_content": ["auth"],
-    }  # fmt: skip
-    app = make_app(shards=1, **signing)
+    make_keys(tmp_path)
+    app = make_app(shards=1, **SIGNING)
     assert subprocesses.run(app, attack_signed_results, folder=str(tmp_path)) == {
         "replayed as another task": "ForeignMessage",
         "replayed as another state": "ForeignMessage",

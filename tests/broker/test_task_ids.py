@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any, Callable
+from functools import partial
+from typing import Any, Callable, List
 
 import pytest
 from celery import Celery, states
@@ -99,3 +100,22 @@ def test_ids_given_as_bytes_are_the_same_ids(app: Celery) -> None:
     assert app.backend.get_task_meta(task_id)["result"] == 1
     assert app.backend.get_task_meta(task_id.encode())["result"] == 1
     assert app.backend.wait_for(task_id.encode(), timeout=LONG) == 1
+
+
+def test_an_id_that_is_too_long_for_a_queue_of_its_own_is_refused_with_its_length(
+    make_app: Apps,
+) -> None:
+    app = make_app(result_backend_transport_options={"layout": "per-task"})
+    # The id itself is in each message, with its dashes.
+    for task_id in ("x" * 300, "-".join(["\N{RABBIT FACE}" * 12] * 6)):
+        size, result = len(task_id.encode()), app.AsyncResult(task_id)
+        calls: List[Callable[[], Any]] = [
+            partial(app.backend.store_result, task_id, 1, states.SUCCESS),
+            partial(app.backend.get_task_meta, task_id),
+            partial(result.get, timeout=0),
+            partial(result.get, timeout=LONG),
+            result.forget,
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match=f"has {size} bytes"):
+                call()

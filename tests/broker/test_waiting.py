@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import pickle
 import threading
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
 from celery import Celery, states
 from celery.exceptions import TimeoutError
+from celery.result import GroupResult
 
+from celery_amqp_results import aio
 from celery_amqp_results.feed import views
 from celery_amqp_results.waiting import follower as waiting_module
 from celery_amqp_results.waiting import rechecks
@@ -55,6 +58,31 @@ def test_a_wait_without_a_result_times_out(app: Celery, timeout: float) -> None:
         result.get(timeout=timeout)
     passed = time.monotonic() - begun
     assert max(0, timeout) <= passed < LONG
+
+
+def test_a_timeout_of_nan_is_refused(app: Celery) -> None:
+    # With it no deadline would ever be over.
+    nan, result = float("nan"), app.AsyncResult(new_id())
+
+    async def wait() -> None:
+        await aio.get(result, timeout=nan)
+
+    async def watch() -> None:
+        async for _ in aio.watch(result, timeout=nan):
+            pass
+
+    waits: List[Callable[[], Any]] = [
+        lambda: result.get(timeout=nan),
+        lambda: GroupResult(new_id(), [result], app=app).get(timeout=nan),
+        lambda: list(app.backend.get_many([result.id], timeout=nan)),
+        lambda: list(app.backend.watch(result, timeout=nan)),
+        lambda: list(app.backend.watch(timeout=nan)),
+        lambda: asyncio.run(wait()),
+        lambda: asyncio.run(watch()),
+    ]
+    for each in waits:
+        with pytest.raises(ValueError, match="nan is no timeout"):
+            each()
 
 
 def test_timeout_zero_returns_a_stored_result(app: Celery, make_app: Apps) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Callable, List
+from typing import Any, Callable, Dict, List
 
 import pytest
 from celery import Celery, states
 from celery.exceptions import ChordError, TaskRevokedError, TimeoutError
 from celery.result import AsyncResult, GroupResult
 
-from celery_amqp_results import aio
+from celery_amqp_results import aio, errors
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps, eventually
+from tools import rabbitmq
+from tools.proxy import Proxy
 
 #: Longer than any test takes: what happens earlier does not happen because of the interval.
 NEVER = 600.0
@@ -49,6 +51,118 @@ def test_a_failed_chord_raises_its_own_error_where_parents_are_not_followed(app:
     assert isinstance(body.get(timeout=LONG, propagate=False), ChordError)
 
 
+@pytest.mark.parametrize("asked", [{"follow_parents": False}, {"propagate": False}])
+def test_parents_that_celery_does_not_ask_for_are_not_read(
+    app: Celery, asked: Dict[str, bool]
+) -> None:
+    members = [app.AsyncResult(new_id()) for _ in range(100)]
+    body = app.AsyncResult(new_id(), parent=GroupResult(new_id(), members, app=app))
+    with pytest.raises(TimeoutError):
+        body.get(timeout=1.0, interval=0.05, **asked)
+    metrics = app.backend.metrics()
+    assert metrics.remembered + metrics.looked_up < 100
+
+
+class CountedParent(AsyncResult):
+    """A result that counts how often Celery has asked for it."""
+
+    asked = 0
+
+    def maybe_throw(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked += 1
+        return super().maybe_throw(*args, **kwargs)
+
+
+def test_a_wait_for_a_task_with_a_parent_survives_an_outage(
+    make_app: Apps, node: rabbitmq.Node
+) -> None:
+    with Proxy(node.amqp_port) as proxy:
+        # Given a process that waits for the second task of a chain, and looks up nothing for long
+        app = make_app(
+            broker_url=proxy.url(node.url()),
+            result_backend_transport_options={"shards": 8, "retry_policy": {"max_retries": 0}},
+        )
+        parent = CountedParent(new_id(), app=app)
+        result = app.AsyncResult(new_id(), parent=parent)
+        waiting = Waiting(lambda: result.get(timeout=LONG, interval=0.05))
+        until_watched(app, result.id, eventually)
+        # When the broker is away, and Celery goes on to ask for the parent
+        proxy.refuse()
+        before = parent.asked
+        eventually(lambda: parent.asked > before + 5 or not waiting.thread.is_alive())
+        other = make_app()
+        other.backend.store_result(parent.id, 1, states.SUCCESS)
+        other.backend.store_result(result.id, 2, states.SUCCESS)
+        proxy.resume()
+        # Then the wait ends as that for any other task
+        assert waiting.result() == 2
+
+
+def test_a_failed_look_up_of_parents_does_not_replace_the_error_of_a_task(
+    app: Celery, make_app: Apps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise errors.LookupTimeout("no answer")
+
+    body = chord_of(app)
+    waiting = Waiting(lambda: body.get(timeout=LONG))
+    until_watched(app, body.id, eventually)
+    monkeypatch.setattr(app.backend.layout, "poll", fail)
+    make_app().backend.store_result(body.id, ChordError("Dependency raised"), states.FAILURE)
+    with pytest.raises(ChordError):
+        waiting.result()
+    assert "no answer" in caplog.text
+
+
+def test_the_failure_of_a_header_that_comes_after_that_of_its_body_is_raised(
+    app: Celery, make_app: Apps
+) -> None:
+    body, other = chord_of(app), make_app()
+    (member,) = body.parent.results
+
+    def store_header(meta: Dict[str, Any]) -> None:
+        other.backend.store_result(member.id, KeyError("header"), states.FAILURE)
+
+    waiting = Waiting(lambda: body.get(timeout=LONG, interval=NEVER, on_message=store_header))
+    until_watched(app, body.id, eventually)
+    other.backend.store_result(body.id, ChordError("Dependency raised"), states.FAILURE)
+    with pytest.raises(KeyError, match="header"):
+        waiting.result()
+
+
+def test_a_parent_with_an_unreadable_value_does_not_end_a_wait(make_app: Apps) -> None:
+    app = make_app()
+    pickling = make_app(result_serializer="pickle", result_accept_content=["pickle", "json"])
+    first = app.AsyncResult(new_id())
+    parent = app.AsyncResult(new_id(), parent=first)
+    result = app.AsyncResult(new_id(), parent=parent)
+    waiting = Waiting(lambda: result.get(timeout=LONG, interval=NEVER))
+    until_watched(app, result.id, eventually)
+    app.backend.store_result(first.id, "first", states.SUCCESS)
+    eventually(lambda: first._cache)
+    pickling.backend.store_result(parent.id, {1, 2}, states.SUCCESS)
+    app.backend.store_result(result.id, "last", states.SUCCESS)
+    assert waiting.result() == "last"
+    assert first.get(timeout=0) == "first"
+
+
+def test_parents_are_read_within_the_timeout_of_the_wait(
+    make_app: Apps, node: rabbitmq.Node
+) -> None:
+    with Proxy(node.amqp_port) as proxy:
+        app = make_app(
+            broker_url=proxy.url(node.url()),
+            result_backend_transport_options={"shards": 8, "lookup_timeout": 20 * LONG},
+        )
+        body = chord_of(app)
+        waiting = Waiting(lambda: body.get(timeout=LONG / 4, on_message=lambda _: proxy.stall()))
+        until_watched(app, body.id, eventually)
+        make_app().backend.store_result(body.id, ChordError("Dependency raised"), states.FAILURE)
+        with pytest.raises(ChordError):
+            waiting.result()
+        proxy.resume()
+
+
 def test_waiting_for_a_large_chord_asks_for_its_header_in_one_pass(make_app: Apps) -> None:
     # Given a chord of 300 tasks, sent by a process that waits for results, of which none has ended
     app = make_app(result_backend_transport_options={"shards": 8})
@@ -72,8 +186,8 @@ def test_waiting_for_a_large_chord_asks_for_its_header_in_one_pass(make_app: App
     # When it is waited for, over many intervals
     with pytest.raises(TimeoutError):
         body.get(timeout=3.0, interval=0.25)
-    # Then Celery's own question before the wait cost a barrier for each member at most, each
-    # interval cost one for all of them, and hardly any shard was read.
+    # Then Celery's own question before the wait cost a barrier for each member at most, the
+    # intervals cost none, and hardly any shard was read.
     metrics = app.backend.metrics()
     assert metrics.shards_read - read <= 2 * 8
     assert metrics.barriers <= 300 + 50

@@ -391,12 +391,16 @@ def test_migrate_collects_results_from_per_task_queues(make_app: Apps) -> None:
     moved, failed, deleted = store(old, 5), store(old, KeyError("k"), states.FAILURE), store(old)
     going = store(old, None, states.STARTED)
 
-    result = run(app, "migrate", "--dry-run", "--json", moved, going, new_id())
+    result = run(app, "migrate", "--dry-run", "--json", moved, going, new_id(), "x" * 300, failed)
     assert [line["outcome"] for line in lines(result)] == [
         "would be moved",
         "not ended",
         "not there",
+        "not there",
+        "would be moved",
     ]
+    # As for the command get
+    assert result.exit_code == Exit.NOT_READY
     assert run(app, "get", moved).exit_code == Exit.NOT_READY
 
     result = run(app, "migrate", "--yes", moved, failed)
@@ -421,6 +425,13 @@ def test_migrate_collects_results_from_per_task_queues(make_app: Apps) -> None:
         ["get", "--timeout", "1", "x"],
         ["forget"],
         ["watch", "--timeout", "-1"],
+        ["get", "x", "--wait", "--timeout", "nan"],
+        ["get", "x", "--wait", "--timeout", "inf"],
+        ["watch", "--timeout", "nan"],
+        ["chord", "--timeout", "nan"],
+        ["chord", "--timeout", "inf"],
+        ["stats", "--rate", "nan"],
+        ["stats", "--rate", "inf"],
         ["nothing"],
     ],
 )

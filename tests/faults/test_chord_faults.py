@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, List
@@ -14,6 +15,7 @@ from celery import Celery, chord, group
 from celery.result import AsyncResult
 
 from celery_amqp_results.protocol.names import PLAN_QUEUES
+from tests.broker.helpers import Waiting
 from tests.conftest import LOAD, Apps, eventually
 from tests.worker.chord_tasks import register
 from tests.worker.conftest import Worker, launch_worker
@@ -32,6 +34,9 @@ OPEN = 200 if LOAD else 60
 #: Tasks of a large body. RabbitMQ 4 refuses messages of more than 16 MiB: each task of the header
 #: contains the body.
 LARGE_BODY = int(os.environ.get("CHORD_BODY", "40000" if LOAD else "200"))
+
+#: How often all workers are restarted, one after the other.
+ROUNDS = 10 if LOAD else 2
 
 TIMEOUT = 60
 
@@ -73,6 +78,12 @@ class Fleet:
         self.workers = [worker for worker in self.workers if worker.process.poll() is None]
         while len(self.workers) < self._size:
             self.workers.append(self._start())
+
+    def stop_the_oldest(self) -> None:
+        """Stop the worker that was started first, as an operator does."""
+        worker = self.workers.pop(0)
+        worker.process.send_signal(signal.SIGTERM)
+        worker.process.wait(2 * TIMEOUT)
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -170,6 +181,43 @@ def test_open_chords_survive_a_restart_of_all_workers(
         assert result.get(timeout=2 * TIMEOUT) == list(range(4))
     assert set(lines(log)) == {result.id for result in results}
     # The result of the last body may be there before its plan is acknowledged.
+    eventually(lambda: open_plans(app, node) == 0)
+
+
+def test_a_rolling_restart_under_load_loses_and_doubles_nothing(
+    app: Celery, node: rabbitmq.Node, t: SimpleNamespace, fleet: Any, tmp_path: Path
+) -> None:
+    workers = fleet(app, 2, pool="prefork", concurrency=1)
+    headers, bodies = tmp_path / "headers", tmp_path / "bodies"
+    sent: List[AsyncResult] = []
+    over = threading.Event()
+
+    def send() -> None:
+        while not over.is_set():
+            header = [t.record.s(number, str(headers)) for number in range(4)]
+            sent.append(chord(header, t.record.s(str(bodies))).delay())
+            # As fast as the workers run them, and some are open all the time.
+            if len(sent) > 20:
+                sent[-20].get(timeout=2 * TIMEOUT)
+
+    sending = Waiting(send)
+    try:
+        # When each worker is stopped in turn, as an operator stops it, and another one started
+        for _ in range(2 * ROUNDS):
+            done = len(lines(bodies))
+            eventually(lambda: len(lines(bodies)) > done + 10, 2 * TIMEOUT)  # noqa: B023
+            workers.stop_the_oldest()
+            workers.refill()
+    finally:
+        over.set()
+    sending.result()
+    # Then each chord has its results, and each task has run once
+    for result in sent:
+        assert result.get(timeout=2 * TIMEOUT) == list(range(4))
+    print(f"{len(sent)} chords, {2 * ROUNDS} workers restarted")
+    assert sorted(lines(bodies)) == sorted(result.id for result in sent)
+    ids = [task.id for result in sent for task in result.parent.results]
+    assert sorted(lines(headers)) == sorted(ids)
     eventually(lambda: open_plans(app, node) == 0)
 
 

@@ -18,7 +18,7 @@ from celery_amqp_results.chords.actions import (
 from celery_amqp_results.chords.leader import Leader
 from celery_amqp_results.chords.open_chord import FIRST_RECHECK, LAST_RECHECK
 from celery_amqp_results.chords.pending import RETRY_SECONDS
-from celery_amqp_results.chords.plan import Amendment, Plan, amended, fill, leaves
+from celery_amqp_results.chords.plan import Amendment, Nested, Plan, amended, fill, leaves
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import plan_number
 
@@ -549,7 +549,7 @@ def test_what_no_plan_waits_for_makes_room() -> None:
 
 
 def test_results_are_put_together_in_the_order_and_nesting_of_the_header() -> None:
-    nested = ["a", ["b", ["c"]], "b"]
+    nested: List[Nested] = ["a", ["b", ["c"]], "b"]
     assert list(leaves(nested)) == ["a", "b", "c", "b"]
     assert fill(nested, {"a": 1, "b": 2, "c": 3}) == [1, [2, [3]], 2]
     more = [amendment("d", after="c"), amendment("e", ["f"], after="d"), amendment("g", after="?")]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, List
+from typing import Any, List
 
 import pytest
 from celery import states
 
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import GROUP, StateMessage
-from celery_amqp_results.store.packing import Packing, without_damaged
+from celery_amqp_results.store.packing import Packing, damaged_in
 from tests.unit.fakes import state
 
 NOW = 1_000_000
@@ -17,7 +17,7 @@ NOW = 1_000_000
 
 def packing(*messages: List[StateMessage]) -> Packing:
     """Return the packing of *messages*, whose tags count from 1."""
-    return Packing(dict(enumerate(messages, start=1)), list, NOW)
+    return Packing(dict(enumerate(messages, start=1)), set(), NOW)
 
 
 def small_page(*contents: StateMessage) -> List[StateMessage]:
@@ -37,6 +37,7 @@ def test_a_state_that_is_larger_than_a_page_has_a_page_of_its_own() -> None:
     made = packing([first], [second])
     assert list(made.pages(100)) == [[first], [second]]
     assert not made.is_last([first])
+    made.wrote([first])
     assert made.is_last([second])
 
 
@@ -60,13 +61,16 @@ def test_a_message_is_replaced_when_every_state_in_it_is_packed_or_dropped() -> 
     assert (made.settled, made.replaced()) == (3, [1, 2])
 
 
+def test_of_two_equal_copies_one_is_dropped_and_the_other_is_replaced_by_its_page() -> None:
+    made = packing([state("a")], [state("a")])
+    assert (made.size, made.settled, len(made.replaced())) == (2, 1, 1)
+    made.wrote([state("a")])
+    assert (made.settled, made.replaced()) == (2, [1, 2])
+
+
 def test_states_that_are_not_credible_displace_none() -> None:
     damaged, good = state("a", states.SUCCESS), state("a", states.FAILURE)
-
-    def credible(known: Iterable[StateMessage]) -> List[StateMessage]:
-        return [each for each in known if each is not damaged]
-
-    made = Packing({1: [damaged], 2: [good]}, credible, NOW)
+    made = Packing({1: [damaged], 2: [good]}, {damaged}, NOW)
     (content,) = made.pages(1000)
     assert content == [good]
     made.wrote(content)
@@ -109,6 +113,6 @@ def test_a_damaged_final_state_is_left_out_if_it_could_hide_another() -> None:
         return several[1:]
 
     known = [damaged, running, alone, group, good, other]
-    assert without_damaged(known, readable) == [running, alone, group, good, other]
+    assert damaged_in(known, readable) == {damaged}
     # Decoding is slow, and a single state hides none.
     assert asked == [[damaged, good]]

@@ -75,8 +75,10 @@ def test_a_damaged_page_is_foreign_without_other_errors(octets: bytes, data: Any
 
 @given(lists, st.integers(0, 2**62))
 def test_selecting_keeps_the_current_state(given_states: List[StateMessage], now: int) -> None:
-    keep, drop = page.select(given_states, now)
-    rest = [s for s in given_states if not any(s is d for d in drop)]
+    kept, dropped = page.select(enumerate(given_states), now)
+    keep, drop = [s for _, s in kept], [s for _, s in dropped]
+    gone = {place for place, _ in dropped}
+    rest = [s for place, s in enumerate(given_states) if place not in gone]
     for kind in (STATE, GROUP):
         for task_id in {s.id for s in given_states}:
             before = fold(s for s in given_states if (s.kind, s.id) == (kind, task_id))
@@ -259,8 +261,10 @@ def test_superseded_and_expired_states_are_dropped() -> None:
     started = fakes.state("c", states.STARTED, now)
     outdated = fakes.state("c", states.STARTED, now - 5_000_000, expiration=5_000)
     lasting = fakes.state("d", published=now - 5_000_000, expiration=5_001)
-    keep, drop = page.select([old, expired, started, current, outdated, lasting], now)
-    assert (keep, drop) == ([current, lasting], [old, expired, outdated])
+    placed = enumerate([old, expired, started, current, outdated, lasting])
+    keep, drop = page.select(placed, now)
+    assert keep == [(3, current), (5, lasting)]
+    assert drop == [(0, old), (1, expired), (4, outdated)]
 
 
 @pytest.mark.parametrize(

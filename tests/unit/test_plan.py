@@ -114,9 +114,10 @@ def test_a_tree_has_the_order_and_nesting_of_the_results() -> None:
 
 
 def test_tasks_that_were_added_to_no_known_task_come_last() -> None:
-    more = [Amendment("header", "x", after, results) for after, results in (
-        (None, ["d"]), ("d", ["e"]), ("unknown", ["f"]), ("a", ["g"]), ("a", ["h"]),
-    )]  # fmt: skip
+    more = [
+        Amendment("header", "x", after, [added])
+        for after, added in ((None, "d"), ("d", "e"), ("unknown", "f"), ("a", "g"), ("a", "h"))
+    ]
     assert amended([["a"], "b"], more) == [["a", "g", "h"], "b", "d", "e", "f"]
     assert amended(["a"], []) == ["a"]
 

@@ -124,18 +124,15 @@ def test_a_network_error_is_one_whatever_else_was_caught_before() -> None:
 
 
 def test_a_bounded_dict_forgets_what_was_set_first() -> None:
-    kept: BoundedDict[str, bytes] = BoundedDict(3, 10, len)
-    for name in "abcd":
-        kept[name] = b"x"
-    assert (list(kept), kept.size, len(kept)) == (["b", "c", "d"], 3, 3)
-    kept["b"] = b"yy"
-    kept["e"] = b"x" * 8
-    assert (list(kept), kept.size) == (["b", "e"], 10)
-    # A single value may be larger than all values together should be.
-    kept["f"] = b"x" * 20
-    assert list(kept) == ["f"]
-    assert kept.pop("f") == b"x" * 20
-    assert (kept.get("f"), kept.size) == (None, 0)
+    kept: BoundedDict[str, int] = BoundedDict(3)
+    for number, name in enumerate("abcd"):
+        kept[name] = number
+    assert list(kept) == ["b", "c", "d"]
+    kept["b"] = 7
+    kept["e"] = 8
+    assert list(kept.items()) == [("d", 3), ("b", 7), ("e", 8)]
+    assert kept.pop("b") == 7
+    assert (kept.get("b"), kept.pop("b", None)) == (None, None)
 
 
 def test_a_message_is_logged_once_until_it_is_over(caplog: Any) -> None:

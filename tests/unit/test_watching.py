@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from celery_amqp_results import errors
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, supersedes
-from celery_amqp_results.waiting.newest import Newest
-from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.waiting.progress import Newest, Update
 from celery_amqp_results.waiting.watch import read_target
 
 #: Seconds after which a wait counts as hanging.

@@ -41,6 +41,12 @@ def register(app: Celery) -> SimpleNamespace:
     def same(x: Any) -> Any:
         return x
 
+    @task(bind=True)
+    def claim(self: Any, x: Any) -> Any:
+        """Store SUCCESS before the end."""
+        self.update_state(state="SUCCESS", meta={"claimed": x})
+        return x
+
     @task()
     def total(numbers: List[int]) -> int:
         return sum(numbers)

@@ -116,6 +116,8 @@ SHAPES: List[Tuple[str, Callable[[Any], Any], Any]] = [
     ("generator of none", lambda t: chord((t.same.s(i) for i in range(0)), t.same.s()), []),
     ("group of a generator", lambda t: group(t.same.s(i) for i in range(20)) | t.same.s(),
      list(range(20))),
+    ("final states before the end", lambda t: chord([t.claim.s(1), t.claim.s(2)], t.same.s()),
+     [1, 2]),
     ("group | task", lambda t: group([t.add.s(1, 1), t.add.s(2, 2)]) | t.total.s(), 6),
     ("group | task | task", lambda t: group([t.add.s(1, 1), t.add.s(2, 2)]) | t.total.s()
      | t.add.s(4), 10),

@@ -17,6 +17,7 @@ from celery.result import AsyncResult
 from tests.conftest import LOAD, PATIENCE, Apps, eventually
 from tests.worker.chord_tasks import register
 from tests.worker.test_chords import plans_left
+from tools import rabbitmq
 
 #: Tasks of the large chords.
 SIZES = [10_000, 100_000] if LOAD else [1_000]
@@ -67,6 +68,12 @@ def memory(pid: int) -> Dict[str, int]:
     return {name: int(kilobytes) for name, kilobytes in re.findall(r"(Vm\w+):\s+(\d+) kB", status)}
 
 
+def allocated(node: rabbitmq.Node) -> int:
+    """Return the kilobytes that a broker uses, without what waits for collection."""
+    collected = "[erlang:garbage_collect(P) || P <- erlang:processes()], erlang:memory(total)"
+    return int(node.eval(collected)) // 1024
+
+
 def warm_worker(app: Celery, t: SimpleNamespace, start_worker: Any) -> Any:
     worker = start_worker(app, module="tests.faults.chord_app", pool="prefork", concurrency=1)
     # A chord that it runs, so that it leads before this process stores anything of a chord.
@@ -95,12 +102,15 @@ def test_the_leader_of_a_large_chord_takes_little_memory(
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_open_chords_take_memory_for_their_plans_only(
-    app: Celery, t: SimpleNamespace, start_worker: Any
+    app: Celery, node: rabbitmq.Node, t: SimpleNamespace, start_worker: Any
 ) -> None:
     worker = warm_worker(app, t, start_worker)
     before = memory(worker.pid)["VmRSS"]
+    queues, broker = node.queue_count(), allocated(node)
     sent: List[SimpleNamespace] = [send(app, t, 10) for _ in range(OPEN)]
     eventually(lambda: plans_left(app) == 0, LONG)
+    assert node.queue_count() == queues
+    print(f"{node.version}: {OPEN} open chords, the broker took {allocated(node) - broker} kB")
     for one in sent[-20:]:
         end(app, one)
     assert [one.result.get(timeout=LONG) for one in sent[-20:]] == [10] * 20
