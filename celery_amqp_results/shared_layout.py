@@ -109,7 +109,7 @@ class SharedLayout:
             large=publisher.large,
             retried=publisher.retried,
             refused=publisher.refused,
-            failed=publisher.failed,
+            failed=publisher.failed + publisher.lost,
             late_copies=publisher.late_copies,
             pushed=inbox.received,
             looked_up=store.looked_up,
@@ -186,6 +186,8 @@ class SharedLayout:
         # A chord waits for this state, and it is not sent again.
         confirm = final and (self._options.confirm or route.in_chord)
         self.publisher.publish(messages, confirm)
+        if confirm:
+            self._large.clean_up()
         self.inbox.note_stored(state)
         self._note_chord(route, final)
 

@@ -128,6 +128,7 @@ class Publication:
     __slots__ = (
         "copying",
         "failure",
+        "homeless",
         "message",
         "push",
         "refusals",
@@ -148,6 +149,8 @@ class Publication:
         self.copying = False
         #: Whether the message came back; its confirm comes after that.
         self.returned = False
+        #: Whether it has come back once, since its queue was missing.
+        self.homeless = False
         #: When it was sent (``time.monotonic``).
         self.sent = 0.0
         #: The error that the connection was lost with.
@@ -261,7 +264,7 @@ class ConfirmLog:
         same = [p for p in alike if _identity(p.message.properties) == identity]
         # Headers that are not UTF-8 come back as something that cannot be compared.
         for publication in (same or alike or candidates)[:1]:
-            publication.returned = True
+            publication.returned = publication.homeless = True
 
     def lost(self, failure: BaseException) -> List[Publication]:
         """Note that the connection was lost; return all publications without an answer."""

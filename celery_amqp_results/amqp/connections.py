@@ -20,7 +20,7 @@ from kombu.transport import pyamqp
 from celery_amqp_results import errors, options
 from celery_amqp_results.amqp.failures import CHANNELS, CONNECTIONS, TRANSIENT, is_refusal, limit_of
 from celery_amqp_results.amqp.link import Link
-from celery_amqp_results.amqp.slots import Slots
+from celery_amqp_results.amqp.slots import Slot, Slots
 from celery_amqp_results.toolkit import retry
 from celery_amqp_results.toolkit.bounded import OnceLogger
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
@@ -171,13 +171,14 @@ class Connector:
                 ``broker_pool_limit`` allows no further connection.
             OSError, amqp.AMQPError: when no host answers.
         """
-        self.slots.take(purpose, deadline)
+        slot = Slot(purpose)
         try:
+            self.slots.take(slot, deadline)
             link = self._open_counted(heartbeat, deadline, purpose)
+            link.on_closed(functools.partial(self.slots.give_back, slot))
         except BaseException:
-            self.slots.give_back(purpose)
+            self.slots.give_back(slot)
             raise
-        link.on_closed(functools.partial(self.slots.give_back, purpose))
         self._once.forget(CONNECTIONS)
         return link
 

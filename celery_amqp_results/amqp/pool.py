@@ -14,7 +14,7 @@ from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import is_over, time_left
-from celery_amqp_results.toolkit.threads import start_thread
+from celery_amqp_results.toolkit.threads import start_helper
 
 __all__ = ("AllInUse", "Pool")
 
@@ -154,7 +154,7 @@ class Pool:
                 link.idle_since = time.monotonic()
                 self._idle.append(link)
                 if self._keeper is None:
-                    self._keeper = start_thread(self._keep, self._name)
+                    self._keeper = start_helper(self._keep, self._name)
                 return
         link.close()
 

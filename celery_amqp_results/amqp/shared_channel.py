@@ -131,12 +131,29 @@ class SharedChannel:
         self._open_failure: Optional[errors.BackendUnavailable] = None
         # Guards the two below. Taken within the lock above, never around it.
         self._turn = threading.Lock()
-        self._led = False
+        self._leader: Optional[Waiter] = None
         self._followers: Deque[Waiter] = collections.deque()
         #: Not set while the connection is given up for another one.
         self._may_send = threading.Event()
         self._may_send.set()
         connector.slots.add_giver(self.give_up_idle)
+
+    @contextlib.contextmanager
+    def _held(self, deadline: Optional[float]) -> Iterator[None]:
+        """Hold the lock for I/O, which a thread that connects may hold for long."""
+        if deadline is None:
+            # An exception from a signal handler cannot come between the lock and the block.
+            with self._io:
+                yield
+            return
+        if not self._io.acquire(timeout=time_left(deadline, threading.TIMEOUT_MAX)):
+            raise errors.BackendUnavailable(
+                "other threads of this process still connect to the broker, or use the connection"
+            )
+        try:
+            yield
+        finally:
+            self._io.release()
 
     @contextlib.contextmanager
     def open(
@@ -154,7 +171,8 @@ class SharedChannel:
             since: when the caller's attempt began. It shares the failure of an attempt to connect
                 that began after that, instead of making one more.
             asks: whether the block waits for an answer.
-            deadline: time (``time.monotonic``) after which to give up waiting for that.
+            deadline: time (``time.monotonic``) after which to give up that wait, connecting, and
+                waiting for other threads; the retry policy may give up connecting earlier.
 
         Raises:
             BackendUnavailable: when the connection could not be opened, or at the deadline.
@@ -162,8 +180,8 @@ class SharedChannel:
         if not self._may_send.is_set():
             self._may_send.wait(STEP)
         while True:
-            with self._io:
-                channel = self._ready(since)
+            with self._held(deadline):
+                channel = self._ready(since, deadline)
                 if self._is_free(channel, asks):
                     try:
                         yield channel
@@ -187,9 +205,13 @@ class SharedChannel:
         return not (channel.link.unsent or (channel.mute and asks()))
 
     @contextlib.contextmanager
-    def present(self) -> Iterator[Optional[ConfirmChannel]]:
-        """Lend the channel if it is open; ``None`` otherwise."""
-        with self._io:
+    def present(self, deadline: Optional[float] = None) -> Iterator[Optional[ConfirmChannel]]:
+        """Lend the channel if it is open; ``None`` otherwise.
+
+        Raises:
+            BackendUnavailable: when other threads use it until *deadline*.
+        """
+        with self._held(deadline):
             channel = self._channel
             try:
                 yield channel
@@ -198,7 +220,7 @@ class SharedChannel:
                     self._lose(channel, exc)
                 raise
 
-    def _ready(self, since: float) -> ConfirmChannel:
+    def _ready(self, since: float, deadline: Optional[float]) -> ConfirmChannel:
         channel = self._channel
         if channel is not None:
             try:
@@ -220,9 +242,11 @@ class SharedChannel:
             ) from self._open_failure.__cause__
         self._opening, self._open_failure = time.monotonic(), None
         try:
-            link = self._connector.open(HEARTBEAT, None, "publish")
+            link = self._connector.open(HEARTBEAT, deadline, "publish")
         except errors.BackendUnavailable as exc:
-            self._open_failure = exc
+            # Callers without a deadline have more tries.
+            if deadline is None:
+                self._open_failure = exc
             raise
         try:
             link.keep_unsent()
@@ -239,7 +263,7 @@ class SharedChannel:
         A leader would wait in vain for the bytes that another thread has taken in.
         """
         with self._turn:
-            if not self._led:
+            if self._leader is None:
                 channel.link.flush()
                 channel.take_in()
 
@@ -288,34 +312,36 @@ class SharedChannel:
                         if channel is self._channel:
                             self._lose(channel, confirms.no_confirm())
         finally:
-            self._pass_on_lead()
+            self._pass_on_lead(waiter)
 
-    def _pass_on_lead(self) -> None:
-        """Wake a follower if no thread leads, since this one was chosen and has not led."""
-        if self._followers:
+    def _pass_on_lead(self, waiter: Waiter) -> None:
+        """Wake a follower if no thread leads, since *waiter* was chosen and has not led."""
+        if self._leader is waiter:
+            # An exception from a signal handler has kept it from handing over.
+            self._hand_over()
+        elif self._followers:
             with self._turn:
-                if not self._led and self._followers:
+                if self._leader is None and self._followers:
                     self._followers[0].wake()
 
     def _take_turn(self, waiter: Waiter, deadline: Optional[float]) -> None:
         """Read as the leader, or wait for the leader to read."""
-        with self._turn:
-            lead = not self._led
-            if lead:
-                self._led = True
-            else:
-                waiter.follow()
-                self._followers.append(waiter)
-                if waiter.done:
-                    # The leader took in its confirm before it knew of this follower.
-                    self._followers.pop()
-                    return
-        if not lead:
-            waiter.wait(time_left(deadline, STEP))
-            with self._turn, contextlib.suppress(ValueError):
-                self._followers.remove(waiter)
-            return
         try:
+            with self._turn:
+                if self._leader is None:
+                    self._leader = waiter
+                else:
+                    waiter.follow()
+                    self._followers.append(waiter)
+                    if waiter.done:
+                        # The leader took in its confirm before it knew of this follower.
+                        self._followers.pop()
+                        return
+            if self._leader is not waiter:
+                waiter.wait(time_left(deadline, STEP))
+                with self._turn, contextlib.suppress(ValueError):
+                    self._followers.remove(waiter)
+                return
             # This thread or a follower may wait only for confirms that were taken in before it led.
             self._wake_done()
             while not waiter.done and self._channel is not None:
@@ -324,7 +350,8 @@ class SharedChannel:
                     break
                 self._wake_done()
         finally:
-            self._hand_over()
+            if self._leader is waiter:
+                self._hand_over()
 
     def _read(self, timeout: float) -> bool:
         """Take in what comes within *timeout* seconds; return whether anything did."""
@@ -372,7 +399,7 @@ class SharedChannel:
 
     def _hand_over(self) -> None:
         with self._turn:
-            self._led = False
+            self._leader = None
             if not self._followers:
                 return
             followers, self._followers = list(self._followers), collections.deque()
@@ -387,9 +414,13 @@ class SharedChannel:
                 else:
                     self._followers.append(follower)
 
-    def collect(self) -> List[Publication]:
-        """Take in buffered confirms without waiting; return stray publications."""
-        with self._io:
+    def collect(self, deadline: Optional[float] = None) -> List[Publication]:
+        """Take in buffered confirms without waiting; return stray publications.
+
+        Raises:
+            BackendUnavailable: when other threads use the connection until *deadline*.
+        """
+        with self._held(deadline):
             channel = self._channel
             if channel is None:
                 return []
@@ -430,9 +461,12 @@ class SharedChannel:
         finally:
             self._may_send.set()
 
-    def close(self) -> None:
-        """Close the connection with the protocol's handshake."""
-        with self._io:
+    def close(self, deadline: float) -> None:
+        """Close the connection with the protocol's handshake.
+
+        If a thread still connects at *deadline*, there is nothing to close.
+        """
+        with contextlib.suppress(errors.BackendUnavailable), self._held(deadline):
             channel = self._channel
             if channel is not None:
                 self._channel = None

@@ -11,7 +11,7 @@ from typing import Any, Callable, List, Optional
 from celery_amqp_results import errors
 from celery_amqp_results.toolkit.retry import is_over, time_left
 
-__all__ = ("LASTING", "Slots")
+__all__ = ("LASTING", "Slot", "Slots")
 
 #: Purposes of connections that stay open for as long as their user exists. One connection is always
 #: left for the others, which take turns.
@@ -24,11 +24,16 @@ PATIENCE = 30.0
 LOOK_AGAIN = 0.1
 
 
-class _Turn:
-    """A caller that waits."""
+class Slot:
+    """The place of one connection.
+
+    Parameters:
+        purpose: what the connection is for.
+    """
 
     def __init__(self, purpose: str) -> None:
         self.purpose = purpose
+        #: Whether the connection is counted.
         self.taken = False
 
 
@@ -48,7 +53,7 @@ class Slots:
         #: How many connections are open, by purpose.
         self._open: collections.Counter[str] = collections.Counter()
         #: The waiting callers, in the order in which they came.
-        self._line: List[_Turn] = []
+        self._line: List[Slot] = []
         self._givers: List[weakref.WeakMethod[Callable[[], bool]]] = []
 
     def add_giver(self, give_up_idle: Callable[[], bool]) -> None:
@@ -58,46 +63,38 @@ class Slots:
         """
         self._givers.append(weakref.WeakMethod(give_up_idle))
 
-    def take(self, purpose: str, deadline: Optional[float] = None) -> None:
+    def take(self, slot: Slot, deadline: Optional[float] = None) -> None:
         """Count one more connection; wait until that is possible.
 
+        If a signal handler raises an error meanwhile, the caller must give *slot* back.
+
         Parameters:
-            purpose: what the connection is for.
+            slot: a new one.
             deadline: time (``time.monotonic``) at which to give up; ``None`` for :data:`PATIENCE`.
 
         Raises:
             BackendUnavailable: when the limit does not allow it until then.
         """
         until = time.monotonic() + PATIENCE if deadline is None else deadline
-        me = _Turn(purpose)
+        purpose = slot.purpose
         with self._changed:
-            if not self._line and self._has_room(purpose):
-                self._open[purpose] += 1
+            self._line.append(slot)
+            if self._take_in_turn(slot):
                 return
-            self._line.append(me)
-        try:
-            while not self._take_in_turn(me):
-                if is_over(until) or (purpose in LASTING and self.limit == 1):
-                    raise self._exceeded(purpose)
-                if not self._waits_for_lasting(purpose) and self._give_up_one():
-                    continue
-                with self._changed:
-                    self._changed.wait(time_left(until, LOOK_AGAIN))
-        except BaseException:
-            # An alarm or a time limit may end the wait after the connection was counted.
-            if me.taken:
-                self.give_back(purpose)
-            raise
-        finally:
+        while not self._take_in_turn(slot):
+            if is_over(until) or (purpose in LASTING and self.limit == 1):
+                self.give_back(slot)
+                raise self._exceeded(purpose)
+            if not self._waits_for_lasting(purpose) and self._give_up_one():
+                continue
             with self._changed:
-                self._line.remove(me)
-                self._changed.notify_all()
+                self._changed.wait(time_left(until, LOOK_AGAIN))
 
     @property
     def wanted(self) -> bool:
         """Whether callers wait for a connection that is idle now, and should be closed."""
         with self._changed:
-            return any(not self._waits_for_lasting(turn.purpose) for turn in self._line)
+            return any(not self._waits_for_lasting(slot.purpose) for slot in self._line)
 
     def _waits_for_lasting(self, purpose: str) -> bool:
         """Return whether only the end of a lasting connection makes room."""
@@ -105,19 +102,29 @@ class Slots:
             return False
         return sum(self._open[name] for name in LASTING) + 1 >= self.limit
 
-    def _take_in_turn(self, me: _Turn) -> bool:
+    def _take_in_turn(self, slot: Slot) -> bool:
         with self._changed:
             first = next((each for each in self._line if self._has_room(each.purpose)), None)
-            if first is me and not me.taken:
-                self._open[me.purpose] += 1
-                me.taken = True
-            return me.taken
+            if first is not slot:
+                return False
+            slot.taken = True
+            self._open[slot.purpose] += 1
+            self._leave_line(slot)
+            return True
 
-    def give_back(self, purpose: str) -> None:
-        """Note that a connection was closed. Safe within garbage collection."""
-        with self._changed:
-            self._open[purpose] -= 1
+    def _leave_line(self, slot: Slot) -> None:
+        if slot in self._line:
+            self._line.remove(slot)
             self._changed.notify_all()
+
+    def give_back(self, slot: Slot) -> None:
+        """Note that a connection was closed, or not opened. Safe within garbage collection."""
+        with self._changed:
+            self._leave_line(slot)
+            if slot.taken:
+                slot.taken = False
+                self._open[slot.purpose] -= 1
+                self._changed.notify_all()
 
     def _has_room(self, purpose: str) -> bool:
         if self.limit is None:

@@ -201,12 +201,12 @@ class KombuSessions:
         sample = make()
         self.local = transport_name(sample) in (MEMORY, "kombu.transport.memory:Transport")
         # The transports list their errors; any that does I/O may also raise an OSError.
-        self.errors: Tuple[Type[Exception], ...] = (
+        self._losses: Tuple[Type[Exception], ...] = (
             *sample.connection_errors,
-            *sample.channel_errors,
             kombu.exceptions.OperationalError,
             OSError,
         )
+        self.errors: Tuple[Type[Exception], ...] = (*sample.channel_errors, *self._losses)
         self._lock = threading.Lock()
         self._idle: Deque[kombu.Connection] = collections.deque()
         self._closed = False
@@ -220,14 +220,23 @@ class KombuSessions:
             connection = self._open(deadline)
         try:
             yield _KombuSession(connection)
-        except BaseException:
+        except BaseException as exc:
             _release(connection)
+            if isinstance(exc, self._losses):
+                # The server may have restarted: the next try would take another lost one.
+                self._release_idle()
             raise
         with self._lock:
             if not self._closed:
                 self._idle.append(connection)
                 return
         _release(connection)
+
+    def _release_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = list(self._idle), collections.deque()
+        for connection in idle:
+            _release(connection)
 
     def _open(self, deadline: Optional[float]) -> kombu.Connection:
         tries = retry.Retry(self._connector.policy)
@@ -248,9 +257,7 @@ class KombuSessions:
         """Close all connections that are not in use."""
         with self._lock:
             self._closed = True
-            idle, self._idle = list(self._idle), collections.deque()
-        for connection in idle:
-            _release(connection)
+        self._release_idle()
 
 
 def _release(connection: kombu.Connection) -> None:

@@ -20,7 +20,7 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.page import Census
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.lookup import Store
-from celery_amqp_results.toolkit.threads import start_thread
+from celery_amqp_results.toolkit.threads import start_helper
 
 __all__ = ("Reads",)
 
@@ -119,7 +119,7 @@ class Reads:
             return
         with self._lock:
             if self._counting is None:
-                self._counting = start_thread(self._count, "views")
+                self._counting = start_helper(self._count, "views")
 
     def _count(self) -> None:
         try:

@@ -39,6 +39,9 @@ PREFETCH = 65535
 #: AMQP's code for a missing object.
 NOT_FOUND = 404
 
+#: Seconds between looks at the heartbeats while the broker puts messages back.
+TICK = 1.0
+
 #: A fence whose reader has died is dropped after this many milliseconds.
 FENCE_EXPIRATION = 60_000
 #: A reader that has waited in line for this many seconds publishes its fence again.
@@ -249,8 +252,13 @@ class Checkout:
             self.acknowledge(self._fence_tags)
             # Channel.close() would log each message that is still on its way as a protocol error.
             self.channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
+        end = time.monotonic() + IO_TIMEOUT
         while wait and self.channel.connection is not None:
-            if not self.link.drain(IO_TIMEOUT):
+            left = end - time.monotonic()
+            if left <= 0:
+                # Heartbeats may have come meanwhile.
                 raise amqp_errors.RecoverableConnectionError(
                     f"the broker did not close a channel within {IO_TIMEOUT:g} s"
                 )
+            self.link.drain(min(left, TICK))
+            self.link.tick()

@@ -9,7 +9,7 @@ from amqp import exceptions as amqp_errors
 
 from celery_amqp_results.amqp.confirms import Outgoing, Publication, Status
 
-__all__ = ("Delivery", "Verdict", "concerns", "describe", "size_limit")
+__all__ = ("Delivery", "Verdict", "concerns", "describe", "named_queue", "size_limit")
 
 #: The broker's error for a message that is too large; it closes the channel.
 _MAX_SIZE = re.compile(r"larger than .*?max size (\d+)")
@@ -129,8 +129,14 @@ def concerns(exc: BaseException, messages: Sequence[Outgoing]) -> bool:
     limit = size_limit(exc)
     if limit is not None:
         return any(len(message.body) > limit for message in messages)
+    queue = named_queue(exc)
+    return not messages or queue is None or queue in {message.queue for message in messages}
+
+
+def named_queue(exc: BaseException) -> Optional[str]:
+    """Return the queue that the broker's error is about, if it names one."""
     found = _QUEUE.search(str(exc))
-    return not messages or found is None or found[1] in {message.queue for message in messages}
+    return found[1] if found else None
 
 
 def describe(messages: Sequence[Outgoing]) -> str:

@@ -15,11 +15,12 @@ and repeatedly, and none of them finds a queue that only looks empty.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import time
 import uuid
-from typing import List, Optional
+from typing import Deque, List, Optional
 
 import amqp
 
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 #: A body outlives its pointer, which is published later, by this many milliseconds.
 LINGER = 60_000
 
+#: This many queues of bodies that were not stored are remembered until they can be deleted.
+MAX_ORPHANS = 1000
 
 #: Seconds between checks of the heartbeats while a body is read.
 TICK = 1.0
@@ -75,9 +78,14 @@ class LargeBodies:
         self._persistent = persistent
         self._limit = limit
         self._lookup_timeout = lookup_timeout
+        #: Queues of bodies that were not stored, and that would never expire.
+        self._orphans: Deque[str] = collections.deque(maxlen=MAX_ORPHANS)
 
     def detach(self, state: StateMessage) -> StateMessage:
         """Return *state*, or if it is large a pointer to its body, after publishing the body.
+
+        If that fails, there will be no pointer, and the queue of a body that never expires is
+        deleted by :meth:`clean_up`.
 
         Raises:
             ResultTooLarge: when the broker refuses a message of this size.
@@ -105,7 +113,28 @@ class LargeBodies:
         except errors.ResultTooLarge:
             self._publisher.delete((queue.name,))
             raise
+        except BaseException:
+            # The broker may be away, so it is not asked now.
+            if expires is None:
+                self._orphans.append(queue.name)
+            raise
         return dataclasses.replace(state, body=b"", body_queue=queue.name)
+
+    def clean_up(self) -> None:
+        """Delete queues that were left behind. To be called when the broker confirms messages."""
+        while self._orphans:
+            try:
+                queue = self._orphans.popleft()
+            except IndexError:
+                # Another thread has taken it.
+                return
+            try:
+                self._publisher.delete((queue,))
+            except errors.NotConfirmed:
+                self._orphans.append(queue)
+                return
+            except errors.BackendUnavailable as exc:
+                logger.warning("queue %r is left, whose result was not stored: %s", queue, exc)
 
     def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
         """Return the state that *pointer* stands for, or ``None`` if the body is gone.

@@ -30,6 +30,7 @@ from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
 from celery_amqp_results.store.announcing import announce
+from celery_amqp_results.store.delivery import size_limit
 from celery_amqp_results.store.shard_read import PAGE_SECONDS, LookUp, Removal, ShardRead
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
@@ -99,7 +100,8 @@ class Store:
         pool: connections for look-ups.
         declarations: knows the topology, and checks the exchange once; no shard is declared here.
         lookup_timeout: time limit of a look-up, in seconds.
-        page_size: the most bytes of results that are packed into one page.
+        page_size: the most bytes of results that are packed into one page. Halved where the
+            broker takes smaller messages only.
         persistent: whether pages survive a restart of the broker.
         check: raises an error for a state that cannot be decoded; such a state hides no other.
 
@@ -293,18 +295,39 @@ class Store:
             except errors.LookupTimeout:
                 raise
             except TRANSIENT as exc:
+                raise_if_from_signal_handler(exc)
                 # Shards read completely are done; the others are read again.
                 self.declarations.forget()
+                shrunk = self._shrink_pages(exc)
                 if not request.todo:
                     # All shards were read; only the packing failed, and the next reader can do
                     # that.
                     logger.warning("a shard was read and could not be packed: %r", exc)
                     return
-                if isinstance(exc, errors.BackendUnavailable):
+                if shrunk:
+                    continue
+                # A page that is not confirmed concerns only this connection.
+                refused = isinstance(exc, errors.BackendUnavailable)
+                if refused and not isinstance(exc, errors.NotConfirmed):
                     raise
                 tries.wait(exc, f"{len(request.todo)} of {len(shards)} shards")
             if late is not None:
                 raise late
+
+    def _shrink_pages(self, exc: BaseException) -> bool:
+        """Write smaller pages from now on, if the broker says that it takes none so large."""
+        limit = size_limit(exc)
+        if limit is None or not self.page_size:
+            return False
+        # Half of it, since entries may be longer than a page counts them.
+        self.page_size = min(self.page_size, limit) // 2
+        logger.warning(
+            "the broker takes messages of up to %d bytes (max_message_size in its rabbitmq.conf): "
+            "results are packed into pages of up to %d bytes from now on",
+            limit,
+            self.page_size,
+        )
+        return True
 
     def _check_exchange(self, link: Link) -> None:
         if not self.declarations.exchange_checked:

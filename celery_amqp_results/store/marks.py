@@ -19,7 +19,7 @@ import kombu
 
 from celery_amqp_results.amqp import nowait
 from celery_amqp_results.amqp.confirms import Outgoing
-from celery_amqp_results.amqp.declarations import Declarations, declare_exchange
+from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations, declare_exchange
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import channel_nowait
 from celery_amqp_results.protocol import expiry
@@ -92,6 +92,10 @@ class _Side:
         self._declarations = declarations
         #: Why publishing marks has stopped, or ``None``.
         self.refused: Optional[str] = None
+        #: Without an answer it cannot tell whether queues are left for other programs. So it
+        #: declares the shards of apps with few of them only, and a mark of another app is dropped
+        #: until a state has been stored in its shard.
+        self._declares = declarations.declare and declarations.topology.shards <= FEW_SHARDS
         self._requested: Set[int] = set()
         self.channel = channel_nowait(connection, self._on_close)
         if not declarations.declare:
@@ -109,7 +113,7 @@ class _Side:
         if self.refused is not None:
             return
         shard = message.shard
-        if shard is not None and self._declarations.declare and shard not in self._requested:
+        if shard is not None and self._declares and shard not in self._requested:
             self._declarations.request_shard(self.channel, shard)
             self._requested.add(shard)
         # The app's connections may use confirms.
@@ -120,7 +124,7 @@ class Marker:
     """Publishes marks on the connections that send tasks.
 
     Parameters:
-        declarations: declares the shards before they are first used.
+        declarations: declares the exchange, and few shards before they are first used.
 
     Only one thread at a time may use a connection; kombu's pools ensure that. After a fork the
     child must make a new one.

@@ -9,7 +9,7 @@ from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 
-__all__ = ("Packing", "damaged_in")
+__all__ = ("Packing", "damaged_in", "split")
 
 
 class Packing:
@@ -57,16 +57,7 @@ class Packing:
 
     def pages(self, page_size: int) -> Iterator[List[StateMessage]]:
         """Yield the contents of the pages, each of at most *page_size* bytes."""
-        batch: List[StateMessage] = []
-        size = 0
-        for _, state in self._keep:
-            if batch and size + len(state.body) > page_size:
-                yield batch
-                batch, size = [], 0
-            batch.append(state)
-            size += len(state.body) + page.OVERHEAD
-        if batch:
-            yield batch
+        return split((state for _, state in self._keep), page_size)
 
     def is_last(self, content: List[StateMessage]) -> bool:
         """Return whether *content* is that of the last page."""
@@ -94,6 +85,20 @@ class Packing:
         # The same pointer may occur twice.
         known = _unexpiring(state for states_of in self._sources.values() for state in states_of)
         return {queue for queue, count in gone.items() if count == known[queue]}
+
+
+def split(states: Iterable[StateMessage], page_size: int) -> Iterator[List[StateMessage]]:
+    """Yield *states* in batches that make pages of about *page_size* bytes at most."""
+    batch: List[StateMessage] = []
+    size = 0
+    for state in states:
+        if batch and size + len(state.body) > page_size:
+            yield batch
+            batch, size = [], 0
+        batch.append(state)
+        size += len(state.body) + page.OVERHEAD
+    if batch:
+        yield batch
 
 
 def _unexpiring(states: Iterable[StateMessage]) -> Counter[str]:

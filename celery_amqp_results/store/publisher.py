@@ -85,6 +85,11 @@ class Publisher:
         self.failed = 0
         self.late_copies = 0
 
+    @property
+    def lost(self) -> int:
+        """Messages without a waiting caller that the broker does not take."""
+        return self._unwaited.lost
+
     # -- requests ----------------------------------------------------------------------------
 
     def publish(self, messages: Sequence[Outgoing], confirm: bool = True) -> None:

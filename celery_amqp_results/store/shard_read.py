@@ -18,7 +18,7 @@ from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
 from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
-from celery_amqp_results.store.packing import Packing, damaged_in
+from celery_amqp_results.store.packing import Packing, damaged_in, split
 from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("LookUp", "Removal", "ShardRead", "Shelf")
@@ -173,6 +173,7 @@ class ShardRead:
 
         Raises:
             NotConfirmed: when the broker has not confirmed a page by then.
+            amqp.PreconditionFailed: when a page is too large for the broker.
         """
         raise NotImplementedError
 
@@ -201,8 +202,8 @@ class ShardRead:
         while not self.checkout.fenced and time.monotonic() < until:
             self._link.drain(time_left(until, PAGE_SECONDS))
 
-    def _publish_page(self, content: List[StateMessage]) -> None:
-        """Publish a page to the shard, and wait for its confirm."""
+    def _publish_page(self, content: List[StateMessage]) -> bool:
+        """Publish a page to the shard; return whether the broker has taken it."""
         expires = page.expiration(content, wall())
         properties: Dict[str, object] = {
             "type": page.PAGE,
@@ -217,8 +218,10 @@ class ShardRead:
         )
         channel.publish(published)
         channel.wait((published,), self._end)
-        if published.status is not Status.CONFIRMED:
-            raise errors.NotConfirmed(f"the broker did not take a page for {self.checkout.queue!r}")
+        if published.status is Status.CONFIRMED:
+            return True
+        logger.info("the broker did not take a page for %r", self.checkout.queue)
+        return False
 
 
 class LookUp(ShardRead):
@@ -319,7 +322,8 @@ class LookUp(ShardRead):
         for content in packing.pages(self._store.page_size):
             if not packing.is_last(content) and time.monotonic() >= stop:
                 break
-            self._publish_page(content)
+            if not self._publish_page(content):
+                break
             packing.wrote(content)
             stop = until
         replaced = packing.replaced()
@@ -407,8 +411,9 @@ class Removal(ShardRead):
             kept = [
                 state for state in page.decode(body, self._reject) if not self._is_wanted(state)
             ]
-            if kept:
-                self._publish_page(kept)
+            for content in split(kept, self._store.page_size):
+                if not self._publish_page(content):
+                    raise errors.NotConfirmed(f"{self.checkout.queue!r} does not take a page")
                 published = True
         if published:
             self._wait_for_pages()

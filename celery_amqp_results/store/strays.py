@@ -7,7 +7,8 @@ import logging
 from typing import Deque, Iterable, List, Optional
 
 from celery_amqp_results.amqp.confirms import Publication, Status
-from celery_amqp_results.store.delivery import size_limit
+from celery_amqp_results.amqp.failures import is_refusal
+from celery_amqp_results.store.delivery import named_queue, size_limit
 
 __all__ = ("MAX_STRAYS", "Strays")
 
@@ -30,6 +31,8 @@ class Strays:
 
     def __init__(self) -> None:
         self._waiting: Deque[Publication] = collections.deque(maxlen=MAX_STRAYS)
+        #: How many were given up.
+        self.lost = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -37,20 +40,30 @@ class Strays:
     def add(self, publications: Iterable[Publication]) -> None:
         """Publish these again, when it is time."""
         for publication in publications:
-            if self._is_hopeless(publication.message.body, publication.failure):
-                logger.error(
-                    "%s is lost: it has %d bytes, and the broker takes up to %d",
-                    publication.message.what,
-                    len(publication.message.body),
-                    size_limit(publication.failure),
-                )
-            else:
+            why = self._refusal(publication)
+            if why is None:
                 self._waiting.append(publication)
+            else:
+                self.give_up(publication, why)
+
+    def give_up(self, publication: Publication, why: object) -> None:
+        """Count and log that a message is not published again."""
+        self.lost += 1
+        logger.error("%s is lost: %s", publication.message.what, why)
 
     @staticmethod
-    def _is_hopeless(body: bytes, failure: Optional[BaseException]) -> bool:
+    def _refusal(publication: Publication) -> Optional[str]:
+        """Return why the broker will never take a message, or ``None``."""
+        failure, message = publication.failure, publication.message
         limit = size_limit(failure)
-        return limit is not None and len(body) > limit
+        if limit is not None and len(message.body) > limit:
+            return f"it has {len(message.body)} bytes, and the broker takes up to {limit}"
+        # Unless the message has come back, its queue may be there although it was declared here.
+        if failure is None or not publication.homeless or not is_refusal(failure):
+            return None
+        if named_queue(failure) != message.queue:
+            return None
+        return f"its queue is not there, and the broker refuses it: {failure}"
 
     def take_due(self, now: float) -> List[Publication]:
         """Remove and return the messages to publish now.
@@ -67,10 +80,8 @@ class Strays:
             if publication.status is not Status.REFUSED:
                 due.append(publication)
             elif publication.refusals > len(REFUSAL_PAUSES):
-                logger.error(
-                    "lost, since the broker refused it %d times (nack): %s",
-                    publication.refusals,
-                    publication.message.what,
+                self.give_up(
+                    publication, f"the broker refused it {publication.refusals} times (nack)"
                 )
             elif now < publication.sent + REFUSAL_PAUSES[publication.refusals - 1]:
                 later.append(publication)

@@ -19,7 +19,7 @@ from celery_amqp_results.amqp.shared_channel import SharedChannel, Waiter
 from celery_amqp_results.store.strays import Strays
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import is_over, time_left
-from celery_amqp_results.toolkit.threads import start_thread
+from celery_amqp_results.toolkit.threads import start_helper
 
 __all__ = ("Unwaited", "room_refusal")
 
@@ -33,6 +33,13 @@ COLLECT_EVERY = 50
 
 #: Seconds after which a confirm without a waiting caller is collected.
 CHECK_SECONDS = 1.0
+
+#: Seconds for which the checking thread tries to connect before it leaves the connection to others
+#: for a moment. A process that ends waits for that.
+CONNECT_SECONDS = 5.0
+
+#: Seconds that closing waits for other threads to leave the connection.
+CLOSE_SECONDS = 1.0
 
 #: Seconds between looks at refused messages while the process ends.
 REFUSED_SECONDS = 0.05
@@ -58,10 +65,21 @@ class Unwaited:
         self._declarations = declarations
         self._strays = Strays()
         #: The publishing channel.
-        self.channel = SharedChannel(connector, lambda lost: self._strays.add((lost,)))
+        self.channel = SharedChannel(connector, self._on_lost)
         self._lock = threading.Lock()
         self._keeper: Optional[threading.Thread] = None
         self._closed = threading.Event()
+
+    @property
+    def lost(self) -> int:
+        """How many messages were given up."""
+        return self._strays.lost
+
+    def _on_lost(self, publication: Publication) -> None:
+        if publication.failure is not None:
+            # A limit on queues is remembered, so that no more are declared for a while.
+            self._declarations.refusal(publication.failure)
+        self._strays.add((publication,))
 
     def send(self, channel: ConfirmChannel) -> None:
         """Publish again what must be, on a channel that the caller has to itself."""
@@ -96,7 +114,7 @@ class Unwaited:
         else:
             full = room_refusal(channel, self._declarations, 1)
         if full is not None:
-            logger.error("lost: %s: %s", message.what, full)
+            self._strays.give_up(publication, full)
             return False
         self._declarations.request_shard(channel.channel, message.shard)
         return True
@@ -117,7 +135,7 @@ class Unwaited:
         try:
             while not is_over(end):
                 left = self._collect(end)
-                if not left and not self._has_strays():
+                if not left and not self._has_strays(end):
                     return
                 self.channel.wait(Waiter(left), end)
                 if not left:
@@ -134,25 +152,28 @@ class Unwaited:
         """Wait for outstanding confirms, at most *timeout* seconds, and close the connection."""
         self._closed.set()
         self.flush(timeout)
-        self.channel.close()
+        self.channel.close(time.monotonic() + CLOSE_SECONDS)
 
-    def _has_strays(self) -> bool:
-        with self.channel.present() as channel:
+    def _has_strays(self, deadline: Optional[float] = None) -> bool:
+        with self.channel.present(deadline) as channel:
             return bool(self._strays or (channel is not None and channel.log.strays))
 
-    def _collect(self, deadline: Optional[float] = None) -> List[Publication]:
+    def _collect(self, deadline: float) -> List[Publication]:
         """Collect confirms, publish again what must be, and return what is unconfirmed.
 
         Waits for the end of an alarm, until *deadline* (``time.monotonic``), before it publishes.
         """
-        unconfirmed = self.channel.collect()
-        if not self._has_strays():
+        unconfirmed = self.channel.collect(deadline)
+        if not self._has_strays(deadline):
             return unconfirmed
         try:
             with self.channel.open(time.monotonic(), deadline=deadline) as channel:
                 self._declarations.ensure_exchange(channel.channel)
                 self.send(channel)
                 return channel.log.unwaited()
+        except errors.NotConfirmed:
+            # An alarm goes on.
+            raise
         except BaseException:
             self._declarations.forget()
             raise
@@ -172,19 +193,20 @@ class Unwaited:
         with self._lock:
             self._keeper = None
         with self.channel.present() as channel:
-            sent_meanwhile = channel is not None and len(channel.log) > 0
-        if sent_meanwhile:
+            left = channel is not None and len(channel.log) > 0
+        if left or self._has_strays():
+            # Sent, or lost, since the last check.
             self._start_keeper()
 
     def _start_keeper(self) -> None:
         if self._keeper is None and not self._closed.is_set():
             with self._lock:
                 if self._keeper is None:
-                    self._keeper = start_thread(self._keep, "confirms")
+                    self._keeper = start_helper(self._keep, "confirms")
 
     def _check(self) -> bool:
         """Publish lost messages again; return whether anything is unconfirmed."""
-        unconfirmed = self._collect()
+        unconfirmed = self._collect(time.monotonic() + CONNECT_SECONDS)
         old = [p for p in unconfirmed if time.monotonic() - p.sent > CHECK_SECONDS]
         if old:
             # This closes the connection if no confirm comes for long.

@@ -15,6 +15,9 @@ __all__ = ("Retry", "deadline_after", "is_over", "time_left", "wait_before_retry
 #: Pauses vary by this share, so that processes that lost a broker together do not return together.
 JITTER = 0.2
 
+#: The shortest pause, in seconds, between tries that never end. Without it they keep a core busy.
+LEAST_PAUSE = 0.1
+
 
 def deadline_after(
     timeout: Optional[float], clock: Callable[[], float] = time.monotonic
@@ -77,6 +80,8 @@ class Retry:
         if pause is None:
             return None
         pause *= 1 - JITTER * self._jitter()
+        if self._policy.max_retries is None:
+            pause = self._endless(pause)
         if self._end is not None and now + pause >= self._end:
             return None
         return pause
@@ -88,7 +93,11 @@ class Retry:
         and errors are those of :meth:`after`.
         """
         pause = self.after(exc, now)
-        return self._policy.interval_max if pause is None else pause
+        return self._endless(self._policy.interval_max if pause is None else pause)
+
+    def _endless(self, pause: float) -> float:
+        """Return the pause to make if the tries never end. The first new try is not delayed."""
+        return pause if self.failed == 1 else max(pause, LEAST_PAUSE)
 
     def succeeded(self) -> None:
         """Reset the tries, since the operation has succeeded."""

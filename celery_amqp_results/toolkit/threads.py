@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
-from typing import Callable, FrozenSet
+from typing import Callable, FrozenSet, Optional
 
-__all__ = ("block_signals", "start_thread")
+__all__ = ("block_signals", "start_helper", "start_thread")
+
+logger = logging.getLogger(__name__)
 
 #: Signals caused by the thread itself. If blocked, they would end the process without a message.
 _SYNCHRONOUS = frozenset({"SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGTRAP", "SIGSYS", "SIGABRT"})
@@ -35,6 +38,19 @@ def start_thread(target: Callable[..., object], name: str, *args: object) -> thr
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return thread
+
+
+def start_helper(target: Callable[[], object], name: str) -> Optional[threading.Thread]:
+    """Start a thread that its user can do without for now.
+
+    Parameters are those of :func:`start_thread`. Returns ``None`` when the system allows no further
+    thread, which is logged.
+    """
+    try:
+        return start_thread(target, name)
+    except RuntimeError as exc:
+        logger.warning("the thread celery-results-%s was not started: %s", name, exc)
+        return None
 
 
 def block_signals() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
 from types import ModuleType
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import pytest
 from celery import Celery, states
 
 from celery_amqp_results.toolkit.threads import start_thread
 from tests.conftest import PATIENCE
+from tools import rabbitmq
 
 #: Seconds after which a wait counts as hanging.
 LONG = PATIENCE
@@ -33,6 +35,28 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(module, "start_thread", fail)
+
+
+@contextlib.contextmanager
+def largest_message(node: rabbitmq.Node, size: int) -> Iterator[None]:
+    """Make *node* take messages of up to *size* bytes for the duration of a ``with`` block."""
+
+    def limit(size: object) -> None:
+        # RabbitMQ 4 reads it from the second place.
+        node.eval(
+            f"application:set_env(rabbit, max_message_size, {size}), "
+            f"persistent_term:put(max_message_size, {size})"
+        )
+
+    before = node.eval(
+        "persistent_term:get(max_message_size, application:get_env(rabbit, max_message_size, "
+        "134217728))"
+    )
+    limit(size)
+    try:
+        yield
+    finally:
+        limit(before)
 
 
 class Waiting:

@@ -13,6 +13,7 @@ from typing import Any, Callable, List, Tuple
 import pytest
 from celery import Celery, states
 
+from celery_amqp_results.toolkit import threads
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps
 
@@ -312,6 +313,32 @@ def test_a_garbage_collected_app_leaves_no_thread(
         gc.collect()
         time.sleep(0.05)
     assert names() <= before
+
+
+def test_results_are_stored_and_read_where_the_system_allows_no_further_thread(
+    make_app: Apps, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    app = make_app(shards=2)
+    task_id = new_id()
+    with monkeypatch.context() as patch:
+
+        def fail(*args: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(threads, "start_thread", fail)
+        # When the helper threads of storing and reading cannot be started
+        app.backend.store_result(task_id, 1, "STARTED")
+        app.backend.store_result(task_id, 2, states.SUCCESS)
+        # Then both go on without them
+        assert app.backend.layout.poll([task_id, new_id()])[task_id].state == states.SUCCESS
+    for name in ("confirms", "lookups"):
+        assert f"celery-results-{name} was not started" in caplog.text
+    # And they start when it is possible again
+    app.backend.store_result(new_id(), 3, "STARTED")
+    app.backend.layout.stored_state(task_id)
+    layout = app.backend.layout
+    assert layout.publisher._unwaited._keeper is not None
+    assert layout._pool._keeper is not None
 
 
 def test_a_child_forked_while_connections_are_counted_does_not_hang(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import threading
 import uuid
 from typing import Any, Iterator, List
@@ -17,6 +18,7 @@ from celery_amqp_results.amqp import declarations
 from celery_amqp_results.store import publisher
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps, raw_connection
+from tools import rabbitmq
 
 LIMIT = 4096
 BODY = "x" * 20_000
@@ -193,6 +195,29 @@ def test_a_body_without_a_pointer_expires_and_the_task_stays_pending(
     assert app.backend._get_task_meta_for(task_id)["status"] == states.PENDING
     (name,) = queues.names
     eventually(lambda: not queues.exists(name))
+
+
+def test_the_queue_of_a_body_that_is_not_stored_and_never_expires_is_deleted(
+    make_app: Apps, queues: Queues, node: rabbitmq.Node, amqp_url: str
+) -> None:
+    app = make(make_app, result_expires=None, options={"retry_policy": {"max_retries": 0}})
+    # Given a broker that refuses to take a body
+    full = json.dumps({"max-length-bytes": 1000, "overflow": "reject-publish"})
+    pattern = rf"^{make_app.prefix}\.large\."
+    node.ctl("set_policy", "--apply-to", "queues", make_app.prefix, pattern, full)
+    try:
+        with pytest.raises(errors.NotConfirmed, match="nack"):
+            app.backend.store_result(new_id(), BODY, states.SUCCESS)
+    finally:
+        node.ctl("clear_policy", make_app.prefix)
+    (name,) = queues.names
+    with raw_connection(amqp_url) as connection:
+        connection.channel().queue_declare(name, passive=True)
+        # When another result is stored
+        app.backend.store_result(new_id(), 1, states.SUCCESS)
+        # Then the queue is not left
+        with pytest.raises(amqp.NotFound):
+            connection.channel().queue_declare(name, passive=True)
 
 
 def test_a_pointer_without_a_body_counts_as_an_expired_result(

@@ -8,15 +8,15 @@ import logging
 import threading
 import time
 import uuid
-from typing import Any, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 from celery import Celery
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import declarations
-from tests.broker.helpers import Waiting, new_id
-from tests.conftest import PATIENT_OPTIONS, Apps, connect
+from tests.broker.helpers import Waiting, largest_message, new_id
+from tests.conftest import PATIENT_OPTIONS, Apps, connect, eventually
 from tools import rabbitmq
 
 
@@ -191,6 +191,22 @@ def test_results_leave_a_share_of_a_limit_on_queues_to_the_workers(
     assert {reader.AsyncResult(task_id).state for task_id in stored} == {"SUCCESS"}
 
 
+def test_tasks_that_are_tracked_leave_the_queues_of_a_limit_to_the_workers(
+    tenant: Tenant, tenant_apps: Apps
+) -> None:
+    # Given a broker with a limit, and an app with more shards that tracks what it sends
+    tenant.limit(max_queues=12)
+    app = tenant_apps(result_backend_transport_options=options(shards=64, track_sent=True))
+    # When it sends many tasks
+    with app.connection_for_write() as connection:
+        for _ in range(60):
+            app.send_task("task", connection=connection)
+    # Then a worker can still declare its queues
+    with connect(tenant.url) as connection:
+        for _ in range(4):
+            connection.channel().queue_declare(new_id(), exclusive=True)
+
+
 def test_a_user_who_may_not_declare_other_queues_stores_results(
     tenant: Tenant, tenant_apps: Apps
 ) -> None:
@@ -212,6 +228,39 @@ def test_an_app_with_fewer_shards_keeps_to_a_limit_on_queues(
     for task_id in ids:
         app.backend.store_result(task_id, 1, "SUCCESS")
     assert {app.AsyncResult(task_id).state for task_id in ids} == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("shards", "refused"), [(8, "limit"), (8, "permission"), (64, "permission")]
+)
+def test_a_state_whose_shard_the_broker_refuses_is_not_published_for_ever(
+    shards: int, refused: str, tenant: Tenant, tenant_apps: Apps, caplog: Any
+) -> None:
+    app = tenant_apps(shards=shards)
+    topology, ids = app.backend.config.topology, [new_id() for _ in range(2000)]
+    here = [task_id for task_id in ids if topology.shard(task_id) == 0]
+    there = next(task_id for task_id in ids if topology.shard(task_id) == 1)
+    app.backend.store_result(here[0], 1, "SUCCESS")
+    # Given a broker that refuses a further shard
+    if refused == "limit":
+        tenant.limit(max_queues=1)
+    else:
+        names = rf"^{tenant_apps.prefix}\.(states|unrouted|shard\.0$)"
+        tenant.node.ctl("set_permissions", "-p", tenant.name, tenant.name, names, ".*", ".*")
+    try:
+        # When a state is stored there, and no process waits for its confirm
+        app.backend.store_result(there, {}, "PROGRESS")
+        # Then it is given up, which the log says
+        eventually(lambda: app.backend.metrics().failed == 1)
+        assert f"the PROGRESS of {there} is lost" in caplog.text
+        # And nothing is left to be published again
+        app.backend.layout.publisher.flush()
+        assert not app.backend.layout.publisher._unwaited._has_strays()
+        # And other results are stored
+        app.backend.store_result(here[1], 2, "SUCCESS")
+        assert app.backend.layout.stored_state(here[1]).state == "SUCCESS"
+    finally:
+        tenant.node.ctl("set_permissions", "-p", tenant.name, tenant.name, ".*", ".*", ".*")
 
 
 def look_up_all_shards(app: Celery) -> None:
@@ -245,6 +294,53 @@ def test_a_connection_with_few_channels_looks_many_shards_up(
         look_up_all_shards(make_app(shards=64))
     finally:
         node.eval(f"application:set_env(rabbit, channel_max, {before})")
+
+
+def store_evenly(app: Celery, each: int, value: str) -> List[str]:
+    """Store *value* for *each* tasks of each shard; return the ids."""
+    topology = app.backend.config.topology
+    ids: Dict[int, List[str]] = {shard: [] for shard in range(topology.shards)}
+    while any(len(part) < each for part in ids.values()):
+        task_id = new_id()
+        if len(ids[topology.shard(task_id)]) < each:
+            ids[topology.shard(task_id)].append(task_id)
+            app.backend.store_result(task_id, value, "SUCCESS")
+    return [task_id for part in ids.values() for task_id in part]
+
+
+def test_a_broker_with_a_small_limit_on_messages_gets_small_pages(
+    make_app: Apps, node: rabbitmq.Node, caplog: Any
+) -> None:
+    # Given results that fill pages larger than the messages that the broker takes
+    app, reader = make_app(shards=4), make_app(shards=4)
+    with largest_message(node, 20_000):
+        ids = store_evenly(app, 40, "x" * 2_000)
+        # When several shards are read
+        store = reader.backend.layout.store
+        # Then each read finds everything
+        assert all(store.read(ids).values())
+        # And results are packed: of 40 in each shard, at most 31 are left
+        eventually(lambda: all(store.read(ids).values()) and store.packed >= 36)
+        assert all(reader.backend.layout.poll(ids).values())
+    # And the broker has refused one page only
+    assert caplog.text.count("pages of up to 10000 bytes from now on") == 1
+    assert caplog.text.count("from now on") == 1
+
+
+def test_a_result_in_a_page_over_the_limit_on_messages_is_forgotten(
+    make_app: Apps, node: rabbitmq.Node
+) -> None:
+    # Given a page that is larger than the messages that the broker takes by now
+    app, reader = make_app(shards=1), make_app(shards=1)
+    ids = store_evenly(app, 40, "x" * 2_000)
+    store = reader.backend.layout.store
+    eventually(lambda: store.read(ids) and store.packed >= len(ids))
+    with largest_message(node, 20_000):
+        # When one of its results is forgotten
+        reader.backend.forget(ids[0])
+        # Then that one is gone, and all others are kept
+        kept = [task_id for task_id, found in store.read(ids).items() if found]
+    assert sorted(kept) == sorted(ids[1:])
 
 
 def test_small_frames_carry_large_results(make_app: Apps, node: rabbitmq.Node) -> None:

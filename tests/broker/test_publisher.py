@@ -15,7 +15,7 @@ from celery import Celery
 from celery_amqp_results import errors
 from celery_amqp_results.store import publisher
 from tests import subprocesses
-from tests.broker.helpers import Waiting, new_id, open_inbox
+from tests.broker.helpers import Waiting, largest_message, new_id, open_inbox
 from tests.conftest import Apps
 from tools import rabbitmq
 from tools.proxy import Proxy
@@ -102,19 +102,7 @@ def test_a_thread_that_is_interrupted_disturbs_no_other(make_app: Apps) -> None:
 
 def test_a_result_that_is_too_large_fails_alone(make_app: Apps, node: rabbitmq.Node) -> None:
     # Given threads that store, one of them more than the broker takes
-    def limit(size: str) -> None:
-        # RabbitMQ 4 reads it from the second place.
-        node.eval(
-            f"application:set_env(rabbit, max_message_size, {size}), "
-            f"persistent_term:put(max_message_size, {size})"
-        )
-
-    before = node.eval(
-        "persistent_term:get(max_message_size, application:get_env(rabbit, max_message_size, "
-        "134217728))"
-    )
-    limit("50000")
-    try:
+    with largest_message(node, 50_000):
         app = make_app(shards=4)
         stored: List[str] = []
         failed: List[str] = []
@@ -131,8 +119,6 @@ def test_a_result_that_is_too_large_fails_alone(make_app: Apps, node: rabbitmq.N
                     failed.append(str(exc))
 
         in_threads(5, work)
-    finally:
-        limit(before)
     assert all("takes messages of up to 50000 bytes" in text for text in failed)
     assert (len(stored), len(failed)) == (40, 10)
     assert {app.AsyncResult(task_id).state for task_id in stored} == {"SUCCESS"}

@@ -12,7 +12,9 @@ from typing import Any, Callable, Dict, Iterator, List, Type
 
 import pytest
 
+from celery_amqp_results.amqp.shared_channel import SharedChannel
 from celery_amqp_results.toolkit.threads import start_thread
+from tests import interrupts
 from tests.broker.helpers import new_id, open_inbox
 from tests.conftest import Apps
 from tools import rabbitmq
@@ -109,6 +111,24 @@ def test_an_error_of_an_alarm_handler_ends_connecting_to_a_host_with_two_address
         app.backend.store_result(new_id(), 1, "SUCCESS")
         assert proxy.accepted
         app.backend.close()
+
+
+def test_a_store_that_is_interrupted_at_any_line_leaves_its_turn_to_others(make_app: Apps) -> None:
+    # Given a thread that waits for a confirm, and so reads for all threads of the process
+    backend = make_app(shards=1).backend
+    channel = backend.layout.publisher._channel
+
+    def store() -> None:
+        backend.store_result(new_id(), 1, "SUCCESS")
+
+    store()
+    # When it is interrupted
+    lines = []
+    for line in interrupts.at_each_line(SharedChannel._take_turn, store):
+        # Then another one can read
+        assert channel._leader is None, line
+        lines.append(line)
+    assert len(lines) > 5
 
 
 def test_no_thread_of_the_backend_receives_signals(make_app: Apps) -> None:

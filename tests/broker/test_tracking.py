@@ -112,6 +112,19 @@ def test_a_broker_that_refuses_marks_does_not_refuse_tasks(
     assert "not tracked any more" in caplog.text
 
 
+def test_an_app_with_many_shards_tracks_a_task_whose_shard_is_there(make_app: Apps) -> None:
+    app = make_app(result_backend_transport_options={"shards": 64, "track_sent": True})
+    task_id = new_id()
+    # Given a task of which a state was stored, and which was forgotten
+    app.backend.store_result(task_id, 1, states.SUCCESS)
+    app.AsyncResult(task_id).forget()
+    until(app, task_id, "forgotten")
+    # When it is sent again
+    app.send_task("task", task_id=task_id)
+    # Then this is known
+    until(app, task_id, "sent")
+
+
 def test_marks_declare_nothing_if_declaring_is_turned_off(make_app: Apps, raw: Any) -> None:
     app = make_app(
         result_backend_transport_options={"shards": 1, "track_sent": True, "declare": False}

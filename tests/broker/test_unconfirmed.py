@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from typing import Any
 
 import amqp
 import pytest
+from celery import Celery
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication, Status
 from celery_amqp_results.amqp.declarations import declare_exchange
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.store import unwaited
-from tests.conftest import Apps, eventually
+from celery_amqp_results.store import publisher, unwaited
+from tests import subprocesses
+from tests.conftest import PATIENCE, Apps, eventually
+from tools import rabbitmq
+from tools.proxy import Proxy
 
 
 @pytest.fixture
@@ -64,6 +69,45 @@ def test_returned_messages_between_confirms_are_published_again(
     # Then all of them are kept
     reader = make_app(result_backend_transport_options={"shards": 8})
     assert None not in reader.backend.layout.poll(second).values()
+
+
+def end_with_an_unconfirmed_state(app: Celery, storing: bool) -> None:
+    """Store a state before each line that the parent writes, and end.
+
+    With *storing*, a daemon thread waits meanwhile until the broker has its result.
+    """
+    publisher.FLUSH_SECONDS = 1.0
+    backend = app.backend
+    for state in ("SUCCESS", "PROGRESS"):
+        backend.store_result(str(uuid.uuid4()), {}, state)
+        subprocesses.say(state)
+        subprocesses.hear()
+    if storing:
+        args: Any = (str(uuid.uuid4()), {}, "SUCCESS")
+        threading.Thread(target=backend.store_result, args=args, daemon=True).start()
+        # It connects by now.
+        eventually(backend.layout.publisher._channel._io.locked)
+
+
+@pytest.mark.parametrize("storing", [False, True])
+def test_a_process_ends_while_the_broker_is_away_even_if_it_retries_for_ever(
+    storing: bool, make_app: Apps, node: rabbitmq.Node
+) -> None:
+    with Proxy(node.amqp_port) as proxy:
+        # Given a process that retries without end
+        options = {"shards": 1, "retry_policy": {"max_retries": None}}
+        app = make_app(proxy.url(node.url()), result_backend_transport_options=options)
+        with subprocesses.start(app, end_with_an_unconfirmed_state, storing=storing) as process:
+            assert process.readline() == "SUCCESS"
+            # And a state that the broker has not confirmed
+            proxy.stall()
+            process.write_line("go on")
+            assert process.readline() == "PROGRESS"
+            # When the broker goes away for good
+            proxy.refuse()
+            process.write_line("go on")
+            # Then the process ends
+            process.answer(timeout=PATIENCE)
 
 
 def test_a_returned_message_is_not_confused_with_an_earlier_one(make_app: Apps) -> None:
@@ -118,7 +162,7 @@ def test_a_refused_state_without_a_waiter_fails_no_other_store(
     # Then results for the other shard are stored
     app.backend.store_result(by_shard[0][0], 1, "SUCCESS")
     assert app.AsyncResult(by_shard[0][0]).state == "SUCCESS"
-    eventually(lambda: "lost, since the broker refused it 6 times" in caplog.text)
+    eventually(lambda: "the broker refused it 6 times" in caplog.text)
     # And a result for the full shard raises an error
     with pytest.raises(errors.NotConfirmed, match="nack"):
         app.backend.store_result(by_shard[1][0], 1, "SUCCESS")

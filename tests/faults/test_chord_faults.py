@@ -36,7 +36,7 @@ OPEN = 200 if LOAD else 60
 LARGE_BODY = int(os.environ.get("CHORD_BODY", "40000" if LOAD else "200"))
 
 #: How often all workers are restarted, one after the other.
-ROUNDS = 10 if LOAD else 2
+ROUNDS = 10
 
 TIMEOUT = 60
 
@@ -184,6 +184,7 @@ def test_open_chords_survive_a_restart_of_all_workers(
     eventually(lambda: open_plans(app, node) == 0)
 
 
+@pytest.mark.skipif(not LOAD, reason="takes minutes: make test-faults")
 def test_a_rolling_restart_under_load_loses_and_doubles_nothing(
     app: Celery, node: rabbitmq.Node, t: SimpleNamespace, fleet: Any, tmp_path: Path
 ) -> None:
@@ -194,8 +195,8 @@ def test_a_rolling_restart_under_load_loses_and_doubles_nothing(
 
     def send() -> None:
         while not over.is_set():
-            header = [t.record.s(number, str(headers)) for number in range(4)]
-            sent.append(chord(header, t.record.s(str(bodies))).delay())
+            header = [t.record_delivery.s(number, str(headers)) for number in range(4)]
+            sent.append(chord(header, t.record_delivery.s(str(bodies))).delay())
             # As fast as the workers run them, and some are open all the time.
             if len(sent) > 20:
                 sent[-20].get(timeout=2 * TIMEOUT)
@@ -211,13 +212,19 @@ def test_a_rolling_restart_under_load_loses_and_doubles_nothing(
     finally:
         over.set()
     sending.result()
-    # Then each chord has its results, and each task has run once
+    # Then each chord has its results
     for result in sent:
         assert result.get(timeout=2 * TIMEOUT) == list(range(4))
     print(f"{len(sent)} chords, {2 * ROUNDS} workers restarted")
-    assert sorted(lines(bodies)) == sorted(result.id for result in sent)
-    ids = [task.id for result in sent for task in result.parent.results]
-    assert sorted(lines(headers)) == sorted(ids)
+    # And each task was sent once. Celery may run a task again whose acknowledgement a worker that
+    # stops has not sent: the broker delivers the same message again then.
+    members = [member for result in sent for member in result.parent.results]
+    for path, expected in ((bodies, sent), (headers, members)):
+        ran = [line.split() for line in lines(path)]
+        first = [task_id for task_id, again in ran if again == "False"]
+        print(f"{path.name}: {len(ran)} runs of {len(expected)} tasks")
+        assert len(first) == len(set(first))
+        assert {task_id for task_id, _ in ran} == {result.id for result in expected}
     eventually(lambda: open_plans(app, node) == 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from typing import Callable, Iterator
 
@@ -58,9 +59,17 @@ def closed_by(node: rabbitmq.Node) -> Iterator[Callable[[], None]]:
         yield close
 
 
+@pytest.fixture
+def no_log_records() -> Iterator[None]:
+    """Log nothing: pytest keeps each record, and with its exception a whole connection."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
 @pytest.mark.parametrize("how", ["reset", "closed by the broker"])
 def test_lost_connections_leave_nothing_behind(
-    amqp_url: str, node: rabbitmq.Node, how: str
+    amqp_url: str, node: rabbitmq.Node, how: str, no_log_records: None
 ) -> None:
     with contextlib.ExitStack() as stack:
         close = None if how == "reset" else stack.enter_context(closed_by(node))

@@ -7,8 +7,10 @@ import logging
 import threading
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, List
 
+import kombu
 import pytest
 from celery import Celery, chord, group, states
 from celery.backends.base import Backend
@@ -19,6 +21,8 @@ from kombu.exceptions import ContentDisallowed
 from kombu.transport import memory
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp import transports
+from celery_amqp_results.options import RetryPolicy
 
 #: Seconds after which a wait counts as hanging.
 LONG = 60.0
@@ -366,3 +370,25 @@ def test_unsupported_settings_are_logged_as_ignored() -> None:
     app = memory_app(result_failure_expires=60)
     with pytest.warns(UserWarning, match="result_failure_expires"):
         app.backend  # noqa: B018
+
+
+def test_a_lost_connection_takes_the_other_idle_ones_along() -> None:
+    made: List[kombu.Connection] = []
+
+    def make() -> kombu.Connection:
+        made.append(kombu.Connection("memory://"))
+        return made[-1]
+
+    connector: Any = SimpleNamespace(policy=RetryPolicy())
+    sessions = transports.KombuSessions(make, connector)
+    # Given two idle connections
+    with sessions.session(), sessions.session():
+        pass
+    # When the server has restarted, which the first user notices
+    with pytest.raises(ConnectionResetError), sessions.session():
+        raise ConnectionResetError
+    # Then the next one gets a new connection
+    count = len(made)
+    with sessions.session():
+        assert len(made) == count + 1
+    sessions.close()

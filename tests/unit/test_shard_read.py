@@ -364,14 +364,29 @@ def test_a_page_that_the_broker_does_not_confirm_replaces_nothing(shard: Shard) 
             publication.status = Status.REFUSED
 
     channel.wait = refuse
+    # A look-up leaves the packing to the next reader
     read = shard.begin(LookUp, ())
-    with pytest.raises(
-        errors.NotConfirmed, match=r"^the broker did not take a page for 'x\.shard\.0'$"
-    ):
-        shard.finish(read, end=shard.clock.monotonic() + 5.0)
+    shard.finish(read, end=shard.clock.monotonic() + 5.0)
     assert waited_until == [pytest.approx(shard.clock.monotonic() + 5.0, abs=0.1)]
-    shard.link.lose_channels()
     assert shard.kept() == many
+    # A removal fails
+    kept = [shard.state("a"), shard.state("b")]
+    shard.keep_page(*kept)
+    read = shard.begin(Removal, ["a"])
+    with pytest.raises(errors.NotConfirmed, match=r"^'x\.shard\.0' does not take a page$"):
+        shard.finish(read)
+    shard.link.lose_channels()
+    assert kept in shard.pages()
+
+
+def test_a_removal_divides_a_page_that_is_too_large_by_now(shard: Shard) -> None:
+    ids = [f"t{number}" for number in range(10)]
+    shard.keep_page(*(shard.state(task_id, body=b"x" * 100) for task_id in ids))
+    shard.store.page_size = 1_000
+    assert shard.remove("t0") == 1
+    found = shard.pages()
+    assert len(found) > 1
+    assert [state.id for content in found for state in content] == ids[1:]
 
 
 def test_the_queues_of_superseded_large_results_are_deleted(shard: Shard, caplog: Any) -> None:

@@ -45,7 +45,7 @@ def test_what_was_refused_is_published_after_growing_pauses(caplog: Any) -> None
     strays.add((message,))
     with caplog.at_level(logging.ERROR):
         assert strays.take_due(99.0) == []
-    assert caplog.messages == ["lost, since the broker refused it 6 times (nack): the SUCCESS of x"]
+    assert caplog.messages == ["the SUCCESS of x is lost: the broker refused it 6 times (nack)"]
 
 
 @pytest.mark.parametrize(("refusals", "pause"), list(enumerate(REFUSAL_PAUSES, start=1)))
@@ -81,6 +81,32 @@ def test_what_is_just_small_enough_is_published_again() -> None:
     # A larger message has closed the channel.
     failure = PreconditionFailed("message size 5 larger than configured max size 4")
     message = stray(Status.LOST, failure=failure)
+    strays.add((message,))
+    assert strays.take_due(0.0) == [message]
+
+
+@pytest.mark.parametrize(
+    ("homeless", "refusal", "lost"),
+    [
+        (True, "cannot declare queue 'q': queue limit in vhost '/' (9) is reached", True),
+        # Another queue is refused
+        (True, "cannot declare queue 'p': queue limit in vhost '/' (9) is reached", False),
+        # The queue may be there
+        (False, "cannot declare queue 'q': queue limit in vhost '/' (9) is reached", False),
+    ],
+)
+def test_a_state_whose_missing_queue_the_broker_refuses_is_lost(
+    homeless: bool, refusal: str, lost: bool, caplog: Any
+) -> None:
+    strays = Strays()
+    failure = PreconditionFailed(refusal)
+    strays.add((stray(Status.LOST, failure=failure, homeless=homeless),))
+    assert (len(strays), strays.lost) == (0, 1) if lost else (1, 0)
+    assert ("the SUCCESS of x is lost" in caplog.text) is lost
+
+
+def test_a_lost_connection_loses_no_state_whose_queue_was_missing() -> None:
+    strays, message = Strays(), stray(Status.LOST, failure=OSError("queue 'q'"), homeless=True)
     strays.add((message,))
     assert strays.take_due(0.0) == [message]
 

@@ -17,7 +17,7 @@ from celery_amqp_results.options import RetryPolicy
 from celery_amqp_results.toolkit import sockets
 from celery_amqp_results.toolkit.bounded import BoundedDict, OnceLogger
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
-from celery_amqp_results.toolkit.retry import Retry
+from celery_amqp_results.toolkit.retry import LEAST_PAUSE, Retry
 
 #: What RabbitMQ 3.10 and 4.3 say.
 LIMITS = [
@@ -75,6 +75,15 @@ def test_pauses_grow_as_the_policy_says_and_vary() -> None:
     assert early.after(OSError(), 0.0) == pytest.approx(0.8)
     early.succeeded()
     assert early.failed == 0
+
+
+def test_tries_that_never_end_do_not_follow_each_other_without_a_pause() -> None:
+    at_once = Retry(RetryPolicy(max_retries=2, interval_max=0.0))
+    assert [at_once.after_success(OSError(), 0.0) for _ in range(4)] == [0.0, *[LEAST_PAUSE] * 3]
+    endless = Retry(RetryPolicy(max_retries=None, interval_step=0.0))
+    assert [endless.after(OSError(), 0.0) for _ in range(3)] == [0.0, LEAST_PAUSE, LEAST_PAUSE]
+    few = Retry(RetryPolicy(max_retries=2, interval_max=0.0))
+    assert [few.after(OSError(), 0.0) for _ in range(3)] == [0.0, 0.0, None]
 
 
 def test_a_pause_that_ends_too_late_is_not_made() -> None:

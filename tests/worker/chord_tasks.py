@@ -57,6 +57,13 @@ def register(app: Celery) -> SimpleNamespace:
         note(path, self.request.id)
         return results
 
+    @task(bind=True)
+    def record_delivery(self: Any, results: Any, path: str) -> Any:
+        """Record that it has run, and whether the broker has delivered it again."""
+        again = bool(self.request.delivery_info["redelivered"])
+        note(path, f"{self.request.id} {again}")
+        return results
+
     # A task that was acknowledged is lost with its worker.
     @task(bind=True, acks_late=True)
     def late_record(self: Any, results: Any, path: str) -> Any:
