@@ -77,7 +77,7 @@ def test_large_results_are_stored_when_an_alarm_ends(make_app: Apps, node: rabbi
 def test_a_thread_that_declares_shards_in_an_alarm_costs_no_other_thread_its_connection(
     make_app: Apps, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr(link, "IO_TIMEOUT", 1.0)
+    monkeypatch.setattr(link, "IO_TIMEOUT", 3.0)
     app = make_app(result_backend_transport_options={"shards": 64, **ONE_TRY})
     warm, final, *others = new_ids(20)
     app.backend.store_result(warm, 1, states.SUCCESS)
@@ -92,7 +92,7 @@ def test_a_thread_that_declares_shards_in_an_alarm_costs_no_other_thread_its_con
         # When a thread waits for the end of an alarm, and another one needs answers of the broker
         eventually(lambda: layout.publisher._channel._channel.link.blocked)
         reporting = Calls(report)
-        time.sleep(4)
+        time.sleep(link.IO_TIMEOUT + 2)
         # Then both wait, without another connection
         assert storing.waits()
         assert reporting.waits()
