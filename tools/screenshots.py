@@ -59,7 +59,8 @@ def shot(app: Celery, name: str, *arguments: str) -> None:
 
     class Recorded(output.Output):
         def __init__(self, json_lines: bool = False) -> None:
-            super().__init__(json_lines, console)
+            super().__init__(json_lines)
+            self.console = console
 
     with mock.patch("celery_amqp_results.cli.common.Output", Recorded):
         context = CLIContext(app=app, no_color=False, workdir=None)

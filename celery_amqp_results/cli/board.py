@@ -43,17 +43,12 @@ def progress_of(described: Described) -> Optional[Tuple[float, float]]:
 
 
 class Board:
-    """A summary of all states seen so far. Does no I/O.
+    """A summary of all states seen so far. Does no I/O."""
 
-    Parameters:
-        clock: monotonic seconds.
-    """
-
-    def __init__(self, expected: Optional[int] = None, clock: Any = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, expected: Optional[int] = None) -> None:
         #: How many tasks will end, if that is known.
         self.expected = expected
-        self.started = clock()
+        self.started = time.monotonic()
         self.counts: collections.Counter[str] = collections.Counter()
         self.recent: Deque[Tuple[float, Described]] = collections.deque(maxlen=MAX_RECENT)
         #: By task id: progress, and the time of the report or of the task's end.
@@ -64,7 +59,7 @@ class Board:
 
     def take(self, described: Described) -> None:
         """Note a state."""
-        now = self._clock()
+        now = time.monotonic()
         task_id, state = described["id"], described["state"]
         self.counts[state] += 1
         progress = progress_of(described)
@@ -97,7 +92,7 @@ class Board:
 
     def rate(self) -> float:
         """Return the number of tasks that end per second."""
-        now = self._clock()
+        now = time.monotonic()
         while self._ended and self._ended[0] < now - RATE_SECONDS:
             self._ended.popleft()
         seconds: float = min(now - self.started, RATE_SECONDS)
@@ -105,14 +100,14 @@ class Board:
 
     def live_bars(self) -> List[Tuple[str, float, float, str]]:
         """Return the bars to show: id, current, total and state."""
-        now = self._clock()
+        now = time.monotonic()
         for task_id, (_, _, state, when) in list(self.bars.items()):
             if is_final(state) and now - when > LINGER_SECONDS:
                 del self.bars[task_id]
         return [(i, c, t, s) for i, (c, t, s, _) in list(self.bars.items())[-MAX_BARS:]]
 
 
-def shorten(value: Any, width: int = 60) -> str:
+def shorten(value: object, width: int = 60) -> str:
     """Return *value* on one line of at most *width* characters."""
     text = clean(value if isinstance(value, str) else repr(value)).replace("\n", " ")
     return text if len(text) <= width else text[: width - 1] + "…"

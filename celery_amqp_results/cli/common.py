@@ -19,6 +19,7 @@ from kombu.exceptions import KombuError, OperationalError
 from celery_amqp_results import errors
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.cli.output import Output, clean
+from celery_amqp_results.library_types import App
 from celery_amqp_results.options import RetryPolicy
 from celery_amqp_results.shared_layout import SharedLayout
 
@@ -53,7 +54,9 @@ class Seconds(click.FloatRange):
     def __init__(self, min_open: bool = False) -> None:
         super().__init__(min=0, max=MAX_SECONDS, min_open=min_open)
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+    def convert(
+        self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]
+    ) -> Any:
         """Return the number, or fail."""
         seconds = super().convert(value, param, ctx)
         if math.isnan(seconds):
@@ -73,7 +76,7 @@ class Failed(click.ClickException):
 class Session:
     """The context of a command."""
 
-    app: Any
+    app: App
     backend: AMQPBackend
     output: Output
 
@@ -135,7 +138,7 @@ def report_errors() -> Iterator[None]:
         raise Failed(f"{type(exc).__name__}: {exc}", Exit.FAILED) from exc
 
 
-def _open(app: Any) -> AMQPBackend:
+def _open(app: App) -> AMQPBackend:
     """Return a backend for the command alone, configured like that of *app*."""
     try:
         theirs = app.backend

@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterator, List, Optional
 from celery import states
 
 from celery_amqp_results.cli.common import Session
+from celery_amqp_results.library_types import Meta
 from celery_amqp_results.protocol.ids import state_name
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.waiting.results import tasks_in
@@ -32,7 +33,7 @@ FATES = {
 }
 
 
-def describe(task_id: str, found: Optional[Dict[str, Any]]) -> Described:
+def describe(task_id: str, found: Optional[Meta]) -> Described:
     """Return the output for a task.
 
     Parameters:
@@ -81,7 +82,7 @@ def show(session: Session, described: Described, known: bool = True) -> None:
     if output.json:
         output.data(described)
         return
-    rows: Dict[str, Any] = {"state": described["state"]}
+    rows: Dict[str, object] = {"state": described["state"]}
     if not known:
         rows["note"] = FATES[described.get("fate", "untracked")]
     for name in ("name", "worker", "date_done", "group", "parent", *EXTENDED, "unreadable"):

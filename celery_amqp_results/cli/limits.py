@@ -129,7 +129,7 @@ def limits_from(
     )
 
 
-def _limit(value: Any) -> Optional[int]:
+def _limit(value: object) -> Optional[int]:
     """Return a limit; RabbitMQ writes a negative number for no limit."""
     return value if isinstance(value, int) and value >= 0 else None
 

@@ -42,7 +42,7 @@ class ManagementError(Exception):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+    def redirect_request(self, *args: object, **kwargs: object) -> None:
         return None
 
 
@@ -67,7 +67,7 @@ class Management:
     #: The broker's clock minus ours, in seconds, at the last answer; exact to a second.
     skew: Optional[float] = None
 
-    def get(self, *path: str, **query: Any) -> Any:
+    def get(self, *path: str, **query: object) -> Any:
         """Return the answer to a GET of ``/api/...``.
 
         Parameters:
@@ -83,7 +83,7 @@ class Management:
         request = urllib.request.Request(address)
         token = base64.b64encode(f"{self.user}:{self.password}".encode()).decode("ascii")
         request.add_header("Authorization", f"Basic {token}")
-        handlers: List[Any] = [_NoRedirects()]
+        handlers: List[urllib.request.BaseHandler] = [_NoRedirects()]
         if not self.proxies:
             handlers.append(urllib.request.ProxyHandler({}))
         try:

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from celery_amqp_results.cli import limits, management, policies
+from celery_amqp_results.cli import inspection, limits, management, policies
 from celery_amqp_results.cli.common import Session
 from celery_amqp_results.cli.findings import CLOCK_TOLERANCE, Finding
 from celery_amqp_results.cli.migrate import old_queues
@@ -19,7 +19,9 @@ __all__ = ("clock_finding", "limit_findings", "management_findings", "node_findi
 _RPC = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 
-def management_findings(session: Session, topology: Topology, api: Any) -> Iterator[Finding]:
+def management_findings(
+    session: Session, topology: Topology, api: management.Management
+) -> Iterator[Finding]:
     """Yield the findings from the management API; failed requests are findings as well.
 
     Parameters:
@@ -58,14 +60,12 @@ def _answered(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 # -- limits ----------------------------------------------------------------------------------------
 
 
-def limit_findings(session: Session, broker: Any, api: Optional[Any]) -> Iterator[Finding]:
+def limit_findings(
+    session: Session, broker: inspection.Broker, api: Optional[management.Management]
+) -> Iterator[Finding]:
     """Compare limits on queues, connections and channels with the needs of the app.
 
-    Parameters:
-        session: the session of the command.
-        broker: a :class:`celery_amqp_results.cli.inspection.Broker`.
-        api: a :class:`celery_amqp_results.cli.management.Management`, or ``None`` if only the
-            limits of the connection are known.
+    Without *api*, only the limits of the connection are known.
     """
 
     def check() -> Iterator[Finding]:
@@ -87,7 +87,9 @@ def limit_findings(session: Session, broker: Any, api: Optional[Any]) -> Iterato
     yield from _answered(check)
 
 
-def _needs(session: Session, broker: Any, api: Optional[Any]) -> limits.Needs:
+def _needs(
+    session: Session, broker: inspection.Broker, api: Optional[management.Management]
+) -> limits.Needs:
     topology, conf = broker.topology, session.app.conf
     names = (
         [] if api is None else [q["name"] for q in api.queues(_prefixed(topology, "shard|chords"))]
@@ -127,7 +129,9 @@ def clock_finding(skew: Optional[float]) -> Optional[Finding]:
 # -- policies --------------------------------------------------------------------------------------
 
 
-def _policies(session: Session, topology: Topology, api: Any) -> Iterator[Finding]:
+def _policies(
+    session: Session, topology: Topology, api: management.Management
+) -> Iterator[Finding]:
     """Yield the effects of policies on our queues, existing or not."""
     queues = api.queues(_prefixed(topology, "shard|large|chords"))
     inboxes = set(_inboxes(topology, api))
@@ -138,7 +142,7 @@ def _policies(session: Session, topology: Topology, api: Any) -> Iterator[Findin
     yield from policies.findings(kinds, queues, asked)
 
 
-def _inboxes(topology: Topology, api: Any) -> Iterator[str]:
+def _inboxes(topology: Topology, api: management.Management) -> Iterator[str]:
     """Yield the names of the queues that processes have bound to our exchange."""
     try:
         bindings = api.get("exchanges", api.vhost, topology.exchange, "bindings", "source")
@@ -182,7 +186,7 @@ def node_findings(nodes: Sequence[Mapping[str, Any]], queue_type: str) -> Iterat
 # -- leftovers -------------------------------------------------------------------------------------
 
 
-def _old_queues(topology: Topology, api: Any) -> Iterator[Finding]:
+def _old_queues(topology: Topology, api: management.Management) -> Iterator[Finding]:
     old = old_queues(api, topology.prefix)
     if old:
         yield Finding(
@@ -195,7 +199,7 @@ def _old_queues(topology: Topology, api: Any) -> Iterator[Finding]:
         )
 
 
-def _rpc_queues(api: Any) -> Iterator[Finding]:
+def _rpc_queues(api: management.Management) -> Iterator[Finding]:
     unread = [queue for queue in api.queues(_RPC) if not queue.get("consumers")]
     going: List[str] = []
     staying: List[str] = []
@@ -220,7 +224,7 @@ def _rpc_queues(api: Any) -> Iterator[Finding]:
         )
 
 
-def _large_forever(topology: Topology, api: Any) -> Iterator[Finding]:
+def _large_forever(topology: Topology, api: management.Management) -> Iterator[Finding]:
     large = api.queues(_prefixed(topology, "large"))
     forever = [q for q in large if not (q.get("arguments") or {}).get("x-expires")]
     if forever:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import unicodedata
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, List, Mapping, Optional, Sequence, Union
 
 import click
 
@@ -31,7 +31,7 @@ STYLES = {
 }
 
 
-def clean(text: Any) -> str:
+def clean(text: object) -> str:
     """Return *text* without characters that would control the terminal.
 
     Results of tasks may come from anywhere. Line breaks and tabs are kept.
@@ -42,7 +42,7 @@ def clean(text: Any) -> str:
     )
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: object) -> object:
     """Return *value* in JSON's types; other types become their ``repr``."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -92,25 +92,16 @@ def age(seconds: Optional[float]) -> str:
 
 
 class Output:
-    """The output of a command.
+    """The output of a command; with *json_lines*, it prints only JSON."""
 
-    Parameters:
-        json_lines: whether the command prints only JSON.
-        console: a rich console; by default one for standard output, if that is a terminal,
-            ``NO_COLOR`` is not set and rich is installed.
-    """
-
-    def __init__(self, json_lines: bool = False, console: Any = None) -> None:
+    def __init__(self, json_lines: bool = False) -> None:
         self.json = json_lines
         #: rich's console, or ``None`` for plain text.
-        self.console = console
-        if console is None and not json_lines and sys.stdout.isatty():
-            self.console = _console()
+        self.console = None if json_lines or not sys.stdout.isatty() else _console()
 
-    def data(self, value: Any, indent: Optional[int] = None) -> None:
+    def data(self, value: object) -> None:
         """Print *value* as JSON, on one line."""
-        text = json.dumps(as_json(value), indent=indent, ensure_ascii=True)
-        click.echo(text)
+        click.echo(json.dumps(as_json(value), ensure_ascii=True))
         sys.stdout.flush()
 
     def line(self, text: str = "", style: Optional[str] = None) -> None:
@@ -127,7 +118,7 @@ class Output:
         """Print a remark to standard error, whatever the output format."""
         click.echo(clean(text), err=True)
 
-    def pairs(self, title: str, rows: Dict[str, Any]) -> None:
+    def pairs(self, title: str, rows: Mapping[str, object]) -> None:
         """Print names and values."""
         if self.json:
             return
@@ -196,5 +187,5 @@ def _console() -> Any:
     return Console(file=sys.stdout)
 
 
-def _indent(value: Any, width: int) -> str:
+def _indent(value: object, width: int) -> str:
     return str(value).replace("\n", "\n" + " " * width)

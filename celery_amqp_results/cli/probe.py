@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Iterator, List, Tuple
+from typing import Callable, Iterator, List, Tuple, TypeVar
 
 from amqp import exceptions as amqp_errors
 from celery import states
@@ -19,9 +19,12 @@ from celery_amqp_results.cli.common import Session
 from celery_amqp_results.cli.findings import Finding
 from celery_amqp_results.cli.limits import advice_on_refusal
 from celery_amqp_results.feed.inbox import Inbox
+from celery_amqp_results.library_types import Meta
 from celery_amqp_results.protocol import expiry
 
 __all__ = ("findings", "remove_traces")
+
+_T = TypeVar("_T")
 
 #: Time limit for the result of the probe, in seconds.
 PROBE_TIMEOUT = 20.0
@@ -41,7 +44,7 @@ def findings(session: Session) -> Iterator[Finding]:
     task_id = f"doctor-{uuid.uuid4()}"
     took: List[Tuple[str, float]] = []
 
-    def timed(name: str, function: Callable[[], Any]) -> Any:
+    def timed(name: str, function: Callable[[], _T]) -> _T:
         started = time.monotonic()
         value = function()
         took.append((name, time.monotonic() - started))
@@ -92,7 +95,7 @@ def _lost(what: str, prefix: str) -> Finding:
     )
 
 
-def _wait_for_inbox(inbox: Inbox, task_id: str, waiting: Future[List[Any]]) -> None:
+def _wait_for_inbox(inbox: Inbox, task_id: str, waiting: Future[List[Tuple[str, Meta]]]) -> None:
     """Wait until the broker pushes new states of a task to this process."""
     end = time.monotonic() + PROBE_TIMEOUT
     while not inbox.covers(task_id):

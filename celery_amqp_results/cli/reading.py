@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import click
 from celery import states
@@ -13,6 +13,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.cli.board import Waiting
 from celery_amqp_results.cli.common import Exit, Failed, Seconds, Session, check_ids, command
 from celery_amqp_results.cli.describing import describe, group_ids, show
+from celery_amqp_results.library_types import Meta
 from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.waiting.waits import Patience
 
@@ -21,7 +22,7 @@ __all__ = ("forget", "get")
 
 def present(
     session: Session, ids: List[str], timeout: Optional[float]
-) -> Iterator[Tuple[str, Dict[str, Any]]]:
+) -> Iterator[Tuple[str, Meta]]:
     """Yield the id and the meta of each known task, and again whenever it changes.
 
     A meta that cannot be read has the error in ``unreadable``. Ends when all have ended, or after
@@ -56,11 +57,11 @@ class _Answers:
     def __init__(self, session: Session, ids: List[str]) -> None:
         self._session = session
         self._left = list(ids)
-        self._known: Dict[str, Dict[str, Any]] = {}
+        self._known: Dict[str, Meta] = {}
         #: Whether a task failed or is unreadable, and whether a task has not ended.
         self.failed = self.unready = False
 
-    def take(self, task_id: str, meta: Dict[str, Any]) -> Dict[str, Any]:
+    def take(self, task_id: str, meta: Meta) -> Meta:
         """Note the state of a task, and print what is ready; return the output for the task."""
         described = describe(task_id, meta)
         if "unreadable" in meta:

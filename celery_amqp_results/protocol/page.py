@@ -337,7 +337,7 @@ def select(
     keep: List[Tuple[_T, StateMessage]] = []
     drop: List[Tuple[_T, StateMessage]] = []
     for (kind, _), found in by_id.items():
-        current = fold(state for _, state in found)
+        current = fold([state for _, state in found])
         if current is None or not (kind != STATE or is_final(current.state)):
             drop.extend(placed for placed in found if placed[1].expired(now))
             continue

@@ -6,7 +6,7 @@ import os
 
 from hypothesis import HealthCheck, Phase, settings
 
-# Nobody looks at the example that kills a mutant, so it is not made smaller.
+# The example that kills a mutant is not reported, so it need not be made smaller.
 _PHASES = set(Phase)
 if "MUTANT_UNDER_TEST" in os.environ:
     _PHASES -= {Phase.shrink, Phase.explain}

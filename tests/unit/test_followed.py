@@ -37,7 +37,7 @@ def names(tasks: FollowedTasks) -> Dict[str, List[str]]:
 def test_a_pushed_state_is_yielded_at_once_if_nothing_was_missed() -> None:
     tasks = FollowedTasks()
     tasks.add("a")
-    tasks.arrived([state("a", states.STARTED, 1), state("other", states.STARTED, 1)], NOW)
+    tasks.arrived([state("other", states.STARTED, 1), state("a", states.STARTED, 1)], NOW)
     assert names(tasks) == {"a": ["STARTED"]}
     assert not tasks.has_news
 
@@ -96,9 +96,9 @@ def test_a_look_up_without_a_binding_leaves_its_tasks_due() -> None:
 
 
 def test_a_failed_look_up_is_repeated() -> None:
-    tasks = following("a")
-    tasks.end(tasks.begin("a", bound=True), None)
-    assert tasks.due == {"a"}
+    tasks = following("a", "b")
+    tasks.end(tasks.begin("ab", bound=True), None)
+    assert tasks.due == {"a", "b"}
 
 
 def test_the_store_is_read_for_tasks_whose_history_memory_may_lack() -> None:
@@ -155,7 +155,22 @@ def test_nothing_is_left_of_a_task_that_is_not_followed_any_more() -> None:
     tasks.release(math.inf)
     assert tasks.add(["a", "b", "a"]) == ["a"]
     assert tasks.due == {"b"}
-    assert names(tasks) == {}
+    # The state from before is not among the new ones.
+    tasks.missed("a")
+    tasks.arrived([state("a", "PROGRESS", 2)], NOW)
+    tasks.release(math.inf)
+    assert names(tasks) == {"a": ["PROGRESS"]}
+
+
+def test_states_of_a_task_that_has_ended_are_ignored() -> None:
+    tasks = following("a")
+    look = tasks.begin("a", bound=True)
+    tasks.end(look, found(a=[state("a", states.SUCCESS, 1)]))
+    assert names(tasks) == {"a": ["SUCCESS"]}
+    tasks.missed("a")
+    assert tasks.due == set()
+    tasks.arrived([state("a", states.STARTED, 2)], NOW)
+    assert not tasks.has_news
 
 
 def test_the_first_state_held_back_decides_when_all_of_its_task_are_released() -> None:

@@ -87,6 +87,23 @@ def test_a_refused_copy_leaves_the_state_kept() -> None:
     assert (other.status, other.refusals) == (Status.REFUSED, 1)
 
 
+def test_one_refusal_refuses_all_before_it() -> None:
+    log = ConfirmLog()
+    made = sent(log, "a", "b", "c")
+    assert log.refused(4, True) == 2
+    assert [p.status for p in made] == [Status.REFUSED, Status.REFUSED, Status.SENT]
+    assert [p.copying for p in made] == [False, False, True]
+
+
+def test_the_refusals_of_a_message_are_counted() -> None:
+    log = ConfirmLog()
+    (one,) = sent(log, "a")
+    log.refused(1, False)
+    log.sent(one, 1.0)
+    log.refused(3, False)
+    assert one.refusals == 2
+
+
 def test_the_returned_message_is_the_one_that_came_back() -> None:
     log = ConfirmLog()
     first, second, third = sent(log, "a", "b", "c")
@@ -170,7 +187,7 @@ def test_a_channel_is_busy_while_something_that_matters_is_unconfirmed() -> None
     assert log.unwaited() == [unwaited]
     assert log.busy
     log.acknowledged(3, False)
-    # Nobody waits for the copy.
+    # No caller waits for the copy.
     assert unwaited.copying
     assert not log.busy
     assert log.unwaited() == []
@@ -221,7 +238,7 @@ def test_a_lost_connection_loses_what_is_unsettled_and_copies_that_are_waited_fo
     assert log.lost(failure) == [fourth, waiting]
     assert [p.status for p in (kept, done)] == [Status.CONFIRMED] * 2
     assert [p.failure for p in (fourth, waiting)] == [failure] * 2
-    assert not any(p.copying for p in (kept, waiting, done, fourth))
+    assert [p.copying for p in (kept, waiting, done, fourth)] == [False] * 4
     assert len(log) == 0
 
 
@@ -271,7 +288,9 @@ def test_a_woken_follower_goes_on() -> None:
 
 
 def test_a_returned_message_has_its_shard_declared_once() -> None:
-    delivery = Delivery([outgoing("a", shard=3), outgoing("b", shard=3)])
+    messages = [outgoing("a", shard=3), outgoing("b", shard=3)]
+    delivery = Delivery(messages)
+    assert delivery.messages == [p.message for p in delivery.publications] == messages
     assert delivery.unsent() == delivery.publications
     for publication in delivery.publications:
         publication.status = Status.RETURNED

@@ -45,7 +45,7 @@ def test_what_was_refused_is_published_after_growing_pauses(caplog: Any) -> None
     strays.add((message,))
     with caplog.at_level(logging.ERROR):
         assert strays.take_due(99.0) == []
-    assert "the SUCCESS of x is lost: the broker refused it 6 times (nack)" in caplog.text
+    assert caplog.messages == ["the SUCCESS of x is lost: the broker refused it 6 times (nack)"]
 
 
 @pytest.mark.parametrize(("refusals", "pause"), list(enumerate(REFUSAL_PAUSES, start=1)))
@@ -71,7 +71,9 @@ def test_what_is_too_large_is_not_published_again(caplog: Any) -> None:
     with caplog.at_level(logging.ERROR):
         strays.add((stray(Status.LOST, failure=failure),))
     assert not strays
-    assert "the SUCCESS of x is lost: it has 4 bytes, and the broker takes up to 3" in caplog.text
+    assert caplog.messages == [
+        "the SUCCESS of x is lost: it has 4 bytes, and the broker takes up to 3"
+    ]
 
 
 def test_what_is_just_small_enough_is_published_again() -> None:
