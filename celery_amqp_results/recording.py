@@ -131,8 +131,8 @@ class Recorder:
         route = _route_of(request)
         counts = route.in_chord and is_final(state)
         if counts and not (_ending.get() and _unended.get() != task_id):
-            # The task returns later, and may have an earlier state that outranks its end. What it
-            # returns is published as a part.
+            # The task returns later, and may have an earlier state that outranks its end. Its
+            # return value is published as a part.
             _unended.set(task_id)
             counts, route = False, dataclasses.replace(route, in_chord=False)
             message = dataclasses.replace(message, amended=NOT_AN_END)

@@ -102,8 +102,8 @@ class Session:
             if not present:
                 return
             self._handler.met = True
-            # Declared together, so no one needs the permission to declare them again, unless
-            # somebody has deleted one.
+            # They are declared together. So the permission to declare them again is needed only
+            # if one was deleted.
             declare = present <= PLAN_QUEUES
             if declare and not self._declarations.declare:
                 return

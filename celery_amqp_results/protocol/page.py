@@ -342,7 +342,7 @@ def select(
             drop.extend(placed for placed in found if placed[1].expired(now))
             continue
         for placed in found:
-            # Of two equal copies only one is kept.
+            # Only one of two equal copies is kept.
             if placed[1] is current and not current.expired(now):
                 keep.append(placed)
             else:
