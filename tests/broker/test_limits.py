@@ -238,7 +238,7 @@ def test_a_state_whose_shard_the_broker_refuses_is_not_published_for_ever(
         eventually(lambda: app.backend.metrics().failed == 1)
         assert f"the PROGRESS of {there} is lost" in caplog.text
         # And nothing is left to be published again
-        app.backend.layout.publisher.flush()
+        app.backend.layout.publisher._unwaited.flush(10)
         assert not app.backend.layout.publisher._unwaited._has_strays()
         # And other results are stored
         app.backend.store_result(here[1], 2, "SUCCESS")
