@@ -432,7 +432,7 @@ def test_the_fields_of_a_packed_state_are_checked(
     if right:
         assert checked(damaged) is damaged
     else:
-        with pytest.raises(errors.ForeignMessage):
+        with pytest.raises(errors.ForeignMessage, match="not of its type: StateMessage"):
             checked(damaged)
 
 
