@@ -245,7 +245,6 @@ class Table:
         view = self._memory.view(self._topology.shard(task_id))
         for look in self._looks:
             look.forgotten.add(task_id)
-            look.pushed.pop(task_id, None)
         if view.live:
             self._memory.remember(task_id, None, now, True)
             return

@@ -86,6 +86,46 @@ def test_one_read_binds_nothing_and_the_second_binds_the_shard(table: Table) -> 
     assert bind(table, 2.0) == []
 
 
+def test_two_reads_bind_their_shard_at_any_time_and_a_bound_one_is_not_bound_again(
+    table: Table,
+) -> None:
+    task_id = id_in(3)
+    for now in (1000.0, 1000.0 + table_module.READ_AGAIN):
+        table.asked([task_id], now)
+    assert bind(table, 1100.0) == [Action(True, 3)]
+    assert table.cover([task_id, id_in(4)]) == {4}
+    assert bind(table, 1101.0) == [Action(True, 4)]
+
+
+def test_frequent_reads_of_a_bound_shard_do_not_bind_the_others(live: Table) -> None:
+    for number in range(2 * bindings.MANY_READS):
+        live.asked([id_in(3)], 10.0 + number / 100)
+    assert bind(live, 11.0) == []
+
+
+def test_reads_of_own_tasks_want_an_inbox_if_they_are_frequent_and_there_is_none() -> None:
+    table, own = Table(TOPOLOGY, limit=1024 * 1024), new_id()
+    table.sent(own, 0.0)
+    table.asked([id_in(1)], 1.0)
+    table.asked([id_in(2)], 2.0)
+    for number in range(1, 4):
+        table.asked([own], number * (table_module.READ_AGAIN + 1))
+    assert not table.wants_inbox
+    table.asked([own], 3 * (table_module.READ_AGAIN + 1) + 1)
+    assert table.wants_inbox
+    # This stays.
+    table.asked([own], 1000.0)
+    assert table.wants_inbox
+
+
+def test_reads_of_own_tasks_want_nothing_while_there_is_an_inbox(table: Table) -> None:
+    own = new_id()
+    table.sent(own, 1.0)
+    for now in (2.0, 3.0):
+        table.asked([own], now)
+    assert not table.wants_inbox
+
+
 def test_reads_that_are_far_apart_bind_nothing(table: Table) -> None:
     task_id = id_in(3)
     for number in range(5):
@@ -128,6 +168,29 @@ def test_what_is_pushed_during_the_census_counts(live: Table) -> None:
     assert known(live, task_id) == "SUCCESS"
 
 
+def test_what_is_pushed_during_a_look_up_without_a_census_counts(table: Table) -> None:
+    task_id = id_in(4)
+    table.cover([task_id])
+    bind(table, 10.0)
+    look = table.begin([task_id], 20.0)
+    table.pushed(state(task_id, "STARTED"), 20.1)
+    table.end(look, {task_id: []}, {}, 20.2)
+    assert known(table, task_id) == "STARTED"
+
+
+def test_of_a_task_in_a_page_and_outside_only_the_store_knows_the_state(live: Table) -> None:
+    packed, loose = id_in(3), id_in(3)
+    for task_id in (packed, loose):
+        live.pushed(state(task_id, "STARTED"), 29.0)
+    look = live.begin((), 30.0, (3,))
+    census = Census()
+    for task_id in (packed, loose):
+        census.add(state(task_id, "RETRY"))
+    census.add_page(page.encode([state(packed)]))
+    live.end(look, {}, {3: census}, 30.0)
+    assert [known(live, each) for each in (packed, loose)] == ["?", "RETRY"]
+
+
 def test_results_in_pages_are_known_to_be_there_and_looked_up(live: Table) -> None:
     packed, other = id_in(4), id_in(4)
     done = state(packed)
@@ -153,12 +216,31 @@ def test_a_lost_connection_ends_everything_and_the_next_read_binds_again(live: T
     look = live.begin([task_id], 12.0)
     live.lost()
     assert known(live, task_id) == "?"
-    assert live.memory == 0
+    assert (live.memory, live.epoch) == (0, 0)
     live.opened(13.0)
     live.end(look, {task_id: [state(task_id)]}, {3: Census()}, 14.0)
     assert known(live, task_id) == "?"
     live.asked([task_id], 15.0)
     assert bind(live, 15.0) == [Action(True, 3)]
+
+
+def test_own_tasks_are_unknown_when_the_connection_was_lost(table: Table) -> None:
+    own = new_id()
+    table.sent(own, 2.0)
+    table.lost()
+    table.opened(3.0)
+    assert known(table, own, 5.0, sure=False) == "?"
+
+
+def test_a_binding_pays_for_a_number_of_states_after_each_read(live: Table) -> None:
+    late = 10.0 + bindings.LEAST_BOUND
+    for _ in range(2):
+        live.asked([id_in(3)], late)
+        for _ in range(bindings.PAYS):
+            live.pushed(state(id_in(3)), late)
+        assert bind(live, late) == []
+    live.pushed(state(id_in(3)), late)
+    assert bind(live, late) == [Action(False, 3)]
 
 
 def test_a_view_that_nobody_reads_is_dropped_when_it_costs_more_than_reads(live: Table) -> None:
@@ -200,6 +282,18 @@ def test_many_bound_shards_are_bound_by_one_key(table: Table) -> None:
     assert len(table.uncounted(40.0)) == SHARDS - 1
 
 
+def test_no_census_is_taken_unasked_before_the_binding_of_all_shards_is_steady(
+    table: Table,
+) -> None:
+    table.cover([id_in(3)])
+    bind(table, 0.0)
+    assert table.uncounted(5.0) == []
+    table.cover([id_in(shard) for shard in range(SHARDS)])
+    bind(table, 10.0)
+    assert table.uncounted(10.0 + views.STEADY / 2) == []
+    assert table.uncounted(10.0 + views.STEADY) == list(range(SHARDS))
+
+
 def test_frequent_reads_of_different_shards_bind_all(table: Table) -> None:
     for number in range(bindings.MANY_READS):
         table.asked([id_in(number % SHARDS)], number * 0.1)
@@ -229,6 +323,22 @@ def test_a_live_view_is_checked_ever_more_seldom(live: Table) -> None:
     assert pauses == [15, 30, 60, 120, 240, 300, 300]
 
 
+def test_only_a_live_view_is_checked(table: Table) -> None:
+    assert not table.is_due(id_in(3), 50.0)
+    table.cover([id_in(3)])
+    bind(table, 5.0)
+    assert not table.is_due(id_in(3), 50.0)
+    look = table.begin((), 50.0, (3,))
+    assert not table.checks(look)
+    table.end(look, {}, {3: Census()}, 50.0)
+    look = table.begin((), 100.0, (3,))
+    assert table.checks(look)
+    assert not table.checks(table.begin([id_in(4)], 100.0))
+    table.lost()
+    table.opened(101.0)
+    assert not table.checks(look)
+
+
 def test_views_that_are_due_together_are_checked_one_after_the_other(table: Table) -> None:
     table.asked([id_in(shard) for shard in range(SHARDS)] * 2, 0.0)
     table.asked([id_in(shard) for shard in range(SHARDS)], 0.5)
@@ -255,6 +365,20 @@ def test_a_check_drops_what_was_deleted_and_takes_in_what_was_missed(live: Table
     found = [known(live, each) for each in (deleted, fresh, missed)]
     assert found == [None, "SUCCESS", "SUCCESS"]
     assert missed in live.missed
+    live.lost()
+    assert live.missed == ""
+
+
+def test_a_state_that_was_pushed_or_may_still_be_pushed_was_not_missed(live: Table) -> None:
+    pushed, young = state(id_in(3), published=1), state(id_in(3), published=3)
+    live.pushed(pushed, 11.0)
+    look = live.begin((), 30.0, (3,))
+    census = Census()
+    for each in (pushed, young):
+        census.add(each)
+    live.end(look, {}, {3: census}, 30.0, wall=table_module.LATE + 2)
+    assert known(live, young.id) == "SUCCESS"
+    assert live.missed == ""
 
 
 # -- tasks ----------------------------------------------------------------------------------------
@@ -270,6 +394,39 @@ def test_an_own_task_is_known_since_it_was_sent(table: Table) -> None:
     assert known(table, early, sure=False) is None
     table.pushed(state(task_id, "STARTED"), 3.0)
     assert known(table, task_id) == "STARTED"
+
+
+def test_an_own_task_is_relied_on_when_the_connection_has_stood_for_a_moment() -> None:
+    table, early, late = Table(TOPOLOGY, limit=1024 * 1024), new_id(), new_id()
+    table.opened(100.0)
+    table.sent(early, 100.0 + views.STEADY / 2)
+    table.sent(late, 100.0 + views.STEADY)
+    assert [known(table, each, 105.0) for each in (early, late)] == ["?", None]
+    look = table.begin([early], 100.0 + views.STEADY / 2)
+    table.end(look, {early: [state(early, "STARTED")]}, {}, 102.0)
+    assert known(table, early, 105.0) == "?"
+    assert known(table, early, 105.0, sure=False) == "STARTED"
+
+
+def test_what_was_looked_up_of_an_own_task_is_known_for_a_while(table: Table) -> None:
+    table.sent("mine", 2.0)
+    look = table.begin(["mine"], 5.0)
+    table.end(look, {"mine": [state("mine")]}, {}, 5.0)
+    assert known(table, "mine", 5.0 + table_module.KEEP_FINAL) == "SUCCESS"
+    assert known(table, "mine", 6.0 + table_module.KEEP_FINAL) == "?"
+
+
+def test_a_state_that_was_just_pushed_may_not_lie_in_the_store_yet(table: Table) -> None:
+    own = new_id()
+    table.sent(own, 2.0)
+    table.pushed(state(own, "STARTED"), 5.0)
+    look = table.begin([own], 6.0)
+    table.end(look, {own: []}, {}, 6.0)
+    assert known(table, own) == "STARTED"
+    # Later the store is right: the state has expired, or was deleted.
+    look = table.begin([own], 7.0 + views.SETTLED)
+    table.end(look, {own: []}, {}, 17.0)
+    assert known(table, own) is None
 
 
 @pytest.mark.parametrize("task_id", ["mine", "0F3B2C4E-8D1A-4A52-9A4B-6F2A1C7D8E90"])
@@ -312,7 +469,28 @@ def test_what_is_forgotten_is_known_to_be_gone(live: Table) -> None:
         live.forgotten(each, 12.0)
     assert known(live, task_id) is None
     # Of this one only the store can tell.
-    assert known(live, own) == "?"
+    assert known(live, own, 12.0) == "?"
+
+
+def test_forgetting_a_task_keeps_what_was_pushed_of_others(table: Table) -> None:
+    gone, other = id_in(3), id_in(3)
+    table.cover([gone])
+    bind(table, 0.0)
+    for task_id in (gone, other):
+        table.pushed(state(task_id), 4.0)
+    table.forgotten(gone, 4.5)
+    # Neither lies in the shard yet.
+    count(table, 3, 5.0)
+    assert [known(table, each) for each in (gone, other)] == [None, "SUCCESS"]
+
+
+def test_what_a_live_view_knows_is_not_discarded(live: Table) -> None:
+    task_id, own = id_in(3), id_in(5)
+    live.sent(own, 11.0)
+    live.pushed(state(task_id, "STARTED"), 11.0)
+    for each in (task_id, own, new_id()):
+        live.discard(each)
+    assert [known(live, each) for each in (task_id, own)] == ["STARTED", "?"]
 
 
 def test_a_look_up_that_forgetting_has_overtaken_is_not_taken_in(live: Table) -> None:
@@ -336,6 +514,19 @@ def test_what_was_looked_up_is_kept_where_the_next_states_will_be_pushed(
     look = table.begin([task_id], 5.0)
     table.end(look, {task_id: [state(task_id, "STARTED")]}, {}, 5.1)
     assert known(table, task_id) == ("STARTED" if bound else "?")
+    assert known(table, task_id, sure=False) == ("STARTED" if bound else "?")
+
+
+def test_what_was_looked_up_just_after_the_binding_is_only_for_those_that_wait(
+    table: Table,
+) -> None:
+    task_id = id_in(3)
+    table.cover([task_id])
+    bind(table, 5.0)
+    look = table.begin([task_id], 5.0 + views.STEADY / 2)
+    table.end(look, {task_id: [state(task_id, "STARTED")]}, {}, 6.0)
+    assert known(table, task_id) == "?"
+    assert known(table, task_id, sure=False) == "STARTED"
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -352,6 +543,18 @@ def test_memory_is_limited_and_what_is_dropped_is_looked_up() -> None:
         table.pushed(state(task_id, body=b"x" * 300), 6.0)
         assert table.memory <= 10_000
     assert [known(table, task_id, 7.0) for task_id in (ids[0], ids[-1])] == ["?", "SUCCESS"]
+    assert known(table, id_in(3), 7.0) is None
+
+
+def test_a_census_that_does_not_fit_the_memory_knows_which_tasks_to_look_up() -> None:
+    table = Table(TOPOLOGY, limit=10_000)
+    table.opened(0.0)
+    table.cover([id_in(3)])
+    bind(table, 0.0)
+    ids = [id_in(3) for _ in range(100)]
+    count(table, 3, 5.0, [state(task_id, body=b"x" * 300) for task_id in ids])
+    assert table.memory <= 10_000 + len(ids) * views.DIGEST_SIZE
+    assert {known(table, task_id, 7.0) for task_id in ids} == {"SUCCESS", "?"}
     assert known(table, id_in(3), 7.0) is None
 
 
@@ -421,6 +624,12 @@ def test_a_proof_lasts_for_a_second_and_ends_with_the_connection(table: Table) -
     assert not table.is_proved(5.9)
     table.opened(5.9)
     assert not table.is_proved(5.9)
+
+
+def test_a_lost_connection_proves_nothing_even_just_after_the_start(table: Table) -> None:
+    table.lost()
+    table.opened(1.0)
+    assert not table.is_proved(1.0)
 
 
 @pytest.mark.parametrize(
