@@ -219,6 +219,20 @@ def test_what_was_fired_here_is_never_fired_again() -> None:
     assert leader.take() == [Acknowledge((2,))]
 
 
+def test_fired_chords_are_remembered_in_a_limited_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leading, "MAX_FIRED", 2)
+    leader = settled()
+    for mark in "xyz":
+        leader.plan_delivered(plan("a", mark=mark), 7, False, NOW)
+        leader.state_pushed(end("a"), NOW, WALL)
+        leader.sent(mark)
+    leader.take()
+    for mark in "zyx":
+        leader.plan_delivered(plan("a", mark=mark), 8, True, NOW)
+    assert leader.take() == [Acknowledge((8,))] * 2
+    assert leader.open == 1
+
+
 def test_a_body_that_could_not_be_sent_is_tried_again() -> None:
     leader = settled()
     leader.plan_delivered(plan("a"), 7, False, NOW)

@@ -73,6 +73,17 @@ def live(table: Table) -> Table:
     return table
 
 
+def test_each_connection_has_a_number_of_its_own() -> None:
+    table = Table(TOPOLOGY, limit=1024)
+    epochs = [table.epoch]
+    for now in (1.0, 2.0):
+        table.opened(now)
+        epochs.append(table.epoch)
+        table.lost()
+    assert epochs == [0, 1, 2]
+    assert (table.epoch, table.connections) == (0, 2)
+
+
 # -- from absent to live, and back ----------------------------------------------------------------
 
 
@@ -168,6 +179,52 @@ def test_what_is_pushed_during_the_census_counts(live: Table) -> None:
     assert known(live, task_id) == "SUCCESS"
 
 
+def test_what_is_pushed_of_other_tasks_during_the_census_counts(table: Table) -> None:
+    task_id, other = id_in(4), id_in(4)
+    table.cover([task_id])
+    bind(table, 10.0)
+    look = table.begin([task_id], 20.0)
+    table.pushed(state(other, "STARTED"), 20.1)
+    table.end(look, {task_id: []}, {4: Census()}, 20.2)
+    assert [known(table, each) for each in (task_id, other)] == [None, "STARTED"]
+
+
+def test_a_live_view_follows_the_states_of_a_task(live: Table) -> None:
+    task_id, found = id_in(3), []
+    for name in ("STARTED", "SUCCESS", "FAILURE"):
+        live.pushed(state(task_id, name), 11.0)
+        found.append(known(live, task_id))
+    assert found == ["STARTED", "SUCCESS", "SUCCESS"]
+
+
+def test_a_look_up_takes_a_census_of_those_shards_that_are_bound(live: Table) -> None:
+    look = live.begin([id_in(1), id_in(3)], 100.0, (0, 2))
+    assert look.census == {3}
+
+
+def test_a_census_that_is_not_due_is_not_taken_in(live: Table) -> None:
+    task_id = id_in(3)
+    live.pushed(state(task_id), 11.0)
+    count(live, 3, 24.0)
+    assert known(live, task_id) == "SUCCESS"
+    # It is due now, and the state was deleted.
+    count(live, 3, 25.0)
+    assert known(live, task_id) is None
+
+
+def test_a_census_during_which_the_shard_was_unbound_is_not_taken_in(table: Table) -> None:
+    late = bindings.LEAST_BOUND
+    table.cover([id_in(3)])
+    bind(table, 0.0)
+    look = table.begin((), late, (3,))
+    assert look.census == {3}
+    for _ in range(bindings.PAYS + 1):
+        table.pushed(state(id_in(3)), late)
+    assert bind(table, late) == [Action(False, 3)]
+    table.end(look, {}, {3: Census()}, late)
+    assert table.live_views == 0
+
+
 def test_what_is_pushed_during_a_look_up_without_a_census_counts(table: Table) -> None:
     task_id = id_in(4)
     table.cover([task_id])
@@ -224,6 +281,17 @@ def test_a_lost_connection_ends_everything_and_the_next_read_binds_again(live: T
     assert bind(live, 15.0) == [Action(True, 3)]
 
 
+def test_a_look_up_of_an_own_task_from_before_the_connection_was_lost_is_ignored(
+    table: Table,
+) -> None:
+    table.sent("mine", 2.0)
+    look = table.begin(["mine"], 3.0)
+    table.lost()
+    table.opened(4.0)
+    table.end(look, {"mine": [state("mine", "STARTED")]}, {}, 5.0)
+    assert known(table, "mine", sure=False) == "?"
+
+
 def test_own_tasks_are_unknown_when_the_connection_was_lost(table: Table) -> None:
     own = new_id()
     table.sent(own, 2.0)
@@ -239,8 +307,17 @@ def test_a_binding_pays_for_a_number_of_states_after_each_read(live: Table) -> N
         for _ in range(bindings.PAYS):
             live.pushed(state(id_in(3)), late)
         assert bind(live, late) == []
+    # What this process has published was not pushed.
+    live.pushed(state(id_in(3)), late, own=True)
+    assert bind(live, late) == []
+    live.asked([id_in(5)], late)
     live.pushed(state(id_in(3)), late)
     assert bind(live, late) == [Action(False, 3)]
+    # The next read counts as the first one again, but not in other shards.
+    live.asked([id_in(3), id_in(5)], late)
+    assert bind(live, late) == [Action(True, 5)]
+    live.asked([id_in(3)], late)
+    assert bind(live, late) == [Action(True, 3)]
 
 
 def test_a_view_that_nobody_reads_is_dropped_when_it_costs_more_than_reads(live: Table) -> None:
@@ -305,11 +382,17 @@ def test_the_key_for_all_shards_is_dropped_when_it_does_not_pay(table: Table) ->
         table.asked([id_in(number % SHARDS)], number * 0.1)
     bind(table, 3.0)
     bind(table, 40.0)
+    count(table, 0, 41.0)
+    assert table.live_views == 1
     late = 50.0 + bindings.LEAST_BOUND
     for _ in range(bindings.PAYS * SHARDS + 1):
         table.pushed(state(new_id()), late)
     assert Action(False, ALL) in bind(table, late)
     assert not table.is_bound(0)
+    assert table.live_views == 0
+    # The next read of each shard counts as the first one again.
+    table.asked([id_in(shard) for shard in range(SHARDS)], late)
+    assert bind(table, late) == []
 
 
 def test_a_live_view_is_checked_ever_more_seldom(live: Table) -> None:
@@ -427,6 +510,31 @@ def test_a_state_that_was_just_pushed_may_not_lie_in_the_store_yet(table: Table)
     look = table.begin([own], 7.0 + views.SETTLED)
     table.end(look, {own: []}, {}, 17.0)
     assert known(table, own) is None
+
+
+def test_the_tasks_that_this_process_has_sent_are_remembered_in_a_limited_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(table_module, "MAX_SENT", 2)
+    table = Table(TOPOLOGY, limit=1024)
+    for task_id in "abc":
+        table.sent(task_id, 1.0)
+    assert [table.is_own(task_id) for task_id in "abc"] == [False, True, True]
+
+
+def test_what_was_pushed_just_before_a_look_up_may_not_lie_in_the_store_yet(table: Table) -> None:
+    task_id = id_in(3)
+    table.cover([task_id])
+    bind(table, 5.0)
+    table.pushed(state(task_id, "STARTED"), 5.1)
+    look = table.begin([task_id], 5.2)
+    table.end(look, {task_id: []}, {}, 5.2)
+    assert known(table, task_id, sure=False) == "STARTED"
+    # What was pushed long ago lies there, or was removed.
+    late = 6.0 + views.SETTLED
+    look = table.begin([task_id], late)
+    table.end(look, {task_id: []}, {}, late)
+    assert known(table, task_id) is None
 
 
 @pytest.mark.parametrize("task_id", ["mine", "0F3B2C4E-8D1A-4A52-9A4B-6F2A1C7D8E90"])
