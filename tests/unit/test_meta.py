@@ -665,6 +665,12 @@ class Trap:
         return (pytest.fail, ("it was decoded",))
 
 
+def test_the_value_that_is_no_meta_is_in_the_error() -> None:
+    message = StateMessage("t", "SUCCESS", 1, b'["x"]', "application/json", "utf-8")
+    with pytest.raises(errors.ForeignMessage, match=r"no meta: \['x'\]"):
+        Codec("json", ["application/json"]).decode(message)
+
+
 # -- the clock ---------------------------------------------------------------------------------
 
 
@@ -685,6 +691,10 @@ def test_no_two_states_of_a_process_have_the_same_time() -> None:
     assert all(one == sorted(one) for one in times)
     every = list(itertools.chain.from_iterable(times))
     assert len(set(every)) == len(every) == 8000
+
+
+def test_a_time_is_a_whole_number() -> None:
+    assert type(clock_module.wall()) is int
 
 
 def test_two_threads_get_different_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -530,7 +530,7 @@ def test_what_was_pushed_just_before_a_look_up_may_not_lie_in_the_store_yet(tabl
     look = table.begin([task_id], 5.2)
     table.end(look, {task_id: []}, {}, 5.2)
     assert known(table, task_id, sure=False) == "STARTED"
-    # What was pushed long ago lies there, or was removed.
+    # A state that was pushed long ago lies there, or was removed.
     late = 6.0 + views.SETTLED
     look = table.begin([task_id], late)
     table.end(look, {task_id: []}, {}, late)
