@@ -17,7 +17,7 @@ from celery import Celery, states
 from celery.result import GroupResult
 
 from celery_amqp_results import aio
-from tests.broker.helpers import Waiting, new_id
+from tests.broker.helpers import LONG, Waiting, new_id
 from tests.conftest import Apps
 
 #: Less than the time after which everything is read again in any case.
@@ -132,7 +132,7 @@ def test_many_results_of_both_kinds_of_writers_are_got(
 ) -> None:
     ids = [new_id() for _ in range(200)]
     group = GroupResult(new_id(), [app.AsyncResult(i) for i in ids], app=app)
-    waiting = Waiting(lambda: group.get(timeout=SOON))
+    waiting = Waiting(lambda: group.get(timeout=LONG))
     eventually(lambda: bound(app))
     worker = make_app("amqp://?layout=per-task")
     for number, task_id in enumerate(ids):
@@ -140,4 +140,6 @@ def test_many_results_of_both_kinds_of_writers_are_got(
             write(task_id, number)
         else:
             worker.backend.store_result(task_id, number, states.SUCCESS)
+    # Storing takes a slow broker some seconds, which do not count.
+    eventually(lambda: not waiting.thread.is_alive(), SOON)
     assert waiting.result() == list(range(200))
