@@ -385,6 +385,7 @@ def test_the_key_for_all_shards_is_dropped_when_it_does_not_pay(table: Table) ->
     count(table, 0, 41.0)
     assert table.live_views == 1
     late = 50.0 + bindings.LEAST_BOUND
+    table.asked([id_in(shard) for shard in range(SHARDS)], late)
     for _ in range(bindings.PAYS * SHARDS + 1):
         table.pushed(state(new_id()), late)
     assert Action(False, ALL) in bind(table, late)
@@ -474,6 +475,8 @@ def test_an_own_task_is_known_since_it_was_sent(table: Table) -> None:
     assert known(table, task_id) is None
     # A waiter may rely on the other one too.
     assert known(table, early) == "?"
+    with pytest.raises(Unread):
+        table.recall(early, 2.0, 0)
     assert known(table, early, sure=False) is None
     table.pushed(state(task_id, "STARTED"), 3.0)
     assert known(table, task_id) == "STARTED"
@@ -551,6 +554,22 @@ def test_a_task_that_is_sent_again_is_not_new(table: Table) -> None:
     table.discard(task_id)
     table.sent(task_id, 3.0)
     assert known(table, task_id) == "?"
+
+
+def test_own_tasks_stay_known_when_the_view_of_their_shard_is_dropped(live: Table) -> None:
+    # The ids may have been used before, so that only the view tells of them.
+    mine = [f"mine-{number}" for number in range(1000)]
+    pushed, gone, counted, *_ = (each for each in mine if TOPOLOGY.shard(each) == 3)
+    late = 10.0 + bindings.LEAST_BOUND
+    for task_id in (pushed, gone, counted):
+        live.sent(task_id, 11.0)
+    count(live, 3, late, [state(counted, "STARTED")])
+    live.forgotten(gone, late)
+    live.pushed(state(pushed, "STARTED"), late)
+    for _ in range(bindings.PAYS):
+        live.pushed(state(id_in(3)), late)
+    assert bind(live, late) == [Action(False, 3)]
+    assert [known(live, each) for each in (pushed, gone, counted)] == ["STARTED", None, "STARTED"]
 
 
 def test_a_final_state_outside_a_live_view_is_known_for_a_while(table: Table) -> None:
