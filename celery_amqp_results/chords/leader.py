@@ -59,7 +59,8 @@ class Leader:
         self._proving = Marks()
         #: Marks of the open chords by header; several if the chord was sent again.
         self._of_group: Dict[str, List[str]] = {}
-        self._fired: BoundedDict[str, str] = BoundedDict(MAX_FIRED)
+        #: Marks of plans and amendments that are over.
+        self._fired: BoundedDict[str, None] = BoundedDict(MAX_FIRED)
         self._fired_groups: BoundedDict[str, None] = BoundedDict(MAX_FIRED)
         self._orphans: Dict[str, List[Tuple[Amendment, Delivery]]] = {}
         self._ends = Ends(memory)
@@ -382,7 +383,7 @@ class Leader:
             self._actions.append(chord.fire())
 
     def _remember_fired(self, plan: Plan) -> None:
-        self._fired[plan.mark] = plan.group_id
+        self._fired[plan.mark] = None
         self._fired_groups[plan.group_id] = None
 
     def _close(self, chord: OpenChord) -> None:
@@ -391,7 +392,7 @@ class Leader:
         del self._chords[mark]
         for amendment in chord.amendments:
             # It may be delivered again after the plan.
-            self._fired[amendment.mark] = group_id
+            self._fired[amendment.mark] = None
         marks = self._of_group[group_id]
         marks.remove(mark)
         if not marks:

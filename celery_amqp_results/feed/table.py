@@ -216,7 +216,7 @@ class Table:
         """The state was pushed, or (*own*) this process has published it."""
         shard = self._topology.shard(state.id)
         view = self._memory.view(shard)
-        self._update(view, shard, state, now)
+        self._update(view, state, now)
         for look in self._looks:
             if state.id in look.ids or shard in look.census:
                 look.pushed.setdefault(state.id, []).append(state)
@@ -227,7 +227,7 @@ class Table:
                 for each in self._memory.views.values() if dropped == ALL else (view,):
                     each.read_at = None
 
-    def _update(self, view: View, shard: int, state: StateMessage, now: float) -> None:
+    def _update(self, view: View, state: StateMessage, now: float) -> None:
         entry = self._memory.recent.get(state.id)
         if entry is not None:
             if entry.state is None or supersedes(state, entry.state):
@@ -245,7 +245,6 @@ class Table:
         view = self._memory.view(self._topology.shard(task_id))
         for look in self._looks:
             look.forgotten.add(task_id)
-            look.pushed.pop(task_id, None)
         if view.live:
             self._memory.remember(task_id, None, now, True)
             return

@@ -59,10 +59,21 @@ def test_damaged_data_is_an_error_or_at_most_the_limit_of_other_data(
 
 
 def test_data_over_the_decompression_limit_is_not_stored() -> None:
-    codec = Codec("json", None, "gzip", 1000)
-    codec.encode({"status": "SUCCESS", "result": "x" * 500})
-    with pytest.raises(errors.ResultTooLarge, match="max_decompressed_size"):
-        codec.encode({"status": "SUCCESS", "result": "x" * 1000})
+    meta = {"status": "SUCCESS", "result": "x" * 1000}
+    size = len(Codec("json", None).encode(meta)[3])
+    codec = Codec("json", ["application/json"], "gzip", size)
+    content_type, encoding, compressed, body = codec.encode(meta)
+    stored = StateMessage("t", "SUCCESS", 1, body, content_type, encoding, compressed)
+    assert codec.decode(stored) == meta
+    with pytest.raises(errors.ResultTooLarge, match="raise the option max_decompressed_size every"):
+        codec.encode({"status": "SUCCESS", "result": "x" * 1001})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "BINARY"])
+def test_all_text_encodings_and_binary_are_accepted(encoding: str) -> None:
+    body = b'{"status": "SUCCESS", "result": "x"}'
+    message = StateMessage("t", "SUCCESS", 1, body, "application/json", encoding)
+    assert Codec("json", ["application/json"]).decode(message)["result"] == "x"
 
 
 @pytest.mark.parametrize("encoding", ["zlib", "bz2", "hex", "rot13", "base64", "nonsense"])

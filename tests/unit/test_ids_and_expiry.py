@@ -79,3 +79,12 @@ def test_a_state_may_have_no_name() -> None:
     assert state_name("SUCCESS") == "SUCCESS"
     assert state_name(None) == state_name("") == ""
     assert state_name(5) == "5"
+
+
+class Phase(str):
+    def __str__(self) -> str:
+        return "Phase.READING"
+
+
+def test_a_text_of_another_class_names_its_state_by_its_value() -> None:
+    assert state_name(Phase("READING")) == "READING"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Iterable, List, Optional, Type, TypeVar
+from typing import Any, Iterable, Iterator, List, Optional, Type, TypeVar
 
 import pytest
 
@@ -62,12 +62,21 @@ def settled(memory: int = 1000) -> Leader:
     return leader
 
 
+def ticks(leader: Leader) -> Iterator[float]:
+    """Yield the time of each event of the leader when it has been handled, until none is left."""
+    for _ in range(1000):
+        now = leader.next_event()
+        if now == math.inf:
+            return
+        leader.tick(now, WALL)
+        yield now
+    raise AssertionError("the events do not come to an end")
+
+
 def without_timers() -> Leader:
     """Return a leader whose binding has stood for long and that waits for nothing."""
     leader = settled()
-    while leader.next_event() < math.inf:
-        leader.tick(leader.next_event(), WALL)
-    assert leader.take() == []
+    assert not any(leader.take() for _ in ticks(leader))
     return leader
 
 
@@ -156,11 +165,42 @@ def test_a_chord_that_is_sent_again_is_not_taken_for_the_one_before() -> None:
     leader.plan_delivered(again, 7, True, NOW)
     leader.tick(NOW, WALL)
     request = the(LookUp, leader)
+    assert request == LookUp(frozenset("a"), frozenset(["body"]))
     old = began - 1
     leader.looked_up(request, {"a": end("a", old)}, {"body": [end("body", old)]}, NOW)
     assert leader.take() == []
     leader.state_pushed(end("a", began + 1), NOW, WALL)
     assert kinds(leader.take()) == [Fire]
+
+
+@pytest.mark.parametrize("redelivered", [False, True])
+def test_the_body_of_a_chord_that_is_sent_again_is_looked_up_only_if_its_plan_is_redelivered(
+    redelivered: bool,
+) -> None:
+    leader = Leader(1000)
+    again = plan("a", again=True, proofs=("body",))
+    leader.plan_delivered(again, 7, redelivered, NOW)
+    leader.bound(NUMBER, NOW, WALL)
+    leader.tick(NOW, WALL)
+    assert leader.take()[1:] == [LookUp(frozenset("a"), frozenset(["body"] * redelivered))]
+
+
+def test_an_end_that_was_published_with_the_plan_counts_for_a_chord_that_is_sent_again() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", again=True, began=WALL), 7, False, NOW)
+    leader.tick(NOW, WALL)
+    request = the(LookUp, leader)
+    leader.looked_up(request, {"a": end("a", WALL)}, {}, NOW)
+    assert kinds(leader.take()) == [Fire]
+
+
+def test_a_task_that_is_in_a_header_twice_is_waited_for_once() -> None:
+    leader = settled()
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.plan_delivered(plan("a", "a", "b"), 7, False, NOW)
+    assert leader.progress(GROUP) == (2, ["b"])
+    leader.state_pushed(end("b"), NOW, WALL)
+    assert the(Fire, leader).results == ["a", "a", "b"]
 
 
 def test_what_was_fired_here_is_never_fired_again() -> None:
@@ -177,6 +217,20 @@ def test_what_was_fired_here_is_never_fired_again() -> None:
     # Once more, after it was acknowledged in vain
     leader.plan_delivered(plan("a"), 2, True, NOW)
     assert leader.take() == [Acknowledge((2,))]
+
+
+def test_fired_chords_are_remembered_in_a_limited_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leading, "MAX_FIRED", 2)
+    leader = settled()
+    for mark in "xyz":
+        leader.plan_delivered(plan("a", mark=mark), 7, False, NOW)
+        leader.state_pushed(end("a"), NOW, WALL)
+        leader.sent(mark)
+    leader.take()
+    for mark in "zyx":
+        leader.plan_delivered(plan("a", mark=mark), 8, True, NOW)
+    assert leader.take() == [Acknowledge((8,))] * 2
+    assert leader.open == 1
 
 
 def test_a_body_that_could_not_be_sent_is_tried_again() -> None:
@@ -259,6 +313,42 @@ def test_a_chord_is_fired_when_its_last_amendment_comes_after_all_states() -> No
     assert kinds(leader.take()) == [Fire]
 
 
+def test_a_chord_is_fired_when_its_plan_comes_after_its_states_and_its_amendment() -> None:
+    leader = settled()
+    more = amendment("c")
+    leader.state_pushed(end("a", amended=more.mark), NOW, WALL)
+    leader.state_pushed(end("c"), NOW, WALL)
+    leader.amendment_delivered(more, 8, NOW)
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    assert the(Fire, leader).results == ["a", "c"]
+    leader.sent("m")
+    assert leader.take() == [Acknowledge((7, 8))]
+
+
+def test_a_state_that_comes_after_its_amendment_holds_nothing() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    for more in (amendment("c"), amendment("d", mark="y")):
+        leader.amendment_delivered(more, 8, NOW)
+    for task_id in "cd":
+        leader.state_pushed(end(task_id), NOW, WALL)
+    leader.state_pushed(end("a", amended="y"), NOW, WALL)
+    assert kinds(leader.take()) == [Fire]
+
+
+def test_a_chord_that_waits_for_an_amendment_is_compared_with_its_body() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", again=True, proofs=("body",)), 7, False, NOW)
+    leader.state_pushed(end("a", WALL + LATER, amended="x"), NOW, WALL)
+    later = NOW + FIRST_RECHECK
+    leader.tick(later, WALL)
+    request = the(LookUp, leader)
+    assert request.bodies == {"body"}
+    # The plan was published twice, and the body was sent for the other one.
+    leader.looked_up(request, {}, {"body": [end("body", WALL + LATER, "STARTED")]}, later)
+    assert leader.take() == [Acknowledge((7,))]
+
+
 def test_a_chord_that_has_waited_for_an_amendment_is_rechecked_for_its_tasks() -> None:
     leader = settled()
     leader.plan_delivered(plan("a"), 7, False, NOW)
@@ -323,6 +413,17 @@ def test_an_amendment_of_a_chord_that_was_sent_again_holds_none_of_both() -> Non
     assert the(Fire, leader).plan.mark == "second"
 
 
+def test_a_chord_that_is_sent_again_can_be_amended_after_the_one_before() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.plan_delivered(plan("b", mark="second"), 8, False, NOW)
+    leader.sent("m")
+    leader.take()
+    leader.amendment_delivered(amendment("c", after="b"), 9, NOW)
+    assert leader.progress(GROUP) == (2, ["b", "c"])
+
+
 def test_an_amendment_that_comes_before_its_plan_waits_for_it() -> None:
     leader = settled()
     leader.amendment_delivered(amendment("c", expires=1000), 8, NOW)
@@ -331,6 +432,8 @@ def test_an_amendment_that_comes_before_its_plan_waits_for_it() -> None:
     assert leader.take() == []
     leader.state_pushed(end("c"), NOW, WALL)
     assert kinds(leader.take()) == [Fire]
+    leader.sent("m")
+    assert leader.take() == [Acknowledge((7, 8))]
     other = Amendment("other", "y", None, ["z"], expires=1000)
     leader.amendment_delivered(other, 9, NOW)
     leader.take()
@@ -365,10 +468,9 @@ def test_a_chord_of_which_nothing_is_heard_is_looked_up_less_and_less_often() ->
     leader = settled()
     leader.plan_delivered(plan("a"), 7, False, NOW)
     asked = []
-    now = NOW
-    while now < NOW + 1000:
-        now = leader.next_event()
-        leader.tick(now, WALL)
+    for now in ticks(leader):
+        if now > NOW + 1000:
+            break
         for action in leader.take():
             asked.append(now - NOW)
             assert isinstance(action, LookUp)
@@ -449,6 +551,34 @@ def test_an_amendment_that_never_expires_waits_for_its_plan() -> None:
     assert leader.holds
 
 
+def test_a_chord_that_was_bound_late_is_given_up_at_the_moment_of_its_expiry() -> None:
+    leader = Leader(1000)
+    leader.plan_delivered(plan("a", began=WALL, expires=500), 7, False, NOW)
+    leader.bound(NUMBER, NOW, WALL)
+    leader.tick(NOW, WALL)
+    leader.take()
+    assert leader.next_event() == NOW + 0.5
+    leader.tick(NOW + 0.5, WALL + 500_000)
+    assert kinds(leader.take()) == [GiveUp, Acknowledge]
+
+
+def test_nothing_is_left_of_a_chord_that_is_over() -> None:
+    leader = settled()
+    leader.plan_delivered(
+        plan("a", "b", began=WALL, expires=10_000, proofs=("body",)), 7, True, NOW
+    )
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.tick(NOW, WALL)
+    request = the(LookUp, leader)
+    leader.tick(NOW + 11, WALL + 11_000_000)
+    assert kinds(leader.take()) == [GiveUp, Acknowledge]
+    # The answer, and states of its tasks, come when it was given up.
+    leader.looked_up(request, {"b": end("b")}, {"body": []}, NOW + 11)
+    for task_id in "ab":
+        leader.state_pushed(end(task_id), NOW + 11, WALL + 11_000_000)
+    assert (leader.take(), leader.open, leader.holds) == ([], 0, False)
+
+
 def test_an_answer_to_a_look_up_from_before_the_connection_was_lost_is_ignored() -> None:
     leader = settled()
     leader.plan_delivered(plan("a"), 7, True, NOW)
@@ -488,6 +618,25 @@ def test_a_success_replaces_a_failure_while_the_chord_is_open() -> None:
     assert leader.held_bytes == 0
 
 
+def test_a_success_replaces_a_failure_that_came_before_the_plan() -> None:
+    leader = settled()
+    leader.state_pushed(end("a", WALL, "FAILURE"), NOW, WALL)
+    leader.plan_delivered(plan("a", "b"), 7, False, NOW)
+    for task_id in "ab":
+        leader.state_pushed(end(task_id, WALL + 1), NOW, WALL)
+    assert the(Fire, leader).ends["a"].state == "SUCCESS"
+
+
+def test_all_bodies_being_sent_count_as_memory_when_the_connection_is_lost() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.plan_delivered(plan("b", mark="other"), 8, False, NOW)
+    leader.state_pushed(end("a", body=b"xx"), NOW, WALL)
+    leader.state_pushed(end("b", body=b"xxx"), NOW, WALL)
+    leader.connection_lost(["m", "other"])
+    assert (leader.open, leader.held_bytes) == (2, 5)
+
+
 def test_a_body_being_sent_is_kept_in_memory_when_the_connection_is_lost() -> None:
     leader = settled()
     leader.plan_delivered(plan("a", "b"), 7, False, NOW)
@@ -516,9 +665,9 @@ def test_each_failed_sending_waits_longer() -> None:
     tried = [NOW]
     assert the(Fire, leader).failures == 0
     leader.not_sent("m", NOW)
-    while len(tried) <= len(RETRY_SECONDS):
-        now = leader.next_event()
-        leader.tick(now, WALL)
+    for now in ticks(leader):
+        if len(tried) > len(RETRY_SECONDS):
+            break
         for action in leader.take():
             assert isinstance(action, Fire)
             assert action.failures == len(tried)

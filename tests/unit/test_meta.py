@@ -31,6 +31,7 @@ from celery_amqp_results.protocol.clock import PublishClock
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import (
     GROUP,
+    NOT_AN_END,
     PART,
     PLAN,
     STATE,
@@ -55,6 +56,8 @@ state_messages = st.builds(
     compression=st.none() | st.sampled_from(["application/x-gzip", "application/x-lzma"]),
     expiration=st.none() | st.integers(0, 2**32 - 1),
     kind=st.sampled_from([STATE, GROUP, PART, PLAN]),
+    body_queue=st.none() | st.sampled_from(["results.body.1", "x/ü"]),
+    amended=st.none() | st.sampled_from([NOT_AN_END, "mark"]),
 )
 
 
@@ -271,6 +274,7 @@ def test_a_body_may_be_any_bytes_like_object(state: StateMessage, kind: Any) -> 
 
 
 @given(any_text)
+@example("é\ud800")
 def test_a_body_that_was_decoded_in_transit_is_encoded_again(body: str) -> None:
     state = StateMessage.from_properties(at("SUCCESS", 1).properties(True), body)
     assert state.body == body.encode("utf-8", "surrogatepass")
@@ -376,7 +380,8 @@ def test_a_state_with_a_damaged_header_is_refused_or_a_state(
     [
         ("type", "page", "'page'"),
         ("type", None, "'type'"),
-        ("application_headers", None, "headers"),
+        ("application_headers", None, "headers are None"),
+        ("application_headers", "none", "headers are 'none', not a table"),
         ("content_type", "", "'content_type'"),
         ("content_encoding", None, "'content_encoding'"),
         ("expiration", "soon", "'soon'"),
@@ -390,24 +395,35 @@ def test_the_reason_for_a_foreign_message_is_reported(name: str, wrong: Any, mes
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"),
+    ("name", "wrong", "right"),
     [
-        ("state", None),
-        ("state", b"SUCCESS"),
-        ("published", None),
-        ("published", -1),
-        ("published", True),
-        ("published", "1"),
-        ("published", 1.5),
-        ("compression", b"x"),
-        ("compression", 1),
+        ("state", None, "a state"),
+        ("state", b"SUCCESS", "a state"),
+        ("published", None, "microseconds since 1970"),
+        ("published", -1, "microseconds since 1970"),
+        ("published", True, "microseconds since 1970"),
+        ("published", "1", "microseconds since 1970"),
+        ("published", 1.5, "microseconds since 1970"),
+        ("compression", b"x", "a content type"),
+        ("compression", 1, "a content type"),
+        ("body-queue", 1, "the name of a queue"),
+        ("amended", True, "the mark of an amendment"),
     ],
 )
-def test_messages_with_foreign_headers_are_foreign(name: str, wrong: Any) -> None:
+def test_messages_with_foreign_headers_are_foreign(name: str, wrong: Any, right: str) -> None:
     properties = at("SUCCESS", 1).properties(True)
     properties["application_headers"][name] = wrong
-    with pytest.raises(errors.ForeignMessage, match=name):
+    with pytest.raises(errors.ForeignMessage) as caught:
         StateMessage.from_properties(properties, b"")
+    assert str(caught.value) == f"header {name!r} is {wrong!r}, not {right}"
+
+
+def test_an_id_that_is_no_id_is_in_the_error() -> None:
+    properties = at("SUCCESS", 1).properties(True)
+    del properties["correlation_id"]
+    properties["application_headers"]["id"] = "no digits"
+    with pytest.raises(errors.ForeignMessage, match="'no digits'"):
+        message_id(properties)
 
 
 @given(
@@ -432,7 +448,7 @@ def test_the_fields_of_a_packed_state_are_checked(
     if right:
         assert checked(damaged) is damaged
     else:
-        with pytest.raises(errors.ForeignMessage):
+        with pytest.raises(errors.ForeignMessage, match="not of its type: StateMessage"):
             checked(damaged)
 
 
@@ -649,6 +665,12 @@ class Trap:
         return (pytest.fail, ("it was decoded",))
 
 
+def test_the_value_that_is_no_meta_is_in_the_error() -> None:
+    message = StateMessage("t", "SUCCESS", 1, b'["x"]', "application/json", "utf-8")
+    with pytest.raises(errors.ForeignMessage, match=r"no meta: \['x'\]"):
+        Codec("json", ["application/json"]).decode(message)
+
+
 # -- the clock ---------------------------------------------------------------------------------
 
 
@@ -669,6 +691,10 @@ def test_no_two_states_of_a_process_have_the_same_time() -> None:
     assert all(one == sorted(one) for one in times)
     every = list(itertools.chain.from_iterable(times))
     assert len(set(every)) == len(every) == 8000
+
+
+def test_a_time_is_a_whole_number() -> None:
+    assert type(clock_module.wall()) is int
 
 
 def test_two_threads_get_different_times(monkeypatch: pytest.MonkeyPatch) -> None:
