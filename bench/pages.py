@@ -142,13 +142,13 @@ def updated(text: str, folder: Path = RECORDED) -> str:
 
 
 def _chosen(match: Match[str], folder: Path) -> Tuple[Table, Optional[Run]]:
-    """Return the table of a comment, and the first of its runs that has a row of it."""
+    """Return the table of a comment, and the first of its runs that has a figure of it."""
     table = Table.read(match["fields"])
     for name in match["runs"].split(" | "):
         path = folder / f"{name.strip()}.json"
         if path.exists():
             run = Run.read(path)
-            if table.recorded(run):
+            if any(any(table.cells(run, row)) for _, row in table.rows):
                 return table, run
     return table, None
 
