@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
 
 import amqp
 import kombu
+import kombu.pools
 import pytest
 from celery import Celery
 
@@ -193,6 +194,15 @@ class Apps:
             channel.exchange_delete(f"{self.prefix}.states")
             channel.exchange_delete(self.prefix)
             connection.close()
+
+
+@pytest.fixture
+def new_pools() -> None:
+    """Empties kombu's pools of connections, which all apps of a process share.
+
+    An earlier test may have broken a connection in them.
+    """
+    kombu.pools.reset()
 
 
 @pytest.fixture

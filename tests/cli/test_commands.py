@@ -8,7 +8,6 @@ import uuid
 from typing import Any, Dict, List, Optional
 
 import click
-import kombu.pools
 import pytest
 from celery import Celery, states
 from celery.bin.base import CLIContext
@@ -324,9 +323,8 @@ def test_doctor_finds_nothing_wrong_on_a_healthy_broker(app: Celery) -> None:
     assert "probe" not in plain
 
 
+@pytest.mark.usefixtures("new_pools")
 def test_get_and_doctor_know_which_tasks_were_sent(make_app: Apps) -> None:
-    # On a connection that an earlier test broke, the first mark would be lost.
-    kombu.pools.reset()
     app = make_app(result_backend_transport_options={"shards": 1, "track_sent": True})
     waits, done, forgotten, unknown = (new_id() for _ in range(4))
     for task_id in (waits, done, forgotten):

@@ -63,6 +63,7 @@ def test_the_command_names_the_tasks_that_have_not_ended(
     assert "it has fired" in result.stderr
 
 
+@pytest.mark.usefixtures("new_pools")
 def test_without_a_worker_the_command_says_so(make_app: Apps) -> None:
     app = make_app()
     for arguments in ((str(uuid.uuid4()),), ()):
