@@ -1,6 +1,7 @@
 """Types of what Celery, kombu and py-amqp give us, since these libraries have none.
 
-Each protocol names what this package uses of an object. This module imports nothing.
+Each protocol names what this package uses of an object. This module imports no other of the
+package.
 """
 
 from __future__ import annotations

@@ -24,6 +24,11 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
+def flush(app: Celery) -> None:
+    """Return when the broker has everything that *app* has published, at most ten seconds."""
+    app.backend.layout.publisher._unwaited.flush(10)
+
+
 def fail_once(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
     """Make the first thread that *module* starts fail, as the system does at its limit."""
     failed = threading.Event()

@@ -21,10 +21,11 @@ from celery_amqp_results.protocol.message import PLAN
 from celery_amqp_results.protocol.names import PLAN_QUEUES, Route, plan_number
 from tests import subprocesses
 from tests.broker.helpers import LONG, new_id
+from tests.broker.signing import SIGNING, make_keys, sign_with, signs
 from tests.broker.test_chords_led import Sent, lead, send
 from tests.broker.test_documented_permissions import documented_roles, user_with
 from tests.broker.test_hostile_messages import publish_to, state_body, state_properties
-from tests.broker.test_security import SIGNING, make_keys, refused, sign_with, signs
+from tests.broker.test_security import refuse_to_hand_out
 from tests.conftest import Apps, eventually, raw_connection
 from tools import rabbitmq
 
@@ -151,14 +152,7 @@ def test_a_documented_reader_can_neither_take_nor_delete_plans(
         zip(("configure", "write", "read"), documented_roles(make_app.prefix)["reader"])
     )
     with user_with(node, patterns) as url:
-        with refused(url) as channel:
-            channel.basic_consume(queue)
-        with refused(url) as channel:
-            channel.basic_get(queue)
-        with refused(url) as channel:
-            channel.queue_purge(queue)
-        with refused(url) as channel:
-            channel.queue_delete(queue)
+        refuse_to_hand_out(url, queue)
 
 
 # -- who may publish -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from celery import Celery
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import declarations
-from tests.broker.helpers import Waiting, largest_message, new_id
+from tests.broker.helpers import Waiting, flush, largest_message, new_id
 from tests.conftest import PATIENT_OPTIONS, Apps, connect, eventually
 from tools import rabbitmq
 
@@ -238,7 +238,7 @@ def test_a_state_whose_shard_the_broker_refuses_is_not_published_for_ever(
         eventually(lambda: app.backend.metrics().failed == 1)
         assert f"the PROGRESS of {there} is lost" in caplog.text
         # And nothing is left to be published again
-        app.backend.layout.publisher._unwaited.flush(10)
+        flush(app)
         assert not app.backend.layout.publisher._unwaited._has_strays()
         # And other results are stored
         app.backend.store_result(here[1], 2, "SUCCESS")

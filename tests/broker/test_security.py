@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator
 
 import amqp
-import celery
 import pytest
-import trustme
 from celery import Celery, states
 
 from celery_amqp_results import errors
@@ -23,6 +20,7 @@ from celery_amqp_results.feed import views
 from celery_amqp_results.store.publisher import Outgoing
 from tests import subprocesses
 from tests.broker.helpers import LONG, new_id
+from tests.broker.signing import SIGNING, make_keys, sign_with, signs
 from tests.broker.test_documented_permissions import documented, user_with
 from tests.broker.test_hostile_messages import publish_to, state_body, state_properties
 from tests.conftest import Apps, eventually, raw_connection
@@ -53,6 +51,18 @@ def refused(url: str) -> Iterator[amqp.Channel]:
     """Yield a channel of a user, whose use the broker must refuse in the block."""
     with raw_connection(url) as connection, pytest.raises(amqp.AccessRefused):
         yield connection.channel()
+
+
+def refuse_to_hand_out(url: str, queue: str) -> None:
+    """Check that the broker lets a user neither read, nor hold, nor empty, nor delete *queue*."""
+    with refused(url) as channel:
+        channel.basic_get(queue)
+    with refused(url) as channel:
+        channel.basic_consume(queue)
+    with refused(url) as channel:
+        channel.queue_purge(queue)
+    with refused(url) as channel:
+        channel.queue_delete(queue)
 
 
 @pytest.fixture
@@ -102,14 +112,7 @@ def test_a_user_who_may_only_write_can_neither_read_nor_hold_nor_delete_results(
     shard = shard_of(app, task_id)
     exchange = exchange_of(app)
     with user_with(node, {"configure": "^$", "write": r"^amq\.default$", "read": "^$"}) as url:
-        with refused(url) as channel:
-            channel.basic_get(shard)
-        with refused(url) as channel:
-            channel.basic_consume(shard)
-        with refused(url) as channel:
-            channel.queue_purge(shard)
-        with refused(url) as channel:
-            channel.queue_delete(shard)
+        refuse_to_hand_out(url, shard)
         with refused(url) as channel:
             channel.exchange_delete(exchange)
         with refused(url) as channel:
@@ -198,37 +201,6 @@ def test_a_reader_that_may_publish_no_state_answers_from_memory_if_it_may_publis
 
 
 # -- what signing prevents -----------------------------------------------------------------------
-
-
-def sign_with(app: Celery, folder: str, name: str) -> None:
-    """Sign with the key *name*; only the key ``known`` is trusted."""
-    # Celery 5.3 calls an API that newer versions of cryptography warn about.
-    warnings.filterwarnings("ignore", "Properties that return a na")
-    app.conf.update(
-        security_key=f"{folder}/{name}.key",
-        security_certificate=f"{folder}/{name}.pem",
-        security_cert_store=f"{folder}/known*.pem",
-    )
-    app.setup_security()
-
-
-def make_keys(folder: Path) -> None:
-    """Make the keys and certificates for :func:`sign_with`."""
-    for name in ("known", "stranger"):
-        issued = trustme.CA().issue_cert(f"{name}.example", key_type=trustme.KeyType.RSA)
-        issued.private_key_pem.write_to_path(str(folder / f"{name}.key"))
-        issued.cert_chain_pems[0].write_to_path(str(folder / f"{name}.pem"))
-
-
-#: Settings with which tasks and results are signed.
-SIGNING: Dict[str, Any] = {
-    "result_serializer": "auth", "task_serializer": "auth", "event_serializer": "auth",
-    "accept_content": ["auth"], "result_accept_content": ["auth"],
-}  # fmt: skip
-
-signs = pytest.mark.skipif(
-    celery.VERSION[:2] == (5, 4), reason="Celery 5.4 cannot read any certificate (a TypeError)"
-)
 
 
 def attack_signed_results(app: Celery, folder: str) -> Dict[str, Any]:

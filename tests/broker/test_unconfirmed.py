@@ -16,6 +16,7 @@ from celery_amqp_results.amqp.declarations import declare_exchange
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store import publisher, unwaited
 from tests import subprocesses
+from tests.broker.helpers import flush
 from tests.conftest import PATIENCE, Apps, eventually
 from tools import rabbitmq
 from tools.proxy import Proxy
@@ -56,7 +57,7 @@ def test_returned_messages_between_confirms_are_published_again(
     first = [str(uuid.uuid4()) for _ in range(100)]
     for task_id in first:
         app.backend.store_result(task_id, 1, "SUCCESS")
-    app.backend.layout.publisher._unwaited.flush(10)
+    flush(app)
     topology = app.backend.config.topology
     channel = raw.channel()
     for shard in range(8):
@@ -200,7 +201,7 @@ def test_a_temporarily_refused_state_is_stored_with_a_later_result(
     channel.queue_declare(spec.name, durable=True, auto_delete=False, arguments=spec.arguments)
     # Then that state is stored together with the next result
     app.backend.store_result(second, 1, "SUCCESS")
-    app.backend.layout.publisher._unwaited.flush(10)
+    flush(app)
     reader = make_app(shards=1)
     assert reader.AsyncResult(first).state == "PROGRESS"
     assert reader.AsyncResult(second).state == "SUCCESS"

@@ -7,14 +7,15 @@ import logging
 import socket
 import threading
 import time
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Mapping
 
 import pytest
-from celery import states
+from celery import Celery, states
 
 from celery_amqp_results.amqp import confirms, link
 from celery_amqp_results.feed import session
 from celery_amqp_results.store import publisher
+from tests.broker.helpers import flush
 from tests.conftest import Apps, eventually
 from tests.faults.faults import alarm
 from tests.faults.test_store_faults import new_ids, read_from_store
@@ -52,24 +53,26 @@ class Calls:
         assert not self.errors
 
 
+def store_in_alarm(app: Celery, node: rabbitmq.Node, results: Mapping[str, str]) -> None:
+    """Store results at once in an alarm that outlasts the kernel's patience; return at its end."""
+    with alarm(node, "memory"):
+        store = app.backend.store_result
+        storing = Calls(
+            *(functools.partial(store, i, r, states.SUCCESS) for i, r in results.items())
+        )
+        time.sleep(link.IO_TIMEOUT + 2)
+        # Results that are larger than the buffers of the sockets wait
+        assert storing.waits()
+    # And are stored in one try when it ends
+    storing.end()
+
+
 def test_large_results_are_stored_when_an_alarm_ends(make_app: Apps, node: rabbitmq.Node) -> None:
     app = make_app(result_backend_transport_options={"shards": 1, **ONE_TRY})
     first, second, third = new_ids(3)
     app.backend.store_result(third, 1, states.SUCCESS)
     results = {first: "x" * 1_000_000, second: "y" * 8_000_000}
-    # Given an alarm that lasts longer than the kernel keeps bytes for a broker that reads none
-    with alarm(node, "memory"):
-        storing = Calls(
-            *(
-                lambda i=i, r=r: app.backend.store_result(i, r, states.SUCCESS)
-                for i, r in results.items()
-            )
-        )
-        time.sleep(link.IO_TIMEOUT + 2)
-        # Then results that are larger than the buffers of the sockets wait
-        assert storing.waits()
-    # And are stored in one try when it ends
-    storing.end()
+    store_in_alarm(app, node, results)
     found = read_from_store(app, [first, second])
     assert {i: found[i]["result"] for i in results} == results
 
@@ -99,7 +102,7 @@ def test_a_thread_that_declares_shards_in_an_alarm_costs_no_other_thread_its_con
         assert "not published" not in caplog.text
     storing.end()
     reporting.end()
-    layout.publisher._unwaited.flush(10)
+    flush(app)
     found = read_from_store(app, [final, *others])
     assert [found[i]["result"] for i in (final, *others)] == [2, *range(len(others))]
 
@@ -137,16 +140,7 @@ def test_a_large_result_in_the_layout_per_task_is_stored_when_an_alarm_ends(
     app = make_app(result_backend_transport_options={"layout": "per-task", **ONE_TRY})
     first, second = new_ids(2)
     results = {first: "x", second: "y" * 8_000_000}
-    with alarm(node, "memory"):
-        storing = Calls(
-            *(
-                lambda i=i, r=r: app.backend.store_result(i, r, states.SUCCESS)
-                for i, r in results.items()
-            )
-        )
-        time.sleep(link.IO_TIMEOUT + 2)
-        assert storing.waits()
-    storing.end()
+    store_in_alarm(app, node, results)
     assert {i: app.backend._get_task_meta_for(i)["result"] for i in results} == results
     for task_id in results:
         app.AsyncResult(task_id).forget()
