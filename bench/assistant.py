@@ -3,13 +3,15 @@
 Commands:
 
 - ``store``: the results *ids*, each with a text of *size* bytes, for *reply_to* and *origin*
-- ``store_together``: *count* results, in several *threads*
+- ``keep_packed``: the same results, as readers leave them after packing
+- ``store_together``: the results *ids*, in several *threads*
 - ``send``: take note of *count* tasks as sent, and answer with their ids and who sent them
 - ``join``: say that it begins, then wait for the results of all tasks sent last
 - ``look_up``: *ids* one after the other, or, with *at_once*, together
 - ``forget``: *ids*
 - ``pack``: all shards that keep *ids*
 - ``memory``: of this process
+- ``metrics``: of the result backend
 """
 
 from __future__ import annotations
@@ -60,17 +62,34 @@ class Server:
             close()
         return {"seconds": time.perf_counter() - started}
 
-    def store_together(self, count: int, threads: int) -> Dict[str, Any]:
-        """Store *count* results in several threads at once."""
+    def keep_packed(self, ids: List[str], size: int) -> Dict[str, Any]:
+        """Keep results in pages."""
+
+        def store(task_id: str) -> None:
+            request = peers.context(task_id)
+            self._app.backend.store_result(task_id, "x" * size, "SUCCESS", request=request)
+
+        internals.keep_packed(self._app, ids, store)
+        return {"kept": len(ids)}
+
+    def store_together(
+        self,
+        ids: List[str],
+        threads: int,
+        value: Any = 42,
+        reply_to: str = "",
+        origin: str = "gen1@bench",
+    ) -> Dict[str, Any]:
+        """Store results in several threads at once; each waits for its confirm."""
         store_result = self._app.backend.store_result
         barrier = threading.Barrier(threads + 1)
 
         def store(requests: List[Context]) -> None:
             barrier.wait()
             for request in requests:
-                store_result(request.id, 42, "SUCCESS", request=request)
+                store_result(request.id, value, "SUCCESS", request=request)
 
-        requests = [peers.context(str(uuid.uuid4())) for _ in range(count)]
+        requests = [peers.context(task_id, reply_to, origin) for task_id in ids]
         running = [
             threading.Thread(target=store, args=(requests[number::threads],))
             for number in range(threads)
@@ -156,6 +175,10 @@ class Server:
         """Return the memory of this process in bytes."""
         gc.collect()
         return {"bytes": processes.resident_bytes(os.getpid())}
+
+    def metrics(self) -> Dict[str, Any]:
+        """Return what this backend has counted in this process."""
+        return dict(self._app.backend.metrics().as_dict())
 
 
 def answer(what: Dict[str, Any]) -> None:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from typing import Any, Collection, Dict, Iterable, Iterator, List
+import dataclasses
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    DefaultDict,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Sequence,
+)
 
+from celery_amqp_results.amqp.confirms import Outgoing
+from celery_amqp_results.protocol import page
+from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store import lookup
+from celery_amqp_results.store.packing import split
 
 __all__ = (
+    "keep_packed",
     "one_id_a_shard",
     "packing_everything",
     "remembered",
@@ -57,6 +74,37 @@ def remembered(app: Any) -> int:
     """Return how many look-ups of this process were answered from memory; 0 for other backends."""
     metrics = getattr(app.backend, "metrics", None)
     return 0 if metrics is None else int(metrics().remembered)
+
+
+def keep_packed(app: Any, ids: Sequence[str], store: Callable[[str], Any]) -> None:
+    """Keep a result for each of *ids*, in pages, as readers leave a shard after they packed it.
+
+    Parameters:
+        app: the app.
+        ids: ids of the same length; those of one shard share its pages.
+        store: stores the first of them; the others have the same value.
+    """
+    layout = app.backend.layout
+    stored: List[StateMessage] = []
+    layout.publish = lambda state, *_: stored.append(state)
+    try:
+        store(ids[0])
+    finally:
+        del layout.publish
+    (first,) = stored
+    shards: DefaultDict[int, List[StateMessage]] = collections.defaultdict(list)
+    topology = app.backend.config.topology
+    for task_id in ids:
+        body = first.body.replace(ids[0].encode(), task_id.encode())
+        state = dataclasses.replace(first, id=task_id, body=body)
+        shards[topology.shard(task_id)].append(state)
+    properties = {"type": page.PAGE, "content_type": page.CONTENT_TYPE, "delivery_mode": 2}
+    for shard, states in shards.items():
+        queue = topology.shard_queue_name(shard)
+        for content in split(states, app.backend.config.options.page_size):
+            expires = {"expiration": str(page.expiration(content, first.published))}
+            message = Outgoing(queue, {**properties, **expires}, page.encode(content), shard)
+            layout.publisher.publish([message])
 
 
 @contextlib.contextmanager

@@ -6,7 +6,14 @@ import os
 from pathlib import Path
 from typing import Dict, Iterator, List
 
-__all__ = ("connections", "cpu_seconds", "family", "reaped_cpu_seconds", "resident_bytes")
+__all__ = (
+    "connections",
+    "cpu_seconds",
+    "family",
+    "folder_bytes",
+    "reaped_cpu_seconds",
+    "resident_bytes",
+)
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -39,6 +46,18 @@ def reaped_cpu_seconds(pid: int) -> float:
 def resident_bytes(pid: int) -> int:
     """Return the memory of *pid* that is in use."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return how much of the disk a folder takes; files may come and go meanwhile."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(path, name)).st_blocks * 512
+            except OSError:
+                continue
+    return total
 
 
 def family(pid: int) -> List[int]:

@@ -156,9 +156,11 @@ class Assistant:
     def stop(self) -> None:
         """End it."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(30)
+        self._process.stdout.close()

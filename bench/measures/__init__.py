@@ -16,6 +16,7 @@ from bench.measures import (
     collect,
     connections,
     end_to_end,
+    endurance,
     fleet,
     floor,
     large,
@@ -30,7 +31,7 @@ from bench.measures import (
 )
 from bench.place import Place
 
-__all__ = ("ALL", "THOROUGH")
+__all__ = ("ALL", "ON_REQUEST", "THOROUGH")
 
 ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
     "broker": broker.measure,
@@ -50,7 +51,11 @@ ALL: Dict[str, Callable[[Place], Iterator[Row]]] = {
     "lookup": stranger.measure,
     "large": large.measure,
     "memory": memory.measure,
+    "endurance": endurance.measure,
 }
+
+#: Measures that run only if the command line names them.
+ON_REQUEST = ("endurance",)
 
 #: Measures that a quick run leaves out unless the command line names them.
 THOROUGH = ("broker", "floor", "pollfloor", "large", "cold", "shards", "connections")

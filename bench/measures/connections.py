@@ -101,7 +101,8 @@ def _together(
     def work() -> Dict[str, float]:
         broker = place.broker_seconds()
         with watching([assistant.pid], place.port) as peak:
-            answer = assistant.ask("store_together", count=count, threads=threads)
+            ids = [str(uuid.uuid4()) for _ in range(count)]
+            answer = assistant.ask("store_together", ids=ids, threads=threads)
         return {
             "per second": count / answer["seconds"],
             "broker": (place.broker_seconds() - broker) / count * 1e6,

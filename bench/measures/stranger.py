@@ -5,11 +5,13 @@ The same results serve to measure what they cost the broker: memory, and process
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import math
 import random
 import time
 import uuid
-from typing import Any, Callable, Dict, Iterator, List, Mapping
+from typing import Any, Callable, Collection, DefaultDict, Dict, Iterator, List, Mapping
 
 import kombu
 
@@ -38,6 +40,12 @@ REMEMBERED_WITHIN = 20.0
 #: How many processes store the results.
 STORERS = 2
 
+#: More results than this are put into pages at once: the shards are the same in the end, sooner.
+LARGEST_STORED = 1_000_000
+
+#: Results for each shard by the rule of docs/sizing.md, and the default number of shards.
+RULE, SHARDS = 4000, 256
+
 #: Seconds for which the broker is watched with nothing to do.
 IDLE = 3.0
 
@@ -59,74 +67,119 @@ def _with_kept(place: Place, kept: int) -> Iterator[Row]:
     ids = [str(uuid.uuid4()) for _ in range(kept)]
     queues = {name: f"bench-{uuid.uuid4().hex[:8]}" for name in names}
     with contextlib.ExitStack() as stack:
+        options = shards_for(kept)
         for name in names:
             if name != OURS:
                 store(place, name, queues[name], ids)
         yield from _our_costs(place, queues[OURS], ids)
         readers: Dict[str, Assistant] = {
-            name: stack.enter_context(place.assistant(name, queues[name])) for name in names
+            name: stack.enter_context(
+                place.assistant(name, queues[name], **(options if name == OURS else {}))
+            )
+            for name in names
         }
-        yield from _packing(place, readers[OURS], ids)
-        yield from _looking_up(place, readers, ids)
-        delete(place, OURS, queues[OURS])
+        if kept > LARGEST_STORED:
+            yield from all_found(place, queues[OURS], readers[OURS], ids)
+        else:
+            yield from packing(place, queues[OURS], readers[OURS], ids)
+        yield from looking_up(place, readers, ids)
+        delete(place, OURS, queues[OURS], **options)
+
+
+def shards_for(kept: int) -> Dict[str, Any]:
+    """Return the options for as many shards as docs/sizing.md advises."""
+    shards = math.ceil(kept / RULE)
+    return {"shards": shards} if shards > SHARDS else {}
+
+
+def _app(place: Place, queue: str, **options: Any) -> Any:
+    return place.app(OURS, queue, result_backend_transport_options=options)
+
+
+def one_each(place: Place, queue: str, ids: List[str]) -> List[str]:
+    """Return one of *ids* for each shard."""
+    # So many have one in each; the shards of all would take long to compute.
+    some = ids[: 100 * (shards_for(len(ids)).get("shards") or SHARDS)]
+    return internals.one_id_a_shard(_app(place, queue, **shards_for(len(ids))), some)
+
+
+def cost(key: str, title: str, unit: str, value: float, kept: int) -> Row:
+    """Return a row about RabbitMQ or one process, which says something by itself."""
+    title = f"{title}, {kept:,} kept"
+    return Row(key, title, unit, LESS, {OURS: [value]}, kept, absolute=True)
 
 
 def _our_costs(place: Place, queue: str, ids: List[str]) -> Iterator[Row]:
     """Store *ids*, and yield what that costs the broker."""
     node, kept = place.node, len(ids)
-    app = place.app(OURS, queue)
-    before = _memory(node)
+    app = _app(place, queue, **shards_for(kept))
+    before = memory_in_use(node)
     # The exchange and all shards cost memory before there are results.
-    one_each = internals.one_id_a_shard(app, ids)
-    for task_id in one_each:
+    first = one_each(place, queue, ids)
+    for task_id in first:
         app.backend.store_result(task_id, "x" * SIZE, "SUCCESS", request=peers.context(task_id))
     peers.close(app)
-    fixed = _memory(node)
-    first = set(one_each)
-    rest = [task_id for task_id in ids if task_id not in first]
+    fixed, disk = memory_in_use(node), processes.folder_bytes(node.log_path.parent)
+    known = set(first)
+    rest = [task_id for task_id in ids if task_id not in known]
     cpu = processes.cpu_seconds(node.pid)
-    store(place, OURS, queue, rest)
+    if kept > LARGEST_STORED:
+        _keep_packed(place, queue, rest, shards_for(kept))
+    else:
+        store(place, OURS, queue, rest)
     cpu = processes.cpu_seconds(node.pid) - cpu
-    after = _memory(node)
-
-    def row(key: str, title: str, unit: str, value: float) -> Row:
-        return Row(key, f"{title}, {kept:,} kept", unit, LESS, {OURS: [value]}, kept, absolute=True)
-
-    yield row(
-        "memory.fixed", f"memory of RabbitMQ for {len(one_each)} shards", "MB",
-        (fixed - before) / 1e6,
-    )  # fmt: skip
-    yield row(
-        "memory.kept", "memory of RabbitMQ, each result of 300 bytes", "bytes",
-        (after - fixed) / len(rest),
-    )  # fmt: skip
-    yield row(
-        "broker.store", "processor time of RabbitMQ, each result stored", "µs",
-        cpu / len(rest) * 1e6,
-    )  # fmt: skip
+    after = memory_in_use(node)
+    title = f"memory of RabbitMQ for {len(first)} shards"
+    yield cost("memory.fixed", title, "MB", (fixed - before) / 1e6, kept)
+    title = "memory of RabbitMQ, each result of 300 bytes"
+    yield cost("memory.kept", title, "bytes", (after - fixed) / len(rest), kept)
+    disk = processes.folder_bytes(node.log_path.parent) - disk
+    title = "disk of RabbitMQ, each result of 300 bytes"
+    yield cost("disk.kept", title, "bytes", disk / len(rest), kept)
+    if kept <= LARGEST_STORED:
+        title = "processor time of RabbitMQ, each result stored"
+        yield cost("broker.store", title, "µs", cpu / len(rest) * 1e6, kept)
     cpu = processes.cpu_seconds(node.pid)
     time.sleep(IDLE)
     cpu = processes.cpu_seconds(node.pid) - cpu
-    yield row(
-        "broker.idle", "processor time of RabbitMQ with nothing to do", "% of a core",
-        cpu / IDLE * 100,
-    )  # fmt: skip
+    title = "processor time of RabbitMQ with nothing to do"
+    yield cost("broker.idle", title, "% of a core", cpu / IDLE * 100, kept)
 
 
-def _packing(place: Place, reader: Assistant, ids: List[str]) -> Iterator[Row]:
+def packing(place: Place, queue: str, reader: Assistant, ids: List[str]) -> Iterator[Row]:
     """Have the shards packed, and yield what the first look-ups take."""
     kept = len(ids)
     first = reader.ask("look_up", ids=random.sample(ids, 20))["milliseconds"]
-    figures = {OURS: [percentile(first, 50)]}
-    title = f"first look-up in a shard, nothing packed, {kept:,} kept"
-    yield Row("lookup.loose", title, "ms", LESS, figures, kept, absolute=True)
-    packed = reader.ask("pack", ids=ids)
-    title = f"packing all shards, each result, {kept:,} kept"
-    figures = {OURS: [packed["seconds"] / kept * 1e6]}
-    yield Row("lookup.packing", title, "µs", LESS, figures, kept, absolute=True)
+    title = "first look-up in a shard, nothing packed"
+    yield cost("lookup.loose", title, "ms", percentile(first, 50), kept)
+    packed = reader.ask("pack", ids=one_each(place, queue, ids))
+    title = "packing all shards, each result"
+    yield cost("lookup.packing", title, "µs", packed["seconds"] / kept * 1e6, kept)
 
 
-def _looking_up(place: Place, readers: Dict[str, Assistant], ids: List[str]) -> Iterator[Row]:
+def all_found(place: Place, queue: str, reader: Assistant, ids: List[str]) -> Iterator[Row]:
+    """Look up all *ids*, those of one shard at once, and yield the time for each."""
+    kept, started = len(ids), time.monotonic()
+    found = sum(
+        reader.ask("read_store", ids=some, at_once=True)["found"]
+        for some in _by_shard(_app(place, queue, **shards_for(kept)), ids)
+    )
+    seconds = time.monotonic() - started
+    _check(found, kept)
+    title = "look-up of all ids, those of a shard at once, each"
+    yield cost("lookup.all", title, "µs", seconds / kept * 1e6, kept)
+
+
+def _by_shard(app: Any, ids: List[str]) -> Collection[List[str]]:
+    """Return *ids* in lists, one for each shard."""
+    shards: DefaultDict[str, List[str]] = collections.defaultdict(list)
+    for task_id in ids:
+        shards[internals.shard_queue(app, task_id)].append(task_id)
+    return shards.values()
+
+
+def looking_up(place: Place, readers: Dict[str, Assistant], ids: List[str]) -> Iterator[Row]:
+    """Yield milliseconds of look-ups of *ids*, and of unknown ones."""
     count, kept, node = (100 if place.quick else 300), len(ids), place.node
 
     def one_by_one(name: str, known: bool) -> Callable[[], Mapping[str, float]]:
@@ -201,6 +254,20 @@ def _check(found: int, wanted: int) -> None:
         raise RuntimeError(f"{found} results were found, not {wanted}")
 
 
+def _keep_packed(place: Place, queue: str, ids: List[str], options: Dict[str, Any]) -> None:
+    """Put results into the pages of their shards, with several processes."""
+    shards = list(_by_shard(_app(place, queue, **options), ids))
+    with contextlib.ExitStack() as stack:
+        storers = [
+            stack.enter_context(place.assistant(OURS, queue, **options)) for _ in range(STORERS)
+        ]
+        for start in range(0, len(shards), STORERS):
+            for assistant, some in zip(storers, shards[start:]):
+                assistant.tell("keep_packed", ids=some, size=SIZE)
+            for assistant, _ in zip(storers, shards[start:]):
+                assistant.answer()
+
+
 def store(place: Place, name: str, queue: str, ids: List[str]) -> None:
     """Store results with several processes, and return when the broker has them.
 
@@ -218,7 +285,7 @@ def store(place: Place, name: str, queue: str, ids: List[str]) -> None:
             assistant.answer()
 
 
-def _memory(node: Any) -> int:
+def memory_in_use(node: Any) -> int:
     """Return what Erlang has in use after a garbage collection of all its processes."""
     return int(
         node.eval(
@@ -229,9 +296,10 @@ def _memory(node: Any) -> int:
     )
 
 
-def delete(place: Place, name: str, queue: str) -> None:
+def delete(place: Place, name: str, queue: str, **options: Any) -> None:
     """Delete the shards of a variant of this backend, so that the next measure starts empty."""
-    app = place.app(name, queue)
+    options = {**peers.named(name).options, **options}
+    app = place.app(name, queue, result_backend_transport_options=options)
     with kombu.Connection(place.node.url()) as connection:
         channel = connection.channel()
         for shard in internals.shard_queues(app):

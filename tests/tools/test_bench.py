@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import sys
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from bench import __main__ as command
 from bench import compare, figures, measures, pages, processes, report
 from bench.figures import LESS, MORE, Row, Run, percentile, ratios
-from bench.measures import floor, poll_floor
+from bench.measures import endurance, floor, poll_floor
 from bench.peers import PEERS, Servers
 from bench.place import Place
 from bench.ticks import Ticks, ticking
@@ -292,6 +293,27 @@ def test_memory_and_processor_time_of_this_process_are_read() -> None:
     assert processes.resident_bytes(os.getpid()) > 2**20
 
 
+def test_the_size_of_a_folder_is_that_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_bytes(b"x" * 100_000)
+    assert 100_000 <= processes.folder_bytes(tmp_path) < 200_000
+
+
+def test_a_long_measure_runs_only_if_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(SimpleNamespace(version="4.3.6"), Servers("", "", ""), True, (), (), ())  # type: ignore[arg-type]
+    monkeypatch.setattr(command, "_place", lambda *_: place)
+    ran: List[str] = []
+    noting = {name: functools.partial(note, ran, name) for name in measures.ALL}
+    monkeypatch.setattr(measures, "ALL", noting)
+    assert command.main([]) == command.main(["endurance"]) == 0
+    assert ran == [name for name in noting if name != "endurance"] + ["endurance"]
+
+
+def note(ran: List[str], name: str, place: Place) -> Iterator[Row]:
+    ran.append(name)
+    yield from ()
+
+
 def test_this_backend_is_one_of_the_peers() -> None:
     assert figures.OURS in PEERS
 
@@ -369,6 +391,27 @@ def test_the_floor_of_chords_handles_every_message(place: Place) -> None:
                 figures = bare.measuring(3, rate)()
                 assert sorted(figures) == ["broker", "per second"]
                 assert bare.left() == 0
+
+
+SIXTEEN = "amqp, 16 shards"
+
+
+def test_results_that_are_kept_in_pages_at_once_are_found(place: Place) -> None:
+    ids = [str(uuid.uuid4()) for _ in range(50)]
+    with place.assistant(SIXTEEN, "bench-packed") as assistant:
+        assistant.ask("keep_packed", ids=ids, size=10)
+    with place.assistant(SIXTEEN, "bench-packed") as reader:
+        assert reader.ask("look_up", ids=ids)["found"] == len(ids)
+
+
+def test_a_waiting_process_gets_each_result_that_another_one_stores(place: Place) -> None:
+    with contextlib.ExitStack() as stack:
+        client, storer = (
+            stack.enter_context(place.assistant(SIXTEEN, "bench-waiting")) for _ in range(2)
+        )
+        assert len(set(endurance.stored(client, storer, 50))) == 50
+        (looked_up,) = endurance.pushed(client, 50)
+        assert looked_up.name == "endurance.looked_up.50"
 
 
 def has_copied(bare: poll_floor.Bare) -> bool:
