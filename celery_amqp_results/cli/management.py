@@ -11,6 +11,7 @@ import dataclasses
 import email.utils
 import http.client
 import json
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -112,11 +113,7 @@ class Management:
                 self.skew = None
 
     def queues(self, pattern: str) -> List[Dict[str, Any]]:
-        """Return the queues of the virtual host whose names match a regular expression.
-
-        Raises:
-            ManagementError: when there is no answer, or an error.
-        """
+        """Return the queues of the virtual host whose names match a regular expression."""
         found: List[Dict[str, Any]] = []
         page = 1
         while True:
@@ -127,6 +124,22 @@ class Management:
             if page >= answer["page_count"]:
                 return found
             page += 1
+
+    def queues_of(self, exchange: str, *kinds: str) -> List[Dict[str, Any]]:
+        """Return the queues of the layout ``shared`` of some kinds, such as ``shard``."""
+        return self.queues(f"^{re.escape(exchange)}\\.({'|'.join(kinds)})\\.")
+
+    def bindings(self, exchange: str) -> List[Dict[str, Any]]:
+        """Return the bindings of an exchange; none if it does not exist."""
+        try:
+            found: List[Dict[str, Any]] = self.get(
+                "exchanges", self.vhost, exchange, "bindings", "source"
+            )
+        except ManagementError as exc:
+            if exc.status != 404:
+                raise
+            return []
+        return found
 
 
 def _quote(part: str) -> str:

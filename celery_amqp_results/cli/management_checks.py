@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from celery_amqp_results.cli import inspection, limits, management, policies
@@ -91,9 +90,8 @@ def _needs(
     session: Session, broker: inspection.Broker, api: Optional[management.Management]
 ) -> limits.Needs:
     topology, conf = broker.topology, session.app.conf
-    names = (
-        [] if api is None else [q["name"] for q in api.queues(_prefixed(topology, "shard|chords"))]
-    )
+    queues = [] if api is None else api.queues_of(topology.prefix, "shard", "chords")
+    names = [queue["name"] for queue in queues]
     return limits.Needs(
         shards=topology.shards,
         shards_present=sum(name.startswith(f"{topology.prefix}.shard.") for name in names),
@@ -103,11 +101,6 @@ def _needs(
         concurrency=conf.worker_concurrency or os.cpu_count() or 1,
         pool_limit=conf.broker_pool_limit,
     )
-
-
-def _prefixed(topology: Topology, kinds: str) -> str:
-    """Return a regular expression for the names of our queues of the given kinds."""
-    return f"^{re.escape(topology.prefix)}\\.({kinds})\\."
 
 
 def clock_finding(skew: Optional[float]) -> Optional[Finding]:
@@ -133,25 +126,13 @@ def _policies(
     session: Session, topology: Topology, api: management.Management
 ) -> Iterator[Finding]:
     """Yield the effects of policies on our queues, existing or not."""
-    queues = api.queues(_prefixed(topology, "shard|large|chords"))
-    inboxes = set(_inboxes(topology, api))
+    queues = api.queues_of(topology.prefix, "shard", "large", "chords")
+    inboxes = {binding["destination"] for binding in api.bindings(topology.exchange)}
     if inboxes:
         queues += [queue for queue in api.queues("^amq\\.gen-") if queue["name"] in inboxes]
     kinds = policies.roles(topology, session.expires, session.chord_expires)
     asked = (api.get(kind, api.vhost) for kind in ("policies", "operator-policies"))
     yield from policies.findings(kinds, queues, asked)
-
-
-def _inboxes(topology: Topology, api: management.Management) -> Iterator[str]:
-    """Yield the names of the queues that processes have bound to our exchange."""
-    try:
-        bindings = api.get("exchanges", api.vhost, topology.exchange, "bindings", "source")
-    except management.ManagementError as exc:
-        if exc.status != 404:
-            raise
-        return
-    for binding in bindings:
-        yield binding["destination"]
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -225,7 +206,7 @@ def _rpc_queues(api: management.Management) -> Iterator[Finding]:
 
 
 def _large_forever(topology: Topology, api: management.Management) -> Iterator[Finding]:
-    large = api.queues(_prefixed(topology, "large"))
+    large = api.queues_of(topology.prefix, "large")
     forever = [q for q in large if not (q.get("arguments") or {}).get("x-expires")]
     if forever:
         yield Finding(

@@ -30,20 +30,10 @@ _NAME = re.compile(r"[0-9a-f]{32}\Z")
 
 
 def old_queues(api: management.Management, exchange: str) -> List[str]:
-    """Return the names of the queues of single tasks that are bound to *exchange*.
-
-    Raises:
-        ManagementError: when the management API does not answer.
-    """
-    try:
-        bindings = api.get("exchanges", api.vhost, exchange, "bindings", "source")
-    except management.ManagementError as exc:
-        if exc.status == 404:
-            return []
-        raise
+    """Return the names of the queues of single tasks that are bound to *exchange*."""
     return sorted(
         binding["destination"]
-        for binding in bindings
+        for binding in api.bindings(exchange)
         if binding["destination_type"] == "queue"
         and binding["destination"] == binding["routing_key"]
         and _NAME.match(binding["destination"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any, Dict, Mapping, Optional
 
@@ -139,17 +138,17 @@ def _from_management(
     session: Session, broker: inspection.Broker, api: management.Management
 ) -> Dict[str, Any]:
     topology = broker.topology
-    prefix = re.escape(topology.prefix)
+    names = ("shard", "large", "chords")
     try:
-        queues = api.queues(f"^{prefix}\\.(shard|large|chords)\\.")
-        bindings = api.get("exchanges", api.vhost, topology.exchange, "bindings", "source")
+        queues = api.queues_of(topology.prefix, *names)
         exchange = api.get("exchanges", api.vhost, topology.exchange)
+        bindings = api.bindings(topology.exchange)
     except management.ManagementError as exc:
         if exc.status == 404:
             return {"url": api.url}
         raise Failed(str(exc), Exit.UNAVAILABLE) from exc
     kinds = {kind: [q for q in queues if q["name"].startswith(f"{topology.prefix}.{kind}.")]
-             for kind in ("shard", "large", "chords")}  # fmt: skip
+             for kind in names}  # fmt: skip
     # Each inbox has an overflow queue beside it.
     listening = {
         binding["destination"]
