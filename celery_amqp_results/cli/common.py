@@ -79,6 +79,9 @@ class Session:
     app: App
     backend: AMQPBackend
     output: Output
+    #: The address of RabbitMQ's management API, and whether to guess it.
+    management_url: Optional[str]
+    guess_management: bool
 
     def shared_layout(self) -> SharedLayout:
         """The layout of the app's results.
@@ -165,7 +168,12 @@ def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         @functools.wraps(function)
-        def run(json_lines: bool, *args: Any, **kwargs: Any) -> Any:
+        def run(
+            json_lines: bool,
+            management_url: Optional[str] = None,
+            no_management: bool = False,
+            **kwargs: Any,
+        ) -> Any:
             context = click.get_current_context()
             # In tests with click a context has no object; with Celery it always has.
             app = getattr(context.obj, "app", context.obj)
@@ -177,7 +185,8 @@ def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
                     output = Output(json_lines)
                     if getattr(context.obj, "no_color", False):
                         output.console = None
-                    return function(Session(app, backend, output), *args, **kwargs)
+                    session = Session(app, backend, output, management_url, not no_management)
+                    return function(session, **kwargs)
                 finally:
                     backend.close()
 
@@ -191,7 +200,7 @@ def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
 
 
 def management_options(function: _F) -> _F:
-    """Add the options of commands that may use RabbitMQ's management API."""
+    """Add the options of commands that may use the management API; :class:`Session` has them."""
     function = click.option(
         "--management",
         "management_url",

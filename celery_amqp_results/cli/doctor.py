@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Iterable, Iterator, List, Optional
+from typing import Callable, Iterable, Iterator, List
 
 import click
 from amqp import exceptions as amqp_errors
@@ -25,13 +25,7 @@ NO_MANAGEMENT = Finding(
 @click.option("--no-probe", is_flag=True, help="Do not store and read a result.")
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings as well.")
 @management_options
-def doctor(
-    session: Session,
-    no_probe: bool,
-    strict: bool,
-    management_url: Optional[str],
-    no_management: bool,
-) -> None:
+def doctor(session: Session, no_probe: bool, strict: bool) -> None:
     """Look for what is wrong, or will be, and say what to do.
 
     One result is stored, waited for, looked up and forgotten, unless --no-probe is given. Policies
@@ -47,7 +41,7 @@ def doctor(
             findings.extend(_run_check(check, broker))
             return all(finding.severity != "error" for finding in findings[before:])
 
-        api = broker.management(management_url, guess=not no_management)
+        api = broker.management()
         take(lambda: amqp_checks.broker_findings(broker.properties))
         take(lambda: amqp_checks.embedding_findings(broker.properties, broker.topology.queue_type))
         # First, before anything is stored: shards cannot be changed afterwards.

@@ -265,14 +265,19 @@ class Broker:
             )
         checkout.close(wait=True)
 
-    def management(self, url: Optional[str], guess: bool) -> Optional[management.Management]:
-        """Return the management API, or ``None``.
+    def management(self) -> Optional[management.Management]:
+        """Return the management API, or ``None`` if a guessed address does not answer.
 
         Raises:
-            Failed: when *url* is given and does not answer.
+            Failed: when the address is given and does not answer.
         """
+        session = self.session
         try:
-            return management.find(self.session.backend.config.broker.connection(), url, guess)
+            return management.find(
+                session.backend.config.broker.place,
+                session.management_url,
+                session.guess_management,
+            )
         except management.ManagementError as exc:
             raise Failed(str(exc), Exit.UNAVAILABLE) from exc
 

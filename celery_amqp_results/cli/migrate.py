@@ -46,15 +46,7 @@ def old_queues(api: management.Management, exchange: str) -> List[str]:
 @click.option("--dry-run", "-n", is_flag=True, help="Say what would be done.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @management_options
-def migrate(
-    session: Session,
-    ids: Tuple[str, ...],
-    delete: bool,
-    dry_run: bool,
-    yes: bool,
-    management_url: Optional[str],
-    no_management: bool,
-) -> None:
+def migrate(session: Session, ids: Tuple[str, ...], delete: bool, dry_run: bool, yes: bool) -> None:
     """Move results out of the queues that Celery 4, or the layout per-task, has for each task.
 
     Without ids the queues are listed by RabbitMQ's management API. A result that is moved expires
@@ -66,7 +58,7 @@ def migrate(
     chosen = list(dict.fromkeys(ids))
     if not chosen:
         with inspection.Broker(session) as broker:
-            chosen = _listed(broker, broker.management(management_url, guess=not no_management))
+            chosen = _listed(broker, broker.management())
     what = "delete the queues" if delete else "move the results"
     if chosen and not dry_run and not yes:
         click.confirm(f"{what.capitalize()} of {len(chosen)} tasks?", abort=True, err=True)

@@ -41,20 +41,14 @@ __all__ = ("stats",)
     help="Count what is published for so long.",
 )
 @management_options
-def stats(
-    session: Session,
-    count: str,
-    seconds: Optional[float],
-    management_url: Optional[str],
-    no_management: bool,
-) -> None:
+def stats(session: Session, count: str, seconds: Optional[float]) -> None:
     """Show how many results are kept, in how many shards, how old and how large.
 
     Messages are counted exactly. Their contents are counted in some shards and estimated for all,
     see --read. Only RabbitMQ's management API knows inboxes and memory.
     """
     with inspection.Broker(session) as broker:
-        api = broker.management(management_url, guess=not no_management)
+        api = broker.management()
         found = _kept(session, broker, broker.lengths(), count)
         found["management"] = None if api is None else _from_management(session, broker, api)
         # The API's figures may lag behind.
