@@ -98,17 +98,6 @@ class Session:
             )
         return layout
 
-    @property
-    def expires(self) -> Optional[float]:
-        """Seconds that results are kept; ``None`` for ever."""
-        return self.backend.expires or None
-
-    @property
-    def chord_expires(self) -> Optional[float]:
-        """Seconds for which chords are kept; ``None`` for ever."""
-        value = self.app.conf.get("result_chord_expires")
-        return self.expires if value is None else self.backend.prepare_expires(value) or None
-
     def end(self, code: Exit) -> NoReturn:
         """End the command with an exit code."""
         click.get_current_context().exit(int(code))

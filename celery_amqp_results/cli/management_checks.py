@@ -130,7 +130,7 @@ def _policies(
     inboxes = {binding["destination"] for binding in api.bindings(topology.exchange)}
     if inboxes:
         queues += [queue for queue in api.queues("^amq\\.gen-") if queue["name"] in inboxes]
-    kinds = policies.roles(topology, session.expires, session.chord_expires)
+    kinds = policies.roles(topology, session.backend.config.expirations)
     asked = (api.get(kind, api.vhost) for kind in ("policies", "operator-policies"))
     yield from policies.findings(kinds, queues, asked)
 
