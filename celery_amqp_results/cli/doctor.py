@@ -7,7 +7,7 @@ from typing import Callable, Iterable, Iterator, List
 import click
 from amqp import exceptions as amqp_errors
 
-from celery_amqp_results.cli import amqp_checks, inspection, management_checks, probe
+from celery_amqp_results.cli import amqp_checks, inspection, management, management_checks, probe
 from celery_amqp_results.cli.common import Exit, Failed, Session, command, management_options
 from celery_amqp_results.cli.findings import Finding, show
 
@@ -61,7 +61,8 @@ def doctor(session: Session, no_probe: bool, strict: bool) -> None:
         if api is None:
             findings.append(NO_MANAGEMENT)
         else:
-            take(lambda: management_checks.management_findings(session, broker.topology, api))
+            for check in management_checks.checks(session, broker.topology, api):
+                take(check)
     take(lambda: amqp_checks.setting_findings(session))
     worst = {finding.severity for finding in findings}
     show(session.output, findings)
@@ -77,6 +78,8 @@ def _run_check(
         yield from check()
     except amqp_errors.AccessRefused as exc:
         yield amqp_checks.refused(broker.topology, exc)
+    except management.ManagementError as exc:
+        yield management_checks.refused(exc)
     except Failed as exc:
         yield Finding(
             "contents",

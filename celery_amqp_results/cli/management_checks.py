@@ -12,48 +12,35 @@ from celery_amqp_results.cli.migrate import old_queues
 from celery_amqp_results.cli.output import age, counted
 from celery_amqp_results.protocol.names import Topology
 
-__all__ = ("clock_finding", "limit_findings", "management_findings", "node_findings")
+__all__ = ("checks", "clock_findings", "limit_findings", "node_findings", "refused")
 
 #: The pattern of ``rpc://`` queue names.
 _RPC = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 
-def management_findings(
+def checks(
     session: Session, topology: Topology, api: management.Management
-) -> Iterator[Finding]:
-    """Yield the findings from the management API; failed requests are findings as well.
-
-    Parameters:
-        session: the session of the command.
-        topology: names of our queues.
-        api: a :class:`celery_amqp_results.cli.management.Management`.
-    """
-    checks: Tuple[Callable[[], Iterator[Finding]], ...] = (
+) -> Tuple[Callable[[], Iterator[Finding]], ...]:
+    """Return the checks, some of which the management API may refuse to this user."""
+    return (
         lambda: _policies(session, topology, api),
         lambda: node_findings(api.get("nodes"), topology.queue_type),
         lambda: _old_queues(topology, api),
         lambda: _rpc_queues(api),
         lambda: _large_forever(topology, api),
+        lambda: clock_findings(api.skew),
     )
-    for check in checks:
-        yield from _answered(check)
-    found = clock_finding(api.skew)
-    if found is not None:
-        yield found
 
 
-def _answered(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of a check; a refusal by the management API is a finding as well."""
-    try:
-        yield from check()
-    except management.ManagementError as exc:
-        yield Finding(
-            "management",
-            "info",
-            str(exc),
-            "give the user the tag 'monitoring' for nodes, and 'policymaker' for policies: "
-            "`rabbitmqctl set_user_tags USER monitoring policymaker`",
-        )
+def refused(exc: management.ManagementError) -> Finding:
+    """Return the finding that the management API refused a request."""
+    return Finding(
+        "management",
+        "info",
+        str(exc),
+        "give the user the tag 'monitoring' for nodes, and 'policymaker' for policies: "
+        "`rabbitmqctl set_user_tags USER monitoring policymaker`",
+    )
 
 
 # -- limits ----------------------------------------------------------------------------------------
@@ -66,24 +53,20 @@ def limit_findings(
 
     Without *api*, only the limits of the connection are known.
     """
-
-    def check() -> Iterator[Finding]:
-        channels = broker.channel_max
-        if api is None:
-            known = limits.Limits(channel_max=channels, complete=False)
-        else:
-            connections = api.get("connections")
-            known = limits.limits_from(
-                api.get("vhost-limits", api.vhost),
-                api.get("user-limits", api.user),
-                queues=int(api.get("queues", api.vhost, page=1, page_size=1)["total_count"]),
-                connections=sum(each.get("vhost") == api.vhost for each in connections),
-                user_connections=sum(each.get("user") == api.user for each in connections),
-                channel_max=channels,
-            )
-        yield from limits.findings(known, _needs(session, broker, api))
-
-    yield from _answered(check)
+    channels = broker.channel_max
+    if api is None:
+        known = limits.Limits(channel_max=channels, complete=False)
+    else:
+        connections = api.get("connections")
+        known = limits.limits_from(
+            api.get("vhost-limits", api.vhost),
+            api.get("user-limits", api.user),
+            queues=int(api.get("queues", api.vhost, page=1, page_size=1)["total_count"]),
+            connections=sum(each.get("vhost") == api.vhost for each in connections),
+            user_connections=sum(each.get("user") == api.user for each in connections),
+            channel_max=channels,
+        )
+    yield from limits.findings(known, _needs(session, broker, api))
 
 
 def _needs(
@@ -103,20 +86,15 @@ def _needs(
     )
 
 
-def clock_finding(skew: Optional[float]) -> Optional[Finding]:
-    """Warn if the clock of the broker differs from ours.
-
-    Parameters:
-        skew: seconds that it is ahead of ours, or ``None`` if unknown.
-    """
-    if skew is None or abs(skew) <= CLOCK_TOLERANCE:
-        return None
-    return Finding(
-        "clock",
-        "warning",
-        f"the broker's clock differs from this one by {age(abs(skew))}",
-        "have the clocks set by NTP",
-    )
+def clock_findings(skew: Optional[float]) -> Iterator[Finding]:
+    """Warn if the clock of the broker is *skew* seconds ahead of ours, or behind."""
+    if skew is not None and abs(skew) > CLOCK_TOLERANCE:
+        yield Finding(
+            "clock",
+            "warning",
+            f"the broker's clock differs from this one by {age(abs(skew))}",
+            "have the clocks set by NTP",
+        )
 
 
 # -- policies --------------------------------------------------------------------------------------
