@@ -89,7 +89,7 @@ def _kept(
         return round(number * filled / len(chosen)) if chosen else 0
 
     return {
-        "broker": broker.version,
+        "broker": str(broker.properties.get("version", "?")),
         "exchange": topology.exchange,
         "queue_type": topology.queue_type,
         "shards": topology.shards,
