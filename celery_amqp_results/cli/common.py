@@ -69,7 +69,7 @@ class Failed(click.ClickException):
 
     def __init__(self, message: str, code: Exit) -> None:
         super().__init__(clean(message))
-        self.exit_code = int(code)  # type: ignore[misc]
+        self.exit_code = code  # type: ignore[misc]
 
 
 @dataclasses.dataclass
@@ -100,7 +100,7 @@ class Session:
 
     def end(self, code: Exit) -> NoReturn:
         """End the command with an exit code."""
-        click.get_current_context().exit(int(code))
+        click.get_current_context().exit(code)
 
 
 @contextlib.contextmanager
@@ -112,15 +112,13 @@ def report_errors() -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         click.echo(err=True)
-        click.get_current_context().exit(int(Exit.INTERRUPTED))
+        click.get_current_context().exit(Exit.INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has closed it.
         with contextlib.suppress(OSError):
             sys.stdout.close()
-        click.get_current_context().exit(int(Exit.OK))
-    except (errors.DeclarationRefused, ImproperlyConfigured) as exc:
-        raise Failed(str(exc), Exit.CONFIGURATION) from exc
-    except errors.Unsupported as exc:
+        click.get_current_context().exit(Exit.OK)
+    except (ImproperlyConfigured, errors.Unsupported) as exc:
         raise Failed(str(exc), Exit.CONFIGURATION) from exc
     except TimeoutError as exc:
         raise Failed(str(exc), Exit.NOT_READY) from exc
@@ -135,9 +133,8 @@ def _open(app: App) -> AMQPBackend:
     try:
         theirs = app.backend
     except ImportError as exc:
-        raise Failed(f"the app's result backend cannot be loaded: {exc}", Exit.CONFIGURATION) from (
-            exc
-        )
+        text = f"the app's result backend cannot be loaded: {exc}"
+        raise Failed(text, Exit.CONFIGURATION) from exc
     except KeyError as exc:
         raise Failed(f"unknown result backend: {exc}", Exit.CONFIGURATION) from exc
     if not isinstance(theirs, AMQPBackend):
