@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import re
 import uuid
-from typing import Dict, List, Optional, Tuple
+from typing import Counter, List, Optional, Tuple
 
 import click
 from kombu.exceptions import KombuError, OperationalError
@@ -12,14 +13,7 @@ from kombu.exceptions import KombuError, OperationalError
 from celery_amqp_results import errors
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.cli import inspection, management
-from celery_amqp_results.cli.common import (
-    RETRY_POLICY,
-    Exit,
-    Failed,
-    Session,
-    command,
-    management_options,
-)
+from celery_amqp_results.cli.common import Exit, Failed, Session, command, management_options
 from celery_amqp_results.protocol.message import STATE
 from celery_amqp_results.protocol.names import BROADCAST, Route
 from celery_amqp_results.protocol.ranking import is_final
@@ -62,12 +56,13 @@ def migrate(session: Session, ids: Tuple[str, ...], delete: bool, dry_run: bool,
     what = "delete the queues" if delete else "move the results"
     if chosen and not dry_run and not yes:
         click.confirm(f"{what.capitalize()} of {len(chosen)} tasks?", abort=True, err=True)
-    old = _per_task(session)
-    counts: Dict[str, int] = {}
+    # Reads the queues of single tasks on the same broker.
+    old = session.backend.clone("the command line", layout="per-task", track_sent=False)
+    counts: Counter[str] = collections.Counter()
     try:
         for task_id in chosen:
             outcome = _one(session, old, task_id, delete, dry_run)
-            counts[outcome] = counts.get(outcome, 0) + 1
+            counts[outcome] += 1
             if session.output.json:
                 session.output.data({"id": task_id, "outcome": outcome})
             else:
@@ -97,12 +92,6 @@ def _listed(broker: inspection.Broker, api: Optional[management.Management]) -> 
     except management.ManagementError as exc:
         raise Failed(str(exc), Exit.UNAVAILABLE) from exc
     return [str(uuid.UUID(name)) for name in names]
-
-
-def _per_task(session: Session) -> AMQPBackend:
-    """Return a backend that reads queues of single tasks on the same broker."""
-    options = {"layout": "per-task", "track_sent": False, "retry_policy": RETRY_POLICY}
-    return session.backend.clone("the command line", **options)
 
 
 def _one(session: Session, old: AMQPBackend, task_id: str, delete: bool, dry_run: bool) -> str:
