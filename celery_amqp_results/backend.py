@@ -100,7 +100,7 @@ class AMQPBackend(Backend):
     ) -> None:
         location = Location.read(app, kwargs.get("url"), kwargs.pop("options", None))
         purpose = kwargs.pop("purpose", "")
-        shared = location.layout == "shared"
+        shared = location.layout_name == "shared"
         # Celery 4's format has no place for either; Celery warns if they are set.
         self.supports_result_compression = self.supports_failure_expires = shared
         super().__init__(app, serializer=serializer, **kwargs)
@@ -118,8 +118,8 @@ class AMQPBackend(Backend):
         self.expires = expiry_of("result_expires", self.prepare_expires(kwargs.get("expires")))
         own = Own(exchange, exchange_type, self.persistent, auto_delete, self.expires, purpose)
         #: Everything that was read from the settings, the URL and the arguments.
-        self.config = BackendConfig.read(app.conf, location, own, self.serializer, self.accept)
-        self.options, self.layout_name = location.options, location.layout
+        self.config = BackendConfig.complete(app.conf, location, own, self.serializer, self.accept)
+        self.options, self.layout_name = location.options, location.layout_name
         self._layout = OwnLayout(app, self.config)
         #: Stores the states of tasks.
         self.recorder = Recorder(app, self.config, self._layout)

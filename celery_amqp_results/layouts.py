@@ -192,7 +192,7 @@ def make_layout(app: App, config: BackendConfig) -> Layout:
         broker.describe,
         app.main or "celery",
         # A clone, such as that of the command line, must work beside the app's own backend.
-        None if config.purpose else config.location.max_connections,
+        None if config.purpose else config.max_connections,
     )
     if config.layout_name == "shared":
         return SharedLayout(
