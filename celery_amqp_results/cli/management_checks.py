@@ -117,12 +117,7 @@ def _policies(
 
 
 def node_findings(nodes: Sequence[Mapping[str, Any]], queue_type: str) -> Iterator[Finding]:
-    """Yield alarms, and whether the type of the queues suits a cluster.
-
-    Parameters:
-        nodes: the management API's description of each node.
-        queue_type: type of our queues.
-    """
+    """Yield alarms, and whether the type of the queues suits a cluster."""
     for node in nodes:
         for alarm, resource in (("mem_alarm", "memory"), ("disk_free_alarm", "disk")):
             if node.get(alarm):

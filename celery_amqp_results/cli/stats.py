@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Optional
 
 import click
 
@@ -21,6 +21,9 @@ from celery_amqp_results.protocol.names import OVERFLOW
 from celery_amqp_results.protocol.ranking import is_final
 
 __all__ = ("stats",)
+
+#: What is counted in the shards that are read, and estimated for all.
+ESTIMATED = ("results", "running", "groups", "pages", "bytes")
 
 
 @command(name="stats")
@@ -49,7 +52,7 @@ def stats(session: Session, count: str, seconds: Optional[float]) -> None:
     """
     with inspection.Broker(session) as broker:
         api = broker.management()
-        found = _kept(session, broker, broker.lengths(), count)
+        found = _kept(session, broker, count)
         found["management"] = None if api is None else _from_management(session, broker, api)
         # The API's figures may lag behind.
         found["large_bytes"] = (found["management"] or {}).get("large_bytes") or found[
@@ -69,15 +72,13 @@ def _number(text: str, shards: int) -> Optional[int]:
     return int(text)
 
 
-def _kept(
-    session: Session, broker: inspection.Broker, lengths: Mapping[int, int], count: str
-) -> Dict[str, Any]:
+def _kept(session: Session, broker: inspection.Broker, count: str) -> Dict[str, Any]:
     """Return the contents of the shards, counted in some and estimated for all.
 
     Results are spread evenly over the shards by their ids, whereas a message may hold one or many:
     so the estimate is by shards.
     """
-    topology = broker.topology
+    topology, lengths = broker.topology, broker.lengths()
     filled = sum(1 for length in lengths.values() if length)
     chosen = inspection.choose(lengths, _number(count, topology.shards))
     contents = broker.read(chosen)
@@ -98,11 +99,7 @@ def _kept(
         "longest_shard": max(lengths.values(), default=0),
         "shards_read": contents.shards,
         "exact": len(chosen) == filled,
-        "results": estimate(contents.results),
-        "running": estimate(contents.running),
-        "groups": estimate(contents.groups),
-        "pages": estimate(contents.pages),
-        "bytes": estimate(contents.bytes),
+        **{name: estimate(getattr(contents, name)) for name in ESTIMATED},
         "large": estimate(len(contents.body_queues)),
         "large_bytes": estimate(bodies),
         "foreign": contents.foreign,
