@@ -174,12 +174,7 @@ class BackendConfig(Location):
 def codec_of(
     location: Location, serializer: str, accept: Optional[Iterable[str]], compression: Optional[str]
 ) -> Codec:
-    """Return the codec that the serializer settings ask for.
-
-    Parameters:
-        serializer: kombu's name of a serializer.
-        accept: content types that may be read.
-        compression: the setting ``result_compression``; Celery 4's messages have no place for it.
+    """Return the codec that the settings ask for. Celery 4's messages have no compression.
 
     Raises:
         ImproperlyConfigured: when kombu does not know the compression.

@@ -38,7 +38,6 @@ class Reader:
     """Looks up states and decodes them.
 
     Parameters:
-        config: the configuration of the backend.
         layout: returns the layout of this process.
         convert: converts a decoded body to a meta; the result of a failure to an exception.
 
@@ -53,7 +52,6 @@ class Reader:
     ) -> None:
         self._config = config
         self._layout = layout
-        #: Converts a decoded body to a meta.
         self.convert = convert
         self.reset()
 
@@ -68,7 +66,6 @@ class Reader:
         """Return the decoded body of *state*, which may have to be fetched.
 
         Parameters:
-            state: the state.
             besides: queues with bodies that cannot be decoded.
 
         Raises:

@@ -73,14 +73,10 @@ def task_ends() -> Iterator[None]:
 
 
 class Recorder:
-    """Encodes states and publishes them.
+    """Encodes states and publishes them. Thread-safe.
 
     Parameters:
-        app: the Celery app.
-        config: the configuration of the backend.
         layout: returns the layout of this process.
-
-    Thread-safe.
     """
 
     def __init__(self, app: App, config: BackendConfig, layout: Callable[[], Layout]) -> None:
@@ -117,13 +113,7 @@ class Recorder:
         )
 
     def record(self, task_id: str, state: str, meta: Mapping[str, object], request: object) -> None:
-        """Publish a state of a task.
-
-        Parameters:
-            task_id: the task.
-            state: name of the state.
-            meta: the meta to store.
-            request: the task's request, or ``None``.
+        """Publish a state of a task, which may have a request.
 
         Raises:
             kombu.exceptions.EncodeError, ResultTooLarge: see :meth:`encode`.

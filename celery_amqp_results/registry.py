@@ -106,10 +106,6 @@ class LayoutRegistry:
 class OwnLayout:
     """The layout of one backend, as this process has it. Calling it returns the layout.
 
-    Parameters:
-        app: the Celery app.
-        config: the configuration of the backend.
-
     Thread-safe. Making it and the layout does no I/O.
     """
 
