@@ -22,7 +22,7 @@ from celery_amqp_results.protocol.ranking import is_final
 
 __all__ = ("stats",)
 
-#: What is counted in the shards that are read, and estimated for all.
+#: Counts of the shards that are read, which are estimated for all.
 ESTIMATED = ("results", "running", "groups", "pages", "bytes")
 
 
