@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import logging
 import time
-from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import amqp
 import amqp.exceptions
@@ -395,28 +395,14 @@ class ConfirmChannel:
         Raises:
             NotConfirmed: when the broker has not answered in time.
         """
-        started = time.monotonic()
-        patience = Patience(started)
         waiting = list(publications)
-        while True:
+
+        def answered() -> bool:
+            nonlocal waiting
             waiting = [publication for publication in waiting if not publication.settled]
-            if not waiting:
-                return
-            if self.link.readable(time_left(deadline, 1.0)):
-                self.take_in()
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                why = ""
-                if self.link.blocked:
-                    why = (
-                        f": the broker blocks publishers ({self.link.blocked}: a memory or disk "
-                        "alarm)"
-                    )
-                raise errors.NotConfirmed(
-                    f"no confirm from the broker within {now - started:.1f} s{why}"
-                )
-            if patience.is_over(now, bool(self.link.blocked), self.progress):
-                raise no_confirm()
+            return not waiting
+
+        wait_for_answers(self.link, answered, lambda: self.progress, deadline)
 
     def asking(self) -> amqp.Channel:
         """Return a channel for requests that the broker may refuse by closing it.
@@ -459,6 +445,40 @@ class ConfirmChannel:
             # Mostly that was all, and asking the socket again would cost a system call.
             if not link.buffered():
                 return
+
+
+def wait_for_answers(
+    link: Link,
+    answered: Callable[[], bool],
+    progress: Callable[[], int],
+    deadline: Optional[float] = None,
+) -> None:
+    """Read *link* until *answered*; also through an alarm, in which py-amqp would give up.
+
+    Parameters:
+        progress: see :meth:`Patience.is_over`.
+        deadline: see :meth:`ConfirmChannel.wait`.
+
+    Raises:
+        NotConfirmed: when the broker has not answered in time.
+    """
+    started = time.monotonic()
+    patience = Patience(started)
+    while not answered():
+        if link.ready(time_left(deadline, 1.0)):
+            link.flush()
+            link.drain(0.0)
+        link.tick()
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            why = ""
+            if link.blocked:
+                why = f": the broker blocks publishers ({link.blocked}: a memory or disk alarm)"
+            raise errors.NotConfirmed(
+                f"no confirm from the broker within {now - started:.1f} s{why}"
+            )
+        if patience.is_over(now, bool(link.blocked), progress()):
+            raise no_confirm()
 
 
 def no_confirm() -> errors.NotConfirmed:
