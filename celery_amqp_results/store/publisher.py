@@ -32,8 +32,13 @@ from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations, decl
 from celery_amqp_results.amqp.failures import TRANSIENT, was_refused
 from celery_amqp_results.amqp.shared_channel import Waiter
 from celery_amqp_results.protocol.names import QueueSpec
-from celery_amqp_results.store.delivery import Delivery, Verdict, describe
-from celery_amqp_results.store.refusals import raise_if_final, raise_not_confirmed
+from celery_amqp_results.store.delivery import (
+    Delivery,
+    Verdict,
+    describe,
+    raise_if_final,
+    raise_not_confirmed,
+)
 from celery_amqp_results.store.unwaited import Unwaited, room_refusal
 from celery_amqp_results.toolkit import retry
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
@@ -198,7 +203,7 @@ class Publisher:
     def _deliver(self, delivery: Delivery, confirm: bool) -> None:
         """Publish the unsent messages of *delivery*; retry as the policy says."""
         tries = retry.Retry(self._connector.policy)
-        verdict = Verdict(delivery.unsent(), [], None, [], [])
+        verdict = delivery.judge()
         while True:
             try:
                 failure = self._attempt(delivery, verdict, confirm)
