@@ -122,7 +122,7 @@ class Pool:
             yield link
         except BaseException as exc:
             link.drop()
-            if isinstance(exc, (errors.LookupTimeout, *TRANSIENT)):
+            if isinstance(exc, TRANSIENT):
                 self._connector.mark_host_failed(link)
                 self._connector.note_limit(exc)
             raise

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import threading
 import time
-from typing import Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Callable, Deque, Iterator, List, Optional, Sequence
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import confirms, connections
@@ -40,9 +40,6 @@ READ_STEP = 0.05
 
 #: Seconds in which outstanding confirms must come when the connection is given up.
 GIVE_UP_SECONDS = 0.5
-
-#: The errors of a lost connection.
-_LOSSES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *TRANSIENT)
 
 
 class Waiter:
@@ -276,7 +273,7 @@ class SharedChannel:
         if self._channel is channel:
             self._channel = None
         self._in_alarm = bool(channel.link.blocked)
-        if self._in_alarm and isinstance(failure, _LOSSES) and not is_refusal(failure):
+        if self._in_alarm and isinstance(failure, TRANSIENT) and not is_refusal(failure):
             failure = LostInAlarm(f"the connection was lost in an alarm: {failure!r}")
         left = [*channel.log.strays, *channel.log.lost(failure)]
         channel.log.strays = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Callable, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Callable, Optional, Sequence, TypeVar
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
@@ -59,8 +59,6 @@ ALARM_SECONDS = 1.0
 FLUSH_SECONDS = 10.0
 
 _T = TypeVar("_T")
-
-_FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *TRANSIENT)
 
 
 class Publisher:
@@ -230,7 +228,7 @@ class Publisher:
         try:
             if unknown and self._declarations.declare:
                 verdict.declare.extend(self._missing(unknown))
-        except _FAILURES as exc:
+        except TRANSIENT as exc:
             raise_if_from_signal_handler(exc)
             return exc
         if verdict.declare and not confirm:
@@ -242,7 +240,7 @@ class Publisher:
                 self._channel.wait(Waiter([*delivery.publications, *log.unwaited()]))
             else:
                 self._unwaited.keep_up(log)
-        except _FAILURES as exc:
+        except TRANSIENT as exc:
             raise_if_from_signal_handler(exc)
             return exc
         return None
@@ -288,7 +286,7 @@ class Publisher:
             with self._channel.open(time.monotonic(), lambda: False) as channel:
                 for publication in held:
                     channel.publish_copy(publication)
-        except _FAILURES as exc:
+        except TRANSIENT as exc:
             raise_if_from_signal_handler(exc)
             # Both copies are sent again.
             for publication in held:
@@ -366,7 +364,7 @@ class Publisher:
             try:
                 with self._channel.open(time.monotonic()) as channel:
                     return work(channel)
-            except _FAILURES as exc:
+            except TRANSIENT as exc:
                 self._declarations.forget()
                 pause = self._pause_or_raise(exc, messages, tries)
                 logger.info("a request about queues is repeated after %r", exc)

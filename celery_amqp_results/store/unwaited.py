@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import List, Optional, Tuple, Type
+from typing import List, Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
@@ -46,9 +46,6 @@ REFUSED_SECONDS = 0.05
 
 #: The checking thread ends after this many checks with nothing to do.
 IDLE_CHECKS = 10
-
-
-_FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *TRANSIENT)
 
 
 class Unwaited:
@@ -141,7 +138,7 @@ class Unwaited:
                 if not left:
                     # Refused messages are published again after a pause.
                     time.sleep(time_left(end, REFUSED_SECONDS))
-        except _FAILURES as exc:
+        except TRANSIENT as exc:
             raise_if_from_signal_handler(exc)
             logger.info("states were not confirmed when the process ended: %r", exc)
         count = len(self._strays) + sum(not p.settled for p in left)
