@@ -10,11 +10,10 @@ from __future__ import annotations
 import time
 from typing import Collection
 
-from celery_amqp_results.amqp import nowait
-from celery_amqp_results.amqp.link import Link
+from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication
 from celery_amqp_results.protocol.clock import wall
-from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
 from celery_amqp_results.protocol.names import BROADCAST, Route, Topology
+from celery_amqp_results.store.marks import FORGOTTEN, mark
 from celery_amqp_results.toolkit.retry import is_over, time_left
 
 __all__ = ("announce",)
@@ -23,38 +22,21 @@ __all__ = ("announce",)
 CONFIRM_SECONDS = 0.25
 
 
-def announce(link: Link, topology: Topology, ids: Collection[str]) -> None:
+def announce(channel: ConfirmChannel, topology: Topology, ids: Collection[str]) -> None:
     """Publish that *ids* were removed; return after the confirm, or when that is late.
-
-    Parameters:
-        link: an open connection that the caller uses exclusively.
-        topology: names.
-        ids: the tasks.
 
     Raises:
         amqp.exceptions.AccessRefused, NotFound: when the exchange cannot be written to.
         amqp.AMQPError, OSError: when the connection is lost.
     """
-    channel = link.channel()
-    channel.confirm_select()
-    confirmed = 0
-
-    def on_ack(tag: int, multiple: bool) -> None:
-        nonlocal confirmed
-        confirmed = max(confirmed, tag) if multiple else confirmed + 1
-
-    channel.events["basic_ack"].add(on_ack)
-    channel.events["basic_nack"].add(on_ack)
     now = wall()
-    with link.corked():
+    with channel.link.corked():
         for task_id in ids:
-            mark = StateMessage(
-                task_id, FORGOTTEN, now, b"", "application/octet-stream", "binary", kind=MARK
-            )
-            key = topology.routing_key(mark.id, mark.state, Route(BROADCAST))
-            properties = mark.properties(persistent=False)
-            nowait.publish(channel, topology.exchange, key, properties, mark.body)
+            state = mark(task_id, FORGOTTEN, now, None)
+            key = topology.routing_key(task_id, FORGOTTEN, Route(BROADCAST))
+            properties = state.properties(persistent=False)
+            message = Outgoing("", properties, state.body, pushed=(topology.exchange, key))
+            channel.publish_copy(Publication(message))
     end = time.monotonic() + CONFIRM_SECONDS
-    while confirmed < len(ids) and channel.is_open and not is_over(end):
-        link.drain(time_left(end, CONFIRM_SECONDS))
-    channel.close()
+    while channel.log.busy and not is_over(end):
+        channel.link.drain(time_left(end, CONFIRM_SECONDS))

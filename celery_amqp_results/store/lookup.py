@@ -225,7 +225,7 @@ class Store:
         while True:
             try:
                 with self._pool.link(end) as link:
-                    announce(link, self.declarations.topology, ids)
+                    announce(self.confirm_channel(link), self.declarations.topology, ids)
                 return
             except errors.BackendUnavailable:
                 raise
