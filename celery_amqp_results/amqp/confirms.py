@@ -337,40 +337,32 @@ class ConfirmChannel:
         Both are written at once. If the connection is lost between them, a reader learns of the
         state at its next look-up.
         """
-        connection = self.link.amqp
-        if not self.channel.is_open:
-            raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
         message = publication.message
-        octets = frames.publish_frames(
-            self.channel.channel_id,
-            "",
-            message.queue,
-            True,
-            message.properties,
-            message.body,
-            connection.frame_max,
-            message.pushed if publication.push else None,
-        )
+        addresses: List[frames.Address] = [("", message.queue, True)]
+        if publication.push and message.pushed is not None:
+            addresses.append((*message.pushed, False))
+        octets = self._frames(message, *addresses)
         self.log.sent(publication, time.monotonic())
-        nowait.write(connection, octets)
+        nowait.write(self.link.amqp, octets)
 
     def publish_copy(self, publication: Publication) -> None:
         """Publish the live copy of a message that the broker has confirmed."""
-        connection = self.link.amqp
-        if not self.channel.is_open:
-            raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
         message = publication.message
         assert message.pushed is not None
-        octets = frames.publish_frames(
+        octets = self._frames(message, (*message.pushed, False))
+        self.log.copy_sent(publication)
+        nowait.write(self.link.amqp, octets)
+
+    def _frames(self, message: Outgoing, *addresses: frames.Address) -> bytes:
+        if not self.channel.is_open:
+            raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
+        return frames.publish_frames(
             self.channel.channel_id,
-            *message.pushed,
-            False,
+            self.link.amqp.frame_max,
             message.properties,
             message.body,
-            connection.frame_max,
+            *addresses,
         )
-        self.log.copy_sent(publication)
-        nowait.write(connection, octets)
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
         if self.log.refused(tag, multiple):

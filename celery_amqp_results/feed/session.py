@@ -165,12 +165,10 @@ class Session:
     def _barrier_frames(self, channel: int, key: str) -> bytes:
         return frames.publish_frames(
             channel,
-            self._declarations.topology.exchange,
-            key,
-            True,
+            self.link.amqp.frame_max,
             {"type": BARRIER, "message_id": _NUMBER.format(0), "delivery_mode": 1},
             b"",
-            self.link.amqp.frame_max,
+            (self._declarations.topology.exchange, key, True),
         )
 
     def wake(self) -> None:
