@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Callable, Iterable, List, Mapping, Optional
+from typing import Callable, Iterable, List, Mapping, NamedTuple, Optional
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -27,7 +27,7 @@ from amqp import spec
 
 from celery_amqp_results.amqp.link import IO_TIMEOUT, Link
 
-__all__ = ("FENCE", "Checkout", "longest_hold", "longest_prefetch")
+__all__ = ("FENCE", "Checkout", "Limits", "limits_for")
 
 #: The property ``type`` of a fence.
 FENCE = "fence"
@@ -48,18 +48,22 @@ FENCE_EXPIRATION = 60_000
 FENCE_RENEWAL = 30.0
 
 
-def longest_prefetch(queue_type: str) -> int:
-    """Return how many messages a checkout may hold at most; 0 for no limit."""
-    return PREFETCH if queue_type == "quorum" else 0
-
-
 #: A reader may hold a quorum queue for this many seconds beyond the time limit of a look-up: longer
 #: than the broker takes to miss the heartbeats of a frozen reader.
 GRACE = 20.0
 
 
-def longest_hold(queue_type: str, lookup_timeout: float) -> Mapping[str, object]:
-    """Return consumer arguments that evict a reader which does not release the queue.
+class Limits(NamedTuple):
+    """How much a checkout may hold, and for how long."""
+
+    #: How many messages; 0 for any number, which does not work for quorum queues.
+    prefetch: int
+    #: Arguments of the consumer.
+    arguments: Mapping[str, object]
+
+
+def limits_for(queue_type: str, lookup_timeout: float) -> Limits:
+    """Return the limits for a queue; the broker evicts a reader that does not release it.
 
     This does not concern readers that die or freeze, since the broker closes their connections. But
     if the *node* of a reader stood still and goes on, the reader's channel may wait for a lost
@@ -71,8 +75,8 @@ def longest_hold(queue_type: str, lookup_timeout: float) -> Mapping[str, object]
         lookup_timeout: seconds that a look-up may take.
     """
     if queue_type != "quorum":
-        return {}
-    return {"x-consumer-timeout": int(1000 * (lookup_timeout + GRACE))}
+        return Limits(0, {})
+    return Limits(PREFETCH, {"x-consumer-timeout": int(1000 * (lookup_timeout + GRACE))})
 
 
 class Checkout:
@@ -85,9 +89,7 @@ class Checkout:
         link: an open connection that the caller uses exclusively.
         queue: name of the queue.
         on_message: called with each message that is no fence, while the link is drained.
-        prefetch: how many messages it may hold; 0 for no limit, which does not work for quorum
-            queues.
-        arguments: arguments of the consumer, see :func:`longest_hold`; none by default.
+        limits: how much it may hold, and for how long.
         look_again: called when the first fence has come; returns whether to set a second one, for
             messages moved behind the first. If it is given, a second fence is also set when the
             first was delivered to another reader before.
@@ -103,9 +105,8 @@ class Checkout:
         link: Link,
         queue: str,
         on_message: Callable[[amqp.Message], None],
-        prefetch: int = PREFETCH,
+        limits: Limits,
         look_again: Optional[Callable[[], bool]] = None,
-        arguments: Optional[Mapping[str, object]] = None,
     ) -> None:
         self.link = link
         self.queue = queue
@@ -124,7 +125,7 @@ class Checkout:
         # Nothing here waits for an answer: the next thing of interest is the first message.
         with link.corked():
             self.channel = link.channel_nowait(self._on_close)
-            self.channel.send_method(spec.Basic.Qos, "lBb", (0, prefetch, False))
+            self.channel.send_method(spec.Basic.Qos, "lBb", (0, limits.prefetch, False))
             self.channel.basic_consume(
                 queue,
                 consumer_tag="r",
@@ -132,7 +133,7 @@ class Checkout:
                 nowait=True,
                 callback=self._receive,
                 on_cancel=self._cancelled,
-                arguments=dict(arguments or {}),
+                arguments=dict(limits.arguments),
             )
             # The fence must follow the consumer: a fence published to a missing queue is lost. If
             # the queue were declared after that, the wait for the fence would never end.

@@ -32,7 +32,7 @@ from celery_amqp_results.amqp.pool import Pool
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
-from celery_amqp_results.store.checkout import Checkout, longest_hold
+from celery_amqp_results.store.checkout import Checkout, limits_for
 from celery_amqp_results.store.publisher import Outgoing, Publisher
 
 __all__ = ("LargeBodies",)
@@ -173,8 +173,8 @@ class LargeBodies:
                 # Published twice, if the connection was lost before the confirm came.
                 found[:] = [state]
 
-        hold = longest_hold(self._topology.queue_type, self._lookup_timeout)
-        checkout = Checkout(link, queue, take, arguments=hold)
+        limits = limits_for(self._topology.queue_type, self._lookup_timeout)
+        checkout = Checkout(link, queue, take, limits)
         if not checkout.wait(end, TICK):
             raise errors.LookupTimeout(
                 f"the large result in {queue!r} could not be read within lookup_timeout "

@@ -17,7 +17,7 @@ from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
-from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
+from celery_amqp_results.store.checkout import Checkout, limits_for
 from celery_amqp_results.store.packing import Packing, damaged_in, split
 from celery_amqp_results.toolkit.retry import time_left
 
@@ -93,9 +93,8 @@ class ShardRead:
             link,
             topology.shard_queue_name(shard),
             self._on_message,
-            longest_prefetch(topology.queue_type),
-            look_again=self._incomplete,
-            arguments=longest_hold(topology.queue_type, store.lookup_timeout),
+            limits_for(topology.queue_type, store.lookup_timeout),
+            self._incomplete,
         )
 
     def _on_message(self, message: amqp.Message) -> None:
