@@ -29,6 +29,7 @@ from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.amqp.pool import Pool
+from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
@@ -56,9 +57,8 @@ class LargeBodies:
         publisher: publishes bodies.
         pool: connections for look-ups.
         topology: names and queue arguments.
+        options: the backend's options.
         persistent: whether messages survive a restart of the broker.
-        limit: bytes of the largest body that stays in the shard.
-        lookup_timeout: time limit for reading a body, in seconds.
 
     Thread-safe. After a fork the child must make a new one.
     """
@@ -68,16 +68,15 @@ class LargeBodies:
         publisher: Publisher,
         pool: Pool,
         topology: Topology,
+        options: Options,
         persistent: bool,
-        limit: int,
-        lookup_timeout: float,
     ) -> None:
         self._publisher = publisher
         self._pool = pool
         self._topology = topology
         self._persistent = persistent
-        self._limit = limit
-        self._lookup_timeout = lookup_timeout
+        self._limit = options.inline_limit
+        self._lookup_timeout = options.lookup_timeout
         #: Queues of bodies that were not stored, and that would never expire.
         self._orphans: Deque[str] = collections.deque(maxlen=MAX_ORPHANS)
 

@@ -26,6 +26,7 @@ from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.amqp.pool import Pool
+from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
@@ -99,9 +100,7 @@ class Store:
     Parameters:
         pool: connections for look-ups.
         declarations: knows the topology, and checks the exchange once; no shard is declared here.
-        lookup_timeout: time limit of a look-up, in seconds.
-        page_size: the most bytes of results that are packed into one page. Halved where the
-            broker takes smaller messages only.
+        options: the backend's options.
         persistent: whether pages survive a restart of the broker.
         check: raises an error for a state that cannot be decoded; such a state hides no other.
 
@@ -112,8 +111,7 @@ class Store:
         self,
         pool: Pool,
         declarations: Declarations,
-        lookup_timeout: float,
-        page_size: int,
+        options: Options,
         persistent: bool,
         check: Optional[Callable[[StateMessage], object]] = None,
     ) -> None:
@@ -121,8 +119,9 @@ class Store:
         self.check = check
         self._pool = pool
         self.declarations = declarations
-        self.lookup_timeout = lookup_timeout
-        self.page_size = page_size
+        self.lookup_timeout = options.lookup_timeout
+        #: Smaller where the broker takes smaller messages only.
+        self.page_size = options.page_size
         self.persistent = persistent
         #: States that were packed into pages, or dropped as superseded or expired.
         self.packed = 0

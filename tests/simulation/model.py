@@ -25,6 +25,7 @@ from unittest import mock
 from celery_amqp_results.amqp.confirms import ConfirmLog, Outgoing, Publication, Status
 from celery_amqp_results.feed.table import PROOF_SECONDS, Table, Unread
 from celery_amqp_results.feed.views import STEADY, Look
+from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import clock
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import STATE, StateMessage
@@ -236,7 +237,8 @@ class Simulation:
         self.declared: Set[int] = set()
         self.exchange = Exchange()
         declarations: Any = mock.Mock(topology=self.topology)
-        self.store_of = lookup.Store(None, declarations, 10.0, 600, True, CODEC.decode)  # type: ignore[arg-type]
+        options, pool = Options(page_size=600), mock.Mock()
+        self.store_of = lookup.Store(pool, declarations, options, True, CODEC.decode)
         self.forgetting: List[Tuple[Task, Optional[Checkouts]]] = []
         self.reads: List[Read] = []
         self.answered = 0
