@@ -30,7 +30,7 @@ from celery_amqp_results.amqp.confirms import (
 )
 from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations, declare_queue
 from celery_amqp_results.amqp.failures import TRANSIENT, was_refused
-from celery_amqp_results.amqp.shared_channel import Waiter
+from celery_amqp_results.amqp.turns import Waiter
 from celery_amqp_results.protocol.names import QueueSpec
 from celery_amqp_results.store.delivery import (
     Delivery,

@@ -15,7 +15,8 @@ from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.confirms import ConfirmChannel, ConfirmLog, Publication, Status
 from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
-from celery_amqp_results.amqp.shared_channel import SharedChannel, Waiter
+from celery_amqp_results.amqp.shared_channel import SharedChannel
+from celery_amqp_results.amqp.turns import Waiter
 from celery_amqp_results.store.strays import Strays
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import is_over, time_left

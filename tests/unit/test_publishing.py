@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from celery_amqp_results.amqp import confirms
 from celery_amqp_results.amqp.confirms import ConfirmLog, Outgoing, Publication, Status
-from celery_amqp_results.amqp.shared_channel import Waiter
+from celery_amqp_results.amqp.turns import Waiter
 from celery_amqp_results.store.delivery import (
     Delivery,
     Verdict,
