@@ -108,13 +108,13 @@ class Inbox:
     @property
     def memory(self) -> int:
         """About how many bytes the table takes."""
-        return self._table.memory
+        return self._table.memory.size
 
     @property
     def live_views(self) -> int:
         """How many shards are known completely."""
         with self._changed:
-            return self._table.live_views
+            return self._table.memory.live_views
 
     # -- clients ---------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Inbox:
                 if task_id in self._sent_by_others or not self._table.is_own(task_id):
                     # It stays one of these while clients wait, even if this process sends it.
                     self._sent_by_others.add(task_id)
-                    self._table.watched(task_id, 1)
+                    self._watched(task_id, 1)
                     uncovered.append(task_id)
                     continue
                 try:
@@ -171,11 +171,14 @@ class Inbox:
         with self._changed:
             for task_id in ids:
                 if self._waiters.remove(task_id, waiter) and task_id in self._sent_by_others:
-                    self._table.watched(task_id, -1)
+                    self._watched(task_id, -1)
                 if task_id not in self._waiters:
                     self._sent_by_others.discard(task_id)
                 if consumed:
                     self._table.discard(task_id)
+
+    def _watched(self, task_id: str, count: int) -> None:
+        self._table.bindings.watched(self._declarations.topology.shard(task_id), count)
 
     def unbound(self, ids: Collection[str]) -> Set[str]:
         """Return the tasks of other processes among *ids* whose shards are not bound."""
@@ -184,7 +187,7 @@ class Inbox:
             return {
                 task_id
                 for task_id in ids
-                if not table.is_own(task_id) and not table.is_bound(topology.shard(task_id))
+                if not table.is_own(task_id) and topology.shard(task_id) not in table.bindings
             }
 
     def cover(self, ids: Collection[str], deadline: Optional[float]) -> None:
@@ -259,7 +262,7 @@ class Inbox:
         now = time.monotonic()
         table = self._table
         table.asked(ids, now)
-        if table.wants_inbox and not self._keeper.is_hopeless(now):
+        if table.bindings.wants_inbox and not self._keeper.is_hopeless(now):
             self._keeper.start()
         self._wake_if_restless()
         return self._recall(ids, table.epoch)
@@ -345,7 +348,7 @@ class Inbox:
             self._keeper.join()
 
     def _wake_if_restless(self) -> None:
-        if self._table.restless:
+        if self._table.bindings.restless:
             self._wake_reader()
 
     def _wake_reader(self) -> None:
@@ -377,7 +380,7 @@ class Inbox:
     @property
     def restless(self) -> bool:
         """Whether :meth:`actions` has something to do."""
-        return self._table.restless
+        return self._table.bindings.restless
 
     def actions(self) -> List[Action]:
         """Return the bindings to add and to remove, each once."""

@@ -620,7 +620,7 @@ class Simulation:
         return process.number in self.exchange.inboxes
 
     def _wants_inbox(self, process: Process) -> bool:
-        return process.table.wants_inbox
+        return process.table.bindings.wants_inbox
 
     def connect(self) -> Optional[str]:
         process = self.random.choice(self.processes)
@@ -677,7 +677,7 @@ class Simulation:
             what = "a barrier"
         elif isinstance(message, StateMessage):
             process.pushed(message, self.now)
-            if table.restless:
+            if table.bindings.restless:
                 self._act(process)
             what = f"{message.state} of {message.id[:4]}"
         else:
@@ -747,9 +747,9 @@ class Simulation:
     # -- the verdict -------------------------------------------------------------------------------
 
     def _check_memory(self, table: Any) -> None:
-        size = sum(entry.size for entry in table._memory.recent.values())
-        digests = sum(len(view.digests or ()) for view in table._memory.views.values())
-        if (size, digests) != (table._memory._recent_bytes, table._memory._digests):
+        size = sum(entry.size for entry in table.memory.recent.values())
+        digests = sum(len(view.digests or ()) for view in table.memory.views.values())
+        if (size, digests) != (table.memory._recent_bytes, table.memory._digests):
             self.fail("memory is not counted right")
 
     def _name(self, task: Task) -> str:
