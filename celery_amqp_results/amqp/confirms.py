@@ -121,7 +121,6 @@ class Publication:
     """One message being published.
 
     Parameters:
-        message: the message.
         waited: whether a caller waits for its confirm.
     """
 
@@ -300,7 +299,6 @@ class ConfirmChannel:
     Not thread-safe.
 
     Parameters:
-        link: an open connection.
         in_alarm: whether an alarm of the broker may block it as soon as something is published.
 
     Raises:
@@ -380,7 +378,6 @@ class ConfirmChannel:
         For a caller that uses the connection exclusively.
 
         Parameters:
-            publications: publications made on this channel.
             deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
                 publishers; with ``None`` the wait ends when the connection counts as dead.
 

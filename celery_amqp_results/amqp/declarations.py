@@ -34,7 +34,6 @@ class Declarations:
     """Remembers which parts of a topology this process has declared. Thread-safe.
 
     Parameters:
-        topology: names and queue arguments.
         declare: whether the exchange and the shards are declared here; otherwise they must exist.
     """
 
@@ -169,7 +168,6 @@ class Declarations:
 
         Parameters:
             channel: an open channel, which the broker closes if they do not fit.
-            count: how many shards are about to be declared.
         """
         probe = f"{self.topology.prefix}.room.{uuid.uuid4().hex}"
         names = [f"{probe}.{number}" for number in range(ROOM + count)]
@@ -221,8 +219,6 @@ def declare_exchange(channel: amqp.Channel, topology: Topology, nowait: bool = F
     """Declare the exchange on *channel*.
 
     Parameters:
-        channel: an open channel.
-        topology: its name and arguments.
         nowait: whether to skip waiting for an answer. If the broker refuses, it closes the channel.
 
     Raises:

@@ -101,8 +101,6 @@ class Link:
     """One open AMQP connection. Not thread-safe: one user at a time.
 
     Parameters:
-        connection: kombu's connection, which knows the broker.
-        established: the open connection that it made.
         heartbeat: seconds between heartbeats; 0 for none.
     """
 
@@ -257,9 +255,6 @@ class Link:
         They end before the first frame that is something else or not complete, which is left to
         :meth:`drain`. py-amqp would take ten times as long for each. Reads the socket, which must
         be readable.
-
-        Parameters:
-            channel: number of the channel that they are for.
         """
         self._received.fill()
         start = _START_OF_ACK.pack(_METHOD_FRAME, channel, _SIZE_OF_ACK, *spec.Basic.Ack)

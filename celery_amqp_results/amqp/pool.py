@@ -41,7 +41,6 @@ class Pool:
     and closes the old ones; it ends when none is left.
 
     Parameters:
-        connector: opens the connections.
         heartbeat: seconds between heartbeats; 0 for none.
         name: what they are for; names the thread.
         limit: how many connections may be in use at once, besides those whose users are stuck

@@ -47,7 +47,6 @@ class SharedChannel:
     """Opens the channel, and moves bytes on it for many threads.
 
     Parameters:
-        connector: opens the connection.
         on_lost: called with every publication that a lost connection leaves behind and that no
             caller waits for. Must not publish.
 
@@ -234,7 +233,6 @@ class SharedChannel:
         """Wait until *waiter* is done; a lost connection ends the wait as well.
 
         Parameters:
-            waiter: what to wait for.
             deadline: time (``time.monotonic``) at which to stop waiting. With ``None`` the
                 connection counts as dead after :data:`confirms.CONFIRM_TIMEOUT` seconds in which
                 the broker has taken and confirmed nothing, unless it blocks publishers.

@@ -102,11 +102,7 @@ class Sessions(Protocol):
 
 
 class AMQPSession(Session):
-    """A session on an AMQP connection.
-
-    Parameters:
-        link: the connection.
-    """
+    """A session on an AMQP connection."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -141,11 +137,7 @@ class AMQPSession(Session):
 
 
 class AMQPSessions:
-    """Sessions on AMQP connections.
-
-    Parameters:
-        pool: lends the connections.
-    """
+    """Sessions on AMQP connections."""
 
     amqp = True
     local = False

@@ -39,11 +39,7 @@ class Action(NamedTuple):
 
 
 class Bindings:
-    """The bindings to shards. Not thread-safe.
-
-    Parameters:
-        shards: the number of all shards.
-    """
+    """The bindings to shards. Not thread-safe."""
 
     def __init__(self, shards: int) -> None:
         self._shards = shards
@@ -103,9 +99,7 @@ class Bindings:
         """Count a read of other processes' tasks in a number of shards.
 
         Parameters:
-            shards: the number of shards.
             looks_up: whether one of them is not bound, so that only a look-up can tell.
-            now: the time.
         """
         self._credit = min(self._credit + PAYS * shards, PAYS * self._shards)
         if looks_up:
@@ -117,9 +111,7 @@ class Bindings:
         """Count a push.
 
         Parameters:
-            shard: its shard.
             unread: how many states of the shard were pushed since its last read.
-            now: the time.
 
         Returns:
             The key of the binding that does not pay for itself any more, and is dropped.
@@ -144,7 +136,6 @@ class Bindings:
         """Return the bindings to add and to remove, each once.
 
         Parameters:
-            now: the time.
             connected: whether there is a connection to bind on.
         """
         self.restless = False

@@ -51,8 +51,6 @@ class Inbox:
     """Receives the states of tasks, and keeps the knowledge about them in a table.
 
     Parameters:
-        connector: opens the connection.
-        declarations: provides the names, and declares the exchange.
         client: the word of this process in routing keys.
         limit: bytes of memory for the table.
 
@@ -164,8 +162,6 @@ class Inbox:
         """Stop passing the states of *ids* to *waiter*.
 
         Parameters:
-            ids: tasks that it watches.
-            waiter: the waiter.
             consumed: whether it has taken their final states, which then need not be kept.
         """
         with self._changed:
@@ -196,7 +192,6 @@ class Inbox:
         Opens the inbox if necessary. Earlier states must then be looked up in the store.
 
         Parameters:
-            ids: tasks of this process or of others.
             deadline: time (``time.monotonic``) at which to give up, or ``None``.
 
         Raises:
@@ -239,7 +234,6 @@ class Inbox:
         Counts a read. Starts the inbox, or requests bindings, where that pays.
 
         Parameters:
-            ids: the tasks.
             deadline: time (``time.monotonic``) at which to stop waiting for a barrier.
         """
         with self._changed:

@@ -42,11 +42,7 @@ class Keeper:
     """Keeps one session open. The owner calls all methods but :meth:`join` with its lock held.
 
     Parameters:
-        owner: the inbox.
         changed: the owner's lock; notified when the owner is closed.
-        connector: opens the connections.
-        declarations: provides the names, and declares the exchange.
-        client: the word of this process in routing keys.
     """
 
     def __init__(

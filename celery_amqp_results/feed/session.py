@@ -88,9 +88,6 @@ class Session:
     """One connection of the inbox, with its queue declared, bound and consumed.
 
     Parameters:
-        owner: the inbox.
-        connector: opens the connection.
-        declarations: provides the names, and declares the exchange.
         client: the word of this process in routing keys.
 
     Raises:

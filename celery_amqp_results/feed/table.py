@@ -92,7 +92,6 @@ class Table:
     """A process's knowledge of tasks and shards. Not thread-safe.
 
     Parameters:
-        topology: which shard keeps which task.
         limit: bytes of memory for this knowledge.
     """
 
@@ -142,8 +141,6 @@ class Table:
         """Return the current state of a task, or ``None`` for none yet.
 
         Parameters:
-            task_id: the task.
-            now: the time.
             wall: microseconds since 1970.
             sure: whether the caller relies on the answer after a barrier. A waiting client
                 receives later states anyway, and asks the store again later.
@@ -313,8 +310,6 @@ class Table:
         """Begin a look-up of *ids*, which ends with :meth:`end`.
 
         Parameters:
-            ids: the tasks.
-            now: the time.
             shards: further shards for a census.
         """
         look = Look(set(ids), self.epoch, now, set())
@@ -348,10 +343,8 @@ class Table:
         """End a look-up.
 
         Parameters:
-            look: what :meth:`begin` returned.
             found: the states that the store holds of each id that could be read.
             censuses: the censuses of the shards that were read.
-            now: the time.
             wall: microseconds since 1970.
         """
         if look not in self._looks:

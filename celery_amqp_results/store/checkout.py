@@ -87,9 +87,7 @@ class Checkout:
 
     Parameters:
         link: an open connection that the caller uses exclusively.
-        queue: name of the queue.
         on_message: called with each message that is no fence, while the link is drained.
-        limits: how much it may hold, and for how long.
         look_again: called when the first fence has come; returns whether to set a second one, for
             messages moved behind the first. If it is given, a second fence is also set when the
             first was delivered to another reader before.
@@ -204,7 +202,6 @@ class Checkout:
         For a caller that reads one queue on a connection.
 
         Parameters:
-            deadline: time (``time.monotonic``).
             step: seconds between looks at the heartbeats, at most.
         """
         while not self.fenced:
@@ -217,11 +214,7 @@ class Checkout:
         return True
 
     def acknowledge(self, tags: Iterable[int]) -> None:
-        """Remove messages from the queue.
-
-        Parameters:
-            tags: the delivery tags of the messages.
-        """
+        """Remove messages from the queue."""
         for tag in tags:
             self.channel.basic_ack(tag)
 

@@ -49,11 +49,7 @@ class Verdict(NamedTuple):
 
 
 class Delivery:
-    """Messages that are published together, until the broker has confirmed all of them.
-
-    Parameters:
-        messages: the messages.
-    """
+    """Messages that are published together, until the broker has confirmed all of them."""
 
     def __init__(self, messages: Sequence[Outgoing]) -> None:
         self.messages = messages
@@ -80,8 +76,6 @@ class Delivery:
         first instead.
 
         Parameters:
-            verdict: the next steps.
-            confirm: whether a caller waits.
             knows: returns whether the queue of a shard is known to be there.
         """
         unknown: List[int] = []
@@ -165,10 +159,7 @@ def raise_if_final(
     """Raise the error for *exc* if publishing *messages* again cannot help.
 
     Parameters:
-        exc: the error.
         messages: what was published; none for a request about queues.
-        broker: the broker's address, for messages.
-        declarations: explains refused declarations.
     """
     if isinstance(exc, errors.BackendUnavailable) and not isinstance(exc, errors.NotConfirmed):
         # Connecting retries on its own, by the same policy.

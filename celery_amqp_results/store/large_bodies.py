@@ -54,10 +54,6 @@ class LargeBodies:
     """Keeps bodies out of the shards, and reads them.
 
     Parameters:
-        publisher: publishes bodies.
-        pool: connections for look-ups.
-        topology: names and queue arguments.
-        options: the backend's options.
         persistent: whether messages survive a restart of the broker.
 
     Thread-safe. After a fork the child must make a new one.

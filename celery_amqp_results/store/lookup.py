@@ -98,9 +98,7 @@ class Store:
     """Reads the states kept in the shards.
 
     Parameters:
-        pool: connections for look-ups.
         declarations: knows the topology, and checks the exchange once; no shard is declared here.
-        options: the backend's options.
         persistent: whether pages survive a restart of the broker.
         check: raises an error for a state that cannot be decoded; such a state hides no other.
 
@@ -151,7 +149,6 @@ class Store:
         """Look up *ids*.
 
         Parameters:
-            ids: ids of tasks, or of groups.
             deadline: time (``time.monotonic``) at which to give up, if that is before
                 ``lookup_timeout`` is over; ``None`` for no earlier end.
             kind: :data:`~celery_amqp_results.protocol.message.STATE` or
@@ -343,13 +340,7 @@ class Store:
 
 
 class _Reading:
-    """One try to read the shards of a request, on one connection.
-
-    Parameters:
-        store: counts.
-        link: the connection, which the caller has to itself.
-        request: the request.
-    """
+    """One try to read the shards of a request, on one connection."""
 
     def __init__(self, store: Store, link: Link, request: _Request) -> None:
         self._store = store

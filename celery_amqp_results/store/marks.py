@@ -65,7 +65,6 @@ def mark(task_id: str, what: str, now: int, expiration: Optional[int]) -> StateM
     """Return a mark.
 
     Parameters:
-        task_id: the task.
         what: :data:`SENT`, :data:`ENDED` or :data:`FORGOTTEN`.
         now: microseconds since 1970.
         expiration: milliseconds after which the broker drops it, or ``None``.
@@ -138,7 +137,6 @@ class Marker:
 
         Parameters:
             connection: kombu's connection, which is opened if necessary.
-            message: the mark.
         """
         try:
             if not connection.connected:

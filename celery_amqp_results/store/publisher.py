@@ -64,10 +64,6 @@ _T = TypeVar("_T")
 class Publisher:
     """Publishes messages on one connection.
 
-    Parameters:
-        connector: opens the connection.
-        declarations: declares the exchange, and missing shards.
-
     Thread-safe. After a fork the child must make a new publisher.
     """
 
@@ -102,7 +98,6 @@ class Publisher:
         twice.
 
         Parameters:
-            messages: messages to publish.
             confirm: whether to wait for the confirms. This includes those of live copies, for a
                 moment.
 

@@ -64,15 +64,7 @@ class Shelf(Protocol):
 
 
 class ShardRead:
-    """The read of one shard.
-
-    Parameters:
-        store: the store.
-        link: an open connection.
-        shard: number of the shard.
-        wanted: the ids.
-        kind: the kind of messages.
-    """
+    """The read of one shard."""
 
     def __init__(
         self, store: Shelf, link: Link, shard: int, wanted: Collection[str], kind: str
@@ -227,7 +219,6 @@ class LookUp(ShardRead):
     """A read that finds states, and packs the shard on the way.
 
     Parameters:
-        store, link, shard, wanted, kind: see :class:`ShardRead`.
         census: takes the content of the whole shard, or ``None``.
     """
 

@@ -52,10 +52,6 @@ IDLE_CHECKS = 10
 class Unwaited:
     """Keeps the messages that no caller waits for until the broker has confirmed them.
 
-    Parameters:
-        connector: opens the connection of the channel.
-        declarations: declares missing shards.
-
     Thread-safe. After a fork the child must make a new one.
     """
 

@@ -27,7 +27,6 @@ def readable(sock: HasFileno, timeout: float) -> bool:
     """Return whether *sock* has bytes to read, or its end.
 
     Parameters:
-        sock: a socket.
         timeout: seconds to wait for that; 0 to look once, without a switch of greenlets.
     """
     if timeout <= 0 and not isinstance(getattr(select, "poll", None), types.BuiltinFunctionType):
@@ -39,7 +38,6 @@ def ready(sock: HasFileno, timeout: float, read: bool = True) -> bool:
     """Return whether *sock* has room for bytes to write, or bytes to read.
 
     Parameters:
-        sock: a socket.
         timeout: seconds to wait for that.
         read: whether bytes to read count.
     """
@@ -126,9 +124,6 @@ class SocketWatch(WakeUp):
     A thread that has just asked for something reads the answer itself: that saves two switches of
     threads. While a thread borrows the socket, :meth:`wait_for_socket` does not return because of
     it. Only epoll allows that from another thread, so where it is missing nothing is lent.
-
-    Parameters:
-        sock: the socket.
     """
 
     def __init__(self, sock: HasFileno) -> None:
