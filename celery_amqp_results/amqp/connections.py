@@ -215,13 +215,11 @@ class Connector:
     def open(
         self, heartbeat: float, deadline: Optional[float] = None, purpose: str = "results"
     ) -> Link:
-        """Open a connection; retry as the retry policy says.
+        """Open a connection as :meth:`open_once` does; retry as the retry policy says.
 
         Parameters:
-            heartbeat: seconds between heartbeats; 0 for none.
             deadline: time (``time.monotonic``) after which to give up; the retry policy may end
                 the tries earlier.
-            purpose: what the connection is for, see :meth:`open_once`.
 
         Raises:
             BackendUnavailable: when the broker could not be reached, or refuses us.

@@ -60,11 +60,7 @@ class Waiter:
 
 
 class Request(Waiter):
-    """A thread that waits until the broker takes what it has to write.
-
-    Parameters:
-        free: whether it does.
-    """
+    """A thread that waits until the broker is *free* to take what it has to write."""
 
     def __init__(self, free: Callable[[], bool]) -> None:
         super().__init__(())

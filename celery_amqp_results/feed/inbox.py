@@ -231,10 +231,8 @@ class Inbox:
     ) -> Dict[str, Optional[StateMessage]]:
         """Return the current states of those of *ids* that are known for certain.
 
-        Counts a read. Starts the inbox, or requests bindings, where that pays.
-
-        Parameters:
-            deadline: time (``time.monotonic``) at which to stop waiting for a barrier.
+        Counts a read. Starts the inbox, or requests bindings, where that pays. Stops waiting for a
+        barrier at *deadline* (``time.monotonic``).
         """
         with self._changed:
             known = self._ask(ids)
@@ -329,11 +327,7 @@ class Inbox:
                 self._session.replace(why)
 
     def close(self, wait: bool = True) -> None:
-        """Close the connection and end the thread. Waiting clients get an error.
-
-        Parameters:
-            wait: whether to wait until the thread has ended.
-        """
+        """End the connection and the thread, and *wait* for that. Waiting clients get an error."""
         with self._changed:
             self._keeper.closing = True
             self._changed.notify_all()

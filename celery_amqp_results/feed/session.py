@@ -200,10 +200,8 @@ class Session:
         """Wait until everything has come that was confirmed before this call.
 
         Reads the socket meanwhile, unless another thread has borrowed it. Returns ``False`` if it
-        is not certain: the barrier is late or lost, or the broker accepts none.
-
-        Parameters:
-            timeout: seconds to wait at most.
+        is not certain within *timeout* seconds: the barrier is late or lost, or the broker accepts
+        none.
         """
         with self._lock:
             if self.blocked:

@@ -219,12 +219,9 @@ class Checkout:
             self.channel.basic_ack(tag)
 
     def delete(self, *others: str) -> None:
-        """Delete the queue and everything in it, and release it.
+        """Delete the queue and everything in it, and release it; delete queues of *others* as well.
 
-        Does not wait for an answer. Waiting consumers receive basic.cancel.
-
-        Parameters:
-            others: names of queues to delete as well; they need not exist.
+        They need not exist. Does not wait for an answer. Waiting consumers receive basic.cancel.
         """
         self._deleted = True
         with self.link.corked():
@@ -233,11 +230,7 @@ class Checkout:
             self.channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
 
     def close(self, wait: bool) -> None:
-        """Make the broker requeue everything unacknowledged.
-
-        Parameters:
-            wait: whether to wait until that is done.
-        """
+        """Make the broker requeue everything unacknowledged; *wait* until that is done."""
         if self.missing:
             return
         # Messages still on their way are ignored.

@@ -28,7 +28,7 @@ from celery_amqp_results.amqp.confirms import (
     QueueLength,
     Status,
 )
-from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations, declare_queue
+from celery_amqp_results.amqp.declarations import Declarations, declare_queue
 from celery_amqp_results.amqp.failures import TRANSIENT, was_refused
 from celery_amqp_results.amqp.turns import Waiter
 from celery_amqp_results.protocol.names import QueueSpec
@@ -39,7 +39,7 @@ from celery_amqp_results.store.delivery import (
     raise_if_final,
     raise_not_confirmed,
 )
-from celery_amqp_results.store.unwaited import Unwaited, room_refusal
+from celery_amqp_results.store.unwaited import Unwaited
 from celery_amqp_results.toolkit import retry
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
@@ -247,7 +247,7 @@ class Publisher:
         a question about the queue.
         """
         topology = self._declarations.topology
-        if topology.shards <= FEW_SHARDS:
+        if self._declarations.few:
             return shards
         missing = []
         with self._channel.open(time.monotonic()) as channel:
@@ -376,14 +376,13 @@ class Publisher:
         declarations = self._declarations
 
         def asks() -> bool:
-            few = declarations.topology.shards <= FEW_SHARDS
-            return not declarations.exchange_checked or bool(declare and not few)
+            return not declarations.exchange_checked or bool(declare and not declarations.few)
 
         try:
             with self._channel.open(time.monotonic(), asks) as channel:
                 declarations.ensure_exchange(channel.channel)
                 self._unwaited.send(channel)
-                full = room_refusal(channel, declarations, len(declare))
+                full = declarations.check_room(channel.asking, len(declare))
                 if full is None:
                     self._write(channel, publications, declare)
                     if not waited:

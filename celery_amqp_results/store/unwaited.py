@@ -13,7 +13,7 @@ from typing import List, Optional
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.confirms import ConfirmChannel, ConfirmLog, Publication, Status
-from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations
+from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.shared_channel import SharedChannel
 from celery_amqp_results.amqp.turns import Waiter
@@ -22,7 +22,7 @@ from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import is_over, time_left
 from celery_amqp_results.toolkit.threads import start_helper
 
-__all__ = ("Unwaited", "room_refusal")
+__all__ = ("Unwaited",)
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Unwaited:
         except (errors.DeclarationRefused, errors.BackendUnavailable) as exc:
             full = exc
         else:
-            full = room_refusal(channel, self._declarations, 1)
+            full = self._declarations.check_room(channel.asking, 1)
         if full is not None:
             self._strays.give_up(publication, full)
             return False
@@ -206,18 +206,3 @@ class Unwaited:
             # This closes the connection if no confirm comes for long.
             self.channel.wait(Waiter(old))
         return bool(unconfirmed) or self._has_strays()
-
-
-def room_refusal(
-    channel: ConfirmChannel, declarations: Declarations, count: int
-) -> Optional[errors.BackendUnavailable]:
-    """Return the error to raise instead of declaring *count* shards, or ``None``.
-
-    Parameters:
-        channel: the publishing channel, which the caller has to itself.
-        declarations: knows the shards.
-        count: how many shards are about to be declared.
-    """
-    if not count or declarations.topology.shards <= FEW_SHARDS:
-        return None
-    return declarations.check_room(channel.asking(), count)
