@@ -130,7 +130,7 @@ class SocketWatch(WakeUp):
             self._epoll.register(self._receiver.fileno(), select.EPOLLIN)
 
     def wait_for_socket(self, timeout: float) -> bool:
-        """Wait for the socket or :meth:`ring`, *timeout* seconds at most; return if it is readable."""
+        """Wait *timeout* seconds for the socket or :meth:`ring`; return whether it is readable."""
         if self._epoll is None:
             return bool(self.wait(timeout, self._sock))
         found = [number for number, _ in self._epoll.poll(timeout)]

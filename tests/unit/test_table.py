@@ -273,7 +273,7 @@ def test_a_lost_connection_ends_everything_and_the_next_read_binds_again(live: T
     look = live.begin([task_id], 12.0)
     live.lost()
     assert known(live, task_id) == "?"
-    assert (live.memory, live.epoch) == (0, 0)
+    assert (live.memory.size, live.epoch) == (0, 0)
     live.opened(13.0)
     live.end(look, {task_id: [state(task_id)]}, {3: Census()}, 14.0)
     assert known(live, task_id) == "?"
@@ -328,8 +328,8 @@ def test_a_view_that_nobody_reads_is_dropped_when_it_costs_more_than_reads(live:
     assert bind(live, 11.0) == []
     live.pushed(state(id_in(3)), late)
     assert bind(live, late) == [Action(False, 3)]
-    assert live.live_views == 0
-    assert live.memory == 0
+    assert live.memory.live_views == 0
+    assert live.memory.size == 0
 
 
 @pytest.mark.parametrize("why", ["read", "watched"])
@@ -342,7 +342,7 @@ def test_a_view_that_is_used_is_kept(live: Table, why: str) -> None:
             live.asked([task_id], 100.0)
         live.pushed(state(id_in(3)), 100.0)
     assert bind(live, 100.0) == []
-    assert live.live_views == 1
+    assert live.memory.live_views == 1
 
 
 def test_many_bound_shards_are_bound_by_one_key(table: Table) -> None:
