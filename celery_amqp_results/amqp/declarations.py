@@ -76,17 +76,14 @@ class Declarations:
             return
         generation = self._generation
         topology = self.topology
-        if not self.declare:
-            try:
+        try:
+            if self.declare:
+                declare_exchange(channel, topology)
+            else:
                 # This needs no permission.
                 channel.exchange_declare(topology.exchange, "topic", passive=True)
-            except amqp_errors.NotFound as exc:
-                raise self.missing(f"exchange {topology.exchange!r}") from exc
-            with self._lock:
-                self._exchange = generation == self._generation
-            return
-        try:
-            declare_exchange(channel, topology)
+        except amqp_errors.NotFound as exc:
+            raise self.missing(f"exchange {topology.exchange!r}") from exc
         except amqp_errors.PreconditionFailed as exc:
             raise errors.DeclarationRefused(
                 f"the broker has an exchange {topology.exchange!r} that differs from the one "

@@ -98,11 +98,6 @@ class Inbox:
         """How many connections were opened, one after the other."""
         return self._table.connections
 
-    def is_own(self, task_id: str) -> bool:
-        """Whether this process has sent the task."""
-        with self._changed:
-            return self._table.is_own(task_id)
-
     @property
     def memory(self) -> int:
         """About how many bytes the table takes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Optional, Protocol
+from typing import Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
@@ -16,26 +16,12 @@ from celery_amqp_results.toolkit.bounded import OnceLogger
 from celery_amqp_results.toolkit.retry import Retry
 from celery_amqp_results.toolkit.threads import start_thread
 
-__all__ = ("Keeper", "Owner")
+__all__ = ("Keeper",)
 
 logger = logging.getLogger(__name__)
 
 #: Seconds after which a read restarts a keeper that has given up.
 RESTART = 30.0
-
-
-class Owner(session.Owner, Protocol):
-    """The inbox that a keeper belongs to."""
-
-    @property
-    def connections(self) -> int:
-        """How many connections were opened, one after the other."""
-
-    def on_lost(self) -> None:
-        """Note that the connection is lost."""
-
-    def on_end(self, failure: Exception) -> None:
-        """Note that there will be no other connection until the keeper is started again."""
 
 
 class Keeper:
@@ -47,7 +33,7 @@ class Keeper:
 
     def __init__(
         self,
-        owner: Owner,
+        owner: session.Owner,
         changed: threading.Condition,
         connector: connections.Connector,
         declarations: Declarations,

@@ -58,7 +58,11 @@ MAX_TAKEN_IN = 100
 
 
 class Owner(Protocol):
-    """The inbox that a session belongs to."""
+    """The inbox that a session and its keeper belong to."""
+
+    @property
+    def connections(self) -> int:
+        """How many connections were opened, one after the other."""
 
     @property
     def closing(self) -> bool:
@@ -82,6 +86,12 @@ class Owner(Protocol):
 
     def on_proof(self, at: float) -> None:
         """Note that everything has come that was confirmed before a time."""
+
+    def on_lost(self) -> None:
+        """Note that the connection is lost."""
+
+    def on_end(self, failure: Exception) -> None:
+        """Note that there will be no other connection until the keeper is started again."""
 
 
 class Session:
@@ -206,11 +216,10 @@ class Session:
         with self._lock:
             if self.blocked:
                 return False
-            if self._barriers.overdue:
-                now = time.monotonic()
+            late_since = self._barriers.late_since
+            if late_since is not None:
                 # After an alarm it has just begun to come back.
-                late = min(self._barriers.late_for(now), now - self.link.unblocked_at)
-                if late > LOST_SECONDS:
+                if time.monotonic() - max(late_since, self.link.unblocked_at) > LOST_SECONDS:
                     self.replace(f"a barrier has not come back within {LOST_SECONDS:g} s")
                 return False
             barrier, first = self._barriers.join()
