@@ -30,8 +30,8 @@ from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
-from celery_amqp_results.store.announcing import announce
 from celery_amqp_results.store.delivery import size_limit
+from celery_amqp_results.store.marks import announce
 from celery_amqp_results.store.shard_read import PAGE_SECONDS, LookUp, Removal, ShardRead
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
