@@ -118,11 +118,7 @@ class Status(enum.Enum):
 
 
 class Publication:
-    """One message being published.
-
-    Parameters:
-        waited: whether a caller waits for its confirm.
-    """
+    """One message being published."""
 
     __slots__ = (
         "copying",
@@ -137,9 +133,10 @@ class Publication:
         "waited",
     )
 
-    def __init__(self, message: Outgoing, waited: bool = True) -> None:
+    def __init__(self, message: Outgoing) -> None:
         self.message = message
-        self.waited = waited
+        #: Whether a caller waits for its confirm.
+        self.waited = True
         self.status = Status.UNSENT
         #: Whether the live copy is sent together with the message. Otherwise it follows when the
         #: message is confirmed.
@@ -230,9 +227,8 @@ class ConfirmLog:
     def refused(self, tag: int, multiple: bool) -> int:
         """Note that the broker refused *tag*, or everything up to it.
 
-        Returns:
-            The number of live copies among them. A queue that is bound to the exchange did not take
-            them; the durable copies are not affected.
+        Returns the number of live copies among them. A queue that is bound to the exchange did not
+        take them; the durable copies are not affected.
         """
         for publication in _taken(self._kept, tag, multiple):
             publication.refusals += 1
@@ -377,12 +373,7 @@ class ConfirmChannel:
 
         For a caller that uses the connection exclusively.
 
-        Parameters:
-            deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
-                publishers; with ``None`` the wait ends when the connection counts as dead.
-
-        Raises:
-            NotConfirmed: when the broker has not answered in time.
+        Parameters and errors are those of :func:`wait_for_answers`.
         """
         waiting = list(publications)
 
@@ -446,7 +437,8 @@ def wait_for_answers(
 
     Parameters:
         progress: see :meth:`Patience.is_over`.
-        deadline: see :meth:`ConfirmChannel.wait`.
+        deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
+            publishers; with ``None`` the wait ends when the connection counts as dead.
 
     Raises:
         NotConfirmed: when the broker has not answered in time.

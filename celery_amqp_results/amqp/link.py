@@ -152,11 +152,7 @@ class Link:
             self._set_user_timeout(self._user_timeout)
 
     def _set_user_timeout(self, milliseconds: int) -> int:
-        """Have the kernel keep bytes for that long, or for any time with 0.
-
-        Returns:
-            The value before.
-        """
+        """Have the kernel keep bytes for that long; for any time with 0. Return the old value."""
         before = 0
         # The socket may be closed.
         with contextlib.suppress(OSError):

@@ -206,10 +206,9 @@ class SharedChannel:
         return True
 
     def _lose(self, channel: ConfirmChannel, failure: BaseException) -> BaseException:
-        """Drop the connection. Every thread that waits on it finds that it is lost.
+        """Drop the connection, and return the error that its publications are lost with.
 
-        Returns:
-            The error that the publications are lost with.
+        Every thread that waits on it finds that it is lost.
         """
         if self._channel is channel:
             self._channel = None

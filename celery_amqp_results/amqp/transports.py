@@ -148,7 +148,7 @@ class AMQPSessions:
 
     @contextlib.contextmanager
     def session(self, deadline: Optional[float] = None) -> Iterator[Session]:
-        """Lend a session, see :class:`Sessions`."""
+        """Lend a session."""
         with self._pool.link(deadline) as link:
             yield AMQPSession(link)
 

@@ -108,13 +108,10 @@ class Bindings:
                 self.want(ALL)
 
     def pushed(self, shard: int, unread: int, now: float) -> Optional[int]:
-        """Count a push.
+        """Count a push; return the key of a binding that does not pay any more, and is dropped.
 
         Parameters:
             unread: how many states of the shard were pushed since its last read.
-
-        Returns:
-            The key of the binding that does not pay for itself any more, and is dropped.
         """
         self._credit -= 1
         key = ALL if ALL in self._standing else shard

@@ -125,10 +125,7 @@ class Inbox:
         """Hand the states of *ids* to *waiter* from now on.
 
         The known state of an own task is added at once. The waiter learns which tasks it has to
-        look up.
-
-        Returns:
-            The tasks whose states are already pushed.
+        look up. Returns the tasks whose states are already pushed.
         """
         now, present = time.monotonic(), wall()
         with self._changed:

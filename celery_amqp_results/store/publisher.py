@@ -65,6 +65,13 @@ class Publisher:
     """Publishes messages on one connection.
 
     Thread-safe. After a fork the child must make a new publisher.
+
+    Raises:
+        DeclarationRefused: when the exchange or a queue exists with other properties, or is missing
+            and must not be declared here; this and the following in all methods.
+        ResultTooLarge: when the broker refuses a message of this size.
+        BackendUnavailable: when the broker could not be reached or refuses us; the messages may or
+            may not be stored then.
     """
 
     def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
@@ -100,23 +107,11 @@ class Publisher:
         Parameters:
             confirm: whether to wait for the confirms. This includes those of live copies, for a
                 moment.
-
-        Raises:
-            DeclarationRefused: when the exchange or a shard exists with other properties.
-            ResultTooLarge: when the broker refuses a message of this size.
-            BackendUnavailable: when the broker could not be reached or refuses us; the messages may
-                or may not be stored then.
         """
         self._deliver(Delivery(messages), confirm)
 
     def publish_apart(self, queue: QueueSpec, message: Outgoing) -> None:
-        """Declare *queue*, publish *message* to it, and return when the broker has it.
-
-        Raises:
-            ResultTooLarge: when the broker refuses a message of this size.
-            DeclarationRefused: when the queue exists with other properties.
-            BackendUnavailable: when the broker could not be reached or refuses us.
-        """
+        """Declare *queue*, publish *message* to it, and return when the broker has it."""
         self._declare((queue,), message)
         self._publish_to_declared((queue,), message)
         with self._lock:
@@ -126,12 +121,6 @@ class Publisher:
         """Publish *message*, and declare *queues* first if its own queue does not exist.
 
         Returns when the broker has the message.
-
-        Raises:
-            ResultTooLarge: when the broker refuses a message of this size.
-            DeclarationRefused: when a queue exists with other properties, or is missing and must
-                not be declared here.
-            BackendUnavailable: when the broker could not be reached or refuses us.
         """
         delivery = Delivery((message,))
         self._deliver(delivery, True)
@@ -167,19 +156,11 @@ class Publisher:
             self._declare(queues, message)
 
     def length(self, queue: str) -> Optional[QueueLength]:
-        """Return the present length of *queue*, or ``None`` if it does not exist.
-
-        Raises:
-            BackendUnavailable: when the broker could not be reached or refuses us.
-        """
+        """Return the present length of *queue*, or ``None`` if it does not exist."""
         return self._ask(lambda channel: channel.length(queue))
 
     def delete(self, queues: Sequence[str]) -> None:
-        """Delete *queues* and everything in them; they need not exist.
-
-        Raises:
-            BackendUnavailable: when the broker could not be reached or refuses us.
-        """
+        """Delete *queues* and everything in them; they need not exist."""
 
         def work(channel: ConfirmChannel) -> None:
             for queue in queues:
@@ -368,11 +349,7 @@ class Publisher:
     def _send(
         self, publications: Sequence[Publication], declare: Sequence[int], waited: bool
     ) -> ConfirmLog:
-        """Write *publications*, and messages without a waiting caller that were lost.
-
-        Returns:
-            The log of unconfirmed publications on the connection.
-        """
+        """Write *publications*, and lost messages that no caller waits for; return the log."""
         declarations = self._declarations
 
         def asks() -> bool:

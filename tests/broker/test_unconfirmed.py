@@ -236,8 +236,8 @@ def test_states_wait_for_the_next_connection_when_the_declaration_of_their_shard
     lost = []
     for number in range(3):
         message = Outgoing("a queue that is gone", {}, b"{}", number, "a state")
-        lost.append(Publication(message, waited=False))
-        lost[-1].status = Status.RETURNED
+        lost.append(Publication(message))
+        lost[-1].waited, lost[-1].status = False, Status.RETURNED
 
     def send_again() -> None:
         with kept.channel.open(0.0) as channel:

@@ -34,8 +34,9 @@ def outgoing(
 
 
 def sent(log: ConfirmLog, *names: str, queue: str = "q", waited: bool = True) -> List[Publication]:
-    made = [Publication(outgoing(name, queue), waited) for name in names]
+    made = [Publication(outgoing(name, queue)) for name in names]
     for number, publication in enumerate(made):
+        publication.waited = waited
         log.sent(publication, float(number))
     return made
 
