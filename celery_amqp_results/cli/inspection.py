@@ -33,9 +33,6 @@ FEWEST = 8
 MAX_BODIES = 16
 MAX_BODY_BYTES = 16 * 2**20
 
-#: Seconds between two checks of the time while reading.
-STEP = 5.0
-
 
 @dataclasses.dataclass
 class Contents:
@@ -252,7 +249,7 @@ class Broker:
         end = time.monotonic() + seconds
         limits = limits_for(self.topology.queue_type, seconds)
         checkout = Checkout(self.link, queue, take, limits)
-        if not checkout.wait(end, STEP):
+        if not checkout.wait(end):
             raise Failed(
                 f"queue {queue!r} could not be read within {seconds:g} s (lookup_timeout): "
                 "another reader holds it, it is very long, or an alarm blocks publishers",

@@ -39,7 +39,7 @@ PREFETCH = 65535
 #: AMQP's code for a missing object.
 NOT_FOUND = 404
 
-#: Seconds between looks at the heartbeats while the broker puts messages back.
+#: Seconds between looks at the heartbeats, at most.
 TICK = 1.0
 
 #: A fence whose reader has died is dropped after this many milliseconds.
@@ -196,19 +196,19 @@ class Checkout:
             return
         self._on_message(message)
 
-    def wait(self, deadline: float, step: float) -> bool:
+    def wait(self, deadline: float) -> bool:
         """Read until the fence comes; return ``False`` when it has not come before *deadline*.
 
         For a caller that reads one queue on a connection.
-
-        Parameters:
-            step: seconds between looks at the heartbeats, at most.
         """
-        while not self.fenced:
+        return self._drain_until(lambda: self.fenced, deadline)
+
+    def _drain_until(self, done: Callable[[], bool], deadline: float) -> bool:
+        while not done():
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            self.link.drain(min(left, step))
+            self.link.drain(min(left, TICK))
             self.link.tick()
             self.renew_fence()
         return True
@@ -240,12 +240,8 @@ class Checkout:
             # Channel.close() would log each message that is still on its way as a protocol error.
             self.channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         end = time.monotonic() + IO_TIMEOUT
-        while wait and self.channel.connection is not None:
-            left = end - time.monotonic()
-            if left <= 0:
-                # Heartbeats may have come meanwhile.
-                raise amqp_errors.RecoverableConnectionError(
-                    f"the broker did not close a channel within {IO_TIMEOUT:g} s"
-                )
-            self.link.drain(min(left, TICK))
-            self.link.tick()
+        if wait and not self._drain_until(lambda: self.channel.connection is None, end):
+            # Heartbeats may have come meanwhile.
+            raise amqp_errors.RecoverableConnectionError(
+                f"the broker did not close a channel within {IO_TIMEOUT:g} s"
+            )

@@ -46,9 +46,6 @@ LINGER = 60_000
 #: This many queues of bodies that were not stored are remembered until they can be deleted.
 MAX_ORPHANS = 1000
 
-#: Seconds between checks of the heartbeats while a body is read.
-TICK = 1.0
-
 
 class LargeBodies:
     """Keeps bodies out of the shards, and reads them.
@@ -170,7 +167,7 @@ class LargeBodies:
 
         limits = limits_for(self._topology.queue_type, self._lookup_timeout)
         checkout = Checkout(link, queue, take, limits)
-        if not checkout.wait(end, TICK):
+        if not checkout.wait(end):
             raise errors.LookupTimeout(
                 f"the large result in {queue!r} could not be read within lookup_timeout "
                 f"({self._lookup_timeout:g} s): other readers are in front, the broker does "

@@ -94,7 +94,7 @@ class Publisher:
     @property
     def lost(self) -> int:
         """Messages without a waiting caller that the broker does not take."""
-        return self._unwaited.lost
+        return self._unwaited.strays.lost
 
     # -- requests ----------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
 from celery_amqp_results.store.checkout import Checkout, limits_for
 from celery_amqp_results.store.packing import Packing, damaged_in, split
-from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("LookUp", "Removal", "ShardRead", "Shelf")
 
@@ -189,9 +188,7 @@ class ShardRead:
         other states of a task: it must learn that this reader held the queue meanwhile.
         """
         self.checkout.set_fence()
-        until = min(time.monotonic() + PAGE_SECONDS, self._end)
-        while not self.checkout.fenced and time.monotonic() < until:
-            self._link.drain(time_left(until, PAGE_SECONDS))
+        self.checkout.wait(min(time.monotonic() + PAGE_SECONDS, self._end))
 
     def _publish_page(self, content: List[StateMessage]) -> bool:
         """Publish a page to the shard; return whether the broker has taken it."""

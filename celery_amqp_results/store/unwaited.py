@@ -57,27 +57,22 @@ class Unwaited:
 
     def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
         self._declarations = declarations
-        self._strays = Strays()
+        self.strays = Strays()
         #: The publishing channel.
         self.channel = SharedChannel(connector, self._on_lost)
         self._lock = threading.Lock()
         self._keeper: Optional[threading.Thread] = None
         self._closed = threading.Event()
 
-    @property
-    def lost(self) -> int:
-        """How many messages were given up."""
-        return self._strays.lost
-
     def _on_lost(self, publication: Publication) -> None:
         if publication.failure is not None:
             # A limit on queues is remembered, so that no more are declared for a while.
             self._declarations.refusal(publication.failure)
-        self._strays.add((publication,))
+        self.strays.add((publication,))
 
     def send(self, channel: ConfirmChannel) -> None:
         """Publish again what must be, on a channel that the caller has to itself."""
-        strays, log = self._strays, channel.log
+        strays, log = self.strays, channel.log
         if channel.mute or not (strays or log.strays):
             # What came back needs an answer of the broker.
             return
@@ -108,7 +103,7 @@ class Unwaited:
         else:
             full = self._declarations.check_room(channel.asking, 1)
         if full is not None:
-            self._strays.give_up(publication, full)
+            self.strays.give_up(publication, full)
             return False
         self._declarations.request_shard(channel.channel, message.shard)
         return True
@@ -138,7 +133,7 @@ class Unwaited:
         except TRANSIENT as exc:
             raise_if_from_signal_handler(exc)
             logger.info("states were not confirmed when the process ended: %r", exc)
-        count = len(self._strays) + sum(not p.settled for p in left)
+        count = len(self.strays) + sum(not p.settled for p in left)
         if count:
             logger.warning("%d states were not confirmed when the process ended", count)
 
@@ -150,7 +145,7 @@ class Unwaited:
 
     def _has_strays(self, deadline: Optional[float] = None) -> bool:
         with self.channel.present(deadline) as channel:
-            return bool(self._strays or (channel is not None and channel.log.strays))
+            return bool(self.strays or (channel is not None and channel.log.strays))
 
     def _collect(self, deadline: float) -> List[Publication]:
         """Collect confirms, publish again what must be, and return what is unconfirmed.

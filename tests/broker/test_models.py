@@ -213,7 +213,7 @@ class Reader:
 
     def read(self) -> List[Seen]:
         """Read everything up to the fence, as the first in line."""
-        assert self._checkout.wait(time.monotonic() + LONG, 1.0)
+        assert self._checkout.wait(time.monotonic() + LONG)
         return self.seen
 
     def peek(self) -> List[Seen]:

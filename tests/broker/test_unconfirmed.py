@@ -247,5 +247,5 @@ def test_states_wait_for_the_next_connection_when_the_declaration_of_their_shard
 
     with pytest.raises(OSError, match="reset"):
         send_again()
-    assert len(kept._strays) == 3
-    kept._strays.take_due(float("inf"))
+    assert len(kept.strays) == 3
+    kept.strays.take_due(float("inf"))
