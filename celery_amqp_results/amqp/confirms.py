@@ -382,7 +382,7 @@ class ConfirmChannel:
             waiting = [publication for publication in waiting if not publication.settled]
             return not waiting
 
-        wait_for_answers(self.link, answered, lambda: self.progress, deadline)
+        wait_for_answers(self.link, answered, self.take_in, lambda: self.progress, deadline)
 
     def asking(self) -> amqp.Channel:
         """Return a channel for requests that the broker may refuse by closing it.
@@ -430,12 +430,14 @@ class ConfirmChannel:
 def wait_for_answers(
     link: Link,
     answered: Callable[[], bool],
+    take_in: Callable[[], object],
     progress: Callable[[], int],
     deadline: Optional[float] = None,
 ) -> None:
     """Read *link* until *answered*; also through an alarm, in which py-amqp would give up.
 
     Parameters:
+        take_in: handles what the broker has sent.
         progress: see :meth:`Patience.is_over`.
         deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
             publishers; with ``None`` the wait ends when the connection counts as dead.
@@ -448,7 +450,9 @@ def wait_for_answers(
     while not answered():
         if link.ready(time_left(deadline, 1.0)):
             link.flush()
-            link.drain(0.0)
+            take_in()
+            if answered():
+                return
         link.tick()
         now = time.monotonic()
         if deadline is not None and now >= deadline:

@@ -129,7 +129,12 @@ class AMQPSession(Session):
         link.keep_unsent()
         channel._basic_publish(*args, **kwargs)
         try:
-            wait_for_answers(link, lambda: bool(answers), lambda: link.bytes_sent)
+            wait_for_answers(
+                link,
+                lambda: bool(answers),
+                lambda: link.drain(0.0),
+                lambda: link.bytes_sent,
+            )
         except errors.NotConfirmed as exc:
             raise amqp_errors.RecoverableConnectionError(str(exc)) from exc
         if not answers[0]:
