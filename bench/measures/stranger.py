@@ -291,7 +291,7 @@ def memory_in_use(node: Any) -> int:
         node.eval(
             "[garbage_collect(P) || P <- processes()], timer:sleep(1000),"
             "[garbage_collect(P) || P <- processes()], erlang:memory(total)",
-            timeout=120,
+            timeout=600,
         )
     )
 
