@@ -98,7 +98,7 @@ def _app(place: Place, queue: str, **options: Any) -> Any:
 
 def one_each(place: Place, queue: str, ids: List[str]) -> List[str]:
     """Return one of *ids* for each shard."""
-    # So many have one in each; the shards of all would take long to compute.
+    # These reach every shard. To compute the shards of all ids would take long.
     some = ids[: 100 * (shards_for(len(ids)).get("shards") or SHARDS)]
     return internals.one_id_a_shard(_app(place, queue, **shards_for(len(ids))), some)
 
