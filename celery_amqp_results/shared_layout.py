@@ -69,7 +69,7 @@ class SharedLayout:
         self._declarations = declarations = Declarations(topology, options.declare)
         # One for all threads, so that a process has few connections.
         self._pool = Pool(connector, STORE_HEARTBEAT, "lookups", limit=1)
-        self.publisher = Publisher(connector, declarations)
+        self.publisher = Publisher(connector, declarations, plain=not options.confirm)
         self.store = Store(
             self._pool,
             declarations,

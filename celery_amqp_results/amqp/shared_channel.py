@@ -112,14 +112,19 @@ class SharedChannel:
         connector: opens the connection.
         on_lost: called with every publication that a lost connection leaves behind and that no
             caller waits for. Must not publish.
+        plain: whether messages are published without confirms.
 
     Thread-safe. After a fork the child must make a new one.
     """
 
     def __init__(
-        self, connector: connections.Connector, on_lost: Callable[[Publication], None]
+        self,
+        connector: connections.Connector,
+        on_lost: Callable[[Publication], None],
+        plain: bool = False,
     ) -> None:
         self._connector = connector
+        self._plain = plain
         self._on_lost = on_lost
         # Guards the channel, and everything read from its socket or written to it.
         self._io = threading.Lock()
@@ -250,7 +255,7 @@ class SharedChannel:
             raise
         try:
             link.keep_unsent()
-            self._channel = ConfirmChannel(link, self._in_alarm)
+            self._channel = ConfirmChannel(link, self._in_alarm, self._plain)
         except BaseException:
             link.drop()
             self._connector.mark_host_failed(link)
@@ -426,6 +431,7 @@ class SharedChannel:
                 return []
             try:
                 self._take_in_unled(channel)
+                channel.ask_about_plain()
             except TRANSIENT as exc:
                 raise_if_from_signal_handler(exc)
                 self._lose(channel, exc)
@@ -445,6 +451,7 @@ class SharedChannel:
             return False
         self._may_send.clear()
         try:
+            self.collect()
             self.wait(Waiter(list(channel.log)), time.monotonic() + GIVE_UP_SECONDS)
             with self.present() as present:
                 if present is None or present is not channel or channel.log.busy:

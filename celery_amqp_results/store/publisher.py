@@ -64,14 +64,18 @@ class Publisher:
     Parameters:
         connector: opens the connection.
         declarations: declares the exchange, and missing shards.
+        plain: whether messages that no caller waits for are published without confirms.
 
     Thread-safe. After a fork the child must make a new publisher.
     """
 
-    def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
+    def __init__(
+        self, connector: connections.Connector, declarations: Declarations, plain: bool = False
+    ) -> None:
         self._connector = connector
         self._declarations = declarations
-        self._unwaited = Unwaited(connector, declarations)
+        self._plain = plain
+        self._unwaited = Unwaited(connector, declarations, plain)
         self._channel = self._unwaited.channel
         # Guards the counts.
         self._lock = threading.Lock()
@@ -198,6 +202,8 @@ class Publisher:
     def _deliver(self, delivery: Delivery, confirm: bool) -> None:
         """Publish the unsent messages of *delivery*; retry as the policy says."""
         tries = retry.Retry(self._connector.policy)
+        for publication in delivery.publications:
+            publication.plain = self._plain and not confirm
         verdict = Verdict(delivery.unsent(), [], None, [], [])
         while True:
             try:

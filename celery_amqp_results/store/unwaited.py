@@ -57,15 +57,18 @@ class Unwaited:
     Parameters:
         connector: opens the connection of the channel.
         declarations: declares missing shards.
+        plain: whether they are published without confirms.
 
     Thread-safe. After a fork the child must make a new one.
     """
 
-    def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
+    def __init__(
+        self, connector: connections.Connector, declarations: Declarations, plain: bool = False
+    ) -> None:
         self._declarations = declarations
         self._strays = Strays()
         #: The publishing channel.
-        self.channel = SharedChannel(connector, self._on_lost)
+        self.channel = SharedChannel(connector, self._on_lost, plain)
         self._lock = threading.Lock()
         self._keeper: Optional[threading.Thread] = None
         self._closed = threading.Event()
@@ -122,6 +125,7 @@ class Unwaited:
     def keep_up(self, log: ConfirmLog) -> None:
         """Keep the number of unconfirmed messages limited, and the checking thread running."""
         if len(log) > MAX_UNCONFIRMED:
+            self.channel.collect()
             # Only for half of them, so that the broker always has work.
             self.channel.wait(Waiter(log.unwaited()[: MAX_UNCONFIRMED // 2]))
         elif len(log) % COLLECT_EVERY == 0:
