@@ -123,9 +123,6 @@ class Celery4API:
                 # The default exchange routes by queue name.
                 kombu.Exchange(""),
                 spec.name,
-                durable=spec.durable,
-                exclusive=spec.exclusive,
-                auto_delete=spec.auto_delete,
                 queue_arguments=dict(spec.arguments),
             )
         ]
