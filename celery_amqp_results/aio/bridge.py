@@ -19,7 +19,6 @@ import weakref
 from typing import (
     Any,
     Callable,
-    Collection,
     Dict,
     FrozenSet,
     Iterable,
@@ -57,18 +56,14 @@ class Subscriber(Protocol):
 class Bridge:
     """Delivers updates about tasks to the coroutines that wait for them on one event loop.
 
-    Parameters:
-        loop: the event loop.
-        layout: where the results are kept.
-
-    For the loop's thread only, except :meth:`abandon` and :meth:`abandon_everything`.
+    For the loop's thread only, except :meth:`post`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, layout: Layout) -> None:
         # The registry maps the loop to the bridge: a strong reference would keep the loop for ever.
         self._loop = weakref.ref(loop)
         self.layout = layout
-        self._driver = Driver(layout, self._post, self._take, self._fail_tasks)
+        self._driver = Driver(layout, self.post, self._take, self._fail_tasks)
         self._subscribers: Dict[str, List[Subscriber]] = {}
         #: The current state of each followed task, for coroutines that begin to wait later.
         self._present: Dict[str, StateMessage] = {}
@@ -85,7 +80,7 @@ class Bridge:
             self._subscribers or self._added or self._asked or self._taps or self._driver.running
         )
 
-    def _post(self, function: Optional[Callable[..., None]], *args: object) -> bool:
+    def post(self, function: Optional[Callable[..., None]], *args: object) -> bool:
         """Make the loop call *function*; return whether the loop still exists. For any thread."""
         loop = self._loop()
         if loop is None or loop.is_closed():
@@ -141,10 +136,6 @@ class Bridge:
         if left:
             self._driver.discard(left)
 
-    def abandon(self, ids: Collection[str], subscriber: Subscriber) -> None:
-        """Schedule :meth:`unsubscribe` on the loop. For any thread."""
-        self._post(self.unsubscribe, ids, subscriber)
-
     def _take(self, updates: List[Update]) -> None:
         for update in updates:
             task_id = update.task_id
@@ -172,11 +163,7 @@ class Bridge:
     def subscribe_to_everything(
         self, wanted: Optional[FrozenSet[str]], subscriber: Subscriber
     ) -> None:
-        """Send every state that is published from about now on to *subscriber*.
-
-        Raises:
-            Unsupported: when the layout cannot watch everything.
-        """
+        """Send every state that is published from about now on to *subscriber*."""
         if wanted not in self._taps:
             tap = tap_of(self.layout, wanted)
 
@@ -192,7 +179,7 @@ class Bridge:
                     each.fail(_copied(failure))
 
             subscribers: List[Subscriber] = []
-            driver = TapDriver(tap, self._post, take, fail)
+            driver = TapDriver(tap, self.post, take, fail)
             self._taps[wanted] = (driver, subscribers)
         self._taps[wanted][1].append(subscriber)
 
@@ -208,10 +195,6 @@ class Bridge:
         if not subscribers:
             del self._taps[wanted]
             driver.close()
-
-    def abandon_everything(self, wanted: Optional[FrozenSet[str]], subscriber: Subscriber) -> None:
-        """Schedule :meth:`unsubscribe_from_everything` on the loop. For any thread."""
-        self._post(self.unsubscribe_from_everything, wanted, subscriber)
 
     # -- asking once ---------------------------------------------------------------------------
 

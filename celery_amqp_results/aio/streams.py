@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import logging
 import time
 from typing import (
     Any,
     AsyncIterator,
+    Callable,
     Collection,
     Deque,
     Dict,
+    FrozenSet,
     Generic,
     Iterable,
     List,
@@ -24,7 +27,7 @@ from typing import (
 )
 
 from celery import Celery
-from celery import states as celery_states
+from celery.states import READY_STATES
 
 from celery_amqp_results.aio import bridge
 from celery_amqp_results.aio.targets import (
@@ -68,9 +71,7 @@ class _Feed:
         wanted: names of the states to keep; ``None`` for all.
     """
 
-    def __init__(
-        self, ids: Optional[Collection[str]], wanted: Optional[Collection[str]] = None
-    ) -> None:
+    def __init__(self, ids: Optional[Collection[str]], wanted: Optional[Collection[str]]) -> None:
         self.missing: Optional[Set[str]] = None if ids is None else set(ids)
         self.wanted = wanted
         self.arrived: Deque[StateMessage] = collections.deque()
@@ -142,18 +143,18 @@ class _Stream(Generic[_T]):
         backend: Optional[AMQPBackend],
         ids: Optional[List[str]],
         timeout: Optional[float],
-        wanted: Any = None,
-        final_only: bool = False,
+        wanted: Optional[FrozenSet[str]],
     ) -> None:
         #: ``None`` if there is nothing to wait for.
         self._known_backend = backend
         self._ids = ids
         self._timeout = timeout
         self._wanted = wanted
-        self._final_only = final_only
         self._deadline: Optional[float] = None
         self._feed: Optional[_Feed] = None
         self._bridge: Optional[bridge.Bridge] = None
+        #: Removes the bindings. The loop calls it.
+        self._unsubscribe: Optional[Callable[[], None]] = None
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._asking = False
         self._ended = False
@@ -177,21 +178,15 @@ class _Stream(Generic[_T]):
         if self._ended:
             return
         self._ended = True
-        if self._bridge is not None and self._feed is not None:
-            if self._ids is None:
-                self._bridge.unsubscribe_from_everything(self._wanted, self._feed)
-            else:
-                self._bridge.unsubscribe(self._ids, self._feed)
+        if self._unsubscribe is not None and self._feed is not None:
+            self._unsubscribe()
             # A coroutine may be waiting for the next item now.
             self._feed._wake()
 
     def __del__(self) -> None:
         # Perhaps on another thread.
-        if not getattr(self, "_ended", True) and self._bridge is not None and self._feed:
-            if self._ids is None:
-                self._bridge.abandon_everything(self._wanted, self._feed)
-            else:
-                self._bridge.abandon(self._ids, self._feed)
+        if not getattr(self, "_ended", True) and self._bridge is not None:
+            self._bridge.post(self._unsubscribe)
 
     async def __anext__(self) -> _T:
         """Return the next item.
@@ -284,7 +279,7 @@ class _Stream(Generic[_T]):
             raise
 
     async def _begin(self) -> None:
-        feed = _Feed(self._ids, celery_states.READY_STATES if self._final_only else self._wanted)
+        feed = _Feed(self._ids, self._wanted)
         if self._ids is not None and not self._ids:
             self._feed = feed
             return
@@ -293,12 +288,15 @@ class _Stream(Generic[_T]):
             for task_id, state in (await its_bridge.poll(self._ids or ())).items():
                 if state is not None:
                     feed.take(Update(task_id, [state], state if is_final(state.state) else None))
-        elif self._ids is None:
-            its_bridge.subscribe_to_everything(self._wanted, feed)
-            self._bridge = its_bridge
         else:
-            its_bridge.subscribe(self._ids, feed)
             self._bridge = its_bridge
+            if self._ids is None:
+                its_bridge.subscribe_to_everything(self._wanted, feed)
+                leave = functools.partial(its_bridge.unsubscribe_from_everything, self._wanted)
+            else:
+                its_bridge.subscribe(self._ids, feed)
+                leave = functools.partial(its_bridge.unsubscribe, self._ids)
+            self._unsubscribe = functools.partial(leave, feed)
         self._feed = feed
 
 
@@ -401,7 +399,7 @@ class Completed(_Stream[Tuple[str, _T]]):
                 self._known.append(leaf)
             else:
                 self._leaves.setdefault(id_of(leaf), []).append(leaf)
-        super().__init__(backend_of_all(target, app), list(self._leaves), timeout, final_only=True)
+        super().__init__(backend_of_all(target, app), list(self._leaves), timeout, READY_STATES)
 
     def _take_known(self) -> Optional[Tuple[Tuple[str, _T]]]:
         if not self._known:
