@@ -47,8 +47,6 @@ class BackgroundFollower(Follower):
     """Follows tasks, and looks them up on other threads.
 
     Parameters:
-        inbox: pushes states.
-        reads: returns known states.
         lookup_timeout: seconds that a look-up may take.
         submit: calls a function with an argument on another thread, soon.
 

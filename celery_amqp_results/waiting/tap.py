@@ -46,11 +46,7 @@ class Tappable(Protocol):
     """A layout in which the states of all tasks come by at one place."""
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
-        """Return a tap of all published states.
-
-        Parameters:
-            wanted: names of the states to get, ``None`` for all.
-        """
+        """Return a tap of all states, or of the *wanted* ones."""
 
 
 def tap_of(layout: object, wanted: Optional[Collection[str]] = None) -> Tap:
@@ -74,8 +70,6 @@ class Tap:
     it opens another; states published in between are missed.
 
     Parameters:
-        connector: opens the connection.
-        declarations: provides the names, and declares the exchange.
         wanted: names of the states to get, ``None`` for all.
 
     For one thread, except :meth:`poke` and :meth:`shut`. Does no I/O until :meth:`step`.

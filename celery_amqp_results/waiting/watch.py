@@ -117,16 +117,11 @@ def watch_ids(
     decode: Callable[[StateMessage], Meta],
     wanted: Optional[Collection[str]],
 ) -> Generator[Meta, None, None]:
-    """Yield the metas of *updates* in the guaranteed order.
+    """Yield the metas of *ended* tasks and of *updates* in the guaranteed order.
 
     Parameters:
-        updates: updates of the tasks; closed at the end.
-        ended: metas of tasks that have ended.
-        decode: decodes a state.
+        updates: closed at the end.
         wanted: names of the states to yield, ``None`` for all.
-
-    Raises:
-        Exception: errors of *updates* and *decode*.
     """
     newest = Newest()
     process = Process()
@@ -150,9 +145,6 @@ def watch_everything(
     """Yield the metas of the states from *tap*, for *timeout* seconds or for ever.
 
     A state that cannot be decoded is left out with a warning, since the others are not affected.
-
-    Raises:
-        BackendUnavailable, DeclarationRefused: see :meth:`Tap.step`.
     """
     deadline = deadline_after(timeout)
     with tap:
