@@ -128,7 +128,9 @@ class AMQPBackend(Backend):
         #: Waits for tasks.
         self.waits = Waits(self._layout, self.reader)
         #: Sends chords and completes them.
-        self.chords = ChordHooks(app, self._layout, self.recorder, self.config.expirations.chord)
+        self.chords = ChordHooks(
+            app, lambda: self._layout().chords, self.recorder, self.config.expirations.chord
+        )
         self._groups = SavedGroups(app, self._layout, self.recorder, self.reader)
         self._layout.reset_after_fork(self.reader, self.waits)
         #: Does what Celery 4's methods did.

@@ -83,7 +83,6 @@ class Plans:
 
     Parameters:
         app: returns the Celery app, or ``None`` when it is gone.
-        topology: names.
         persistent: whether plans survive a restart of the broker.
     """
 
@@ -113,9 +112,6 @@ class Plans:
         The arguments of a body may include types that results may not.
 
         Parameters:
-            group_id: id of the header.
-            state: :data:`CHORD_STATE` or :data:`AMENDMENT_STATE`.
-            content: the content of the message.
             serializers: serializers to try as well.
 
         Raises:
@@ -173,11 +169,6 @@ class Plans:
 class Chords:
     """Publishes plans, and starts leading chords.
 
-    Parameters:
-        publisher: publishes plans.
-        messages: writes their messages.
-        service: leads chords, if this process must.
-
     Thread-safe. After a fork the child must make a new one.
     """
 
@@ -205,9 +196,6 @@ class Chords:
         """Note a chord whose header is about to be sent. Does no I/O.
 
         Parameters:
-            group_id: id of the header.
-            results: the results of the header.
-            body: the frozen signature of the body.
             expires: milliseconds without a new result after which the chord is abandoned.
             root_id: id of the first task of the workflow, ``None`` if that is a task of the header.
         """
@@ -266,8 +254,6 @@ class Chords:
         """Add one task or group to a chord. A task of its header must call this.
 
         Parameters:
-            group_id: id of the header.
-            result: the result of the task or group that is added.
             after: the task that adds it.
             expires: milliseconds after which it is abandoned if there is no such chord.
 

@@ -54,9 +54,6 @@ class Service:
     """Leads chords in a thread of its own.
 
     Parameters:
-        connector: opens the connection.
-        declarations: provides the names, and declares the exchange.
-        store: reads the results.
         read: returns the plan or amendment in a message.
         fire: sends the body of a chord; raises :class:`NotSent` to be called again.
         memory: bytes of results to keep in memory.
@@ -79,7 +76,7 @@ class Service:
         self._read = read
         self._fire = fire
         self._leader = leader.Leader(memory)
-        self._helpers = Helpers("chord-helper")
+        self._helpers = Helpers()
         #: Marks of the chords whose bodies helpers are sending. For the thread only.
         self._sending: Set[str] = set()
         #: How many plans of this connection are left to a leader that accepts their content.
@@ -164,14 +161,7 @@ class Service:
         return 0.0 if oldest is None else max(0.0, time.time() - oldest / 1e6)
 
     def progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
-        """Return how many tasks a chord's header has, and which have not ended.
-
-        Parameters:
-            key: id of the header, or of the body.
-
-        Returns:
-            ``None`` if no such chord is open here.
-        """
+        """Return what :meth:`Leader.progress` does."""
         try:
             return self._leader.progress(key)
         except RuntimeError:

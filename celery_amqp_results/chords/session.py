@@ -60,9 +60,6 @@ class Session:
     """A connection with its queue declared, and all queues consumed.
 
     Parameters:
-        connector: opens the connection.
-        declarations: provides the names, and declares the exchange.
-        handler: takes in the messages.
         wake_up: ends a wait of :meth:`lead`.
 
     Raises:

@@ -5,8 +5,8 @@ The inbox knows what the tests push, and the store is a dict.
 
 from __future__ import annotations
 
-import contextlib
 import collections
+import contextlib
 import itertools
 import logging
 import threading
