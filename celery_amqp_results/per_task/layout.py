@@ -35,13 +35,6 @@ HEARTBEAT = 5.0
 class PerTaskLayout:
     """Keeps each result in a queue of its own.
 
-    Parameters:
-        sessions: channels to the broker.
-        connector: opens the connections of waiting clients, where the broker speaks AMQP.
-        wire: the declarations and messages.
-        codec: decodes metas.
-        settings: the backend's options.
-
     Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and never
     use this one again.
     """
@@ -57,7 +50,6 @@ class PerTaskLayout:
         codec: Codec,
         settings: options.Options,
     ) -> None:
-        self.connector = connector
         self.queues = TaskQueues(sessions, connector, wire, settings)
         self.lookups = LookUps(self.queues, Messages(codec))
         self._process = Process()

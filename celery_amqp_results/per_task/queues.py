@@ -83,16 +83,7 @@ class _TransientQueueRefused(Exception):
 
 
 class TaskQueues:
-    """The queues of tasks on one broker.
-
-    Parameters:
-        sessions: channels to the broker.
-        connector: tells the broker's address, and opens the connections of waiting clients.
-        wire: the declarations.
-        settings: the backend's options.
-
-    Thread-safe. Does no I/O until it is used.
-    """
+    """The queues of tasks on one broker. Thread-safe. Does no I/O until it is used."""
 
     def __init__(
         self,
