@@ -39,6 +39,8 @@ from celery_amqp_results.waiting.tap import tap_of
 
 __all__ = ("Bridge", "Subscriber", "bridge_of")
 
+_States = Dict[str, Optional[StateMessage]]
+
 
 class Subscriber(Protocol):
     """Receives updates about tasks on the event loop. Called by the loop alone."""
@@ -69,8 +71,8 @@ class Bridge:
         self._present: Dict[str, StateMessage] = {}
         #: Ids that the driver gets at the end of this turn of the loop.
         self._added: List[str] = []
-        #: Futures of the coroutines that asked for the current state in this turn of the loop.
-        self._asked: Dict[str, List[asyncio.Future[Optional[StateMessage]]]] = {}
+        #: What the coroutines asked for in this turn of the loop, and the futures for the answers.
+        self._asked: List[Tuple[Sequence[str], asyncio.Future[_States]]] = []
         self._taps: Dict[Optional[FrozenSet[str]], Tuple[TapDriver, List[Subscriber]]] = {}
 
     @property
@@ -198,7 +200,7 @@ class Bridge:
 
     # -- asking once ---------------------------------------------------------------------------
 
-    async def poll(self, ids: Sequence[str]) -> Dict[str, Optional[StateMessage]]:
+    async def poll(self, ids: Sequence[str]) -> _States:
         """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
         All ids requested in one turn of the loop are looked up together.
@@ -206,42 +208,36 @@ class Bridge:
         Raises:
             LookupTimeout, BackendUnavailable, DeclarationRefused: as ``Layout.poll``.
         """
+        if not ids:
+            return {}
         loop = asyncio.get_running_loop()
         if not self._asked:
             loop.call_soon(self._ask)
-        futures = {}
-        for task_id in ids:
-            futures[task_id] = future = loop.create_future()
-            self._asked.setdefault(task_id, []).append(future)
-        try:
-            return {task_id: await future for task_id, future in futures.items()}
-        finally:
-            for future in futures.values():
-                # The error is shared by all callers, and another one raises it.
-                if not future.cancel() and not future.cancelled():
-                    future.exception()
+        future = loop.create_future()
+        self._asked.append((ids, future))
+        return await future
 
     def _ask(self) -> None:
-        asked, self._asked = self._asked, {}
-        if not asked:
-            return
+        asked, self._asked = self._asked, []
+        wanted = dict.fromkeys(task_id for ids, _ in asked for task_id in ids)
         loop = asyncio.get_running_loop()
 
-        def answer(done: asyncio.Future[Dict[str, Optional[StateMessage]]]) -> None:
+        def answer(done: asyncio.Future[_States]) -> None:
             failure = None if done.cancelled() else done.exception()
-            for task_id, futures in asked.items():
-                for future in futures:
-                    if future.done():
-                        continue
-                    if done.cancelled():
-                        future.cancel()
-                    elif failure is not None:
-                        future.set_exception(_copied(failure))
-                    else:
-                        future.set_result(done.result()[task_id])
+            for ids, future in asked:
+                if future.done():
+                    continue
+                if done.cancelled():
+                    future.cancel()
+                elif failure is not None:
+                    future.set_exception(_copied(failure))
+                    # The coroutine may be cancelled before it gets the error.
+                    future.exception()
+                else:
+                    future.set_result({task_id: done.result()[task_id] for task_id in ids})
 
         try:
-            task = loop.run_in_executor(threads.get(), self.layout.poll, list(asked))
+            task = loop.run_in_executor(threads(), self.layout.poll, list(wanted))
         except Exception as exc:
             # The interpreter is about to end, or no thread can be started now.
             task = loop.create_future()

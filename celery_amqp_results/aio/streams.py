@@ -33,7 +33,7 @@ from celery_amqp_results.aio import bridge
 from celery_amqp_results.aio.targets import (
     Gettable,
     backend_of,
-    backend_of_all,
+    common_backend,
     decoded_state,
     id_of,
     is_known,
@@ -319,12 +319,13 @@ class Watch(_Stream[Meta]):
                 tap_of(everything.layout, wanted)
             backend: Optional[AMQPBackend] = everything
         else:
-            found = watching.read_target(target)
+            nodes = list(tasks_in(target))
+            found = watching.read_target(nodes)
             self._ended_before.extend(
                 meta for meta in found.ended if wanted is None or meta["status"] in wanted
             )
             ids = found.ids
-            backend = backend_of_all(target, app)
+            backend = common_backend(nodes, app)
         super().__init__(backend, ids, timeout, wanted)
 
     def _take_known(self) -> Optional[Tuple[Meta]]:
@@ -394,12 +395,13 @@ class Completed(_Stream[Tuple[str, _T]]):
         self._propagate = propagate
         self._known: Deque[Leaf] = collections.deque()
         self._leaves: Dict[str, List[Leaf]] = {}
-        for leaf in tasks_in(target):
+        leaves = list(tasks_in(target))
+        for leaf in leaves:
             if is_known(leaf):
                 self._known.append(leaf)
             else:
                 self._leaves.setdefault(id_of(leaf), []).append(leaf)
-        super().__init__(backend_of_all(target, app), list(self._leaves), timeout, READY_STATES)
+        super().__init__(common_backend(leaves, app), list(self._leaves), timeout, READY_STATES)
 
     def _take_known(self) -> Optional[Tuple[Tuple[str, _T]]]:
         if not self._known:

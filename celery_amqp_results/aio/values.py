@@ -16,6 +16,7 @@ from celery_amqp_results import errors
 from celery_amqp_results.aio import bridge
 from celery_amqp_results.aio.targets import (
     Gettable,
+    backend_of,
     checked,
     common_backend,
     decoded_state,
@@ -37,6 +38,9 @@ from celery_amqp_results.waiting.progress import Update
 __all__ = ("gather", "get")
 
 _T = TypeVar("_T")
+
+#: Seconds of decoding after which other coroutines run.
+SLICE = 0.005
 
 
 class _Ends:
@@ -236,18 +240,18 @@ async def _values(
     known: Dict[str, Tuple[str, Any]] = {}
     waited: Dict[str, List[Leaf]] = {}
     for leaf in leaves:
-        if is_known(leaf):
-            known[id_of(leaf)] = known_value(leaf)
-        else:
+        if not is_known(leaf):
             waited.setdefault(id_of(leaf), []).append(leaf)
-    if propagate:
-        for leaf in leaves:
-            if is_known(leaf):
-                raise_failure(leaf, *known[id_of(leaf)])
+            continue
+        known[id_of(leaf)] = known_value(leaf)
+        if propagate:
+            raise_failure(leaf, *known_value(leaf))
     for task_id in known:
         waited.pop(task_id, None)
     if waited:
         backend = common_backend((leaf for same in waited.values() for leaf in same), app)
+        # Only an eager result that has not ended knows of no backend.
+        backend = backend or backend_of("", app)
         parents = _unfailed_parents([*nodes, *leaves]) if propagate and follow_parents else {}
         known.update(await _wait_for(backend, waited, timeout, propagate, parents))
     return [_value(node, known) for node in nodes]
@@ -287,9 +291,11 @@ async def _wait_for(
         # Celery raises the error of the header, not that of the body: the former came first.
         found.update(await _failures(backend, parents, deadline))
     known: Dict[str, Tuple[str, Any]] = {}
-    pause = _Pause()
+    pause_at = time.monotonic() + SLICE
     for task_id, state in found.items():
-        await pause()
+        if time.monotonic() >= pause_at:
+            await asyncio.sleep(0)
+            pause_at = time.monotonic() + SLICE
         decoded = await decoded_state(backend, state)
         for leaf in waited.get(task_id) or failing[task_id]:
             known[task_id] = resolve(backend, leaf, decoded)
@@ -316,21 +322,6 @@ async def _failures(
         for task_id, state in polled.items()
         if state is not None and state.state in celery_states.PROPAGATE_STATES
     }
-
-
-class _Pause:
-    """Yields to the event loop during long work."""
-
-    #: Seconds of work before it yields.
-    SLICE = 0.005
-
-    def __init__(self) -> None:
-        self._until = time.monotonic() + self.SLICE
-
-    async def __call__(self) -> None:
-        if time.monotonic() >= self._until:
-            await asyncio.sleep(0)
-            self._until = time.monotonic() + self.SLICE
 
 
 def _value(node: Any, known: Dict[str, Tuple[str, Any]]) -> Any:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Protocol, Tuple
 
+from celery import signals
 from celery.app.task import Context
 from celery.canvas import Signature
 
-from celery_amqp_results.chords import remote, workers
+from celery_amqp_results.chords import remote
 from celery_amqp_results.chords.firing import last_links
 from celery_amqp_results.chords.sending import Chords, expect_body
 from celery_amqp_results.library_types import App
@@ -107,13 +108,13 @@ class ChordHooks:
         """Start to lead chords, in the main process of a worker that is ready."""
         if self.supported:
             remote.register()
-            self._chords.start_if_needed()
+            self._chords.service.start(met=False)
 
 
-def _on_worker_ready(app: App) -> None:
-    hooks = getattr(app.backend, "chords", None)
+def _on_worker_ready(sender: Any = None, **kwargs: object) -> None:
+    hooks = getattr(sender.app.backend, "chords", None)
     if isinstance(hooks, ChordHooks):
         hooks.lead()
 
 
-workers.on_ready(_on_worker_ready)
+signals.worker_ready.connect(_on_worker_ready, weak=False)

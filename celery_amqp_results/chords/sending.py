@@ -319,10 +319,6 @@ class Chords:
             if length is None or not length.consumers:
                 self.service.start(met=True)
 
-    def start_if_needed(self) -> None:
-        """Lead chords if there are any. Called by the main process of a worker."""
-        self.service.start(met=False)
-
 
 def expect_body(app: App, body: Signature, note_sent: Callable[[str], None]) -> None:
     """Have the states of a body pushed to this process, although another one sends it.

@@ -18,7 +18,7 @@ from celery import bootsteps, signals
 
 from celery_amqp_results.toolkit.forks import Process
 
-__all__ = ("Bell", "bell", "on_ready")
+__all__ = ("Bell", "bell")
 
 #: Seconds between two bytes of a child; the first one is enough.
 RING_SECONDS = 30.0
@@ -121,12 +121,3 @@ def _hang(sender: Any = None, **kwargs: object) -> None:
 
 signals.worker_init.connect(_hang, weak=False)
 os.register_at_fork(after_in_child=bell.after_fork_in_child)
-
-
-def on_ready(function: Callable[[Any], None]) -> None:
-    """Call *function* with the app in the main process of a worker when that is ready."""
-
-    def call(sender: Any = None, **kwargs: object) -> None:
-        function(sender.app)
-
-    signals.worker_ready.connect(call, weak=False)
