@@ -32,9 +32,6 @@ from celery_amqp_results.waiting.tap import Tap
 
 __all__ = ("SharedLayout",)
 
-#: Bytes of results that a leader of chords keeps in memory. It reads the others when it fires.
-LEADER_MEMORY = 64 * 1024 * 1024
-
 
 class SharedLayout:
     """Combines publisher, store and inbox.
@@ -93,7 +90,7 @@ class SharedLayout:
         self._plans = Plans(app, topology, persistent)
         self._firing = Firing(app, self.store, self._plans.content)
         self._leading = Service(
-            connector, declarations, self.store, self._plans.read, self._firing.fire, LEADER_MEMORY
+            connector, declarations, self.store, self._plans.read, self._firing.fire
         )
         #: Chords, fired by the leader of their plan queue.
         self.chords: Optional[Chords] = Chords(self.publisher, self._plans, self._leading)

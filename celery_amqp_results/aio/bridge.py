@@ -203,10 +203,8 @@ class Bridge:
     async def poll(self, ids: Sequence[str]) -> _States:
         """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
-        All ids requested in one turn of the loop are looked up together.
-
-        Raises:
-            LookupTimeout, BackendUnavailable, DeclarationRefused: as ``Layout.poll``.
+        All ids requested in one turn of the loop are looked up together. Raises what
+        ``Layout.poll`` does.
         """
         if not ids:
             return {}

@@ -29,19 +29,7 @@ from typing import (
 from celery import Celery
 from celery.states import READY_STATES
 
-from celery_amqp_results.aio import bridge
-from celery_amqp_results.aio.targets import (
-    Gettable,
-    backend_of,
-    common_backend,
-    decoded_state,
-    id_of,
-    is_known,
-    known_value,
-    raise_failure,
-    resolve,
-    timed_out,
-)
+from celery_amqp_results.aio import bridge, targets
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.library_types import Leaf, Meta
 from celery_amqp_results.protocol.message import StateMessage
@@ -261,13 +249,13 @@ class _Stream(Generic[_T]):
                 await self.aclose()
                 if self._ids is None or self._timeout is None or feed.missing is None:
                     raise StopAsyncIteration
-                raise timed_out(self._timeout, len(feed.missing), len(self._ids))
+                raise targets.timed_out(self._timeout, len(feed.missing), len(self._ids))
             await feed.wait(seconds)
 
     async def _decoded_or_none(self, state: StateMessage) -> Optional[StateMessage]:
         """Return *state*, decoded; ``None`` if a watch of everything cannot decode it."""
         try:
-            return await decoded_state(self._backend, state)
+            return await targets.decoded_state(self._backend, state)
         except watching.UNREADABLE as exc:
             if self._ids is None:
                 watching.leave_out(state, exc)
@@ -313,7 +301,7 @@ class Watch(_Stream[Meta]):
         wanted = watching.read_states(states)
         self._ended_before: Deque[Meta] = collections.deque()
         if target is None:
-            everything, ids = backend_of("", app), None
+            everything, ids = targets.backend_of("", app), None
             if timeout is None or timeout > 0:
                 # Raises at once where that is not supported.
                 tap_of(everything.layout, wanted)
@@ -325,7 +313,7 @@ class Watch(_Stream[Meta]):
                 meta for meta in found.ended if wanted is None or meta["status"] in wanted
             )
             ids = found.ids
-            backend = common_backend(nodes, app)
+            backend = targets.common_backend(nodes, app)
         super().__init__(backend, ids, timeout, wanted)
 
     def _take_known(self) -> Optional[Tuple[Meta]]:
@@ -397,32 +385,34 @@ class Completed(_Stream[Tuple[str, _T]]):
         self._leaves: Dict[str, List[Leaf]] = {}
         leaves = list(tasks_in(target))
         for leaf in leaves:
-            if is_known(leaf):
+            if targets.is_known(leaf):
                 self._known.append(leaf)
             else:
-                self._leaves.setdefault(id_of(leaf), []).append(leaf)
-        super().__init__(common_backend(leaves, app), list(self._leaves), timeout, READY_STATES)
+                self._leaves.setdefault(targets.id_of(leaf), []).append(leaf)
+        super().__init__(
+            targets.common_backend(leaves, app), list(self._leaves), timeout, READY_STATES
+        )
 
     def _take_known(self) -> Optional[Tuple[Tuple[str, _T]]]:
         if not self._known:
             return None
         leaf = self._known.popleft()
-        return self._end(leaf, *known_value(leaf))
+        return self._end(leaf, *targets.known_value(leaf))
 
     async def _item(self, state: StateMessage) -> Optional[Tuple[Tuple[str, _T]]]:
         for leaf in self._leaves[state.id]:
-            known = resolve(self._backend, leaf, state)
+            known = targets.resolve(self._backend, leaf, state)
         return self._end(leaf, *known)
 
     def _end(self, leaf: Leaf, name: str, value: Any) -> Tuple[Tuple[str, _T]]:
         if self._propagate:
-            raise_failure(leaf, name, value)
-        return ((id_of(leaf), value),)
+            targets.raise_failure(leaf, name, value)
+        return ((targets.id_of(leaf), value),)
 
 
 @overload
 def as_completed(
-    target: Iterable[Gettable[_T]],
+    target: Iterable[targets.Gettable[_T]],
     timeout: Optional[float] = None,
     propagate: bool = True,
     *,

@@ -111,11 +111,7 @@ class Leader:
     def progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
         """Return how many tasks a chord's header has, and which have not ended.
 
-        Parameters:
-            key: id of the header, or of the body.
-
-        Returns:
-            ``None`` if no such chord is open here.
+        *key* is the id of the header or of the body. Returns ``None`` for a chord not open here.
         """
         for chord in self._chords.values():
             if chord.plan.group_id == key or key in chord.plan.proofs:
@@ -201,13 +197,7 @@ class Leader:
         bodies: Mapping[str, Iterable[StateMessage]],
         now: float,
     ) -> None:
-        """Take in the store's states for *request*.
-
-        Parameters:
-            request: the look-up.
-            found: the ends of tasks that have ended.
-            bodies: the states of tasks of bodies.
-        """
+        """Take in the ends of tasks, and the states of tasks of bodies, that the store has."""
         if not self._look_ups.answered(request, now):
             return
         for mark in self._waiting.of(found):
@@ -260,9 +250,8 @@ class Leader:
     def connection_lost(self, sending: Collection[str]) -> None:
         """Forget everything that the broker redelivers, or that may have changed meanwhile.
 
-        Parameters:
-            sending: marks of the chords whose bodies are being sent. The sending of any
-                other has not begun, even if it was decided.
+        The chords whose marks are in *sending* are kept. The sending of any other has not begun,
+        even if it was decided.
         """
         kept = {mark: chord for mark, chord in self._chords.items() if mark in sending}
         for mark, chord in self._chords.items():

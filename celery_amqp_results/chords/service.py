@@ -39,6 +39,9 @@ __all__ = ("NotSent", "Service", "read_ends")
 
 logger = logging.getLogger(__name__)
 
+#: Bytes of results that a leader of chords keeps in memory. It reads the others when it fires.
+MEMORY = 64 * 1024 * 1024
+
 #: Seconds to finish sending bodies when the process ends.
 CLOSE_SECONDS = 10.0
 
@@ -56,7 +59,6 @@ class Service:
     Parameters:
         read: returns the plan or amendment in a message.
         fire: sends the body of a chord; raises :class:`NotSent` to be called again.
-        memory: bytes of results to keep in memory.
 
     Thread-safe. Does no I/O until it is started. After a fork the child must make a new one.
     """
@@ -68,14 +70,13 @@ class Service:
         store: Store,
         read: Callable[[StateMessage], Union[Plan, Amendment]],
         fire: Callable[[actions.Fire], None],
-        memory: int,
     ) -> None:
         self._connector = connector
         self._declarations = declarations
         self._store = store
         self._read = read
         self._fire = fire
-        self._leader = leader.Leader(memory)
+        self._leader = leader.Leader(MEMORY)
         self._helpers = Helpers()
         #: Marks of the chords whose bodies helpers are sending. For the thread only.
         self._sending: Set[str] = set()
@@ -102,9 +103,8 @@ class Service:
     def start(self, met: bool) -> None:
         """Start to lead, unless already started.
 
-        Parameters:
-            met: whether there are chords. Otherwise the thread checks whether plan queues exist,
-                and waits if there are none.
+        Unless a chord was *met*, the thread checks whether plan queues exist, and waits if there
+        are none.
         """
         with self._lock:
             wake = met and not self.met

@@ -72,10 +72,8 @@ def encode_word(value: Optional[str]) -> str:
 
     Letters, digits, ``_`` and ``-`` stand for themselves, anything else for ``%XX`` of its UTF-8
     bytes, so that a dot does not end the word and ``*`` and ``#`` can be bound literally. A word
-    longer than :data:`MAX_WORD` becomes ``~`` and a digest. Different values give different words.
-
-    Parameters:
-        value: any text; ``None`` and the empty text give :data:`ABSENT`.
+    longer than :data:`MAX_WORD` becomes ``~`` and a digest. Different values give different words,
+    except ``None`` and the empty text, which give :data:`ABSENT`.
     """
     if not value:
         return ABSENT

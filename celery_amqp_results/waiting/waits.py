@@ -198,8 +198,6 @@ class Waits:
         """Wait for tasks; yield the final state of each as it comes.
 
         Parameters:
-            ids: the tasks.
-            patience: how long.
             on_message: called with the meta of every state, in the order of publishing.
             parents: result objects of tasks before these in a chain. The wait ends when one of the
                 parents fails.
