@@ -211,7 +211,7 @@ class Bridge:
         loop = asyncio.get_running_loop()
         if not self._asked:
             loop.call_soon(self._ask)
-        future = loop.create_future()
+        future: asyncio.Future[_States] = loop.create_future()
         self._asked.append((ids, future))
         return await future
 

@@ -31,14 +31,20 @@ LINGER = 5.0
 MAX_THREADS = 8
 
 
-def _new_threads() -> None:
-    """Have other threads for blocking calls; they are started when they are needed."""
+def _new_threads() -> ThreadPoolExecutor:
+    # They are started when they are needed.
+    return ThreadPoolExecutor(MAX_THREADS, "celery-results-aio", block_signals)
+
+
+_threads = _new_threads()
+
+
+def _after_fork_in_child() -> None:
     global _threads
-    _threads = ThreadPoolExecutor(MAX_THREADS, "celery-results-aio", block_signals)
+    _threads = _new_threads()
 
 
-_new_threads()
-os.register_at_fork(after_in_child=_new_threads)
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def threads() -> ThreadPoolExecutor:
