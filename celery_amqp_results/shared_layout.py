@@ -260,4 +260,4 @@ class SharedLayout:
         self.inbox.close(wait)
         self.publisher.close()
         self._pool.close()
-        self._firing.close()
+        self._firing.bodies.close()

@@ -195,8 +195,12 @@ class _Stream(Generic[_T]):
         """Return the next item that is known without asking the store."""
         raise NotImplementedError
 
-    async def _item(self, state: StateMessage) -> Optional[Tuple[_T]]:
-        """Return the item for a state, or ``None`` to leave it out."""
+    async def _decode(self, state: StateMessage) -> Any:
+        """Decode a state; an error ends the iteration, except in a watch of everything."""
+        return await targets.decoded_state(self._backend, state)
+
+    def _item(self, decoded: Any) -> _T:
+        """Return the item for a decoded state."""
         raise NotImplementedError
 
     def _check_loop(self) -> None:
@@ -212,13 +216,18 @@ class _Stream(Generic[_T]):
         """Return the next item of the states that have arrived."""
         while feed.arrived:
             # Removed only after decoding: a coroutine cancelled meanwhile has lost nothing.
-            state = feed.arrived[0]
-            decoded = await self._decoded_or_none(state)
+            state, decoded = feed.arrived[0], None
+            try:
+                decoded = await self._decode(state)
+            except Exception as exc:
+                if self._ids is not None or not isinstance(exc, watching.UNREADABLE):
+                    await self.aclose()
+                    raise
+                watching.leave_out(state, exc)
             if feed.arrived and feed.arrived[0] is state:
                 feed.arrived.popleft()
-            item = None if decoded is None else await self._item(decoded)
-            if item is not None:
-                return item
+            if decoded is not None:
+                return (self._item(decoded),)
         return None
 
     async def _next(self) -> _T:
@@ -251,20 +260,6 @@ class _Stream(Generic[_T]):
                     raise StopAsyncIteration
                 raise targets.timed_out(self._timeout, len(feed.missing), len(self._ids))
             await feed.wait(seconds)
-
-    async def _decoded_or_none(self, state: StateMessage) -> Optional[StateMessage]:
-        """Return *state*, decoded; ``None`` if a watch of everything cannot decode it."""
-        try:
-            return await targets.decoded_state(self._backend, state)
-        except watching.UNREADABLE as exc:
-            if self._ids is None:
-                watching.leave_out(state, exc)
-                return None
-            await self.aclose()
-            raise
-        except Exception:
-            await self.aclose()
-            raise
 
     async def _begin(self) -> None:
         feed = _Feed(self._ids, self._wanted)
@@ -299,13 +294,13 @@ class Watch(_Stream[Meta]):
         app: Optional[Celery],
     ) -> None:
         wanted = watching.read_states(states)
+        backend: Optional[AMQPBackend]
         self._ended_before: Deque[Meta] = collections.deque()
         if target is None:
-            everything, ids = targets.backend_of("", app), None
+            backend, ids = targets.backend_of("", app), None
             if timeout is None or timeout > 0:
                 # Raises at once where that is not supported.
-                tap_of(everything.layout, wanted)
-            backend: Optional[AMQPBackend] = everything
+                tap_of(backend.layout, wanted)
         else:
             nodes = list(tasks_in(target))
             found = watching.read_target(nodes)
@@ -319,16 +314,12 @@ class Watch(_Stream[Meta]):
     def _take_known(self) -> Optional[Tuple[Meta]]:
         return (self._ended_before.popleft(),) if self._ended_before else None
 
-    async def _item(self, state: StateMessage) -> Optional[Tuple[Meta]]:
-        decode = self._backend.reader.decode
-        if self._ids is None:
-            meta = watching.decode_or_none(state, decode)
-            return None if meta is None else (meta,)
-        try:
-            return ({"task_id": state.id, **decode(state)},)
-        except Exception:
-            await self.aclose()
-            raise
+    async def _decode(self, state: StateMessage) -> Meta:
+        decoded = await super()._decode(state)
+        return {"task_id": state.id, **self._backend.reader.decode(decoded)}
+
+    def _item(self, decoded: Meta) -> Meta:
+        return decoded
 
 
 def watch(
@@ -397,17 +388,17 @@ class Completed(_Stream[Tuple[str, _T]]):
         if not self._known:
             return None
         leaf = self._known.popleft()
-        return self._end(leaf, *targets.known_value(leaf))
+        return (self._end(leaf, *targets.known_value(leaf)),)
 
-    async def _item(self, state: StateMessage) -> Optional[Tuple[Tuple[str, _T]]]:
-        for leaf in self._leaves[state.id]:
-            known = targets.resolve(self._backend, leaf, state)
+    def _item(self, decoded: StateMessage) -> Tuple[str, _T]:
+        for leaf in self._leaves[decoded.id]:
+            known = targets.resolve(self._backend, leaf, decoded)
         return self._end(leaf, *known)
 
-    def _end(self, leaf: Leaf, name: str, value: Any) -> Tuple[Tuple[str, _T]]:
+    def _end(self, leaf: Leaf, name: str, value: Any) -> Tuple[str, _T]:
         if self._propagate:
             targets.raise_failure(leaf, name, value)
-        return ((targets.id_of(leaf), value),)
+        return targets.id_of(leaf), value
 
 
 @overload

@@ -201,10 +201,6 @@ class Firing:
             raise _chord_error(DEPENDENCY.format(state.id, cause), cause)
         return content["result"]
 
-    def close(self) -> None:
-        """Close the connections."""
-        self.bodies.close()
-
 
 def _ancestors(signature: Signature, action: Fire) -> Dict[str, str]:
     """Return the ids of the body's parent and root, the same as with Celery's other backends.

@@ -103,11 +103,6 @@ class Leader:
         """Numbers of the plan queues that this process leads."""
         return frozenset(self._sure)
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of results in memory."""
-        return self._ends.bytes
-
     def progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
         """Return how many tasks a chord's header has, and which have not ended.
 
@@ -284,7 +279,9 @@ class Leader:
                 self._look_after(chord, now, wall)
             elif key in self._orphans:
                 for amendment, delivery in self._orphans.pop(key):
-                    self._give_up_amendment(amendment, delivery)
+                    why = "a task was added to it when it was over"
+                    self._actions.append(GiveUp(amendment.group_id, why))
+                    self._actions.append(Acknowledge((delivery,)))
         if now >= self._look_ups.due_at:
             self._actions.append(self._look_ups.begin())
 
@@ -421,11 +418,6 @@ class Leader:
         if at < chord.timer_at:
             chord.timer_at = at
             self._set_timer(at, chord.plan.mark)
-
-    def _give_up_amendment(self, amendment: Amendment, delivery: Delivery) -> None:
-        why = "a task was added to it when it was over"
-        self._actions.append(GiveUp(amendment.group_id, why))
-        self._actions.append(Acknowledge((delivery,)))
 
     def _set_timer(self, at: float, key: str) -> None:
         heapq.heappush(self._timers, (at, next(self._order), key))

@@ -27,10 +27,6 @@ RING_SECONDS = 30.0
 _ENDED = (bootsteps.CLOSE, bootsteps.TERMINATE)
 
 
-def _nothing() -> None:
-    return None
-
-
 class Bell:
     """The pipe from the children of a worker to its main process. Thread-safe."""
 
@@ -41,13 +37,13 @@ class Bell:
         self._main: Optional[Process] = None
         self._child = False
         #: The latest worker of this process, which may end before the process does, as in tests.
-        self._worker: Callable[[], object] = _nothing
+        self._worker: Callable[[], object] = lambda: None
         self._quiet_until = 0.0
 
-    def hang(self, worker: Any) -> None:
-        """Open the pipe, in the main process of *worker*."""
+    def hang(self, sender: Any, **kwargs: object) -> None:
+        """Open the pipe, in the main process of the worker *sender*."""
         with self._lock:
-            self._worker, self._child = weakref.ref(worker), False
+            self._worker, self._child = weakref.ref(sender), False
             if not self._in_opener():
                 # A worker started by a child of another worker has children of its own.
                 self._close()
@@ -115,9 +111,5 @@ class Bell:
 bell = Bell()
 
 
-def _hang(sender: Any = None, **kwargs: object) -> None:
-    bell.hang(sender)
-
-
-signals.worker_init.connect(_hang, weak=False)
+signals.worker_init.connect(bell.hang, weak=False)
 os.register_at_fork(after_in_child=bell.after_fork_in_child)

@@ -42,7 +42,6 @@ from celery_amqp_results.waiting.tap import FORKED, Tap
 __all__ = (
     "UNREADABLE",
     "Target",
-    "decode_or_none",
     "leave_out",
     "read_states",
     "read_target",
@@ -150,18 +149,12 @@ def watch_everything(
     with tap:
         while deadline is None or time.monotonic() < deadline:
             for state in tap.step(deadline, LONGEST_STEP):
-                decoded = decode_or_none(state, decode)
-                if decoded is not None:
-                    yield decoded
-
-
-def decode_or_none(state: StateMessage, decode: Callable[[StateMessage], Meta]) -> Optional[Meta]:
-    """Return the meta of *state* with its id, or log a warning and return ``None``."""
-    try:
-        return {"task_id": state.id, **decode(state)}
-    except UNREADABLE as exc:
-        leave_out(state, exc)
-        return None
+                try:
+                    decoded = decode(state)
+                except UNREADABLE as exc:
+                    leave_out(state, exc)
+                else:
+                    yield {"task_id": state.id, **decoded}
 
 
 def leave_out(state: StateMessage, exc: Exception) -> None:
