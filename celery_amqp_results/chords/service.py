@@ -134,23 +134,6 @@ class Service:
         """How many plan queues are led here."""
         return len(self._leader.leads)
 
-    @property
-    def holds(self) -> bool:
-        """Whether any plan or amendment is not acknowledged."""
-        return self._leader.holds or self._left > 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether the service is closed, and no helper is at work any more."""
-        return self._closing and (
-            not (self._helpers.busy or self._done) or time.monotonic() >= self._close_by
-        )
-
-    def requeued(self) -> None:
-        """Note that all open plans will be delivered again."""
-        self._left = 0
-        self._leader.requeued()
-
     def oldest_age(self) -> float:
         """Return the age of the oldest open chord in seconds; 0 where none is open."""
         try:
@@ -199,9 +182,18 @@ class Service:
                 session: Optional[Session] = None
                 self._left = 0
                 try:
-                    session = Session(self._connector, self._declarations, self, wake_up)
+                    session = Session(
+                        self._connector,
+                        self._declarations,
+                        self.met,
+                        self._on_plan,
+                        self._on_state,
+                    )
+                    if session.met:
+                        self.met = True
                     tries.succeeded()
-                    session.lead()
+                    if session.found:
+                        self._lead(session, wake_up)
                     session.close()
                     if self.met and not (session.found or self._declarations.declare):
                         raise self._declarations.missing("queues for the plans of chords")
@@ -252,7 +244,19 @@ class Service:
                 self.met = True
                 bell.drain()
 
-    def perform(self, session: Session, now: float) -> float:
+    def _lead(self, session: Session, wake_up: WakeUp) -> None:
+        """Lead until the service is closed or the connection is lost, which raises an error."""
+        while not self._closing or (
+            # Bodies are still being sent.
+            (self._helpers.busy or self._done) and time.monotonic() < self._close_by
+        ):
+            now = time.monotonic()
+            session.receive(self._perform(session, now) - now, wake_up)
+            if session.tick(now, self._leader.holds or self._left > 0):
+                self._left = 0
+                self._leader.requeued()
+
+    def _perform(self, session: Session, now: float) -> float:
         """Carry out the actions of the leader; return when it is due again."""
         while self._done:
             self._done.popleft()(now)
@@ -320,7 +324,7 @@ class Service:
 
     # -- deliveries --------------------------------------------------------------------------------
 
-    def on_plan(self, message: amqp.Message) -> bool:
+    def _on_plan(self, message: amqp.Message) -> bool:
         """Take in a message of a plan queue; return whether no leader can read it."""
         now = time.monotonic()
         try:
@@ -342,7 +346,7 @@ class Service:
             self._leader.amendment_delivered(plan, message.delivery_tag, now)
         return False
 
-    def on_state(self, message: amqp.Message) -> None:
+    def _on_state(self, message: amqp.Message) -> None:
         """Take in a pushed state."""
         state = self._pushed.read(message)
         if state is not None and state.kind in (STATE, PART):
