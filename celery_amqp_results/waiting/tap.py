@@ -92,8 +92,6 @@ class Tap:
         self._shut = False
         self._process = Process()
         self._newest = Newest(MAX_REMEMBERED)
-        #: How often the connection was lost.
-        self.lost = 0
         #: Made by the first step, since a tap that is never used is not closed either.
         self._wake_up: Optional[WakeUp] = None
 
@@ -165,7 +163,6 @@ class Tap:
         link, self._link = self._link, None
         if link is not None:
             link.drop()
-            self.lost += 1
         self._declarations.forget()
         if is_refusal(exc):
             raise errors.BackendUnavailable(
