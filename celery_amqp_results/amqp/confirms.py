@@ -397,13 +397,13 @@ class ConfirmChannel:
         """
         started = time.monotonic()
         patience = Patience(started)
-        waiting = list(publications)
-        while True:
+        waiting = [publication for publication in publications if not publication.settled]
+        while waiting:
+            if self.link.readable(time_left(deadline, 1.0)):
+                self.take_in()
             waiting = [publication for publication in waiting if not publication.settled]
             if not waiting:
                 return
-            if self.link.readable(time_left(deadline, 1.0)):
-                self.take_in()
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 why = ""

@@ -213,9 +213,7 @@ class ShardRead:
         if expires is not None:
             properties["expiration"] = str(expires)
         channel = self._store.confirm_channel(self._link)
-        published = Publication(
-            Outgoing(self.checkout.queue, properties, page.encode(content), self.shard)
-        )
+        published = Publication(Outgoing(self.checkout.queue, properties, page.encode(content)))
         channel.publish(published)
         channel.wait((published,), self._end)
         if published.status is Status.CONFIRMED:

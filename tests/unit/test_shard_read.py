@@ -259,6 +259,19 @@ def test_a_reader_that_may_have_missed_a_page_looks_again(
     assert read.checkout.seen - (2 if kept else 1) == fences
 
 
+@pytest.mark.parametrize(
+    ("queue_type", "prefetch", "arguments"),
+    [("classic", 0, {}), ("quorum", checkout.PREFETCH, {"x-consumer-timeout": 25_000})],
+)
+def test_a_reader_takes_all_messages_and_holds_a_quorum_queue_for_a_limited_time(
+    monkeypatch: pytest.MonkeyPatch, queue_type: str, prefetch: int, arguments: Dict[str, int]
+) -> None:
+    shard = Shard(monkeypatch, Topology("x", 1, queue_type), lookup_timeout=5.0)
+    shard.begin(LookUp, ["a"])
+    (reader,) = shard.queue.consumers
+    assert (reader.prefetch, reader.arguments) == (prefetch, arguments)
+
+
 # -- packing -----------------------------------------------------------------------------------
 
 
