@@ -229,7 +229,7 @@ class AMQPBackend(Backend):
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether a retry may help: the broker is unreachable, but has not refused."""
-        return isinstance(exc, (errors.BackendUnavailable, *TRANSIENT)) and not was_refused(exc)
+        return isinstance(exc, TRANSIENT) and not was_refused(exc)
 
     # -- reading -----------------------------------------------------------------------------
 

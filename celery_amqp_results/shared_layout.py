@@ -63,22 +63,8 @@ class SharedLayout:
         # One for all threads, so that a process has few connections.
         self._pool = Pool(connector, STORE_HEARTBEAT, "lookups", limit=1)
         self.publisher = Publisher(connector, declarations)
-        self.store = Store(
-            self._pool,
-            declarations,
-            options.lookup_timeout,
-            options.page_size,
-            persistent,
-            codec.decode,
-        )
-        self._large = LargeBodies(
-            self.publisher,
-            self._pool,
-            topology,
-            persistent,
-            options.inline_limit,
-            options.lookup_timeout,
-        )
+        self.store = Store(self._pool, declarations, options, persistent, codec.decode)
+        self._large = LargeBodies(self.publisher, self._pool, topology, options, persistent)
         self._marker = tracking.Marker(declarations)
         self.inbox = Inbox(connector, declarations, client, options.view_memory)
         self.reads = Reads(self.inbox, self.store)
