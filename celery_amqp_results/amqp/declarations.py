@@ -257,9 +257,8 @@ def declare_queue(channel: amqp.Channel, spec: QueueSpec) -> int:
 def _declare_queue(channel: amqp.Channel, spec: QueueSpec, nowait: bool = False) -> Any:
     return channel.queue_declare(
         spec.name,
-        durable=spec.durable,
-        exclusive=spec.exclusive,
-        auto_delete=spec.auto_delete,
+        durable=True,
+        auto_delete=False,
         arguments=dict(spec.arguments),
         nowait=nowait,
     )
