@@ -112,8 +112,8 @@ def link(monkeypatch: pytest.MonkeyPatch) -> Link:
     return made
 
 
-def on(link: Link, in_alarm: bool = False) -> ConfirmChannel:
-    return ConfirmChannel(link, in_alarm)  # type: ignore[arg-type]
+def on(link: Link, **options: bool) -> ConfirmChannel:
+    return ConfirmChannel(link, **options)  # type: ignore[arg-type]
 
 
 def made(name: str, waited: bool = True) -> Publication:

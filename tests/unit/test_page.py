@@ -229,14 +229,19 @@ def test_two_ids_may_have_the_same_digest(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(page.find(octets, ["c"])) == []
 
 
-def test_only_the_index_of_a_page_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The digest of "b" lies everywhere in the body of "a".
-    octets = page.encode([fakes.state("a", body=(page.digest("b") + b"1234567") * 16)])
-    assert list(page.find(octets, ["b"])) == []
-    # And here between two digests of the index.
-    between = octets[20:28]
-    monkeypatch.setattr(page, "digest", lambda task_id: between)
-    assert list(page.find(octets, ["b"])) == []
+@pytest.mark.parametrize("others", [0, page.MANY])
+def test_only_the_digests_in_the_index_of_a_page_are_searched(
+    monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    wanted = ["b", *(f"other {number}" for number in range(others))]
+    for before in range(16):
+        # At any distance from the digest in the index
+        octets = page.encode([fakes.state("a", body=b" " * before + page.digest("b"))])
+        assert list(page.find(octets, wanted)) == []
+    # Between two digests in the index
+    between, digest = octets[20:28], page.digest
+    monkeypatch.setattr(page, "digest", lambda i: between if i == "b" else digest(i))
+    assert list(page.find(octets, wanted)) == []
 
 
 # -- the content of a shard ----------------------------------------------------------------------
