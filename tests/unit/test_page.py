@@ -229,6 +229,12 @@ def test_two_ids_may_have_the_same_digest(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(page.find(octets, ["c"])) == []
 
 
+def test_all_states_of_a_task_are_found_in_their_order() -> None:
+    one, *same = (fakes.state(task_id) for task_id in "baaaa")
+    octets = page.encode([same[0], one, *same[1:]])
+    assert list(page.find(octets, ["a"])) == same
+
+
 @pytest.mark.parametrize("others", [0, page.MANY])
 def test_only_the_digests_in_the_index_of_a_page_are_searched(
     monkeypatch: pytest.MonkeyPatch, others: int
@@ -236,8 +242,10 @@ def test_only_the_digests_in_the_index_of_a_page_are_searched(
     wanted = ["b", *(f"other {number}" for number in range(others))]
     for before in range(16):
         # At any distance from the digest in the index
-        octets = page.encode([fakes.state("a", body=b" " * before + page.digest("b"))])
+        body = b" " * before + page.digest("b") + page.digest("a")
+        octets = page.encode([one := fakes.state("a", body=body)])
         assert list(page.find(octets, wanted)) == []
+        assert list(page.find(octets, ["a", *wanted])) == [one]
     # Between two digests in the index
     between, digest = octets[20:28], page.digest
     monkeypatch.setattr(page, "digest", lambda i: between if i == "b" else digest(i))
