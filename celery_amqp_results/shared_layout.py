@@ -40,12 +40,8 @@ class SharedLayout:
     """Combines publisher, store and inbox.
 
     Parameters:
-        connector: opens connections.
-        topology: names and queue arguments.
-        options: the backend's options.
         client: the word of this process in routing keys.
         persistent: whether messages survive a restart of the broker.
-        codec: decodes metas.
         app: returns the Celery app, or ``None`` when it is gone.
 
     Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and never
