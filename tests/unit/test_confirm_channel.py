@@ -1,4 +1,4 @@
-"""What a channel in confirm mode does with the broker's answers, on a model of its connection."""
+"""A channel in confirm mode handles the broker's answers, on a model of its connection."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ def test_everything_that_was_received_is_taken_in(link: Link) -> None:
     assert [p.status for p in (one, two, three)] == [Status.CONFIRMED] * 3
     assert (one.copying, two.copying, three.copying) == (False, False, True)
     assert set(link.waits) == {0.0}
-    # What has not been received is left on the socket.
+    # Later frames are left on the socket.
     link.arrive((6, False))
     link.arrive(lambda: others.append(2))
     channel.take_in_readable()
