@@ -128,7 +128,9 @@ class AMQPBackend(Backend):
         #: Waits for tasks.
         self.waits = Waits(self._layout, self.reader)
         #: Sends chords and completes them.
-        self.chords = ChordHooks(app, self._layout, self.recorder, self.config.expirations.chord)
+        self.chords = ChordHooks(
+            app, lambda: self._layout().chords, self.recorder, self.config.expirations.chord
+        )
         ask_in_one_pass(app)
         self._layout.reset_after_fork(self.reader, self.waits)
         #: Does what Celery 4's methods did.
@@ -227,7 +229,7 @@ class AMQPBackend(Backend):
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether a retry may help: the broker is unreachable, but has not refused."""
-        return isinstance(exc, (errors.BackendUnavailable, *TRANSIENT)) and not was_refused(exc)
+        return isinstance(exc, TRANSIENT) and not was_refused(exc)
 
     # -- reading -----------------------------------------------------------------------------
 

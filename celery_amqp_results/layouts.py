@@ -21,6 +21,7 @@ from celery_amqp_results.library_types import App
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task.layout import HEARTBEAT as PER_TASK_HEARTBEAT
 from celery_amqp_results.per_task.layout import PerTaskLayout
+from celery_amqp_results.per_task.queues import TaskQueues
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Route, client_word
 from celery_amqp_results.shared_layout import SharedLayout
@@ -201,4 +202,5 @@ def make_layout(app: App, config: BackendConfig) -> Layout:
     if broker.is_amqp():
         pool = Pool(connector, PER_TASK_HEARTBEAT, "per-task", connector.slots.limit)
         sessions = transports.AMQPSessions(pool)
-    return PerTaskLayout(sessions, connector, config.wire, config.codec, options)
+    queues = TaskQueues(sessions, connector, config.wire, options)
+    return PerTaskLayout(queues, config.codec)

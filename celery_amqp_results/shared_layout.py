@@ -32,9 +32,6 @@ from celery_amqp_results.waiting.tap import Tap
 
 __all__ = ("SharedLayout",)
 
-#: Bytes of results that a leader of chords keeps in memory. It reads the others when it fires.
-LEADER_MEMORY = 64 * 1024 * 1024
-
 
 class SharedLayout:
     """Combines publisher, store and inbox.
@@ -66,22 +63,8 @@ class SharedLayout:
         # One for all threads, so that a process has few connections.
         self._pool = Pool(connector, STORE_HEARTBEAT, "lookups", limit=1)
         self.publisher = Publisher(connector, declarations)
-        self.store = Store(
-            self._pool,
-            declarations,
-            options.lookup_timeout,
-            options.page_size,
-            persistent,
-            codec.decode,
-        )
-        self._large = LargeBodies(
-            self.publisher,
-            self._pool,
-            topology,
-            persistent,
-            options.inline_limit,
-            options.lookup_timeout,
-        )
+        self.store = Store(self._pool, declarations, options, persistent, codec.decode)
+        self._large = LargeBodies(self.publisher, self._pool, topology, options, persistent)
         self._marker = tracking.Marker(declarations)
         self.inbox = Inbox(connector, declarations, client, options.view_memory)
         self.reads = Reads(self.inbox, self.store)
@@ -89,7 +72,7 @@ class SharedLayout:
         self._plans = Plans(app, topology, persistent)
         self._firing = Firing(app, self.store, self._plans.content)
         self._leading = Service(
-            connector, declarations, self.store, self._plans.read, self._firing.fire, LEADER_MEMORY
+            connector, declarations, self.store, self._plans.read, self._firing.fire
         )
         #: Chords, fired by the leader of their plan queue.
         self.chords: Optional[Chords] = Chords(self.publisher, self._plans, self._leading)
@@ -259,4 +242,4 @@ class SharedLayout:
         self.inbox.close(wait)
         self.publisher.close()
         self._pool.close()
-        self._firing.close()
+        self._firing.bodies.close()

@@ -19,7 +19,6 @@ import weakref
 from typing import (
     Any,
     Callable,
-    Collection,
     Dict,
     FrozenSet,
     Iterable,
@@ -40,6 +39,8 @@ from celery_amqp_results.waiting.tap import tap_of
 
 __all__ = ("Bridge", "Subscriber", "bridge_of")
 
+_States = Dict[str, Optional[StateMessage]]
+
 
 class Subscriber(Protocol):
     """Receives updates about tasks on the event loop. Called by the loop alone."""
@@ -57,25 +58,21 @@ class Subscriber(Protocol):
 class Bridge:
     """Delivers updates about tasks to the coroutines that wait for them on one event loop.
 
-    Parameters:
-        loop: the event loop.
-        layout: where the results are kept.
-
-    For the loop's thread only, except :meth:`abandon` and :meth:`abandon_everything`.
+    For the loop's thread only, except :meth:`post`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, layout: Layout) -> None:
         # The registry maps the loop to the bridge: a strong reference would keep the loop for ever.
         self._loop = weakref.ref(loop)
         self.layout = layout
-        self._driver = Driver(layout, self._post, self._take, self._fail_tasks)
+        self._driver = Driver(layout, self.post, self._take, self._fail_tasks)
         self._subscribers: Dict[str, List[Subscriber]] = {}
         #: The current state of each followed task, for coroutines that begin to wait later.
         self._present: Dict[str, StateMessage] = {}
         #: Ids that the driver gets at the end of this turn of the loop.
         self._added: List[str] = []
-        #: Futures of the coroutines that asked for the current state in this turn of the loop.
-        self._asked: Dict[str, List[asyncio.Future[Optional[StateMessage]]]] = {}
+        #: What the coroutines asked for in this turn of the loop, and the futures for the answers.
+        self._asked: List[Tuple[Sequence[str], asyncio.Future[_States]]] = []
         self._taps: Dict[Optional[FrozenSet[str]], Tuple[TapDriver, List[Subscriber]]] = {}
 
     @property
@@ -85,7 +82,7 @@ class Bridge:
             self._subscribers or self._added or self._asked or self._taps or self._driver.running
         )
 
-    def _post(self, function: Optional[Callable[..., None]], *args: object) -> bool:
+    def post(self, function: Optional[Callable[..., None]], *args: object) -> bool:
         """Make the loop call *function*; return whether the loop still exists. For any thread."""
         loop = self._loop()
         if loop is None or loop.is_closed():
@@ -141,10 +138,6 @@ class Bridge:
         if left:
             self._driver.discard(left)
 
-    def abandon(self, ids: Collection[str], subscriber: Subscriber) -> None:
-        """Schedule :meth:`unsubscribe` on the loop. For any thread."""
-        self._post(self.unsubscribe, ids, subscriber)
-
     def _take(self, updates: List[Update]) -> None:
         for update in updates:
             task_id = update.task_id
@@ -172,11 +165,7 @@ class Bridge:
     def subscribe_to_everything(
         self, wanted: Optional[FrozenSet[str]], subscriber: Subscriber
     ) -> None:
-        """Send every state that is published from about now on to *subscriber*.
-
-        Raises:
-            Unsupported: when the layout cannot watch everything.
-        """
+        """Send every state that is published from about now on to *subscriber*."""
         if wanted not in self._taps:
             tap = tap_of(self.layout, wanted)
 
@@ -192,7 +181,7 @@ class Bridge:
                     each.fail(_copied(failure))
 
             subscribers: List[Subscriber] = []
-            driver = TapDriver(tap, self._post, take, fail)
+            driver = TapDriver(tap, self.post, take, fail)
             self._taps[wanted] = (driver, subscribers)
         self._taps[wanted][1].append(subscriber)
 
@@ -209,56 +198,44 @@ class Bridge:
             del self._taps[wanted]
             driver.close()
 
-    def abandon_everything(self, wanted: Optional[FrozenSet[str]], subscriber: Subscriber) -> None:
-        """Schedule :meth:`unsubscribe_from_everything` on the loop. For any thread."""
-        self._post(self.unsubscribe_from_everything, wanted, subscriber)
-
     # -- asking once ---------------------------------------------------------------------------
 
-    async def poll(self, ids: Sequence[str]) -> Dict[str, Optional[StateMessage]]:
+    async def poll(self, ids: Sequence[str]) -> _States:
         """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
-        All ids requested in one turn of the loop are looked up together.
-
-        Raises:
-            LookupTimeout, BackendUnavailable, DeclarationRefused: as ``Layout.poll``.
+        All ids requested in one turn of the loop are looked up together. Raises what
+        ``Layout.poll`` does.
         """
+        if not ids:
+            return {}
         loop = asyncio.get_running_loop()
         if not self._asked:
             loop.call_soon(self._ask)
-        futures = {}
-        for task_id in ids:
-            futures[task_id] = future = loop.create_future()
-            self._asked.setdefault(task_id, []).append(future)
-        try:
-            return {task_id: await future for task_id, future in futures.items()}
-        finally:
-            for future in futures.values():
-                # The error is shared by all callers, and another one raises it.
-                if not future.cancel() and not future.cancelled():
-                    future.exception()
+        future: asyncio.Future[_States] = loop.create_future()
+        self._asked.append((ids, future))
+        return await future
 
     def _ask(self) -> None:
-        asked, self._asked = self._asked, {}
-        if not asked:
-            return
+        asked, self._asked = self._asked, []
+        wanted = dict.fromkeys(task_id for ids, _ in asked for task_id in ids)
         loop = asyncio.get_running_loop()
 
-        def answer(done: asyncio.Future[Dict[str, Optional[StateMessage]]]) -> None:
+        def answer(done: asyncio.Future[_States]) -> None:
             failure = None if done.cancelled() else done.exception()
-            for task_id, futures in asked.items():
-                for future in futures:
-                    if future.done():
-                        continue
-                    if done.cancelled():
-                        future.cancel()
-                    elif failure is not None:
-                        future.set_exception(_copied(failure))
-                    else:
-                        future.set_result(done.result()[task_id])
+            for ids, future in asked:
+                if future.done():
+                    continue
+                if done.cancelled():
+                    future.cancel()
+                elif failure is not None:
+                    future.set_exception(_copied(failure))
+                    # The coroutine may be cancelled before it gets the error.
+                    future.exception()
+                else:
+                    future.set_result({task_id: done.result()[task_id] for task_id in ids})
 
         try:
-            task = loop.run_in_executor(threads.get(), self.layout.poll, list(asked))
+            task = loop.run_in_executor(threads(), self.layout.poll, list(wanted))
         except Exception as exc:
             # The interpreter is about to end, or no thread can be started now.
             task = loop.create_future()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, List, Optional, Sequence, Tuple, TypeVar
 
 from celery_amqp_results import errors
@@ -31,33 +31,31 @@ LINGER = 5.0
 MAX_THREADS = 8
 
 
-class Threads:
-    """The threads for blocking calls; a forked child has its own."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self._lock = threading.Lock()
-        self._executor: Optional[concurrent.futures.ThreadPoolExecutor] = None
-
-    def get(self) -> concurrent.futures.ThreadPoolExecutor:
-        with self._lock:
-            if self._executor is None:
-                self._executor = concurrent.futures.ThreadPoolExecutor(
-                    MAX_THREADS, "celery-results-aio", block_signals
-                )
-            return self._executor
+def _new_threads() -> ThreadPoolExecutor:
+    # They are started when they are needed.
+    return ThreadPoolExecutor(MAX_THREADS, "celery-results-aio", block_signals)
 
 
-threads = Threads()
-os.register_at_fork(after_in_child=threads.reset)
+_threads = _new_threads()
+
+
+def _after_fork_in_child() -> None:
+    global _threads
+    _threads = _new_threads()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def threads() -> ThreadPoolExecutor:
+    """Return the threads of this process for blocking calls."""
+    return _threads
 
 
 def _submit(function: Callable[..., object], *args: object) -> None:
     """Call *function* on one of these threads."""
     try:
-        threads.get().submit(function, *args)
+        threads().submit(function, *args)
     except RuntimeError:
         # The interpreter is about to end and can start no more threads.
         function(*args)
@@ -68,7 +66,7 @@ async def run_blocking(function: Callable[..., _T], *args: object) -> _T:
 
     When the waiting coroutine is cancelled, the function runs to its end all the same.
     """
-    return await asyncio.get_running_loop().run_in_executor(threads.get(), function, *args)
+    return await asyncio.get_running_loop().run_in_executor(threads(), function, *args)
 
 
 # -- the thread that follows -----------------------------------------------------------------------

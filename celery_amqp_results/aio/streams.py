@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import logging
 import time
 from typing import (
     Any,
     AsyncIterator,
+    Callable,
     Collection,
     Deque,
     Dict,
+    FrozenSet,
     Generic,
     Iterable,
     List,
@@ -24,21 +27,9 @@ from typing import (
 )
 
 from celery import Celery
-from celery import states as celery_states
+from celery.states import READY_STATES
 
-from celery_amqp_results.aio import bridge
-from celery_amqp_results.aio.targets import (
-    Gettable,
-    backend_of,
-    backend_of_all,
-    decoded_state,
-    id_of,
-    is_known,
-    known_value,
-    raise_failure,
-    resolve,
-    timed_out,
-)
+from celery_amqp_results.aio import bridge, targets
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.library_types import Leaf, Meta
 from celery_amqp_results.protocol.message import StateMessage
@@ -68,9 +59,7 @@ class _Feed:
         wanted: names of the states to keep; ``None`` for all.
     """
 
-    def __init__(
-        self, ids: Optional[Collection[str]], wanted: Optional[Collection[str]] = None
-    ) -> None:
+    def __init__(self, ids: Optional[Collection[str]], wanted: Optional[Collection[str]]) -> None:
         self.missing: Optional[Set[str]] = None if ids is None else set(ids)
         self.wanted = wanted
         self.arrived: Deque[StateMessage] = collections.deque()
@@ -142,18 +131,18 @@ class _Stream(Generic[_T]):
         backend: Optional[AMQPBackend],
         ids: Optional[List[str]],
         timeout: Optional[float],
-        wanted: Any = None,
-        final_only: bool = False,
+        wanted: Optional[FrozenSet[str]],
     ) -> None:
         #: ``None`` if there is nothing to wait for.
         self._known_backend = backend
         self._ids = ids
         self._timeout = timeout
         self._wanted = wanted
-        self._final_only = final_only
         self._deadline: Optional[float] = None
         self._feed: Optional[_Feed] = None
         self._bridge: Optional[bridge.Bridge] = None
+        #: Removes the bindings. The loop calls it.
+        self._unsubscribe: Optional[Callable[[], None]] = None
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._asking = False
         self._ended = False
@@ -177,21 +166,15 @@ class _Stream(Generic[_T]):
         if self._ended:
             return
         self._ended = True
-        if self._bridge is not None and self._feed is not None:
-            if self._ids is None:
-                self._bridge.unsubscribe_from_everything(self._wanted, self._feed)
-            else:
-                self._bridge.unsubscribe(self._ids, self._feed)
+        if self._unsubscribe is not None and self._feed is not None:
+            self._unsubscribe()
             # A coroutine may be waiting for the next item now.
             self._feed._wake()
 
     def __del__(self) -> None:
         # Perhaps on another thread.
-        if not getattr(self, "_ended", True) and self._bridge is not None and self._feed:
-            if self._ids is None:
-                self._bridge.abandon_everything(self._wanted, self._feed)
-            else:
-                self._bridge.abandon(self._ids, self._feed)
+        if not getattr(self, "_ended", True) and self._bridge is not None:
+            self._bridge.post(self._unsubscribe)
 
     async def __anext__(self) -> _T:
         """Return the next item.
@@ -212,8 +195,12 @@ class _Stream(Generic[_T]):
         """Return the next item that is known without asking the store."""
         raise NotImplementedError
 
-    async def _item(self, state: StateMessage) -> Optional[Tuple[_T]]:
-        """Return the item for a state, or ``None`` to leave it out."""
+    async def _decode(self, state: StateMessage) -> Any:
+        """Decode a state; an error ends the iteration, except in a watch of everything."""
+        return await targets.decoded_state(self._backend, state)
+
+    def _item(self, decoded: Any) -> _T:
+        """Return the item for a decoded state."""
         raise NotImplementedError
 
     def _check_loop(self) -> None:
@@ -229,13 +216,18 @@ class _Stream(Generic[_T]):
         """Return the next item of the states that have arrived."""
         while feed.arrived:
             # Removed only after decoding: a coroutine cancelled meanwhile has lost nothing.
-            state = feed.arrived[0]
-            decoded = await self._decoded_or_none(state)
+            state, decoded = feed.arrived[0], None
+            try:
+                decoded = await self._decode(state)
+            except Exception as exc:
+                if self._ids is not None or not isinstance(exc, watching.UNREADABLE):
+                    await self.aclose()
+                    raise
+                watching.leave_out(state, exc)
             if feed.arrived and feed.arrived[0] is state:
                 feed.arrived.popleft()
-            item = None if decoded is None else await self._item(decoded)
-            if item is not None:
-                return item
+            if decoded is not None:
+                return (self._item(decoded),)
         return None
 
     async def _next(self) -> _T:
@@ -266,25 +258,11 @@ class _Stream(Generic[_T]):
                 await self.aclose()
                 if self._ids is None or self._timeout is None or feed.missing is None:
                     raise StopAsyncIteration
-                raise timed_out(self._timeout, len(feed.missing), len(self._ids))
+                raise targets.timed_out(self._timeout, len(feed.missing), len(self._ids))
             await feed.wait(seconds)
 
-    async def _decoded_or_none(self, state: StateMessage) -> Optional[StateMessage]:
-        """Return *state*, decoded; ``None`` if a watch of everything cannot decode it."""
-        try:
-            return await decoded_state(self._backend, state)
-        except watching.UNREADABLE as exc:
-            if self._ids is None:
-                watching.leave_out(state, exc)
-                return None
-            await self.aclose()
-            raise
-        except Exception:
-            await self.aclose()
-            raise
-
     async def _begin(self) -> None:
-        feed = _Feed(self._ids, celery_states.READY_STATES if self._final_only else self._wanted)
+        feed = _Feed(self._ids, self._wanted)
         if self._ids is not None and not self._ids:
             self._feed = feed
             return
@@ -293,12 +271,15 @@ class _Stream(Generic[_T]):
             for task_id, state in (await its_bridge.poll(self._ids or ())).items():
                 if state is not None:
                     feed.take(Update(task_id, [state], state if is_final(state.state) else None))
-        elif self._ids is None:
-            its_bridge.subscribe_to_everything(self._wanted, feed)
-            self._bridge = its_bridge
         else:
-            its_bridge.subscribe(self._ids, feed)
             self._bridge = its_bridge
+            if self._ids is None:
+                its_bridge.subscribe_to_everything(self._wanted, feed)
+                leave = functools.partial(its_bridge.unsubscribe_from_everything, self._wanted)
+            else:
+                its_bridge.subscribe(self._ids, feed)
+                leave = functools.partial(its_bridge.unsubscribe, self._ids)
+            self._unsubscribe = functools.partial(leave, feed)
         self._feed = feed
 
 
@@ -313,35 +294,32 @@ class Watch(_Stream[Meta]):
         app: Optional[Celery],
     ) -> None:
         wanted = watching.read_states(states)
+        backend: Optional[AMQPBackend]
         self._ended_before: Deque[Meta] = collections.deque()
         if target is None:
-            everything, ids = backend_of("", app), None
+            backend, ids = targets.backend_of("", app), None
             if timeout is None or timeout > 0:
                 # Raises at once where that is not supported.
-                tap_of(everything.layout, wanted)
-            backend: Optional[AMQPBackend] = everything
+                tap_of(backend.layout, wanted)
         else:
-            found = watching.read_target(target)
+            nodes = list(tasks_in(target))
+            found = watching.read_target(nodes)
             self._ended_before.extend(
                 meta for meta in found.ended if wanted is None or meta["status"] in wanted
             )
             ids = found.ids
-            backend = backend_of_all(target, app)
+            backend = targets.common_backend(nodes, app)
         super().__init__(backend, ids, timeout, wanted)
 
     def _take_known(self) -> Optional[Tuple[Meta]]:
         return (self._ended_before.popleft(),) if self._ended_before else None
 
-    async def _item(self, state: StateMessage) -> Optional[Tuple[Meta]]:
-        decode = self._backend.reader.decode
-        if self._ids is None:
-            meta = watching.decode_or_none(state, decode)
-            return None if meta is None else (meta,)
-        try:
-            return ({"task_id": state.id, **decode(state)},)
-        except Exception:
-            await self.aclose()
-            raise
+    async def _decode(self, state: StateMessage) -> Meta:
+        decoded = await super()._decode(state)
+        return {"task_id": state.id, **self._backend.reader.decode(decoded)}
+
+    def _item(self, decoded: Meta) -> Meta:
+        return decoded
 
 
 def watch(
@@ -396,33 +374,36 @@ class Completed(_Stream[Tuple[str, _T]]):
         self._propagate = propagate
         self._known: Deque[Leaf] = collections.deque()
         self._leaves: Dict[str, List[Leaf]] = {}
-        for leaf in tasks_in(target):
-            if is_known(leaf):
+        leaves = list(tasks_in(target))
+        for leaf in leaves:
+            if targets.is_known(leaf):
                 self._known.append(leaf)
             else:
-                self._leaves.setdefault(id_of(leaf), []).append(leaf)
-        super().__init__(backend_of_all(target, app), list(self._leaves), timeout, final_only=True)
+                self._leaves.setdefault(targets.id_of(leaf), []).append(leaf)
+        super().__init__(
+            targets.common_backend(leaves, app), list(self._leaves), timeout, READY_STATES
+        )
 
     def _take_known(self) -> Optional[Tuple[Tuple[str, _T]]]:
         if not self._known:
             return None
         leaf = self._known.popleft()
-        return self._end(leaf, *known_value(leaf))
+        return (self._end(leaf, *targets.known_value(leaf)),)
 
-    async def _item(self, state: StateMessage) -> Optional[Tuple[Tuple[str, _T]]]:
-        for leaf in self._leaves[state.id]:
-            known = resolve(self._backend, leaf, state)
+    def _item(self, decoded: StateMessage) -> Tuple[str, _T]:
+        for leaf in self._leaves[decoded.id]:
+            known = targets.resolve(self._backend, leaf, decoded)
         return self._end(leaf, *known)
 
-    def _end(self, leaf: Leaf, name: str, value: Any) -> Tuple[Tuple[str, _T]]:
+    def _end(self, leaf: Leaf, name: str, value: Any) -> Tuple[str, _T]:
         if self._propagate:
-            raise_failure(leaf, name, value)
-        return ((id_of(leaf), value),)
+            targets.raise_failure(leaf, name, value)
+        return targets.id_of(leaf), value
 
 
 @overload
 def as_completed(
-    target: Iterable[Gettable[_T]],
+    target: Iterable[targets.Gettable[_T]],
     timeout: Optional[float] = None,
     propagate: bool = True,
     *,

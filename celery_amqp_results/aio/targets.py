@@ -16,12 +16,10 @@ from celery_amqp_results.errors import WaitTimeout
 from celery_amqp_results.library_types import Leaf
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.waiting.results import tasks_in
 
 __all__ = (
     "Gettable",
     "backend_of",
-    "backend_of_all",
     "checked",
     "common_backend",
     "decoded_state",
@@ -117,23 +115,16 @@ async def decoded_state(backend: AMQPBackend, state: StateMessage) -> StateMessa
     return state
 
 
-def common_backend(leaves: Iterable[Leaf], app: Optional[celery.Celery]) -> AMQPBackend:
-    """Return the backend of all of *leaves*, of which there is at least one.
+def common_backend(leaves: Iterable[Leaf], app: Optional[celery.Celery]) -> Optional[AMQPBackend]:
+    """Return the backend of *leaves*, or ``None`` if none of them must be waited for.
 
     Raises:
         TypeError: when they have several backends.
     """
-    backends = [backend_of(leaf, app) for leaf in leaves]
+    backends = [backend_of(leaf, app) for leaf in leaves if not isinstance(leaf, EagerResult)]
     if any(each.layout is not backends[0].layout for each in backends):
         raise TypeError("results of several apps cannot be waited for together")
-    return backends[0]
-
-
-def backend_of_all(target: object, app: Optional[celery.Celery]) -> Optional[AMQPBackend]:
-    """Return the backend of the tasks in *target*, or ``None`` if none must be waited for."""
-    nodes = list(tasks_in(target))
-    waited = [node for node in nodes if not isinstance(node, EagerResult)]
-    return common_backend(waited, app) if waited else None
+    return backends[0] if backends else None
 
 
 def resolve(backend: AMQPBackend, leaf: Leaf, state: StateMessage) -> Tuple[str, Any]:

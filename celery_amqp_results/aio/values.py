@@ -13,19 +13,8 @@ from celery import states as celery_states
 from celery.result import ResultSet, assert_will_not_block
 
 from celery_amqp_results import errors
-from celery_amqp_results.aio import bridge
-from celery_amqp_results.aio.targets import (
-    Gettable,
-    checked,
-    common_backend,
-    decoded_state,
-    id_of,
-    is_known,
-    known_value,
-    raise_failure,
-    resolve,
-    timed_out,
-)
+from celery_amqp_results.aio import bridge, targets
+from celery_amqp_results.aio.targets import checked
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.library_types import Leaf
 from celery_amqp_results.protocol.message import StateMessage
@@ -38,14 +27,12 @@ __all__ = ("gather", "get")
 
 _T = TypeVar("_T")
 
+#: Seconds of decoding after which other coroutines run.
+SLICE = 0.005
+
 
 class _Ends:
-    """Collects the final states of some tasks.
-
-    Parameters:
-        ids: the tasks.
-        failing: those of the tasks whose failure ends the wait.
-    """
+    """Collects the final states of some tasks; the failure of one of *failing* ends the wait."""
 
     __slots__ = ("failing", "found", "future", "missing")
 
@@ -77,7 +64,7 @@ class _Ends:
 
     def expire(self, timeout: float, total: int) -> None:
         if not self.future.done():
-            self.future.set_exception(timed_out(timeout, len(self.missing), total))
+            self.future.set_exception(targets.timed_out(timeout, len(self.missing), total))
 
 
 async def _ends(
@@ -116,7 +103,7 @@ async def _ends(
 
 @overload
 async def get(
-    target: Gettable[_T],
+    target: targets.Gettable[_T],
     timeout: Optional[float] = None,
     propagate: bool = True,
     *,
@@ -182,7 +169,7 @@ async def get(
 
 @overload
 async def gather(
-    *targets: Gettable[_T],
+    *targets: targets.Gettable[_T],
     timeout: Optional[float] = None,
     return_exceptions: bool = False,
     app: Optional[Celery] = None,
@@ -236,18 +223,18 @@ async def _values(
     known: Dict[str, Tuple[str, Any]] = {}
     waited: Dict[str, List[Leaf]] = {}
     for leaf in leaves:
-        if is_known(leaf):
-            known[id_of(leaf)] = known_value(leaf)
-        else:
-            waited.setdefault(id_of(leaf), []).append(leaf)
-    if propagate:
-        for leaf in leaves:
-            if is_known(leaf):
-                raise_failure(leaf, *known[id_of(leaf)])
+        if not targets.is_known(leaf):
+            waited.setdefault(targets.id_of(leaf), []).append(leaf)
+            continue
+        known[targets.id_of(leaf)] = targets.known_value(leaf)
+        if propagate:
+            targets.raise_failure(leaf, *targets.known_value(leaf))
     for task_id in known:
         waited.pop(task_id, None)
     if waited:
-        backend = common_backend((leaf for same in waited.values() for leaf in same), app)
+        backend = targets.common_backend((leaf for same in waited.values() for leaf in same), app)
+        # Only an eager result that has not ended knows of no backend.
+        backend = backend or targets.backend_of("", app)
         parents = _unfailed_parents([*nodes, *leaves]) if propagate and follow_parents else {}
         known.update(await _wait_for(backend, waited, timeout, propagate, parents))
     return [_value(node, known) for node in nodes]
@@ -258,10 +245,10 @@ def _unfailed_parents(nodes: Iterable[object]) -> Dict[str, Leaf]:
     unknown: Dict[str, Leaf] = {}
     for node in nodes:
         for parent in trees.parents(node):
-            if is_known(parent):
-                raise_failure(parent, *known_value(parent))
+            if targets.is_known(parent):
+                targets.raise_failure(parent, *targets.known_value(parent))
             else:
-                unknown.setdefault(id_of(parent), parent)
+                unknown.setdefault(targets.id_of(parent), parent)
     return unknown
 
 
@@ -274,9 +261,7 @@ async def _wait_for(
 ) -> Dict[str, Tuple[str, Any]]:
     """Wait for tasks, and return the state and value of each.
 
-    Parameters:
-        waited: result objects and ids, by id.
-        parents: tasks whose failure means that these will never run.
+    The failure of one of *parents* means that the others will never run.
     """
     deadline = deadline_after(timeout)
     failing: Dict[str, List[Leaf]] = dict(waited) if propagate else {}
@@ -287,16 +272,18 @@ async def _wait_for(
         # Celery raises the error of the header, not that of the body: the former came first.
         found.update(await _failures(backend, parents, deadline))
     known: Dict[str, Tuple[str, Any]] = {}
-    pause = _Pause()
+    pause_at = time.monotonic() + SLICE
     for task_id, state in found.items():
-        await pause()
-        decoded = await decoded_state(backend, state)
+        if time.monotonic() >= pause_at:
+            await asyncio.sleep(0)
+            pause_at = time.monotonic() + SLICE
+        decoded = await targets.decoded_state(backend, state)
         for leaf in waited.get(task_id) or failing[task_id]:
-            known[task_id] = resolve(backend, leaf, decoded)
+            known[task_id] = targets.resolve(backend, leaf, decoded)
     if failed is not None:
         for task_id in (*parents, failed):
             if task_id in known:
-                raise_failure(failing[task_id][0], *known[task_id])
+                targets.raise_failure(failing[task_id][0], *known[task_id])
     return known
 
 
@@ -318,22 +305,7 @@ async def _failures(
     }
 
 
-class _Pause:
-    """Yields to the event loop during long work."""
-
-    #: Seconds of work before it yields.
-    SLICE = 0.005
-
-    def __init__(self) -> None:
-        self._until = time.monotonic() + self.SLICE
-
-    async def __call__(self) -> None:
-        if time.monotonic() >= self._until:
-            await asyncio.sleep(0)
-            self._until = time.monotonic() + self.SLICE
-
-
 def _value(node: Any, known: Dict[str, Tuple[str, Any]]) -> Any:
     if isinstance(node, ResultSet):
         return [_value(member, known) for member in node.results]
-    return known[id_of(node)][1]
+    return known[targets.id_of(node)][1]

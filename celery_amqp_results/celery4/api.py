@@ -68,11 +68,7 @@ class CeleryBackend(Protocol):
 
 
 class Celery4API:
-    """The methods of Celery 4's backend that Celery 5 does not call.
-
-    Parameters:
-        backend: the backend.
-    """
+    """The methods of Celery 4's backend that Celery 5 does not call."""
 
     def __init__(self, backend: CeleryBackend) -> None:
         self._backend = backend
@@ -123,9 +119,6 @@ class Celery4API:
                 # The default exchange routes by queue name.
                 kombu.Exchange(""),
                 spec.name,
-                durable=spec.durable,
-                exclusive=spec.exclusive,
-                auto_delete=spec.auto_delete,
                 queue_arguments=dict(spec.arguments),
             )
         ]
@@ -309,14 +302,8 @@ class Celery4API:
         """Return the current meta of a task; a pending one if nothing is known of it.
 
         Parameters:
-            task_id: the task.
             backlog_limit: how many states may be skipped in the layout ``per-task``; the layout
                 ``shared`` has no such limit.
-            cache: whether a cached result is acceptable, and the result is cached.
-
-        Raises:
-            BacklogLimitExceeded: when there are more states.
-            BackendUnavailable: when the broker cannot be reached or refuses us.
         """
         self._backend._ensure_not_eager()
         known: Optional[Meta] = self._backend._cache.get(task_id) if cache else None

@@ -103,7 +103,6 @@ class Firing:
 
     Parameters:
         app: returns the Celery app, or ``None`` when it is gone.
-        store: reads the results that did not fit the leader's memory.
         content: returns the decoded content of a plan's message.
 
     Thread-safe. After a fork the child must make a new one.
@@ -184,11 +183,7 @@ class Firing:
             self._called.pop(mark, None)
 
     def _results(self, backend: Any, action: Fire) -> List[object]:
-        """Return the results of the header, in its order and nesting.
-
-        Raises:
-            ChordError: when a task has failed; for several, the first in order.
-        """
+        """Return the results of the header; raise the error of the first task that has failed."""
         ends = dict(action.ends)
         if action.bodiless:
             ends.update(read_ends(self._store, action.bodiless))
@@ -205,10 +200,6 @@ class Firing:
             cause = content["result"]
             raise _chord_error(DEPENDENCY.format(state.id, cause), cause)
         return content["result"]
-
-    def close(self) -> None:
-        """Close the connections."""
-        self.bodies.close()
 
 
 def _ancestors(signature: Signature, action: Fire) -> Dict[str, str]:
@@ -233,9 +224,6 @@ class BodySender:
     Celery does not wait for confirms by default. Here the plan is acknowledged after the body is
     sent, so on RabbitMQ the body must be confirmed first, whatever the settings. The tasks of a
     body that is itself a chord are sent like any other of the app.
-
-    Parameters:
-        app: returns the Celery app.
 
     Thread-safe. After a fork the child must make a new one.
     """

@@ -23,9 +23,7 @@ HELPER_IDLE = 30.0
 class Helpers:
     """Runs functions on a few threads, which are started when needed. Thread-safe."""
 
-    def __init__(self, name: str, most: int = HELPERS) -> None:
-        self._name = name
-        self._most = most
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._threads = 0
         self._busy = 0
@@ -38,9 +36,9 @@ class Helpers:
             RuntimeError: when there is no thread, and none can be started.
         """
         with self._lock:
-            if self._threads < min(self._most, self._busy + 1):
+            if self._threads < min(HELPERS, self._busy + 1):
                 try:
-                    start_thread(self._run, self._name)
+                    start_thread(self._run, "chord-helper")
                     self._threads += 1
                 except RuntimeError:
                     if not self._threads:

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Protocol, Tuple
 
+from celery import signals
 from celery.app.task import Context
 from celery.canvas import Signature
 
-from celery_amqp_results.chords import remote, workers
+from celery_amqp_results.chords import remote
 from celery_amqp_results.chords.firing import last_links
 from celery_amqp_results.chords.sending import Chords, expect_body
 from celery_amqp_results.library_types import App
 
 __all__ = ("ChordHooks",)
-
-
-class HasChords(Protocol):
-    """The part of a layout that chords need."""
-
-    #: Sends and leads chords; ``None`` where Celery's polling task completes chords.
-    chords: Optional[Chords]
 
 
 class RecordsParts(Protocol):
@@ -40,34 +34,32 @@ class ChordHooks:
     """Takes Celery's calls about chords. Thread-safe.
 
     Parameters:
-        app: the Celery app.
-        layout: returns the layout of this process.
-        recorder: publishes what the tasks of a header return.
+        chords: returns the chords of the layout, ``None`` if that leaves them to Celery.
         expires: milliseconds without a new result after which a chord is abandoned.
     """
 
     def __init__(
         self,
         app: App,
-        layout: Callable[[], HasChords],
+        chords: Callable[[], Optional[Chords]],
         recorder: RecordsParts,
         expires: Optional[int],
     ) -> None:
         self._app = app
-        self._layout = layout
+        self._chords_if_any = chords
         self._recorder = recorder
         self._expires = expires
 
     @property
     def _chords(self) -> Chords:
-        chords = self._layout().chords
+        chords = self._chords_if_any()
         assert chords is not None, "this layout leaves chords to Celery"
         return chords
 
     @property
     def supported(self) -> bool:
         """Whether the layout has chords. Otherwise Celery's base class polls with a task."""
-        return self._layout().chords is not None
+        return self._chords_if_any() is not None
 
     def apply(self, header_result_args: Tuple[str, Iterable[object]], body: Signature) -> None:
         """Note a chord whose header is about to be sent. Does no I/O, and keeps no task of it."""
@@ -77,19 +69,11 @@ class ChordHooks:
         self._chords.prepare(*header_result_args, body, self._expires, root_id)
 
     def publish_plan(self, group_id: str) -> None:
-        """Publish the plan of a chord, just before the last task of its header is sent.
-
-        Raises:
-            Exception: as :meth:`Chords.publish_plan`.
-        """
+        """Publish the plan of a chord, just before the last task of its header is sent."""
         self._chords.publish_plan(group_id)
 
     def add(self, group_id: str, result: object) -> None:
-        """Add one task or group to a chord; the present task is of its header.
-
-        Raises:
-            BackendUnavailable: when the broker cannot be reached or refuses us.
-        """
+        """Add one task or group to a chord; the present task is of its header."""
         current = self._app.current_worker_task
         after = None if current is None else current.request.id
         self._chords.publish_amendment(group_id, result, after, self._expires)
@@ -99,11 +83,6 @@ class ChordHooks:
 
         Publishes nothing if the stored state says so and is kept long enough. May be called any
         number of times for a task.
-
-        Raises:
-            kombu.exceptions.EncodeError: when the serializer cannot encode the result.
-            ResultTooLarge: when the broker refuses a message of this size.
-            BackendUnavailable: when the broker cannot be reached or refuses us.
         """
         if request.id and request.group:
             meta = {"status": state, "result": result, "task_id": request.id}
@@ -129,13 +108,13 @@ class ChordHooks:
         """Start to lead chords, in the main process of a worker that is ready."""
         if self.supported:
             remote.register()
-            self._chords.start_if_needed()
+            self._chords.service.start(met=False)
 
 
-def _on_worker_ready(app: App) -> None:
-    hooks = getattr(app.backend, "chords", None)
+def _on_worker_ready(sender: Any = None, **kwargs: object) -> None:
+    hooks = getattr(sender.app.backend, "chords", None)
     if isinstance(hooks, ChordHooks):
         hooks.lead()
 
 
-workers.on_ready(_on_worker_ready)
+signals.worker_ready.connect(_on_worker_ready, weak=False)

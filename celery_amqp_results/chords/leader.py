@@ -103,19 +103,10 @@ class Leader:
         """Numbers of the plan queues that this process leads."""
         return frozenset(self._sure)
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of results in memory."""
-        return self._ends.bytes
-
     def progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
         """Return how many tasks a chord's header has, and which have not ended.
 
-        Parameters:
-            key: id of the header, or of the body.
-
-        Returns:
-            ``None`` if no such chord is open here.
+        *key* is the id of the header or of the body. Returns ``None`` for a chord not open here.
         """
         for chord in self._chords.values():
             if chord.plan.group_id == key or key in chord.plan.proofs:
@@ -201,13 +192,7 @@ class Leader:
         bodies: Mapping[str, Iterable[StateMessage]],
         now: float,
     ) -> None:
-        """Take in the store's states for *request*.
-
-        Parameters:
-            request: the look-up.
-            found: the ends of tasks that have ended.
-            bodies: the states of tasks of bodies.
-        """
+        """Take in the ends of tasks, and the states of tasks of bodies, that the store has."""
         if not self._look_ups.answered(request, now):
             return
         for mark in self._waiting.of(found):
@@ -260,9 +245,8 @@ class Leader:
     def connection_lost(self, sending: Collection[str]) -> None:
         """Forget everything that the broker redelivers, or that may have changed meanwhile.
 
-        Parameters:
-            sending: marks of the chords whose bodies are being sent. The sending of any
-                other has not begun, even if it was decided.
+        The chords whose marks are in *sending* are kept. The sending of any other has not begun,
+        even if it was decided.
         """
         kept = {mark: chord for mark, chord in self._chords.items() if mark in sending}
         for mark, chord in self._chords.items():
@@ -295,7 +279,9 @@ class Leader:
                 self._look_after(chord, now, wall)
             elif key in self._orphans:
                 for amendment, delivery in self._orphans.pop(key):
-                    self._give_up_amendment(amendment, delivery)
+                    why = "a task was added to it when it was over"
+                    self._actions.append(GiveUp(amendment.group_id, why))
+                    self._actions.append(Acknowledge((delivery,)))
         if now >= self._look_ups.due_at:
             self._actions.append(self._look_ups.begin())
 
@@ -432,11 +418,6 @@ class Leader:
         if at < chord.timer_at:
             chord.timer_at = at
             self._set_timer(at, chord.plan.mark)
-
-    def _give_up_amendment(self, amendment: Amendment, delivery: Delivery) -> None:
-        why = "a task was added to it when it was over"
-        self._actions.append(GiveUp(amendment.group_id, why))
-        self._actions.append(Acknowledge((delivery,)))
 
     def _set_timer(self, at: float, key: str) -> None:
         heapq.heappush(self._timers, (at, next(self._order), key))

@@ -62,11 +62,7 @@ class Plan:
 
     @classmethod
     def read(cls, content: object, message: StateMessage) -> Plan:
-        """Read the plan from *message*.
-
-        Parameters:
-            content: its decoded body.
-            message: the message.
+        """Read the plan from *message*, whose decoded body is *content*.
 
         Raises:
             ForeignMessage: when a field is missing or has a wrong type.

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 import weakref
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Union
 
 from celery import signals
 from celery.canvas import Signature, _chain, chord, group
@@ -68,14 +68,22 @@ class _Sending:
     plan: Plan
 
 
+@dataclasses.dataclass
+class _Generator:
+    """A generator as the header of a chord that is being sent."""
+
+    results: weakref.ref[Any]
+    #: The number of published tasks.
+    published: int = 0
+    #: The error that it has raised.
+    failure: Optional[Exception] = None
+
+
 class _Lazy(threading.local):
-    """The chords with generators as headers that a thread is sending, innermost last."""
+    """The generators of the chords that a thread is sending, by header, innermost last."""
 
     def __init__(self) -> None:
-        self.results: List[Tuple[str, Any]] = []
-        #: By header, the number of published tasks, and the error that a generator has raised.
-        self.published: Dict[str, int] = {}
-        self.failed: Dict[str, Exception] = {}
+        self.headers: Dict[str, _Generator] = {}
 
 
 class Plans:
@@ -83,7 +91,6 @@ class Plans:
 
     Parameters:
         app: returns the Celery app, or ``None`` when it is gone.
-        topology: names.
         persistent: whether plans survive a restart of the broker.
     """
 
@@ -106,30 +113,25 @@ class Plans:
         group_id: str,
         state: str,
         content: Mapping[str, object],
-        serializers: Tuple[str, ...] = (),
+        serializer: Optional[str] = None,
     ) -> Outgoing:
         """Return the message of a plan or amendment, encoded like the app's tasks.
 
         The arguments of a body may include types that results may not.
 
         Parameters:
-            group_id: id of the header.
-            state: :data:`CHORD_STATE` or :data:`AMENDMENT_STATE`.
-            content: the content of the message.
-            serializers: serializers to try as well.
+            serializer: another serializer to try.
 
         Raises:
             kombu.exceptions.EncodeError: when no serializer can encode it.
         """
-        names = list(dict.fromkeys((self._app().conf.task_serializer, *serializers)))
-        while True:
-            try:
-                kind, encoding, body = serialization.dumps(content, serializer=names[0])
-                break
-            except EncodeError:
-                if len(names) == 1:
-                    raise
-                del names[0]
+        usual = self._app().conf.task_serializer
+        try:
+            kind, encoding, body = serialization.dumps(content, serializer=usual)
+        except EncodeError:
+            if serializer in (None, "", usual):
+                raise
+            kind, encoding, body = serialization.dumps(content, serializer=serializer)
         if isinstance(body, str):
             body = body.encode("utf-8")
         message = StateMessage(group_id, state, _clock.now(), body, kind, encoding, kind=PLAN)
@@ -173,11 +175,6 @@ class Plans:
 class Chords:
     """Publishes plans, and starts leading chords.
 
-    Parameters:
-        publisher: publishes plans.
-        messages: writes their messages.
-        service: leads chords, if this process must.
-
     Thread-safe. After a fork the child must make a new one.
     """
 
@@ -205,9 +202,6 @@ class Chords:
         """Note a chord whose header is about to be sent. Does no I/O.
 
         Parameters:
-            group_id: id of the header.
-            results: the results of the header.
-            body: the frozen signature of the body.
             expires: milliseconds without a new result after which the chord is abandoned.
             root_id: id of the first task of the workflow, ``None`` if that is a task of the header.
         """
@@ -256,9 +250,8 @@ class Chords:
             if results is None:
                 return
         plan = dataclasses.replace(sending.plan, results=plans.tree(results))
-        content = plan.content(sending.body)
-        serializers = _serializers(sending.body)
-        self._publish(self._messages.write(group_id, CHORD_STATE, content, serializers), group_id)
+        content, own = plan.content(sending.body), sending.body.options.get("serializer")
+        self._publish(self._messages.write(group_id, CHORD_STATE, content, own), group_id)
 
     def publish_amendment(
         self, group_id: str, result: object, after: Optional[str], expires: Optional[int]
@@ -266,8 +259,6 @@ class Chords:
         """Add one task or group to a chord. A task of its header must call this.
 
         Parameters:
-            group_id: id of the header.
-            result: the result of the task or group that is added.
             after: the task that adds it.
             expires: milliseconds after which it is abandoned if there is no such chord.
 
@@ -328,10 +319,6 @@ class Chords:
             if length is None or not length.consumers:
                 self.service.start(met=True)
 
-    def start_if_needed(self) -> None:
-        """Lead chords if there are any. Called by the main process of a worker."""
-        self.service.start(met=False)
-
 
 def expect_body(app: App, body: Signature, note_sent: Callable[[str], None]) -> None:
     """Have the states of a body pushed to this process, although another one sends it.
@@ -367,25 +354,24 @@ def _follow_generator(group_id: str, results: Any) -> None:
     taken, and the generator still runs while its tasks are sent.
     """
     signals.after_task_publish.connect(_take_ahead, weak=False, dispatch_uid=__name__)
-    _lazy.results.append((group_id, weakref.ref(results)))
-    _lazy.published[group_id] = 0
+    _forget_generator(group_id)
+    _lazy.headers[group_id] = _Generator(weakref.ref(results))
     _take_ahead()
 
 
 def _take_ahead(**kwargs: object) -> None:
-    while _lazy.results:
-        group_id, reference = _lazy.results[-1]
-        results = reference()
+    while _lazy.headers:
+        group_id, generator = next(reversed(_lazy.headers.items()))
+        results = generator.results()
         if results is not None:
-            published = _lazy.published[group_id]
-            _lazy.published[group_id] += 1
+            generator.published += 1
             try:
-                results[published + LOOK_AHEAD - 1]
+                results[generator.published + LOOK_AHEAD - 2]
             except IndexError:
                 pass
             except Exception as exc:
                 # For Celery the generator seems to end there.
-                _lazy.failed[group_id] = exc
+                generator.failure = exc
             return
         # The generator has raised an error.
         _forget_generator(group_id)
@@ -393,12 +379,5 @@ def _take_ahead(**kwargs: object) -> None:
 
 def _forget_generator(group_id: str) -> Optional[Exception]:
     """Stop following a generator, and return the error that it has raised, if any."""
-    _lazy.results[:] = [entry for entry in _lazy.results if entry[0] != group_id]
-    _lazy.published.pop(group_id, None)
-    return _lazy.failed.pop(group_id, None)
-
-
-def _serializers(body: Signature) -> Tuple[str, ...]:
-    """Return the serializers that a body names."""
-    own = body.options.get("serializer")
-    return (own,) if own else ()
+    generator = _lazy.headers.pop(group_id, None)
+    return None if generator is None else generator.failure

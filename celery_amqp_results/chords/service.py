@@ -39,6 +39,9 @@ __all__ = ("NotSent", "Service", "read_ends")
 
 logger = logging.getLogger(__name__)
 
+#: Bytes of results that a leader of chords keeps in memory. It reads the others when it fires.
+MEMORY = 64 * 1024 * 1024
+
 #: Seconds to finish sending bodies when the process ends.
 CLOSE_SECONDS = 10.0
 
@@ -54,12 +57,8 @@ class Service:
     """Leads chords in a thread of its own.
 
     Parameters:
-        connector: opens the connection.
-        declarations: provides the names, and declares the exchange.
-        store: reads the results.
         read: returns the plan or amendment in a message.
         fire: sends the body of a chord; raises :class:`NotSent` to be called again.
-        memory: bytes of results to keep in memory.
 
     Thread-safe. Does no I/O until it is started. After a fork the child must make a new one.
     """
@@ -71,15 +70,14 @@ class Service:
         store: Store,
         read: Callable[[StateMessage], Union[Plan, Amendment]],
         fire: Callable[[actions.Fire], None],
-        memory: int,
     ) -> None:
         self._connector = connector
         self._declarations = declarations
         self._store = store
         self._read = read
         self._fire = fire
-        self._leader = leader.Leader(memory)
-        self._helpers = Helpers("chord-helper")
+        self._leader = leader.Leader(MEMORY)
+        self._helpers = Helpers()
         #: Marks of the chords whose bodies helpers are sending. For the thread only.
         self._sending: Set[str] = set()
         #: How many plans of this connection are left to a leader that accepts their content.
@@ -105,9 +103,8 @@ class Service:
     def start(self, met: bool) -> None:
         """Start to lead, unless already started.
 
-        Parameters:
-            met: whether there are chords. Otherwise the thread checks whether plan queues exist,
-                and waits if there are none.
+        Unless a chord was *met*, the thread checks whether plan queues exist, and waits if there
+        are none.
         """
         with self._lock:
             wake = met and not self.met
@@ -137,23 +134,6 @@ class Service:
         """How many plan queues are led here."""
         return len(self._leader.leads)
 
-    @property
-    def holds(self) -> bool:
-        """Whether any plan or amendment is not acknowledged."""
-        return self._leader.holds or self._left > 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether the service is closed, and no helper is at work any more."""
-        return self._closing and (
-            not (self._helpers.busy or self._done) or time.monotonic() >= self._close_by
-        )
-
-    def requeued(self) -> None:
-        """Note that all open plans will be delivered again."""
-        self._left = 0
-        self._leader.requeued()
-
     def oldest_age(self) -> float:
         """Return the age of the oldest open chord in seconds; 0 where none is open."""
         try:
@@ -164,14 +144,7 @@ class Service:
         return 0.0 if oldest is None else max(0.0, time.time() - oldest / 1e6)
 
     def progress(self, key: str) -> Optional[Tuple[int, List[str]]]:
-        """Return how many tasks a chord's header has, and which have not ended.
-
-        Parameters:
-            key: id of the header, or of the body.
-
-        Returns:
-            ``None`` if no such chord is open here.
-        """
+        """Return what :meth:`Leader.progress` does."""
         try:
             return self._leader.progress(key)
         except RuntimeError:
@@ -209,9 +182,18 @@ class Service:
                 session: Optional[Session] = None
                 self._left = 0
                 try:
-                    session = Session(self._connector, self._declarations, self, wake_up)
+                    session = Session(
+                        self._connector,
+                        self._declarations,
+                        self.met,
+                        self._on_plan,
+                        self._on_state,
+                    )
+                    if session.met:
+                        self.met = True
                     tries.succeeded()
-                    session.lead()
+                    if session.found:
+                        self._lead(session, wake_up)
                     session.close()
                     if self.met and not (session.found or self._declarations.declare):
                         raise self._declarations.missing("queues for the plans of chords")
@@ -262,7 +244,19 @@ class Service:
                 self.met = True
                 bell.drain()
 
-    def perform(self, session: Session, now: float) -> float:
+    def _lead(self, session: Session, wake_up: WakeUp) -> None:
+        """Lead until the service is closed or the connection is lost, which raises an error."""
+        while not self._closing or (
+            # Bodies are still being sent.
+            (self._helpers.busy or self._done) and time.monotonic() < self._close_by
+        ):
+            now = time.monotonic()
+            session.receive(self._perform(session, now) - now, wake_up)
+            if session.tick(now, self._leader.holds or self._left > 0):
+                self._left = 0
+                self._leader.requeued()
+
+    def _perform(self, session: Session, now: float) -> float:
         """Carry out the actions of the leader; return when it is due again."""
         while self._done:
             self._done.popleft()(now)
@@ -330,7 +324,7 @@ class Service:
 
     # -- deliveries --------------------------------------------------------------------------------
 
-    def on_plan(self, message: amqp.Message) -> bool:
+    def _on_plan(self, message: amqp.Message) -> bool:
         """Take in a message of a plan queue; return whether no leader can read it."""
         now = time.monotonic()
         try:
@@ -352,7 +346,7 @@ class Service:
             self._leader.amendment_delivered(plan, message.delivery_tag, now)
         return False
 
-    def on_state(self, message: amqp.Message) -> None:
+    def _on_state(self, message: amqp.Message) -> None:
         """Take in a pushed state."""
         state = self._pushed.read(message)
         if state is not None and state.kind in (STATE, PART):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Iterable, Protocol
+from typing import Callable, Iterable
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -15,7 +15,7 @@ from celery_amqp_results.chords.workers import bell
 from celery_amqp_results.protocol.names import PLAN_QUEUES
 from celery_amqp_results.toolkit.sockets import WakeUp
 
-__all__ = ("Handler", "Session")
+__all__ = ("Session",)
 
 #: Seconds between heartbeats. The broker delivers the plans of a frozen or unreachable leader to
 #: another one after twice that.
@@ -29,41 +29,13 @@ MAX_OPEN = 65535
 RETAKE_SECONDS = 600.0
 
 
-class Handler(Protocol):
-    """What a session needs of the service that owns it."""
-
-    #: Whether this process has met a chord: then the plan queues are declared.
-    met: bool
-
-    @property
-    def holds(self) -> bool:
-        """Whether any plan or amendment is not acknowledged."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether the session must end."""
-
-    def on_plan(self, message: amqp.Message) -> bool:
-        """Take in a message of a plan queue; return whether no leader can read it."""
-
-    def on_state(self, message: amqp.Message) -> None:
-        """Take in a pushed state."""
-
-    def perform(self, session: Session, now: float) -> float:
-        """Carry out the actions of the leader; return when it is due again."""
-
-    def requeued(self) -> None:
-        """Note that all open plans will be delivered again."""
-
-
 class Session:
     """A connection with its queue declared, and all queues consumed.
 
     Parameters:
-        connector: opens the connection.
-        declarations: provides the names, and declares the exchange.
-        handler: takes in the messages.
-        wake_up: ends a wait of :meth:`lead`.
+        met: whether this process has met a chord: then the plan queues are declared.
+        on_plan: takes in a message of a plan queue; returns whether no leader can read it.
+        on_state: takes in a pushed state.
 
     Raises:
         BackendUnavailable, DeclarationRefused: when the broker cannot be reached or refuses us.
@@ -74,19 +46,23 @@ class Session:
         self,
         connector: connections.Connector,
         declarations: Declarations,
-        handler: Handler,
-        wake_up: WakeUp,
+        met: bool,
+        on_plan: Callable[[amqp.Message], bool],
+        on_state: Callable[[amqp.Message], None],
     ) -> None:
         self._connector = connector
         self._declarations = declarations
-        self._handler = handler
-        self._wake_up = wake_up
+        self._take_plan = on_plan
+        self._take_state = on_state
         self._topology = declarations.topology
+        #: Whether chords are known to exist.
+        self.met = met
         #: Whether plan queues exist.
         self.found = False
         #: Whether the connection is known to be lost, or was closed.
         self.dropped = False
         self._retake_at = time.monotonic() + RETAKE_SECONDS
+        self._tick_at = 0.0
         self.link = connector.open_once(HEARTBEAT, purpose="chords")
         try:
             self._set_up()
@@ -96,12 +72,12 @@ class Session:
 
     def _set_up(self) -> None:
         self.channel = self.link.channel()
-        declare = self._handler.met and self._declarations.declare
+        declare = self.met and self._declarations.declare
         if not declare:
             present = self._present()
             if not present:
                 return
-            self._handler.met = True
+            self.met = True
             # They are declared together. So the permission to declare them again is needed only
             # if one was deleted.
             declare = present <= PLAN_QUEUES
@@ -122,7 +98,7 @@ class Session:
             ).queue
         )
         self.channel.basic_consume(
-            self.queue, no_ack=True, callback=self._handler.on_state, on_cancel=self._on_cancel
+            self.queue, no_ack=True, callback=self._take_state, on_cancel=self._on_cancel
         )
         self.channel.basic_qos(0, MAX_OPEN, False)
         for number in range(PLAN_QUEUES):
@@ -147,7 +123,7 @@ class Session:
         return present
 
     def _on_plan(self, message: amqp.Message) -> None:
-        if self._handler.on_plan(message):
+        if self._take_plan(message):
             self.channel.basic_ack(message.delivery_tag)
 
     def _on_cancel(self, consumer_tag: str) -> None:
@@ -164,38 +140,35 @@ class Session:
             for delivery in deliveries:
                 self.channel.basic_ack(delivery)
 
-    def lead(self) -> None:
-        """Lead until the service is closed or the connection is lost, which raises an error."""
-        if not self.found:
-            return
-        handler, link = self._handler, self.link
-        reader = bell.reader()
-        # Drained so that it does not fill up; that a chord was met is already known.
+    def receive(self, pause: float, wake_up: WakeUp) -> None:
+        """Wait at most *pause* seconds for messages, and take them in."""
+        link, reader = self.link, bell.reader()
         sources = [link.socket] if reader is None else [link.socket, reader]
-        next_tick = 0.0
-        while not handler.finished:
-            now = time.monotonic()
-            pause = min(link.idle_time(), handler.perform(self, now) - now)
-            ready = self._wake_up.wait(max(0.0, pause), *sources)
-            if reader in ready:
-                bell.drain()
-            if link.socket in ready:
-                link.drain(0.0)
-            while link.buffered():
-                link.drain(0.0)
-            if now >= next_tick:
-                self._retake(now)
-                link.tick()
-                next_tick = now + HEARTBEAT / 4
+        ready = wake_up.wait(max(0.0, min(link.idle_time(), pause)), *sources)
+        if reader in ready:
+            # So that it does not fill up; that a chord was met is already known.
+            bell.drain()
+        if link.socket in ready:
+            link.drain(0.0)
+        while link.buffered():
+            link.drain(0.0)
 
-    def _retake(self, now: float) -> None:
-        """Have open plans redelivered, so that none is held for too long."""
-        if self._handler.holds and now >= self._retake_at:
+    def tick(self, now: float, holds: bool) -> bool:
+        """Send heartbeats; return whether all open plans will be redelivered.
+
+        That is done if the leader *holds* plans, so that none is held for too long.
+        """
+        if now < self._tick_at:
+            return False
+        self._tick_at = now + HEARTBEAT / 4
+        self.link.tick()
+        retake = holds and now >= self._retake_at
+        if retake:
             # All messages that come before the answer are redelivered.
             self.channel.send_method(spec.Basic.Recover, "b", (True,), wait=spec.Basic.RecoverOk)
-            self._handler.requeued()
-        if not self._handler.holds or now >= self._retake_at:
+        if retake or not holds:
             self._retake_at = now + RETAKE_SECONDS
+        return retake
 
     def close(self) -> None:
         """Close the connection with the protocol's handshake."""

@@ -18,17 +18,13 @@ from celery import bootsteps, signals
 
 from celery_amqp_results.toolkit.forks import Process
 
-__all__ = ("Bell", "bell", "on_ready")
+__all__ = ("Bell", "bell")
 
 #: Seconds between two bytes of a child; the first one is enough.
 RING_SECONDS = 30.0
 
 #: States of a worker that is ending or has ended.
 _ENDED = (bootsteps.CLOSE, bootsteps.TERMINATE)
-
-
-def _nothing() -> None:
-    return None
 
 
 class Bell:
@@ -41,13 +37,13 @@ class Bell:
         self._main: Optional[Process] = None
         self._child = False
         #: The latest worker of this process, which may end before the process does, as in tests.
-        self._worker: Callable[[], object] = _nothing
+        self._worker: Callable[[], object] = lambda: None
         self._quiet_until = 0.0
 
-    def hang(self, worker: Any) -> None:
-        """Open the pipe, in the main process of *worker*."""
+    def hang(self, sender: Any, **kwargs: object) -> None:
+        """Open the pipe, in the main process of the worker *sender*."""
         with self._lock:
-            self._worker, self._child = weakref.ref(worker), False
+            self._worker, self._child = weakref.ref(sender), False
             if not self._in_opener():
                 # A worker started by a child of another worker has children of its own.
                 self._close()
@@ -115,18 +111,5 @@ class Bell:
 bell = Bell()
 
 
-def _hang(sender: Any = None, **kwargs: object) -> None:
-    bell.hang(sender)
-
-
-signals.worker_init.connect(_hang, weak=False)
+signals.worker_init.connect(bell.hang, weak=False)
 os.register_at_fork(after_in_child=bell.after_fork_in_child)
-
-
-def on_ready(function: Callable[[Any], None]) -> None:
-    """Call *function* with the app in the main process of a worker when that is ready."""
-
-    def call(sender: Any = None, **kwargs: object) -> None:
-        function(sender.app)
-
-    signals.worker_ready.connect(call, weak=False)

@@ -18,7 +18,7 @@ from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import GROUP, MARK, StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.store import marks as tracking
-from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
+from celery_amqp_results.store.checkout import Checkout, limits_for
 
 __all__ = ("Broker", "Contents")
 
@@ -32,9 +32,6 @@ FEWEST = 8
 #: Reading large results stops after this many bodies or bytes.
 MAX_BODIES = 16
 MAX_BODY_BYTES = 16 * 2**20
-
-#: Seconds between two checks of the time while reading.
-STEP = 5.0
 
 
 @dataclasses.dataclass
@@ -224,14 +221,9 @@ class Broker:
         """Pass each message of a queue to *take*, and requeue all of them."""
         seconds = self.session.backend.options.lookup_timeout
         end = time.monotonic() + seconds
-        checkout = Checkout(
-            self.link,
-            queue,
-            take,
-            longest_prefetch(self.topology.queue_type),
-            arguments=longest_hold(self.topology.queue_type, seconds),
-        )
-        if not checkout.wait(end, STEP):
+        limits = limits_for(self.topology.queue_type, seconds)
+        checkout = Checkout(self.link, queue, take, limits)
+        if not checkout.wait(end):
             raise Failed(
                 f"queue {queue!r} could not be read within {seconds:g} s (lookup_timeout): "
                 "another reader holds it, it is very long, or an alarm blocks publishers",

@@ -10,15 +10,13 @@ from __future__ import annotations
 import threading
 from typing import Callable, Collection, Dict, Optional, Set
 
-from celery_amqp_results import options
-from celery_amqp_results.amqp import connections, transports
 from celery_amqp_results.chords.sending import Chords
 from celery_amqp_results.metrics import Metrics
 from celery_amqp_results.per_task.lookups import LookUps
 from celery_amqp_results.per_task.polling import PollingFollower
 from celery_amqp_results.per_task.pushing import PushFollower
 from celery_amqp_results.per_task.queues import TaskQueues
-from celery_amqp_results.per_task.wire import Messages, Wire
+from celery_amqp_results.per_task.wire import Messages
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import GROUP, StateMessage
 from celery_amqp_results.protocol.names import Route
@@ -35,13 +33,6 @@ HEARTBEAT = 5.0
 class PerTaskLayout:
     """Keeps each result in a queue of its own.
 
-    Parameters:
-        sessions: channels to the broker.
-        connector: opens the connections of waiting clients, where the broker speaks AMQP.
-        wire: the declarations and messages.
-        codec: decodes metas.
-        settings: the backend's options.
-
     Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and never
     use this one again.
     """
@@ -49,17 +40,9 @@ class PerTaskLayout:
     #: Celery's polling task completes chords: other transports cannot lock a queue.
     chords: Optional[Chords] = None
 
-    def __init__(
-        self,
-        sessions: transports.Sessions,
-        connector: connections.Connector,
-        wire: Wire,
-        codec: Codec,
-        settings: options.Options,
-    ) -> None:
-        self.connector = connector
-        self.queues = TaskQueues(sessions, connector, wire, settings)
-        self.lookups = LookUps(self.queues, Messages(codec))
+    def __init__(self, queues: TaskQueues, codec: Codec) -> None:
+        self.queues = queues
+        self.lookups = LookUps(queues, Messages(codec))
         self._process = Process()
         self._lock = threading.Lock()
         self._followers: Set[PushFollower] = set()

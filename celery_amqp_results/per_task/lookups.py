@@ -87,8 +87,6 @@ class _Wanted(NamedTuple):
     """The task or group to look up."""
 
     task_id: str
-    #: :data:`~celery_amqp_results.protocol.message.STATE` or
-    #: :data:`~celery_amqp_results.protocol.message.GROUP`.
     kind: str
     #: How many states may be skipped.
     limit: int
@@ -99,12 +97,7 @@ class _Wanted(NamedTuple):
 
 
 class LookUps:
-    """Reads the states of tasks from their queues. Thread-safe.
-
-    Parameters:
-        queues: the queues.
-        messages: reads messages.
-    """
+    """Reads the states of tasks from their queues. Thread-safe."""
 
     def __init__(self, queues: TaskQueues, messages: Messages) -> None:
         self.queues = queues
@@ -126,9 +119,7 @@ class LookUps:
         Looks again where a queue exists but is empty.
 
         Parameters:
-            ids: the tasks, or groups.
-            kind: :data:`~celery_amqp_results.protocol.message.STATE` or
-                :data:`~celery_amqp_results.protocol.message.GROUP`.
+            kind: that of tasks or of groups.
             limit: how many states of one task may be skipped, :attr:`limit` by default.
             deadline: time (``time.monotonic``) after which connecting is given up, and an empty
                 queue is not looked at again.
@@ -153,14 +144,7 @@ class LookUps:
     def glance(
         self, ids: Collection[str], deadline: Optional[float]
     ) -> Dict[str, Optional[StateMessage]]:
-        """Return the states that one look finds: for a caller that looks again anyway.
-
-        Parameters:
-            deadline: time (``time.monotonic``) after which connecting is given up.
-
-        Raises:
-            Exception: as :meth:`read`.
-        """
+        """Return the states that one look finds: for a caller that looks again anyway."""
 
         def read(session: transports.Session, task_id: str) -> Optional[StateMessage]:
             try:
@@ -174,7 +158,7 @@ class LookUps:
         self,
         ids: Collection[str],
         read: Callable[[transports.Session, str], Optional[StateMessage]],
-        deadline: Optional[float] = None,
+        deadline: Optional[float],
     ) -> Dict[str, Optional[StateMessage]]:
         found: Dict[str, Optional[StateMessage]] = {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from typing import Any, ClassVar, Collection, Iterable, List, Optional, Tuple
+from typing import ClassVar, Collection, Iterable, List, Optional, Tuple
 
 from celery_amqp_results import errors
 from celery_amqp_results.per_task.lookups import LookUps
@@ -31,22 +31,12 @@ def identify(state: StateMessage) -> Tuple[str, int]:
 
 
 class QueueFollower:
-    """The common part of both kinds of followers. For one thread; must be closed at the end.
-
-    Parameters:
-        lookups: reads the queues.
-    """
+    """The common part of both kinds of followers. For one thread; must be closed at the end."""
 
     def __init__(self, lookups: LookUps) -> None:
         self._lookups = lookups
         self._progress = Progress(identify)
         self.pending = self._progress.pending
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def add(self, ids: Iterable[str]) -> None:
         """Follow *ids* as well. Does no I/O."""

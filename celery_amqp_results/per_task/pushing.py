@@ -121,7 +121,6 @@ class PushFollower(QueueFollower):
     at the end.
 
     Parameters:
-        lookups: reads the queues of tasks.
         on_close: called with the follower when it is closed.
     """
 

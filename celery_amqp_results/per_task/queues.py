@@ -47,11 +47,7 @@ class _Locks:
 
     @contextlib.contextmanager
     def hold(self, name: str, timeout: float) -> Iterator[None]:
-        """Hold the lock *name*.
-
-        Raises:
-            LookupTimeout: when it is not free within *timeout* seconds.
-        """
+        """Hold the lock *name*, or raise LookupTimeout after *timeout* seconds."""
         with self._guard:
             entry = self._entries.setdefault(name, [threading.Lock(), 0])
             entry[1] += 1
@@ -83,16 +79,7 @@ class _TransientQueueRefused(Exception):
 
 
 class TaskQueues:
-    """The queues of tasks on one broker.
-
-    Parameters:
-        sessions: channels to the broker.
-        connector: tells the broker's address, and opens the connections of waiting clients.
-        wire: the declarations.
-        settings: the backend's options.
-
-    Thread-safe. Does no I/O until it is used.
-    """
+    """The queues of tasks on one broker. Thread-safe. Does no I/O until it is used."""
 
     def __init__(
         self,
@@ -272,11 +259,7 @@ class TaskQueues:
         body: bytes,
         properties: Dict[str, object],
     ) -> str:
-        """Publish to the queue *name* and wait for the confirm.
-
-        Returns:
-            The broker's reason if no queue took the message, otherwise an empty string.
-        """
+        """Publish to the queue *name* and wait; return the broker's reason if no queue took it."""
         channel = session.channel
         producer = kombu.Producer(channel, auto_declare=False)
         properties = {**properties, "exchange": exchange, "routing_key": name}

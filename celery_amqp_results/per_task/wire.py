@@ -27,7 +27,7 @@ from celery_amqp_results.protocol.message import GROUP, StateMessage
 __all__ = ("COUNT_HEADERS", "Messages", "NoCacheQueue", "Wire", "returns_of")
 
 #: The fields of a result's meta that are written, and those that ``result_extended`` adds.
-FIELDS = ("task_id", "status", "result", "traceback", "children")
+FIELDS: Tuple[str, ...] = ("task_id", "status", "result", "traceback", "children")
 EXTENDED_FIELDS = ("name", "args", "kwargs", "worker", "retries", "queue")
 #: The same of a saved group, which Celery 4 could not save.
 GROUP_FIELDS = ("status", "result", "group_id")
@@ -95,38 +95,28 @@ class Wire:
             delivery_mode=self.delivery_mode,
         )
 
-    def queue_entity(self, task_id: str, **changes: object) -> NoCacheQueue:
-        """Return the queue of *task_id*, not bound to a channel.
-
-        Parameters:
-            **changes: arguments of ``kombu.Queue`` to override.
-        """
+    def queue_entity(self, task_id: str, durable: Optional[bool] = None) -> NoCacheQueue:
+        """Return the queue of *task_id*, not bound to a channel."""
         name = self.rkey(task_id)
-        arguments: Dict[str, object] = {
-            "durable": self.persistent,
-            "auto_delete": self.auto_delete,
-            "expires": self.expires or None,
-            **changes,
-        }
-        return NoCacheQueue(name, self.exchange_entity(), name, **arguments)
+        return NoCacheQueue(
+            name,
+            self.exchange_entity(),
+            name,
+            durable=self.persistent if durable is None else durable,
+            auto_delete=self.auto_delete,
+            expires=self.expires or None,
+        )
 
     def shape(self, result_meta: Mapping[str, object]) -> Dict[str, object]:
         """Return the written fields of *result_meta*, in Celery 4's order."""
+        fields = FIELDS + EXTENDED_FIELDS if self.extended else FIELDS
         if result_meta.get("status") == GROUP_STATE and "group_id" in result_meta:
-            fields: Tuple[str, ...] = GROUP_FIELDS
-        elif self.extended:
-            fields = FIELDS + EXTENDED_FIELDS
-        else:
-            fields = FIELDS
+            fields = GROUP_FIELDS
         return {name: result_meta.get(name) for name in fields}
 
 
 class Messages:
-    """Reads the states from messages. Thread-safe.
-
-    Parameters:
-        codec: decodes metas.
-    """
+    """Reads the states from messages. Thread-safe."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import reprlib
 import uuid
 from typing import Iterable, Mapping, Optional, Tuple
@@ -22,27 +23,18 @@ __all__ = ("Codec",)
 ID_FIELDS = ("task_id", "parent_id", "group_id")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Codec:
-    """Encodes and decodes metas by the app's serializer settings.
+    """Encodes and decodes metas by the app's serializer settings."""
 
-    Parameters:
-        serializer: kombu's name of the serializer to write with.
-        accept: content types that may be read.
-        compression: kombu's name of the compression to write with, or ``None``.
-        max_decompressed: the most bytes of a compressed body after decompression.
-    """
-
-    def __init__(
-        self,
-        serializer: str,
-        accept: Optional[Iterable[str]],
-        compression: Optional[str] = None,
-        max_decompressed: int = MAX_DECOMPRESSED,
-    ) -> None:
-        self.serializer = serializer
-        self.accept = accept
-        self.compression = compression
-        self.max_decompressed = max_decompressed
+    #: kombu's name of the serializer to write with.
+    serializer: str
+    #: Content types that may be read.
+    accept: Optional[Iterable[str]]
+    #: kombu's name of the compression to write with.
+    compression: Optional[str] = None
+    #: The most bytes of a compressed body after decompression.
+    max_decompressed: int = MAX_DECOMPRESSED
 
     def encode(self, meta: Mapping[str, object]) -> Tuple[str, str, Optional[str], bytes]:
         """Return *meta* as (content type, content encoding, compression, body).

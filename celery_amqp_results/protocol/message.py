@@ -112,10 +112,6 @@ class StateMessage:
     ) -> StateMessage:
         """Return the state that a message on the broker holds.
 
-        Parameters:
-            properties: AMQP properties, by py-amqp's names for them.
-            body: the body, not decoded.
-
         Raises:
             ForeignMessage: when :meth:`properties` could not have described such a message.
         """
@@ -175,10 +171,7 @@ def dated(state: StateMessage, now: int) -> StateMessage:
     """Return *state*, published at :data:`UNKNOWN_TIME` if its date is in the far future.
 
     Results of a worker whose clock is wrong by years still count. But among states of equal rank
-    such a state would win for ever, so it loses.
-
-    Parameters:
-        now: microseconds since 1970.
+    such a state would win for ever, so it loses. *now* is in microseconds since 1970.
     """
     if state.published <= now + MAX_AHEAD:
         return state

@@ -72,10 +72,8 @@ def encode_word(value: Optional[str]) -> str:
 
     Letters, digits, ``_`` and ``-`` stand for themselves, anything else for ``%XX`` of its UTF-8
     bytes, so that a dot does not end the word and ``*`` and ``#`` can be bound literally. A word
-    longer than :data:`MAX_WORD` becomes ``~`` and a digest. Different values give different words.
-
-    Parameters:
-        value: any text; ``None`` and the empty text give :data:`ABSENT`.
+    longer than :data:`MAX_WORD` becomes ``~`` and a digest. Different values give different words,
+    except ``None`` and the empty text, which give :data:`ABSENT`.
     """
     if not value:
         return ABSENT
@@ -117,12 +115,9 @@ def barrier_key() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class QueueSpec:
-    """How a queue is declared."""
+    """How a queue is declared. It is durable, and neither exclusive nor deleted by itself."""
 
     name: str
-    durable: bool
-    exclusive: bool
-    auto_delete: bool
     arguments: Mapping[str, object]
 
 
@@ -188,24 +183,23 @@ class Topology:
 
     def shard_queue(self, shard: int) -> QueueSpec:
         """Return the queue of shard number *shard*."""
-        return QueueSpec(self.shard_queue_name(shard), True, False, False, self._queue_arguments())
+        return QueueSpec(self.shard_queue_name(shard), self._queue_arguments())
 
     def plan_queue(self, number: int) -> QueueSpec:
         """Return the queue number *number* for plans of chords."""
-        return QueueSpec(
-            f"{self.prefix}.chords.{number}", True, False, False, self._queue_arguments()
-        )
+        return QueueSpec(f"{self.prefix}.chords.{number}", self._queue_arguments())
 
     def large_queue(self, task_id: str, mark: str, expires: Optional[int] = None) -> QueueSpec:
         """Return the queue for the body of a large result.
 
         Parameters:
-            task_id: id of the task or group.
             mark: a random text that distinguishes it from the task's other queues.
-            expires: milliseconds after which the broker deletes it if it was not read; ``None`` for
-                never.
+            expires: milliseconds without a read after which the broker deletes it, or ``None``.
         """
-        return self._expiring(f"{self.prefix}.large.{encode_word(task_id)}.{mark}", expires)
+        arguments = self._queue_arguments()
+        if expires is not None:
+            arguments["x-expires"] = expires
+        return QueueSpec(f"{self.prefix}.large.{encode_word(task_id)}.{mark}", arguments)
 
     def check_body_queue(self, state: StateMessage) -> None:
         """Check that *state* points to a queue that can hold its body.
@@ -222,12 +216,6 @@ class Topology:
                     f"the body of {state.id!r:.100} is said to be in {state.body_queue!r:.300}, "
                     f"which does not begin with {start!r}"
                 )
-
-    def _expiring(self, name: str, expires: Optional[int]) -> QueueSpec:
-        arguments = self._queue_arguments()
-        if expires is not None:
-            arguments["x-expires"] = expires
-        return QueueSpec(name, True, False, False, arguments)
 
     def _queue_arguments(self) -> Dict[str, object]:
         arguments: Dict[str, object] = {
@@ -258,11 +246,7 @@ class Topology:
         return "*.*.*.#"
 
     def definitions(self, vhost: str) -> Dict[str, object]:
-        """Return the permanent declarations, in the format of RabbitMQ's definitions.
-
-        Parameters:
-            vhost: name of the virtual host.
-        """
+        """Return the permanent declarations, in the format of RabbitMQ's definitions."""
         queues = [
             *map(self.shard_queue, range(self.shards)),
             *map(self.plan_queue, range(PLAN_QUEUES)),
@@ -283,8 +267,8 @@ class Topology:
                 {
                     "name": queue.name,
                     "vhost": vhost,
-                    "durable": queue.durable,
-                    "auto_delete": queue.auto_delete,
+                    "durable": True,
+                    "auto_delete": False,
                     "arguments": dict(queue.arguments),
                 }
                 for queue in queues
@@ -311,13 +295,7 @@ class Topology:
         return f"*.*.{number}.#"
 
     def routing_key(self, task_id: str, state: str, route: Route = Route()) -> str:
-        """Return the routing key of a state.
-
-        Parameters:
-            task_id: the task's id, of any length and shape.
-            state: name of the state.
-            route: the other parts of the routing key.
-        """
+        """Return the routing key of a state of a task, whose id may have any length and shape."""
         return (
             f"{self.shard(task_id)}.{route.client}.{route.plan_queue}"
             f".{encode_word(route.group_id)}.{encode_word(task_id)}.{encode_word(state)}"

@@ -18,6 +18,8 @@ All integers are big-endian; offsets count from the start of the page.
 from __future__ import annotations
 
 import array
+import dataclasses
+import functools
 import hashlib
 import json
 import struct
@@ -92,13 +94,7 @@ _FIELDS = (
     ("a", "amended"),
 )
 #: Fields left out of the head when they have this value.
-_DEFAULTS = {
-    "compression": None,
-    "expiration": None,
-    "kind": STATE,
-    "body_queue": None,
-    "amended": None,
-}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(StateMessage)}
 
 
 def digest(message_id: str) -> bytes:
@@ -120,7 +116,7 @@ def encode(states: Iterable[StateMessage]) -> bytes:
         fields: Dict[str, object] = {}
         for short, name in _FIELDS:
             value = getattr(state, name)
-            if name not in _DEFAULTS or value != _DEFAULTS[name]:
+            if value != _DEFAULTS[name]:
                 fields[short] = value
         # ASCII only: a lone surrogate in an id stays what it is.
         head = json.dumps(fields, separators=(",", ":")).encode("ascii")
@@ -138,34 +134,24 @@ OnDamage = Callable[[errors.ForeignMessage], None]
 
 
 class Wanted:
-    """Ids to find in any number of pages.
-
-    The digests are computed for the first page and reused for the others.
-
-    Parameters:
-        message_ids: ids of tasks, or of groups.
-    """
+    """Ids of tasks or groups to find in any number of pages."""
 
     def __init__(self, message_ids: Iterable[str]) -> None:
-        self.ids = list(message_ids)
-        self._by_digest: Optional[Dict[bytes, Set[str]]] = None
+        self._ids = list(message_ids)
 
-    @property
+    @functools.cached_property
     def by_digest(self) -> Dict[bytes, Set[str]]:
-        """The ids, by their digest; two may have the same one."""
-        if self._by_digest is None:
-            self._by_digest = {}
-            for message_id in self.ids:
-                self._by_digest.setdefault(digest(message_id), set()).add(message_id)
-        return self._by_digest
+        """The ids, by their digest; two may have the same one. Computed for the first page."""
+        found: Dict[bytes, Set[str]] = {}
+        for message_id in self._ids:
+            found.setdefault(digest(message_id), set()).add(message_id)
+        return found
 
 
 def find(
     page: bytes, message_ids: Union[Wanted, Iterable[str]], on_damage: Optional[OnDamage] = None
 ) -> Iterator[StateMessage]:
-    """Yield the states of *message_ids* in *page*.
-
-    States with the same id come in the order of the page.
+    """Yield the states of *message_ids* in *page*, those of one id in the order of the page.
 
     Parameters:
         message_ids: a :class:`Wanted` if several pages are searched for the same ids.
@@ -175,13 +161,10 @@ def find(
         ForeignMessage: when the page is damaged, or an entry is and *on_damage* is not given.
     """
     wanted = message_ids if isinstance(message_ids, Wanted) else Wanted(message_ids)
-    end = _index_end(page)
-    budget = len(page)
     by_digest = wanted.by_digest
-    for at in _matches(page, end, by_digest):
-        budget -= _length(page, at, budget)
-        state = _entry_or_none(page, at, on_damage)
-        if state is not None and state.id in by_digest[page[at : at + _DIGEST_SIZE]]:
+    matches = _matches(page, _index_end(page), by_digest)
+    for key, state in _entries(page, matches, on_damage):
+        if state.id in by_digest[key]:
             yield state
 
 
@@ -211,14 +194,8 @@ def decode(page: bytes, on_damage: Optional[OnDamage] = None) -> List[StateMessa
     Raises:
         ForeignMessage: when the page is damaged, or an entry is and *on_damage* is not given.
     """
-    states = []
-    budget = len(page)
-    for at in range(_HEADER, _index_end(page), _RECORD.size):
-        budget -= _length(page, at, budget)
-        state = _entry_or_none(page, at, on_damage)
-        if state is not None:
-            states.append(state)
-    return states
+    everything = range(_HEADER, _index_end(page), _RECORD.size)
+    return [state for _, state in _entries(page, everything, on_damage)]
 
 
 def digests(page: bytes) -> Iterable[int]:
@@ -265,23 +242,25 @@ class Census:
         self.digests.update(digests(page))
 
 
-def _length(page: bytes, at: int, budget: int) -> int:
-    """Return the length of an entry; all together cannot have more bytes than the page."""
-    length = int(_RECORD.unpack_from(page, at)[2])
-    if length > budget:
-        # A small page could otherwise fill the memory with copies of one entry.
-        raise errors.ForeignMessage(f"entries of a page of {len(page)} bytes overlap")
-    return length
-
-
-def _entry_or_none(page: bytes, at: int, on_damage: Optional[OnDamage]) -> Optional[StateMessage]:
-    try:
-        return _entry(page, at)
-    except errors.ForeignMessage as exc:
-        if on_damage is None:
-            raise
-        on_damage(exc)
-        return None
+def _entries(
+    page: bytes, positions: Iterable[int], on_damage: Optional[OnDamage]
+) -> Iterator[Tuple[bytes, StateMessage]]:
+    """Yield digest and state of the entries whose records are at *positions* in the index."""
+    budget = len(page)
+    for at in positions:
+        key, offset, length = _RECORD.unpack_from(page, at)
+        budget -= length
+        if budget < 0:
+            # A small page could otherwise fill the memory with copies of one entry.
+            raise errors.ForeignMessage(f"entries of a page of {len(page)} bytes overlap")
+        try:
+            state = _entry(page, offset, length)
+        except errors.ForeignMessage as exc:
+            if on_damage is None:
+                raise
+            on_damage(exc)
+        else:
+            yield key, state
 
 
 def _index_end(page: bytes) -> int:
@@ -294,8 +273,7 @@ def _index_end(page: bytes) -> int:
     return int(end)
 
 
-def _entry(page: bytes, at: int) -> StateMessage:
-    _, offset, length = _RECORD.unpack_from(page, at)
+def _entry(page: bytes, offset: int, length: int) -> StateMessage:
     try:
         end = offset + length
         if end > len(page):

@@ -24,16 +24,9 @@ def is_final(state: str) -> bool:
     return state in states.READY_STATES
 
 
-def _rank(state: str) -> int:
-    if state == states.SUCCESS:
-        return 3
-    if state in states.READY_STATES:
-        return 2
-    # A task that was asked to abort stays ABORTED until it ends: is_aborted() must not turn false
-    # because of a progress report or a late STARTED.
-    if state == ABORTED:
-        return 1
-    return 0
+#: A task that was asked to abort stays ABORTED until it ends: is_aborted() must not turn false
+#: because of a progress report or a late STARTED. All states that are not listed have rank 0.
+_RANKS = {**dict.fromkeys(states.READY_STATES, 2), states.SUCCESS: 3, ABORTED: 1}
 
 
 def supersedes(new: StateMessage, old: StateMessage) -> bool:
@@ -42,10 +35,10 @@ def supersedes(new: StateMessage, old: StateMessage) -> bool:
     SUCCESS yields to nothing. Any other final state yields only to SUCCESS or to a final state
     published later. Otherwise the state published last wins.
     """
-    new_rank, old_rank = _rank(new.state), _rank(old.state)
+    new_rank, old_rank = _RANKS.get(new.state, 0), _RANKS.get(old.state, 0)
     if new_rank != old_rank:
         return new_rank > old_rank
-    if new_rank == _rank(states.SUCCESS):
+    if new.state == states.SUCCESS:
         # Two runs of one task: others may already have read the first result.
         return new.published < old.published
     return new.published >= old.published

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import time
-from typing import Callable, Deque, Dict, List, Optional
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.failures import was_refused
@@ -30,25 +30,21 @@ __all__ = ("BackgroundFollower",)
 MAX_LOOKS = 3
 
 
-class _Job:
-    """A look-up on another thread, or its result."""
+class _Done(NamedTuple):
+    """The result of a look-up on another thread."""
 
-    def __init__(self, look: Look) -> None:
-        self.look = look
-        self.covered = False
-        #: The states found; ``None`` if there was no time.
-        self.found: Optional[Dict[str, List[StateMessage]]] = None
-        self.failure: Optional[Exception] = None
-        #: Whether waiting continues after the failure.
-        self.harmless = False
+    look: Look
+    #: The states found; ``None`` if there was no time.
+    found: Optional[Dict[str, List[StateMessage]]]
+    failure: Optional[Exception]
+    #: Whether waiting continues after the failure.
+    harmless: bool
 
 
 class BackgroundFollower(Follower):
     """Follows tasks, and looks them up on other threads.
 
     Parameters:
-        inbox: pushes states.
-        reads: returns known states.
         lookup_timeout: seconds that a look-up may take.
         submit: calls a function with an argument on another thread, soon.
 
@@ -63,7 +59,7 @@ class BackgroundFollower(Follower):
         self._submit = submit
         self._running = 0
         #: Finished look-ups. Other threads append.
-        self._done: Deque[_Job] = collections.deque()
+        self._done: Deque[_Done] = collections.deque()
 
     def _look_up(self, until: float, deadline: Optional[float]) -> None:
         """Take in the results of look-ups, and begin others. Does no I/O."""
@@ -78,36 +74,35 @@ class BackgroundFollower(Follower):
         for ids, bound in ((unbound, False), (due - unbound, True)):
             if ids and self._running < MAX_LOOKS:
                 self._running += 1
-                self._submit(self._run, _Job(self._tasks.begin(ids, bound)))
+                self._submit(self._run, self._tasks.begin(ids, bound))
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, look: Look) -> None:
         """Look tasks up, on another thread."""
-        look = job.look
+        found: Optional[Dict[str, List[StateMessage]]] = None
+        failure: Optional[Exception] = None
+        harmless, covered = False, not look.bound
         try:
-            if look.bound:
+            if not covered:
                 self._inbox.cover(look.ids, time.monotonic() + self._lookup_timeout)
-                job.covered = True
-            job.found = self._reads.states(look.ids, stored=look.stored)
+                covered = True
+            found = self._reads.states(look.ids, stored=look.stored)
         except TimeoutError:
             # Without a connection there is nothing to look up yet.
             pass
         except errors.BackendUnavailable as exc:
-            job.failure = exc
-            covered = not look.bound or job.covered
-            job.harmless = covered and not was_refused(exc)
+            failure, harmless = exc, covered and not was_refused(exc)
         except Exception as exc:
-            job.failure = exc
+            failure = exc
         finally:
-            self._done.append(job)
+            self._done.append(_Done(look, found, failure, harmless))
             self.poke()
 
-    def _end(self, job: _Job) -> None:
-        counted = self._tasks.end(job.look, job.found)
-        if not counted:
+    def _end(self, done: _Done) -> None:
+        if not self._tasks.end(done.look, done.found):
             return
-        if job.failure is None:
+        if done.failure is None:
             once.forget(LOOK_UP_FAILED)
-        elif job.harmless:
-            warn_of_failed_look_up(job.failure)
+        elif done.harmless:
+            warn_of_failed_look_up(done.failure)
         else:
-            raise job.failure
+            raise done.failure

@@ -41,7 +41,6 @@ class PendingResults:
     """The result objects with callbacks to call when their tasks end.
 
     Parameters:
-        make_follower: makes the follower.
         resolve: gives a result object its final state, unless it has it already.
 
     Thread-safe. :meth:`remove` may be called by the garbage collector at any point.

@@ -140,11 +140,7 @@ class FollowedTasks:
         return {task_id for task_id in unbound if not self._tasks[task_id].looked_up}
 
     def begin(self, ids: Collection[str], bound: bool) -> Look:
-        """Begin to look up *ids*.
-
-        Parameters:
-            bound: whether the bindings will stand before the store is read.
-        """
+        """Begin to look up *ids*."""
         tasks = {task_id: self._tasks[task_id] for task_id in ids}
         stored = {i for i, task in tasks.items() if task.sure or not task.pushed}
         look = Look(set(ids), bound, stored)
@@ -156,11 +152,8 @@ class FollowedTasks:
     def end(self, look: Look, found: Optional[Mapping[str, List[StateMessage]]]) -> bool:
         """End a look-up, and release the states that were held back for it.
 
-        Parameters:
-            found: the states in the store; ``None`` if it could not be read.
-
-        Returns:
-            Whether any of its tasks still counted on it.
+        *found* is ``None`` if the store could not be read. Returns whether any of its tasks still
+        counted on it.
         """
         ids = [i for i in look.ids if i in self._tasks and self._tasks[i].look is look]
         for task_id in ids:

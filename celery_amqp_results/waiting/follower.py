@@ -43,8 +43,6 @@ class Follower:
     """Follows tasks until they end. For one thread; must be closed at the end.
 
     Parameters:
-        inbox: pushes states.
-        reads: returns known states.
         wake: called, by any thread, when :meth:`step` has something to do.
     """
 
@@ -57,12 +55,6 @@ class Follower:
         self._tasks = FollowedTasks()
         self.pending = self._tasks.pending
         self._rechecks = Rechecks(time.monotonic())
-
-    def __enter__(self) -> Follower:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def add(self, ids: Iterable[str]) -> None:
         """Follow *ids* as well. Does no I/O."""

@@ -16,12 +16,6 @@ class Following(Protocol):
     #: The tasks that have not ended, each with its current state so far.
     pending: Dict[str, Optional[StateMessage]]
 
-    def __enter__(self) -> Following:
-        """Return itself."""
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Close it."""
-
     def add(self, ids: Iterable[str]) -> None:
         """Follow *ids* as well. Does no I/O."""
 

@@ -61,10 +61,6 @@ class Pass:
         """Answer from one read of all *tasks* that are not known to be ready.
 
         A pass within another one, of a group in a group, is part of it.
-
-        Parameters:
-            read: reads the states of ids.
-            tasks: result objects.
         """
         if hasattr(self._local, "states"):
             yield

@@ -34,11 +34,7 @@ def published_as(state: StateMessage) -> Hashable:
 
 
 class Progress:
-    """The tasks that have not ended, and their states so far.
-
-    Parameters:
-        identify: returns what two receptions of the same state have in common.
-    """
+    """The tasks that have not ended, and their states so far."""
 
     def __init__(self, identify: Callable[[StateMessage], Hashable] = published_as) -> None:
         self._identify = identify

@@ -19,8 +19,7 @@ SILENCE = 1.0
 class Rechecks:
     """Decides when all tasks are read from the store again. Has no clock and does no I/O.
 
-    Parameters:
-        now: the time (``time.monotonic``).
+    Times are those of ``time.monotonic``; *received* is how many messages have come.
     """
 
     def __init__(self, now: float) -> None:
@@ -33,12 +32,7 @@ class Rechecks:
         self._was_silent = False
 
     def is_due(self, now: float, received: int) -> bool:
-        """Return whether to read the store now; then the next time is later.
-
-        Parameters:
-            now: the time (``time.monotonic``).
-            received: how many messages have come.
-        """
+        """Return whether to read the store now; then the next time is later."""
         if now < self._due_at - SILENCE:
             return False
         if self._silent_since is None or received != self._received:

@@ -17,11 +17,7 @@ __all__ = ("leaves", "parents", "tasks_in")
 
 
 def leaves(node: Any) -> Iterator[Any]:
-    """Yield the tasks that *node* stands for: the members of a group one by one, or itself.
-
-    Parameters:
-        node: an id, a result object or a result set. Ids are yielded as they are.
-    """
+    """Yield the members of the group *node* one by one, or the id or result object itself."""
     if isinstance(node, ResultSet):
         for member in node.results:
             yield from leaves(member)
@@ -30,11 +26,7 @@ def leaves(node: Any) -> Iterator[Any]:
 
 
 def parents(node: object) -> Iterator[TaskResult]:
-    """Yield the tasks before *node* in a chain, first to last.
-
-    Parameters:
-        node: an id, which has none, a result object or a group.
-    """
+    """Yield the tasks before the result object or group *node* in a chain, first to last."""
     before = []
     parent = getattr(node, "parent", None)
     while parent is not None:

@@ -46,11 +46,7 @@ class Tappable(Protocol):
     """A layout in which the states of all tasks come by at one place."""
 
     def tap(self, wanted: Optional[Collection[str]] = None) -> Tap:
-        """Return a tap of all published states.
-
-        Parameters:
-            wanted: names of the states to get, ``None`` for all.
-        """
+        """Return a tap of all states, or of the *wanted* ones."""
 
 
 def tap_of(layout: object, wanted: Optional[Collection[str]] = None) -> Tap:
@@ -74,8 +70,6 @@ class Tap:
     it opens another; states published in between are missed.
 
     Parameters:
-        connector: opens the connection.
-        declarations: provides the names, and declares the exchange.
         wanted: names of the states to get, ``None`` for all.
 
     For one thread, except :meth:`poke` and :meth:`shut`. Does no I/O until :meth:`step`.
@@ -98,8 +92,6 @@ class Tap:
         self._shut = False
         self._process = Process()
         self._newest = Newest(MAX_REMEMBERED)
-        #: How often the connection was lost.
-        self.lost = 0
         #: Made by the first step, since a tap that is never used is not closed either.
         self._wake_up: Optional[WakeUp] = None
 
@@ -171,7 +163,6 @@ class Tap:
         link, self._link = self._link, None
         if link is not None:
             link.drop()
-            self.lost += 1
         self._declarations.forget()
         if is_refusal(exc):
             raise errors.BackendUnavailable(

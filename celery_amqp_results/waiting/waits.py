@@ -108,14 +108,7 @@ class Patience(NamedTuple):
 
 
 class Waits:
-    """Waits for tasks.
-
-    Parameters:
-        layout: returns the layout of this process.
-        decoder: decodes states.
-
-    Thread-safe. After a fork the child calls :meth:`reset`.
-    """
+    """Waits for tasks. Thread-safe. After a fork the child calls :meth:`reset`."""
 
     def __init__(self, layout: Callable[[], Readable], decoder: Decoder) -> None:
         self._layout = layout
@@ -124,10 +117,12 @@ class Waits:
 
     def reset(self) -> None:
         """Start afresh, like a new process that waits for nothing."""
-        self._lock = threading.Lock()
         self._resolving = threading.Lock()
-        #: The results with callbacks; ``None`` where there was none yet.
-        self.pending: Optional[PendingResults] = None
+        #: The results with callbacks.
+        self.pending = self._no_callbacks()
+
+    def _no_callbacks(self) -> PendingResults:
+        return PendingResults(lambda: self._layout().follower(), self.resolve)
 
     def updates(
         self, ids: Iterable[str], patience: Patience, parents: Collection[str] = ()
@@ -203,8 +198,6 @@ class Waits:
         """Wait for tasks; yield the final state of each as it comes.
 
         Parameters:
-            ids: the tasks.
-            patience: how long.
             on_message: called with the meta of every state, in the order of publishing.
             parents: result objects of tasks before these in a chain. The wait ends when one of the
                 parents fails.
@@ -373,25 +366,16 @@ class Waits:
 
     def add_callback(self, result: Any) -> None:
         """Call the callbacks of *result* when its task ends. Does no I/O."""
-        if self.pending is None:
-            layout = self._layout()
-            with self._lock:
-                if self.pending is None:
-                    self.pending = PendingResults(layout.follower, self.resolve)
         self.pending.add(result)
 
     def remove_callback(self, result: Any) -> None:
         """Stop calling callbacks of *result*. Safe within garbage collection: no lock, no I/O."""
-        pending = self.pending
-        if pending is not None:
-            pending.remove(result)
+        self.pending.remove(result)
 
     def close(self) -> None:
         """Stop calling callbacks."""
-        with self._lock:
-            pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.close()
+        pending, self.pending = self.pending, self._no_callbacks()
+        pending.close()
 
 
 class _Missing:

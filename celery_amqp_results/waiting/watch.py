@@ -42,7 +42,6 @@ from celery_amqp_results.waiting.tap import FORKED, Tap
 __all__ = (
     "UNREADABLE",
     "Target",
-    "decode_or_none",
     "leave_out",
     "read_states",
     "read_target",
@@ -117,16 +116,11 @@ def watch_ids(
     decode: Callable[[StateMessage], Meta],
     wanted: Optional[Collection[str]],
 ) -> Generator[Meta, None, None]:
-    """Yield the metas of *updates* in the guaranteed order.
+    """Yield the metas of *ended* tasks and of *updates* in the guaranteed order.
 
     Parameters:
-        updates: updates of the tasks; closed at the end.
-        ended: metas of tasks that have ended.
-        decode: decodes a state.
+        updates: closed at the end.
         wanted: names of the states to yield, ``None`` for all.
-
-    Raises:
-        Exception: errors of *updates* and *decode*.
     """
     newest = Newest()
     process = Process()
@@ -150,26 +144,17 @@ def watch_everything(
     """Yield the metas of the states from *tap*, for *timeout* seconds or for ever.
 
     A state that cannot be decoded is left out with a warning, since the others are not affected.
-
-    Raises:
-        BackendUnavailable, DeclarationRefused: see :meth:`Tap.step`.
     """
     deadline = deadline_after(timeout)
     with tap:
         while deadline is None or time.monotonic() < deadline:
             for state in tap.step(deadline, LONGEST_STEP):
-                decoded = decode_or_none(state, decode)
-                if decoded is not None:
-                    yield decoded
-
-
-def decode_or_none(state: StateMessage, decode: Callable[[StateMessage], Meta]) -> Optional[Meta]:
-    """Return the meta of *state* with its id, or log a warning and return ``None``."""
-    try:
-        return {"task_id": state.id, **decode(state)}
-    except UNREADABLE as exc:
-        leave_out(state, exc)
-        return None
+                try:
+                    decoded = decode(state)
+                except UNREADABLE as exc:
+                    leave_out(state, exc)
+                else:
+                    yield {"task_id": state.id, **decoded}
 
 
 def leave_out(state: StateMessage, exc: Exception) -> None:

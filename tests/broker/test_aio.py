@@ -308,6 +308,18 @@ def test_as_completed_yields_each_result_as_it_finishes(app: Celery, worker: Cel
     run(scenario)
 
 
+def test_as_completed_takes_results_from_a_generator(app: Celery, worker: Celery) -> None:
+    async def scenario() -> None:
+        ids = [new_id() for _ in range(2)]
+        for number, task_id in enumerate(ids):
+            store(worker, task_id, number)
+        results = (app.AsyncResult(task_id) for task_id in ids)
+        found = [each async for each in aio.as_completed(results, timeout=LONG)]
+        assert sorted(found) == sorted(zip(ids, range(2)))
+
+    run(scenario)
+
+
 def test_as_completed_continues_after_a_failure_on_request(app: Celery, worker: Celery) -> None:
     async def scenario() -> None:
         bad, good, missing = new_id(), new_id(), new_id()

@@ -263,4 +263,4 @@ def test_no_thread_starts_without_a_callback(app: Celery) -> None:
     task_id = new_id()
     app.backend.store_result(task_id, 1, states.SUCCESS)
     assert app.AsyncResult(task_id).get(timeout=LONG) == 1
-    assert app.backend.waits.pending is None
+    assert app.backend.waits.pending._follower is None

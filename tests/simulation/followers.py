@@ -261,7 +261,9 @@ class Client:
         self._to_run.release()
 
     def _follow(self) -> None:
-        with follower.Follower(self.process.inbox, self.process.reads) as following:
+        with contextlib.closing(
+            follower.Follower(self.process.inbox, self.process.reads)
+        ) as following:
             while not self.leaves:
                 if self.more:
                     more, self.more = self.more, []

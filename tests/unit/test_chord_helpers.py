@@ -16,7 +16,7 @@ def test_a_function_that_no_thread_could_take_is_refused_and_later_ones_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fail_once(monkeypatch, helpers)
-    threads = helpers.Helpers("test")
+    threads = helpers.Helpers()
     ran: List[str] = []
     with pytest.raises(RuntimeError, match="can't start new thread"):
         threads.submit(lambda: ran.append("refused"))
@@ -30,7 +30,7 @@ def test_a_function_that_no_thread_could_take_is_refused_and_later_ones_run(
 def test_a_function_waits_for_another_thread_if_none_can_be_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    threads = helpers.Helpers("test")
+    threads = helpers.Helpers()
     release = threading.Event()
     ran: List[int] = []
     threads.submit(lambda: ran.append(release.wait(PATIENCE)))
@@ -42,8 +42,11 @@ def test_a_function_waits_for_another_thread_if_none_can_be_started(
     threads.close()
 
 
-def test_a_thread_survives_whatever_a_function_raises() -> None:
-    threads = helpers.Helpers("test", most=1)
+def test_a_thread_survives_whatever_a_function_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(helpers, "HELPERS", 1)
+    threads = helpers.Helpers()
     ran: List[str] = []
 
     def leave() -> None:

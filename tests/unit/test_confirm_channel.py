@@ -84,6 +84,15 @@ class Link:
         self._pass(max(0.0, min(left, timeout)))
         return left <= timeout
 
+    #: There is always room to send.
+    ready = readable
+
+    def flush(self) -> None:
+        """Do nothing: nothing is kept."""
+
+    def tick(self) -> None:
+        """Do nothing: there are no heartbeats."""
+
     def acks(self, channel: int) -> Iterator[Tuple[int, bool]]:
         assert channel == NUMBER
         self._fill()
@@ -116,9 +125,9 @@ def on(link: Link, **options: bool) -> ConfirmChannel:
     return ConfirmChannel(link, **options)  # type: ignore[arg-type]
 
 
-def made(name: str, waited: bool = True) -> Publication:
+def made(name: str) -> Publication:
     message = Outgoing("q", {"correlation_id": name}, name.encode() * 200, 0, name, PUSHED)
-    return Publication(message, waited)
+    return Publication(message)
 
 
 def published(channel: ConfirmChannel, *names: str) -> List[Publication]:
@@ -181,12 +190,10 @@ def test_a_message_and_its_live_copy_are_written_at_once(link: Link, push: bool)
     one.push = push
     channel.publish(one)
     message = one.message
+    addresses = [("", "q", True), *[(*PUSHED, False)] * push]
     assert link.written == [
-        frames.publish_frames(
-            NUMBER, "", "q", True, message.properties, message.body, FRAME_MAX,
-            PUSHED if push else None,
-        )
-    ]  # fmt: skip
+        frames.publish_frames(NUMBER, FRAME_MAX, message.properties, message.body, *addresses)
+    ]
     assert (one.status, one.copying) == (Status.SENT, push)
     assert one.sent == link.clock.monotonic()
 
@@ -198,10 +205,8 @@ def test_a_live_copy_that_was_held_is_written_to_the_exchange(link: Link) -> Non
     channel.publish_copy(one)
     message = one.message
     assert link.written[1:] == [
-        frames.publish_frames(
-            NUMBER, *PUSHED, False, message.properties, message.body, FRAME_MAX
-        )
-    ]  # fmt: skip
+        frames.publish_frames(NUMBER, FRAME_MAX, message.properties, message.body, (*PUSHED, False))
+    ]
     assert one.copying
     # Its confirm has the tag after the message's.
     channel.log.acknowledged(2, False)

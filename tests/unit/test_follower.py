@@ -6,6 +6,7 @@ The inbox knows what the tests push, and the store is a dict.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import logging
 import threading
@@ -55,7 +56,7 @@ def store() -> FakeStore:
 
 @pytest.fixture
 def follower(inbox: FakeInbox, store: FakeStore) -> Iterator[Follower]:
-    with follower_of(inbox, store) as made:
+    with contextlib.closing(follower_of(inbox, store)) as made:
         yield made
 
 
@@ -253,7 +254,7 @@ def test_a_discarded_task_causes_no_look_up(store: FakeStore, follower: Follower
 
 
 def test_closing_a_follower_leaves_nothing_behind(inbox: FakeInbox, store: FakeStore) -> None:
-    with follower_of(inbox, store) as follower:
+    with contextlib.closing(follower_of(inbox, store)) as follower:
         follower.add([sent(inbox), new_id()])
         assert inbox.waited_for == 2
     assert inbox.waited_for == 0
@@ -379,7 +380,7 @@ def test_a_lost_push_is_found_by_a_look_up(
     monkeypatch.setattr(rechecks, "FIRST_RECHECK", 0.0)
     monkeypatch.setattr(rechecks, "SILENCE", 0.0)
     task_id = sent(inbox)
-    with follower_of(inbox, store) as follower:
+    with contextlib.closing(follower_of(inbox, store)) as follower:
         follower.add([task_id])
         done = state(task_id)
         store.add(done)
@@ -389,7 +390,7 @@ def test_a_lost_push_is_found_by_a_look_up(
 def test_look_ups_become_less_frequent(inbox: FakeInbox, store: FakeStore, clock: Clock) -> None:
     task_id = sent(inbox)
     asked_at = []
-    with follower_of(inbox, store) as follower:
+    with contextlib.closing(follower_of(inbox, store)) as follower:
         follower.add([task_id])
         while clock.now < 2000.0:
             before = len(store.asked)
@@ -408,7 +409,7 @@ def test_a_final_state_without_a_push_makes_the_inbox_suspect(
     suspicions: List[str] = []
     monkeypatch.setattr(inbox, "suspect", suspicions.append)
     pushed, missed, fresh = sent(inbox), sent(inbox), sent(inbox)
-    with follower_of(inbox, store) as follower:
+    with contextlib.closing(follower_of(inbox, store)) as follower:
         follower.add([pushed, missed, fresh])
         step(follower)
         done = state(pushed, published=1_000_000)
@@ -440,7 +441,7 @@ def test_arriving_pushes_postpone_look_ups(
     monkeypatch.setattr(inbox, "suspect", suspicions.append)
     waited_for = sent(inbox)
     asked_at = []
-    with follower_of(inbox, store) as follower:
+    with contextlib.closing(follower_of(inbox, store)) as follower:
         follower.add([waited_for])
         clock.now += 20
         store.add(state(waited_for, published=40_000_000))
@@ -480,7 +481,7 @@ def test_pushes_are_held_back_only_briefly_while_look_ups_fail(
     one, other = "an id of my own", "another id of my own"
     inbox.note_sent(one)
     inbox.note_sent(other)
-    with follower_of(inbox, store) as follower:
+    with contextlib.closing(follower_of(inbox, store)) as follower:
         follower.add([one, other])
         store.failure = timed_out()
         assert settle(follower) == []
@@ -518,7 +519,7 @@ def test_a_long_wait_wakes_up_when_held_back_states_are_due(
         clock.now = deadline
         raise TimeoutError
 
-    with follower_of(inbox, store) as follower:
+    with contextlib.closing(follower_of(inbox, store)) as follower:
         monkeypatch.setattr(follower._waiter, "wait", sleep)
         follower.add([task_id])
         store.failure = timed_out()
@@ -538,7 +539,7 @@ def test_periodic_look_ups_do_not_hold_pushes_back(
 ) -> None:
     # Given a task that has missed no state
     task_id = sent(inbox)
-    with follower_of(inbox, store) as follower:
+    with contextlib.closing(follower_of(inbox, store)) as follower:
         follower.add([task_id])
         # When nothing arrives for a long time, and look-ups fail
         store.failure = timed_out()
@@ -683,7 +684,7 @@ def test_another_thread_can_wake_a_waiter(inbox: FakeInbox, follower: Follower, 
 def test_a_wake_function_is_called(inbox: FakeInbox, store: FakeStore) -> None:
     calls: List[None] = []
     task_id = sent(inbox)
-    with follower_of(inbox, store, lambda: calls.append(None)) as follower:
+    with contextlib.closing(follower_of(inbox, store, lambda: calls.append(None))) as follower:
         follower.add([task_id])
         assert calls == []
         push(inbox, state(task_id))

@@ -106,7 +106,7 @@ def test_a_chord_is_fired_once_when_all_its_tasks_have_ended() -> None:
     assert set(fire.ends) == {"a", "b"}
     leader.sent("m")
     assert leader.take() == [Acknowledge((7,))]
-    assert (leader.open, leader.held_bytes) == (0, 0)
+    assert (leader.open, leader._ends.bytes) == (0, 0)
 
 
 def test_ends_that_come_before_the_plan_count() -> None:
@@ -621,11 +621,11 @@ def test_a_success_replaces_a_failure_while_the_chord_is_open() -> None:
     leader = settled()
     leader.plan_delivered(plan("a", "b"), 7, False, NOW)
     leader.state_pushed(end("a", WALL, "FAILURE", b"xxx"), NOW, WALL)
-    assert leader.held_bytes == 3
+    assert leader._ends.bytes == 3
     leader.state_pushed(end("a", WALL + 1, "SUCCESS", b"xxxxx"), NOW, WALL)
     # A failure that comes later changes nothing.
     leader.state_pushed(end("a", WALL + 2, "FAILURE", b"x"), NOW, WALL)
-    assert leader.held_bytes == 5
+    assert leader._ends.bytes == 5
     leader.state_pushed(end("b", body=b"y"), NOW, WALL)
     fire = the(Fire, leader)
     assert {task_id: each.state for task_id, each in fire.ends.items()} == {
@@ -633,7 +633,7 @@ def test_a_success_replaces_a_failure_while_the_chord_is_open() -> None:
         "b": "SUCCESS",
     }
     leader.sent("m")
-    assert leader.held_bytes == 0
+    assert leader._ends.bytes == 0
 
 
 def test_a_success_replaces_a_failure_that_came_before_the_plan() -> None:
@@ -652,7 +652,7 @@ def test_all_bodies_being_sent_count_as_memory_when_the_connection_is_lost() -> 
     leader.state_pushed(end("a", body=b"xx"), NOW, WALL)
     leader.state_pushed(end("b", body=b"xxx"), NOW, WALL)
     leader.connection_lost(["m", "other"])
-    assert (leader.open, leader.held_bytes) == (2, 5)
+    assert (leader.open, leader._ends.bytes) == (2, 5)
 
 
 def test_a_body_being_sent_is_kept_in_memory_when_the_connection_is_lost() -> None:
@@ -663,10 +663,10 @@ def test_a_body_being_sent_is_kept_in_memory_when_the_connection_is_lost() -> No
     leader.state_pushed(end("b", body=b"xxx"), NOW, WALL)
     assert kinds(leader.take()) == [Fire]
     leader.connection_lost(["m"])
-    assert (leader.open, leader.held_bytes, leader.next_event()) == (1, 5, math.inf)
+    assert (leader.open, leader._ends.bytes, leader.next_event()) == (1, 5, math.inf)
     leader.sent("m")
     # The plan was not delivered here again, and is acknowledged when it is.
-    assert (leader.open, leader.held_bytes, leader.take()) == (0, 0, [])
+    assert (leader.open, leader._ends.bytes, leader.take()) == (0, 0, [])
 
 
 def test_the_failed_sending_of_an_unknown_chord_changes_nothing() -> None:
@@ -701,14 +701,14 @@ def test_results_over_the_memory_are_kept_without_their_bodies() -> None:
     leader.state_pushed(end("b", body=b"x" * 9), NOW, WALL)
     fire = the(Fire, leader)
     assert fire.bodiless == {"b"}
-    assert leader.held_bytes == 9
+    assert leader._ends.bytes == 9
 
 
 def test_what_no_plan_waits_for_makes_room() -> None:
     leader = settled(memory=10)
     leader.state_pushed(end("a", body=b"x" * 9), NOW, WALL + LATER)
     leader.state_pushed(end("b", body=b"x" * 9), NOW, WALL + LATER)
-    assert leader.held_bytes == 9
+    assert leader._ends.bytes == 9
     # The forgotten end is looked up
     leader.plan_delivered(plan("a"), 7, False, NOW)
     leader.tick(NOW, WALL)

@@ -235,7 +235,7 @@ def py_amqp_writes(properties: Dict[str, Any], body: bytes) -> bytes:
 
 
 def we_write(properties: Dict[str, Any], body: bytes) -> bytes:
-    octets = frames.publish_frames(1, "x", "key", False, properties, body, 131072)
+    octets = frames.publish_frames(1, 131072, properties, body, ("x", "key", False))
     (method_size,) = struct.unpack_from(">I", octets, 3)
     start = 7 + method_size + 1
     (size,) = struct.unpack_from(">I", octets, start + 3)

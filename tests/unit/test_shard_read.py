@@ -12,6 +12,7 @@ from celery import states
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.confirms import Status
+from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import clock, page
 from celery_amqp_results.protocol.message import GROUP, MAX_AHEAD, STATE, StateMessage
 from celery_amqp_results.protocol.names import Topology
@@ -66,8 +67,9 @@ class Shard:
         self.link = ShardLink(self.queue)
         declarations: Any = mock.Mock(topology=topology)
         pool: Any = None
-        given = {"lookup_timeout": 10.0, "page_size": 10_000, "persistent": True, **options}
-        self.store = store.Store(pool, declarations, **given)
+        persistent = options.pop("persistent", True)
+        given = Options(**{"page_size": 10_000, **options})
+        self.store = store.Store(pool, declarations, given, persistent)
         self.rejected: List[str] = []
         self.store.reject = (  # type: ignore[method-assign]
             lambda where, why: self.rejected.append(f"{where}: {why}")

@@ -235,7 +235,7 @@ def test_queues_are_declared_as_documented(queue_type: str) -> None:
         arguments["x-consumer-disconnected-timeout"] = 1000
 
     def durable(name: str, **more: int) -> QueueSpec:
-        return QueueSpec(name, True, False, False, {**arguments, **more})
+        return QueueSpec(name, {**arguments, **more})
 
     assert here.shard_queue(7) == durable("celeryresults.shard.7")
     assert here.plan_queue(7) == durable("celeryresults.chords.7")
