@@ -7,11 +7,23 @@ bytes.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import logging
 import time
-from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import (
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+)
 
 import amqp
 import amqp.exceptions
@@ -125,6 +137,7 @@ class Publication:
         "failure",
         "homeless",
         "message",
+        "plain",
         "push",
         "refusals",
         "returned",
@@ -137,6 +150,8 @@ class Publication:
         self.message = message
         #: Whether a caller waits for its confirm.
         self.waited = True
+        #: Whether it is published without a confirm, see :class:`ConfirmChannel`.
+        self.plain = False
         self.status = Status.UNSENT
         #: Whether the live copy is sent together with the message. Otherwise it follows when the
         #: message is confirmed.
@@ -161,37 +176,47 @@ class Publication:
 
 
 class ConfirmLog:
-    """Tracks the messages published on one channel, and the broker's answers.
+    """Tracks the messages published on one connection, and the broker's answers.
 
-    Delivery tags count from 1. A message has one, and its live copy the next one.
+    Delivery tags count from 1. A message has one, and its live copy the next one. Plain messages
+    have none: the answer to a request stands for all of them that were sent before it.
     """
 
     def __init__(self) -> None:
         self._tag = 0
-        # Both in the order of publishing.
+        # All in the order of publishing.
         self._kept: Dict[int, Publication] = {}
         self._copies: Dict[int, Publication] = {}
+        self._plain: Dict[int, Publication] = {}
+        self._last_plain = self._last_asked = 0
+        #: For each request without an answer, the last plain message before it.
+        self._requests: Deque[int] = collections.deque()
         #: Messages that were returned or refused and that no caller waits for.
         self.strays: List[Publication] = []
         #: How often the broker has confirmed or refused something.
         self.answers = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._kept) + len(self._plain)
 
     def __iter__(self) -> Iterator[Publication]:
-        return iter(list(self._kept.values()))
+        # Copied in one step each: another thread may take in confirms meanwhile.
+        return iter([*list(self._kept.values()), *list(self._plain.values())])
 
     @property
     def busy(self) -> bool:
         """Whether anything that matters is unconfirmed, or must be published again."""
         copies = any(publication.waited for publication in list(self._copies.values()))
-        return bool(self._kept or copies or self.strays)
+        return bool(self._kept or self._plain or copies or self.strays)
+
+    @property
+    def unasked(self) -> bool:
+        """Whether plain messages were sent since the last request."""
+        return self._last_plain > self._last_asked
 
     def unwaited(self) -> List[Publication]:
         """Return the unconfirmed publications that no caller waits for."""
-        # Copied in one step: another thread may take in confirms meanwhile.
-        return [publication for publication in list(self._kept.values()) if not publication.waited]
+        return [publication for publication in self if not publication.waited]
 
     def has_late_copy(self, before: float) -> bool:
         """Return whether a live copy sent before that time is still unconfirmed."""
@@ -200,11 +225,15 @@ class ConfirmLog:
 
     def sent(self, publication: Publication, now: float) -> None:
         """Note that *publication* is being sent, with its live copy if it has one."""
-        self._tag += 1
-        self._kept[self._tag] = publication
         publication.status, publication.returned, publication.failure = Status.SENT, False, None
         publication.sent = now
         publication.copying = False
+        if publication.plain:
+            self._last_plain += 1
+            self._plain[self._last_plain] = publication
+            return
+        self._tag += 1
+        self._kept[self._tag] = publication
         if publication.push and publication.message.pushed is not None:
             self.copy_sent(publication)
 
@@ -223,6 +252,17 @@ class ConfirmLog:
             self._settle(publication, Status.RETURNED if publication.returned else Status.CONFIRMED)
         for publication in _taken(self._copies, tag, multiple):
             publication.copying = False
+
+    def request_sent(self) -> None:
+        """Note that a request follows all plain messages so far."""
+        self._last_asked = self._last_plain
+        self._requests.append(self._last_plain)
+
+    def answered(self) -> None:
+        """Note the answer to the oldest request: the broker has routed what was sent before it."""
+        self.answers += 1
+        for publication in _taken(self._plain, self._requests.popleft(), True):
+            self._settle(publication, Status.RETURNED if publication.returned else Status.CONFIRMED)
 
     def refused(self, tag: int, multiple: bool) -> int:
         """Note that the broker refused *tag*, or everything up to it.
@@ -251,7 +291,7 @@ class ConfirmLog:
         """
         candidates = [
             publication
-            for publication in self._kept.values()
+            for publication in self
             if publication.message.queue == queue and not publication.returned
         ]
         identity = _identity(properties)
@@ -263,7 +303,7 @@ class ConfirmLog:
 
     def lost(self, failure: BaseException) -> List[Publication]:
         """Note that the connection was lost; return all publications without an answer."""
-        lost = list(self._kept.values())
+        lost = list(self)
         # The live copy of a kept state may be lost. A caller that still waits for it sends both
         # again.
         lost += [p for p in self._copies.values() if p.waited and p.status is Status.CONFIRMED]
@@ -271,7 +311,9 @@ class ConfirmLog:
             publication.status, publication.failure = Status.LOST, failure
         for publication in self._copies.values():
             publication.copying = False
-        self._kept, self._copies = {}, {}
+        self._kept, self._copies, self._plain = {}, {}, {}
+        self._requests.clear()
+        self._last_asked = self._last_plain
         return lost
 
 
@@ -292,16 +334,22 @@ def _taken(unsettled: Dict[int, Publication], tag: int, multiple: bool) -> List[
 class ConfirmChannel:
     """A channel in confirm mode, and its unconfirmed publications.
 
+    For each confirm, a classic queue of RabbitMQ 4 opens and closes a file. So *plain* messages go
+    through a second channel without confirms. Now and then a request follows them there. Its answer
+    says that the broker has routed them, after it has returned those without a queue.
+
     Not thread-safe.
 
     Parameters:
         in_alarm: whether an alarm of the broker may block it as soon as something is published.
+        plain: whether there are plain messages. Where the connection has no room for another
+            channel, they are confirmed like others.
 
     Raises:
         amqp.AMQPError, OSError: when the connection is lost, here and in all methods.
     """
 
-    def __init__(self, link: Link, in_alarm: bool = False) -> None:
+    def __init__(self, link: Link, in_alarm: bool = False, plain: bool = False) -> None:
         self.link = link
         self.log = ConfirmLog()
         self._in_alarm = in_alarm
@@ -309,6 +357,11 @@ class ConfirmChannel:
         # The broker never refuses this, so its answer is not worth a round trip.
         self.channel.confirm_select(nowait=True)
         self._asking: Optional[amqp.Channel] = None
+        self._plain: Optional[amqp.Channel] = None
+        if plain and link.has_room():
+            self._plain = link.channel()
+            self._plain.events["basic_return"].add(self._on_return)
+            nowait.on_qos(self._plain, self.log.answered)
         self.channel.events["basic_ack"].add(self.log.acknowledged)
         self.channel.events["basic_nack"].add(self._on_nack)
         self.channel.events["basic_return"].add(self._on_return)
@@ -335,23 +388,38 @@ class ConfirmChannel:
         addresses: List[frames.Address] = [("", message.queue, True)]
         if publication.push and message.pushed is not None:
             addresses.append((*message.pushed, False))
-        octets = self._frames(message, *addresses)
+        publication.plain = publication.plain and self._plain is not None
+        if publication.plain:
+            assert self._plain is not None
+            octets = self._frames(self._plain, message, *addresses)
+        else:
+            # Its caller waits for earlier messages too.
+            self.ask_about_plain()
+            octets = self._frames(self.channel, message, *addresses)
         self.log.sent(publication, time.monotonic())
         nowait.write(self.link.amqp, octets)
+
+    def ask_about_plain(self) -> None:
+        """Request an answer that follows all plain messages so far, without waiting for it."""
+        if self._plain is not None and self.log.unasked:
+            self.log.request_sent()
+            nowait.qos(self._plain)
 
     def publish_copy(self, publication: Publication) -> None:
         """Publish the live copy of a message that the broker has confirmed."""
         message = publication.message
         assert message.pushed is not None
-        octets = self._frames(message, (*message.pushed, False))
+        octets = self._frames(self.channel, message, (*message.pushed, False))
         self.log.copy_sent(publication)
         nowait.write(self.link.amqp, octets)
 
-    def _frames(self, message: Outgoing, *addresses: frames.Address) -> bytes:
-        if not self.channel.is_open:
+    def _frames(
+        self, channel: amqp.Channel, message: Outgoing, *addresses: frames.Address
+    ) -> bytes:
+        if not channel.is_open:
             raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
         return frames.publish_frames(
-            self.channel.channel_id,
+            channel.channel_id,
             self.link.amqp.frame_max,
             message.properties,
             message.body,

@@ -9,7 +9,7 @@ from amqp import spec
 
 from celery_amqp_results.amqp import frames
 
-__all__ = ("bind", "on_bound", "publish", "unbind", "write")
+__all__ = ("bind", "on_bound", "on_qos", "publish", "qos", "unbind", "write")
 
 
 def write(connection: amqp.Connection, octets: bytes) -> None:
@@ -53,3 +53,13 @@ def bind(channel: amqp.Channel, queue: str, exchange: str, key: str) -> None:
 def unbind(channel: amqp.Channel, queue: str, exchange: str, key: str) -> None:
     """Request that a binding is removed."""
     channel.send_method(spec.Queue.Unbind, "BsssF", (0, queue, exchange, key, None))
+
+
+def on_qos(channel: amqp.Channel, callback: Callable[[], None]) -> None:
+    """Call *callback* for each answer to :func:`qos`; they come in order."""
+    channel._callbacks[spec.Basic.QosOk] = callback
+
+
+def qos(channel: amqp.Channel) -> None:
+    """Request that deliveries are not limited, see :func:`on_qos`."""
+    channel.send_method(spec.Basic.Qos, "lBb", (0, 0, False))

@@ -49,14 +49,19 @@ class SharedChannel:
     Parameters:
         on_lost: called with every publication that a lost connection leaves behind and that no
             caller waits for. Must not publish.
+        plain: whether messages are published without confirms.
 
     Thread-safe. After a fork the child must make a new one.
     """
 
     def __init__(
-        self, connector: connections.Connector, on_lost: Callable[[Publication], None]
+        self,
+        connector: connections.Connector,
+        on_lost: Callable[[Publication], None],
+        plain: bool = False,
     ) -> None:
         self._connector = connector
+        self._plain = plain
         self._on_lost = on_lost
         # Guards the channel, and everything read from its socket or written to it.
         self._io = threading.Lock()
@@ -176,7 +181,7 @@ class SharedChannel:
             raise
         try:
             link.keep_unsent()
-            self._channel = ConfirmChannel(link, self._in_alarm)
+            self._channel = ConfirmChannel(link, self._in_alarm, self._plain)
         except BaseException:
             link.drop()
             self._connector.mark_host_failed(link)
@@ -184,18 +189,18 @@ class SharedChannel:
         return self._channel
 
     def _took_in_unled(self, channel: ConfirmChannel) -> bool:
-        """Take in what has come, unless a leader does that; see :meth:`_took_in`."""
+        """Take in what has come, unless a leader does that; see :meth:`_survives`."""
 
         def take_in() -> None:
             channel.link.flush()
             channel.take_in()
 
-        return self._took_in(channel, functools.partial(self._turns.if_unled, take_in))
+        return self._survives(channel, functools.partial(self._turns.if_unled, take_in))
 
-    def _took_in(self, channel: ConfirmChannel, take_in: Callable[[], None]) -> bool:
-        """Call *take_in*; return whether the connection is still there."""
+    def _survives(self, channel: ConfirmChannel, work: Callable[[], None]) -> bool:
+        """Have *work* use *channel*; return whether the connection survives that."""
         try:
-            take_in()
+            work()
         except TRANSIENT as exc:
             raise_if_from_signal_handler(exc)
             self._lose(channel, exc)
@@ -285,7 +290,7 @@ class SharedChannel:
             return False
         with self._io:
             if channel is self._channel:
-                self._took_in(channel, functools.partial(_take_in, channel, before))
+                self._survives(channel, functools.partial(_take_in, channel, before))
         return True
 
     def collect(self, deadline: Optional[float] = None) -> List[Publication]:
@@ -297,6 +302,8 @@ class SharedChannel:
         with self._held(deadline):
             channel = self._channel
             if channel is None or not self._took_in_unled(channel):
+                return []
+            if not self._survives(channel, channel.ask_about_plain):
                 return []
             return channel.log.unwaited()
 
@@ -310,6 +317,7 @@ class SharedChannel:
             return False
         self._may_send.clear()
         try:
+            self.collect()
             self.wait(Waiter(list(channel.log)), time.monotonic() + GIVE_UP_SECONDS)
             with self.present() as present:
                 if present is None or present is not channel or channel.log.busy:

@@ -428,7 +428,7 @@ def setting_findings(session: Session) -> Iterator[Finding]:
         yield Finding(
             "confirms",
             "info",
-            "the option confirm is false: a result that the broker did not get is not noticed",
+            "confirm is false: results may be lost if RabbitMQ is killed or a shard is full",
             "nothing to do if speed counts for more than results",
         )
     if "pickle" in (conf.result_accept_content or conf.accept_content or ()):

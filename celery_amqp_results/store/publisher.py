@@ -64,6 +64,9 @@ _T = TypeVar("_T")
 class Publisher:
     """Publishes messages on one connection.
 
+    Parameters:
+        plain: whether messages that no caller waits for are published without confirms.
+
     Thread-safe. After a fork the child must make a new publisher.
 
     Raises:
@@ -74,10 +77,13 @@ class Publisher:
             may not be stored then.
     """
 
-    def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
+    def __init__(
+        self, connector: connections.Connector, declarations: Declarations, plain: bool = False
+    ) -> None:
         self._connector = connector
         self._declarations = declarations
-        self._unwaited = Unwaited(connector, declarations)
+        self._plain = plain
+        self._unwaited = Unwaited(connector, declarations, plain)
         self._channel = self._unwaited.channel
         # Guards the counts.
         self._lock = threading.Lock()
@@ -177,6 +183,8 @@ class Publisher:
     def _deliver(self, delivery: Delivery, confirm: bool) -> None:
         """Publish the unsent messages of *delivery*; retry as the policy says."""
         tries = retry.Retry(self._connector.policy)
+        for publication in delivery.publications:
+            publication.plain = self._plain and not confirm
         verdict = delivery.judge()
         while True:
             try:

@@ -52,14 +52,19 @@ IDLE_CHECKS = 10
 class Unwaited:
     """Keeps the messages that no caller waits for until the broker has confirmed them.
 
+    Parameters:
+        plain: whether they are published without confirms.
+
     Thread-safe. After a fork the child must make a new one.
     """
 
-    def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
+    def __init__(
+        self, connector: connections.Connector, declarations: Declarations, plain: bool = False
+    ) -> None:
         self._declarations = declarations
         self.strays = Strays()
         #: The publishing channel.
-        self.channel = SharedChannel(connector, self._on_lost)
+        self.channel = SharedChannel(connector, self._on_lost, plain)
         self._lock = threading.Lock()
         self._keeper: Optional[threading.Thread] = None
         self._closed = threading.Event()
@@ -111,6 +116,7 @@ class Unwaited:
     def keep_up(self, log: ConfirmLog) -> None:
         """Keep the number of unconfirmed messages limited, and the checking thread running."""
         if len(log) > MAX_UNCONFIRMED:
+            self.channel.collect()
             # Only for half of them, so that the broker always has work.
             self.channel.wait(Waiter(log.unwaited()[: MAX_UNCONFIRMED // 2]))
         elif len(log) % COLLECT_EVERY == 0:

@@ -29,6 +29,17 @@ def flush(app: Celery) -> None:
     app.backend.layout.publisher._unwaited.flush(10)
 
 
+@contextlib.contextmanager
+def few_channels(node: rabbitmq.Node, number: int) -> Iterator[None]:
+    """Have *node* offer *number* channels to each new connection."""
+    before = node.eval("{ok, N} = application:get_env(rabbit, channel_max), N")
+    node.eval(f"application:set_env(rabbit, channel_max, {number})")
+    try:
+        yield
+    finally:
+        node.eval(f"application:set_env(rabbit, channel_max, {before})")
+
+
 def fail_once(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
     """Make the first thread that *module* starts fail, as the system does at its limit."""
     failed = threading.Event()

@@ -15,7 +15,7 @@ from celery import Celery
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import declarations
-from tests.broker.helpers import Waiting, flush, largest_message, new_id
+from tests.broker.helpers import Waiting, few_channels, flush, largest_message, new_id
 from tests.conftest import PATIENT_OPTIONS, Apps, connect, eventually
 from tools import rabbitmq
 
@@ -272,12 +272,8 @@ def test_a_user_with_few_channels_looks_many_shards_up(
 def test_a_connection_with_few_channels_looks_many_shards_up(
     number: int, make_app: Apps, node: rabbitmq.Node
 ) -> None:
-    before = node.eval("{ok, N} = application:get_env(rabbit, channel_max), N")
-    node.eval(f"application:set_env(rabbit, channel_max, {number})")
-    try:
+    with few_channels(node, number):
         look_up_all_shards(make_app(shards=64))
-    finally:
-        node.eval(f"application:set_env(rabbit, channel_max, {before})")
 
 
 def store_evenly(app: Celery, each: int, value: str) -> List[str]:

@@ -16,7 +16,7 @@ from celery_amqp_results.amqp.declarations import declare_exchange
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store import publisher, unwaited
 from tests import subprocesses
-from tests.broker.helpers import flush
+from tests.broker.helpers import few_channels, flush
 from tests.conftest import PATIENCE, Apps, eventually
 from tools import rabbitmq
 from tools.proxy import Proxy
@@ -70,6 +70,62 @@ def test_returned_messages_between_confirms_are_published_again(
     # Then all of them are kept
     reader = make_app(result_backend_transport_options={"shards": 8})
     assert None not in reader.backend.layout.poll(second).values()
+
+
+def test_results_stored_without_confirms_survive_a_connection_that_loses_them(
+    make_app: Apps, node: rabbitmq.Node
+) -> None:
+    ids = [str(uuid.uuid4()) for _ in range(60)]
+    with Proxy(node.amqp_port) as proxy:
+        options = {"confirm": False, "shards": 4}
+        app = make_app(proxy.url(node.url()), result_backend_transport_options=options)
+        app.backend.store_result(str(uuid.uuid4()), 0, "SUCCESS")
+        flush(app)
+        # Given a network that takes everything and passes nothing on
+        proxy.swallow()
+        for number, task_id in enumerate(ids):
+            app.backend.store_result(task_id, number, "SUCCESS")
+        # When the connection is cut
+        proxy.reset()
+        proxy.resume()
+        # Then what was lost is published again
+        flush(app)
+    reader = make_app(shards=4)
+    assert [reader.AsyncResult(task_id).get(timeout=0) for task_id in ids] == list(range(60))
+
+
+@pytest.mark.parametrize("number", [2, 8])
+def test_results_are_stored_without_confirms_where_channels_are_few(
+    number: int, make_app: Apps, node: rabbitmq.Node
+) -> None:
+    task_ids = [str(uuid.uuid4()) for _ in range(20)]
+    with few_channels(node, number):
+        app = make_app(result_backend_transport_options={"confirm": False, "shards": 64})
+        for task_id in task_ids:
+            app.backend.store_result(task_id, 1, "SUCCESS")
+        flush(app)
+    # With two channels, one is kept for requests that the broker may refuse
+    with app.backend.layout.publisher._channel.present() as channel:
+        assert (channel._plain is None) == (number == 2)
+    assert {app.AsyncResult(task_id).state for task_id in task_ids} == {"SUCCESS"}
+
+
+def test_a_chord_part_waits_for_the_confirms_of_earlier_states(make_app: Apps) -> None:
+    app = make_app(result_backend_transport_options={"confirm": False, "shards": 4})
+    publish = app.backend.layout.publisher.publish
+    first, second = (
+        Publication(Outgoing(app.backend.config.topology.shard_queue_name(0), {}, b"{}", 0))
+        for _ in range(2)
+    )
+    # Given a message without a confirm, of which the broker was asked nothing
+    publish([first.message], confirm=False)
+    with app.backend.layout.publisher._channel.present() as channel:
+        assert channel.log.unasked
+    # When another one is confirmed
+    publish([second.message])
+    # Then nothing is outstanding
+    with app.backend.layout.publisher._channel.present() as channel:
+        assert list(channel.log) == []
 
 
 def end_with_an_unconfirmed_state(app: Celery, storing: bool) -> None:

@@ -48,6 +48,70 @@ def test_a_new_publication_has_no_answer_yet() -> None:
     assert (new.waited, new.push, new.homeless) == (True, True, False)
 
 
+def plain(log: ConfirmLog, *names: str) -> List[Publication]:
+    made = [Publication(outgoing(name)) for name in names]
+    for publication in made:
+        publication.waited, publication.plain = False, True
+        log.sent(publication, 0.0)
+    return made
+
+
+def statuses(publications: List[Publication]) -> List[Status]:
+    return [publication.status for publication in publications]
+
+
+def test_an_answer_stands_for_the_plain_messages_before_its_request() -> None:
+    log = ConfirmLog()
+    before = plain(log, "a", "b")
+    assert log.unasked
+    log.request_sent()
+    between = plain(log, "c")
+    log.request_sent()
+    after = plain(log, "d")
+    assert (len(log), list(log), log.answers) == (4, [*before, *between, *after], 0)
+    log.answered()
+    assert statuses([*before, *between]) == [Status.CONFIRMED, Status.CONFIRMED, Status.SENT]
+    log.answered()
+    assert statuses([*between, *after]) == [Status.CONFIRMED, Status.SENT]
+    assert (list(log), log.unwaited(), log.unasked, log.busy, log.answers) == (
+        after, after, True, True, 2,
+    )  # fmt: skip
+    log.request_sent()
+    log.answered()
+    assert (len(log), log.unasked, log.busy) == (0, False, False)
+
+
+def test_confirms_do_not_stand_for_plain_messages() -> None:
+    log = ConfirmLog()
+    (one,) = plain(log, "a")
+    (other,) = sent(log, "b")
+    log.acknowledged(9, True)
+    assert statuses([one, other]) == [Status.SENT, Status.CONFIRMED]
+    assert not one.copying
+    log.request_sent()
+    log.answered()
+    assert one.status is Status.CONFIRMED
+
+
+def test_a_plain_message_that_came_back_is_published_again() -> None:
+    log = ConfirmLog()
+    one, other = plain(log, "a", "b")
+    log.request_sent()
+    log.came_back("q", {"correlation_id": "b"}, b"b")
+    log.answered()
+    assert statuses([one, other]) == [Status.CONFIRMED, Status.RETURNED]
+    assert log.strays == [other]
+
+
+def test_plain_messages_are_lost_with_the_connection() -> None:
+    log = ConfirmLog()
+    made = plain(log, "a", "b")
+    log.request_sent()
+    assert log.lost(OSError("cut")) == made
+    assert statuses(made) == [Status.LOST, Status.LOST]
+    assert (len(log), log.unasked, log.busy) == (0, False, False)
+
+
 def test_a_message_that_is_sent_again_begins_anew() -> None:
     log = ConfirmLog()
     (one,) = sent(log, "a")
