@@ -1,4 +1,4 @@
-"""What a channel in confirm mode does with the broker's answers, on a model of its connection."""
+"""A channel in confirm mode handles the broker's answers, on a model of its connection."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def link(monkeypatch: pytest.MonkeyPatch) -> Link:
     return made
 
 
-def on(link: Link, in_alarm: bool = False) -> ConfirmChannel:
-    return ConfirmChannel(link, in_alarm)  # type: ignore[arg-type]
+def on(link: Link, **options: bool) -> ConfirmChannel:
+    return ConfirmChannel(link, **options)  # type: ignore[arg-type]
 
 
 def made(name: str) -> Publication:
@@ -331,7 +331,7 @@ def test_everything_that_was_received_is_taken_in(link: Link) -> None:
     assert [p.status for p in (one, two, three)] == [Status.CONFIRMED] * 3
     assert (one.copying, two.copying, three.copying) == (False, False, True)
     assert set(link.waits) == {0.0}
-    # What has not been received is left on the socket.
+    # Later frames are left on the socket.
     link.arrive((6, False))
     link.arrive(lambda: others.append(2))
     channel.take_in_readable()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import random
+import sys
 import tracemalloc
-from typing import List
+import types
+import zlib
+from typing import Any, List
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +17,7 @@ from kombu import compression
 
 from celery_amqp_results import errors
 from celery_amqp_results.protocol.codec import Codec
-from celery_amqp_results.protocol.compression import decompress
+from celery_amqp_results.protocol.compression import BROTLI_PIECE, decompress
 from celery_amqp_results.protocol.message import StateMessage
 
 #: The compressions whose libraries are installed, as content types.
@@ -83,6 +88,83 @@ def test_a_compression_of_the_app_itself_is_checked_after_decompressing(
     assert decompress(b"abc", "application/x-half", 6) == b"abcabc"
     with pytest.raises(ValueError, match=r"^3 bytes decompress to more than 5 "):
         decompress(b"abc", "application/x-half", 5)
+
+
+# -- libraries that need not be installed: stand-ins with other compressions ----------------------
+
+DATA = random.Random(1).randbytes(1000)
+BROTLI, ZSTD = "application/x-brotli", "application/zstd"
+
+
+def test_brotli_is_decompressed_in_pieces_until_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: List[bytes] = []
+
+    class Decompressor:
+        def __init__(self) -> None:
+            self._stream = zlib.decompressobj()
+
+        def process(self, piece: bytes) -> bytes:
+            pieces.append(piece)
+            return self._stream.decompress(piece)
+
+        def is_finished(self) -> bool:
+            return self._stream.eof
+
+    module: Any = types.SimpleNamespace(Decompressor=Decompressor)
+    monkeypatch.setitem(sys.modules, "brotli", module)
+    packed = zlib.compress(DATA)
+    assert decompress(packed, BROTLI, 1000) == DATA
+    assert b"".join(pieces) == packed
+    assert {len(piece) for piece in pieces[:-1]} == {BROTLI_PIECE}
+    for end in (len(packed) - 1, 0):
+        with pytest.raises(ValueError, match=r"^the compressed data ends too early$"):
+            decompress(packed[:end], BROTLI, 1000)
+    pieces.clear()
+    with pytest.raises(ValueError, match=r"^\d+ bytes decompress to more than 100 "):
+        decompress(packed, BROTLI, 100)
+    assert len(pieces) < 10
+
+
+@pytest.mark.parametrize("library", ["compression.zstd", "backports.zstd"])
+def test_zstandard_is_decompressed_by_the_library_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    missing: Any = None
+    for name in ("compression.zstd", "backports.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, missing)
+    module: Any = types.SimpleNamespace(ZstdDecompressor=bz2.BZ2Decompressor)
+    monkeypatch.setitem(sys.modules, library, module)
+    packed = bz2.compress(DATA)
+    assert decompress(packed, ZSTD, 1000) == DATA
+    with pytest.raises(ValueError, match=r"decompress to more than 999 "):
+        decompress(packed, ZSTD, 999)
+    with pytest.raises(ValueError, match=r"^the compressed data ends too early$"):
+        decompress(packed[:-1], ZSTD, 1000)
+
+
+def test_zstandard_is_decompressed_by_the_library_that_old_versions_of_kombu_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: List[int] = []
+
+    class Decompressor:
+        def stream_reader(self, body: bytes) -> Any:
+            def read(size: int) -> bytes:
+                sizes.append(size)
+                return bz2.decompress(body)[:size]
+
+            return types.SimpleNamespace(read=read)
+
+    missing: Any = None
+    for name in ("compression.zstd", "backports.zstd"):
+        monkeypatch.setitem(sys.modules, name, missing)
+    module: Any = types.SimpleNamespace(ZstdDecompressor=Decompressor)
+    monkeypatch.setitem(sys.modules, "zstandard", module)
+    packed = bz2.compress(DATA)
+    assert decompress(packed, ZSTD, 1000) == DATA
+    with pytest.raises(ValueError, match=r"decompress to more than 999 "):
+        decompress(packed, ZSTD, 999)
+    assert sizes == [1001, 1000]
 
 
 def test_data_over_the_decompression_limit_is_not_stored() -> None:

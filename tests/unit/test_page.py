@@ -173,7 +173,7 @@ def test_a_damaged_entry_is_reported_and_the_others_are_found(damaged: bytes) ->
     (found,) = page.decode(octets, reported.append)
     assert found.id == "b"
     assert list(page.find(octets, ["a", "b"], reported.append)) == [found]
-    assert len(reported) == 2
+    assert [type(each) for each in reported] == [errors.ForeignMessage] * 2
     for search in (page.decode, lambda octets: list(page.find(octets, ["a"]))):
         with pytest.raises(errors.ForeignMessage, match=r"^(an entry of a page|a field) is "):
             search(octets)
@@ -229,14 +229,27 @@ def test_two_ids_may_have_the_same_digest(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(page.find(octets, ["c"])) == []
 
 
-def test_only_the_index_of_a_page_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The digest of "b" lies everywhere in the body of "a".
-    octets = page.encode([fakes.state("a", body=(page.digest("b") + b"1234567") * 16)])
-    assert list(page.find(octets, ["b"])) == []
-    # And here between two digests of the index.
-    between = octets[20:28]
-    monkeypatch.setattr(page, "digest", lambda task_id: between)
-    assert list(page.find(octets, ["b"])) == []
+def test_all_states_of_a_task_are_found_in_their_order() -> None:
+    one, *same = (fakes.state(task_id) for task_id in "baaaa")
+    octets = page.encode([same[0], one, *same[1:]])
+    assert list(page.find(octets, ["a"])) == same
+
+
+@pytest.mark.parametrize("others", [0, page.MANY])
+def test_only_the_digests_in_the_index_of_a_page_are_searched(
+    monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    wanted = ["b", *(f"other {number}" for number in range(others))]
+    for before in range(16):
+        # At any distance from the digest in the index
+        body = b" " * before + page.digest("b") + page.digest("a")
+        octets = page.encode([one := fakes.state("a", body=body)])
+        assert list(page.find(octets, wanted)) == []
+        assert list(page.find(octets, ["a", *wanted])) == [one]
+    # Between two digests in the index
+    between, digest = octets[20:28], page.digest
+    monkeypatch.setattr(page, "digest", lambda i: between if i == "b" else digest(i))
+    assert list(page.find(octets, wanted)) == []
 
 
 # -- the content of a shard ----------------------------------------------------------------------

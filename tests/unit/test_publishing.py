@@ -45,7 +45,7 @@ def test_a_new_publication_has_no_answer_yet() -> None:
     new = Publication(outgoing("a"))
     assert (new.status, new.settled, new.failure) == (Status.UNSENT, True, None)
     assert (new.copying, new.returned, new.refusals, new.sent) == (False, False, 0, 0.0)
-    assert (new.waited, new.push) == (True, True)
+    assert (new.waited, new.push, new.homeless) == (True, True, False)
 
 
 def plain(log: ConfirmLog, *names: str) -> List[Publication]:

@@ -19,6 +19,7 @@ from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.store import checkout, shard_read
 from celery_amqp_results.store import lookup as store
 from celery_amqp_results.store.shard_read import PACK_AT, LookUp, Removal
+from celery_amqp_results.toolkit import retry
 from tests.unit.broker_model import Clock, Link, Queue
 
 ONE_SHARD = Topology("x", 1, "classic")
@@ -227,6 +228,45 @@ def test_a_damaged_page_is_reported_and_everything_else_is_found(shard: Shard) -
     assert shard.kept() == []
 
 
+def check_bodies(shard: Shard) -> None:
+    """Let the store check states as a backend does: a body that is b"damaged" is undecodable."""
+
+    def check(state: StateMessage) -> None:
+        if state.body == b"damaged":
+            raise errors.ForeignMessage(f"{state.id} is damaged")
+
+    shard.store.check = check
+
+
+def test_a_wanted_entry_of_a_page_that_is_damaged_hides_no_other(shard: Shard) -> None:
+    damaged = page.encode([shard.state("a"), shard.state("b")]).replace(b'"i":"a"', b'"i":500')
+    shard.queue.publish({"type": page.PAGE}, damaged)
+    assert list(shard.look_up("a", "b")) == ["b"]
+    (complaint,) = shard.rejected
+    assert complaint.startswith("x.shard.0: a field is not of its type")
+
+
+def test_an_undecodable_end_does_not_displace_another_when_it_is_packed(shard: Shard) -> None:
+    check_bodies(shard)
+    good, bad = (shard.state("a", "FAILURE", body=body) for body in (b"good", b"damaged"))
+    many = [shard.state(f"t{number}") for number in range(PACK_AT)]
+    shard.keep(good, bad, *many)
+    assert shard.look_up("a") == {"a": [good, bad]}
+    assert (shard.kept(), shard.pages()) == ([bad], [[good, *many]])
+    assert shard.rejected == ["x.shard.0: a is damaged"]
+    assert shard.look_up("a") == {"a": [bad, good]}
+
+
+def test_a_census_leaves_out_undecodable_ends_that_hide_others(shard: Shard) -> None:
+    check_bodies(shard)
+    good, bad = (shard.state("a", "FAILURE", body=body) for body in (b"good", b"damaged"))
+    only = shard.state("b", "FAILURE", body=b"damaged")
+    read = shard.begin(LookUp, ())
+    assert read.credible([good, bad, only]) == [good, only]
+    known = [good, only]
+    assert read.credible(known) is known
+
+
 def test_a_census_has_everything_that_has_not_expired(shard: Shard) -> None:
     census = page.Census()
     loose = shard.state("a")
@@ -367,7 +407,27 @@ def test_a_shard_is_not_packed_without_time_for_it(shard: Shard) -> None:
     assert (shard.kept(), shard.pages()) == (many, [])
 
 
-def test_a_page_that_the_broker_does_not_confirm_replaces_nothing(shard: Shard) -> None:
+def test_no_page_is_begun_when_the_time_for_packing_is_over(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [shard.state(f"t{number}", body=b"x" * 1_000) for number in range(PACK_AT)]
+    shard.keep(*many)
+    read, select = shard.begin(LookUp, ()), page.select
+    until = shard.clock.microseconds + 1_000_000
+
+    def slow(*given: Any) -> Any:
+        shard.clock.microseconds = until
+        return select(*given)
+
+    monkeypatch.setattr(page, "select", slow)
+    # A page would have no time to come back.
+    shard.finish(read, pack_until=until / 1e6, end=until / 1e6)
+    assert (shard.kept(), shard.pages()) == (many, [])
+
+
+def test_a_page_that_the_broker_does_not_confirm_replaces_nothing(
+    shard: Shard, caplog: Any
+) -> None:
     many = [shard.state(f"t{number}") for number in range(PACK_AT)]
     shard.keep(*many)
     channel: Any = shard.link.publishing
@@ -381,7 +441,11 @@ def test_a_page_that_the_broker_does_not_confirm_replaces_nothing(shard: Shard) 
     channel.wait = refuse
     # A look-up leaves the packing to the next reader
     read = shard.begin(LookUp, ())
-    shard.finish(read, end=shard.clock.monotonic() + 5.0)
+    with caplog.at_level(logging.INFO):
+        shard.finish(read, end=shard.clock.monotonic() + 5.0)
+    assert [each.message for each in caplog.records] == [
+        "the broker did not take a page for 'x.shard.0'"
+    ]
     assert waited_until == [pytest.approx(shard.clock.monotonic() + 5.0, abs=0.1)]
     assert shard.kept() == many
     # A removal fails
@@ -392,6 +456,49 @@ def test_a_page_that_the_broker_does_not_confirm_replaces_nothing(shard: Shard) 
         shard.finish(read)
     shard.link.lose_channels()
     assert kept in shard.pages()
+
+
+def test_the_pages_before_a_refused_one_replace_their_messages(shard: Shard) -> None:
+    many = [shard.state(f"t{number}", body=b"x" * 1_000) for number in range(PACK_AT)]
+    shard.keep(*many)
+    channel: Any = shard.link.publishing
+    answers = iter([Status.CONFIRMED, Status.REFUSED])
+
+    def wait(publications: Any, end: float) -> None:
+        (publication,) = publications
+        publication.status = next(answers)
+
+    channel.wait = wait
+    shard.look_up()
+    first = shard.pages()[0]
+    assert 0 < len(first) < len(many)
+    assert (first, shard.kept()) == (many[: len(first)], many[len(first) :])
+    assert shard.store.packed == len(first)
+
+
+@pytest.mark.parametrize(("left", "waited"), [(0.25, 0.25), (60.0, shard_read.PAGE_SECONDS)])
+def test_a_page_that_does_not_come_back_is_waited_for_until_the_end_of_the_time_for_it(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch, left: float, waited: float
+) -> None:
+    monkeypatch.setattr(retry, "time", shard.clock)
+    shard.keep_page(shard.state("a"), shard.state("b"))
+    read = shard.begin(Removal, ["a"])
+    waits: List[float] = []
+
+    def drain(timeout: float) -> bool:
+        waits.append(timeout)
+        shard.clock.microseconds += round(timeout * 1e6)
+        return False
+
+    def wait(publications: Any, end: float) -> None:
+        publications[0].status = Status.CONFIRMED
+
+    monkeypatch.setattr(shard.link, "drain", drain)
+    monkeypatch.setattr(shard.link.publishing, "wait", wait)
+    shard.finish(read, end=shard.clock.monotonic() + left)
+    # A timeout that was rounded down may leave a microsecond.
+    assert waits[0] == pytest.approx(waited, abs=1e-3)
+    assert sum(waits[1:]) < 1e-3
 
 
 def test_a_removal_divides_a_page_that_is_too_large_by_now(shard: Shard) -> None:
@@ -424,8 +531,9 @@ def test_the_queues_of_superseded_large_results_are_deleted(shard: Shard, caplog
     shard.keep(pointer("third"))
     with caplog.at_level(logging.INFO):
         pack()
-    assert "superseded large results were not deleted: " in caplog.text
-    assert "'x.large.a.second' refused" in caplog.text
+    (record,) = caplog.records
+    assert record.message.startswith("superseded large results were not deleted: ")
+    assert "'x.large.a.second' refused" in record.message
     assert shard.kept() == []
 
 
@@ -475,6 +583,36 @@ def test_a_removal_takes_states_out_of_the_shard_and_out_of_pages(shard: Shard) 
     assert shard.pages() == [[third], [other]]
     assert shard.look_up("a") == {}
     assert shard.remove("a") == 0
+
+
+def test_an_expired_state_in_a_page_is_not_removed(shard: Shard) -> None:
+    now = shard.clock.microseconds
+    shard.keep_page(shard.state("a", published=now - 2_000_000, expiration=1_000), shard.state("b"))
+    before = shard.pages()
+    assert shard.remove("a") == 0
+    assert shard.pages() == before
+
+
+@pytest.mark.parametrize(("ids", "fences"), [("a", 3), ("ab", 2), ("c", 2)])
+def test_a_removal_waits_for_the_pages_that_it_has_written(
+    shard: Shard, ids: str, fences: int
+) -> None:
+    shard.keep_page(shard.state("a"), shard.state("b"))
+    with mock.patch.object(shard.queue, "publish", wraps=shard.queue.publish) as publish:
+        shard.remove(*ids)
+    published = [properties.get("type") for (properties, _), _ in publish.call_args_list]
+    # One of a reader, and another one that nothing can lie behind.
+    assert published.count(checkout.FENCE) == fences
+    if fences > 2:
+        assert published[-2:] == [page.PAGE, checkout.FENCE]
+
+
+@pytest.mark.parametrize("reader", [LookUp, Removal])
+def test_only_a_removal_waits_until_the_shard_is_released(shard: Shard, reader: Any) -> None:
+    read = shard.begin(reader, ["a"])
+    with mock.patch.object(read.checkout, "close", wraps=read.checkout.close) as close:
+        shard.finish(read)
+    close.assert_called_once_with(wait=reader is Removal)
 
 
 def test_a_removal_deletes_the_queues_of_large_results_before_their_pointers(
