@@ -23,7 +23,6 @@ from celery_amqp_results.chords.firing import call_errbacks
 from celery_amqp_results.chords.hooks import ChordHooks
 from celery_amqp_results.config import BackendConfig, Location, Own, expiry_of
 from celery_amqp_results.errors import BacklogLimitExceeded
-from celery_amqp_results.groups import SavedGroups
 from celery_amqp_results.layouts import Layout
 from celery_amqp_results.library_types import Meta, TaskResult
 from celery_amqp_results.metrics import Metrics
@@ -36,6 +35,7 @@ from celery_amqp_results.recording import Recorder, plain_meta, task_ends, witho
 from celery_amqp_results.registry import OwnLayout
 from celery_amqp_results.store.marks import Fate
 from celery_amqp_results.toolkit.delegation import delegated
+from celery_amqp_results.waiting.groups import ask_in_one_pass
 from celery_amqp_results.waiting.waits import Patience, Waits
 
 __all__ = ("AMQPBackend", "BacklogLimitExceeded")
@@ -100,7 +100,7 @@ class AMQPBackend(Backend):
     ) -> None:
         location = Location.read(app, kwargs.get("url"), kwargs.pop("options", None))
         purpose = kwargs.pop("purpose", "")
-        shared = location.layout == "shared"
+        shared = location.layout_name == "shared"
         # Celery 4's format has no place for either; Celery warns if they are set.
         self.supports_result_compression = self.supports_failure_expires = shared
         super().__init__(app, serializer=serializer, **kwargs)
@@ -118,8 +118,8 @@ class AMQPBackend(Backend):
         self.expires = expiry_of("result_expires", self.prepare_expires(kwargs.get("expires")))
         own = Own(exchange, exchange_type, self.persistent, auto_delete, self.expires, purpose)
         #: Everything that was read from the settings, the URL and the arguments.
-        self.config = BackendConfig.read(app.conf, location, own, self.serializer, self.accept)
-        self.options, self.layout_name = location.options, location.layout
+        self.config = BackendConfig.complete(app.conf, location, own, self.serializer, self.accept)
+        self.options, self.layout_name = location.options, location.layout_name
         self._layout = OwnLayout(app, self.config)
         #: Stores the states of tasks.
         self.recorder = Recorder(app, self.config, self._layout)
@@ -129,7 +129,7 @@ class AMQPBackend(Backend):
         self.waits = Waits(self._layout, self.reader)
         #: Sends chords and completes them.
         self.chords = ChordHooks(app, self._layout, self.recorder, self.config.expirations.chord)
-        self._groups = SavedGroups(app, self._layout, self.recorder, self.reader)
+        ask_in_one_pass(app)
         self._layout.reset_after_fork(self.reader, self.waits)
         #: Does what Celery 4's methods did.
         self.celery4 = Celery4API(self)
@@ -227,7 +227,7 @@ class AMQPBackend(Backend):
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Return whether a retry may help: the broker is unreachable, but has not refused."""
-        return isinstance(exc, (errors.BackendUnavailable, *TRANSIENT)) and not was_refused(exc)
+        return isinstance(exc, TRANSIENT) and not was_refused(exc)
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -343,14 +343,14 @@ class AMQPBackend(Backend):
         return super().delete_group(id_text(group_id))
 
     def _save_group(self, group_id: object, result: Any) -> Any:
-        self._groups.save(id_text(group_id), result)
+        self.recorder.save_group(id_text(group_id), result)
         return result
 
     def _restore_group(self, group_id: str) -> Optional[Meta]:
-        return self._groups.restore(group_id)
+        return self.reader.read_group(group_id, self.app)
 
     def _delete_group(self, group_id: str) -> None:
-        self._groups.delete(group_id)
+        self.layout.forget_group(group_id)
 
     # -- chords ------------------------------------------------------------------------------
 

@@ -73,9 +73,9 @@ class Location:
     options: Options
     broker: ResultBroker = dataclasses.field(repr=False, compare=False)
     #: ``shared`` or ``per-task``.
-    layout: str
+    layout_name: str
     #: How many connections may be open at once, ``None`` for any number: ``broker_pool_limit``.
-    max_connections: Optional[int] = None
+    max_connections: Optional[int]
 
     @classmethod
     def read(cls, app: App, url: Optional[str], given: Optional[Options]) -> Location:
@@ -113,10 +113,9 @@ class Own(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class BackendConfig:
+class BackendConfig(Location):
     """Everything that a backend reads from its app's settings, its URL and its arguments."""
 
-    location: Location
     topology: Topology
     #: The objects that the layout ``per-task`` declares and publishes.
     wire: Wire
@@ -125,10 +124,10 @@ class BackendConfig:
     #: Content types that may be read.
     accept: Tuple[str, ...]
     #: As in :class:`Own`.
-    purpose: str = ""
+    purpose: str
 
     @classmethod
-    def read(
+    def complete(
         cls,
         conf: Any,
         location: Location,
@@ -136,14 +135,7 @@ class BackendConfig:
         serializer: str,
         accept: Optional[Iterable[str]],
     ) -> BackendConfig:
-        """Return the configuration that follows from settings, URL and arguments.
-
-        Parameters:
-            conf: the settings of the app.
-            location: where results go.
-            own: the arguments of the backend.
-            serializer: kombu's name of a serializer.
-            accept: content types that may be read.
+        """Return the configuration that follows from the settings *conf*, URL and arguments.
 
         Raises:
             ImproperlyConfigured: when a setting is of no use.
@@ -158,35 +150,15 @@ class BackendConfig:
             bool(conf.find_value_for_key("extended", "result")),
         )
         return cls(
-            location,
-            Topology(prefix, location.options.shards, location.options.queue_type),
-            wire,
+            **vars(location),
+            topology=Topology(prefix, location.options.shards, location.options.queue_type),
+            wire=wire,
             # Celery before 5.7 leaves the setting to the backends.
-            codec_of(location, serializer, accept, conf.result_compression),
-            Expirations.read(conf, own.expires),
-            tuple(sorted(accept or ())),
-            own.purpose,
+            codec=codec_of(location, serializer, accept, conf.result_compression),
+            expirations=Expirations.read(conf, own.expires),
+            accept=tuple(sorted(accept or ())),
+            purpose=own.purpose,
         )
-
-    @property
-    def options(self) -> Options:
-        """The options of the backend."""
-        return self.location.options
-
-    @property
-    def url(self) -> ResultURL:
-        """The result backend URL."""
-        return self.location.url
-
-    @property
-    def broker(self) -> ResultBroker:
-        """The broker that keeps the results."""
-        return self.location.broker
-
-    @property
-    def layout_name(self) -> str:
-        """``shared`` or ``per-task``."""
-        return self.location.layout
 
     def shape(self, meta: Mapping[str, object]) -> Mapping[str, object]:
         """Return the fields of a meta that are written."""
@@ -195,33 +167,19 @@ class BackendConfig:
     @functools.cached_property
     def layout_key(self) -> str:
         """The key that is equal for backends that share a layout, and so its connections."""
-        location = self.location
-        return repr(
-            (
-                location.url.complete(),
-                location.options,
-                location.layout,
-                self.wire,
-                self.accept,
-                self.purpose,
-            )
-        )
+        parts = (self.options, self.layout_name, self.wire, self.accept, self.purpose)
+        return repr((self.url.complete(), *parts))
 
 
 def codec_of(
     location: Location, serializer: str, accept: Optional[Iterable[str]], compression: Optional[str]
 ) -> Codec:
-    """Return the codec that the serializer settings ask for.
-
-    Parameters:
-        serializer: kombu's name of a serializer.
-        accept: content types that may be read.
-        compression: the setting ``result_compression``; Celery 4's messages have no place for it.
+    """Return the codec that the settings ask for. Celery 4's messages have no compression.
 
     Raises:
         ImproperlyConfigured: when kombu does not know the compression.
     """
-    if location.layout != "shared":
+    if location.layout_name != "shared":
         compression = None
     if compression:
         try:

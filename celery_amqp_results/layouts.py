@@ -59,9 +59,7 @@ class Layout(Protocol):
         """Publish a state; for a *final* one, return only when the broker has confirmed it.
 
         Parameters:
-            state: the state.
             route: the other parts of its routing key.
-            final: whether to wait for the confirm.
             part: a message for the leader of a chord, where the state itself is not kept as long.
 
         Raises:
@@ -77,7 +75,6 @@ class Layout(Protocol):
         """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
         Parameters:
-            ids: the tasks.
             deadline: time (``time.monotonic``) at which to give up, if that is before
                 ``lookup_timeout`` is over; ``None`` for no earlier end.
 
@@ -180,11 +177,7 @@ LimitsBacklog.register(PerTaskLayout)
 
 
 def make_layout(app: App, config: BackendConfig) -> Layout:
-    """Return the layout that *config* asks for. Does no I/O.
-
-    Parameters:
-        app: the Celery app, which is not kept alive.
-    """
+    """Return the layout that *config* asks for. Does no I/O, and does not keep *app* alive."""
     broker, options = config.broker, config.options
     connector = connections.Connector(
         broker.connection,
@@ -192,7 +185,7 @@ def make_layout(app: App, config: BackendConfig) -> Layout:
         broker.describe,
         app.main or "celery",
         # A clone, such as that of the command line, must work beside the app's own backend.
-        None if config.purpose else config.location.max_connections,
+        None if config.purpose else config.max_connections,
     )
     if config.layout_name == "shared":
         return SharedLayout(

@@ -6,8 +6,9 @@ counts. A forked process starts at zero, like any new one.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from typing import Any, Dict, Iterable
+from typing import Any, Counter, Dict, Iterable
 
 __all__ = ("Metrics",)
 
@@ -81,10 +82,9 @@ class Metrics:
     @classmethod
     def total(cls, parts: Iterable[Metrics]) -> Metrics:
         """Return the sum of *parts*."""
-        sums: Dict[str, int] = {}
+        sums: Counter[str] = collections.Counter()
         for part in parts:
-            for name, value in part.as_dict().items():
-                sums[name] = sums.get(name, 0) + value
+            sums.update(part.as_dict())
         return cls(**sums)
 
     def counters(self) -> Metrics:

@@ -213,18 +213,16 @@ def _with_tls(query: Mapping[str, str]) -> Mapping[str, object]:
                 f"unknown option {name!r} in the result backend URL (its value is {value!r}); "
                 f"known options of TLS are: {', '.join(sorted(_TLS_QUERY))}"
             )
-        if name == "ssl_cert_reqs":
-            known = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL}
-            known["required"] = ssl.CERT_REQUIRED
-            wanted = value.lower().replace("cert_", "", 1)
-            if wanted not in known:
-                raise errors.InvalidOption(
-                    f"invalid value {value!r} for option {name!r} in the result backend URL: "
-                    f"allowed are {', '.join(known)}"
-                )
-            tls["cert_reqs"] = known[wanted]
-        else:
-            tls[name[len("ssl_") :]] = value
+        tls[name[len("ssl_") :]] = value
+    if "cert_reqs" in tls:
+        value = query["ssl_cert_reqs"]
+        try:
+            tls["cert_reqs"] = ssl.VerifyMode["CERT_" + value.upper().replace("CERT_", "", 1)]
+        except KeyError:
+            raise errors.InvalidOption(
+                f"invalid value {value!r} for option 'ssl_cert_reqs' in the result backend URL: "
+                "allowed are none, optional, required"
+            ) from None
     return {**rest, "use_ssl": tls} if tls else rest
 
 

@@ -7,16 +7,19 @@ class.
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Collection, ContextManager, Dict, Iterable, Optional
+from typing import Any, Callable, Collection, ContextManager, Iterable, Optional
 
 from celery import states
 from celery.exceptions import SecurityError
+from celery.result import result_from_tuple
 from kombu.exceptions import ContentDisallowed
 from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.layouts import KeepsBodies, KeepsMarks, Layout, LimitsBacklog
+from celery_amqp_results.library_types import App, Meta
+from celery_amqp_results.protocol.ids import plain_ids
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.store.marks import Fate
@@ -30,14 +33,11 @@ logger = logging.getLogger(__name__)
 #: The number of failed tasks that are remembered.
 MAX_FAILED = 1000
 
-Meta = Dict[str, Any]
-
 
 class Reader:
     """Looks up states and decodes them.
 
     Parameters:
-        config: the configuration of the backend.
         layout: returns the layout of this process.
         convert: converts a decoded body to a meta; the result of a failure to an exception.
 
@@ -52,7 +52,6 @@ class Reader:
     ) -> None:
         self._config = config
         self._layout = layout
-        #: Converts a decoded body to a meta.
         self.convert = convert
         self.reset()
 
@@ -67,7 +66,6 @@ class Reader:
         """Return the decoded body of *state*, which may have to be fetched.
 
         Parameters:
-            state: the state.
             besides: queues with bodies that cannot be decoded.
 
         Raises:
@@ -181,10 +179,24 @@ class Reader:
             state = layout.stored_state(task_id)
         return Fate.read(state, mark)
 
-    def read_group(self, group_id: str) -> Optional[Meta]:
-        """Return the meta of a group that was saved, or ``None``."""
+    def read_group(self, group_id: str, app: App) -> Optional[Meta]:
+        """Return the meta of a group that was saved with its result object, or ``None``.
+
+        Raises:
+            ForeignMessage: when the message holds no group.
+            LookupTimeout, BackendUnavailable: as every look-up.
+        """
         group = self._layout().read_group(group_id)
-        return None if group is None else _unless_expired(self.content, group)
+        meta = None if group is None else _unless_expired(self.content, group)
+        if meta is None:
+            return None
+        try:
+            meta["result"] = result_from_tuple(plain_ids(meta["result"]), app)
+        except Exception as exc:
+            raise errors.ForeignMessage(
+                f"the group {group_id!r} has no members as its result: {exc!r:.300}"
+            ) from exc
+        return meta
 
     # -- failed tasks ------------------------------------------------------------------------------
 

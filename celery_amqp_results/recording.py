@@ -16,6 +16,7 @@ from typing import Any, Callable, Iterator, Mapping, Optional, Tuple
 
 import kombu
 from celery.app.task import Context
+from celery.result import GroupResult
 
 from celery_amqp_results.chords.firing import sends_for_another
 from celery_amqp_results.config import BackendConfig
@@ -23,6 +24,7 @@ from celery_amqp_results.layouts import KeepsMarks, KeepsParts, Layout, NotesSen
 from celery_amqp_results.library_types import App, Meta
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.clock import PublishClock
+from celery_amqp_results.protocol.ids import plain_ids
 from celery_amqp_results.protocol.message import GROUP, NOT_AN_END, PART, STATE, StateMessage
 from celery_amqp_results.protocol.names import ABSENT, BROADCAST, Route, client_word
 from celery_amqp_results.protocol.ranking import ABORTED, is_final
@@ -36,6 +38,9 @@ logger = logging.getLogger(__name__)
 _clock = PublishClock()
 
 _NOT_GIVEN = object()
+
+#: The state of a saved group, in header and body.
+GROUP_STATE = "GROUP"
 
 #: The task of a chord's header whose final state was just stored in this thread or greenlet, and
 #: the id of the header.
@@ -68,14 +73,10 @@ def task_ends() -> Iterator[None]:
 
 
 class Recorder:
-    """Encodes states and publishes them.
+    """Encodes states and publishes them. Thread-safe.
 
     Parameters:
-        app: the Celery app.
-        config: the configuration of the backend.
         layout: returns the layout of this process.
-
-    Thread-safe.
     """
 
     def __init__(self, app: App, config: BackendConfig, layout: Callable[[], Layout]) -> None:
@@ -112,13 +113,7 @@ class Recorder:
         )
 
     def record(self, task_id: str, state: str, meta: Mapping[str, object], request: object) -> None:
-        """Publish a state of a task.
-
-        Parameters:
-            task_id: the task.
-            state: name of the state.
-            meta: the meta to store.
-            request: the task's request, or ``None``.
+        """Publish a state of a task, which may have a request.
 
         Raises:
             kombu.exceptions.EncodeError, ResultTooLarge: see :meth:`encode`.
@@ -167,16 +162,17 @@ class Recorder:
         part = self.encode(task_id, meta["status"], meta, PART, self._config.expirations.chord)
         layout.publish_part(part, group_id)
 
-    def save_group(self, group_id: str, state: str, meta: Mapping[str, object]) -> None:
-        """Keep a group.
+    def save_group(self, group_id: str, group: GroupResult) -> None:
+        """Keep a group: its id and those of its members.
 
         Raises:
             kombu.exceptions.EncodeError, ResultTooLarge: see :meth:`encode`.
             BackendUnavailable: when the broker cannot be reached or refuses us.
         """
-        layout = self._layout()
-        expiration = self._config.expirations.result
-        layout.save_group(self.encode(group_id, state, self._config.shape(meta), GROUP, expiration))
+        members = plain_ids(group.as_tuple())
+        meta = {"status": GROUP_STATE, "group_id": group_id, "result": members}
+        shape, expiration = self._config.shape(meta), self._config.expirations.result
+        self._layout().save_group(self.encode(group_id, GROUP_STATE, shape, GROUP, expiration))
 
     def note_awaited(self, task_id: str) -> None:
         """Have the states of a task pushed to this process, where the layout does. No I/O."""

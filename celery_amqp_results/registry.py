@@ -74,8 +74,7 @@ class LayoutRegistry:
         with self._lock:
             layout = self._layouts.pop(key, None)
             if layout is not None:
-                done = layout.metrics().counters()
-                self._past[key] = Metrics.total((self._past.get(key, Metrics()), done))
+                self._past[key] = self._total(key, layout.metrics().counters())
         if layout is not None:
             layout.close()
 
@@ -83,12 +82,11 @@ class LayoutRegistry:
         """Return the counts of the layouts for *key* in this process."""
         self._notice_fork()
         with self._lock:
-            past = self._past.get(key)
             layout = self._layouts.get(key)
-            parts = [past] if past is not None else []
-            if layout is not None:
-                parts.append(layout.metrics())
-        return parts[0] if len(parts) == 1 else Metrics.total(parts)
+            return self._total(key, Metrics() if layout is None else layout.metrics())
+
+    def _total(self, key: Hashable, now: Metrics) -> Metrics:
+        return Metrics.total((self._past.get(key, Metrics()), now))
 
     def close(self, wait: bool = True) -> None:
         """Close all layouts, unless they are another process's."""
@@ -108,10 +106,6 @@ class LayoutRegistry:
 class OwnLayout:
     """The layout of one backend, as this process has it. Calling it returns the layout.
 
-    Parameters:
-        app: the Celery app.
-        config: the configuration of the backend.
-
     Thread-safe. Making it and the layout does no I/O.
     """
 
@@ -123,10 +117,7 @@ class OwnLayout:
 
     def __call__(self) -> Layout:
         """Return the layout of this process."""
-        return self._registry.get(self._key, self._make)
-
-    def _make(self) -> Layout:
-        return make_layout(self._app, self._config)
+        return self._registry.get(self._key, lambda: make_layout(self._app, self._config))
 
     def reset_after_fork(self, *parts: Resettable) -> None:
         """Reset *parts*, which are not kept alive, in a child that is forked."""

@@ -40,12 +40,8 @@ class SharedLayout:
     """Combines publisher, store and inbox.
 
     Parameters:
-        connector: opens connections.
-        topology: names and queue arguments.
-        options: the backend's options.
         client: the word of this process in routing keys.
         persistent: whether messages survive a restart of the broker.
-        codec: decodes metas.
         app: returns the Celery app, or ``None`` when it is gone.
 
     Thread-safe. Does no I/O until it is used. After a fork the child must make a new one and never
@@ -70,22 +66,8 @@ class SharedLayout:
         # One for all threads, so that a process has few connections.
         self._pool = Pool(connector, STORE_HEARTBEAT, "lookups", limit=1)
         self.publisher = Publisher(connector, declarations)
-        self.store = Store(
-            self._pool,
-            declarations,
-            options.lookup_timeout,
-            options.page_size,
-            persistent,
-            codec.decode,
-        )
-        self._large = LargeBodies(
-            self.publisher,
-            self._pool,
-            topology,
-            persistent,
-            options.inline_limit,
-            options.lookup_timeout,
-        )
+        self.store = Store(self._pool, declarations, options, persistent, codec.decode)
+        self._large = LargeBodies(self.publisher, self._pool, topology, options, persistent)
         self._marker = tracking.Marker(declarations)
         self.inbox = Inbox(connector, declarations, client, options.view_memory)
         self.reads = Reads(self.inbox, self.store)

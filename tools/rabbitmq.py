@@ -53,7 +53,6 @@ from typing import (
     Any,
     Callable,
     Dict,
-    Iterable,
     Iterator,
     List,
     Mapping,
@@ -66,7 +65,6 @@ from typing import (
 )
 
 __all__ = (
-    "AptSource",
     "Cluster",
     "CtlError",
     "Distribution",
@@ -74,12 +72,11 @@ __all__ = (
     "NotAvailable",
     "StartError",
     "Tls",
+    "apt_archives",
     "available",
     "debian_mirrors",
     "distribution",
     "ensure_installed",
-    "parse_apt_deb822",
-    "parse_apt_list",
 )
 
 #: Seconds until a node must answer; a cold start on a busy machine takes about ten.
@@ -368,86 +365,48 @@ def apt_install(package: str) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class AptSource:
-    """A package archive in apt's configuration."""
+def apt_archives(*options: str) -> Dict[str, Set[str]]:
+    """Return the package archives in apt's configuration with a component ``main``.
 
-    uri: str
-    suites: Tuple[str, ...]
-    components: Tuple[str, ...]
+    Parameters:
+        *options: more options of apt-get.
 
-
-def parse_apt_list(text: str) -> List[AptSource]:
-    """Return the archives of binary packages in a file of the one-line format (``*.list``)."""
-    found = []
-    for line in text.splitlines():
-        line = line.partition("#")[0]
-        match = re.fullmatch(r"\s*deb\s+(?:\[[^\]]*\]\s*)?(\S+)\s+(\S+)((?:\s+\S+)*)\s*", line)
-        if match:
-            found.append(AptSource(match[1], (match[2],), tuple(match[3].split())))
-    return found
-
-
-def parse_apt_deb822(text: str) -> List[AptSource]:
-    """Return the archives of binary packages in a file of the deb822 format (``*.sources``)."""
-    found = []
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    for stanza in re.split(r"\n\s*\n", "\n".join(lines)):
-        fields: Dict[str, List[str]] = {}
-        name = ""
-        for line in stanza.splitlines():
-            if not line[:1].isspace():
-                name, _, line = line.partition(":")
-                name = name.lower()
-            fields.setdefault(name, []).extend(line.split())
-        disabled = fields.get("enabled", ["yes"])[:1] in (["no"], ["false"], ["0"], ["off"])
-        if "deb" in fields.get("types", ()) and not disabled:
-            suites, components = fields.get("suites", []), fields.get("components", [])
-            for uri in fields.get("uris", []):
-                found.append(AptSource(uri, tuple(suites), tuple(components)))
-    return found
-
-
-def debian_mirrors(sources: Iterable[AptSource]) -> List[str]:
-    """Return the addresses among *sources* that may be a full archive of Debian, best first.
-
-    This is a guess, since a source does not say so. A wrong guess does no harm: debootstrap refuses
-    packages that are not signed with Debian's keys, and the next address is tried.
+    Returns:
+        The suites by address.
     """
-    scores: Dict[str, int] = {}
-    suites: Dict[str, Set[str]] = {}
-    for source in sources:
-        uri = source.uri.rstrip("/")
-        if re.match(r"(https?|file):", uri) and "main" in source.components:
-            suites.setdefault(uri, set()).update(source.suites)
-    for uri, names in suites.items():
-        if "security" in uri or all("security" in name for name in names):
-            continue
-        # Hardly any other distribution has both a release and its updates in one place.
-        updates = any(f"{name}-updates" in names for name in names)
-        scores[uri] = 2 * bool(re.search(r"/debian\b", uri)) + updates
-    return sorted((uri for uri, score in scores.items() if score), key=lambda uri: -scores[uri])
-
-
-def _apt_sources(folder: Path = Path("/etc/apt")) -> List[AptSource]:
-    found: List[AptSource] = []
-    for path in (folder / "sources.list", *sorted(folder.glob("sources.list.d/*"))):
-        with contextlib.suppress(OSError):
-            if path.suffix == ".list":
-                found += parse_apt_list(path.read_text(errors="replace"))
-            elif path.suffix == ".sources":
-                found += parse_apt_deb822(path.read_text(errors="replace"))
-    resolved = []
-    for source in found:
+    if not shutil.which("apt-get"):
+        return {}
+    # Prints what it would fetch, and fetches nothing.
+    shown = _run(["apt-get", "update", "--print-uris", *options]).stdout
+    found: Dict[str, Set[str]] = {}
+    for uri, suite in re.findall(r"^'(\S+)/dists/(\S+)/main/binary-", shown, re.MULTILINE):
         # Debian's cloud images name a file that lists the mirrors.
-        listed = re.fullmatch(r"mirror\+file:/*(/.+)", source.uri)
-        uris = [source.uri.split("+", 1)[1] if "mirror+http" in source.uri else source.uri]
+        listed = re.fullmatch(r"mirror\+file:/*(/.+)", uri)
+        uris = [uri.split("+", 1)[1] if "mirror+http" in uri else uri]
         if listed:
             uris = []
             with contextlib.suppress(OSError):
                 uris = re.findall(r"^\s*([a-z]+:\S+)", Path(listed[1]).read_text(), re.MULTILINE)
-        resolved += [dataclasses.replace(source, uri=uri) for uri in uris]
-    return resolved
+        for address in uris:
+            found.setdefault(address.rstrip("/"), set()).add(suite)
+    return found
+
+
+def debian_mirrors(archives: Mapping[str, Set[str]]) -> List[str]:
+    """Return the addresses among *archives* that may be a full archive of Debian, best first.
+
+    This is a guess, since an archive does not say so. A wrong guess does no harm: debootstrap
+    refuses packages that are not signed with Debian's keys, and the next address is tried.
+    """
+    scores: Dict[str, int] = {}
+    for uri, suites in archives.items():
+        if not re.match(r"(https?|file):", uri) or "security" in uri:
+            continue
+        if not all("security" in suite for suite in suites):
+            # Hardly any other distribution has both a release and its updates in one place.
+            updates = any(f"{suite}-updates" in suites for suite in suites)
+            scores[uri] = 2 * bool(re.search(r"/debian\b", uri)) + updates
+    return sorted((uri for uri, score in scores.items() if score), key=lambda uri: -scores[uri])
 
 
 def _debian_suite(suite: str) -> Distribution:
@@ -480,7 +439,7 @@ def _debootstrap(suite: str, root: Path) -> None:
     if not shutil.which("debootstrap", path=f"{os.environ.get('PATH', '')}:{_PATH}"):
         apt_install("debootstrap")
     given = os.environ.get("DEBIAN_MIRROR")
-    mirrors = [given] if given else debian_mirrors(_apt_sources())
+    mirrors = [given] if given else debian_mirrors(apt_archives())
     if not mirrors:
         raise NotAvailable(
             "the apt sources of this machine name no archive of Debian: set DEBIAN_MIRROR to the "

@@ -23,8 +23,6 @@ class ResultBroker:
 
     Parameters:
         app: the Celery app, which is not kept alive.
-        url: the result backend URL.
-        use_ssl: the option of that name.
     """
 
     def __init__(self, app: App, url: options.ResultURL, use_ssl: TLS) -> None:

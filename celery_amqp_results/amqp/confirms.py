@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import logging
 import time
-from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import amqp
 import amqp.exceptions
@@ -118,12 +118,7 @@ class Status(enum.Enum):
 
 
 class Publication:
-    """One message being published.
-
-    Parameters:
-        message: the message.
-        waited: whether a caller waits for its confirm.
-    """
+    """One message being published."""
 
     __slots__ = (
         "copying",
@@ -138,9 +133,10 @@ class Publication:
         "waited",
     )
 
-    def __init__(self, message: Outgoing, waited: bool = True) -> None:
+    def __init__(self, message: Outgoing) -> None:
         self.message = message
-        self.waited = waited
+        #: Whether a caller waits for its confirm.
+        self.waited = True
         self.status = Status.UNSENT
         #: Whether the live copy is sent together with the message. Otherwise it follows when the
         #: message is confirmed.
@@ -231,9 +227,8 @@ class ConfirmLog:
     def refused(self, tag: int, multiple: bool) -> int:
         """Note that the broker refused *tag*, or everything up to it.
 
-        Returns:
-            The number of live copies among them. A queue that is bound to the exchange did not take
-            them; the durable copies are not affected.
+        Returns the number of live copies among them. A queue that is bound to the exchange did not
+        take them; the durable copies are not affected.
         """
         for publication in _taken(self._kept, tag, multiple):
             publication.refusals += 1
@@ -300,7 +295,6 @@ class ConfirmChannel:
     Not thread-safe.
 
     Parameters:
-        link: an open connection.
         in_alarm: whether an alarm of the broker may block it as soon as something is published.
 
     Raises:
@@ -337,40 +331,32 @@ class ConfirmChannel:
         Both are written at once. If the connection is lost between them, a reader learns of the
         state at its next look-up.
         """
-        connection = self.link.amqp
-        if not self.channel.is_open:
-            raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
         message = publication.message
-        octets = frames.publish_frames(
-            self.channel.channel_id,
-            "",
-            message.queue,
-            True,
-            message.properties,
-            message.body,
-            connection.frame_max,
-            message.pushed if publication.push else None,
-        )
+        addresses: List[frames.Address] = [("", message.queue, True)]
+        if publication.push and message.pushed is not None:
+            addresses.append((*message.pushed, False))
+        octets = self._frames(message, *addresses)
         self.log.sent(publication, time.monotonic())
-        nowait.write(connection, octets)
+        nowait.write(self.link.amqp, octets)
 
     def publish_copy(self, publication: Publication) -> None:
         """Publish the live copy of a message that the broker has confirmed."""
-        connection = self.link.amqp
-        if not self.channel.is_open:
-            raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
         message = publication.message
         assert message.pushed is not None
-        octets = frames.publish_frames(
+        octets = self._frames(message, (*message.pushed, False))
+        self.log.copy_sent(publication)
+        nowait.write(self.link.amqp, octets)
+
+    def _frames(self, message: Outgoing, *addresses: frames.Address) -> bytes:
+        if not self.channel.is_open:
+            raise amqp.exceptions.RecoverableConnectionError("the channel is closed")
+        return frames.publish_frames(
             self.channel.channel_id,
-            *message.pushed,
-            False,
+            self.link.amqp.frame_max,
             message.properties,
             message.body,
-            connection.frame_max,
+            *addresses,
         )
-        self.log.copy_sent(publication)
-        nowait.write(connection, octets)
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
         if self.log.refused(tag, multiple):
@@ -387,36 +373,16 @@ class ConfirmChannel:
 
         For a caller that uses the connection exclusively.
 
-        Parameters:
-            publications: publications made on this channel.
-            deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
-                publishers; with ``None`` the wait ends when the connection counts as dead.
-
-        Raises:
-            NotConfirmed: when the broker has not answered in time.
+        Parameters and errors are those of :func:`wait_for_answers`.
         """
-        started = time.monotonic()
-        patience = Patience(started)
         waiting = list(publications)
-        while True:
+
+        def answered() -> bool:
+            nonlocal waiting
             waiting = [publication for publication in waiting if not publication.settled]
-            if not waiting:
-                return
-            if self.link.readable(time_left(deadline, 1.0)):
-                self.take_in()
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                why = ""
-                if self.link.blocked:
-                    why = (
-                        f": the broker blocks publishers ({self.link.blocked}: a memory or disk "
-                        "alarm)"
-                    )
-                raise errors.NotConfirmed(
-                    f"no confirm from the broker within {now - started:.1f} s{why}"
-                )
-            if patience.is_over(now, bool(self.link.blocked), self.progress):
-                raise no_confirm()
+            return not waiting
+
+        wait_for_answers(self.link, answered, self.take_in, lambda: self.progress, deadline)
 
     def asking(self) -> amqp.Channel:
         """Return a channel for requests that the broker may refuse by closing it.
@@ -459,6 +425,45 @@ class ConfirmChannel:
             # Mostly that was all, and asking the socket again would cost a system call.
             if not link.buffered():
                 return
+
+
+def wait_for_answers(
+    link: Link,
+    answered: Callable[[], bool],
+    take_in: Callable[[], object],
+    progress: Callable[[], int],
+    deadline: Optional[float] = None,
+) -> None:
+    """Read *link* until *answered*; also through an alarm, in which py-amqp would give up.
+
+    Parameters:
+        take_in: handles what the broker has sent.
+        progress: see :meth:`Patience.is_over`.
+        deadline: time (``time.monotonic``) at which to give up, even while the broker blocks
+            publishers; with ``None`` the wait ends when the connection counts as dead.
+
+    Raises:
+        NotConfirmed: when the broker has not answered in time.
+    """
+    started = time.monotonic()
+    patience = Patience(started)
+    while not answered():
+        if link.ready(time_left(deadline, 1.0)):
+            link.flush()
+            take_in()
+            if answered():
+                return
+        link.tick()
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            why = ""
+            if link.blocked:
+                why = f": the broker blocks publishers ({link.blocked}: a memory or disk alarm)"
+            raise errors.NotConfirmed(
+                f"no confirm from the broker within {now - started:.1f} s{why}"
+            )
+        if patience.is_over(now, bool(link.blocked), progress()):
+            raise no_confirm()
 
 
 def no_confirm() -> errors.NotConfirmed:

@@ -95,7 +95,6 @@ class Connector:
     Parameters:
         make: returns a new, not yet connected kombu connection; called with the heartbeat in
             seconds.
-        policy: how opening is retried.
         describe: returns the broker's address without password, for messages.
         app_name: name of the app, which is part of the names of its connections.
         max_connections: how many may be open at once; ``None`` for any number.
@@ -216,13 +215,11 @@ class Connector:
     def open(
         self, heartbeat: float, deadline: Optional[float] = None, purpose: str = "results"
     ) -> Link:
-        """Open a connection; retry as the retry policy says.
+        """Open a connection as :meth:`open_once` does; retry as the retry policy says.
 
         Parameters:
-            heartbeat: seconds between heartbeats; 0 for none.
             deadline: time (``time.monotonic``) after which to give up; the retry policy may end
                 the tries earlier.
-            purpose: what the connection is for, see :meth:`open_once`.
 
         Raises:
             BackendUnavailable: when the broker could not be reached, or refuses us.
@@ -273,7 +270,6 @@ class LookupTries:
     """The tries of one look-up, each on a connection that may be lost.
 
     Parameters:
-        policy: how long to wait between them.
         end: the look-up's time limit (``time.monotonic``).
         prefix: beginning of the names of the queues, for error messages.
     """
@@ -285,10 +281,6 @@ class LookupTries:
 
     def wait(self, exc: BaseException, what: str) -> None:
         """Wait before the next try.
-
-        Parameters:
-            exc: the error of the last try.
-            what: a description of the read, for error messages.
 
         Raises:
             BackendUnavailable: when the broker has refused it.

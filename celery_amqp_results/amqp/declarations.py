@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from typing import Any, Optional, Set
+from typing import Any, Callable, Optional, Set
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -34,7 +34,6 @@ class Declarations:
     """Remembers which parts of a topology this process has declared. Thread-safe.
 
     Parameters:
-        topology: names and queue arguments.
         declare: whether the exchange and the shards are declared here; otherwise they must exist.
     """
 
@@ -51,6 +50,11 @@ class Declarations:
         self._asked_again = 0.0
         #: Incremented by :meth:`forget`: concurrent declarations are not remembered.
         self._generation = 0
+
+    @property
+    def few(self) -> bool:
+        """Whether the shards are so few that they are declared without a question about limits."""
+        return self.topology.shards <= FEW_SHARDS
 
     def knows(self, shard: Optional[int]) -> bool:
         """Return whether the queue of *shard* was there when this process last used it."""
@@ -72,17 +76,14 @@ class Declarations:
             return
         generation = self._generation
         topology = self.topology
-        if not self.declare:
-            try:
+        try:
+            if self.declare:
+                declare_exchange(channel, topology)
+            else:
                 # This needs no permission.
                 channel.exchange_declare(topology.exchange, "topic", passive=True)
-            except amqp_errors.NotFound as exc:
-                raise self.missing(f"exchange {topology.exchange!r}") from exc
-            with self._lock:
-                self._exchange = generation == self._generation
-            return
-        try:
-            declare_exchange(channel, topology)
+        except amqp_errors.NotFound as exc:
+            raise self.missing(f"exchange {topology.exchange!r}") from exc
         except amqp_errors.PreconditionFailed as exc:
             raise errors.DeclarationRefused(
                 f"the broker has an exchange {topology.exchange!r} that differs from the one "
@@ -161,16 +162,20 @@ class Declarations:
         if self._limit is not None and time.monotonic() < self._asked_again:
             raise self._too_many_queues()
 
-    def check_room(self, channel: amqp.Channel, count: int) -> Optional[errors.BackendUnavailable]:
+    def check_room(
+        self, asking: Callable[[], amqp.Channel], count: int
+    ) -> Optional[errors.BackendUnavailable]:
         """Return the error to raise instead of declaring *count* shards, or ``None``.
 
         AMQP does not tell a limit on queues before it is reached. So this declares *count* and
         :data:`ROOM` queues, and deletes them at once.
 
         Parameters:
-            channel: an open channel, which the broker closes if they do not fit.
-            count: how many shards are about to be declared.
+            asking: returns an open channel, which the broker closes if they do not fit.
         """
+        if not count or self.few:
+            return None
+        channel = asking()
         probe = f"{self.topology.prefix}.room.{uuid.uuid4().hex}"
         names = [f"{probe}.{number}" for number in range(ROOM + count)]
         refusal = None
@@ -221,8 +226,6 @@ def declare_exchange(channel: amqp.Channel, topology: Topology, nowait: bool = F
     """Declare the exchange on *channel*.
 
     Parameters:
-        channel: an open channel.
-        topology: its name and arguments.
         nowait: whether to skip waiting for an answer. If the broker refuses, it closes the channel.
 
     Raises:

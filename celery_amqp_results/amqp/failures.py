@@ -25,7 +25,8 @@ __all__ = (
     "was_refused",
 )
 
-#: Errors of a lost connection, a closed channel or a broken protocol.
+#: Errors of a lost connection, a closed channel or a broken protocol, and
+#: :exc:`~celery_amqp_results.errors.BackendUnavailable`, which is an ``OperationalError``.
 TRANSIENT: Tuple[Type[Exception], ...] = (
     amqp_errors.AMQPError,
     amqp_errors.MessageNacked,

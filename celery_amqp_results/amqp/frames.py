@@ -102,28 +102,24 @@ def _properties(properties: Mapping[str, Any]) -> bytes:
     return b"".join(parts)
 
 
+#: Exchange, empty for the default exchange; routing key, of up to 255 bytes; and whether the broker
+#: returns a message that no queue takes.
+Address = Tuple[str, str, bool]
+
+
 def publish_frames(
     channel: int,
-    exchange: str,
-    routing_key: str,
-    mandatory: bool,
+    frame_max: int,
     properties: Mapping[str, object],
     body: bytes,
-    frame_max: int,
-    pushed: Optional[Tuple[str, str]] = None,
+    *addresses: Address,
 ) -> bytes:
-    """Return the bytes that publish a message, once or twice.
+    """Return the bytes that publish a message, once to each of *addresses*.
 
     Parameters:
         channel: number of the channel.
-        exchange: name of the exchange; empty for the default exchange.
-        routing_key: up to 255 bytes.
-        mandatory: whether the broker returns a message that no queue takes.
-        properties: AMQP properties by py-amqp's names; headers are text or whole numbers.
-        body: the body, of any length.
         frame_max: the largest frame that the connection allows, in bytes.
-        pushed: exchange and routing key to publish it to once more afterwards, where no queue has
-            to take it; ``None`` for no second time.
+        properties: AMQP properties by py-amqp's names; headers are text or whole numbers.
 
     Raises:
         ValueError: when a text is too long for its place.
@@ -135,17 +131,12 @@ def publish_frames(
     for start in range(0, len(body), room):
         piece = body[start : start + room]
         parts += (_FRAME.pack(_BODY, channel, len(piece)), piece, _END)
-    method = _publish_method(channel, exchange, routing_key, mandatory)
-    if pushed is None:
-        return b"".join((method, *parts))
-    return b"".join((method, *parts, _publish_method(channel, *pushed, False), *parts))
-
-
-def _publish_method(channel: int, exchange: str, routing_key: str, mandatory: bool) -> bytes:
-    method = b"".join(
-        (_PUBLISH, _name(exchange), _short(routing_key), _MANDATORY if mandatory else b"\0")
-    )
-    return b"".join((_FRAME.pack(_METHOD, channel, len(method)), method, _END))
+    octets: List[bytes] = []
+    for exchange, routing_key, mandatory in addresses:
+        flags = _MANDATORY if mandatory else b"\0"
+        method = b"".join((_PUBLISH, _name(exchange), _short(routing_key), flags))
+        octets += (_FRAME.pack(_METHOD, channel, len(method)), method, _END, *parts)
+    return b"".join(octets)
 
 
 #: Type, channel and size of a frame, and class and method of ``basic.deliver``.

@@ -101,8 +101,6 @@ class Link:
     """One open AMQP connection. Not thread-safe: one user at a time.
 
     Parameters:
-        connection: kombu's connection, which knows the broker.
-        established: the open connection that it made.
         heartbeat: seconds between heartbeats; 0 for none.
     """
 
@@ -154,11 +152,7 @@ class Link:
             self._set_user_timeout(self._user_timeout)
 
     def _set_user_timeout(self, milliseconds: int) -> int:
-        """Have the kernel keep bytes for that long, or for any time with 0.
-
-        Returns:
-            The value before.
-        """
+        """Have the kernel keep bytes for that long; for any time with 0. Return the old value."""
         before = 0
         # The socket may be closed.
         with contextlib.suppress(OSError):
@@ -193,11 +187,7 @@ class Link:
             self._outbox.flush()
 
     def ready(self, timeout: float) -> bool:
-        """Return whether there is something to read, or room for something to send.
-
-        Parameters:
-            timeout: seconds to wait for it.
-        """
+        """Return whether there is something to read, or room to send, within *timeout* seconds."""
         if not self.unsent:
             return self.readable(timeout)
         return self.buffered() or sockets.ready(self.socket, timeout)
@@ -257,9 +247,6 @@ class Link:
         They end before the first frame that is something else or not complete, which is left to
         :meth:`drain`. py-amqp would take ten times as long for each. Reads the socket, which must
         be readable.
-
-        Parameters:
-            channel: number of the channel that they are for.
         """
         self._received.fill()
         start = _START_OF_ACK.pack(_METHOD_FRAME, channel, _SIZE_OF_ACK, *spec.Basic.Ack)
@@ -283,20 +270,11 @@ class Link:
         return self.heartbeat / 4 if self.heartbeat else IO_TIMEOUT
 
     def readable(self, timeout: float = 0.0) -> bool:
-        """Return whether the broker has sent something, or closed the connection.
-
-        Parameters:
-            timeout: seconds to wait for it.
-        """
+        """Return whether the broker sends something, or closes, within *timeout* seconds."""
         return self.buffered() or sockets.readable(self.socket, timeout)
 
     def wait(self, until: float, wake_up: sockets.WakeUp) -> None:
-        """Wait until there is something to read, or :meth:`tick` is due.
-
-        Parameters:
-            until: time (``time.monotonic``) after which to stop waiting.
-            wake_up: ends the wait when it rings.
-        """
+        """Wait for something to read, *wake_up*, a due :meth:`tick`, or the time *until*."""
         wake_up.wait(time_left(until, self.idle_time()), self.socket)
 
     def has_room(self) -> bool:
@@ -315,12 +293,7 @@ class Link:
         return channel
 
     def channel_nowait(self, on_close: Callable[[int, str, int, int], None]) -> amqp.Channel:
-        """Open a channel without waiting for the broker's answer.
-
-        Parameters:
-            on_close: called when the broker closes the channel, with its code and text for the
-                reason and the numbers of class and method. The connection stays open.
-        """
+        """Open a channel without waiting for the broker's answer, see :func:`channel_nowait`."""
         return channel_nowait(self.amqp, on_close)
 
     @contextlib.contextmanager
@@ -381,7 +354,8 @@ def channel_nowait(
 
     Parameters:
         connection: an open connection, which others may use as well.
-        on_close: see :meth:`Link.channel_nowait`.
+        on_close: called when the broker closes the channel, with its code and text for the reason
+            and the numbers of class and method. The connection stays open.
     """
     # kombu's class of channels would be closed together with a producer's.
     channel = amqp.Channel(connection)

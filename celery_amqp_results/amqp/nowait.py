@@ -35,7 +35,7 @@ def publish(
     """
     connection = channel.connection
     octets = frames.publish_frames(
-        channel.channel_id, exchange, key, False, properties, body, connection.frame_max
+        channel.channel_id, connection.frame_max, properties, body, (exchange, key, False)
     )
     write(connection, octets)
 

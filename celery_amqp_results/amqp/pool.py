@@ -41,7 +41,6 @@ class Pool:
     and closes the old ones; it ends when none is left.
 
     Parameters:
-        connector: opens the connections.
         heartbeat: seconds between heartbeats; 0 for none.
         name: what they are for; names the thread.
         limit: how many connections may be in use at once, besides those whose users are stuck
@@ -122,7 +121,7 @@ class Pool:
             yield link
         except BaseException as exc:
             link.drop()
-            if isinstance(exc, (errors.LookupTimeout, *TRANSIENT)):
+            if isinstance(exc, TRANSIENT):
                 self._connector.mark_host_failed(link)
                 self._connector.note_limit(exc)
             raise

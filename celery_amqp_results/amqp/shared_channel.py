@@ -1,9 +1,10 @@
 """One publishing channel for all threads and greenlets of a process.
 
-A publisher writes to the socket at once, and then waits for the confirm. One waiting thread is the
-*leader*: it reads the socket, and wakes the others when their confirms have come. When it has its
-own, it passes the lead to another. A process with one thread thus reads its own confirms as if it
-had the channel to itself, and several threads share the broker's group commits.
+A publisher writes to the socket at once, and then waits for the confirm. One waiting thread leads,
+see :mod:`~celery_amqp_results.amqp.turns`: it reads the socket, and wakes the others when their
+confirms have come. When it has its own, it passes the lead to another. A process with one thread
+thus reads its own confirms as if it had the channel to itself, and several threads share the
+broker's group commits.
 
 One lock guards all reads and writes of the socket, which TLS needs. No thread holds it while it
 waits for bytes.
@@ -11,21 +12,21 @@ waits for bytes.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import threading
 import time
-from typing import Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Callable, Iterator, List, Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import confirms, connections
 from celery_amqp_results.amqp.confirms import ConfirmChannel, LostInAlarm, Publication
 from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
+from celery_amqp_results.amqp.turns import Request, Turns, Waiter
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import is_over, time_left
 
-__all__ = ("SharedChannel", "Waiter")
+__all__ = ("SharedChannel",)
 
 #: Publishing has no heartbeats. A dead connection is noticed at the next message, which the kernel
 #: gives up after some seconds (TCP_USER_TIMEOUT), or for which no confirm comes.
@@ -41,75 +42,11 @@ READ_STEP = 0.05
 #: Seconds in which outstanding confirms must come when the connection is given up.
 GIVE_UP_SECONDS = 0.5
 
-#: The errors of a lost connection.
-_LOSSES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *TRANSIENT)
-
-
-class Waiter:
-    """A thread that waits for some publications.
-
-    Parameters:
-        publications: what it waits for.
-        copies: whether it waits for the live copies instead of the durable ones.
-    """
-
-    def __init__(self, publications: Sequence[Publication], copies: bool = False) -> None:
-        self._publications = publications
-        #: How many are known to be settled. Two threads may count at once, each from here.
-        self._settled = 0
-        self._copies = copies
-        self._event: Optional[threading.Event] = None
-
-    @property
-    def done(self) -> bool:
-        """Whether everything it waits for is settled."""
-        for at in range(self._settled, len(self._publications)):
-            publication = self._publications[at]
-            if publication.copying if self._copies else not publication.settled:
-                self._settled = at
-                return False
-        self._settled = len(self._publications)
-        return True
-
-    def follow(self) -> None:
-        """Get ready for :meth:`wait`."""
-        if self._event is None:
-            self._event = threading.Event()
-        self._event.clear()
-
-    def wait(self, timeout: float) -> None:
-        """Wait to be woken, at most *timeout* seconds."""
-        assert self._event is not None
-        self._event.wait(timeout)
-
-    def wake(self) -> None:
-        """End the present :meth:`wait`."""
-        assert self._event is not None
-        self._event.set()
-
-
-class _Request(Waiter):
-    """A thread that waits until the broker takes what it has to write.
-
-    Parameters:
-        free: whether it does.
-    """
-
-    def __init__(self, free: Callable[[], bool]) -> None:
-        super().__init__(())
-        self._free = free
-
-    @property
-    def done(self) -> bool:
-        """Whether the wait is over."""
-        return self._free()
-
 
 class SharedChannel:
     """Opens the channel, and moves bytes on it for many threads.
 
     Parameters:
-        connector: opens the connection.
         on_lost: called with every publication that a lost connection leaves behind and that no
             caller waits for. Must not publish.
 
@@ -129,10 +66,8 @@ class SharedChannel:
         #: When the last attempt to open it began, and how it failed.
         self._opening = 0.0
         self._open_failure: Optional[errors.BackendUnavailable] = None
-        # Guards the two below. Taken within the lock above, never around it.
-        self._turn = threading.Lock()
-        self._leader: Optional[Waiter] = None
-        self._followers: Deque[Waiter] = collections.deque()
+        # Its lock is taken within the lock above, never around it.
+        self._turns = Turns()
         #: Not set while the connection is given up for another one.
         self._may_send = threading.Event()
         self._may_send.set()
@@ -192,9 +127,9 @@ class SharedChannel:
                         raise_if_from_signal_handler(exc)
                         raise failure from exc
                     # With its answers, the block may have taken in confirms of others.
-                    self._wake_done()
+                    self._turns.wake_done()
                     return
-            self.wait(_Request(functools.partial(self._is_free, channel, asks)), deadline)
+            self.wait(Request(functools.partial(self._is_free, channel, asks)), deadline)
             if is_over(deadline):
                 raise errors.NotConfirmed(f"the broker blocks publishers ({channel.link.blocked})")
 
@@ -222,20 +157,11 @@ class SharedChannel:
 
     def _ready(self, since: float, deadline: Optional[float]) -> ConfirmChannel:
         channel = self._channel
-        if channel is not None:
-            try:
-                # A load balancer may have closed the connection while it was idle.
-                self._take_in_unled(channel)
-                if channel.link.alive and channel.channel.is_open:
-                    return channel
-                failure: BaseException = errors.BackendUnavailable("the connection was closed")
-            except TRANSIENT as exc:
-                raise_if_from_signal_handler(exc)
-                failure = exc
-            except BaseException as exc:
-                self._lose(channel, exc)
-                raise
-            self._lose(channel, failure)
+        # A load balancer may have closed the connection while it was idle.
+        if channel is not None and self._took_in_unled(channel):
+            if channel.link.alive and channel.channel.is_open:
+                return channel
+            self._lose(channel, errors.BackendUnavailable("the connection was closed"))
         if self._open_failure is not None and self._opening >= since:
             raise errors.BackendUnavailable(
                 str(self._open_failure)
@@ -257,42 +183,55 @@ class SharedChannel:
             raise
         return self._channel
 
-    def _take_in_unled(self, channel: ConfirmChannel) -> None:
-        """Take in what has come, unless a leader does that.
+    def _took_in_unled(self, channel: ConfirmChannel) -> bool:
+        """Take in what has come, unless a leader does that; see :meth:`_took_in`."""
 
-        A leader would wait in vain for the bytes that another thread has taken in.
-        """
-        with self._turn:
-            if self._leader is None:
-                channel.link.flush()
-                channel.take_in()
+        def take_in() -> None:
+            channel.link.flush()
+            channel.take_in()
+
+        return self._took_in(channel, functools.partial(self._turns.if_unled, take_in))
+
+    def _took_in(self, channel: ConfirmChannel, take_in: Callable[[], None]) -> bool:
+        """Call *take_in*; return whether the connection is still there."""
+        try:
+            take_in()
+        except TRANSIENT as exc:
+            raise_if_from_signal_handler(exc)
+            self._lose(channel, exc)
+            return False
+        except BaseException as exc:
+            self._lose(channel, exc)
+            raise
+        return True
 
     def _lose(self, channel: ConfirmChannel, failure: BaseException) -> BaseException:
-        """Drop the connection. Every thread that waits on it finds that it is lost.
+        """Drop the connection, and return the error that its publications are lost with.
 
-        Returns:
-            The error that the publications are lost with.
+        Every thread that waits on it finds that it is lost.
         """
         if self._channel is channel:
             self._channel = None
         self._in_alarm = bool(channel.link.blocked)
-        if self._in_alarm and isinstance(failure, _LOSSES) and not is_refusal(failure):
+        if self._in_alarm and isinstance(failure, TRANSIENT) and not is_refusal(failure):
             failure = LostInAlarm(f"the connection was lost in an alarm: {failure!r}")
+        self._report_lost(channel, failure)
+        channel.link.drop()
+        self._connector.mark_host_failed(channel.link)
+        self._turns.wake_done()
+        return failure
+
+    def _report_lost(self, channel: ConfirmChannel, failure: BaseException) -> None:
         left = [*channel.log.strays, *channel.log.lost(failure)]
         channel.log.strays = []
         for publication in left:
             if not publication.waited:
                 self._on_lost(publication)
-        channel.link.drop()
-        self._connector.mark_host_failed(channel.link)
-        self._wake_done()
-        return failure
 
     def wait(self, waiter: Waiter, deadline: Optional[float] = None) -> None:
         """Wait until *waiter* is done; a lost connection ends the wait as well.
 
         Parameters:
-            waiter: what to wait for.
             deadline: time (``time.monotonic``) at which to stop waiting. With ``None`` the
                 connection counts as dead after :data:`confirms.CONFIRM_TIMEOUT` seconds in which
                 the broker has taken and confirmed nothing, unless it blocks publishers.
@@ -312,46 +251,22 @@ class SharedChannel:
                         if channel is self._channel:
                             self._lose(channel, confirms.no_confirm())
         finally:
-            self._pass_on_lead(waiter)
-
-    def _pass_on_lead(self, waiter: Waiter) -> None:
-        """Wake a follower if no thread leads, since *waiter* was chosen and has not led."""
-        if self._leader is waiter:
-            # An exception from a signal handler has kept it from handing over.
-            self._hand_over()
-        elif self._followers:
-            with self._turn:
-                if self._leader is None and self._followers:
-                    self._followers[0].wake()
+            self._turns.withdraw(waiter)
 
     def _take_turn(self, waiter: Waiter, deadline: Optional[float]) -> None:
         """Read as the leader, or wait for the leader to read."""
         try:
-            with self._turn:
-                if self._leader is None:
-                    self._leader = waiter
-                else:
-                    waiter.follow()
-                    self._followers.append(waiter)
-                    if waiter.done:
-                        # The leader took in its confirm before it knew of this follower.
-                        self._followers.pop()
-                        return
-            if self._leader is not waiter:
-                waiter.wait(time_left(deadline, STEP))
-                with self._turn, contextlib.suppress(ValueError):
-                    self._followers.remove(waiter)
+            if not self._turns.lead(waiter, time_left(deadline, STEP)):
                 return
             # This thread or a follower may wait only for confirms that were taken in before it led.
-            self._wake_done()
+            self._turns.wake_done()
             while not waiter.done and self._channel is not None:
                 came = self._read(time_left(deadline, READ_STEP))
                 if not came or is_over(deadline):
                     break
-                self._wake_done()
+                self._turns.wake_done()
         finally:
-            if self._leader is waiter:
-                self._hand_over()
+            self._turns.hand_over(waiter)
 
     def _read(self, timeout: float) -> bool:
         """Take in what comes within *timeout* seconds; return whether anything did."""
@@ -370,49 +285,8 @@ class SharedChannel:
             return False
         with self._io:
             if channel is self._channel:
-                try:
-                    if channel.link.unsent:
-                        # There may be room for it, and nothing to read.
-                        channel.link.flush()
-                        channel.take_in()
-                    elif channel.link.frames_received == before:
-                        channel.take_in_readable()
-                    else:
-                        # Another thread has read meanwhile, perhaps everything.
-                        channel.take_in()
-                except TRANSIENT as exc:
-                    raise_if_from_signal_handler(exc)
-                    self._lose(channel, exc)
-                except BaseException as exc:
-                    self._lose(channel, exc)
-                    raise
+                self._took_in(channel, functools.partial(_take_in, channel, before))
         return True
-
-    def _wake_done(self) -> None:
-        if not self._followers:
-            return
-        with self._turn:
-            done = [follower for follower in self._followers if follower.done]
-            for follower in done:
-                self._followers.remove(follower)
-                follower.wake()
-
-    def _hand_over(self) -> None:
-        with self._turn:
-            self._leader = None
-            if not self._followers:
-                return
-            followers, self._followers = list(self._followers), collections.deque()
-            led = False
-            for follower in followers:
-                if follower.done:
-                    follower.wake()
-                elif not led:
-                    # It will lead.
-                    led = True
-                    follower.wake()
-                else:
-                    self._followers.append(follower)
 
     def collect(self, deadline: Optional[float] = None) -> List[Publication]:
         """Take in buffered confirms without waiting; return stray publications.
@@ -422,17 +296,8 @@ class SharedChannel:
         """
         with self._held(deadline):
             channel = self._channel
-            if channel is None:
+            if channel is None or not self._took_in_unled(channel):
                 return []
-            try:
-                self._take_in_unled(channel)
-            except TRANSIENT as exc:
-                raise_if_from_signal_handler(exc)
-                self._lose(channel, exc)
-                return []
-            except BaseException as exc:
-                self._lose(channel, exc)
-                raise
             return channel.log.unwaited()
 
     def give_up_idle(self) -> bool:
@@ -470,12 +335,20 @@ class SharedChannel:
             channel = self._channel
             if channel is not None:
                 self._channel = None
-                for publication in [*channel.log.strays, *channel.log.lost(_closed())]:
-                    if not publication.waited:
-                        self._on_lost(publication)
+                closed = errors.BackendUnavailable("the result backend was closed")
+                self._report_lost(channel, closed)
                 channel.link.close()
-        self._wake_done()
+        self._turns.wake_done()
 
 
-def _closed() -> errors.BackendUnavailable:
-    return errors.BackendUnavailable("the result backend was closed")
+def _take_in(channel: ConfirmChannel, frames_before: int) -> None:
+    """Take in what has come on a connection that was ready, after some frames were received."""
+    if channel.link.unsent:
+        # There may be room for it, and nothing to read.
+        channel.link.flush()
+        channel.take_in()
+    elif channel.link.frames_received == frames_before:
+        channel.take_in_readable()
+    else:
+        # Another thread has read meanwhile, perhaps everything.
+        channel.take_in()

@@ -25,11 +25,7 @@ LOOK_AGAIN = 0.1
 
 
 class Slot:
-    """The place of one connection.
-
-    Parameters:
-        purpose: what the connection is for.
-    """
+    """The place of one connection."""
 
     def __init__(self, purpose: str) -> None:
         self.purpose = purpose

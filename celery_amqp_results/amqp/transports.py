@@ -11,7 +11,6 @@ import collections
 import contextlib
 import functools
 import threading
-import time
 from typing import Any, Callable, ContextManager, Deque, Iterator, Optional, Protocol, Tuple, Type
 
 import kombu
@@ -19,7 +18,7 @@ from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
-from celery_amqp_results.amqp.confirms import Patience, no_confirm
+from celery_amqp_results.amqp.confirms import wait_for_answers
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.amqp.pool import Pool
@@ -103,11 +102,7 @@ class Sessions(Protocol):
 
 
 class AMQPSession(Session):
-    """A session on an AMQP connection.
-
-    Parameters:
-        link: the connection.
-    """
+    """A session on an AMQP connection."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -131,27 +126,23 @@ class AMQPSession(Session):
         link, answers = self._link, []
         channel.events["basic_ack"] = {lambda *_: answers.append(True)}
         channel.events["basic_nack"] = {lambda *_: answers.append(False)}
-        patience = Patience(time.monotonic())
         link.keep_unsent()
         channel._basic_publish(*args, **kwargs)
-        while not answers:
-            if link.ready(1.0):
-                link.flush()
-            if link.readable():
-                link.drain(0.0)
-            link.tick()
-            if patience.is_over(time.monotonic(), bool(link.blocked), link.bytes_sent):
-                raise amqp_errors.RecoverableConnectionError(str(no_confirm()))
+        try:
+            wait_for_answers(
+                link,
+                lambda: bool(answers),
+                lambda: link.drain(0.0),
+                lambda: link.bytes_sent,
+            )
+        except errors.NotConfirmed as exc:
+            raise amqp_errors.RecoverableConnectionError(str(exc)) from exc
         if not answers[0]:
             raise amqp_errors.MessageNacked
 
 
 class AMQPSessions:
-    """Sessions on AMQP connections.
-
-    Parameters:
-        pool: lends the connections.
-    """
+    """Sessions on AMQP connections."""
 
     amqp = True
     local = False
@@ -162,7 +153,7 @@ class AMQPSessions:
 
     @contextlib.contextmanager
     def session(self, deadline: Optional[float] = None) -> Iterator[Session]:
-        """Lend a session, see :class:`Sessions`."""
+        """Lend a session."""
         with self._pool.link(deadline) as link:
             yield AMQPSession(link)
 

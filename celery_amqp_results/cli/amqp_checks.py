@@ -62,11 +62,7 @@ ALARM_TIMEOUT = 10.0
 
 
 def broker_findings(properties: Mapping[str, Any]) -> Iterator[Finding]:
-    """Check the version and the features of the broker.
-
-    Parameters:
-        properties: the server properties that it sends when a connection is opened.
-    """
+    """Check the version and the features of the broker, by its server *properties*."""
     version = str(properties.get("version", "?"))
     cluster = properties.get("cluster_name", "")
     product = properties.get("product", "?")
@@ -108,12 +104,7 @@ def broker_findings(properties: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def embedding_findings(properties: Mapping[str, Any], queue_type: str) -> Iterator[Finding]:
-    """Recommend where RabbitMQ 4 should keep the messages of classic queues.
-
-    Parameters:
-        properties: the server properties that the broker sends when a connection is opened.
-        queue_type: type of our queues.
-    """
+    """Recommend where RabbitMQ 4 should keep the messages of classic queues."""
     if queue_type == "classic" and _version(properties) >= (4, 0):
         yield Finding(
             "message-store",
@@ -162,9 +153,6 @@ def alarm_findings(broker: inspection.Broker) -> Iterator[Finding]:
     """Check whether the broker blocks publishers.
 
     It reports that only to a connection that publishes. The messages published here have no queue.
-
-    Raises:
-        amqp.AccessRefused: when we may not publish to the default exchange.
     """
     # A separate connection: during the alarm a connection that has published hears nothing more.
     link = broker.connector.open(0.0)
@@ -307,8 +295,7 @@ def growth_finding(
     """Warn where more results will be kept than a shard can hold.
 
     Parameters:
-        results: how many are kept now.
-        seconds: age of the oldest of them.
+        results, seconds: how many are kept now, and the age of the oldest of them.
         expires: seconds after which they expire.
         shards: number of shards.
     """
@@ -332,12 +319,7 @@ def growth_finding(
 
 
 def content_findings(session: Session, broker: inspection.Broker) -> Iterator[Finding]:
-    """Check the lengths of the shards, and the contents of some of them.
-
-    Raises:
-        amqp.AccessRefused: when we may not read.
-        Failed: when a shard could not be read in time.
-    """
+    """Check the lengths of the shards, and the contents of some of them."""
     lengths = broker.lengths()
     shards = broker.topology.shards
     yield _length_finding(lengths, shards)

@@ -10,10 +10,10 @@ from typing import Any, Deque, Iterator, List, Optional, Tuple
 from celery import states as celery_states
 
 from celery_amqp_results.cli.describing import Described
-from celery_amqp_results.cli.output import STYLES, Output, age, clean, counted
+from celery_amqp_results.cli.output import STYLES, Output, age, clean
 from celery_amqp_results.protocol.ranking import is_final
 
-__all__ = ("Board", "Screen", "Waiting", "picture")
+__all__ = ("Board", "line_of", "live", "picture")
 
 #: Seconds over which throughput is averaged.
 RATE_SECONDS = 10.0
@@ -223,80 +223,21 @@ def _recent(board: Board) -> Any:
     return grid
 
 
-class Screen:
-    """Prints states as they come."""
+@contextlib.contextmanager
+def live(output: Output, board: Board, title: str, transient: bool = False) -> Iterator[None]:
+    """Show the live picture while the block runs, on a terminal; a *transient* one disappears."""
+    if output.console is None:
+        yield
+        return
+    from rich.live import Live
 
-    def __init__(self, output: Output, board: Board, title: str) -> None:
-        self._output = output
-        self.board = board
-        self._title = title
-
-    @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show the live picture while the block runs, on a terminal."""
-        console = self._output.console
-        if console is None:
-            yield
-            return
-        from rich.live import Live
-
-        with Live(
-            get_renderable=lambda: picture(self.board, self._title),
-            console=console,
-            refresh_per_second=FRAMES,
-        ):
-            yield
-
-    def take(self, described: Described) -> None:
-        """Note and print a state."""
-        self.board.take(described)
-        if self._output.json:
-            self._output.data(described)
-        elif self._output.console is None:
-            self._output.line(line_of(described))
-
-
-class Waiting:
-    """Shows the progress of tasks while a command waits for them, by a ``with`` statement.
-
-    On a terminal it is the live picture, which disappears at the end. Otherwise each state of an
-    unfinished task is a line on standard error. With ``--json`` there is no output.
-
-    Parameters:
-        output: the output of the command.
-        count: how many tasks are awaited.
-        shown: whether to show anything.
-    """
-
-    def __init__(self, output: Output, count: int, shown: bool) -> None:
-        self._output = output
-        self._board = Board(count)
-        self._shown = shown and not output.json
-        self._live: Any = None
-
-    def __enter__(self) -> Waiting:
-        if self._shown and self._output.console is not None:
-            from rich.live import Live
-
-            title = f"waiting for {counted(self._board.expected or 0, 'task')}"
-            self._live = Live(
-                get_renderable=lambda: picture(self._board, title),
-                console=self._output.console,
-                refresh_per_second=FRAMES,
-                transient=True,
-            )
-            self._live.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def take(self, described: Described) -> None:
-        """Note a state."""
-        self._board.take(described)
-        if self._shown and self._live is None and not described["ready"]:
-            self._output.note(line_of(described))
+    with Live(
+        get_renderable=lambda: picture(board, title),
+        console=output.console,
+        refresh_per_second=FRAMES,
+        transient=transient,
+    ):
+        yield
 
 
 def line_of(described: Described) -> str:

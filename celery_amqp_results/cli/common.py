@@ -69,7 +69,7 @@ class Failed(click.ClickException):
 
     def __init__(self, message: str, code: Exit) -> None:
         super().__init__(clean(message))
-        self.exit_code = int(code)  # type: ignore[misc]
+        self.exit_code = code  # type: ignore[misc]
 
 
 @dataclasses.dataclass
@@ -79,6 +79,9 @@ class Session:
     app: App
     backend: AMQPBackend
     output: Output
+    #: The address of RabbitMQ's management API, and whether to guess it.
+    management_url: Optional[str]
+    guess_management: bool
 
     def shared_layout(self) -> SharedLayout:
         """The layout of the app's results.
@@ -95,20 +98,9 @@ class Session:
             )
         return layout
 
-    @property
-    def expires(self) -> Optional[float]:
-        """Seconds that results are kept; ``None`` for ever."""
-        return self.backend.expires or None
-
-    @property
-    def chord_expires(self) -> Optional[float]:
-        """Seconds for which chords are kept; ``None`` for ever."""
-        value = self.app.conf.get("result_chord_expires")
-        return self.expires if value is None else self.backend.prepare_expires(value) or None
-
     def end(self, code: Exit) -> NoReturn:
         """End the command with an exit code."""
-        click.get_current_context().exit(int(code))
+        click.get_current_context().exit(code)
 
 
 @contextlib.contextmanager
@@ -120,15 +112,13 @@ def report_errors() -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         click.echo(err=True)
-        click.get_current_context().exit(int(Exit.INTERRUPTED))
+        click.get_current_context().exit(Exit.INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has closed it.
         with contextlib.suppress(OSError):
             sys.stdout.close()
-        click.get_current_context().exit(int(Exit.OK))
-    except (errors.DeclarationRefused, ImproperlyConfigured) as exc:
-        raise Failed(str(exc), Exit.CONFIGURATION) from exc
-    except errors.Unsupported as exc:
+        click.get_current_context().exit(Exit.OK)
+    except (ImproperlyConfigured, errors.Unsupported) as exc:
         raise Failed(str(exc), Exit.CONFIGURATION) from exc
     except TimeoutError as exc:
         raise Failed(str(exc), Exit.NOT_READY) from exc
@@ -143,9 +133,8 @@ def _open(app: App) -> AMQPBackend:
     try:
         theirs = app.backend
     except ImportError as exc:
-        raise Failed(f"the app's result backend cannot be loaded: {exc}", Exit.CONFIGURATION) from (
-            exc
-        )
+        text = f"the app's result backend cannot be loaded: {exc}"
+        raise Failed(text, Exit.CONFIGURATION) from exc
     except KeyError as exc:
         raise Failed(f"unknown result backend: {exc}", Exit.CONFIGURATION) from exc
     if not isinstance(theirs, AMQPBackend):
@@ -165,7 +154,12 @@ def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         @functools.wraps(function)
-        def run(json_lines: bool, *args: Any, **kwargs: Any) -> Any:
+        def run(
+            json_lines: bool,
+            management_url: Optional[str] = None,
+            no_management: bool = False,
+            **kwargs: Any,
+        ) -> Any:
             context = click.get_current_context()
             # In tests with click a context has no object; with Celery it always has.
             app = getattr(context.obj, "app", context.obj)
@@ -177,7 +171,8 @@ def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
                     output = Output(json_lines)
                     if getattr(context.obj, "no_color", False):
                         output.console = None
-                    return function(Session(app, backend, output), *args, **kwargs)
+                    session = Session(app, backend, output, management_url, not no_management)
+                    return function(session, **kwargs)
                 finally:
                     backend.close()
 
@@ -191,7 +186,7 @@ def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
 
 
 def management_options(function: _F) -> _F:
-    """Add the options of commands that may use RabbitMQ's management API."""
+    """Add the options of commands that may use the management API; :class:`Session` has them."""
     function = click.option(
         "--management",
         "management_url",

@@ -34,12 +34,7 @@ FATES = {
 
 
 def describe(task_id: str, found: Optional[Meta]) -> Described:
-    """Return the output for a task.
-
-    Parameters:
-        task_id: the task.
-        found: its meta, or ``None`` if nothing is known of it.
-    """
+    """Return the output for a task whose meta was *found*, or of which nothing is known."""
     found = found or {"status": states.PENDING, "result": None}
     state = found["status"]
     failed = state in states.EXCEPTION_STATES

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Callable, Iterable, Iterator, List, Optional
+from typing import Callable, Iterable, Iterator, List
 
 import click
 from amqp import exceptions as amqp_errors
 
-from celery_amqp_results.cli import amqp_checks, inspection, management_checks, probe
+from celery_amqp_results.cli import amqp_checks, inspection, management, management_checks, probe
 from celery_amqp_results.cli.common import Exit, Failed, Session, command, management_options
 from celery_amqp_results.cli.findings import Finding, show
 
@@ -25,13 +25,7 @@ NO_MANAGEMENT = Finding(
 @click.option("--no-probe", is_flag=True, help="Do not store and read a result.")
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings as well.")
 @management_options
-def doctor(
-    session: Session,
-    no_probe: bool,
-    strict: bool,
-    management_url: Optional[str],
-    no_management: bool,
-) -> None:
+def doctor(session: Session, no_probe: bool, strict: bool) -> None:
     """Look for what is wrong, or will be, and say what to do.
 
     One result is stored, waited for, looked up and forgotten, unless --no-probe is given. Policies
@@ -47,7 +41,7 @@ def doctor(
             findings.extend(_run_check(check, broker))
             return all(finding.severity != "error" for finding in findings[before:])
 
-        api = broker.management(management_url, guess=not no_management)
+        api = broker.management()
         take(lambda: amqp_checks.broker_findings(broker.properties))
         take(lambda: amqp_checks.embedding_findings(broker.properties, broker.topology.queue_type))
         # First, before anything is stored: shards cannot be changed afterwards.
@@ -67,7 +61,8 @@ def doctor(
         if api is None:
             findings.append(NO_MANAGEMENT)
         else:
-            take(lambda: management_checks.management_findings(session, broker.topology, api))
+            for check in management_checks.checks(session, broker.topology, api):
+                take(check)
     take(lambda: amqp_checks.setting_findings(session))
     worst = {finding.severity for finding in findings}
     show(session.output, findings)
@@ -83,6 +78,8 @@ def _run_check(
         yield from check()
     except amqp_errors.AccessRefused as exc:
         yield amqp_checks.refused(broker.topology, exc)
+    except management.ManagementError as exc:
+        yield management_checks.refused(exc)
     except Failed as exc:
         yield Finding(
             "contents",

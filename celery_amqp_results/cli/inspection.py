@@ -18,7 +18,7 @@ from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import GROUP, MARK, StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.store import marks as tracking
-from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
+from celery_amqp_results.store.checkout import Checkout, limits_for
 
 __all__ = ("Broker", "Contents")
 
@@ -32,9 +32,6 @@ FEWEST = 8
 #: Reading large results stops after this many bodies or bytes.
 MAX_BODIES = 16
 MAX_BODY_BYTES = 16 * 2**20
-
-#: Seconds between two checks of the time while reading.
-STEP = 5.0
 
 
 @dataclasses.dataclass
@@ -63,11 +60,13 @@ class Contents:
     #: sent, in seconds since 1970.
     sent: int = 0
     sent_since: Optional[float] = None
-    #: The last mark of each task in the shard that is being read.
+    #: In the shard that is being read: whether each task has ended, and its last mark.
+    _ended: Dict[str, bool] = dataclasses.field(default_factory=dict, repr=False)
     _marks: Dict[str, StateMessage] = dataclasses.field(default_factory=dict, repr=False)
 
-    def take(self, queue: str, message: amqp.Message, seen: Dict[str, bool], now: float) -> None:
+    def take(self, message: amqp.Message) -> None:
         """Count a message."""
+        now = time.time()
         self.messages += 1
         self.bytes += len(message.body)
         try:
@@ -92,7 +91,7 @@ class Contents:
             if state.kind == GROUP:
                 self.groups += 1
             else:
-                seen[state.id] = seen.get(state.id, False) or is_final(state.state)
+                self._ended[state.id] = self._ended.get(state.id, False) or is_final(state.state)
             if state.expiration is None:
                 self.everlasting += 1
             if state.published:
@@ -100,16 +99,18 @@ class Contents:
                 self.oldest = published if self.oldest is None else min(self.oldest, published)
                 self.ahead = max(self.ahead, published - now)
 
-    def finish(self, seen: Dict[str, bool]) -> None:
+    def finish(self) -> None:
         """Count the tasks of a shard after reading it."""
         self.shards += 1
-        self.results += sum(seen.values())
-        self.running += len(seen) - sum(seen.values())
+        ended = sum(self._ended.values())
+        self.results += ended
+        self.running += len(self._ended) - ended
         for task_id, mark in self._marks.items():
-            if mark.state == tracking.SENT and task_id not in seen:
+            if mark.state == tracking.SENT and task_id not in self._ended:
                 self.sent += 1
                 since = mark.published / 1e6
                 self.sent_since = min(since, self.sent_since or since)
+        self._ended.clear()
         self._marks.clear()
 
 
@@ -143,11 +144,6 @@ class Broker:
         return dict(self.link.amqp.server_properties)
 
     @property
-    def version(self) -> str:
-        """Version of the broker."""
-        return str(self.properties.get("version", "?"))
-
-    @property
     def channel_max(self) -> int:
         """The most channels of a connection; 0 for no limit."""
         return int(self.link.amqp.channel_max)
@@ -158,21 +154,9 @@ class Broker:
         Raises:
             Failed: when the permission is missing.
         """
-        found = {}
-        for shard in range(self.topology.shards):
-            length = self.length(self.topology.shard_queue_name(shard))
-            if length is not None:
-                found[shard] = length
-        return found
-
-    def length(self, queue: str) -> Optional[int]:
-        """Return the number of messages in a queue, or ``None`` if it does not exist.
-
-        Raises:
-            Failed: when the permission is missing.
-        """
-        found = self.count(queue)
-        return None if found is None else found[0]
+        topology = self.topology
+        found = {n: self.count(topology.shard_queue_name(n)) for n in range(topology.shards)}
+        return {shard: counts[0] for shard, counts in found.items() if counts is not None}
 
     def count(self, queue: str) -> Optional[Tuple[int, int]]:
         """Return the numbers of messages and consumers of a queue, or ``None`` if it is missing.
@@ -200,28 +184,20 @@ class Broker:
             return None
         return True
 
-    def read(self, shards: Iterable[int], contents: Optional[Contents] = None) -> Contents:
+    def read(self, shards: Iterable[int]) -> Contents:
         """Read shards without removing anything; each is locked while it is read.
 
         Raises:
             Failed: when a shard could not be read within ``lookup_timeout``.
         """
-        contents = contents or Contents()
+        contents = Contents()
         for shard in shards:
-            self._read(shard, contents)
+            self._check_out(self.topology.shard_queue_name(shard), contents.take)
+            contents.finish()
         return contents
-
-    def _read(self, shard: int, contents: Contents) -> None:
-        seen: Dict[str, bool] = {}
-        queue = self.topology.shard_queue_name(shard)
-        self._check_out(queue, lambda message: contents.take(queue, message, seen, time.time()))
-        contents.finish(seen)
 
     def body_bytes(self, queues: Iterable[str]) -> Optional[int]:
         """Return the total size of large results in bytes, estimated if there are many.
-
-        Parameters:
-            queues: the queues in :attr:`Contents.body_queues`.
 
         Returns:
             ``None`` without the permission to read them.
@@ -230,34 +206,24 @@ class Broker:
             Failed: when a body could not be read within ``lookup_timeout``.
         """
         names = sorted(queues)
-        total = read = 0
-
-        def take(message: amqp.Message) -> None:
-            nonlocal total
-            total += len(message.body)
-
-        for name in names:
+        sizes: List[int] = []
+        read = 0
+        for read, name in enumerate(names, 1):
             try:
-                self._check_out(name, take)
+                self._check_out(name, lambda message: sizes.append(len(message.body)))
             except amqp_errors.AccessRefused:
                 return None
-            read += 1
-            if read >= MAX_BODIES or total >= MAX_BODY_BYTES:
+            if read >= MAX_BODIES or sum(sizes) >= MAX_BODY_BYTES:
                 break
-        return round(total * len(names) / read) if read else 0
+        return round(sum(sizes) * len(names) / read) if read else 0
 
     def _check_out(self, queue: str, take: Callable[[amqp.Message], None]) -> None:
         """Pass each message of a queue to *take*, and requeue all of them."""
         seconds = self.session.backend.options.lookup_timeout
         end = time.monotonic() + seconds
-        checkout = Checkout(
-            self.link,
-            queue,
-            take,
-            longest_prefetch(self.topology.queue_type),
-            arguments=longest_hold(self.topology.queue_type, seconds),
-        )
-        if not checkout.wait(end, STEP):
+        limits = limits_for(self.topology.queue_type, seconds)
+        checkout = Checkout(self.link, queue, take, limits)
+        if not checkout.wait(end):
             raise Failed(
                 f"queue {queue!r} could not be read within {seconds:g} s (lookup_timeout): "
                 "another reader holds it, it is very long, or an alarm blocks publishers",
@@ -265,14 +231,19 @@ class Broker:
             )
         checkout.close(wait=True)
 
-    def management(self, url: Optional[str], guess: bool) -> Optional[management.Management]:
-        """Return the management API, or ``None``.
+    def management(self) -> Optional[management.Management]:
+        """Return the management API, or ``None`` if a guessed address does not answer.
 
         Raises:
-            Failed: when *url* is given and does not answer.
+            Failed: when the address is given and does not answer.
         """
+        session = self.session
         try:
-            return management.find(self.session.backend.config.broker.connection(), url, guess)
+            return management.find(
+                session.backend.config.broker.place,
+                session.management_url,
+                session.guess_management,
+            )
         except management.ManagementError as exc:
             raise Failed(str(exc), Exit.UNAVAILABLE) from exc
 

@@ -112,10 +112,9 @@ def limits_from(
     user_limits: Sequence[Mapping[str, Any]],
     **used: Any,
 ) -> Limits:
-    """Return the limits from answers of the management API.
+    """Return the limits from answers of the management API, lists with one entry or none.
 
     Parameters:
-        vhost_limits, user_limits: the answers of the API, a list with one entry or none.
         **used: the other fields of :class:`Limits`.
     """
     vhost = vhost_limits[0].get("value", {}) if vhost_limits else {}
@@ -259,12 +258,7 @@ def _channels(limits: Limits) -> Iterator[Finding]:
 
 
 def advice_on_refusal(text: str, shards: int) -> Optional[str]:
-    """Return advice if an error reports a reached limit, or ``None``.
-
-    Parameters:
-        text: the error, in the broker's words.
-        shards: the option of that name.
-    """
+    """Return advice if *text*, an error of the broker, reports a reached limit, or ``None``."""
     if _REFUSED_QUEUE.search(text):
         return (
             f"the limit on queues is reached: the app uses {shards} shards; use fewer, as in "

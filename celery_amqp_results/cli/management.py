@@ -11,6 +11,7 @@ import dataclasses
 import email.utils
 import http.client
 import json
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -50,33 +51,23 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class Management:
     """The management API of one broker, for one virtual host.
 
-    Parameters:
-        url: its address, without user and password.
-        user, password: the credentials.
-        vhost: the virtual host.
-        timeout: time limit of an answer, in seconds.
-        proxies: whether to use the environment's proxies.
+    Its methods raise :class:`ManagementError` when there is no answer, or an error.
     """
 
+    #: Its address, without user and password.
     url: str
     user: str
     password: str = dataclasses.field(repr=False)
     vhost: str
+    #: Time limit of an answer, in seconds.
     timeout: float = TIMEOUT
+    #: Whether to use the environment's proxies.
     proxies: bool = True
     #: The broker's clock minus ours, in seconds, at the last answer; exact to a second.
     skew: Optional[float] = None
 
     def get(self, *path: str, **query: object) -> Any:
-        """Return the answer to a GET of ``/api/...``.
-
-        Parameters:
-            *path: parts of the path, not quoted.
-            **query: parameters.
-
-        Raises:
-            ManagementError: when there is no answer, or an error.
-        """
+        """Return the answer to a GET of ``/api/...``; the parts of the path are not quoted."""
         address = "/".join([self.url.rstrip("/"), "api", *(_quote(part) for part in path)])
         if query:
             address += "?" + urllib.parse.urlencode(query)
@@ -112,11 +103,7 @@ class Management:
                 self.skew = None
 
     def queues(self, pattern: str) -> List[Dict[str, Any]]:
-        """Return the queues of the virtual host whose names match a regular expression.
-
-        Raises:
-            ManagementError: when there is no answer, or an error.
-        """
+        """Return the queues of the virtual host whose names match a regular expression."""
         found: List[Dict[str, Any]] = []
         page = 1
         while True:
@@ -128,17 +115,29 @@ class Management:
                 return found
             page += 1
 
+    def queues_of(self, exchange: str, *kinds: str) -> List[Dict[str, Any]]:
+        """Return the queues of the layout ``shared`` of some kinds, such as ``shard``."""
+        return self.queues(f"^{re.escape(exchange)}\\.({'|'.join(kinds)})\\.")
+
+    def bindings(self, exchange: str) -> List[Dict[str, Any]]:
+        """Return the bindings of an exchange; none if it does not exist."""
+        try:
+            found: List[Dict[str, Any]] = self.get(
+                "exchanges", self.vhost, exchange, "bindings", "source"
+            )
+        except ManagementError as exc:
+            if exc.status != 404:
+                raise
+            return []
+        return found
+
 
 def _quote(part: str) -> str:
     return urllib.parse.quote(part, safe="")
 
 
 def guess_url(connection: kombu.Connection) -> str:
-    """Return the default address of a broker's management API, with TLS if the broker uses it.
-
-    Parameters:
-        connection: a connection to the broker, with a host; it is not opened.
-    """
+    """Return the default address of a broker's management API, with TLS if the broker uses it."""
     scheme, number = ("https", TLS_PORT) if connection.ssl else ("http", PORT)
     host = str(connection.hostname)
     # A host name has no colon, an IPv6 address has several.

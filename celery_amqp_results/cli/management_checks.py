@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from celery_amqp_results.cli import inspection, limits, management, policies
@@ -13,48 +12,35 @@ from celery_amqp_results.cli.migrate import old_queues
 from celery_amqp_results.cli.output import age, counted
 from celery_amqp_results.protocol.names import Topology
 
-__all__ = ("clock_finding", "limit_findings", "management_findings", "node_findings")
+__all__ = ("checks", "clock_findings", "limit_findings", "node_findings", "refused")
 
 #: The pattern of ``rpc://`` queue names.
 _RPC = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 
-def management_findings(
+def checks(
     session: Session, topology: Topology, api: management.Management
-) -> Iterator[Finding]:
-    """Yield the findings from the management API; failed requests are findings as well.
-
-    Parameters:
-        session: the session of the command.
-        topology: names of our queues.
-        api: a :class:`celery_amqp_results.cli.management.Management`.
-    """
-    checks: Tuple[Callable[[], Iterator[Finding]], ...] = (
+) -> Tuple[Callable[[], Iterator[Finding]], ...]:
+    """Return the checks, some of which the management API may refuse to this user."""
+    return (
         lambda: _policies(session, topology, api),
         lambda: node_findings(api.get("nodes"), topology.queue_type),
         lambda: _old_queues(topology, api),
         lambda: _rpc_queues(api),
         lambda: _large_forever(topology, api),
+        lambda: clock_findings(api.skew),
     )
-    for check in checks:
-        yield from _answered(check)
-    found = clock_finding(api.skew)
-    if found is not None:
-        yield found
 
 
-def _answered(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of a check; a refusal by the management API is a finding as well."""
-    try:
-        yield from check()
-    except management.ManagementError as exc:
-        yield Finding(
-            "management",
-            "info",
-            str(exc),
-            "give the user the tag 'monitoring' for nodes, and 'policymaker' for policies: "
-            "`rabbitmqctl set_user_tags USER monitoring policymaker`",
-        )
+def refused(exc: management.ManagementError) -> Finding:
+    """Return the finding that the management API refused a request."""
+    return Finding(
+        "management",
+        "info",
+        str(exc),
+        "give the user the tag 'monitoring' for nodes, and 'policymaker' for policies: "
+        "`rabbitmqctl set_user_tags USER monitoring policymaker`",
+    )
 
 
 # -- limits ----------------------------------------------------------------------------------------
@@ -67,33 +53,28 @@ def limit_findings(
 
     Without *api*, only the limits of the connection are known.
     """
-
-    def check() -> Iterator[Finding]:
-        channels = broker.channel_max
-        if api is None:
-            known = limits.Limits(channel_max=channels, complete=False)
-        else:
-            connections = api.get("connections")
-            known = limits.limits_from(
-                api.get("vhost-limits", api.vhost),
-                api.get("user-limits", api.user),
-                queues=int(api.get("queues", api.vhost, page=1, page_size=1)["total_count"]),
-                connections=sum(each.get("vhost") == api.vhost for each in connections),
-                user_connections=sum(each.get("user") == api.user for each in connections),
-                channel_max=channels,
-            )
-        yield from limits.findings(known, _needs(session, broker, api))
-
-    yield from _answered(check)
+    channels = broker.channel_max
+    if api is None:
+        known = limits.Limits(channel_max=channels, complete=False)
+    else:
+        connections = api.get("connections")
+        known = limits.limits_from(
+            api.get("vhost-limits", api.vhost),
+            api.get("user-limits", api.user),
+            queues=int(api.get("queues", api.vhost, page=1, page_size=1)["total_count"]),
+            connections=sum(each.get("vhost") == api.vhost for each in connections),
+            user_connections=sum(each.get("user") == api.user for each in connections),
+            channel_max=channels,
+        )
+    yield from limits.findings(known, _needs(session, broker, api))
 
 
 def _needs(
     session: Session, broker: inspection.Broker, api: Optional[management.Management]
 ) -> limits.Needs:
     topology, conf = broker.topology, session.app.conf
-    names = (
-        [] if api is None else [q["name"] for q in api.queues(_prefixed(topology, "shard|chords"))]
-    )
+    queues = [] if api is None else api.queues_of(topology.prefix, "shard", "chords")
+    names = [queue["name"] for queue in queues]
     return limits.Needs(
         shards=topology.shards,
         shards_present=sum(name.startswith(f"{topology.prefix}.shard.") for name in names),
@@ -105,25 +86,15 @@ def _needs(
     )
 
 
-def _prefixed(topology: Topology, kinds: str) -> str:
-    """Return a regular expression for the names of our queues of the given kinds."""
-    return f"^{re.escape(topology.prefix)}\\.({kinds})\\."
-
-
-def clock_finding(skew: Optional[float]) -> Optional[Finding]:
-    """Warn if the clock of the broker differs from ours.
-
-    Parameters:
-        skew: seconds that it is ahead of ours, or ``None`` if unknown.
-    """
-    if skew is None or abs(skew) <= CLOCK_TOLERANCE:
-        return None
-    return Finding(
-        "clock",
-        "warning",
-        f"the broker's clock differs from this one by {age(abs(skew))}",
-        "have the clocks set by NTP",
-    )
+def clock_findings(skew: Optional[float]) -> Iterator[Finding]:
+    """Warn if the clock of the broker is *skew* seconds ahead of ours, or behind."""
+    if skew is not None and abs(skew) > CLOCK_TOLERANCE:
+        yield Finding(
+            "clock",
+            "warning",
+            f"the broker's clock differs from this one by {age(abs(skew))}",
+            "have the clocks set by NTP",
+        )
 
 
 # -- policies --------------------------------------------------------------------------------------
@@ -133,37 +104,20 @@ def _policies(
     session: Session, topology: Topology, api: management.Management
 ) -> Iterator[Finding]:
     """Yield the effects of policies on our queues, existing or not."""
-    queues = api.queues(_prefixed(topology, "shard|large|chords"))
-    inboxes = set(_inboxes(topology, api))
+    queues = api.queues_of(topology.prefix, "shard", "large", "chords")
+    inboxes = {binding["destination"] for binding in api.bindings(topology.exchange)}
     if inboxes:
         queues += [queue for queue in api.queues("^amq\\.gen-") if queue["name"] in inboxes]
-    kinds = policies.roles(topology, session.expires, session.chord_expires)
+    kinds = policies.roles(topology, session.backend.config.expirations)
     asked = (api.get(kind, api.vhost) for kind in ("policies", "operator-policies"))
     yield from policies.findings(kinds, queues, asked)
-
-
-def _inboxes(topology: Topology, api: management.Management) -> Iterator[str]:
-    """Yield the names of the queues that processes have bound to our exchange."""
-    try:
-        bindings = api.get("exchanges", api.vhost, topology.exchange, "bindings", "source")
-    except management.ManagementError as exc:
-        if exc.status != 404:
-            raise
-        return
-    for binding in bindings:
-        yield binding["destination"]
 
 
 # -- nodes -----------------------------------------------------------------------------------------
 
 
 def node_findings(nodes: Sequence[Mapping[str, Any]], queue_type: str) -> Iterator[Finding]:
-    """Yield alarms, and whether the type of the queues suits a cluster.
-
-    Parameters:
-        nodes: the management API's description of each node.
-        queue_type: type of our queues.
-    """
+    """Yield alarms, and whether the type of the queues suits a cluster."""
     for node in nodes:
         for alarm, resource in (("mem_alarm", "memory"), ("disk_free_alarm", "disk")):
             if node.get(alarm):
@@ -225,7 +179,7 @@ def _rpc_queues(api: management.Management) -> Iterator[Finding]:
 
 
 def _large_forever(topology: Topology, api: management.Management) -> Iterator[Finding]:
-    large = api.queues(_prefixed(topology, "large"))
+    large = api.queues_of(topology.prefix, "large")
     forever = [q for q in large if not (q.get("arguments") or {}).get("x-expires")]
     if forever:
         yield Finding(

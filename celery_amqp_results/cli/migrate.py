@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import re
 import uuid
-from typing import Dict, List, Optional, Tuple
+from typing import Counter, List, Optional, Tuple
 
 import click
 from kombu.exceptions import KombuError, OperationalError
@@ -12,14 +13,7 @@ from kombu.exceptions import KombuError, OperationalError
 from celery_amqp_results import errors
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.cli import inspection, management
-from celery_amqp_results.cli.common import (
-    RETRY_POLICY,
-    Exit,
-    Failed,
-    Session,
-    command,
-    management_options,
-)
+from celery_amqp_results.cli.common import Exit, Failed, Session, command, management_options
 from celery_amqp_results.protocol.message import STATE
 from celery_amqp_results.protocol.names import BROADCAST, Route
 from celery_amqp_results.protocol.ranking import is_final
@@ -30,20 +24,10 @@ _NAME = re.compile(r"[0-9a-f]{32}\Z")
 
 
 def old_queues(api: management.Management, exchange: str) -> List[str]:
-    """Return the names of the queues of single tasks that are bound to *exchange*.
-
-    Raises:
-        ManagementError: when the management API does not answer.
-    """
-    try:
-        bindings = api.get("exchanges", api.vhost, exchange, "bindings", "source")
-    except management.ManagementError as exc:
-        if exc.status == 404:
-            return []
-        raise
+    """Return the names of the queues of single tasks that are bound to *exchange*."""
     return sorted(
         binding["destination"]
-        for binding in bindings
+        for binding in api.bindings(exchange)
         if binding["destination_type"] == "queue"
         and binding["destination"] == binding["routing_key"]
         and _NAME.match(binding["destination"])
@@ -56,15 +40,7 @@ def old_queues(api: management.Management, exchange: str) -> List[str]:
 @click.option("--dry-run", "-n", is_flag=True, help="Say what would be done.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @management_options
-def migrate(
-    session: Session,
-    ids: Tuple[str, ...],
-    delete: bool,
-    dry_run: bool,
-    yes: bool,
-    management_url: Optional[str],
-    no_management: bool,
-) -> None:
+def migrate(session: Session, ids: Tuple[str, ...], delete: bool, dry_run: bool, yes: bool) -> None:
     """Move results out of the queues that Celery 4, or the layout per-task, has for each task.
 
     Without ids the queues are listed by RabbitMQ's management API. A result that is moved expires
@@ -76,16 +52,17 @@ def migrate(
     chosen = list(dict.fromkeys(ids))
     if not chosen:
         with inspection.Broker(session) as broker:
-            chosen = _listed(broker, broker.management(management_url, guess=not no_management))
+            chosen = _listed(broker, broker.management())
     what = "delete the queues" if delete else "move the results"
     if chosen and not dry_run and not yes:
         click.confirm(f"{what.capitalize()} of {len(chosen)} tasks?", abort=True, err=True)
-    old = _per_task(session)
-    counts: Dict[str, int] = {}
+    # Reads the queues of single tasks on the same broker.
+    old = session.backend.clone("the command line", layout="per-task", track_sent=False)
+    counts: Counter[str] = collections.Counter()
     try:
         for task_id in chosen:
             outcome = _one(session, old, task_id, delete, dry_run)
-            counts[outcome] = counts.get(outcome, 0) + 1
+            counts[outcome] += 1
             if session.output.json:
                 session.output.data({"id": task_id, "outcome": outcome})
             else:
@@ -115,12 +92,6 @@ def _listed(broker: inspection.Broker, api: Optional[management.Management]) -> 
     except management.ManagementError as exc:
         raise Failed(str(exc), Exit.UNAVAILABLE) from exc
     return [str(uuid.UUID(name)) for name in names]
-
-
-def _per_task(session: Session) -> AMQPBackend:
-    """Return a backend that reads queues of single tasks on the same broker."""
-    options = {"layout": "per-task", "track_sent": False, "retry_policy": RETRY_POLICY}
-    return session.backend.clone("the command line", **options)
 
 
 def _one(session: Session, old: AMQPBackend, task_id: str, delete: bool, dry_run: bool) -> str:

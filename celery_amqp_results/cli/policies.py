@@ -10,16 +10,14 @@ import re
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from celery_amqp_results.cli.findings import Finding
+from celery_amqp_results.config import Expirations
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.waiting.tap import MAX_QUEUED
 
 __all__ = ("Role", "applied", "findings", "roles")
 
-#: Seconds that a busy process may leave states in its inbox.
-INBOX_PATIENCE = 60.0
-
-#: Values of ``apply-to`` in a policy, besides the type of the queue itself.
-_QUEUES = ("all", "queues")
+#: Milliseconds that a busy process may leave states in its inbox.
+INBOX_PATIENCE = 60_000
 
 #: By key of a policy: severity and effect for queues that keep messages.
 _KEEPING = {
@@ -49,7 +47,7 @@ class Role:
         example: the name of one of them, which need not exist.
         queue_type: ``classic`` or ``quorum``.
         leave_out: the names that a pattern must exclude.
-        keeps: seconds for which a message must be kept; ``None`` for ever.
+        keeps: milliseconds for which a message must be kept; ``None`` for ever.
         harms: by key of a policy, severity and effect.
         longest: the most messages by its own argument; ``None`` for no limit.
     """
@@ -59,7 +57,7 @@ class Role:
     example: str
     queue_type: str
     leave_out: str
-    keeps: Optional[float]
+    keeps: Optional[int]
     harms: Mapping[str, Tuple[str, str]] = dataclasses.field(repr=False)
     longest: Optional[int] = None
 
@@ -69,7 +67,7 @@ class Role:
             return None
         number = int(value) if value.isdecimal() else None
         if number is not None:
-            if key == "message-ttl" and self.keeps is not None and number >= self.keeps * 1000:
+            if key == "message-ttl" and self.keeps is not None and number >= self.keeps:
                 # It only drops messages that have expired anyway.
                 return None
             if key == "max-length" and self.longest is not None and number >= self.longest:
@@ -78,27 +76,18 @@ class Role:
         return severity, effect.format(what=self.what)
 
 
-def roles(
-    topology: Topology, expires: Optional[float], chord_expires: Optional[float]
-) -> List[Role]:
-    """Return the kinds of queues of the layout ``shared``.
-
-    Parameters:
-        topology: names and queue types.
-        expires: seconds that results are kept; ``None`` for ever.
-        chord_expires: seconds that chords are kept; ``None`` for ever.
-    """
-    prefix, kind = topology.prefix, topology.queue_type
-    ours = f"{prefix}."
+def roles(topology: Topology, expirations: Expirations) -> List[Role]:
+    """Return the kinds of queues of the layout ``shared``."""
+    ours, kind = f"{topology.prefix}.", topology.queue_type
     large = topology.large_queue("task", "mark").name
 
-    def keeping(what: str, names: str, example: str, keeps: Optional[float]) -> Role:
-        return Role(what, names, example, kind, ours, keeps, _KEEPING)
+    def keeping(what: str, name: str, example: str, keeps: Optional[int]) -> Role:
+        return Role(what, f"{ours}{name}.", example, kind, ours, keeps, _KEEPING)
 
     return [
-        keeping("results", f"{prefix}.shard.", topology.shard_queue_name(0), expires),
-        keeping("results", f"{prefix}.large.", large, expires),
-        keeping("chords", f"{prefix}.chords.", topology.plan_queue(0).name, chord_expires),
+        keeping("results", "shard", topology.shard_queue_name(0), expirations.result),
+        keeping("results", "large", large, expirations.result),
+        keeping("chords", "chords", topology.plan_queue(0).name, expirations.chord),
         Role(
             "states in inboxes",
             "amq.gen-",
@@ -170,7 +159,7 @@ def applied(
     matching = [
         policy
         for policy in policies
-        if policy.get("apply-to") in (*_QUEUES, f"{queue_type}_queues")
+        if policy.get("apply-to") in ("all", "queues", f"{queue_type}_queues")
         and _matches(policy["pattern"], name)
     ]
     return max(matching, key=lambda policy: int(policy.get("priority", 0)), default=None)

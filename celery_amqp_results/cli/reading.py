@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Dict, Iterator, List, Optional, Tuple
 
 import click
@@ -10,9 +11,10 @@ from celery.exceptions import SecurityError, TimeoutError
 from kombu.exceptions import KombuError
 
 from celery_amqp_results import errors
-from celery_amqp_results.cli.board import Waiting
+from celery_amqp_results.cli.board import Board, line_of, live
 from celery_amqp_results.cli.common import Exit, Failed, Seconds, Session, check_ids, command
 from celery_amqp_results.cli.describing import describe, group_ids, show
+from celery_amqp_results.cli.output import counted
 from celery_amqp_results.library_types import Meta
 from celery_amqp_results.protocol.ranking import fold
 from celery_amqp_results.waiting.waits import Patience
@@ -105,9 +107,14 @@ def get(session: Session, ids: Tuple[str, ...], wait: bool, timeout: Optional[fl
         raise click.UsageError("--timeout is how long to --wait")
     unique = list(dict.fromkeys(ids))
     answers = _Answers(session, unique)
-    with Waiting(session.output, len(unique), wait) as waiting:
+    output, board = session.output, Board(len(unique))
+    title = f"waiting for {counted(len(unique), 'task')}"
+    with live(output, board, title, transient=True) if wait else contextlib.nullcontext():
         for task_id, meta in present(session, unique, timeout if wait else 0):
-            waiting.take(answers.take(task_id, meta))
+            described = answers.take(task_id, meta)
+            board.take(described)
+            if wait and not (output.json or output.console or described["ready"]):
+                output.note(line_of(described))
     answers.finish()
     if answers.failed:
         session.end(Exit.FAILED)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Optional
 
 import click
 
@@ -22,6 +21,9 @@ from celery_amqp_results.protocol.names import OVERFLOW
 from celery_amqp_results.protocol.ranking import is_final
 
 __all__ = ("stats",)
+
+#: Counts of the shards that are read, which are estimated for all.
+ESTIMATED = ("results", "running", "groups", "pages", "bytes")
 
 
 @command(name="stats")
@@ -42,21 +44,15 @@ __all__ = ("stats",)
     help="Count what is published for so long.",
 )
 @management_options
-def stats(
-    session: Session,
-    count: str,
-    seconds: Optional[float],
-    management_url: Optional[str],
-    no_management: bool,
-) -> None:
+def stats(session: Session, count: str, seconds: Optional[float]) -> None:
     """Show how many results are kept, in how many shards, how old and how large.
 
     Messages are counted exactly. Their contents are counted in some shards and estimated for all,
     see --read. Only RabbitMQ's management API knows inboxes and memory.
     """
     with inspection.Broker(session) as broker:
-        api = broker.management(management_url, guess=not no_management)
-        found = _kept(session, broker, broker.lengths(), count)
+        api = broker.management()
+        found = _kept(session, broker, count)
         found["management"] = None if api is None else _from_management(session, broker, api)
         # The API's figures may lag behind.
         found["large_bytes"] = (found["management"] or {}).get("large_bytes") or found[
@@ -76,15 +72,13 @@ def _number(text: str, shards: int) -> Optional[int]:
     return int(text)
 
 
-def _kept(
-    session: Session, broker: inspection.Broker, lengths: Mapping[int, int], count: str
-) -> Dict[str, Any]:
+def _kept(session: Session, broker: inspection.Broker, count: str) -> Dict[str, Any]:
     """Return the contents of the shards, counted in some and estimated for all.
 
     Results are spread evenly over the shards by their ids, whereas a message may hold one or many:
     so the estimate is by shards.
     """
-    topology = broker.topology
+    topology, lengths = broker.topology, broker.lengths()
     filled = sum(1 for length in lengths.values() if length)
     chosen = inspection.choose(lengths, _number(count, topology.shards))
     contents = broker.read(chosen)
@@ -96,7 +90,7 @@ def _kept(
         return round(number * filled / len(chosen)) if chosen else 0
 
     return {
-        "broker": broker.version,
+        "broker": str(broker.properties.get("version", "?")),
         "exchange": topology.exchange,
         "queue_type": topology.queue_type,
         "shards": topology.shards,
@@ -105,11 +99,7 @@ def _kept(
         "longest_shard": max(lengths.values(), default=0),
         "shards_read": contents.shards,
         "exact": len(chosen) == filled,
-        "results": estimate(contents.results),
-        "running": estimate(contents.running),
-        "groups": estimate(contents.groups),
-        "pages": estimate(contents.pages),
-        "bytes": estimate(contents.bytes),
+        **{name: estimate(getattr(contents, name)) for name in ESTIMATED},
         "large": estimate(len(contents.body_queues)),
         "large_bytes": estimate(bodies),
         "foreign": contents.foreign,
@@ -139,17 +129,17 @@ def _from_management(
     session: Session, broker: inspection.Broker, api: management.Management
 ) -> Dict[str, Any]:
     topology = broker.topology
-    prefix = re.escape(topology.prefix)
+    names = ("shard", "large", "chords")
     try:
-        queues = api.queues(f"^{prefix}\\.(shard|large|chords)\\.")
-        bindings = api.get("exchanges", api.vhost, topology.exchange, "bindings", "source")
+        queues = api.queues_of(topology.prefix, *names)
         exchange = api.get("exchanges", api.vhost, topology.exchange)
+        bindings = api.bindings(topology.exchange)
     except management.ManagementError as exc:
         if exc.status == 404:
             return {"url": api.url}
         raise Failed(str(exc), Exit.UNAVAILABLE) from exc
     kinds = {kind: [q for q in queues if q["name"].startswith(f"{topology.prefix}.{kind}.")]
-             for kind in ("shard", "large", "chords")}  # fmt: skip
+             for kind in names}  # fmt: skip
     # Each inbox has an overflow queue beside it.
     listening = {
         binding["destination"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import List, NamedTuple, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import click
 from celery.exceptions import TimeoutError
 
-from celery_amqp_results.cli.board import Board, Screen
+from celery_amqp_results.cli.board import Board, line_of, live
 from celery_amqp_results.cli.common import Exit, Seconds, Session, check_ids, command
-from celery_amqp_results.cli.describing import describe, group_ids
-from celery_amqp_results.cli.output import counted
+from celery_amqp_results.cli.describing import Described, describe, group_ids
+from celery_amqp_results.cli.output import Output, counted
 
 __all__ = ("watch",)
 
@@ -41,60 +41,60 @@ def watch(
     if ids:
         check_ids(ids)
     wanted = tuple(name.upper() for name in names) or None
-    target = _target(session, ids, group)
+    tasks, live_group = _targets(session, ids, group)
     title = _title(len(ids), group, wanted)
-    if target.live_group is not None:
+    if live_group is not None:
         end = "Ctrl-C" if timeout is None else "--timeout is over"
         session.output.note(
             f"group {group!r} is not saved (GroupResult.save): its states are shown from now on, "
             f"until {end}"
         )
-    board = Board(len(target.ids) if target.ids and wanted is None else None)
-    screen = Screen(session.output, board, title)
-    metas = session.backend.watch(target.ids, states=wanted, timeout=timeout)
+    board = Board(len(tasks) if tasks and wanted is None else None)
+    metas = session.backend.watch(tasks, states=wanted, timeout=timeout)
     late = None
     try:
-        with contextlib.closing(metas), screen.shown():
+        with contextlib.closing(metas), live(session.output, board, title):
             for found in metas:
-                if target.live_group in (None, found.get("group_id")):
-                    screen.take(describe(found["task_id"], found))
+                if live_group in (None, found.get("group_id")):
+                    _take(session.output, board, describe(found["task_id"], found))
     except TimeoutError as exc:
         late = str(exc)
     except KeyboardInterrupt:
         _summary(session, board)
-        session.end(Exit.INTERRUPTED if target.ids is not None else Exit.OK)
+        session.end(Exit.INTERRUPTED if tasks is not None else Exit.OK)
     _summary(session, board)
     if late is not None:
         session.output.note(late)
-    if board.failed and target.ids is not None:
+    if board.failed and tasks is not None:
         session.end(Exit.FAILED)
     if late is not None:
         session.end(Exit.NOT_READY)
 
 
-class _Target(NamedTuple):
-    """What is watched."""
-
-    #: The tasks, ``None`` for all.
-    ids: Optional[List[str]]
-    #: The only group whose states are shown.
-    live_group: Optional[str] = None
-
-
-def _target(session: Session, ids: Tuple[str, ...], group: Optional[str]) -> _Target:
-    """Return what to watch.
+def _targets(
+    session: Session, ids: Tuple[str, ...], group: Optional[str]
+) -> Tuple[Optional[List[str]], Optional[str]]:
+    """Return the tasks to watch, ``None`` for all, and the only group that is shown of these.
 
     Raises:
         click.UsageError: when the members of a group beside other ids are unknown.
     """
     if group is None:
-        return _Target(list(dict.fromkeys(ids)) or None)
+        return list(dict.fromkeys(ids)) or None, None
     members = group_ids(session, group)
     if members is not None:
-        return _Target(list(dict.fromkeys([*ids, *members])))
+        return list(dict.fromkeys([*ids, *members])), None
     if ids:
         raise click.UsageError(f"group {group!r} is not saved: watch it without other ids")
-    return _Target(None, group)
+    return None, group
+
+
+def _take(output: Output, board: Board, described: Described) -> None:
+    board.take(described)
+    if output.json:
+        output.data(described)
+    elif output.console is None:
+        output.line(line_of(described))
 
 
 def _title(count: int, group: Optional[str], wanted: Optional[Tuple[str, ...]]) -> str:

@@ -50,13 +50,9 @@ class Barriers:
         self._published = 0
 
     @property
-    def overdue(self) -> bool:
-        """Whether a published barrier was given up: others would be as late."""
-        return self._late is not None
-
-    def late_for(self, now: float) -> float:
-        """Return for how many seconds that one has been under way, or 0 if there is none."""
-        return 0.0 if self._late is None else now - self._late.published
+    def late_since(self) -> Optional[float]:
+        """When the barrier was published that was given up, if any: others would be as late."""
+        return None if self._late is None else self._late.published
 
     def join(self) -> Tuple[Barrier, bool]:
         """Return the barrier to wait for, and whether the caller must publish it."""

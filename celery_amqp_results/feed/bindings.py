@@ -39,11 +39,7 @@ class Action(NamedTuple):
 
 
 class Bindings:
-    """The bindings to shards. Not thread-safe.
-
-    Parameters:
-        shards: the number of all shards.
-    """
+    """The bindings to shards. Not thread-safe."""
 
     def __init__(self, shards: int) -> None:
         self._shards = shards
@@ -103,9 +99,7 @@ class Bindings:
         """Count a read of other processes' tasks in a number of shards.
 
         Parameters:
-            shards: the number of shards.
             looks_up: whether one of them is not bound, so that only a look-up can tell.
-            now: the time.
         """
         self._credit = min(self._credit + PAYS * shards, PAYS * self._shards)
         if looks_up:
@@ -114,15 +108,10 @@ class Bindings:
                 self.want(ALL)
 
     def pushed(self, shard: int, unread: int, now: float) -> Optional[int]:
-        """Count a push.
+        """Count a push; return the key of a binding that does not pay any more, and is dropped.
 
         Parameters:
-            shard: its shard.
             unread: how many states of the shard were pushed since its last read.
-            now: the time.
-
-        Returns:
-            The key of the binding that does not pay for itself any more, and is dropped.
         """
         self._credit -= 1
         key = ALL if ALL in self._standing else shard
@@ -144,7 +133,6 @@ class Bindings:
         """Return the bindings to add and to remove, each once.
 
         Parameters:
-            now: the time.
             connected: whether there is a connection to bind on.
         """
         self.restless = False

@@ -51,8 +51,6 @@ class Inbox:
     """Receives the states of tasks, and keeps the knowledge about them in a table.
 
     Parameters:
-        connector: opens the connection.
-        declarations: provides the names, and declares the exchange.
         client: the word of this process in routing keys.
         limit: bytes of memory for the table.
 
@@ -100,21 +98,16 @@ class Inbox:
         """How many connections were opened, one after the other."""
         return self._table.connections
 
-    def is_own(self, task_id: str) -> bool:
-        """Whether this process has sent the task."""
-        with self._changed:
-            return self._table.is_own(task_id)
-
     @property
     def memory(self) -> int:
         """About how many bytes the table takes."""
-        return self._table.memory
+        return self._table.memory.size
 
     @property
     def live_views(self) -> int:
         """How many shards are known completely."""
         with self._changed:
-            return self._table.live_views
+            return self._table.memory.live_views
 
     # -- clients ---------------------------------------------------------------------------
 
@@ -132,10 +125,7 @@ class Inbox:
         """Hand the states of *ids* to *waiter* from now on.
 
         The known state of an own task is added at once. The waiter learns which tasks it has to
-        look up.
-
-        Returns:
-            The tasks whose states are already pushed.
+        look up. Returns the tasks whose states are already pushed.
         """
         now, present = time.monotonic(), wall()
         with self._changed:
@@ -146,7 +136,7 @@ class Inbox:
                 if task_id in self._sent_by_others or not self._table.is_own(task_id):
                     # It stays one of these while clients wait, even if this process sends it.
                     self._sent_by_others.add(task_id)
-                    self._table.watched(task_id, 1)
+                    self._watched(task_id, 1)
                     uncovered.append(task_id)
                     continue
                 try:
@@ -164,18 +154,19 @@ class Inbox:
         """Stop passing the states of *ids* to *waiter*.
 
         Parameters:
-            ids: tasks that it watches.
-            waiter: the waiter.
             consumed: whether it has taken their final states, which then need not be kept.
         """
         with self._changed:
             for task_id in ids:
                 if self._waiters.remove(task_id, waiter) and task_id in self._sent_by_others:
-                    self._table.watched(task_id, -1)
+                    self._watched(task_id, -1)
                 if task_id not in self._waiters:
                     self._sent_by_others.discard(task_id)
                 if consumed:
                     self._table.discard(task_id)
+
+    def _watched(self, task_id: str, count: int) -> None:
+        self._table.bindings.watched(self._declarations.topology.shard(task_id), count)
 
     def unbound(self, ids: Collection[str]) -> Set[str]:
         """Return the tasks of other processes among *ids* whose shards are not bound."""
@@ -184,7 +175,7 @@ class Inbox:
             return {
                 task_id
                 for task_id in ids
-                if not table.is_own(task_id) and not table.is_bound(topology.shard(task_id))
+                if not table.is_own(task_id) and topology.shard(task_id) not in table.bindings
             }
 
     def cover(self, ids: Collection[str], deadline: Optional[float]) -> None:
@@ -193,7 +184,6 @@ class Inbox:
         Opens the inbox if necessary. Earlier states must then be looked up in the store.
 
         Parameters:
-            ids: tasks of this process or of others.
             deadline: time (``time.monotonic``) at which to give up, or ``None``.
 
         Raises:
@@ -233,11 +223,8 @@ class Inbox:
     ) -> Dict[str, Optional[StateMessage]]:
         """Return the current states of those of *ids* that are known for certain.
 
-        Counts a read. Starts the inbox, or requests bindings, where that pays.
-
-        Parameters:
-            ids: the tasks.
-            deadline: time (``time.monotonic``) at which to stop waiting for a barrier.
+        Counts a read. Starts the inbox, or requests bindings, where that pays. Stops waiting for a
+        barrier at *deadline* (``time.monotonic``).
         """
         with self._changed:
             known = self._ask(ids)
@@ -259,7 +246,7 @@ class Inbox:
         now = time.monotonic()
         table = self._table
         table.asked(ids, now)
-        if table.wants_inbox and not self._keeper.is_hopeless(now):
+        if table.bindings.wants_inbox and not self._keeper.is_hopeless(now):
             self._keeper.start()
         self._wake_if_restless()
         return self._recall(ids, table.epoch)
@@ -332,11 +319,7 @@ class Inbox:
                 self._session.replace(why)
 
     def close(self, wait: bool = True) -> None:
-        """Close the connection and end the thread. Waiting clients get an error.
-
-        Parameters:
-            wait: whether to wait until the thread has ended.
-        """
+        """End the connection and the thread, and *wait* for that. Waiting clients get an error."""
         with self._changed:
             self._keeper.closing = True
             self._changed.notify_all()
@@ -345,7 +328,7 @@ class Inbox:
             self._keeper.join()
 
     def _wake_if_restless(self) -> None:
-        if self._table.restless:
+        if self._table.bindings.restless:
             self._wake_reader()
 
     def _wake_reader(self) -> None:
@@ -377,7 +360,7 @@ class Inbox:
     @property
     def restless(self) -> bool:
         """Whether :meth:`actions` has something to do."""
-        return self._table.restless
+        return self._table.bindings.restless
 
     def actions(self) -> List[Action]:
         """Return the bindings to add and to remove, each once."""

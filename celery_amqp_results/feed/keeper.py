@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Optional, Protocol
+from typing import Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
@@ -16,7 +16,7 @@ from celery_amqp_results.toolkit.bounded import OnceLogger
 from celery_amqp_results.toolkit.retry import Retry
 from celery_amqp_results.toolkit.threads import start_thread
 
-__all__ = ("Keeper", "Owner")
+__all__ = ("Keeper",)
 
 logger = logging.getLogger(__name__)
 
@@ -24,34 +24,16 @@ logger = logging.getLogger(__name__)
 RESTART = 30.0
 
 
-class Owner(session.Owner, Protocol):
-    """The inbox that a keeper belongs to."""
-
-    @property
-    def connections(self) -> int:
-        """How many connections were opened, one after the other."""
-
-    def on_lost(self) -> None:
-        """Note that the connection is lost."""
-
-    def on_end(self, failure: Exception) -> None:
-        """Note that there will be no other connection until the keeper is started again."""
-
-
 class Keeper:
     """Keeps one session open. The owner calls all methods but :meth:`join` with its lock held.
 
     Parameters:
-        owner: the inbox.
         changed: the owner's lock; notified when the owner is closed.
-        connector: opens the connections.
-        declarations: provides the names, and declares the exchange.
-        client: the word of this process in routing keys.
     """
 
     def __init__(
         self,
-        owner: Owner,
+        owner: session.Owner,
         changed: threading.Condition,
         connector: connections.Connector,
         declarations: Declarations,

@@ -17,12 +17,7 @@ __all__ = ("PushedStates",)
 
 
 class PushedStates:
-    """Reads the messages that one consumer receives.
-
-    Parameters:
-        topology: knows which queues may hold the bodies of states.
-        logger: where foreign messages are logged.
-    """
+    """Reads the messages that one consumer receives."""
 
     def __init__(self, topology: Topology, logger: logging.Logger) -> None:
         self._topology = topology

@@ -30,10 +30,6 @@ logger = logging.getLogger(__name__)
 class Reads:
     """Reads the states of tasks.
 
-    Parameters:
-        inbox: knows the pushed states.
-        store: reads the shards.
-
     Thread-safe.
     """
 
@@ -54,7 +50,6 @@ class Reads:
         No answer is older than the states stored by any ``store_result`` before this call.
 
         Parameters:
-            ids: the tasks.
             deadline: see :meth:`~celery_amqp_results.store.lookup.Store.read`.
 
         Raises:

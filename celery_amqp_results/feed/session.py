@@ -58,7 +58,11 @@ MAX_TAKEN_IN = 100
 
 
 class Owner(Protocol):
-    """The inbox that a session belongs to."""
+    """The inbox that a session and its keeper belong to."""
+
+    @property
+    def connections(self) -> int:
+        """How many connections were opened, one after the other."""
 
     @property
     def closing(self) -> bool:
@@ -83,14 +87,17 @@ class Owner(Protocol):
     def on_proof(self, at: float) -> None:
         """Note that everything has come that was confirmed before a time."""
 
+    def on_lost(self) -> None:
+        """Note that the connection is lost."""
+
+    def on_end(self, failure: Exception) -> None:
+        """Note that there will be no other connection until the keeper is started again."""
+
 
 class Session:
     """One connection of the inbox, with its queue declared, bound and consumed.
 
     Parameters:
-        owner: the inbox.
-        connector: opens the connection.
-        declarations: provides the names, and declares the exchange.
         client: the word of this process in routing keys.
 
     Raises:
@@ -165,12 +172,10 @@ class Session:
     def _barrier_frames(self, channel: int, key: str) -> bytes:
         return frames.publish_frames(
             channel,
-            self._declarations.topology.exchange,
-            key,
-            True,
+            self.link.amqp.frame_max,
             {"type": BARRIER, "message_id": _NUMBER.format(0), "delivery_mode": 1},
             b"",
-            self.link.amqp.frame_max,
+            (self._declarations.topology.exchange, key, True),
         )
 
     def wake(self) -> None:
@@ -205,19 +210,16 @@ class Session:
         """Wait until everything has come that was confirmed before this call.
 
         Reads the socket meanwhile, unless another thread has borrowed it. Returns ``False`` if it
-        is not certain: the barrier is late or lost, or the broker accepts none.
-
-        Parameters:
-            timeout: seconds to wait at most.
+        is not certain within *timeout* seconds: the barrier is late or lost, or the broker accepts
+        none.
         """
         with self._lock:
             if self.blocked:
                 return False
-            if self._barriers.overdue:
-                now = time.monotonic()
+            late_since = self._barriers.late_since
+            if late_since is not None:
                 # After an alarm it has just begun to come back.
-                late = min(self._barriers.late_for(now), now - self.link.unblocked_at)
-                if late > LOST_SECONDS:
+                if time.monotonic() - max(late_since, self.link.unblocked_at) > LOST_SECONDS:
                     self.replace(f"a barrier has not come back within {LOST_SECONDS:g} s")
                 return False
             barrier, first = self._barriers.join()

@@ -92,7 +92,6 @@ class Table:
     """A process's knowledge of tasks and shards. Not thread-safe.
 
     Parameters:
-        topology: which shard keeps which task.
         limit: bytes of memory for this knowledge.
     """
 
@@ -107,8 +106,8 @@ class Table:
         self._sent: BoundedDict[str, None] = BoundedDict(MAX_SENT)
         self._own_read_at: Optional[float] = None
         self._looks: List[Look] = []
-        self._bindings = Bindings(topology.shards)
-        self._memory = Memory(topology.shard, limit, self._bindings.since)
+        self.bindings = Bindings(topology.shards)
+        self.memory = Memory(topology.shard, limit, self.bindings.since)
         #: When the next view may be checked, and the view that was checked last.
         self._check_after = 0.0
         self._checking = -1
@@ -116,16 +115,6 @@ class Table:
         self.missed = ""
 
     # -- queries -------------------------------------------------------------------------------
-
-    @property
-    def memory(self) -> int:
-        """About how many bytes are used."""
-        return self._memory.size
-
-    @property
-    def live_views(self) -> int:
-        """How many shards are known completely."""
-        return self._memory.live_views
 
     def is_own(self, task_id: str) -> bool:
         """Whether this process has sent the task."""
@@ -138,7 +127,7 @@ class Table:
     def is_due(self, task_id: str, now: float) -> bool:
         """Return whether to check the view of the task's shard now; if so, the check has begun."""
         shard = self._topology.shard(task_id)
-        view = self._memory.views.get(shard)
+        view = self.memory.views.get(shard)
         if view is None or not view.live or now < view.check_at:
             return False
         if now < self._check_after and shard != self._checking:
@@ -152,8 +141,6 @@ class Table:
         """Return the current state of a task, or ``None`` for none yet.
 
         Parameters:
-            task_id: the task.
-            now: the time.
             wall: microseconds since 1970.
             sure: whether the caller relies on the answer after a barrier. A waiting client
                 receives later states anyway, and asks the store again later.
@@ -161,9 +148,9 @@ class Table:
         Raises:
             Unread: when only the store can tell.
         """
-        entry = self._memory.recent.get(task_id)
+        entry = self.memory.recent.get(task_id)
         shard = self._topology.shard(task_id) if entry is None else entry.shard
-        view = self._memory.views.get(shard)
+        view = self.memory.views.get(shard)
         live = view is not None and view.live
         if entry is None:
             if not live or number_of(task_id) in view.digests:  # type: ignore[union-attr, operator]
@@ -176,7 +163,7 @@ class Table:
                 raise Unread
         if sure and not (entry.sure or live):
             raise Unread
-        self._memory.recent.move_to_end(task_id)
+        self.memory.recent.move_to_end(task_id)
         return entry.state
 
     # -- events --------------------------------------------------------------------------------
@@ -195,12 +182,12 @@ class Table:
         """The connection is lost: states may be missed until the next one stands."""
         self.epoch = 0
         self._proved_at = -PROOF_SECONDS
-        for view in self._memory.views.values():
+        for view in self.memory.views.values():
             view.lost = view.lost or view.bound_at is not None
-            self._memory.end(view, self._sent)
-        for task_id in list(self._memory.recent):
-            self._memory.take_out(task_id)
-        self._bindings.lost()
+            self.memory.end(view, self._sent)
+        for task_id in list(self.memory.recent):
+            self.memory.take_out(task_id)
+        self.bindings.lost()
         self.missed = ""
 
     def sent(self, task_id: str, now: float) -> None:
@@ -208,45 +195,45 @@ class Table:
         again = task_id in self._sent
         self._sent[task_id] = None
         # The store may already hold a state of any other id.
-        new = not again and task_id not in self._memory.recent and _NEW_ID.fullmatch(task_id)
+        new = not again and task_id not in self.memory.recent and _NEW_ID.fullmatch(task_id)
         if self.epoch and new:
-            self._memory.remember(task_id, None, now, now - self._opened_at >= views.STEADY)
+            self.memory.remember(task_id, None, now, now - self._opened_at >= views.STEADY)
 
     def pushed(self, state: StateMessage, now: float, own: bool = False) -> None:
         """The state was pushed, or (*own*) this process has published it."""
         shard = self._topology.shard(state.id)
-        view = self._memory.view(shard)
+        view = self.memory.view(shard)
         self._update(view, state, now)
         for look in self._looks:
             if state.id in look.ids or shard in look.census:
                 look.pushed.setdefault(state.id, []).append(state)
         if not own and view.bound_at is not None:
             view.unread += 1
-            dropped = self._bindings.pushed(shard, view.unread, now)
+            dropped = self.bindings.pushed(shard, view.unread, now)
             if dropped is not None:
-                for each in self._memory.views.values() if dropped == ALL else (view,):
+                for each in self.memory.views.values() if dropped == ALL else (view,):
                     each.read_at = None
 
     def _update(self, view: View, state: StateMessage, now: float) -> None:
-        entry = self._memory.recent.get(state.id)
+        entry = self.memory.recent.get(state.id)
         if entry is not None:
             if entry.state is None or supersedes(state, entry.state):
-                self._memory.remember(state.id, state, now, entry.sure)
+                self.memory.remember(state.id, state, now, entry.sure)
         elif view.digests is None:
             # Only a look-up that began on this connection can use it.
             if self.epoch:
                 view.note(state, now)
         elif number_of(state.id) not in view.digests:
-            self._memory.remember(state.id, state, now, True)
+            self.memory.remember(state.id, state, now, True)
         # Otherwise an older state that is only in the store may be the current one.
 
     def forgotten(self, task_id: str, now: float) -> None:
         """The states of the task were removed."""
-        view = self._memory.view(self._topology.shard(task_id))
+        view = self.memory.view(self._topology.shard(task_id))
         for look in self._looks:
             look.forgotten.add(task_id)
         if view.live:
-            self._memory.remember(task_id, None, now, True)
+            self.memory.remember(task_id, None, now, True)
             return
         self.discard(task_id)
         kept = [each for each in view.lately if each[1].id != task_id]
@@ -256,15 +243,15 @@ class Table:
 
     def discard(self, task_id: str) -> None:
         """Drop the knowledge of a task, unless its shard is known completely."""
-        entry = self._memory.recent.get(task_id)
-        if entry is not None and not self._memory.view(entry.shard).live:
-            self._memory.take_out(task_id)
+        entry = self.memory.recent.get(task_id)
+        if entry is not None and not self.memory.view(entry.shard).live:
+            self.memory.take_out(task_id)
 
     def bound(self, key: int, now: float) -> None:
         """The binding stands."""
-        self._bindings.bound(key, now)
-        for shard in self._memory.views if key == ALL else (key,):
-            view = self._memory.view(shard)
+        self.bindings.bound(key, now)
+        for shard in self.memory.views if key == ALL else (key,):
+            view = self.memory.view(shard)
             if view.bound_at is None:
                 view.bound_at = now
                 view.unread = 0
@@ -282,45 +269,37 @@ class Table:
             else:
                 shards.add(self._topology.shard(task_id))
         if own and not self.epoch:
-            self._bindings.wants_inbox |= _is_recent(self._own_read_at, now)
+            self.bindings.wants_inbox |= _is_recent(self._own_read_at, now)
             self._own_read_at = now
         absent = False
         for shard in shards:
-            view = self._memory.view(shard)
+            view = self.memory.view(shard)
             again = view.lost or _is_recent(view.read_at, now)
             view.read_at = now
             view.unread = 0
             if view.bound_at is None:
                 absent = True
                 if again:
-                    self._bindings.want(shard)
-        self._bindings.read(len(shards), absent, now)
+                    self.bindings.want(shard)
+        self.bindings.read(len(shards), absent, now)
 
     def cover(self, ids: Iterable[str]) -> Set[int]:
         """Request bindings for tasks of other processes; return the shards not yet bound."""
         shards = {self._topology.shard(task_id) for task_id in ids if task_id not in self._sent}
-        missing = {shard for shard in shards if not self.is_bound(shard)}
+        missing = {shard for shard in shards if shard not in self.bindings}
         for shard in missing:
-            self._bindings.want(shard)
+            self.bindings.want(shard)
         return missing
-
-    def is_bound(self, shard: int) -> bool:
-        """Whether all states of a shard are pushed."""
-        return shard in self._bindings
-
-    def watched(self, task_id: str, count: int) -> None:
-        """Change the number of clients that wait for a task of another process."""
-        self._bindings.watched(self._topology.shard(task_id), count)
 
     def uncounted(self, now: float) -> List[int]:
         """Return the shards whose census pays although no read asks for them now.
 
         When frequent reads have bound all shards, the next read may ask for any of them.
         """
-        since = self._bindings.since(ALL)
+        since = self.bindings.since(ALL)
         if since is None or now - since < views.STEADY:
             return []
-        every = ((shard, self._memory.view(shard)) for shard in range(self._topology.shards))
+        every = ((shard, self.memory.view(shard)) for shard in range(self._topology.shards))
         return [
             shard
             for shard, view in every
@@ -331,14 +310,12 @@ class Table:
         """Begin a look-up of *ids*, which ends with :meth:`end`.
 
         Parameters:
-            ids: the tasks.
-            now: the time.
             shards: further shards for a census.
         """
         look = Look(set(ids), self.epoch, now, set())
         self._looks.append(look)
         for shard in {*shards, *(self._topology.shard(task_id) for task_id in ids)}:
-            view = self._memory.views.get(shard)
+            view = self.memory.views.get(shard)
             if view is None:
                 continue
             if view.steady(now) and now >= view.check_at:
@@ -352,7 +329,7 @@ class Table:
     def checks(self, look: Look) -> bool:
         """Return whether *look* compares a live view with the store."""
         return look.epoch == self.epoch and any(
-            self._memory.view(shard).live for shard in look.census
+            self.memory.view(shard).live for shard in look.census
         )
 
     def end(
@@ -366,10 +343,8 @@ class Table:
         """End a look-up.
 
         Parameters:
-            look: what :meth:`begin` returned.
             found: the states that the store holds of each id that could be read.
             censuses: the censuses of the shards that were read.
-            now: the time.
             wall: microseconds since 1970.
         """
         if look not in self._looks:
@@ -378,14 +353,14 @@ class Table:
         if not self.epoch or look.epoch != self.epoch:
             return
         for shard, census in censuses.items():
-            if shard in look.census and self._memory.view(shard).steady(look.began):
+            if shard in look.census and self.memory.view(shard).steady(look.began):
                 self._take_census(shard, look, census, now, wall)
         for task_id, states in found.items():
             if task_id not in look.forgotten:
                 self._take_found(task_id, look, states, now)
 
     def _take_found(self, task_id: str, look: Look, states: List[StateMessage], now: float) -> None:
-        view = self._memory.view(self._topology.shard(task_id))
+        view = self.memory.view(self._topology.shard(task_id))
         own = task_id in self._sent
         if not own and (view.bound_at is None or look.began < view.bound_at):
             # States since then would not be pushed.
@@ -394,26 +369,26 @@ class Table:
         if view.live and not sure:
             # The view has newer knowledge.
             return
-        entry = self._memory.recent.get(task_id)
+        entry = self.memory.recent.get(task_id)
         known = []
         if entry is not None and entry.state is not None and entry.at >= look.began - views.SETTLED:
             known = [entry.state]
         current = fold([*states, *look.pushed.get(task_id, ()), *known])
-        self._memory.remember(task_id, current, now, sure)
+        self.memory.remember(task_id, current, now, sure)
 
     def _take_census(self, shard: int, look: Look, census: Census, now: float, wall: int) -> None:
         """Make a view live, or replace it by the findings of a check."""
-        view = self._memory.view(shard)
+        view = self.memory.view(shard)
         checked = view.digests
-        before = {task_id: self._memory.recent[task_id].state for task_id in view.ids}
-        current = self._memory.current_states(shard, look, census)
-        self._memory.set_digests(view, Digests(census.digests))
+        before = {task_id: self.memory.recent[task_id].state for task_id in view.ids}
+        current = self.memory.current_states(shard, look, census)
+        self.memory.set_digests(view, Digests(census.digests))
         view.clear()
         for task_id, state in current.items():
             number = number_of(task_id)
             if number in census.digests:
                 # More of its states are in a page: only a look-up tells the current one.
-                self._memory.take_out(task_id)
+                self.memory.take_out(task_id)
                 continue
             if (
                 checked is not None
@@ -423,33 +398,23 @@ class Table:
                 and number not in checked
             ):
                 self.missed = f"the {state.state} of {task_id!r:.100}"
-            if self._memory.has_room_for(state):
-                self._memory.remember(task_id, state, now, True)
+            if self.memory.has_room_for(state):
+                self.memory.remember(task_id, state, now, True)
             else:
-                self._memory.take_out(task_id)
-                self._memory.add_digest(view, number)
+                self.memory.take_out(task_id)
+                self.memory.add_digest(view, number)
         view.checked(now, again=checked is not None)
 
     # -- bindings ------------------------------------------------------------------------------
 
-    @property
-    def restless(self) -> bool:
-        """Whether :meth:`actions` has something to do."""
-        return self._bindings.restless
-
-    @property
-    def wants_inbox(self) -> bool:
-        """Whether an inbox would be of use."""
-        return self._bindings.wants_inbox
-
     def actions(self, now: float) -> List[Action]:
         """Return the bindings to add and to remove, each once."""
-        found = self._bindings.actions(now, bool(self.epoch))
+        found = self.bindings.actions(now, bool(self.epoch))
         for bind, key in found:
             if not bind:
-                for shard in list(self._memory.views) if key == ALL else (key,):
-                    if not self.is_bound(shard):
-                        self._memory.end(self._memory.view(shard), self._sent)
+                for shard in list(self.memory.views) if key == ALL else (key,):
+                    if shard not in self.bindings:
+                        self.memory.end(self.memory.view(shard), self._sent)
         return found
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Callable, Iterable, List, Mapping, Optional
+from typing import Callable, Iterable, List, Mapping, NamedTuple, Optional
 
 import amqp
 from amqp import exceptions as amqp_errors
@@ -27,7 +27,7 @@ from amqp import spec
 
 from celery_amqp_results.amqp.link import IO_TIMEOUT, Link
 
-__all__ = ("FENCE", "Checkout", "longest_hold", "longest_prefetch")
+__all__ = ("FENCE", "Checkout", "Limits", "limits_for")
 
 #: The property ``type`` of a fence.
 FENCE = "fence"
@@ -39,7 +39,7 @@ PREFETCH = 65535
 #: AMQP's code for a missing object.
 NOT_FOUND = 404
 
-#: Seconds between looks at the heartbeats while the broker puts messages back.
+#: Seconds between looks at the heartbeats, at most.
 TICK = 1.0
 
 #: A fence whose reader has died is dropped after this many milliseconds.
@@ -48,18 +48,22 @@ FENCE_EXPIRATION = 60_000
 FENCE_RENEWAL = 30.0
 
 
-def longest_prefetch(queue_type: str) -> int:
-    """Return how many messages a checkout may hold at most; 0 for no limit."""
-    return PREFETCH if queue_type == "quorum" else 0
-
-
 #: A reader may hold a quorum queue for this many seconds beyond the time limit of a look-up: longer
 #: than the broker takes to miss the heartbeats of a frozen reader.
 GRACE = 20.0
 
 
-def longest_hold(queue_type: str, lookup_timeout: float) -> Mapping[str, object]:
-    """Return consumer arguments that evict a reader which does not release the queue.
+class Limits(NamedTuple):
+    """How much a checkout may hold, and for how long."""
+
+    #: How many messages; 0 for any number, which does not work for quorum queues.
+    prefetch: int
+    #: Arguments of the consumer.
+    arguments: Mapping[str, object]
+
+
+def limits_for(queue_type: str, lookup_timeout: float) -> Limits:
+    """Return the limits for a queue; the broker evicts a reader that does not release it.
 
     This does not concern readers that die or freeze, since the broker closes their connections. But
     if the *node* of a reader stood still and goes on, the reader's channel may wait for a lost
@@ -71,8 +75,8 @@ def longest_hold(queue_type: str, lookup_timeout: float) -> Mapping[str, object]
         lookup_timeout: seconds that a look-up may take.
     """
     if queue_type != "quorum":
-        return {}
-    return {"x-consumer-timeout": int(1000 * (lookup_timeout + GRACE))}
+        return Limits(0, {})
+    return Limits(PREFETCH, {"x-consumer-timeout": int(1000 * (lookup_timeout + GRACE))})
 
 
 class Checkout:
@@ -83,11 +87,7 @@ class Checkout:
 
     Parameters:
         link: an open connection that the caller uses exclusively.
-        queue: name of the queue.
         on_message: called with each message that is no fence, while the link is drained.
-        prefetch: how many messages it may hold; 0 for no limit, which does not work for quorum
-            queues.
-        arguments: arguments of the consumer, see :func:`longest_hold`; none by default.
         look_again: called when the first fence has come; returns whether to set a second one, for
             messages moved behind the first. If it is given, a second fence is also set when the
             first was delivered to another reader before.
@@ -103,9 +103,8 @@ class Checkout:
         link: Link,
         queue: str,
         on_message: Callable[[amqp.Message], None],
-        prefetch: int = PREFETCH,
+        limits: Limits,
         look_again: Optional[Callable[[], bool]] = None,
-        arguments: Optional[Mapping[str, object]] = None,
     ) -> None:
         self.link = link
         self.queue = queue
@@ -124,7 +123,7 @@ class Checkout:
         # Nothing here waits for an answer: the next thing of interest is the first message.
         with link.corked():
             self.channel = link.channel_nowait(self._on_close)
-            self.channel.send_method(spec.Basic.Qos, "lBb", (0, prefetch, False))
+            self.channel.send_method(spec.Basic.Qos, "lBb", (0, limits.prefetch, False))
             self.channel.basic_consume(
                 queue,
                 consumer_tag="r",
@@ -132,7 +131,7 @@ class Checkout:
                 nowait=True,
                 callback=self._receive,
                 on_cancel=self._cancelled,
-                arguments=dict(arguments or {}),
+                arguments=dict(limits.arguments),
             )
             # The fence must follow the consumer: a fence published to a missing queue is lost. If
             # the queue were declared after that, the wait for the fence would never end.
@@ -197,40 +196,32 @@ class Checkout:
             return
         self._on_message(message)
 
-    def wait(self, deadline: float, step: float) -> bool:
+    def wait(self, deadline: float) -> bool:
         """Read until the fence comes; return ``False`` when it has not come before *deadline*.
 
         For a caller that reads one queue on a connection.
-
-        Parameters:
-            deadline: time (``time.monotonic``).
-            step: seconds between looks at the heartbeats, at most.
         """
-        while not self.fenced:
+        return self._drain_until(lambda: self.fenced, deadline)
+
+    def _drain_until(self, done: Callable[[], bool], deadline: float) -> bool:
+        while not done():
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            self.link.drain(min(left, step))
+            self.link.drain(min(left, TICK))
             self.link.tick()
             self.renew_fence()
         return True
 
     def acknowledge(self, tags: Iterable[int]) -> None:
-        """Remove messages from the queue.
-
-        Parameters:
-            tags: the delivery tags of the messages.
-        """
+        """Remove messages from the queue."""
         for tag in tags:
             self.channel.basic_ack(tag)
 
     def delete(self, *others: str) -> None:
-        """Delete the queue and everything in it, and release it.
+        """Delete the queue and everything in it, and release it; delete queues of *others* as well.
 
-        Does not wait for an answer. Waiting consumers receive basic.cancel.
-
-        Parameters:
-            others: names of queues to delete as well; they need not exist.
+        They need not exist. Does not wait for an answer. Waiting consumers receive basic.cancel.
         """
         self._deleted = True
         with self.link.corked():
@@ -239,11 +230,7 @@ class Checkout:
             self.channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
 
     def close(self, wait: bool) -> None:
-        """Make the broker requeue everything unacknowledged.
-
-        Parameters:
-            wait: whether to wait until that is done.
-        """
+        """Make the broker requeue everything unacknowledged; *wait* until that is done."""
         if self.missing:
             return
         # Messages still on their way are ignored.
@@ -253,12 +240,8 @@ class Checkout:
             # Channel.close() would log each message that is still on its way as a protocol error.
             self.channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         end = time.monotonic() + IO_TIMEOUT
-        while wait and self.channel.connection is not None:
-            left = end - time.monotonic()
-            if left <= 0:
-                # Heartbeats may have come meanwhile.
-                raise amqp_errors.RecoverableConnectionError(
-                    f"the broker did not close a channel within {IO_TIMEOUT:g} s"
-                )
-            self.link.drain(min(left, TICK))
-            self.link.tick()
+        if wait and not self._drain_until(lambda: self.channel.connection is None, end):
+            # Heartbeats may have come meanwhile.
+            raise amqp_errors.RecoverableConnectionError(
+                f"the broker did not close a channel within {IO_TIMEOUT:g} s"
+            )

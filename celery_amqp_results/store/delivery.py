@@ -1,15 +1,30 @@
-"""Deciding what to do next with published messages, without I/O and without a clock."""
+"""Deciding what to do next with published messages, and what an error means for them.
+
+Without I/O and without a clock.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Callable, List, NamedTuple, Optional, Sequence, Set
+from typing import Callable, List, NamedTuple, NoReturn, Optional, Sequence, Set
 
 from amqp import exceptions as amqp_errors
 
+from celery_amqp_results import errors
 from celery_amqp_results.amqp.confirms import Outgoing, Publication, Status
+from celery_amqp_results.amqp.declarations import Declarations
+from celery_amqp_results.amqp.failures import is_refusal
 
-__all__ = ("Delivery", "Verdict", "concerns", "describe", "named_queue", "size_limit")
+__all__ = (
+    "Delivery",
+    "Verdict",
+    "concerns",
+    "describe",
+    "named_queue",
+    "raise_if_final",
+    "raise_not_confirmed",
+    "size_limit",
+)
 
 #: The broker's error for a message that is too large; it closes the channel.
 _MAX_SIZE = re.compile(r"larger than .*?max size (\d+)")
@@ -34,11 +49,7 @@ class Verdict(NamedTuple):
 
 
 class Delivery:
-    """Messages that are published together, until the broker has confirmed all of them.
-
-    Parameters:
-        messages: the messages.
-    """
+    """Messages that are published together, until the broker has confirmed all of them."""
 
     def __init__(self, messages: Sequence[Outgoing]) -> None:
         self.messages = messages
@@ -65,8 +76,6 @@ class Delivery:
         first instead.
 
         Parameters:
-            verdict: the next steps.
-            confirm: whether a caller waits.
             knows: returns whether the queue of a shard is known to be there.
         """
         unknown: List[int] = []
@@ -82,12 +91,8 @@ class Delivery:
         """Return the messages whose live copies were held until the confirm."""
         return [p for p in self.publications if not p.push and p.message.pushed is not None]
 
-    def unsent(self) -> List[Publication]:
-        """Return the messages to publish."""
-        return [p for p in self.publications if p.status is Status.UNSENT]
-
     def judge(self) -> Verdict:
-        """Return the next steps, once everything sent is settled."""
+        """Return the next steps, at the beginning and once everything sent is settled."""
         again: List[Publication] = []
         declare: List[int] = []
         failure: Optional[BaseException] = None
@@ -146,3 +151,46 @@ def describe(messages: Sequence[Outgoing]) -> str:
     return ", ".join(message.what for message in messages[:3]) + (
         f" and {len(messages) - 3} more" if len(messages) > 3 else ""
     )
+
+
+def raise_if_final(
+    exc: BaseException, messages: Sequence[Outgoing], broker: str, declarations: Declarations
+) -> None:
+    """Raise the error for *exc* if publishing *messages* again cannot help.
+
+    Parameters:
+        messages: what was published; none for a request about queues.
+    """
+    if isinstance(exc, errors.BackendUnavailable) and not isinstance(exc, errors.NotConfirmed):
+        # Connecting retries on its own, by the same policy.
+        raise exc
+    if not concerns(exc, messages):
+        return
+    refusal = declarations.refusal(exc)
+    if refusal is not None:
+        raise refusal from exc
+    limit = size_limit(exc)
+    if limit is not None and messages:
+        largest = max(messages, key=lambda message: len(message.body))
+        too_large = errors.ResultTooLarge(
+            f"{largest.what} has {len(largest.body)} bytes when encoded, and the broker at "
+            f"{broker} takes messages of up to {limit} bytes (max_message_size in its "
+            "rabbitmq.conf). Return less, set result_compression, or raise that limit."
+        )
+        too_large.size, too_large.limit = len(largest.body), limit
+        raise too_large from exc
+    if limit is None and is_refusal(exc):
+        raise errors.BackendUnavailable(
+            f"the broker at {broker} refuses {describe(messages)}: {exc}. "
+            "Check the user's permissions on the exchange and the queues "
+            f"{declarations.topology.prefix}.*, and on the default exchange (amq.default)"
+        ) from exc
+
+
+def raise_not_confirmed(
+    exc: BaseException, messages: Sequence[Outgoing], broker: str, tries: int
+) -> NoReturn:
+    """Raise the error for messages that *tries* tries did not get confirmed."""
+    raise errors.NotConfirmed(
+        f"the broker at {broker} did not confirm {describe(messages)} in {tries} tries: {exc!r}"
+    ) from exc

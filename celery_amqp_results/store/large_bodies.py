@@ -29,10 +29,11 @@ from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.amqp.pool import Pool
+from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import expiry
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
-from celery_amqp_results.store.checkout import Checkout, longest_hold
+from celery_amqp_results.store.checkout import Checkout, limits_for
 from celery_amqp_results.store.publisher import Outgoing, Publisher
 
 __all__ = ("LargeBodies",)
@@ -45,20 +46,12 @@ LINGER = 60_000
 #: This many queues of bodies that were not stored are remembered until they can be deleted.
 MAX_ORPHANS = 1000
 
-#: Seconds between checks of the heartbeats while a body is read.
-TICK = 1.0
-
 
 class LargeBodies:
     """Keeps bodies out of the shards, and reads them.
 
     Parameters:
-        publisher: publishes bodies.
-        pool: connections for look-ups.
-        topology: names and queue arguments.
         persistent: whether messages survive a restart of the broker.
-        limit: bytes of the largest body that stays in the shard.
-        lookup_timeout: time limit for reading a body, in seconds.
 
     Thread-safe. After a fork the child must make a new one.
     """
@@ -68,16 +61,15 @@ class LargeBodies:
         publisher: Publisher,
         pool: Pool,
         topology: Topology,
+        options: Options,
         persistent: bool,
-        limit: int,
-        lookup_timeout: float,
     ) -> None:
         self._publisher = publisher
         self._pool = pool
         self._topology = topology
         self._persistent = persistent
-        self._limit = limit
-        self._lookup_timeout = lookup_timeout
+        self._limit = options.inline_limit
+        self._lookup_timeout = options.lookup_timeout
         #: Queues of bodies that were not stored, and that would never expire.
         self._orphans: Deque[str] = collections.deque(maxlen=MAX_ORPHANS)
 
@@ -173,9 +165,9 @@ class LargeBodies:
                 # Published twice, if the connection was lost before the confirm came.
                 found[:] = [state]
 
-        hold = longest_hold(self._topology.queue_type, self._lookup_timeout)
-        checkout = Checkout(link, queue, take, arguments=hold)
-        if not checkout.wait(end, TICK):
+        limits = limits_for(self._topology.queue_type, self._lookup_timeout)
+        checkout = Checkout(link, queue, take, limits)
+        if not checkout.wait(end):
             raise errors.LookupTimeout(
                 f"the large result in {queue!r} could not be read within lookup_timeout "
                 f"({self._lookup_timeout:g} s): other readers are in front, the broker does "

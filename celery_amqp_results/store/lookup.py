@@ -26,11 +26,12 @@ from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.amqp.pool import Pool
+from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
-from celery_amqp_results.store.announcing import announce
 from celery_amqp_results.store.delivery import size_limit
+from celery_amqp_results.store.marks import announce
 from celery_amqp_results.store.shard_read import PAGE_SECONDS, LookUp, Removal, ShardRead
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
@@ -97,11 +98,7 @@ class Store:
     """Reads the states kept in the shards.
 
     Parameters:
-        pool: connections for look-ups.
         declarations: knows the topology, and checks the exchange once; no shard is declared here.
-        lookup_timeout: time limit of a look-up, in seconds.
-        page_size: the most bytes of results that are packed into one page. Halved where the
-            broker takes smaller messages only.
         persistent: whether pages survive a restart of the broker.
         check: raises an error for a state that cannot be decoded; such a state hides no other.
 
@@ -112,8 +109,7 @@ class Store:
         self,
         pool: Pool,
         declarations: Declarations,
-        lookup_timeout: float,
-        page_size: int,
+        options: Options,
         persistent: bool,
         check: Optional[Callable[[StateMessage], object]] = None,
     ) -> None:
@@ -121,8 +117,9 @@ class Store:
         self.check = check
         self._pool = pool
         self.declarations = declarations
-        self.lookup_timeout = lookup_timeout
-        self.page_size = page_size
+        self.lookup_timeout = options.lookup_timeout
+        #: Smaller where the broker takes smaller messages only.
+        self.page_size = options.page_size
         self.persistent = persistent
         #: States that were packed into pages, or dropped as superseded or expired.
         self.packed = 0
@@ -152,7 +149,6 @@ class Store:
         """Look up *ids*.
 
         Parameters:
-            ids: ids of tasks, or of groups.
             deadline: time (``time.monotonic``) at which to give up, if that is before
                 ``lookup_timeout`` is over; ``None`` for no earlier end.
             kind: :data:`~celery_amqp_results.protocol.message.STATE` or
@@ -225,7 +221,7 @@ class Store:
         while True:
             try:
                 with self._pool.link(end) as link:
-                    announce(link, self.declarations.topology, ids)
+                    announce(self.confirm_channel(link), self.declarations.topology, ids)
                 return
             except errors.BackendUnavailable:
                 raise
@@ -344,13 +340,7 @@ class Store:
 
 
 class _Reading:
-    """One try to read the shards of a request, on one connection.
-
-    Parameters:
-        store: counts.
-        link: the connection, which the caller has to itself.
-        request: the request.
-    """
+    """One try to read the shards of a request, on one connection."""
 
     def __init__(self, store: Store, link: Link, request: _Request) -> None:
         self._store = store

@@ -5,33 +5,43 @@ expired, or that it was forgotten. With the option ``track_sent`` small messages
 cases: ``SENT`` when a task is sent, ``ENDED`` with its final state, and ``FORGOTTEN`` with
 ``forget()``. They lie in the shard of the task, and in no inbox; the latest mark counts. ``ENDED``
 outlives the result.
+
+A process that knows a shard completely answers from memory. So a process that removes the states of
+a task also announces a mark ``FORGOTTEN`` on the exchange, which no queue keeps.
 """
 
 from __future__ import annotations
 
 import datetime
 import logging
+import time
 import weakref
-from typing import Any, NamedTuple, Optional, Set
+from typing import Any, Collection, NamedTuple, Optional, Set
 
 import amqp
 import kombu
 
 from celery_amqp_results.amqp import nowait
-from celery_amqp_results.amqp.confirms import Outgoing
+from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication
 from celery_amqp_results.amqp.declarations import Declarations, declare_exchange
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import channel_nowait
 from celery_amqp_results.protocol import expiry
+from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import FORGOTTEN, MARK, StateMessage
+from celery_amqp_results.protocol.names import BROADCAST, Route, Topology
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
+from celery_amqp_results.toolkit.retry import is_over, time_left
 
-__all__ = ("ENDED", "FORGOTTEN", "SENT", "Fate", "Marker", "ended_expiration", "mark")
+__all__ = ("ENDED", "FORGOTTEN", "SENT", "Fate", "Marker", "announce", "ended_expiration", "mark")
 
 logger = logging.getLogger(__name__)
 
 SENT = "SENT"
 ENDED = "ENDED"
+
+#: The longest wait for the confirm of an announcement, in seconds: some queue may be stuck.
+CONFIRM_SECONDS = 0.25
 
 #: The meaning of the last mark, if no state is kept.
 _MEANINGS = {SENT: "sent", ENDED: "expired", FORGOTTEN: "forgotten"}
@@ -65,7 +75,6 @@ def mark(task_id: str, what: str, now: int, expiration: Optional[int]) -> StateM
     """Return a mark.
 
     Parameters:
-        task_id: the task.
         what: :data:`SENT`, :data:`ENDED` or :data:`FORGOTTEN`.
         now: microseconds since 1970.
         expiration: milliseconds after which the broker drops it, or ``None``.
@@ -80,6 +89,21 @@ def ended_expiration(expiration: Optional[int]) -> Optional[int]:
     if expiration is None:
         return None
     return min(2 * expiration, expiry.MAX_MILLISECONDS)
+
+
+def announce(channel: ConfirmChannel, topology: Topology, ids: Collection[str]) -> None:
+    """Announce to all inboxes that *ids* were removed; wait briefly for the broker's confirm."""
+    now = wall()
+    with channel.link.corked():
+        for task_id in ids:
+            state = mark(task_id, FORGOTTEN, now, None)
+            key = topology.routing_key(task_id, FORGOTTEN, Route(BROADCAST))
+            properties = state.properties(persistent=False)
+            message = Outgoing("", properties, state.body, pushed=(topology.exchange, key))
+            channel.publish_copy(Publication(message))
+    end = time.monotonic() + CONFIRM_SECONDS
+    while channel.log.busy and not is_over(end):
+        channel.link.drain(time_left(end, CONFIRM_SECONDS))
 
 
 class _Side:
@@ -138,7 +162,6 @@ class Marker:
 
         Parameters:
             connection: kombu's connection, which is opened if necessary.
-            message: the mark.
         """
         try:
             if not connection.connected:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Callable, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Callable, Optional, Sequence, TypeVar
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
@@ -28,13 +28,18 @@ from celery_amqp_results.amqp.confirms import (
     QueueLength,
     Status,
 )
-from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations, declare_queue
+from celery_amqp_results.amqp.declarations import Declarations, declare_queue
 from celery_amqp_results.amqp.failures import TRANSIENT, was_refused
-from celery_amqp_results.amqp.shared_channel import Waiter
+from celery_amqp_results.amqp.turns import Waiter
 from celery_amqp_results.protocol.names import QueueSpec
-from celery_amqp_results.store.delivery import Delivery, Verdict, describe
-from celery_amqp_results.store.refusals import raise_if_final, raise_not_confirmed
-from celery_amqp_results.store.unwaited import Unwaited, room_refusal
+from celery_amqp_results.store.delivery import (
+    Delivery,
+    Verdict,
+    describe,
+    raise_if_final,
+    raise_not_confirmed,
+)
+from celery_amqp_results.store.unwaited import Unwaited
 from celery_amqp_results.toolkit import retry
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 
@@ -55,17 +60,18 @@ FLUSH_SECONDS = 10.0
 
 _T = TypeVar("_T")
 
-_FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *TRANSIENT)
-
 
 class Publisher:
     """Publishes messages on one connection.
 
-    Parameters:
-        connector: opens the connection.
-        declarations: declares the exchange, and missing shards.
-
     Thread-safe. After a fork the child must make a new publisher.
+
+    Raises:
+        DeclarationRefused: when the exchange or a queue exists with other properties, or is missing
+            and must not be declared here; this and the following in all methods.
+        ResultTooLarge: when the broker refuses a message of this size.
+        BackendUnavailable: when the broker could not be reached or refuses us; the messages may or
+            may not be stored then.
     """
 
     def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
@@ -88,7 +94,7 @@ class Publisher:
     @property
     def lost(self) -> int:
         """Messages without a waiting caller that the broker does not take."""
-        return self._unwaited.lost
+        return self._unwaited.strays.lost
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -99,26 +105,13 @@ class Publisher:
         twice.
 
         Parameters:
-            messages: messages to publish.
             confirm: whether to wait for the confirms. This includes those of live copies, for a
                 moment.
-
-        Raises:
-            DeclarationRefused: when the exchange or a shard exists with other properties.
-            ResultTooLarge: when the broker refuses a message of this size.
-            BackendUnavailable: when the broker could not be reached or refuses us; the messages may
-                or may not be stored then.
         """
         self._deliver(Delivery(messages), confirm)
 
     def publish_apart(self, queue: QueueSpec, message: Outgoing) -> None:
-        """Declare *queue*, publish *message* to it, and return when the broker has it.
-
-        Raises:
-            ResultTooLarge: when the broker refuses a message of this size.
-            DeclarationRefused: when the queue exists with other properties.
-            BackendUnavailable: when the broker could not be reached or refuses us.
-        """
+        """Declare *queue*, publish *message* to it, and return when the broker has it."""
         self._declare((queue,), message)
         self._publish_to_declared((queue,), message)
         with self._lock:
@@ -128,12 +121,6 @@ class Publisher:
         """Publish *message*, and declare *queues* first if its own queue does not exist.
 
         Returns when the broker has the message.
-
-        Raises:
-            ResultTooLarge: when the broker refuses a message of this size.
-            DeclarationRefused: when a queue exists with other properties, or is missing and must
-                not be declared here.
-            BackendUnavailable: when the broker could not be reached or refuses us.
         """
         delivery = Delivery((message,))
         self._deliver(delivery, True)
@@ -169,19 +156,11 @@ class Publisher:
             self._declare(queues, message)
 
     def length(self, queue: str) -> Optional[QueueLength]:
-        """Return the present length of *queue*, or ``None`` if it does not exist.
-
-        Raises:
-            BackendUnavailable: when the broker could not be reached or refuses us.
-        """
+        """Return the present length of *queue*, or ``None`` if it does not exist."""
         return self._ask(lambda channel: channel.length(queue))
 
     def delete(self, queues: Sequence[str]) -> None:
-        """Delete *queues* and everything in them; they need not exist.
-
-        Raises:
-            BackendUnavailable: when the broker could not be reached or refuses us.
-        """
+        """Delete *queues* and everything in them; they need not exist."""
 
         def work(channel: ConfirmChannel) -> None:
             for queue in queues:
@@ -198,7 +177,7 @@ class Publisher:
     def _deliver(self, delivery: Delivery, confirm: bool) -> None:
         """Publish the unsent messages of *delivery*; retry as the policy says."""
         tries = retry.Retry(self._connector.policy)
-        verdict = Verdict(delivery.unsent(), [], None, [], [])
+        verdict = delivery.judge()
         while True:
             try:
                 failure = self._attempt(delivery, verdict, confirm)
@@ -225,7 +204,7 @@ class Publisher:
         try:
             if unknown and self._declarations.declare:
                 verdict.declare.extend(self._missing(unknown))
-        except _FAILURES as exc:
+        except TRANSIENT as exc:
             raise_if_from_signal_handler(exc)
             return exc
         if verdict.declare and not confirm:
@@ -237,7 +216,7 @@ class Publisher:
                 self._channel.wait(Waiter([*delivery.publications, *log.unwaited()]))
             else:
                 self._unwaited.keep_up(log)
-        except _FAILURES as exc:
+        except TRANSIENT as exc:
             raise_if_from_signal_handler(exc)
             return exc
         return None
@@ -249,7 +228,7 @@ class Publisher:
         a question about the queue.
         """
         topology = self._declarations.topology
-        if topology.shards <= FEW_SHARDS:
+        if self._declarations.few:
             return shards
         missing = []
         with self._channel.open(time.monotonic()) as channel:
@@ -283,7 +262,7 @@ class Publisher:
             with self._channel.open(time.monotonic(), lambda: False) as channel:
                 for publication in held:
                     channel.publish_copy(publication)
-        except _FAILURES as exc:
+        except TRANSIENT as exc:
             raise_if_from_signal_handler(exc)
             # Both copies are sent again.
             for publication in held:
@@ -361,7 +340,7 @@ class Publisher:
             try:
                 with self._channel.open(time.monotonic()) as channel:
                     return work(channel)
-            except _FAILURES as exc:
+            except TRANSIENT as exc:
                 self._declarations.forget()
                 pause = self._pause_or_raise(exc, messages, tries)
                 logger.info("a request about queues is repeated after %r", exc)
@@ -370,22 +349,17 @@ class Publisher:
     def _send(
         self, publications: Sequence[Publication], declare: Sequence[int], waited: bool
     ) -> ConfirmLog:
-        """Write *publications*, and messages without a waiting caller that were lost.
-
-        Returns:
-            The log of unconfirmed publications on the connection.
-        """
+        """Write *publications*, and lost messages that no caller waits for; return the log."""
         declarations = self._declarations
 
         def asks() -> bool:
-            few = declarations.topology.shards <= FEW_SHARDS
-            return not declarations.exchange_checked or bool(declare and not few)
+            return not declarations.exchange_checked or bool(declare and not declarations.few)
 
         try:
             with self._channel.open(time.monotonic(), asks) as channel:
                 declarations.ensure_exchange(channel.channel)
                 self._unwaited.send(channel)
-                full = room_refusal(channel, declarations, len(declare))
+                full = declarations.check_room(channel.asking, len(declare))
                 if full is None:
                     self._write(channel, publications, declare)
                     if not waited:

@@ -17,9 +17,8 @@ from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.clock import wall
 from celery_amqp_results.protocol.message import STATE, UNKNOWN_TIME, StateMessage, dated
-from celery_amqp_results.store.checkout import Checkout, longest_hold, longest_prefetch
+from celery_amqp_results.store.checkout import Checkout, limits_for
 from celery_amqp_results.store.packing import Packing, damaged_in, split
-from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("LookUp", "Removal", "ShardRead", "Shelf")
 
@@ -64,15 +63,7 @@ class Shelf(Protocol):
 
 
 class ShardRead:
-    """The read of one shard.
-
-    Parameters:
-        store: the store.
-        link: an open connection.
-        shard: number of the shard.
-        wanted: the ids.
-        kind: the kind of messages.
-    """
+    """The read of one shard."""
 
     def __init__(
         self, store: Shelf, link: Link, shard: int, wanted: Collection[str], kind: str
@@ -93,9 +84,8 @@ class ShardRead:
             link,
             topology.shard_queue_name(shard),
             self._on_message,
-            longest_prefetch(topology.queue_type),
-            look_again=self._incomplete,
-            arguments=longest_hold(topology.queue_type, store.lookup_timeout),
+            limits_for(topology.queue_type, store.lookup_timeout),
+            self._incomplete,
         )
 
     def _on_message(self, message: amqp.Message) -> None:
@@ -198,9 +188,7 @@ class ShardRead:
         other states of a task: it must learn that this reader held the queue meanwhile.
         """
         self.checkout.set_fence()
-        until = min(time.monotonic() + PAGE_SECONDS, self._end)
-        while not self.checkout.fenced and time.monotonic() < until:
-            self._link.drain(time_left(until, PAGE_SECONDS))
+        self.checkout.wait(min(time.monotonic() + PAGE_SECONDS, self._end))
 
     def _publish_page(self, content: List[StateMessage]) -> bool:
         """Publish a page to the shard; return whether the broker has taken it."""
@@ -213,9 +201,7 @@ class ShardRead:
         if expires is not None:
             properties["expiration"] = str(expires)
         channel = self._store.confirm_channel(self._link)
-        published = Publication(
-            Outgoing(self.checkout.queue, properties, page.encode(content), self.shard)
-        )
+        published = Publication(Outgoing(self.checkout.queue, properties, page.encode(content)))
         channel.publish(published)
         channel.wait((published,), self._end)
         if published.status is Status.CONFIRMED:
@@ -228,7 +214,6 @@ class LookUp(ShardRead):
     """A read that finds states, and packs the shard on the way.
 
     Parameters:
-        store, link, shard, wanted, kind: see :class:`ShardRead`.
         census: takes the content of the whole shard, or ``None``.
     """
 

@@ -66,11 +66,7 @@ class Strays:
         return f"its queue is not there, and the broker refuses it: {failure}"
 
     def take_due(self, now: float) -> List[Publication]:
-        """Remove and return the messages to publish now.
-
-        Parameters:
-            now: the time (``time.monotonic``).
-        """
+        """Remove and return the messages to publish *now* (``time.monotonic``)."""
         due: List[Publication] = []
         later: List[Publication] = []
         for publication in self._waiting:

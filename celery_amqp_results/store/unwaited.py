@@ -8,20 +8,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import List, Optional, Tuple, Type
+from typing import List, Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.confirms import ConfirmChannel, ConfirmLog, Publication, Status
-from celery_amqp_results.amqp.declarations import FEW_SHARDS, Declarations
+from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
-from celery_amqp_results.amqp.shared_channel import SharedChannel, Waiter
+from celery_amqp_results.amqp.shared_channel import SharedChannel
+from celery_amqp_results.amqp.turns import Waiter
 from celery_amqp_results.store.strays import Strays
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler
 from celery_amqp_results.toolkit.retry import is_over, time_left
 from celery_amqp_results.toolkit.threads import start_helper
 
-__all__ = ("Unwaited", "room_refusal")
+__all__ = ("Unwaited",)
 
 logger = logging.getLogger(__name__)
 
@@ -48,42 +49,30 @@ REFUSED_SECONDS = 0.05
 IDLE_CHECKS = 10
 
 
-_FAILURES: Tuple[Type[Exception], ...] = (errors.BackendUnavailable, *TRANSIENT)
-
-
 class Unwaited:
     """Keeps the messages that no caller waits for until the broker has confirmed them.
-
-    Parameters:
-        connector: opens the connection of the channel.
-        declarations: declares missing shards.
 
     Thread-safe. After a fork the child must make a new one.
     """
 
     def __init__(self, connector: connections.Connector, declarations: Declarations) -> None:
         self._declarations = declarations
-        self._strays = Strays()
+        self.strays = Strays()
         #: The publishing channel.
         self.channel = SharedChannel(connector, self._on_lost)
         self._lock = threading.Lock()
         self._keeper: Optional[threading.Thread] = None
         self._closed = threading.Event()
 
-    @property
-    def lost(self) -> int:
-        """How many messages were given up."""
-        return self._strays.lost
-
     def _on_lost(self, publication: Publication) -> None:
         if publication.failure is not None:
             # A limit on queues is remembered, so that no more are declared for a while.
             self._declarations.refusal(publication.failure)
-        self._strays.add((publication,))
+        self.strays.add((publication,))
 
     def send(self, channel: ConfirmChannel) -> None:
         """Publish again what must be, on a channel that the caller has to itself."""
-        strays, log = self._strays, channel.log
+        strays, log = self.strays, channel.log
         if channel.mute or not (strays or log.strays):
             # What came back needs an answer of the broker.
             return
@@ -112,9 +101,9 @@ class Unwaited:
         except (errors.DeclarationRefused, errors.BackendUnavailable) as exc:
             full = exc
         else:
-            full = room_refusal(channel, self._declarations, 1)
+            full = self._declarations.check_room(channel.asking, 1)
         if full is not None:
-            self._strays.give_up(publication, full)
+            self.strays.give_up(publication, full)
             return False
         self._declarations.request_shard(channel.channel, message.shard)
         return True
@@ -141,10 +130,10 @@ class Unwaited:
                 if not left:
                     # Refused messages are published again after a pause.
                     time.sleep(time_left(end, REFUSED_SECONDS))
-        except _FAILURES as exc:
+        except TRANSIENT as exc:
             raise_if_from_signal_handler(exc)
             logger.info("states were not confirmed when the process ended: %r", exc)
-        count = len(self._strays) + sum(not p.settled for p in left)
+        count = len(self.strays) + sum(not p.settled for p in left)
         if count:
             logger.warning("%d states were not confirmed when the process ended", count)
 
@@ -156,7 +145,7 @@ class Unwaited:
 
     def _has_strays(self, deadline: Optional[float] = None) -> bool:
         with self.channel.present(deadline) as channel:
-            return bool(self._strays or (channel is not None and channel.log.strays))
+            return bool(self.strays or (channel is not None and channel.log.strays))
 
     def _collect(self, deadline: float) -> List[Publication]:
         """Collect confirms, publish again what must be, and return what is unconfirmed.
@@ -212,18 +201,3 @@ class Unwaited:
             # This closes the connection if no confirm comes for long.
             self.channel.wait(Waiter(old))
         return bool(unconfirmed) or self._has_strays()
-
-
-def room_refusal(
-    channel: ConfirmChannel, declarations: Declarations, count: int
-) -> Optional[errors.BackendUnavailable]:
-    """Return the error to raise instead of declaring *count* shards, or ``None``.
-
-    Parameters:
-        channel: the publishing channel, which the caller has to itself.
-        declarations: knows the shards.
-        count: how many shards are about to be declared.
-    """
-    if not count or declarations.topology.shards <= FEW_SHARDS:
-        return None
-    return declarations.check_room(channel.asking(), count)

@@ -108,7 +108,6 @@ def wait_before_retry(tries: Retry, exc: BaseException, deadline: Optional[float
     """Wait after a failed try; return ``False``, at once, if there must be no other one.
 
     Parameters:
-        tries: the tries so far.
         exc: the error of the last try. Raised again if a signal handler raised it.
         deadline: time (``time.monotonic``) after which there is no other try.
     """

@@ -24,11 +24,9 @@ _PEEK = getattr(socket, "MSG_PEEK", 0) | getattr(socket, "MSG_DONTWAIT", 0)
 
 
 def readable(sock: HasFileno, timeout: float) -> bool:
-    """Return whether *sock* has bytes to read, or its end.
+    """Return whether *sock* has bytes to read, or its end, within *timeout* seconds.
 
-    Parameters:
-        sock: a socket.
-        timeout: seconds to wait for that; 0 to look once, without a switch of greenlets.
+    0 looks once, without a switch of greenlets.
     """
     if timeout <= 0 and not isinstance(getattr(select, "poll", None), types.BuiltinFunctionType):
         return _peek(sock)
@@ -36,13 +34,7 @@ def readable(sock: HasFileno, timeout: float) -> bool:
 
 
 def ready(sock: HasFileno, timeout: float, read: bool = True) -> bool:
-    """Return whether *sock* has room for bytes to write, or bytes to read.
-
-    Parameters:
-        sock: a socket.
-        timeout: seconds to wait for that.
-        read: whether bytes to read count.
-    """
+    """Return whether *sock* has room to write, or bytes to *read*, within *timeout* seconds."""
     return bool(_wait([sock], timeout, read, write=True))
 
 
@@ -96,11 +88,9 @@ class WakeUp:
             self._sender.send(b"\0")
 
     def wait(self, timeout: float, *sources: FileDescriptorLike) -> List[FileDescriptorLike]:
-        """Wait until :meth:`ring` is called, or one of *sources* is readable; return which are.
+        """Wait, *timeout* seconds at most, for :meth:`ring` or *sources*; return the readable ones.
 
-        Parameters:
-            timeout: seconds to wait at most.
-            *sources: sockets, and numbers of open files.
+        Sources are sockets, and numbers of open files.
         """
         numbers = {_number(source): source for source in (self._receiver, *sources)}
         found = _wait(list(numbers), timeout)
@@ -126,9 +116,6 @@ class SocketWatch(WakeUp):
     A thread that has just asked for something reads the answer itself: that saves two switches of
     threads. While a thread borrows the socket, :meth:`wait_for_socket` does not return because of
     it. Only epoll allows that from another thread, so where it is missing nothing is lent.
-
-    Parameters:
-        sock: the socket.
     """
 
     def __init__(self, sock: HasFileno) -> None:
@@ -143,11 +130,7 @@ class SocketWatch(WakeUp):
             self._epoll.register(self._receiver.fileno(), select.EPOLLIN)
 
     def wait_for_socket(self, timeout: float) -> bool:
-        """Wait until the socket is readable, or :meth:`ring` is called; return whether it is.
-
-        Parameters:
-            timeout: seconds to wait at most.
-        """
+        """Wait *timeout* seconds for the socket or :meth:`ring`; return whether it is readable."""
         if self._epoll is None:
             return bool(self.wait(timeout, self._sock))
         found = [number for number, _ in self._epoll.poll(timeout)]

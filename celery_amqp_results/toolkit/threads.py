@@ -23,9 +23,7 @@ def start_thread(target: Callable[..., object], name: str, *args: object) -> thr
     reach one of our threads.
 
     Parameters:
-        target: what the thread runs.
         name: its name, to which ``celery-results-`` is prepended.
-        *args: arguments for *target*.
     """
     thread = threading.Thread(target=target, name=f"celery-results-{name}", args=args, daemon=True)
     if not hasattr(signal, "pthread_sigmask"):  # pragma: no cover

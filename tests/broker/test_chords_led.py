@@ -531,7 +531,7 @@ def test_a_body_keeps_the_process_that_sent_its_chord(make_app: Apps, group_id: 
     body.freeze()
     sender.backend.apply_chord((group_id, [AsyncResult("a", app=sender)]), body)
     assert body.options["origin"] == anon_nodename()
-    assert sender.backend.layout.inbox.is_own(body.id)
+    assert sender.backend.layout.inbox._table.is_own(body.id)
     body.options["origin"] = "gen1@elsewhere"
     sender.backend.set_chord_size(group_id, 1)
     # When it sends the body, and a task of its own
@@ -549,8 +549,8 @@ def test_a_body_keeps_the_process_that_sent_its_chord(make_app: Apps, group_id: 
         signals.before_task_publish.disconnect(note)
     # Then the body's states go to who sent the chord, and it counts on getting its own only
     assert noted == {body.id: "gen1@elsewhere", own.id: anon_nodename()}
-    assert app.backend.layout.inbox.is_own(own.id)
-    assert not app.backend.layout.inbox.is_own(body.id)
+    assert app.backend.layout.inbox._table.is_own(own.id)
+    assert not app.backend.layout.inbox._table.is_own(body.id)
 
 
 def test_a_body_of_several_tasks_or_of_a_task_is_not_counted_on(

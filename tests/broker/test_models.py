@@ -20,7 +20,7 @@ from celery import Celery
 from celery_amqp_results.amqp.declarations import declare_exchange, declare_queue
 from celery_amqp_results.feed.bindings import ALL
 from celery_amqp_results.protocol.names import BROADCAST, Route, Topology, barrier_key
-from celery_amqp_results.store.checkout import Checkout
+from celery_amqp_results.store.checkout import PREFETCH, Checkout, Limits
 from tests.broker.helpers import LONG
 from tests.conftest import Apps
 from tests.simulation.exchange import Exchange
@@ -201,7 +201,7 @@ class Reader:
         self.seen: List[Seen] = []
         self._tags: List[int] = []
         self._link = broker.link()
-        self._checkout = Checkout(self._link, queue, self._on_message)
+        self._checkout = Checkout(self._link, queue, self._on_message, Limits(PREFETCH, {}))
 
     def _on_message(self, message: amqp.Message) -> None:
         self.seen.append((_text(message), bool(message.delivery_info["redelivered"])))
@@ -213,7 +213,7 @@ class Reader:
 
     def read(self) -> List[Seen]:
         """Read everything up to the fence, as the first in line."""
-        assert self._checkout.wait(time.monotonic() + LONG, 1.0)
+        assert self._checkout.wait(time.monotonic() + LONG)
         return self.seen
 
     def peek(self) -> List[Seen]:

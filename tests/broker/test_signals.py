@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Type
 import pytest
 
 from celery_amqp_results.amqp.shared_channel import SharedChannel
+from celery_amqp_results.amqp.turns import Turns
 from celery_amqp_results.toolkit.threads import start_thread
 from tests import interrupts
 from tests.broker.helpers import new_id, open_inbox
@@ -124,10 +125,11 @@ def test_a_store_that_is_interrupted_at_any_line_leaves_its_turn_to_others(make_
     store()
     # When it is interrupted
     lines = []
-    for line in interrupts.at_each_line(SharedChannel._take_turn, store):
-        # Then another one can read
-        assert channel._leader is None, line
-        lines.append(line)
+    for function in (SharedChannel._take_turn, Turns.lead):
+        for line in interrupts.at_each_line(function, store):
+            # Then another one can read
+            assert channel._turns._leader is None, line
+            lines.append(line)
     assert len(lines) > 5
 
 

@@ -322,7 +322,7 @@ def test_a_view_survives_a_check_that_a_short_timeout_ends(
     until_live(reader, task_id)
     inbox = reader.backend.layout.inbox
     opened = inbox.connections
-    inbox._table._memory.view(0).check_at = 0.0
+    inbox._table.memory.view(0).check_at = 0.0
     # Given another reader that has the shard
     with raw_connection(amqp_url) as holder:
         queue = reader.backend.config.topology.shard_queue_name(0)

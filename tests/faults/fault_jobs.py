@@ -10,7 +10,7 @@ from celery import Celery
 
 from celery_amqp_results.amqp.confirms import ConfirmChannel
 from celery_amqp_results.store import lookup as store_module
-from celery_amqp_results.store.checkout import Checkout
+from celery_amqp_results.store.checkout import PREFETCH, Checkout, Limits
 from tests.subprocesses import hear, say
 
 
@@ -19,7 +19,7 @@ def hold_shard(app: Celery, shard: int) -> int:
     layout = app.backend.layout
     queue = app.backend.config.topology.shard_queue_name(shard)
     with layout.store._pool.link() as link:
-        checkout = Checkout(link, queue, lambda message: None)
+        checkout = Checkout(link, queue, lambda message: None, Limits(PREFETCH, {}))
         deadline = time.monotonic() + 60
         while not checkout.fenced and time.monotonic() < deadline:
             link.drain(1.0)

@@ -15,7 +15,7 @@ from celery import Celery, states
 
 from celery_amqp_results.store import lookup as store_module
 from celery_amqp_results.store import shard_read
-from celery_amqp_results.store.checkout import FENCE, GRACE, Checkout, longest_hold
+from celery_amqp_results.store.checkout import FENCE, GRACE, Checkout, limits_for
 from tests import subprocesses
 from tests.conftest import LOAD, Apps, eventually
 from tests.faults import fault_jobs
@@ -338,9 +338,8 @@ def test_a_reader_that_holds_a_quorum_queue_too_long_is_evicted(
     queue = app.backend.config.topology.shard_queue_name(0)
     with app.backend.layout.store._pool.link() as link:
         # Given a live reader that holds the shard for longer than two seconds
-        hold = longest_hold("quorum", 2 - GRACE)
-        held = Checkout(link, queue, lambda message: None, arguments=hold)
-        assert held.wait(time.monotonic() + 30, 1.0)
+        held = Checkout(link, queue, lambda message: None, limits_for("quorum", 2 - GRACE))
+        assert held.wait(time.monotonic() + 30)
         # Then other readers get the shard with all its messages
         options = {"shards": 1, "queue_type": "quorum", "lookup_timeout": 60}
         other = make_app(result_backend_transport_options=options)

@@ -25,6 +25,7 @@ from unittest import mock
 from celery_amqp_results.amqp.confirms import ConfirmLog, Outgoing, Publication, Status
 from celery_amqp_results.feed.table import PROOF_SECONDS, Table, Unread
 from celery_amqp_results.feed.views import STEADY, Look
+from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import clock
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import STATE, StateMessage
@@ -236,7 +237,8 @@ class Simulation:
         self.declared: Set[int] = set()
         self.exchange = Exchange()
         declarations: Any = mock.Mock(topology=self.topology)
-        self.store_of = lookup.Store(None, declarations, 10.0, 600, True, CODEC.decode)  # type: ignore[arg-type]
+        options, pool = Options(page_size=600), mock.Mock()
+        self.store_of = lookup.Store(pool, declarations, options, True, CODEC.decode)
         self.forgetting: List[Tuple[Task, Optional[Checkouts]]] = []
         self.reads: List[Read] = []
         self.answered = 0
@@ -618,7 +620,7 @@ class Simulation:
         return process.number in self.exchange.inboxes
 
     def _wants_inbox(self, process: Process) -> bool:
-        return process.table.wants_inbox
+        return process.table.bindings.wants_inbox
 
     def connect(self) -> Optional[str]:
         process = self.random.choice(self.processes)
@@ -675,7 +677,7 @@ class Simulation:
             what = "a barrier"
         elif isinstance(message, StateMessage):
             process.pushed(message, self.now)
-            if table.restless:
+            if table.bindings.restless:
                 self._act(process)
             what = f"{message.state} of {message.id[:4]}"
         else:
@@ -745,9 +747,9 @@ class Simulation:
     # -- the verdict -------------------------------------------------------------------------------
 
     def _check_memory(self, table: Any) -> None:
-        size = sum(entry.size for entry in table._memory.recent.values())
-        digests = sum(len(view.digests or ()) for view in table._memory.views.values())
-        if (size, digests) != (table._memory._recent_bytes, table._memory._digests):
+        size = sum(entry.size for entry in table.memory.recent.values())
+        digests = sum(len(view.digests or ()) for view in table.memory.views.values())
+        if (size, digests) != (table.memory._recent_bytes, table.memory._digests):
             self.fail("memory is not counted right")
 
     def _name(self, task: Task) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -85,104 +86,60 @@ def alive(pid: int) -> bool:
 # -- apt's sources ---------------------------------------------------------------------------------
 
 
-def test_one_line_sources_are_parsed() -> None:
-    text = """
+#: A file of one-line sources, and one in the format deb822.
+LINES = """
 # deb http://commented.example/debian bookworm main
-deb http://deb.example/debian bookworm main contrib # the archive
+deb https://packages.example/apt cloud-sdk-bookworm main
+deb https://docker.example/linux/debian bookworm stable
+deb https://security.example/debian-security bookworm-security main
+deb [arch=amd64 signed-by=/usr/share/keyrings/a.gpg] https://vendor.example/debian bookworm main
+deb http://mirror.example/debian/ bookworm main contrib # the archive
+deb http://mirror.example/debian bookworm-updates main
 deb-src http://source.example/debian bookworm main
-  deb [arch=amd64 signed-by=/usr/share/keyrings/a b.gpg] https://other.example/apt stable
+deb cdrom:[Debian]/ bookworm main
 deb http://flat.example/ ./
-deb cdrom:[Debian GNU/Linux 12]/ bookworm main
-not a source
 """
-
-    found = rabbitmq.parse_apt_list(text)
-
-    assert found[:3] == [
-        rabbitmq.AptSource("http://deb.example/debian", ("bookworm",), ("main", "contrib")),
-        rabbitmq.AptSource("https://other.example/apt", ("stable",), ()),
-        rabbitmq.AptSource("http://flat.example/", ("./",), ()),
-    ]
-    assert "http://source.example/debian" not in [source.uri for source in found]
-
-
-def test_deb822_sources_are_parsed() -> None:
-    text = """# comment
+PARAGRAPHS = """
 Types: deb deb-src
-URIs: http://one.example/debian
- http://two.example/debian
+URIs: mirror+file:{listed}
 Suites: bookworm
-# a comment between
  bookworm-updates
-Components: main contrib
-Signed-By:
- -----BEGIN PGP PUBLIC KEY BLOCK-----
- .
- URIs: http://key.example/debian
+Components: main
 
 Types: deb
 URIs: http://off.example/debian
 Suites: bookworm
 Components: main
 Enabled: no
-
-Types: deb-src
-URIs: http://source.example/debian
-Suites: bookworm
-Components: main
-
-types: deb
-uris: http://lower.example/debian
-suites: sid
-components: main
 """
 
-    found = rabbitmq.parse_apt_deb822(text)
 
-    suites, components = ("bookworm", "bookworm-updates"), ("main", "contrib")
-    assert found == [
-        rabbitmq.AptSource("http://one.example/debian", suites, components),
-        rabbitmq.AptSource("http://two.example/debian", suites, components),
-        rabbitmq.AptSource("http://lower.example/debian", ("sid",), ("main",)),
-    ]
-
-
-def test_the_archive_of_debian_is_recognised() -> None:
-    sources = rabbitmq.parse_apt_list(
-        """
-deb https://packages.example/apt cloud-sdk-bookworm main
-deb https://docker.example/linux/debian bookworm stable
-deb https://security.example/debian-security bookworm-security main
-deb https://vendor.example/debian bookworm main
-deb http://mirror.example/debian/ bookworm main
-deb http://mirror.example/debian bookworm-updates main
-deb cdrom:[Debian]/ bookworm main
-"""
-    )
-
-    assert rabbitmq.debian_mirrors(sources) == [
-        "http://mirror.example/debian",
-        "https://vendor.example/debian",
-    ]
-
-
-def test_a_mirror_list_file_is_read(tmp_path: Path) -> None:
-    listed = tmp_path / "mirrors" / "debian.list"
-    listed.parent.mkdir()
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="needs apt-get")
+def test_the_archives_of_debian_are_found_in_the_configuration_of_apt(tmp_path: Path) -> None:
+    # Given both formats, and a file with mirrors
+    listed, parts = tmp_path / "mirrors.list", tmp_path / "sources.list.d"
     listed.write_text("https://first.example/debian\thigh\nhttps://second.example/debian\n")
-    parts = tmp_path / "sources.list.d"
     parts.mkdir()
-    (parts / "debian.sources").write_text(
-        f"Types: deb\nURIs: mirror+file:{listed}\nSuites: trixie trixie-updates\nComponents: main\n"
+    (tmp_path / "sources.list").write_text(LINES)
+    (parts / "debian.sources").write_text(PARAGRAPHS.format(listed=listed))
+    (parts / "ignored.sources.save").write_text(PARAGRAPHS.replace("Enabled: no", ""))
+    # When they are read, without the lists of packages
+    archives = rabbitmq.apt_archives(
+        f"-oDir::Etc::sourcelist={tmp_path / 'sources.list'}",
+        f"-oDir::Etc::sourceparts={parts}",
+        f"-oDir::State::lists={tmp_path / 'lists'}",
     )
-    (parts / "ignored.sources.save").write_text(
-        "Types: deb\nURIs: http://old.example/debian\nSuites: x\nComponents: main\n"
-    )
-
-    assert rabbitmq.debian_mirrors(rabbitmq._apt_sources(tmp_path)) == [
+    # Then sources and what is disabled are left out
+    assert not {uri for uri in archives if re.search("commented|source|off|flat", uri)}
+    assert archives["http://mirror.example/debian"] == {"bookworm", "bookworm-updates"}
+    # And a release with its updates is the best guess
+    mirrors = rabbitmq.debian_mirrors(archives)
+    assert set(mirrors[:3]) == {
+        "http://mirror.example/debian",
         "https://first.example/debian",
         "https://second.example/debian",
-    ]
+    }
+    assert mirrors[3:] == ["https://vendor.example/debian"]
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -111,6 +111,9 @@ class Channel:
         #: ``None`` when closed, as with py-amqp.
         self.connection: Optional[Link] = link
         self._callback: Callable[[amqp.Message], None] = lambda message: None
+        #: What its consumer asked for.
+        self.prefetch = 0
+        self.arguments: Dict[str, Any] = {}
         self._tag = 0
         #: Delivered and unacknowledged messages, by delivery tag.
         self.held: Dict[int, Entry] = {}
@@ -124,11 +127,12 @@ class Channel:
             self._queue.leave(self)
         else:
             assert method == spec.Basic.Qos
+            _, (_, self.prefetch, _) = arguments
 
     def basic_consume(self, queue: str, **options: Any) -> None:
         self._link.operation()
         assert not options["no_ack"]
-        self._callback = options["callback"]
+        self._callback, self.arguments = options["callback"], options["arguments"]
         self._queue = self._link.find(queue)
         self._queue.consumers.append(self)
         self._queue.dispatch()

@@ -120,7 +120,7 @@ class FakeInbox(Inbox):
 
     def brings(self, task_id: str, ours: bool) -> bool:
         """Whether the broker would deliver a state that is published now."""
-        return bool(self._table.epoch) and (ours or self._table.is_bound(self.shard(task_id)))
+        return bool(self._table.epoch) and (ours or self.shard(task_id) in self._table.bindings)
 
 
 class FakeStore:

@@ -58,6 +58,33 @@ def test_damaged_data_is_an_error_or_at_most_the_limit_of_other_data(
         meta.decode(message)
 
 
+@pytest.mark.parametrize("name", ["application/x-gzip", "application/x-bz2", "application/x-lzma"])
+def test_data_that_ends_too_early_is_an_error_even_at_the_limit(name: str) -> None:
+    packed, content_type = compression.compress(b"x" * 1000, name)
+    with pytest.raises(ValueError, match=r"^the compressed data ends too early$"):
+        decompress(packed[:-1], content_type, 1000)
+
+
+def test_the_errors_of_decompression_give_the_sizes_and_the_name() -> None:
+    packed, content_type = compression.compress(b"x" * 1000, "gzip")
+    limit = r"to more than 999 \(option max_decompressed_size\)$"
+    with pytest.raises(ValueError, match=f"^{len(packed)} bytes decompress {limit}"):
+        decompress(packed, content_type, 999)
+    with pytest.raises(ValueError, match=r"^no such compression: 'application/x-none'$"):
+        decompress(packed, "application/x-none", 1000)
+
+
+def test_a_compression_of_the_app_itself_is_checked_after_decompressing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_aliases", "_encoders", "_decoders"):
+        monkeypatch.setattr(compression, name, dict(getattr(compression, name)))
+    compression.register(lambda body: body[::2], lambda body: body * 2, "application/x-half")
+    assert decompress(b"abc", "application/x-half", 6) == b"abcabc"
+    with pytest.raises(ValueError, match=r"^3 bytes decompress to more than 5 "):
+        decompress(b"abc", "application/x-half", 5)
+
+
 def test_data_over_the_decompression_limit_is_not_stored() -> None:
     meta = {"status": "SUCCESS", "result": "x" * 1000}
     size = len(Codec("json", None).encode(meta)[3])

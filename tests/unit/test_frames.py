@@ -62,7 +62,7 @@ def test_py_amqp_reads_the_built_frames(
     body: bytes,
 ) -> None:
     octets = frames.publish_frames(
-        channel, exchange, routing_key, mandatory, given_properties, body, frame_max=131072
+        channel, 131072, given_properties, body, (exchange, routing_key, mandatory)
     )
     method, header, *bodies = split(octets)
     assert [method[:2], header[:2]] == [(1, channel), (2, channel)]
@@ -81,17 +81,17 @@ def test_a_copy_is_the_same_message_with_another_address(
     body: bytes, frame_max: int, mandatory: bool
 ) -> None:
     properties = {"type": "state", "application_headers": {"state": "SUCCESS"}}
-    twice = frames.publish_frames(
-        1, "", "queue", mandatory, properties, body, frame_max, pushed=("x", "key")
+    addresses = (("", "queue", mandatory), ("x", "key", False))
+    twice = frames.publish_frames(1, frame_max, properties, body, *addresses)
+    first, second = (
+        frames.publish_frames(1, frame_max, properties, body, address) for address in addresses
     )
-    first = frames.publish_frames(1, "", "queue", mandatory, properties, body, frame_max)
-    second = frames.publish_frames(1, "x", "key", False, properties, body, frame_max)
     assert twice == first + second
 
 
 @given(st.binary(max_size=5000), st.integers(16, 600))
 def test_a_long_body_is_split_at_the_connection_s_frame_size(body: bytes, frame_max: int) -> None:
-    octets = frames.publish_frames(3, "", "queue", False, {}, body, frame_max)
+    octets = frames.publish_frames(3, frame_max, {}, body, ("", "queue", False))
     bodies = split(octets)[2:]
     assert all(kind == 3 and len(payload) + 8 <= frame_max for kind, _, payload in bodies)
     assert b"".join(payload for _, _, payload in bodies) == body
@@ -99,9 +99,9 @@ def test_a_long_body_is_split_at_the_connection_s_frame_size(body: bytes, frame_
 
 def test_an_oversized_message_is_an_error_before_anything_is_sent() -> None:
     with pytest.raises(ValueError, match="range"):
-        frames.publish_frames(1, "", "k" * 256, False, {}, b"", 4096)
+        frames.publish_frames(1, 4096, {}, b"", ("", "k" * 256, False))
     with pytest.raises(TypeError, match="'odd'"):
-        frames.publish_frames(1, "", "k", False, {"application_headers": {"odd": 1.5}}, b"", 4096)
+        frames.publish_frames(1, 4096, {"application_headers": {"odd": 1.5}}, b"", ("", "k", False))
 
 
 def delivered(
@@ -146,7 +146,7 @@ def test_a_delivery_is_read_as_py_amqp_reads_it(
 ) -> None:
     # Given a delivery, some of it split into several frames, with other frames around it
     published = frames.publish_frames(
-        channel, "", "", False, given_properties, body, max(frame_max, 16)
+        channel, max(frame_max, 16), given_properties, body, ("", "", False)
     )
     octets = delivered(channel, names, tag, redelivered, published)
     seen: List[Any] = []
@@ -179,7 +179,7 @@ def test_a_delivery_is_read_as_py_amqp_reads_it(
 
 
 def test_other_frames_are_left_to_py_amqp() -> None:
-    published = frames.publish_frames(1, "", "queue", False, {}, b"body", 4096)
+    published = frames.publish_frames(1, 4096, {}, b"body", ("", "queue", False))
     assert frames.read_delivery(published, 0) is None
     octets = delivered(1, ("tag", "", "queue"), 1, False, published)
     assert frames.read_delivery(octets, 0) is not None
@@ -187,5 +187,5 @@ def test_other_frames_are_left_to_py_amqp() -> None:
     other = delivered(2, ("tag", "", "queue"), 1, False, published)
     first = len(octets) - len(b"body") - 8
     assert frames.read_delivery(octets[:first] + other, 0) is None
-    longer = frames.publish_frames(1, "", "queue", False, {}, b"bodies", 4096)[-14:]
+    longer = frames.publish_frames(1, 4096, {}, b"bodies", ("", "queue", False))[-14:]
     assert frames.read_delivery(octets[:first] + longer, 0) is None

@@ -233,6 +233,24 @@ def test_fired_chords_are_remembered_in_a_limited_number(monkeypatch: pytest.Mon
     assert leader.open == 1
 
 
+def test_headers_of_fired_chords_are_remembered_in_a_limited_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leading, "MAX_FIRED", 1)
+    leader = without_timers()
+    for group in ("one", "two"):
+        leader.plan_delivered(Plan(group, f"mark {group}", ["a"], WALL + LATER), 7, False, NOW)
+        leader.state_pushed(end("a"), NOW, WALL)
+        leader.sent(f"mark {group}")
+    assert kinds(leader.take()).count(Fire) == 2
+    for group in ("one", "two"):
+        late = Amendment(group, after="a", results=["b"], mark=f"late {group}", began=WALL)
+        leader.amendment_delivered(late, 8, NOW)
+    assert NOW + leading.LAST_AMENDMENT in list(ticks(leader))
+    # A plan of the other may still come.
+    assert [each.group_id for each in leader.take() if isinstance(each, GiveUp)] == ["two"]
+
+
 def test_a_body_that_could_not_be_sent_is_tried_again() -> None:
     leader = settled()
     leader.plan_delivered(plan("a"), 7, False, NOW)

@@ -235,7 +235,7 @@ def py_amqp_writes(properties: Dict[str, Any], body: bytes) -> bytes:
 
 
 def we_write(properties: Dict[str, Any], body: bytes) -> bytes:
-    octets = frames.publish_frames(1, "x", "key", False, properties, body, 131072)
+    octets = frames.publish_frames(1, 131072, properties, body, ("x", "key", False))
     (method_size,) = struct.unpack_from(">I", octets, 3)
     start = 7 + method_size + 1
     (size,) = struct.unpack_from(">I", octets, start + 3)
@@ -669,6 +669,73 @@ def test_the_value_that_is_no_meta_is_in_the_error() -> None:
     message = StateMessage("t", "SUCCESS", 1, b'["x"]', "application/json", "utf-8")
     with pytest.raises(errors.ForeignMessage, match=r"no meta: \['x'\]"):
         Codec("json", ["application/json"]).decode(message)
+
+
+def pickled(value: Any, **fields: Any) -> StateMessage:
+    body = pickle.dumps(value)
+    content_type = "application/x-python-serialize"
+    message = StateMessage("t", "SUCCESS", 1, body, content_type, "binary")
+    return dataclasses.replace(message, **fields)
+
+
+reads_pickles = Codec("json", ["application/x-python-serialize"])
+
+
+def test_ids_that_a_serializer_made_uuids_of_are_texts_again() -> None:
+    one, two, three = (uuid.UUID(int=number) for number in (1, 2, 3))
+    meta = {"status": "SUCCESS", "result": one, "task_id": one, "parent_id": two, "group_id": three}
+    texts = {"task_id": str(one), "parent_id": str(two), "group_id": str(three)}
+    decoded = reads_pickles.decode(pickled(meta, id=str(one)))
+    assert decoded == {**meta, **texts}
+    assert isinstance(decoded["result"], uuid.UUID)
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ([1, 2], "the SUCCESS of 't' decodes to no meta: [1, 2]"),
+        ({"status": "SUCCESS"}, "the SUCCESS of 't' decodes to no meta: {'status': 'SUCCESS'}"),
+        ({"status": ["x"], "result": 1}, "the SUCCESS of 't' names no state: ['x']"),
+        ({"status": {"x": 1}, "result": 1}, "the SUCCESS of 't' names no state: {'x': 1}"),
+        (
+            {"status": "FAILURE", "result": 1},
+            "the SUCCESS of 't' says that it is the 'FAILURE' of 't'",
+        ),
+        (
+            {"status": "SUCCESS", "result": 1, "task_id": "other"},
+            "the SUCCESS of 't' says that it is the 'SUCCESS' of 'other'",
+        ),
+    ],
+)
+def test_the_reason_why_a_body_is_foreign_is_reported(meta: Any, message: str) -> None:
+    with pytest.raises(errors.ForeignMessage) as caught:
+        reads_pickles.decode(pickled(meta))
+    assert str(caught.value) == message
+
+
+def test_a_meta_is_compared_with_its_message_only_for_a_state_with_an_id() -> None:
+    meta = {"status": "FAILURE", "result": 1, "task_id": "other"}
+    assert reads_pickles.decode(pickled(meta, kind=GROUP)) == meta
+    assert reads_pickles.decode(pickled(meta, id="")) == meta
+    with pytest.raises(errors.ForeignMessage):
+        reads_pickles.decode(pickled(meta))
+
+
+def test_an_undecodable_body_is_reported_with_the_reason() -> None:
+    with pytest.raises(errors.ForeignMessage) as caught:
+        reads_pickles.decode(pickled({}, body=b"damaged"))
+    assert str(caught.value).startswith("the SUCCESS of 't' cannot be decoded: DecodeError(")
+
+
+def test_a_result_that_is_too_large_to_compress_is_reported_with_both_sizes() -> None:
+    meta = {"status": "SUCCESS", "result": 1}
+    size = len(Codec("json", None).encode(meta)[3])
+    with pytest.raises(errors.ResultTooLarge) as caught:
+        Codec("json", None, "gzip", size - 1).encode(meta)
+    assert str(caught.value) == (
+        f"a result of {size} bytes cannot be stored compressed: readers decompress {size - 1} at "
+        "most. Return less, or raise the option max_decompressed_size everywhere."
+    )
 
 
 # -- the clock ---------------------------------------------------------------------------------

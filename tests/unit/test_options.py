@@ -242,6 +242,147 @@ def test_pauses_grow_up_to_the_limit(given_policy: Dict[str, Any]) -> None:
     assert all(0 <= pause <= policy.interval_max for pause in made)
 
 
+# -- the limits, and what the errors say -------------------------------------------------------
+
+LIMITS = [
+    ("shards", 1, 4096, 1),
+    ("page_size", 1024, 8 * 1024 * 1024, 1),
+    ("inline_limit", 1024, 8 * 1024 * 1024, 1),
+    ("view_memory", 0, 999_999_999, 1),
+    ("max_decompressed_size", 1024, 999_999_999, 1),
+    ("lookup_timeout", 0.1, 3600, 0.001),
+]
+POLICY_LIMITS = [
+    ("max_retries", 0, 10**6, 1),
+    ("interval_start", 0, 3600, 0.001),
+    ("interval_step", 0, 3600, 0.001),
+    ("interval_max", 0, 3600, 0.001),
+]
+
+
+@pytest.mark.parametrize(("name", "low", "high", "step"), LIMITS)
+def test_the_limits_of_an_option_are_allowed_and_nothing_beyond(
+    name: str, low: Any, high: Any, step: Any
+) -> None:
+    for value in (low, high):
+        assert getattr(Options.read({name: value}), name) == value
+        assert getattr(Options.read({}, {name: str(value)}), name) == value
+    for value in (low - step, high + step, True, 10**400):
+        with pytest.raises(errors.InvalidOption):
+            Options.read({name: value})
+
+
+@pytest.mark.parametrize(("name", "low", "high", "step"), POLICY_LIMITS)
+def test_the_limits_of_an_entry_of_a_retry_policy_are_allowed_and_nothing_beyond(
+    name: str, low: Any, high: Any, step: Any
+) -> None:
+    for value in (low, high):
+        policy = Options.read({"retry_policy": {name: value}}).retry_policy
+        assert getattr(policy, name) == value
+    for value in (low - step, high + step, True):
+        with pytest.raises(errors.InvalidOption):
+            Options.read({"retry_policy": {name: value}})
+
+
+TLS = "ca_certs, cert_reqs, certfile, ciphers, context, keyfile, server_hostname, ssl_version"
+TLS_IN_URL = (
+    "ssl_ca_certs, ssl_cert_reqs, ssl_certfile, ssl_ciphers, ssl_keyfile, ssl_server_hostname"
+)
+ENTRIES = "interval_max, interval_start, interval_step and max_retries"
+
+
+@pytest.mark.parametrize(
+    ("settings", "query", "message"),
+    [
+        (
+            {"shard": 4},
+            {},
+            f"unknown option 'shard' in {SETTING} (its value is 4); known options are: "
+            + ", ".join(sorted(NAMES)),
+        ),
+        (
+            {"layout": "x"},
+            {},
+            f"invalid value 'x' for option 'layout' in {SETTING}: "
+            "allowed are 'shared' and 'per-task'",
+        ),
+        (
+            {},
+            {"shards": "x"},
+            f"invalid value 'x' for option 'shards' in {URL}: "
+            "allowed are whole numbers from 1 to 4096",
+        ),
+        (
+            {},
+            {"confirm": "x"},
+            f"invalid value 'x' for option 'confirm' in {URL}: allowed are true and false",
+        ),
+        (
+            {"lookup_timeout": "x"},
+            {},
+            f"invalid value 'x' for option 'lookup_timeout' in {SETTING}: "
+            "allowed are seconds from 0.1 to 3600",
+        ),
+        (
+            {"use_ssl": {"z": 1, "b": 2}},
+            {},
+            f"invalid value {{'z': 1, 'b': 2}} for option 'use_ssl' in {SETTING}: "
+            f"'b' is unknown to py-amqp; known are {TLS}",
+        ),
+        (
+            {},
+            {"ssl_x": "y"},
+            f"unknown option 'ssl_x' in {URL} (its value is 'y'); "
+            f"known options of TLS are: {TLS_IN_URL}",
+        ),
+        (
+            {},
+            {"ssl_cert_reqs": "cert_cert_none"},
+            f"invalid value 'cert_cert_none' for option 'ssl_cert_reqs' in {URL}: "
+            "allowed are none, optional, required",
+        ),
+        (
+            {"retry_policy": 5},
+            {},
+            f"invalid value 5 for option 'retry_policy' in {SETTING}: it must be a dict",
+        ),
+        (
+            {"retry_policy": {"x": 1}},
+            {},
+            f"invalid value {{'x': 1}} for option 'retry_policy' in {SETTING}: "
+            f"entry 'x': known entries are {ENTRIES}",
+        ),
+    ],
+)
+def test_an_error_names_the_option_its_value_its_source_and_what_is_allowed(
+    settings: Dict[str, Any], query: Dict[str, str], message: str
+) -> None:
+    with pytest.raises(errors.InvalidOption) as caught:
+        Options.read(settings, query)
+    assert str(caught.value) == message
+
+
+def test_options_of_tls_are_collected_from_anywhere_in_a_url() -> None:
+    query = {"ssl_ca_certs": "x", "shards": "4", "ssl_cert_reqs": "none", "confirm": "false"}
+    tls = {"ca_certs": "x", "cert_reqs": ssl.CERT_NONE}
+    assert Options.read({}, query) == Options(shards=4, confirm=False, use_ssl=tls)
+
+
+def test_options_of_tls_in_the_settings_are_those_of_py_amqp() -> None:
+    given_tls = {"ca_certs": "x", "context": None}
+    used = Options.read({"use_ssl": given_tls}).use_ssl
+    assert used == given_tls
+    assert used is not given_tls
+
+
+def test_options_can_be_changed() -> None:
+    options = Options(shards=4, retry_policy=RetryPolicy(max_retries=2))
+    changed = options.changed({"confirm": False, "layout": "shared"})
+    assert changed == dataclasses.replace(options, confirm=False, layout="shared")
+    with pytest.raises(errors.InvalidOption, match="unknown option 'shard'"):
+        options.changed({"shard": 5})
+
+
 # -- the URL -----------------------------------------------------------------------------------
 
 
@@ -257,6 +398,52 @@ def test_the_scheme_is_taken_from_the_first_url() -> None:
     assert parse_url("amqps://").scheme == "amqps"
     assert parse_url("amqps://a//;b//").broker == "amqps://a//;amqps://b//"
     assert parse_url("amqp://a//; amqps://b//").broker == "amqp://a//;amqps://b//"
+
+
+@pytest.mark.parametrize(
+    ("url", "scheme", "broker", "options"),
+    [
+        (None, "amqp", None, {}),
+        ("X//", "amqp", "amqp://X//", {}),
+        ("amqp://XX", "amqp", "amqp://XX", {}),
+        ("amqp://?login_method=PLAIN", "amqp", "amqp://?login_method=PLAIN", {}),
+        ("amqp://h//?ssl_ca_certs=a?b://c", "amqp", "amqp://h//", {"ssl_ca_certs": "a?b://c"}),
+        ("amqps+x://h//?shards=4;?shards=4", "amqps+x", "amqps+x://h//", {"shards": "4"}),
+    ],
+)
+def test_unusual_urls_are_taken_apart(
+    url: str | None, scheme: str, broker: str | None, options: Dict[str, str]
+) -> None:
+    assert parse_url(url) == ResultURL(scheme, broker, options)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "amqps://?shards=4",
+        "amqps://",
+        "amqp://a//?shards=4",
+        "amqp://a//?login_method=PLAIN&shards=4",
+        "amqp://a//?login_method=PLAIN;amqp://b//?shards=4",
+    ],
+)
+def test_a_url_without_a_password_is_shown_as_it_is(url: str) -> None:
+    assert parse_url(url).complete() == parse_url(url).sanitized() == url
+    assert repr(parse_url(url)) == f"<ResultURL: {url}>"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("amqp://user:a@b:c@h//", "amqp://user:**@h//"),
+        ("amqp://user:a:b@h//", "amqp://user:**@h//"),
+        ("amqp://us%2Fer:p@h//", "amqp://us%2Fer:**@h//"),
+        ("amqp://user@h//", "amqp://user@h//"),
+        ("mongodb://u:a://b@h/db", "mongodb://u:**@h/db"),
+    ],
+)
+def test_only_the_password_of_a_url_is_masked(url: str, shown: str) -> None:
+    assert parse_url(url).sanitized() == shown
 
 
 def test_options_are_removed_from_a_url_and_the_rest_stays() -> None:
@@ -412,11 +599,18 @@ def test_a_url_broken_by_its_password_is_refused_without_showing_it(
     with pytest.raises(errors.InvalidOption, match="'%2F'") as caught:
         parse_url(f"amqp://user:{one}{breaking}{other}@host//?shards=4")
     assert caught.value.__suppress_context__
+    assert str(caught.value) == (
+        "the result backend URL is not valid: what should be a host and the number of a port is "
+        "not. Are characters such as '/', '?', '#' and ';' in the user name and the password "
+        "written as '%2F', '%3F', '%23' and '%3B'?"
+    )
     assert one not in str(caught.value)
     assert other not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["amqp://h:99999//", "amqps://h:port", "pyamqp://[::1/"])
+@pytest.mark.parametrize(
+    "url", ["amqp://h:99999//", "amqps://h:port", "pyamqp://[::1/", "amqp+x://h:p"]
+)
 def test_an_invalid_host_is_refused(url: str) -> None:
     with pytest.raises(errors.InvalidOption, match="not valid"):
         parse_url(url)

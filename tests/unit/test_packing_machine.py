@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import clock
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.message import STATE, StateMessage
@@ -153,7 +154,8 @@ class PackingMachine(RuleBasedStateMachine):
         #: Those, and the one that is writing.
         self.active: List[Reader] = []
         declarations: Any = mock.Mock(topology=Topology("t", 1, "classic"))
-        self.store = store.Store(None, declarations, 10.0, 600, True, CODEC.decode)  # type: ignore[arg-type]
+        options, pool = Options(page_size=600), mock.Mock()
+        self.store = store.Store(pool, declarations, options, True, CODEC.decode)
         self._patches: List[Any] = [
             mock.patch.object(store, "time", self.clock),
             mock.patch.object(checkout, "time", self.clock),

@@ -210,12 +210,14 @@ def test_entries_together_cannot_have_more_bytes_than_their_page() -> None:
         assert str(caught.value) == f"entries of a page of {len(octets)} bytes overlap"
 
 
-@pytest.mark.parametrize("octets", [b"", b"CARpage1", b"CARpage1\0\0\0", b"CARpage2\0\0\0\0"])
+@pytest.mark.parametrize(
+    "octets", [b"", b"CARpage1", b"CARpage1\0\0\0", b"CARpage2\0\0\0\0", b"x" * 17]
+)
 def test_what_does_not_begin_as_a_page_is_foreign(octets: bytes) -> None:
     for search in (page.decode, page.digests, lambda octets: list(page.find(octets, ["a"]))):
         with pytest.raises(errors.ForeignMessage) as caught:
             search(octets)
-        assert str(caught.value) == f"a page does not begin as one, but with {octets!r}"
+        assert str(caught.value) == f"a page does not begin as one, but with {octets[:16]!r}"
 
 
 def test_two_ids_may_have_the_same_digest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +227,16 @@ def test_two_ids_may_have_the_same_digest(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(page.find(octets, ["b"])) == [other]
     assert list(page.find(octets, page.Wanted(["a", "b"]))) == [one, other]
     assert list(page.find(octets, ["c"])) == []
+
+
+def test_only_the_index_of_a_page_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The digest of "b" lies everywhere in the body of "a".
+    octets = page.encode([fakes.state("a", body=(page.digest("b") + b"1234567") * 16)])
+    assert list(page.find(octets, ["b"])) == []
+    # And here between two digests of the index.
+    between = octets[20:28]
+    monkeypatch.setattr(page, "digest", lambda task_id: between)
+    assert list(page.find(octets, ["b"])) == []
 
 
 # -- the content of a shard ----------------------------------------------------------------------

@@ -12,6 +12,7 @@ from celery import states
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp.confirms import Status
+from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import clock, page
 from celery_amqp_results.protocol.message import GROUP, MAX_AHEAD, STATE, StateMessage
 from celery_amqp_results.protocol.names import Topology
@@ -65,8 +66,9 @@ class Shard:
         self.link = ShardLink(self.queue)
         declarations: Any = mock.Mock(topology=topology)
         pool: Any = None
-        given = {"lookup_timeout": 10.0, "page_size": 10_000, "persistent": True, **options}
-        self.store = store.Store(pool, declarations, **given)
+        persistent = options.pop("persistent", True)
+        given = Options(**{"page_size": 10_000, **options})
+        self.store = store.Store(pool, declarations, given, persistent)
         self.rejected: List[str] = []
         self.store.reject = (  # type: ignore[method-assign]
             lambda where, why: self.rejected.append(f"{where}: {why}")
@@ -257,6 +259,19 @@ def test_a_reader_that_may_have_missed_a_page_looks_again(
     read = shard.begin(LookUp, ["a", "b"], **options)
     assert read.checkout.seen == len(shard.queue.consumers[0].held)
     assert read.checkout.seen - (2 if kept else 1) == fences
+
+
+@pytest.mark.parametrize(
+    ("queue_type", "prefetch", "arguments"),
+    [("classic", 0, {}), ("quorum", checkout.PREFETCH, {"x-consumer-timeout": 25_000})],
+)
+def test_a_reader_takes_all_messages_and_holds_a_quorum_queue_for_a_limited_time(
+    monkeypatch: pytest.MonkeyPatch, queue_type: str, prefetch: int, arguments: Dict[str, int]
+) -> None:
+    shard = Shard(monkeypatch, Topology("x", 1, queue_type), lookup_timeout=5.0)
+    shard.begin(LookUp, ["a"])
+    (reader,) = shard.queue.consumers
+    assert (reader.prefetch, reader.arguments) == (prefetch, arguments)
 
 
 # -- packing -----------------------------------------------------------------------------------

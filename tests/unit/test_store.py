@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 
 from celery_amqp_results import errors
+from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.codec import Codec
 from celery_amqp_results.protocol.names import Topology
@@ -83,7 +84,7 @@ class Shards:
         codec = Codec("json", ["application/json"])
         pool: Any = mock.Mock()
         pool.link = self._use_link
-        self.store = store.Store(pool, declarations, 10.0, 1000, True, codec.decode)
+        self.store = store.Store(pool, declarations, Options(page_size=1000), True, codec.decode)
         monkeypatch.setattr(store, "time", self.clock)
         monkeypatch.setattr(checkout, "time", self.clock)
         monkeypatch.setattr(shard_read, "time", self.clock)

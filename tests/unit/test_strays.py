@@ -13,8 +13,8 @@ from celery_amqp_results.store.strays import MAX_STRAYS, REFUSAL_PAUSES, Strays
 
 
 def stray(status: Status, shard: Optional[int] = 1, **attributes: Any) -> Publication:
-    publication = Publication(Outgoing("q", {}, b"body", shard, "the SUCCESS of x"), waited=False)
-    publication.status = status
+    publication = Publication(Outgoing("q", {}, b"body", shard, "the SUCCESS of x"))
+    publication.waited, publication.status = False, status
     for name, value in attributes.items():
         setattr(publication, name, value)
     return publication

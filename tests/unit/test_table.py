@@ -121,12 +121,12 @@ def test_reads_of_own_tasks_want_an_inbox_if_they_are_frequent_and_there_is_none
     table.asked([id_in(2)], 2.0)
     for number in range(1, 4):
         table.asked([own], number * (table_module.READ_AGAIN + 1))
-    assert not table.wants_inbox
+    assert not table.bindings.wants_inbox
     table.asked([own], 3 * (table_module.READ_AGAIN + 1) + 1)
-    assert table.wants_inbox
+    assert table.bindings.wants_inbox
     # This stays.
     table.asked([own], 1000.0)
-    assert table.wants_inbox
+    assert table.bindings.wants_inbox
 
 
 def test_reads_of_own_tasks_want_nothing_while_there_is_an_inbox(table: Table) -> None:
@@ -134,7 +134,7 @@ def test_reads_of_own_tasks_want_nothing_while_there_is_an_inbox(table: Table) -
     table.sent(own, 1.0)
     for now in (2.0, 3.0):
         table.asked([own], now)
-    assert not table.wants_inbox
+    assert not table.bindings.wants_inbox
 
 
 def test_reads_that_are_far_apart_bind_nothing(table: Table) -> None:
@@ -154,7 +154,7 @@ def test_a_bound_shard_is_not_known_before_a_census(table: Table) -> None:
     assert known(table, task_id) == "?"
     count(table, 3, 2.0 + views.STEADY)
     assert known(table, task_id) is None
-    assert table.live_views == 1
+    assert table.memory.live_views == 1
 
 
 def test_a_live_view_knows_what_was_stored_pushed_and_neither(table: Table) -> None:
@@ -222,7 +222,7 @@ def test_a_census_during_which_the_shard_was_unbound_is_not_taken_in(table: Tabl
         table.pushed(state(id_in(3)), late)
     assert bind(table, late) == [Action(False, 3)]
     table.end(look, {}, {3: Census()}, late)
-    assert table.live_views == 0
+    assert table.memory.live_views == 0
 
 
 def test_what_is_pushed_during_a_look_up_without_a_census_counts(table: Table) -> None:
@@ -273,7 +273,7 @@ def test_a_lost_connection_ends_everything_and_the_next_read_binds_again(live: T
     look = live.begin([task_id], 12.0)
     live.lost()
     assert known(live, task_id) == "?"
-    assert (live.memory, live.epoch) == (0, 0)
+    assert (live.memory.size, live.epoch) == (0, 0)
     live.opened(13.0)
     live.end(look, {task_id: [state(task_id)]}, {3: Census()}, 14.0)
     assert known(live, task_id) == "?"
@@ -328,21 +328,21 @@ def test_a_view_that_nobody_reads_is_dropped_when_it_costs_more_than_reads(live:
     assert bind(live, 11.0) == []
     live.pushed(state(id_in(3)), late)
     assert bind(live, late) == [Action(False, 3)]
-    assert live.live_views == 0
-    assert live.memory == 0
+    assert live.memory.live_views == 0
+    assert live.memory.size == 0
 
 
 @pytest.mark.parametrize("why", ["read", "watched"])
 def test_a_view_that_is_used_is_kept(live: Table, why: str) -> None:
     task_id = id_in(3)
     if why == "watched":
-        live.watched(task_id, 1)
+        live.bindings.watched(TOPOLOGY.shard(task_id), 1)
     for number in range(3 * bindings.PAYS):
         if why == "read" and number % 50 == 0:
             live.asked([task_id], 100.0)
         live.pushed(state(id_in(3)), 100.0)
     assert bind(live, 100.0) == []
-    assert live.live_views == 1
+    assert live.memory.live_views == 1
 
 
 def test_many_bound_shards_are_bound_by_one_key(table: Table) -> None:
@@ -355,7 +355,7 @@ def test_many_bound_shards_are_bound_by_one_key(table: Table) -> None:
     count(table, 0, 5.0)
     actions = bind(table, bindings.LEAST_BOUND)
     assert {action.bind for action in actions} == {False}
-    assert table.live_views == 1
+    assert table.memory.live_views == 1
     assert len(table.uncounted(40.0)) == SHARDS - 1
 
 
@@ -383,14 +383,14 @@ def test_the_key_for_all_shards_is_dropped_when_it_does_not_pay(table: Table) ->
     bind(table, 3.0)
     bind(table, 40.0)
     count(table, 0, 41.0)
-    assert table.live_views == 1
+    assert table.memory.live_views == 1
     late = 50.0 + bindings.LEAST_BOUND
     table.asked([id_in(shard) for shard in range(SHARDS)], late)
     for _ in range(bindings.PAYS * SHARDS + 1):
         table.pushed(state(new_id()), late)
     assert Action(False, ALL) in bind(table, late)
-    assert not table.is_bound(0)
-    assert table.live_views == 0
+    assert 0 not in table.bindings
+    assert table.memory.live_views == 0
     # The next read of each shard counts as the first one again.
     table.asked([id_in(shard) for shard in range(SHARDS)], late)
     assert bind(table, late) == []
@@ -668,7 +668,7 @@ def test_memory_is_limited_and_what_is_dropped_is_looked_up() -> None:
     ids = [id_in(3) for _ in range(100)]
     for task_id in ids:
         table.pushed(state(task_id, body=b"x" * 300), 6.0)
-        assert table.memory <= 10_000
+        assert table.memory.size <= 10_000
     assert [known(table, task_id, 7.0) for task_id in (ids[0], ids[-1])] == ["?", "SUCCESS"]
     assert known(table, id_in(3), 7.0) is None
 
@@ -680,7 +680,7 @@ def test_a_census_that_does_not_fit_the_memory_knows_which_tasks_to_look_up() ->
     bind(table, 0.0)
     ids = [id_in(3) for _ in range(100)]
     count(table, 3, 5.0, [state(task_id, body=b"x" * 300) for task_id in ids])
-    assert table.memory <= 10_000 + len(ids) * views.DIGEST_SIZE
+    assert table.memory.size <= 10_000 + len(ids) * views.DIGEST_SIZE
     assert {known(table, task_id, 7.0) for task_id in ids} == {"SUCCESS", "?"}
     assert known(table, id_in(3), 7.0) is None
 
@@ -698,7 +698,7 @@ def test_digests_that_are_too_many_end_the_view_that_was_not_read_for_longest() 
         census.digests.update(range(shard * 10_000, shard * 10_000 + 700))
         table.end(look, {}, {shard: census}, 5.0)
         table.pushed(state(id_in(shard)), 6.0)
-    assert table.live_views == 1
+    assert table.memory.live_views == 1
     assert known(table, id_in(4), 7.0) is None
     # It is not counted again at once.
     assert not table.begin((), 8.0, (3,)).census
@@ -711,9 +711,9 @@ def test_states_pushed_lately_are_limited_in_bytes(table: Table) -> None:
         table.pushed(state(id_in(3), body=b"x" * 10_000), number / 100)
     # States pushed before the last of them are unknown, so the view cannot be live.
     count(table, 3, 1.0)
-    assert table.live_views == 0
+    assert table.memory.live_views == 0
     count(table, 3, 3.0)
-    assert table.live_views == 1
+    assert table.memory.live_views == 1
 
 
 def test_digests_are_found_among_sorted_and_added_ones() -> None:

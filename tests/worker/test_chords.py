@@ -500,7 +500,7 @@ def test_the_body_is_pushed_to_the_process_that_sent_the_chord(
 
 
 def bound_shards(inbox: Any) -> List[int]:
-    return [shard for shard in range(8) if inbox._table.is_bound(shard)]
+    return [shard for shard in range(8) if shard in inbox._table.bindings]
 
 
 @canvas_of(5, 3, 6)
