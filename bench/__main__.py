@@ -190,13 +190,15 @@ def merged(runs: Sequence[Run]) -> Run:
     others are described in ``parts``, with the names of their rows.
     """
     rows: Dict[str, Row] = {}
-    parts: List[Dict[str, Any]] = list(runs[0].about.get("parts", ()))
+    parts: List[Dict[str, Any]] = []
     for number, run in enumerate(runs):
         new = [row for row in run.rows if row.name not in rows]
         for row in new:
             rows[row.name] = dataclasses.replace(row, busy=True) if run.busy else row
+        about = dict(run.about)
+        parts += about.pop("parts", ())
         if number and new:
-            parts.append({**run.about, "rows": [row.name for row in new]})
+            parts.append({**about, "rows": [row.name for row in new]})
     about = {**runs[0].about, "parts": parts} if parts else runs[0].about
     return Run(about, list(rows.values()))
 
