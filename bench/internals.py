@@ -17,7 +17,7 @@ from typing import (
     Sequence,
 )
 
-from celery_amqp_results.amqp.confirms import Outgoing
+from celery_amqp_results.amqp.confirm_log import Outgoing
 from celery_amqp_results.protocol import page
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store import lookup

@@ -20,7 +20,8 @@ from typing import Callable, Iterator, List, Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import confirms, connections
-from celery_amqp_results.amqp.confirms import ConfirmChannel, LostInAlarm, Publication
+from celery_amqp_results.amqp.confirm_log import Publication
+from celery_amqp_results.amqp.confirms import ConfirmChannel, LostInAlarm
 from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.amqp.turns import Request, Turns, Waiter
 from celery_amqp_results.toolkit.interrupts import raise_if_from_signal_handler

@@ -11,7 +11,7 @@ import contextlib
 import threading
 from typing import Callable, Deque, Optional, Sequence
 
-from celery_amqp_results.amqp.confirms import Publication
+from celery_amqp_results.amqp.confirm_log import Publication
 
 __all__ = ("Request", "Turns", "Waiter")
 

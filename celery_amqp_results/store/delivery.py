@@ -11,7 +11,7 @@ from typing import Callable, List, NamedTuple, NoReturn, Optional, Sequence, Set
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.confirms import Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirm_log import Outgoing, Publication, Status
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import is_refusal
 

@@ -22,7 +22,8 @@ import amqp
 import kombu
 
 from celery_amqp_results.amqp import nowait
-from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication
+from celery_amqp_results.amqp.confirm_log import Outgoing, Publication
+from celery_amqp_results.amqp.confirms import ConfirmChannel
 from celery_amqp_results.amqp.declarations import Declarations, declare_exchange
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.link import channel_nowait

@@ -19,15 +19,8 @@ from typing import Callable, Optional, Sequence, TypeVar
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
-from celery_amqp_results.amqp.confirms import (
-    ConfirmChannel,
-    ConfirmLog,
-    LostInAlarm,
-    Outgoing,
-    Publication,
-    QueueLength,
-    Status,
-)
+from celery_amqp_results.amqp.confirm_log import ConfirmLog, Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirms import ConfirmChannel, LostInAlarm, QueueLength
 from celery_amqp_results.amqp.declarations import Declarations, declare_queue
 from celery_amqp_results.amqp.failures import TRANSIENT, was_refused
 from celery_amqp_results.amqp.turns import Waiter

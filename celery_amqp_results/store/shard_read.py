@@ -11,7 +11,8 @@ import amqp
 from celery import states
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirm_log import Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirms import ConfirmChannel
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.protocol import page

@@ -6,7 +6,7 @@ import collections
 import logging
 from typing import Deque, Iterable, List, Optional
 
-from celery_amqp_results.amqp.confirms import Publication, Status
+from celery_amqp_results.amqp.confirm_log import Publication, Status
 from celery_amqp_results.amqp.failures import is_refusal
 from celery_amqp_results.store.delivery import named_queue, size_limit
 

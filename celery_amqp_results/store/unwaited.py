@@ -12,7 +12,8 @@ from typing import List, Optional
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
-from celery_amqp_results.amqp.confirms import ConfirmChannel, ConfirmLog, Publication, Status
+from celery_amqp_results.amqp.confirm_log import ConfirmLog, Publication, Status
+from celery_amqp_results.amqp.confirms import ConfirmChannel
 from celery_amqp_results.amqp.declarations import Declarations
 from celery_amqp_results.amqp.failures import TRANSIENT
 from celery_amqp_results.amqp.shared_channel import SharedChannel

@@ -11,7 +11,8 @@ import pytest
 from celery import Celery
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirm_log import Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirms import ConfirmChannel
 from celery_amqp_results.amqp.declarations import declare_exchange
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.store import publisher, unwaited

@@ -11,7 +11,7 @@ import pytest
 from celery import states
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp import confirms, declarations
+from celery_amqp_results.amqp import confirm_log, confirms, declarations
 from celery_amqp_results.store import lookup as store_module
 from tests import subprocesses
 from tests.conftest import Apps, eventually, raw_connection
@@ -90,7 +90,7 @@ def test_a_look_up_is_answered_even_if_the_broker_blocks_its_packing(
             stack.enter_context(alarm(node, "memory"))
             monkeypatch.setattr(confirms.ConfirmChannel, "publish", publish)
             # The broker accepts the first message, and then blocks the connection.
-            publish(self, confirms.Publication(publication.message))
+            publish(self, confirm_log.Publication(publication.message))
             publish(self, publication)
             eventually(lambda: self.link.drain(0.1) and self.link.blocked)
             blocked.append(self.link.blocked)

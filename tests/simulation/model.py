@@ -22,7 +22,7 @@ import uuid
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple
 from unittest import mock
 
-from celery_amqp_results.amqp.confirms import ConfirmLog, Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirm_log import ConfirmLog, Outgoing, Publication, Status
 from celery_amqp_results.feed.table import PROOF_SECONDS, Table, Unread
 from celery_amqp_results.feed.views import STEADY, Look
 from celery_amqp_results.options import Options

@@ -21,7 +21,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, Optional
 import amqp
 from amqp import spec
 
-from celery_amqp_results.amqp.confirms import Publication, Status
+from celery_amqp_results.amqp.confirm_log import Publication, Status
 
 
 class Killed(Exception):

@@ -12,7 +12,8 @@ from amqp.exceptions import NotFound, RecoverableConnectionError
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import confirms, frames
-from celery_amqp_results.amqp.confirms import ConfirmChannel, Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirm_log import Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirms import ConfirmChannel
 from celery_amqp_results.toolkit import retry
 from tests.unit.broker_model import Clock
 

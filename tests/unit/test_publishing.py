@@ -11,8 +11,8 @@ from amqp import exceptions as amqp_errors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_amqp_results.amqp import confirms
-from celery_amqp_results.amqp.confirms import ConfirmLog, Outgoing, Publication, Status
+from celery_amqp_results.amqp import confirm_log
+from celery_amqp_results.amqp.confirm_log import ConfirmLog, Outgoing, Publication, Status
 from celery_amqp_results.amqp.turns import Waiter
 from celery_amqp_results.store.delivery import (
     Delivery,
@@ -309,8 +309,8 @@ def test_a_lost_connection_loses_what_is_unsettled_and_copies_that_are_waited_fo
 
 def test_copies_that_are_never_confirmed_take_little_memory() -> None:
     log = ConfirmLog()
-    made = sent(log, *map(str, range(confirms.MAX_COPIES + 50)))
-    assert sum(p.copying for p in made) == confirms.MAX_COPIES
+    made = sent(log, *map(str, range(confirm_log.MAX_COPIES + 50)))
+    assert sum(p.copying for p in made) == confirm_log.MAX_COPIES
     assert log.has_late_copy(1e9)
     assert not log.has_late_copy(0.0)
 

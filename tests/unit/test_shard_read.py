@@ -11,7 +11,7 @@ from amqp.exceptions import AccessRefused
 from celery import states
 
 from celery_amqp_results import errors
-from celery_amqp_results.amqp.confirms import Status
+from celery_amqp_results.amqp.confirm_log import Status
 from celery_amqp_results.options import Options
 from celery_amqp_results.protocol import clock, page
 from celery_amqp_results.protocol.message import GROUP, MAX_AHEAD, STATE, StateMessage

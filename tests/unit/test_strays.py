@@ -8,7 +8,7 @@ from typing import Any, Optional
 import pytest
 from amqp.exceptions import PreconditionFailed
 
-from celery_amqp_results.amqp.confirms import Outgoing, Publication, Status
+from celery_amqp_results.amqp.confirm_log import Outgoing, Publication, Status
 from celery_amqp_results.store.strays import MAX_STRAYS, REFUSAL_PAUSES, Strays
 
 
