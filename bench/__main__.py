@@ -195,10 +195,10 @@ def merged(runs: Sequence[Run]) -> Run:
         new = [row for row in run.rows if row.name not in rows]
         for row in new:
             rows[row.name] = dataclasses.replace(row, busy=True) if run.busy else row
-        about = dict(run.about)
-        parts += about.pop("parts", ())
+        part = dict(run.about)
+        parts += part.pop("parts", ())
         if number and new:
-            parts.append({**about, "rows": [row.name for row in new]})
+            parts.append({**part, "rows": [row.name for row in new]})
     about = {**runs[0].about, "parts": parts} if parts else runs[0].about
     return Run(about, list(rows.values()))
 

@@ -62,7 +62,9 @@ class SharedLayout:
         self._declarations = declarations = Declarations(topology, options.declare)
         # One for all threads, so that a process has few connections.
         self._pool = Pool(connector, STORE_HEARTBEAT, "lookups", limit=1)
-        self.publisher = Publisher(connector, declarations, plain=not options.confirm)
+        # A quorum queue may lose what is not confirmed, and confirms cost it little.
+        plain = not options.confirm and topology.queue_type == "classic"
+        self.publisher = Publisher(connector, declarations, plain)
         self.store = Store(self._pool, declarations, options, persistent, codec.decode)
         self._large = LargeBodies(self.publisher, self._pool, topology, options, persistent)
         self._marker = tracking.Marker(declarations)

@@ -278,12 +278,13 @@ class Link:
         wake_up.wait(time_left(until, self.idle_time()), self.socket)
 
     def has_room(self) -> bool:
-        """Return whether another channel may be opened, and one more after it."""
+        """Return whether another channel may be opened, besides one for publishing."""
         if self.amqp.channels is None:
             raise amqp_errors.RecoverableConnectionError("the connection is closed")
         # Channel 0 is the connection itself.
         opened = len(self.amqp.channels) - 1
-        return opened == 0 or opened + 1 < min(self.max_channels, self.amqp.channel_max)
+        reserved = self.publishing is None
+        return opened == 0 or opened + reserved < min(self.max_channels, self.amqp.channel_max)
 
     def channel(self) -> amqp.Channel:
         """Open a channel."""

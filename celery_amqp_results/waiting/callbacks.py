@@ -95,6 +95,9 @@ class PendingResults:
                 self._follower.poke()
 
     def _knows(self, result: TaskResult) -> bool:
+        if result.id is None:
+            # An empty group.
+            return False
         # Result objects of one task are equal.
         return any(known is result for known in self._results.get(id_text(result.id), ()))
 

@@ -145,7 +145,7 @@ def test_ten_thousand_results_are_collected_while_locks_are_held(make_app: Apps)
 
         # When the collector runs in a thread that holds every lock there is
         def collect() -> int:
-            with layout.inbox._changed, pending._lock, backend.waits._lock, layout.publisher._lock:
+            with layout.inbox._changed, pending._lock, layout.publisher._lock:
                 return gc.collect()
 
         assert Waiting(collect).result() >= 8_000
