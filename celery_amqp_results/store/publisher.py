@@ -385,6 +385,8 @@ class Publisher:
                 for shard in declare:
                     self._declarations.request_shard(channel.channel, shard)
                 for publication in publications:
+                    # On the channel of the declarations, so that it comes after them.
+                    publication.plain = publication.plain and not declare
                     channel.publish(publication)
 
     def _wait_for_copies(self, delivery: Delivery) -> None:

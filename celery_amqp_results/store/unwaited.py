@@ -90,6 +90,8 @@ class Unwaited:
             try:
                 if returned and not self._declare(channel, publication):
                     continue
+                # On the channel of the declaration, so that it comes after that.
+                publication.plain = publication.plain and not returned
                 channel.publish(publication)
             except BaseException:
                 strays.add(due[number + (not publication.settled) :])
@@ -166,6 +168,7 @@ class Unwaited:
             with self.channel.open(time.monotonic(), deadline=deadline) as channel:
                 self._declarations.ensure_exchange(channel.channel)
                 self.send(channel)
+                channel.ask_about_plain()
                 return channel.log.unwaited()
         except errors.NotConfirmed:
             # An alarm goes on.
