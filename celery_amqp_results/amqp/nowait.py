@@ -60,6 +60,6 @@ def on_qos(channel: amqp.Channel, callback: Callable[[], None]) -> None:
     channel._callbacks[spec.Basic.QosOk] = callback
 
 
-def qos(channel: amqp.Channel) -> None:
-    """Request that deliveries are not limited, see :func:`on_qos`."""
-    channel.send_method(spec.Basic.Qos, "lBb", (0, 0, False))
+def qos(channel: amqp.Channel, prefetch: int = 0) -> None:
+    """Request at most *prefetch* deliveries at once, 0 for any number, see :func:`on_qos`."""
+    channel.send_method(spec.Basic.Qos, "lBb", (0, prefetch, False))

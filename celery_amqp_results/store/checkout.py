@@ -25,6 +25,7 @@ import amqp
 from amqp import exceptions as amqp_errors
 from amqp import spec
 
+from celery_amqp_results.amqp import nowait
 from celery_amqp_results.amqp.link import IO_TIMEOUT, Link
 
 __all__ = ("FENCE", "Checkout", "Limits", "limits_for")
@@ -123,7 +124,7 @@ class Checkout:
         # Nothing here waits for an answer: the next thing of interest is the first message.
         with link.corked():
             self.channel = link.channel_nowait(self._on_close)
-            self.channel.send_method(spec.Basic.Qos, "lBb", (0, limits.prefetch, False))
+            nowait.qos(self.channel, limits.prefetch)
             self.channel.basic_consume(
                 queue,
                 consumer_tag="r",
