@@ -223,14 +223,29 @@ def attack_signed_chords(app: Celery, folder: str) -> Dict[str, Any]:
         topology = app.backend.config.topology
         route = Route(group_id=group_id, in_chord=True)
         message = amqp.Message(state_body(member), **state_properties(member))
-        channel = connection.channel()
-        channel.confirm_select()
         key = topology.routing_key(member, states.SUCCESS, route)
-        channel.basic_publish_confirm(message, topology.exchange, key)
+        publish_to_binding(connection, message, topology.exchange, key)
         end(app, member, group_id, body)
         eventually(lambda: leading.open == 0)
         state = app.AsyncResult(body.id).state
     return {"fired": fired, "body": state, "open": leading.open}
+
+
+def publish_to_binding(
+    connection: amqp.Connection, message: amqp.Message, exchange: str, key: str
+) -> None:
+    """Publish *message* as soon as a queue is bound for it."""
+    channel = connection.channel()
+    channel.confirm_select()
+    returned: List[Any] = []
+    channel.events["basic_return"].add(lambda *came_back: returned.append(came_back))
+
+    def taken() -> bool:
+        returned.clear()
+        channel.basic_publish_confirm(message, exchange, key, mandatory=True)
+        return not returned
+
+    eventually(taken)
 
 
 @signs
