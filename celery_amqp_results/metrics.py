@@ -48,7 +48,9 @@ class Metrics:
         "Publishing was given up, since the broker was away, or did not take it, for too long",
     )
     late_copies: int = _metric(
-        COUNTER, "states", "States whose live copies were not confirmed within 250 ms"
+        COUNTER,
+        "states",
+        "States whose live copies were not confirmed within 250 ms of their routing",
     )
     pushed: int = _metric(COUNTER, "states", "States that were pushed to the inbox")
     looked_up: int = _metric(COUNTER, "ids", "Ids of tasks and groups that were looked up")

@@ -63,6 +63,7 @@ class Publication:
         "push",
         "refusals",
         "returned",
+        "routed_at",
         "sent",
         "status",
         "waited",
@@ -80,6 +81,9 @@ class Publication:
         self.push = True
         #: Whether the live copy is unconfirmed.
         self.copying = False
+        #: When an answer said that the broker has routed the live copy (``time.monotonic``);
+        #: ``None`` if none has, or if nobody asked.
+        self.routed_at: Optional[float] = None
         #: Whether the message came back; its confirm comes after that.
         self.returned = False
         #: Whether it has come back once, since its queue was missing.
@@ -95,6 +99,11 @@ class Publication:
     def settled(self) -> bool:
         """Whether the broker has given its last answer for the durable copy."""
         return self.status is not Status.SENT
+
+    @property
+    def routed(self) -> bool:
+        """Whether the broker has routed the live copy, or nothing is to be waited for."""
+        return not self.copying or self.routed_at is not None
 
 
 class ConfirmLog:
@@ -113,6 +122,8 @@ class ConfirmLog:
         self._last_plain = self._last_asked = 0
         #: For each request without an answer, the last plain message before it.
         self._requests: Deque[int] = collections.deque()
+        #: For each request about live copies without an answer, the last tag before it.
+        self._copy_requests: Deque[int] = collections.deque()
         #: Messages that were returned or refused and that no caller waits for.
         self.strays: List[Publication] = []
         #: How often the broker has confirmed or refused something.
@@ -141,9 +152,9 @@ class ConfirmLog:
         return [publication for publication in self if not publication.waited]
 
     def has_late_copy(self, before: float) -> bool:
-        """Return whether a live copy sent before that time is still unconfirmed."""
+        """Return whether a live copy that was routed before that time is still unconfirmed."""
         oldest = next(iter(self._copies.values()), None)
-        return oldest is not None and oldest.sent < before
+        return oldest is not None and oldest.routed_at is not None and oldest.routed_at < before
 
     def sent(self, publication: Publication, now: float) -> None:
         """Note that *publication* is being sent, with its live copy if it has one."""
@@ -162,6 +173,7 @@ class ConfirmLog:
     def copy_sent(self, publication: Publication) -> None:
         """Note that the live copy of *publication* is being sent."""
         publication.push = publication.copying = True
+        publication.routed_at = None
         self._tag += 1
         self._copies[self._tag] = publication
         if len(self._copies) > MAX_COPIES:
@@ -185,6 +197,18 @@ class ConfirmLog:
         self.answers += 1
         for publication in _taken(self._plain, self._requests.popleft(), True):
             self._settle(publication, Status.RETURNED if publication.returned else Status.CONFIRMED)
+
+    def copy_request_sent(self) -> None:
+        """Note that a request follows all live copies so far."""
+        self._copy_requests.append(self._tag)
+
+    def copies_routed(self, now: float) -> None:
+        """Note the answer to the oldest request about live copies."""
+        self.answers += 1
+        last = self._copy_requests.popleft()
+        for tag, publication in self._copies.items():
+            if tag <= last and publication.routed_at is None:
+                publication.routed_at = now
 
     def refused(self, tag: int, multiple: bool) -> int:
         """Note that the broker refused *tag*, or everything up to it.
@@ -235,6 +259,7 @@ class ConfirmLog:
             publication.copying = False
         self._kept, self._copies, self._plain = {}, {}, {}
         self._requests.clear()
+        self._copy_requests.clear()
         self._last_asked = self._last_plain
         return lost
 

@@ -100,6 +100,7 @@ class ConfirmChannel:
             self._plain = link.channel()
             self._plain.events["basic_return"].add(self._on_return)
             nowait.on_qos(self._plain, self.log.answered)
+        nowait.on_qos(self.channel, lambda: self.log.copies_routed(time.monotonic()))
         self.channel.events["basic_ack"].add(self.log.acknowledged)
         self.channel.events["basic_nack"].add(self._on_nack)
         self.channel.events["basic_return"].add(self._on_return)
@@ -142,6 +143,14 @@ class ConfirmChannel:
         if self._plain is not None and self.log.unasked:
             self.log.request_sent()
             nowait.qos(self._plain)
+
+    def ask_about_copies(self) -> None:
+        """Request an answer that follows all live copies so far, without waiting for it.
+
+        It says that the broker has routed them, whether or not the queues confirm them.
+        """
+        self.log.copy_request_sent()
+        nowait.qos(self.channel)
 
     def publish_copy(self, publication: Publication) -> None:
         """Publish the live copy of a message that the broker has confirmed."""

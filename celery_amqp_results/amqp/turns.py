@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import operator
 import threading
 from typing import Callable, Deque, Optional, Sequence
 
@@ -21,25 +22,28 @@ class Waiter:
 
     Parameters:
         publications: what it waits for.
-        copies: whether it waits for the live copies instead of the durable ones.
+        is_done: tells what it waits for at each of them.
     """
 
-    def __init__(self, publications: Sequence[Publication], copies: bool = False) -> None:
+    def __init__(
+        self,
+        publications: Sequence[Publication],
+        is_done: Callable[[Publication], bool] = operator.attrgetter("settled"),
+    ) -> None:
         self._publications = publications
-        #: How many are known to be settled. Two threads may count at once, each from here.
-        self._settled = 0
-        self._copies = copies
+        #: How many are known to be done. Two threads may count at once, each from here.
+        self._known = 0
+        self._is_done = is_done
         self._event: Optional[threading.Event] = None
 
     @property
     def done(self) -> bool:
-        """Whether everything it waits for is settled."""
-        for at in range(self._settled, len(self._publications)):
-            publication = self._publications[at]
-            if publication.copying if self._copies else not publication.settled:
-                self._settled = at
+        """Whether everything it waits for is done."""
+        for at in range(self._known, len(self._publications)):
+            if not self._is_done(self._publications[at]):
+                self._known = at
                 return False
-        self._settled = len(self._publications)
+        self._known = len(self._publications)
         return True
 
     def follow(self) -> None:

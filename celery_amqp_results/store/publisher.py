@@ -40,8 +40,8 @@ __all__ = ("Outgoing", "Publisher", "QueueLength")
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that :meth:`Publisher.publish` waits for the confirms of live copies. They normally come
-#: first. A stuck third-party queue must not delay results.
+#: Seconds that :meth:`Publisher.publish` waits for the confirms of live copies, and once more after
+#: the broker has routed them. A stuck third-party queue must not delay results.
 COPY_SECONDS = 0.25
 
 #: Seconds before messages are published again that were lost in an alarm of the broker. Storing
@@ -390,24 +390,43 @@ class Publisher:
                     channel.publish(publication)
 
     def _wait_for_copies(self, delivery: Delivery) -> None:
-        """Wait a moment for the confirms of live copies.
+        """Wait until the broker has routed the live copies, and a moment for their confirms.
 
-        A reader can then rely on having received the state. If an older copy is late, a third-party
-        queue is stuck, and this does not wait.
+        A reader can then rely on having received the state. A slow connection may take long to
+        carry the copies. If an older one was routed and is late, a third-party queue is stuck, and
+        this does not wait for confirms.
         """
-        if not any(publication.copying for publication in delivery.publications):
+        copies = [publication for publication in delivery.publications if publication.copying]
+        if not copies:
             return
         now = time.monotonic()
         with self._channel.present() as channel:
             late = channel is not None and channel.log.has_late_copy(now - COPY_SECONDS)
+        confirmed = Waiter(copies, lambda publication: not publication.copying)
         if not late:
-            self._channel.wait(Waiter(delivery.publications, copies=True), now + COPY_SECONDS)
-        count = sum(publication.copying for publication in delivery.publications)
-        for publication in delivery.publications:
-            publication.waited = False
+            self._channel.wait(confirmed, now + COPY_SECONDS)
+        if not confirmed.done and self._ask_about_copies():
+            self._channel.wait(Waiter(copies, lambda publication: publication.routed))
+            if not late:
+                self._channel.wait(confirmed, time.monotonic() + COPY_SECONDS)
+        if delivery.done:
+            for publication in delivery.publications:
+                publication.waited = False
+        count = sum(publication.copying for publication in copies)
         if count:
             with self._lock:
                 self.late_copies += count
+
+    def _ask_about_copies(self) -> bool:
+        """Request an answer that follows the live copies; return whether that was possible."""
+        try:
+            with self._channel.open(time.monotonic(), lambda: False) as channel:
+                channel.ask_about_copies()
+        except TRANSIENT as exc:
+            raise_if_from_signal_handler(exc)
+            # The connection is lost, and the copies with it.
+            return False
+        return True
 
     def _count(self, messages: Sequence[Outgoing], confirmed: bool) -> None:
         with self._lock:

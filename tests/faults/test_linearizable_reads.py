@@ -13,7 +13,7 @@ import pytest
 from celery import Celery, states
 
 from tests import subprocesses
-from tests.conftest import Apps
+from tests.conftest import Apps, eventually
 from tests.faults import linearizability
 from tests.faults.linearizability import FINAL, FORGOTTEN, GRACE, Event, check
 from tools import rabbitmq
@@ -100,6 +100,35 @@ def test_no_answer_is_too_old_while_connections_are_reset(
                 time.sleep(1.0)
                 proxy.reset()
             judge(load)
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_no_answer_is_too_old_while_a_slow_connection_carries_results(
+    make_app: Apps, node: rabbitmq.Node, queue_type: str
+) -> None:
+    options = {"shards": 1, "queue_type": queue_type}
+    reader = make_app(result_backend_transport_options=options)
+    with Proxy(node.amqp_port) as proxy:
+        storer = make_app(proxy.url(node.url()), result_backend_transport_options=options)
+        # Given a process that answers from memory
+        started = [str(uuid.uuid4()) for _ in range(4)]
+        for task_id in started:
+            storer.backend.store_result(task_id, None, states.STARTED)
+
+        def is_remembered() -> bool:
+            reader.AsyncResult(started[0]).state  # noqa: B018
+            return bool(reader.backend.metrics().remembered)
+
+        eventually(is_remembered)
+        # When each copy of a result needs half a second
+        proxy.slow(6_000)
+        # Then its state is known as soon as it is stored
+        for task_id in started:
+            storer.backend.store_result(task_id, os.urandom(1_250).hex(), states.SUCCESS)
+            assert reader.AsyncResult(task_id).state == states.SUCCESS
+        assert storer.backend.metrics().late_copies == 0
+        proxy.resume()
+        storer.backend.close()
 
 
 def test_no_answer_is_too_old_after_inboxes_were_deleted(

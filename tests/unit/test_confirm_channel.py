@@ -8,6 +8,7 @@ import types
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
+from amqp import spec
 from amqp.exceptions import NotFound, RecoverableConnectionError
 
 from celery_amqp_results import errors
@@ -29,6 +30,9 @@ class Channel:
 
     def __init__(self) -> None:
         self.events: Dict[str, Set[Callable[..., None]]] = collections.defaultdict(set)
+        #: What is called for an answer, by its method.
+        self._callbacks: Dict[Tuple[int, int], Callable[[], None]] = {}
+        self.requests: List[Tuple[int, int]] = []
         self.selected: List[bool] = []
         #: What asking for a queue returns or raises.
         self.answer: Any = None
@@ -42,6 +46,12 @@ class Channel:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+    def send_method(self, method: Tuple[int, int], format: str, arguments: Any) -> None:
+        self.requests.append(method)
+
+    def answer_request(self, method: Tuple[int, int]) -> None:
+        self._callbacks[method]()
 
     def tell(self, event: str, *arguments: Any) -> None:
         (handler,) = self.events[event]
@@ -212,6 +222,18 @@ def test_a_live_copy_that_was_held_is_written_to_the_exchange(link: Link) -> Non
     # Its confirm has the tag after the message's.
     channel.log.acknowledged(2, False)
     assert (one.status, one.copying) == (Status.SENT, False)
+
+
+def test_the_answer_to_a_request_says_that_live_copies_are_routed(link: Link) -> None:
+    channel = on(link)
+    publication = made("a")
+    channel.publish(publication)
+    channel.ask_about_copies()
+    assert link.channels[0].requests == [spec.Basic.Qos]
+    assert not publication.routed
+    link.clock.microseconds += 2_000_000
+    link.channels[0].answer_request(spec.Basic.QosOk)
+    assert publication.routed_at == link.clock.monotonic()
 
 
 def test_nothing_is_published_on_a_closed_channel(link: Link) -> None:

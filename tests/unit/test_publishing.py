@@ -270,15 +270,43 @@ def test_only_publications_without_a_caller_are_unwaited() -> None:
     assert log.unwaited() == [unwaited]
 
 
-def test_a_copy_is_late_if_it_was_sent_before_a_time_and_is_unconfirmed() -> None:
+def test_a_copy_is_late_if_it_was_routed_before_a_time_and_is_unconfirmed() -> None:
     log = ConfirmLog()
     assert not log.has_late_copy(math.inf)
-    sent(log, "a", "b")
-    assert not log.has_late_copy(0.0)
-    assert log.has_late_copy(0.1)
+    (first,) = sent(log, "a")
+    log.copy_request_sent()
+    (second,) = sent(log, "b")
+    log.copy_request_sent()
+    # A copy that a slow connection still carries is not late.
+    assert not log.has_late_copy(math.inf)
+    assert (first.routed, second.routed) == (False, False)
+    log.copies_routed(3.0)
+    assert (first.routed, second.routed) == (True, False)
+    log.copies_routed(4.0)
+    assert second.routed
+    assert not log.has_late_copy(3.0)
+    assert log.has_late_copy(3.1)
     log.acknowledged(2, False)
-    assert not log.has_late_copy(1.0)
-    assert log.has_late_copy(1.1)
+    assert not log.has_late_copy(4.0)
+    assert log.has_late_copy(4.1)
+    assert first.routed
+
+
+def test_a_request_about_copies_says_nothing_of_later_ones_and_ends_with_the_connection() -> None:
+    log = ConfirmLog()
+    log.copy_request_sent()
+    (first,) = sent(log, "a")
+    log.copy_request_sent()
+    answers = log.answers
+    log.copies_routed(1.0)
+    assert (first.routed_at, log.answers) == (None, answers + 1)
+    log.lost(OSError("cut"))
+    assert first.routed
+    log.sent(first, 2.0)
+    assert not first.routed
+    log.copy_request_sent()
+    log.copies_routed(3.0)
+    assert first.routed_at == 3.0
 
 
 def test_what_nobody_waits_for_strays_unless_it_is_confirmed() -> None:
@@ -311,8 +339,10 @@ def test_copies_that_are_never_confirmed_take_little_memory() -> None:
     log = ConfirmLog()
     made = sent(log, *map(str, range(confirm_log.MAX_COPIES + 50)))
     assert sum(p.copying for p in made) == confirm_log.MAX_COPIES
+    log.copy_request_sent()
+    log.copies_routed(1.0)
     assert log.has_late_copy(1e9)
-    assert not log.has_late_copy(0.0)
+    assert not log.has_late_copy(1.0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans(), st.booleans()), max_size=60))
@@ -333,7 +363,7 @@ def test_any_answers_settle_each_message_once(answers: List[tuple[int, bool, boo
 def test_a_waiter_is_done_when_all_is_settled() -> None:
     log = ConfirmLog()
     made = sent(log, "a", "b")
-    waiter, copies = Waiter(made), Waiter(made, copies=True)
+    waiter, copies = Waiter(made), Waiter(made, lambda p: not p.copying)
     log.acknowledged(3, False)
     assert not waiter.done
     log.acknowledged(1, False)
