@@ -12,20 +12,21 @@ The format
     ``process``   who did it; a process does several operations at once
     ``type``      ``invoke`` (begins), ``ok`` (returned), ``fail`` (raised, had no effect), ``info``
                   (raised, and may have had an effect; or an event that is no operation)
-    ``f``         ``store``, ``read``, ``wait``, ``deliver``, ``forget``, ``crash``, ``delete`` or
-                  ``cut``
+    ``f``         ``store``, ``read``, ``wait``, ``deliver``, ``forget``, ``chord``, ``run``,
+                  ``crash``, ``delete`` or ``cut``
     ``op``        links the end of an operation with its beginning, within a process
-    ``task``      the task; ``tasks`` for a wait
+    ``task``      the task, or the body of a chord; ``tasks`` for a wait, and for a chord's header
     ``value``     ``[state, version, digest]``: the version numbers the states of a task in the
                   order of storing, and the digest stands for the value
     ``kind``      of a read: ``look-up`` (from the broker) or ``poll`` (perhaps from pushed states)
     ``timeout``   of a read or wait, in seconds
 
     ``deliver`` says that a wait (``op``) was given a state: ``by`` is ``return``, once a task, or
-    ``message`` for a callback, which gets every state once. ``crash`` is written before and after
-    a broker is killed, ``delete`` before and after stored results are deleted on purpose, ``cut``
-    before and after a node is cut off from its cluster: until then, and for the time of ``--lag``
-    afterwards, look-ups may lag behind as polls may.
+    ``message`` for a callback, which gets every state once. ``chord`` is written before a chord is
+    sent, ``run`` when a worker runs its body (``redelivered``: not for the first time). ``crash``
+    is written before and after a broker is killed, ``delete`` before and after stored results are
+    deleted on purpose, ``cut`` before and after a node is cut off from its cluster: until then, and
+    for the time of ``--lag`` afterwards, look-ups may lag behind as polls may.
 
 The model
     Each task is a register with a ranking: SUCCESS ranks above FAILURE and REVOKED, which rank
@@ -42,6 +43,8 @@ The rules
     ``twice``      A wait returned a task twice, or was given the same state twice.
     ``late``       A read or wait took longer than its timeout and the grace.
     ``missed``     A wait returned without one of its results, or timed out long after the store.
+    ``unfired``    A wait for the body of a chord timed out, long after the stores of all tasks of
+                   the header were durable, and the body had not run.
 """
 
 from __future__ import annotations
@@ -117,6 +120,8 @@ class History:
         self.crashes: List[float] = []
         self.deletes: List[float] = []
         self.cuts: List[float] = []
+        self.headers: Dict[str, List[str]] = {}
+        self.runs: Dict[str, float] = {}
         self.end = 0.0
         self._open: Dict[Tuple[str, int], Event] = {}
         self._unconfirmed: Dict[str, List[Tuple[str, Any]]] = collections.defaultdict(list)
@@ -163,6 +168,12 @@ class History:
     def _on_forget(self, event: Event) -> None:
         task = self.tasks[event["task"]]
         task.forgotten = min(task.forgotten, event["time"])
+
+    def _on_chord(self, event: Event) -> None:
+        self.headers[event["task"]] = event["tasks"]
+
+    def _on_run(self, event: Event) -> None:
+        self.runs.setdefault(event["task"], event["time"])
 
     def _on_cut(self, event: Event) -> None:
         self.cuts.append(event["time"])
@@ -265,9 +276,23 @@ def _check_wait(
         task = history.tasks[name]
         if task.forgotten < float("inf") or any(t >= task.first for t in history.deletes):
             continue
-        stored = min((t for v, t in task.durable.items() if v[0] in FINAL), default=float("inf"))
+        stored = _durable_since(task)
         if finished["type"] == "ok" or max(stored, time) + lag < ended:
             yield Violation("missed", name, time, f"{key} ended ({finished['type']}) without it")
+        elif _is_unfired(name, ended - lag, history):
+            yield Violation("unfired", name, time, f"{key} ended, and the header long before")
+
+
+def _durable_since(task: Task) -> float:
+    return min((t for v, t in task.durable.items() if v[0] in FINAL), default=float("inf"))
+
+
+def _is_unfired(name: str, at: float, history: History) -> bool:
+    """Return whether a task is a chord's body that has not run, though its header ended by *at*."""
+    header = history.headers.get(name)
+    if header is None or name in history.runs:
+        return False
+    return all(_durable_since(history.tasks[task]) < at for task in header)
 
 
 def check(events: Iterable[Event], lag: float = 45.0, grace: float = 15.0) -> List[Violation]:

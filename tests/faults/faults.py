@@ -22,6 +22,7 @@ import amqp
 import kombu
 from celery import Celery
 
+from celery_amqp_results.protocol.names import PLAN_QUEUES
 from tests.faults.load import Load
 from tools import rabbitmq
 from tools.proxy import Proxy
@@ -315,13 +316,14 @@ def _kill_children(place: Place) -> None:
 
 @_fault(SINGLE, "worker killed with -9")
 def _kill_worker(place: Place) -> None:
-    place.load.kill_worker()
-    place.load.start_worker()
+    pool = place.random.choice(place.load.pools)
+    place.load.kill_worker(pool)
+    place.load.start_worker(pool)
 
 
 @_fault(SINGLE, "reader frozen with SIGSTOP")
 def _freeze_reader(place: Place) -> None:
-    role = place.random.choice(["look_up", "poll", "join", "wait"])
+    role = place.random.choice(["look", "poll0", "join", "wait"])
     with place.load.frozen(role):
         place.hold(place.random.uniform(1, 16))
 
@@ -369,7 +371,7 @@ def _partition(place: Place) -> None:
         place.hold(place.random.uniform(1, 5))
         # Celery's own connections are not covered: a process that sends tasks through the node that
         # is cut off blocks together with it.
-        place.load.until_flowing(without="send")
+        place.load.until_flowing(without=("send", "chord"))
     place.load.journal.cut()
 
 
@@ -482,6 +484,8 @@ def _clean_up(nodes: List[rabbitmq.Node], prefix: str, shards: int) -> None:
     channel = connection.channel()
     for number in range(shards):
         channel.queue_delete(f"{prefix}.shard.{number}")
+    for number in range(PLAN_QUEUES):
+        channel.queue_delete(f"{prefix}.chords.{number}")
     channel.queue_delete(f"{prefix}-tasks")
     channel.exchange_delete(f"{prefix}.states")
     connection.close()

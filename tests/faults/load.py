@@ -1,6 +1,6 @@
 """A load for faults to hit: processes that store, and others that wait, join, poll and look up.
 
-With *worker* there is also a Celery worker, and a process that sends tasks to it.
+With *workers* there are also Celery workers, and processes that send tasks and chords to them.
 
 with Load(app) as load:
     since = load.now()
@@ -22,7 +22,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from celery import Celery
 
@@ -34,7 +34,7 @@ __all__ = ("Load",)
 
 
 class Load:
-    """Two processes that store results, and four that read them in different ways.
+    """Two processes that store results, and others that read them in different ways.
 
     Parameters:
         storing: the app of the storing processes.
@@ -42,7 +42,8 @@ class Load:
         timeout: seconds that each wait may take.
         pause: seconds between two tasks of a storing process.
         forks: whether a waiting process forks now and then.
-        worker: whether there is a Celery worker too.
+        workers: the pools of Celery workers: ``prefork``, ``threads`` or ``gevent``.
+        fleet: how many processes poll.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Load:
         timeout: float = 60.0,
         pause: float = 0.002,
         forks: bool = True,
-        worker: bool = False,
+        workers: Sequence[str] = (),
+        fleet: int = 1,
     ) -> None:
         self.storing = storing
         self.reading = reading or storing
@@ -64,8 +66,9 @@ class Load:
         self._pause = pause
         self._forks = forks
         self._lives = [0, 0]
-        self._has_worker = worker
-        self._worker: Optional[subprocess.Popen[bytes]] = None
+        self.pools = tuple(workers)
+        self._fleet = fleet
+        self._workers: Dict[str, subprocess.Popen[bytes]] = {}
         self._common: Dict[str, Any] = {"run": self.run, "folder": str(self.folder)}
         #: The processes by role.
         self.processes: Dict[str, subprocesses.Process] = {}
@@ -74,17 +77,21 @@ class Load:
         try:
             for slot in (0, 1):
                 self._start_storing(slot)
-            if self._has_worker:
-                self.start_worker()
-            jobs: List[Tuple[Callable[..., Any], Dict[str, Any]]] = [
-                (load_clients.wait, {"timeout": self._timeout, "forks": self._forks}),
-                (load_clients.join, {"timeout": self._timeout}),
-                (load_clients.poll, {}),
-                (load_clients.look_up, {}),
-                *([(load_clients.send, {"timeout": self._timeout})] if self._has_worker else []),
-            ]
-            for function, options in jobs:
-                self.processes[function.__name__] = subprocesses.Process(
+            for pool in self.pools:
+                self.start_worker(pool)
+            timeout = {"timeout": self._timeout}
+            jobs: Dict[str, Tuple[Callable[..., Any], Dict[str, Any]]] = {
+                "wait": (load_clients.wait, {**timeout, "forks": self._forks}),
+                "join": (load_clients.join, timeout),
+                "look": (load_clients.look_up, {}),
+            }
+            for number in range(self._fleet):
+                jobs[f"poll{number}"] = (load_clients.poll, {"number": number})
+            if self.pools:
+                jobs["send"] = (load_clients.send, timeout)
+                jobs["chord"] = (load_clients.send_chords, timeout)
+            for role, (function, options) in jobs.items():
+                self.processes[role] = subprocesses.Process(
                     self.reading, function, {**self._common, **options}
                 )
             self.until_flowing()
@@ -118,10 +125,10 @@ class Load:
 
     def progress(self) -> Dict[str, int]:
         """Return the number of operations that each process has finished."""
-        roles = ["store0", "store1", "wait", "join", "poll", "look"]
-        if self._has_worker:
-            roles.append("send")
-        return {role: load_clients.read_number(self.folder / f"progress-{role}") for role in roles}
+        return {
+            role: load_clients.read_number(self.folder / f"progress-{role}")
+            for role in self.processes
+        }
 
     def until_stored(self, count: int, timeout: float = 120.0) -> None:
         """Return when each storing process has stored *count* more results."""
@@ -132,15 +139,14 @@ class Load:
             lambda: f"{count} more results were not stored",
         )
 
-    def until_flowing(self, timeout: float = 180.0, without: str = "") -> None:
+    def until_flowing(self, timeout: float = 180.0, without: Sequence[str] = ()) -> None:
         """Return when each process has finished a new operation.
 
         Parameters:
             timeout: seconds until that is an error.
-            without: role of a process that need not.
+            without: roles of processes that need not.
         """
-        before = self.progress()
-        before.pop(without, None)
+        before = {role: n for role, n in self.progress().items() if role not in without}
 
         def stuck() -> List[str]:
             now = self.progress()
@@ -181,16 +187,22 @@ class Load:
         self._lives[slot] += 1
         self._start_storing(slot)
 
-    def start_worker(self) -> None:
-        """Start the Celery worker."""
+    def pids(self) -> Dict[str, int]:
+        """Return the processes by role, with the main processes of the workers."""
+        found = {role: process.pid for role, process in self.processes.items()}
+        return {**found, **{f"worker, {pool}": w.pid for pool, w in self._workers.items()}}
+
+    def start_worker(self, pool: str) -> None:
+        """Start the Celery worker with that pool."""
         conf = self.storing.conf
         command = [
             sys.executable, "-m", "celery", "-A", "tests.faults.worker_app", "worker",
-            "--concurrency", "2", "--loglevel", "INFO", "--without-gossip", "--without-mingle",
+            "--pool", pool, "--concurrency", "2" if pool == "prefork" else "4",
+            "--loglevel", "INFO", "--without-gossip", "--without-mingle",
             "--hostname", f"w-{uuid.uuid4().hex[:8]}@localhost",
         ]  # fmt: skip
-        with (self.folder / "worker.log").open("ab") as log:
-            self._worker = subprocess.Popen(
+        with (self.folder / f"worker-{pool}.log").open("ab") as log:
+            self._workers[pool] = subprocess.Popen(
                 command,
                 cwd=subprocesses.ROOT,
                 stdout=log,
@@ -217,20 +229,17 @@ class Load:
             )
 
     def kill_children(self) -> int:
-        """Kill the worker's children with SIGKILL; return their number."""
-        assert self._worker is not None
-        parent = self._worker.pid
+        """Kill the children of the prefork worker with SIGKILL; return their number."""
+        parent = self._workers["prefork"].pid
         listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         for pid in listed:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         return len(listed)
 
-    def kill_worker(self) -> None:
-        """Kill the worker's parent process with SIGKILL, and then its orphans."""
-        worker, self._worker = self._worker, None
-        if worker is None:
-            return
+    def kill_worker(self, pool: str) -> None:
+        """Kill the main process of a worker with SIGKILL, and then its orphans."""
+        worker = self._workers.pop(pool)
         worker.kill()
         worker.wait(30)
         with contextlib.suppress(ProcessLookupError):
@@ -275,7 +284,8 @@ class Load:
 
     def kill(self) -> None:
         """Kill all processes and remove the journals."""
-        self.kill_worker()
+        for pool in list(self._workers):
+            self.kill_worker(pool)
         while self.processes:
             _, process = self.processes.popitem()
             with contextlib.suppress(ProcessLookupError):

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from celery import Celery, states
+from celery import Celery, chord, states
 from celery.app.task import Context
 from celery.exceptions import TimeoutError
 from celery.result import ResultSet
@@ -288,9 +288,9 @@ def join(app: Celery, run: str, folder: str, timeout: float) -> None:
     process.threads(get, iterate)
 
 
-def poll(app: Celery, run: str, folder: str) -> None:
-    """Poll the states of tasks until they are final."""
-    process = LoadProcess("poll", run, folder)
+def poll(app: Celery, run: str, folder: str, number: int) -> None:
+    """Poll the states of tasks until they are final, as the process *number* of a web server."""
+    process = LoadProcess(f"poll{number}", run, folder)
     budget = app.backend.options.lookup_timeout
 
     def watch() -> None:
@@ -360,6 +360,24 @@ def send(app: Celery, run: str, folder: str, timeout: float) -> None:
         time.sleep(0.02)
 
     process.threads(work)
+
+
+def send_chords(app: Celery, run: str, folder: str, timeout: float) -> None:
+    """Send chords to the workers, and wait for the results of their bodies."""
+    process = LoadProcess("chord", run, folder)
+
+    def work() -> None:
+        header, body = [str(uuid.uuid4()) for _ in range(5)], str(uuid.uuid4())
+        with process.waiting([body], timeout) as number:
+            process.journal.sends_chord(body, header)
+            tasks = [app.signature("faults.compute").set(task_id=i) for i in header]
+            end = app.signature("faults.combine", kwargs={"header": header}).set(task_id=body)
+            result = chord(tasks, app=app)(end)
+            result.get(timeout=timeout, propagate=False)
+            process.journal.got(number, body, result.state, result.result)
+        time.sleep(0.05)
+
+    process.threads(work, work)
 
 
 def read_batch(app: Celery, process: LoadProcess, ids: List[str]) -> Optional[int]:

@@ -19,6 +19,8 @@ processes of a machine. :func:`check` reads the journals and reports violations:
     A wait was given the same state a second time.
 ``missed``
     A wait ended without a result that had long been stored.
+``unfired``
+    A wait for the body of a chord ended long after its header had, and the body had not run.
 
 States that the broker had not confirmed when it was killed are not promised: a process may have
 read such a state before the crash, and not find it until its publisher has published it again.
@@ -44,7 +46,7 @@ SUCCESS = "SUCCESS"
 FINAL = frozenset({SUCCESS, "FAILURE", "REVOKED"})
 
 #: The kinds of violations.
-KINDS = ("lost", "older", "replaced", "wrong", "late", "twice", "missed")
+KINDS = ("lost", "older", "replaced", "wrong", "late", "twice", "missed", "unfired")
 
 
 def value(task_id: str, version: int, size: int = 60) -> Dict[str, Any]:
@@ -142,6 +144,14 @@ class Journal:
         """Record that a task is about to be forgotten."""
         self._note("forget", task_id, time.monotonic())
 
+    def sends_chord(self, body: str, header: List[str]) -> None:
+        """Record that a chord is about to be sent, by the ids of its tasks."""
+        self._note("chord", body, header, time.monotonic())
+
+    def ran(self, task_id: str, redelivered: bool) -> None:
+        """Record that the body of a chord runs, and whether its message was delivered before."""
+        self._note("run", task_id, redelivered, time.monotonic())
+
     def crashed(self) -> None:
         """Record that the broker is about to be killed, and again that it was killed."""
         self._note("crash", time.monotonic())
@@ -220,6 +230,10 @@ class Record:
     forgotten: Dict[str, float] = dataclasses.field(default_factory=dict)
     #: Reads that raised: process, begin, end, seconds allowed, error.
     unread: List[Tuple[str, float, float, float, str]] = dataclasses.field(default_factory=list)
+    #: The ids of each chord's header, by that of its body.
+    chords: Dict[str, List[str]] = dataclasses.field(default_factory=dict)
+    #: When each body ran, and whether its message was delivered before.
+    runs: Dict[str, List[Tuple[float, bool]]] = dataclasses.field(default_factory=dict)
     #: When the broker was killed.
     crashes: List[float] = dataclasses.field(default_factory=list)
     #: When a node was cut off, and when it was back, in turn.
@@ -286,6 +300,12 @@ def load(folder: Path) -> Record:
             elif what == "forget":
                 task_id, at = event
                 record.forgotten[task_id] = min(at, record.forgotten.get(task_id, at))
+            elif what == "chord":
+                body, header, _ = event
+                record.chords[body] = header
+            elif what == "run":
+                task_id, redelivered, at = event
+                record.runs.setdefault(task_id, []).append((at, redelivered))
             elif what == "crash":
                 record.crashes.extend(event)
             elif what == "cut":
@@ -342,6 +362,10 @@ def _as_history(number: int, what: str, *event: Any) -> Iterator[Dict[str, Any]]
         yield _event("ok" if error is None else "fail", "wait", at, op=wait, error=error)
     elif what == "forget":
         yield _event("invoke", "forget", event[1], task=event[0])
+    elif what == "chord":
+        yield _event("invoke", "chord", event[2], task=event[0], tasks=event[1])
+    elif what == "run":
+        yield _event("info", "run", event[2], task=event[0], redelivered=event[1])
     else:
         yield _event("info", what, event[0])
 
@@ -396,6 +420,9 @@ class Verdict:
     #: Longest ``store_result`` that returned, and longest look-up.
     longest_store: float
     longest_read: float
+    #: The number of chords whose bodies have run, and of those bodies that were sent twice.
+    chords: int
+    doubled: int
 
     def count(self, *kinds: str) -> int:
         """Return the number of violations of some kinds."""
@@ -538,6 +565,8 @@ def check(
             ]
             if ends:
                 longest_wait = max(longest_wait, given[0][1] - max(min(ends), wait.began))
+    sent = {wait.tasks[0] for wait in record.waits if since <= wait.began <= until}
+    runs = {body: record.runs[body] for body in record.chords if body in sent & record.runs.keys()}
     for process, began, ended, allowed, error in record.unread:
         if not since <= began <= until:
             continue
@@ -556,6 +585,8 @@ def check(
         longest_wait,
         longest_store,
         longest_read,
+        len(runs),
+        sum(sum(not redelivered for _, redelivered in body) > 1 for body in runs.values()),
     )
 
 
@@ -664,3 +695,17 @@ def _check_wait(wait: Wait, record: Record, limits: Limits, now: float) -> Itera
                     "stored",
                 )
                 break
+        else:
+            if not _may_be_unfired(task_id, wait.ended - limits.lag, record):
+                yield Violation("unfired", task_id, wait.began, f"{what} raised {wait.error}")
+
+
+def _may_be_unfired(body: str, at: float, record: Record) -> bool:
+    """Return whether *body* is that of no chord, or need not have run at a time."""
+    header = record.chords.get(body)
+    if header is None or body in record.runs:
+        return True
+    return not all(
+        any(store.kept is not None and store.kept < at for store in record.stores.get(task_id, ()))
+        for task_id in header
+    )

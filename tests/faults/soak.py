@@ -23,6 +23,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 from tests.faults import faults, recorder
 from tests.faults.load import Load
 from tests.faults.recorder import Verdict
+from tests.faults.resources import Resources, left
 from tools import check_history, rabbitmq
 
 
@@ -36,6 +37,8 @@ class Row:
     lost: int = 0
     wrong: int = 0
     late: int = 0
+    chords: int = 0
+    doubled: int = 0
     longest_wait: float = 0.0
     longest_store: float = 0.0
 
@@ -45,13 +48,20 @@ class Row:
         self.at_stake += verdict.at_stake
         self.refused += verdict.refused
         self.lost += verdict.count("lost", "missed")
-        self.wrong += verdict.count("wrong", "older", "replaced", "twice")
+        self.wrong += verdict.count("wrong", "older", "replaced", "twice", "unfired")
+        self.chords += verdict.chords
+        self.doubled += verdict.doubled
         self.late += verdict.count("late")
         self.longest_wait = max(self.longest_wait, verdict.longest_wait)
         self.longest_store = max(self.longest_store, verdict.longest_store)
 
 
-HEADER = ("fault", "provoked", "at stake", "refused", "lost", "wrong", "late", "wait s", "store s")
+HEADER = (
+    "fault", "provoked", "at stake", "refused", "lost", "wrong", "late", "chords", "doubled",
+    "wait s", "store s",
+)  # fmt: skip
+#: The pools of the workers, and the number of processes that poll.
+POOLS, FLEET = ("prefork", "threads", "gevent"), 3
 
 
 def table(rows: Dict[str, Row]) -> str:
@@ -61,8 +71,8 @@ def table(rows: Dict[str, Row]) -> str:
         lines.append(
             (
                 name,
-                *(str(n) for n in (row.provoked, row.at_stake, row.refused, row.lost, row.wrong)),
-                str(row.late),
+                *map(str, (row.provoked, row.at_stake, row.refused, row.lost, row.wrong, row.late)),
+                *map(str, (row.chords, row.doubled)),
                 f"{row.longest_wait:.1f}",
                 f"{row.longest_store:.1f}",
             )
@@ -111,7 +121,11 @@ def soak(kind: str, options: argparse.Namespace, minutes: float, rows: Dict[str,
             queue_type = "quorum" if kind == "cluster" else chance.choice(["classic", "quorum"])
             seed = chance.getrandbits(32)
             print(f"-- {kind}, {queue_type} queues, seed of the load {seed}", flush=True)
-            with faults.place(nodes, queue_type=queue_type, seed=seed, worker=True) as place:
+            with faults.place(
+                nodes, queue_type=queue_type, seed=seed, workers=POOLS, fleet=FLEET,
+                pause=options.pause,
+            ) as place:  # fmt: skip
+                used = Resources(place)
                 for _ in range(options.rounds):
                     if time.monotonic() >= end:
                         break
@@ -119,7 +133,10 @@ def soak(kind: str, options: argparse.Namespace, minutes: float, rows: Dict[str,
                         # Each fault once before any of them twice.
                         queue = chance.sample(chosen, len(chosen))
                     bad += _round(place, queue.pop(), rows)
+                    used.sample()
                 bad += _check_history(place.load, options.history)
+            print(used.text(), flush=True)
+            print(f"left on the broker: {left(nodes)}", flush=True)
     return bad
 
 
@@ -165,6 +182,7 @@ def _round(place: faults.Place, fault: faults.Fault, rows: Dict[str, Row]) -> in
     rows[fault.name].add(verdict)
     print(
         f"{load.now() - began:.0f} s, {verdict.at_stake} at stake, "
+        f"{verdict.chords} chords ({verdict.doubled} doubled), "
         f"{len(verdict.violations)} broken promises, longest wait {verdict.longest_wait:.1f} s",
         flush=True,
     )
@@ -186,6 +204,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument(
         "--rounds", type=int, default=12, help="faults until there is a new load; 12 by default"
+    )
+    parser.add_argument(
+        "--pause",
+        type=float,
+        default=0.002,
+        help="seconds between two results of each storing process; 0.002 by default",
     )
     parser.add_argument(
         "--place",

@@ -31,11 +31,11 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def place(_session_node: rabbitmq.Node) -> Iterator[faults.Place]:
-    """A load of two processes that store, and four that wait, join, poll and look up."""
+    """A load of processes that store, wait, join, poll, look up, and send tasks and chords."""
     if _session_node is None:
         pytest.skip("the broker of AMQP_URL is not ours to control")
     with faults.place(
-        [_session_node], timeout=30, worker=True, seed=int.from_bytes(os.urandom(4), "big")
+        [_session_node], timeout=30, workers=["prefork"], seed=int.from_bytes(os.urandom(4), "big")
     ) as place:
         yield place
 

@@ -357,6 +357,60 @@ def test_a_confirmed_state_must_survive_a_killed_broker(
     assert kinds(judge()) == ["lost"]
 
 
+def wait_for_body(reader: Journal, clock: Clock) -> None:
+    reader.sends_chord("body", ["t", "u"])
+    number = reader.began_to_wait(["body"], 60)
+    clock.now += 60
+    reader.waited(number, "TimeoutError()")
+
+
+@pytest.mark.parametrize(
+    ("ended", "ran", "expected"),
+    [("tu", False, ["unfired"]), ("t", False, []), ("tu", True, [])],
+)
+def test_a_body_must_run_when_its_header_has_ended(
+    ended: str,
+    ran: bool,
+    expected: List[str],
+    storer: Journal,
+    reader: Journal,
+    judge: Callable[..., Verdict],
+    clock: Clock,
+    tmp_path: Path,
+) -> None:
+    for task_id in ended:
+        store(storer, "SUCCESS", 0, task_id)
+    if ran:
+        storer.ran("body", redelivered=False)
+    wait_for_body(reader, clock)
+    verdict = judge(lag=45)
+    assert kinds(verdict) == expected
+    assert [v.rule for v in check_history.check(recorder.history(tmp_path))] == expected
+    assert (verdict.chords, verdict.doubled) == (int(ran), 0)
+
+
+def test_a_body_may_run_long_after_its_header_has_ended(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict], clock: Clock, tmp_path: Path
+) -> None:
+    for task_id in "tu":
+        store(storer, "SUCCESS", 0, task_id)
+    wait_for_body(reader, clock)
+    assert kinds(judge(lag=61)) == []
+    assert check_history.check(recorder.history(tmp_path), lag=61) == []
+
+
+def test_a_body_that_was_sent_twice_is_counted_and_one_that_was_redelivered_is_not(
+    storer: Journal, reader: Journal, judge: Callable[..., Verdict], clock: Clock
+) -> None:
+    wait_for_body(reader, clock)
+    storer.ran("body", redelivered=False)
+    storer.ran("body", redelivered=True)
+    assert judge().doubled == 0
+    storer.ran("body", redelivered=False)
+    verdict = judge()
+    assert (verdict.violations, verdict.chords, verdict.doubled) == ([], 1, 1)
+
+
 def test_the_journal_of_a_killed_process_is_read_up_to_its_last_line(
     tmp_path: Path, storer: Journal, reader: Journal, judge: Callable[..., Verdict]
 ) -> None:
@@ -410,6 +464,8 @@ def test_the_history_for_the_independent_checker_agrees(
     storer.deleted()
     reader.began_to_forget("t")
     reader.failed_to_read(clock(), 1, "TimeoutError()")
+    reader.sends_chord("b", ["t"])
+    storer.ran("b", redelivered=False)
     assert {event["f"] for event in recorder.history(tmp_path)} == {
-        "store", "read", "wait", "deliver", "crash", "delete", "forget"
+        "store", "read", "wait", "deliver", "crash", "delete", "forget", "chord", "run"
     }  # fmt: skip

@@ -1,13 +1,14 @@
-"""The app of a worker that is killed, alone or with its children. For subprocesses only.
+"""The app of workers that are killed, alone or with their children. For subprocesses only.
 
 Its tasks are acknowledged late, so a killed process's task is run again.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 from celery import signals
 
@@ -24,25 +25,46 @@ app.conf.update(
     worker_enable_remote_control=False,
 )
 
-_journals: Dict[int, Journal] = {}
+#: Journals that no task uses, by process. Each task has one to itself while it runs: a task that is
+#: redelivered may run twice at the same time.
+_free: Dict[int, List[Journal]] = {}
+_numbers = itertools.count()
 
 
-def journal() -> Journal:
-    """Return the journal of this process."""
-    pid = os.getpid()
-    if pid not in _journals:
-        _journals[pid] = Journal(Path(os.environ["FAULTS_FOLDER"]), "worker")
-    return _journals[pid]
+def begin(task: Any) -> Any:
+    """Record that a task is about to return the value of its id, and return that value."""
+    free = _free.setdefault(os.getpid(), [])
+    try:
+        journal = free.pop()
+    except IndexError:
+        journal = Journal(Path(os.environ["FAULTS_FOLDER"]), f"worker{next(_numbers)}")
+    task.request.journal = journal
+    result = value(task.request.id, 0)
+    journal.began_to_store(task.request.id, "SUCCESS", result)
+    return result
 
 
 @app.task(bind=True, name="faults.compute")
 def compute(self: Any) -> Any:
-    result = value(self.request.id, 0)
-    journal().began_to_store(self.request.id, "SUCCESS", result)
+    return begin(self)
+
+
+@app.task(bind=True, name="faults.combine")
+def combine(self: Any, results: List[Any], header: List[str]) -> Any:
+    result = begin(self)
+    self.request.journal.ran(self.request.id, bool(self.request.delivery_info["redelivered"]))
+    if results != [value(task_id, 0) for task_id in header]:
+        # No process expects a failure.
+        raise ValueError(f"the results of the header {header} are {results}")
     return result
 
 
 @signals.task_success.connect(weak=False)
 def _stored(sender: Any, result: Any, **_: Any) -> None:
     # Celery sends this signal after the backend has returned.
-    journal().stored(sender.request.id, "SUCCESS", result)
+    sender.request.journal.stored(sender.request.id, "SUCCESS", result)
+
+
+@signals.task_postrun.connect(weak=False)
+def _end(task: Any, **_: Any) -> None:
+    _free[os.getpid()].append(task.request.journal)
