@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 MAX_STRAYS = 2000
 
 #: Pauses, in seconds, before a refused message is published again. After the last refusal the
-#: message is lost.
-REFUSAL_PAUSES = (0.0, 0.2, 0.5, 1.0, 2.0)
+#: message is lost. A quorum queue refuses everything while it has no leader, which may take half a
+#: minute when nodes restart.
+REFUSAL_PAUSES = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
 
 class Strays:

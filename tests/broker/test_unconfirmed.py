@@ -15,7 +15,7 @@ from celery_amqp_results.amqp.confirm_log import Outgoing, Publication, Status
 from celery_amqp_results.amqp.confirms import ConfirmChannel
 from celery_amqp_results.amqp.declarations import declare_exchange
 from celery_amqp_results.protocol.message import StateMessage
-from celery_amqp_results.store import publisher, unwaited
+from celery_amqp_results.store import publisher, strays, unwaited
 from tests import subprocesses
 from tests.broker.helpers import few_channels, flush
 from tests.conftest import PATIENCE, Apps, eventually
@@ -197,8 +197,9 @@ def test_a_returned_message_is_not_confused_with_an_earlier_one(make_app: Apps) 
 
 
 def test_a_refused_state_without_a_waiter_fails_no_other_store(
-    make_app: Apps, raw: amqp.Connection, caplog: Any
+    make_app: Apps, raw: amqp.Connection, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(strays, "REFUSAL_PAUSES", (0.0, 0.2))
     # Given two shards, one of which accepts a single message
     options = {"shards": 2, "declare": False, "retry_policy": {"max_retries": 0}}
     app = make_app(result_backend_transport_options=options)
@@ -220,7 +221,7 @@ def test_a_refused_state_without_a_waiter_fails_no_other_store(
     # Then results for the other shard are stored
     app.backend.store_result(by_shard[0][0], 1, "SUCCESS")
     assert app.AsyncResult(by_shard[0][0]).state == "SUCCESS"
-    eventually(lambda: "the broker refused it 6 times" in caplog.text)
+    eventually(lambda: "the broker refused it 3 times" in caplog.text)
     # And a result for the full shard raises an error
     with pytest.raises(errors.NotConfirmed, match="nack"):
         app.backend.store_result(by_shard[1][0], 1, "SUCCESS")

@@ -353,8 +353,18 @@ def leader(place: Place) -> rabbitmq.Node:
     return max(place.nodes, key=lambda node: leaders.get(node.name, 0))
 
 
+def _until_whole(place: Place) -> None:
+    """Return when the cluster can lose any node; a restarted node recovers its queues slowly."""
+    for node in place.nodes:
+        whole = node.eval(
+            "rabbit_upgrade_preparation:await_online_quorum_plus_one(150000)", timeout=180
+        )
+        assert whole == "true", f"{node.name} has not recovered its quorum queues: {whole}"
+
+
 @_fault(CLUSTER, "leader of shards killed with -9")
 def _kill_leader(place: Place) -> None:
+    _until_whole(place)
     node = leader(place)
     _kill_node(place, node)
     try:
@@ -365,6 +375,7 @@ def _kill_leader(place: Place) -> None:
 
 @_fault(CLUSTER, "node partitioned away")
 def _partition(place: Place) -> None:
+    _until_whole(place)
     node = place.random.choice([leader(place), place.random.choice(place.nodes)])
     place.load.journal.cut()
     with partitioned(place.nodes, node):
@@ -396,6 +407,7 @@ def partitioned(nodes: List[rabbitmq.Node], node: rabbitmq.Node) -> Iterator[Non
 
 @_fault(CLUSTER, "node frozen with SIGSTOP")
 def _freeze_node(place: Place) -> None:
+    _until_whole(place)
     node = leader(place)
     node.pause()
     try:
@@ -407,6 +419,7 @@ def _freeze_node(place: Place) -> None:
 @_fault(CLUSTER, "rolling restart")
 def _rolling_restart(place: Place) -> None:
     for node in place.nodes:
+        _until_whole(place)
         place.load.journal.crashed()
         node.halt()
         place.load.journal.crashed()

@@ -41,11 +41,11 @@ def test_what_was_refused_is_published_after_growing_pauses(caplog: Any) -> None
     assert strays.take_due(10.1) == []
     assert len(strays) == 1
     assert strays.take_due(10.3) == [message]
-    message.refusals = 6
+    message.refusals = len(REFUSAL_PAUSES) + 1
     strays.add((message,))
     with caplog.at_level(logging.ERROR):
         assert strays.take_due(99.0) == []
-    assert caplog.messages == ["the SUCCESS of x is lost: the broker refused it 6 times (nack)"]
+    assert caplog.messages == ["the SUCCESS of x is lost: the broker refused it 10 times (nack)"]
 
 
 @pytest.mark.parametrize(("refusals", "pause"), list(enumerate(REFUSAL_PAUSES, start=1)))
@@ -60,7 +60,9 @@ def test_what_waits_or_is_dropped_does_not_hold_up_the_others() -> None:
     strays = Strays()
     early, late = (stray(Status.REFUSED, refusals=5, sent=sent) for sent in (0.0, 9.0))
     lost = stray(Status.LOST)
-    strays.add((late, stray(Status.RETURNED, None), stray(Status.REFUSED, refusals=6), early, lost))
+    strays.add(
+        (late, stray(Status.RETURNED, None), stray(Status.REFUSED, refusals=10), early, lost)
+    )
     assert strays.take_due(5.0) == [early, lost]
     assert strays.take_due(20.0) == [late]
 
