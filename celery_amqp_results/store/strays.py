@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 from typing import Deque, Iterable, List, Optional
 
 from celery_amqp_results.amqp.confirm_log import Publication, Status
@@ -31,7 +32,9 @@ class Strays:
     """
 
     def __init__(self) -> None:
-        self._waiting: Deque[Publication] = collections.deque(maxlen=MAX_STRAYS)
+        self._waiting: Deque[Publication] = collections.deque()
+        #: When the first of them is due (``time.monotonic``).
+        self._due_at = math.inf
         #: How many were given up.
         self.lost = 0
 
@@ -42,10 +45,13 @@ class Strays:
         """Publish these again, when it is time."""
         for publication in publications:
             why = self._refusal(publication)
-            if why is None:
-                self._waiting.append(publication)
-            else:
+            if why is not None:
                 self.give_up(publication, why)
+                continue
+            if len(self._waiting) == MAX_STRAYS:
+                self.give_up(self._waiting.popleft(), f"{MAX_STRAYS} later states wait as well")
+            self._waiting.append(publication)
+            self._due_at = min(self._due_at, _due_at(publication, math.inf))
 
     def give_up(self, publication: Publication, why: object) -> None:
         """Count and log that a message is not published again."""
@@ -66,24 +72,41 @@ class Strays:
             return None
         return f"its queue is not there, and the broker refuses it: {failure}"
 
-    def take_due(self, now: float) -> List[Publication]:
-        """Remove and return the messages to publish *now* (``time.monotonic``)."""
+    def take_due(self, now: float, longest: float = math.inf) -> List[Publication]:
+        """Remove and return the messages to publish *now* (``time.monotonic``).
+
+        Parameters:
+            longest: the longest pause in seconds: a process that ends does not wait for more.
+        """
+        if now < self._due_at and longest == math.inf:
+            return []
         due: List[Publication] = []
         later: List[Publication] = []
         for publication in self._waiting:
             if publication.status is Status.RETURNED and publication.message.shard is None:
                 # Its queue was deleted, and is not declared again.
                 continue
-            if publication.status is not Status.REFUSED:
-                due.append(publication)
-            elif publication.refusals > len(REFUSAL_PAUSES):
+            if _is_refused_for_good(publication):
                 self.give_up(
                     publication, f"the broker refused it {publication.refusals} times (nack)"
                 )
-            elif now < publication.sent + REFUSAL_PAUSES[publication.refusals - 1]:
+            elif now < _due_at(publication, longest):
                 later.append(publication)
             else:
                 due.append(publication)
         self._waiting.clear()
         self._waiting.extend(later)
+        self._due_at = min((_due_at(each, math.inf) for each in later), default=math.inf)
         return due
+
+
+def _is_refused_for_good(publication: Publication) -> bool:
+    refused = publication.status is Status.REFUSED
+    return refused and publication.refusals > len(REFUSAL_PAUSES)
+
+
+def _due_at(publication: Publication, longest: float) -> float:
+    """Return when to publish a message again, after a pause of at most *longest* seconds."""
+    if publication.status is not Status.REFUSED or _is_refused_for_good(publication):
+        return -math.inf
+    return publication.sent + min(longest, REFUSAL_PAUSES[publication.refusals - 1])

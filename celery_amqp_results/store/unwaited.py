@@ -6,6 +6,7 @@ The next message on the channel collects confirms, and a thread does so a second
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from typing import List, Optional
@@ -43,8 +44,10 @@ CONNECT_SECONDS = 5.0
 #: Seconds that closing waits for other threads to leave the connection.
 CLOSE_SECONDS = 1.0
 
-#: Seconds between looks at refused messages while the process ends.
+#: Seconds between looks at refused messages while the process ends, and the longest pause before
+#: one of them is published again.
 REFUSED_SECONDS = 0.05
+LAST_PAUSE = 1.0
 
 #: The checking thread ends after this many checks with nothing to do.
 IDLE_CHECKS = 10
@@ -84,7 +87,8 @@ class Unwaited:
             return
         refused, log.strays = log.strays, []
         strays.add(refused)
-        due = strays.take_due(time.monotonic())
+        longest = LAST_PAUSE if self._closed.is_set() else math.inf
+        due = strays.take_due(time.monotonic(), longest)
         for number, publication in enumerate(due):
             returned = publication.status is Status.RETURNED
             try:

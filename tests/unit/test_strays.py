@@ -113,8 +113,32 @@ def test_a_lost_connection_loses_no_state_whose_queue_was_missing() -> None:
     assert strays.take_due(0.0) == [message]
 
 
-def test_the_oldest_is_dropped_when_there_are_too_many() -> None:
+def test_the_oldest_is_lost_when_there_are_too_many(caplog: Any) -> None:
     strays = Strays()
     messages = [stray(Status.LOST) for _ in range(MAX_STRAYS + 1)]
-    strays.add(messages)
+    with caplog.at_level(logging.ERROR):
+        strays.add(messages)
+    assert (len(strays), strays.lost) == (MAX_STRAYS, 1)
+    assert caplog.messages == [f"the SUCCESS of x is lost: {MAX_STRAYS} later states wait as well"]
     assert strays.take_due(0.0) == messages[1:]
+
+
+def test_a_process_that_ends_shortens_the_pauses() -> None:
+    strays = Strays()
+    refused = stray(Status.REFUSED, refusals=len(REFUSAL_PAUSES), sent=8.0)
+    strays.add((refused,))
+    assert strays.take_due(8.5, 1.0) == []
+    assert strays.take_due(9.0) == []
+    assert strays.take_due(9.0, 1.0) == [refused]
+
+
+def test_each_message_is_due_at_its_own_time() -> None:
+    strays = Strays()
+    late, early = (stray(Status.REFUSED, refusals=n, sent=8.0) for n in (8, 4))
+    strays.add((late, early))
+    assert strays.take_due(9.0) == [early]
+    assert strays.take_due(22.0) == []
+    assert strays.take_due(23.0) == [late]
+    lost = stray(Status.LOST)
+    strays.add((lost,))
+    assert strays.take_due(0.0) == [lost]
