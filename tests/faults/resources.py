@@ -41,9 +41,7 @@ def use(pid: int) -> Use:
 def left(nodes: List[rabbitmq.Node]) -> str:
     """Return what a load that has ended has left on the broker."""
     queues = nodes[0].queue_count()
-    connections = sum(
-        int(node.eval("length(rabbit_networking:connections_local())")) for node in nodes
-    )
+    connections = nodes[0].eval("length(rabbit_connection_tracking:list())")
     return f"{queues} queues, {connections} connections"
 
 
