@@ -16,6 +16,7 @@ import amqp.exceptions
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import frames, nowait
 from celery_amqp_results.amqp.confirm_log import ConfirmLog, Outgoing, Publication
+from celery_amqp_results.amqp.failures import NO_QUEUE
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.toolkit.retry import time_left
 
@@ -214,7 +215,7 @@ class ConfirmChannel:
             found = self.asking().queue_declare(queue, passive=True)
         except amqp.exceptions.NotFound as exc:
             # py-amqp has opened the channel again.
-            if not exc.reply_text.startswith("NOT_FOUND - no queue "):
+            if not exc.reply_text.startswith(NO_QUEUE):
                 raise
             return None
         return QueueLength(found.message_count, found.consumer_count)

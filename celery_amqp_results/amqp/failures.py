@@ -17,6 +17,7 @@ from amqp import exceptions as amqp_errors
 __all__ = (
     "CHANNELS",
     "CONNECTIONS",
+    "NO_QUEUE",
     "QUEUES",
     "TRANSIENT",
     "Limit",
@@ -33,6 +34,10 @@ TRANSIENT: Tuple[Type[Exception], ...] = (
     kombu.exceptions.OperationalError,
     OSError,
 )
+
+#: How the broker's text begins if a queue does not exist. The code is the same for other reasons,
+#: for example when the queue's node is down.
+NO_QUEUE = "NOT_FOUND - no queue "
 
 #: What a broker limits.
 CONNECTIONS = "connections"

@@ -145,8 +145,9 @@ def _open(app: App) -> AMQPBackend:
             "`celery -A proj results ...`, and set result_backend = 'amqp://' in it.",
             Exit.CONFIGURATION,
         )
-    # Its connections are closed with the command, and it gives up sooner.
-    return theirs.clone("the command line", retry_policy=RETRY_POLICY)
+    # Its connections are closed with the command, and it gives up sooner. It moves results, so it
+    # must know that the broker has them.
+    return theirs.clone("the command line", retry_policy=RETRY_POLICY, confirm=True)
 
 
 def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
@@ -171,7 +172,8 @@ def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
                     output = Output(json_lines)
                     if getattr(context.obj, "no_color", False):
                         output.console = None
-                    session = Session(app, backend, output, management_url, not no_management)
+                    url = None if no_management else management_url
+                    session = Session(app, backend, output, url, not no_management)
                     return function(session, **kwargs)
                 finally:
                     backend.close()

@@ -11,6 +11,7 @@ import amqp
 from amqp import exceptions as amqp_errors
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.failures import NO_QUEUE
 from celery_amqp_results.amqp.link import Link
 from celery_amqp_results.cli import management
 from celery_amqp_results.cli.common import Exit, Failed, Session
@@ -162,13 +163,17 @@ class Broker:
         """Return the numbers of messages and consumers of a queue, or ``None`` if it is missing.
 
         Raises:
-            Failed: when the permission is missing.
+            Failed: when the permission is missing, or the queue's node is down.
         """
         try:
             found = self.channel.queue_declare(queue, passive=True)
             return int(found.message_count), int(found.consumer_count)
-        except amqp_errors.NotFound:
-            return None
+        except amqp_errors.NotFound as exc:
+            if exc.reply_text.startswith(NO_QUEUE):
+                return None
+            raise Failed(
+                f"the queue {queue!r} is not available now: {exc}", Exit.UNAVAILABLE
+            ) from exc
         except amqp_errors.AccessRefused as exc:
             raise Failed(
                 f"the broker refuses to tell about the queue {queue!r}: {exc}", Exit.UNAVAILABLE

@@ -26,6 +26,7 @@ from amqp import exceptions as amqp_errors
 from amqp import spec
 
 from celery_amqp_results.amqp import nowait
+from celery_amqp_results.amqp.failures import NO_QUEUE
 from celery_amqp_results.amqp.link import IO_TIMEOUT, Link
 
 __all__ = ("FENCE", "Checkout", "Limits", "limits_for")
@@ -160,11 +161,9 @@ class Checkout:
             self.set_fence()
 
     def _on_close(self, code: int, text: str, class_id: int, method_id: int) -> None:
-        self.missing = code == NOT_FOUND and text.startswith("NOT_FOUND - no queue ")
+        self.missing = code == NOT_FOUND and text.startswith(NO_QUEUE)
         self.fenced = True
         if not self.missing:
-            # The broker also says NOT_FOUND for other reasons, for example when the queue's node is
-            # down.
             raise amqp_errors.error_for_code(
                 code, text, (class_id, method_id), amqp_errors.ChannelError
             )

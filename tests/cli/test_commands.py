@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import threading
 import uuid
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
 
+import amqp.exceptions as amqp_errors
 import click
 import pytest
 from celery import Celery, states
@@ -14,7 +16,7 @@ from celery.bin.base import CLIContext
 from celery.result import AsyncResult, GroupResult
 from click.testing import CliRunner, Result
 
-from celery_amqp_results.cli import results
+from celery_amqp_results.cli import common, inspection, results
 from celery_amqp_results.cli.common import Exit
 from tests.conftest import Apps, eventually, raw_connection
 from tools import rabbitmq
@@ -288,6 +290,39 @@ def test_stats_show_the_size_of_large_results(app: Celery) -> None:
     text = run(app, "stats", "--no-management").stdout
     assert "in shards, 58" in text
     assert "KiB in queues of large results" in text
+
+
+def test_no_management_wins_over_the_environment(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RABBITMQ_MANAGEMENT_URL", "http://localhost:1")
+    assert run(app, "stats", "--json").exit_code == Exit.UNAVAILABLE
+    (found,) = lines(run(app, "stats", "--json", "--no-management"))
+    assert found["management"] is None
+
+
+def test_commands_that_move_results_wait_for_confirms_whatever_the_app_does(
+    make_app: Apps,
+) -> None:
+    made = make_app(result_backend_transport_options={"confirm": False})
+    assert common._open(made).options.confirm
+
+
+def test_a_queue_whose_node_is_down_is_not_missing() -> None:
+    broker = object.__new__(inspection.Broker)
+
+    def answer(text: str) -> Any:
+        def declare(queue: str, passive: bool) -> Any:
+            raise amqp_errors.NotFound(text, (50, 10), 404)
+
+        return SimpleNamespace(queue_declare=declare, is_open=True)
+
+    broker._channel = answer("NOT_FOUND - no queue 'q' in vhost '/'")
+    assert broker.count("q") is None
+    broker._channel = answer("NOT_FOUND - home node 'rabbit@b' of durable queue 'q' is down")
+    with pytest.raises(common.Failed, match=r"'q' is not available now.*is down") as raised:
+        broker.count("q")
+    assert raised.value.exit_code == Exit.UNAVAILABLE
 
 
 def test_purge_asks_first_and_also_deletes_large_results(app: Celery) -> None:
