@@ -12,7 +12,7 @@ The format
     ``process``   who did it; a process does several operations at once
     ``type``      ``invoke`` (begins), ``ok`` (returned), ``fail`` (raised, had no effect), ``info``
                   (raised, and may have had an effect; or an event that is no operation)
-    ``f``         ``store``, ``read``, ``wait``, ``deliver``, ``forget``, ``chord``, ``run``,
+    ``f``         ``store``, ``read``, ``wait``, ``deliver``, ``forget``, ``chord``, ``fire``,
                   ``crash``, ``delete`` or ``cut``
     ``op``        links the end of an operation with its beginning, within a process
     ``task``      the task, or the body of a chord; ``tasks`` for a wait, and for a chord's header
@@ -23,10 +23,10 @@ The format
 
     ``deliver`` says that a wait (``op``) was given a state: ``by`` is ``return``, once a task, or
     ``message`` for a callback, which gets every state once. ``chord`` is written before a chord is
-    sent, ``run`` when a worker runs its body (``redelivered``: not for the first time). ``crash``
-    is written before and after a broker is killed, ``delete`` before and after stored results are
-    deleted on purpose, ``cut`` before and after a node is cut off from its cluster: until then, and
-    for the time of ``--lag`` afterwards, look-ups may lag behind as polls may.
+    sent, ``fire`` when its body was sent. ``crash`` is written before and after a broker is killed,
+    ``delete`` before and after stored results are deleted on purpose, ``cut`` before and after a
+    node is cut off from its cluster: until then, and for the time of ``--lag`` afterwards, look-ups
+    may lag behind as polls may.
 
 The model
     Each task is a register with a ranking: SUCCESS ranks above FAILURE and REVOKED, which rank
@@ -44,7 +44,7 @@ The rules
     ``late``       A read or wait took longer than its timeout and the grace.
     ``missed``     A wait returned without one of its results, or timed out long after the store.
     ``unfired``    A wait for the body of a chord timed out, long after the stores of all tasks of
-                   the header were durable, and the body had not run.
+                   the header were durable, and the body had not been sent.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class History:
         self.deletes: List[float] = []
         self.cuts: List[float] = []
         self.headers: Dict[str, List[str]] = {}
-        self.runs: Dict[str, float] = {}
+        self.fired: Set[str] = set()
         self.end = 0.0
         self._open: Dict[Tuple[str, int], Event] = {}
         self._unconfirmed: Dict[str, List[Tuple[str, Any]]] = collections.defaultdict(list)
@@ -172,8 +172,8 @@ class History:
     def _on_chord(self, event: Event) -> None:
         self.headers[event["task"]] = event["tasks"]
 
-    def _on_run(self, event: Event) -> None:
-        self.runs.setdefault(event["task"], event["time"])
+    def _on_fire(self, event: Event) -> None:
+        self.fired.add(event["task"])
 
     def _on_cut(self, event: Event) -> None:
         self.cuts.append(event["time"])
@@ -288,9 +288,9 @@ def _durable_since(task: Task) -> float:
 
 
 def _is_unfired(name: str, at: float, history: History) -> bool:
-    """Return whether a task is a chord's body that has not run, though its header ended by *at*."""
+    """Return whether a chord's body was not sent, though its header ended before *at*."""
     header = history.headers.get(name)
-    if header is None or name in history.runs:
+    if header is None or name in history.fired:
         return False
     return all(_durable_since(history.tasks[task]) < at for task in header)
 

@@ -368,11 +368,16 @@ def send_chords(app: Celery, run: str, folder: str, timeout: float) -> None:
 
     def work() -> None:
         header, body = [str(uuid.uuid4()) for _ in range(5)], str(uuid.uuid4())
-        with process.waiting([body], timeout) as number:
-            process.journal.sends_chord(body, header)
-            tasks = [app.signature("faults.compute").set(task_id=i) for i in header]
-            end = app.signature("faults.combine", kwargs={"header": header}).set(task_id=body)
+        tasks = [app.signature("faults.compute").set(task_id=i) for i in header]
+        end = app.signature("faults.combine", kwargs={"header": header}).set(task_id=body)
+        process.journal.sends_chord(body, header)
+        try:
             result = chord(tasks, app=app)(end)
+        except Exception:
+            logging.exception("a chord was not sent")
+            time.sleep(0.2)
+            return
+        with process.waiting([body], timeout) as number:
             result.get(timeout=timeout, propagate=False)
             process.journal.got(number, body, result.state, result.result)
         time.sleep(0.05)

@@ -20,7 +20,7 @@ processes of a machine. :func:`check` reads the journals and reports violations:
 ``missed``
     A wait ended without a result that had long been stored.
 ``unfired``
-    A wait for the body of a chord ended long after its header had, and the body had not run.
+    A wait for the body of a chord ended long after its header had, and the body had not been sent.
 
 States that the broker had not confirmed when it was killed are not promised: a process may have
 read such a state before the crash, and not find it until its publisher has published it again.
@@ -148,9 +148,9 @@ class Journal:
         """Record that a chord is about to be sent, by the ids of its tasks."""
         self._note("chord", body, header, time.monotonic())
 
-    def ran(self, task_id: str, redelivered: bool) -> None:
-        """Record that the body of a chord runs, and whether its message was delivered before."""
-        self._note("run", task_id, redelivered, time.monotonic())
+    def fired(self, body: str) -> None:
+        """Record that the body of a chord was sent."""
+        self._note("fire", body, time.monotonic())
 
     def crashed(self) -> None:
         """Record that the broker is about to be killed, and again that it was killed."""
@@ -232,8 +232,8 @@ class Record:
     unread: List[Tuple[str, float, float, float, str]] = dataclasses.field(default_factory=list)
     #: The ids of each chord's header, by that of its body.
     chords: Dict[str, List[str]] = dataclasses.field(default_factory=dict)
-    #: When each body ran, and whether its message was delivered before.
-    runs: Dict[str, List[Tuple[float, bool]]] = dataclasses.field(default_factory=dict)
+    #: How often each body was sent.
+    fired: Counter[str] = dataclasses.field(default_factory=collections.Counter)
     #: When the broker was killed.
     crashes: List[float] = dataclasses.field(default_factory=list)
     #: When a node was cut off, and when it was back, in turn.
@@ -303,9 +303,8 @@ def load(folder: Path) -> Record:
             elif what == "chord":
                 body, header, _ = event
                 record.chords[body] = header
-            elif what == "run":
-                task_id, redelivered, at = event
-                record.runs.setdefault(task_id, []).append((at, redelivered))
+            elif what == "fire":
+                record.fired[event[0]] += 1
             elif what == "crash":
                 record.crashes.extend(event)
             elif what == "cut":
@@ -364,8 +363,8 @@ def _as_history(number: int, what: str, *event: Any) -> Iterator[Dict[str, Any]]
         yield _event("invoke", "forget", event[1], task=event[0])
     elif what == "chord":
         yield _event("invoke", "chord", event[2], task=event[0], tasks=event[1])
-    elif what == "run":
-        yield _event("info", "run", event[2], task=event[0], redelivered=event[1])
+    elif what == "fire":
+        yield _event("info", "fire", event[1], task=event[0])
     else:
         yield _event("info", what, event[0])
 
@@ -420,7 +419,7 @@ class Verdict:
     #: Longest ``store_result`` that returned, and longest look-up.
     longest_store: float
     longest_read: float
-    #: The number of chords whose bodies have run, and of those bodies that were sent twice.
+    #: The number of chords whose bodies were sent, and of those whose bodies were sent twice.
     chords: int
     doubled: int
 
@@ -565,8 +564,8 @@ def check(
             ]
             if ends:
                 longest_wait = max(longest_wait, given[0][1] - max(min(ends), wait.began))
-    sent = {wait.tasks[0] for wait in record.waits if since <= wait.began <= until}
-    runs = {body: record.runs[body] for body in record.chords if body in sent & record.runs.keys()}
+    chosen = {wait.tasks[0] for wait in record.waits if since <= wait.began <= until}
+    fired = [record.fired[body] for body in chosen & record.chords.keys() & record.fired.keys()]
     for process, began, ended, allowed, error in record.unread:
         if not since <= began <= until:
             continue
@@ -585,8 +584,8 @@ def check(
         longest_wait,
         longest_store,
         longest_read,
-        len(runs),
-        sum(sum(not redelivered for _, redelivered in body) > 1 for body in runs.values()),
+        len(fired),
+        sum(count > 1 for count in fired),
     )
 
 
@@ -701,9 +700,9 @@ def _check_wait(wait: Wait, record: Record, limits: Limits, now: float) -> Itera
 
 
 def _may_be_unfired(body: str, at: float, record: Record) -> bool:
-    """Return whether *body* is that of no chord, or need not have run at a time."""
+    """Return whether *body* is that of no chord, or need not have been sent at a time."""
     header = record.chords.get(body)
-    if header is None or body in record.runs:
+    if header is None or body in record.fired:
         return True
     return not all(
         any(store.kept is not None and store.kept < at for store in record.stores.get(task_id, ()))

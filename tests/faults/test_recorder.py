@@ -365,12 +365,12 @@ def wait_for_body(reader: Journal, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ended", "ran", "expected"),
+    ("ended", "fired", "expected"),
     [("tu", False, ["unfired"]), ("t", False, []), ("tu", True, [])],
 )
-def test_a_body_must_run_when_its_header_has_ended(
+def test_a_body_must_be_sent_when_its_header_has_ended(
     ended: str,
-    ran: bool,
+    fired: bool,
     expected: List[str],
     storer: Journal,
     reader: Journal,
@@ -380,16 +380,16 @@ def test_a_body_must_run_when_its_header_has_ended(
 ) -> None:
     for task_id in ended:
         store(storer, "SUCCESS", 0, task_id)
-    if ran:
-        storer.ran("body", redelivered=False)
+    if fired:
+        storer.fired("body")
     wait_for_body(reader, clock)
     verdict = judge(lag=45)
     assert kinds(verdict) == expected
     assert [v.rule for v in check_history.check(recorder.history(tmp_path))] == expected
-    assert (verdict.chords, verdict.doubled) == (int(ran), 0)
+    assert (verdict.chords, verdict.doubled) == (int(fired), 0)
 
 
-def test_a_body_may_run_long_after_its_header_has_ended(
+def test_a_body_may_be_sent_long_after_its_header_has_ended(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict], clock: Clock, tmp_path: Path
 ) -> None:
     for task_id in "tu":
@@ -399,14 +399,13 @@ def test_a_body_may_run_long_after_its_header_has_ended(
     assert check_history.check(recorder.history(tmp_path), lag=61) == []
 
 
-def test_a_body_that_was_sent_twice_is_counted_and_one_that_was_redelivered_is_not(
+def test_a_body_that_was_sent_twice_is_counted(
     storer: Journal, reader: Journal, judge: Callable[..., Verdict], clock: Clock
 ) -> None:
     wait_for_body(reader, clock)
-    storer.ran("body", redelivered=False)
-    storer.ran("body", redelivered=True)
-    assert judge().doubled == 0
-    storer.ran("body", redelivered=False)
+    storer.fired("body")
+    assert (judge().chords, judge().doubled) == (1, 0)
+    storer.fired("body")
     verdict = judge()
     assert (verdict.violations, verdict.chords, verdict.doubled) == ([], 1, 1)
 
@@ -465,7 +464,7 @@ def test_the_history_for_the_independent_checker_agrees(
     reader.began_to_forget("t")
     reader.failed_to_read(clock(), 1, "TimeoutError()")
     reader.sends_chord("b", ["t"])
-    storer.ran("b", redelivered=False)
+    storer.fired("b")
     assert {event["f"] for event in recorder.history(tmp_path)} == {
-        "store", "read", "wait", "deliver", "crash", "delete", "forget", "chord", "run"
+        "store", "read", "wait", "deliver", "crash", "delete", "forget", "chord", "fire"
     }  # fmt: skip

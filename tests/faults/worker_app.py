@@ -5,6 +5,7 @@ Its tasks are acknowledged late, so a killed process's task is run again.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from pathlib import Path
@@ -52,11 +53,22 @@ def compute(self: Any) -> Any:
 @app.task(bind=True, name="faults.combine")
 def combine(self: Any, results: List[Any], header: List[str]) -> Any:
     result = begin(self)
-    self.request.journal.ran(self.request.id, bool(self.request.delivery_info["redelivered"]))
     if results != [value(task_id, 0) for task_id in header]:
         # No process expects a failure.
         raise ValueError(f"the results of the header {header} are {results}")
     return result
+
+
+@functools.lru_cache(maxsize=None)
+def journal_of_leader(pid: int) -> Journal:
+    """Return the journal of the process that leads chords."""
+    return Journal(Path(os.environ["FAULTS_FOLDER"]), "leader")
+
+
+@signals.after_task_publish.connect(weak=False)
+def _fired(sender: str, headers: Dict[str, Any], **_: Any) -> None:
+    if sender == "faults.combine":
+        journal_of_leader(os.getpid()).fired(headers["id"])
 
 
 @signals.task_success.connect(weak=False)
