@@ -59,7 +59,7 @@ def combine(self: Any, results: List[Any], header: List[str]) -> Any:
     return result
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def journal_of_leader(pid: int) -> Journal:
     """Return the journal of the process that leads chords."""
     return Journal(Path(os.environ["FAULTS_FOLDER"]), "leader")
