@@ -64,7 +64,8 @@ def _submit(function: Callable[..., object], *args: object) -> None:
 async def run_blocking(function: Callable[..., _T], *args: object) -> _T:
     """Call *function* on one of a few threads and return its result.
 
-    When the waiting coroutine is cancelled, the function runs to its end all the same.
+    When the waiting coroutine is cancelled, a function that has begun runs to its end all the same.
+    One that still waits for a thread is not called.
     """
     return await asyncio.get_running_loop().run_in_executor(threads(), function, *args)
 

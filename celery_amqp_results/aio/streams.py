@@ -31,6 +31,7 @@ from celery.states import READY_STATES
 
 from celery_amqp_results.aio import bridge, targets
 from celery_amqp_results.backend import AMQPBackend
+from celery_amqp_results.errors import WaitTimeout
 from celery_amqp_results.library_types import Leaf, Meta
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
@@ -39,6 +40,7 @@ from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.progress import Newest, Update
 from celery_amqp_results.waiting.results import tasks_in
 from celery_amqp_results.waiting.tap import tap_of
+from celery_amqp_results.waiting.waits import Patience
 
 __all__ = ("Completed", "Watch", "as_completed", "watch")
 
@@ -139,6 +141,8 @@ class _Stream(Generic[_T]):
         self._timeout = timeout
         self._wanted = wanted
         self._deadline: Optional[float] = None
+        #: When reading a body ends. A poll has no such time.
+        self._decode_by: Optional[float] = None
         self._feed: Optional[_Feed] = None
         self._bridge: Optional[bridge.Bridge] = None
         #: Removes the bindings. The loop calls it.
@@ -197,7 +201,7 @@ class _Stream(Generic[_T]):
 
     async def _decode(self, state: StateMessage) -> Any:
         """Decode a state; an error ends the iteration, except in a watch of everything."""
-        return await targets.decoded_state(self._backend, state)
+        return await targets.decoded_state(self._backend, state, self._decode_by)
 
     def _item(self, decoded: Any) -> _T:
         """Return the item for a decoded state."""
@@ -209,6 +213,7 @@ class _Stream(Generic[_T]):
         if self._loop is None:
             self._loop = loop
             self._deadline = deadline_after(self._timeout)
+            self._decode_by = Patience(self._timeout).deadline()
         elif self._loop is not loop:
             raise RuntimeError("this belongs to another event loop: begin it on the running one")
 
@@ -222,6 +227,8 @@ class _Stream(Generic[_T]):
             except Exception as exc:
                 if self._ids is not None or not isinstance(exc, watching.UNREADABLE):
                     await self.aclose()
+                    if self._ids is None and isinstance(exc, WaitTimeout):
+                        return None
                     raise
                 watching.leave_out(state, exc)
             if feed.arrived and feed.arrived[0] is state:

@@ -26,6 +26,7 @@ from typing import (
     Union,
 )
 
+from celery.exceptions import TimeoutError
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
@@ -113,15 +114,18 @@ def read_states(names: Union[str, Iterable[str], None]) -> Optional[FrozenSet[st
 def watch_ids(
     updates: Generator[Update, None, None],
     ended: Iterable[Meta],
-    decode: Callable[[StateMessage], Meta],
+    decode: Callable[[StateMessage, Optional[float]], Meta],
     wanted: Optional[Collection[str]],
+    begin: Callable[[], Optional[float]],
 ) -> Generator[Meta, None, None]:
     """Yield the metas of *ended* tasks and of *updates* in the guaranteed order.
 
     Parameters:
         updates: closed at the end.
         wanted: names of the states to yield, ``None`` for all.
+        begin: called when the iteration begins; returns the deadline for *decode*.
     """
+    deadline = begin()
     newest = Newest()
     process = Process()
     with contextlib.closing(updates):
@@ -131,7 +135,7 @@ def watch_ids(
         for update in updates:
             for state in newest.of_update(update):
                 if wanted is None or state.state in wanted:
-                    yield {"task_id": state.id, **decode(state)}
+                    yield {"task_id": state.id, **decode(state, deadline)}
                     if not process.is_current:
                         raise RuntimeError(FORKED)
             if update.final is not None:
@@ -139,7 +143,9 @@ def watch_ids(
 
 
 def watch_everything(
-    tap: Tap, decode: Callable[[StateMessage], Meta], timeout: Optional[float]
+    tap: Tap,
+    decode: Callable[[StateMessage, Optional[float]], Meta],
+    timeout: Optional[float],
 ) -> Generator[Meta, None, None]:
     """Yield the metas of the states from *tap*, for *timeout* seconds or for ever.
 
@@ -150,9 +156,11 @@ def watch_everything(
         while deadline is None or time.monotonic() < deadline:
             for state in tap.step(deadline, LONGEST_STEP):
                 try:
-                    decoded = decode(state)
+                    decoded = decode(state, deadline)
                 except UNREADABLE as exc:
                     leave_out(state, exc)
+                except TimeoutError:
+                    return
                 else:
                     yield {"task_id": state.id, **decoded}
 
