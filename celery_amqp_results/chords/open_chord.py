@@ -62,7 +62,8 @@ class OpenChord:
     def was_sent(self, bodies: Mapping[str, Iterable[StateMessage]]) -> bool:
         """Return whether the states of *bodies* prove that another leader has sent the body."""
         return not self.sending and any(
-            not self.plan.again or state.published >= self.plan.began
+            # A body with the id of the task that sends the chord has older states of that task.
+            state.published >= self.plan.began
             for proof in self.plan.proofs
             for state in bodies.get(proof, ())
         )

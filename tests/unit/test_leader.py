@@ -144,7 +144,8 @@ def test_a_redelivered_plan_whose_body_was_sent_is_acknowledged() -> None:
     assert leader.take() == []
     leader.tick(NOW, WALL)
     request = the(LookUp, leader)
-    leader.looked_up(request, {}, {"body": [end("body", state="STARTED")]}, NOW)
+    started = end("body", WALL + LATER, "STARTED")
+    leader.looked_up(request, {}, {"body": [started]}, NOW)
     assert leader.take() == [Acknowledge((7,))]
 
 
@@ -155,6 +156,17 @@ def test_a_redelivered_plan_whose_body_was_not_sent_is_fired() -> None:
     leader.tick(NOW, WALL)
     request = the(LookUp, leader)
     leader.looked_up(request, {}, {"body": []}, NOW)
+    assert kinds(leader.take()) == [Fire]
+
+
+def test_a_body_that_replaces_a_started_task_is_sent() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", proofs=("replaced",)), 7, True, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.tick(NOW, WALL)
+    request = the(LookUp, leader)
+    started = end("replaced", WALL + LATER - 1, "STARTED")
+    leader.looked_up(request, {}, {"replaced": [started]}, NOW)
     assert kinds(leader.take()) == [Fire]
 
 
