@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, Iterable, List, Mapping, Set
+from typing import Dict, Iterable, List, Mapping, Optional, Set
 
 from celery_amqp_results.chords import plan as plans
 from celery_amqp_results.chords.actions import Delivery, Fire
@@ -40,6 +40,8 @@ class OpenChord:
         self.heard_at = now
         #: When the latest end was published.
         self.latest = plan.began
+        #: Once the chord has expired, the tasks to look up before it is given up.
+        self.last_look: Optional[Set[str]] = None
 
     @property
     def watched(self) -> Set[str]:

@@ -8,6 +8,7 @@ from typing import Any, Iterable, Iterator, List, Optional, Type, TypeVar
 import pytest
 
 from celery_amqp_results.chords import leader as leading
+from celery_amqp_results.chords import pending
 from celery_amqp_results.chords.actions import (
     Acknowledge,
     Bind,
@@ -85,6 +86,13 @@ def the(kind: Type[_A], leader: Leader) -> _A:
     (action,) = leader.take()
     assert isinstance(action, kind)
     return action
+
+
+def find_nothing(leader: Leader, now: float, wall: int) -> None:
+    """Answer the look-up that is due: the store has nothing."""
+    *_, request = leader.take()
+    leader.looked_up(request, {}, {}, now)
+    leader.tick(now, wall)
 
 
 def kinds(actions: Iterable[Any]) -> List[type]:
@@ -488,10 +496,58 @@ def test_an_abandoned_chord_is_given_up_when_nothing_has_come_for_its_expiry() -
     leader.plan_delivered(plan("a", "b", began=WALL, expires=10_000), 7, False, NOW)
     leader.state_pushed(end("a", WALL + 5_000_000), NOW + 5, WALL + 5_000_000)
     leader.tick(NOW + 14, WALL + 14_000_000)
-    assert GiveUp not in kinds(leader.take())
+    find_nothing(leader, NOW + 14, WALL + 14_000_000)
+    assert leader.open == 1
     leader.tick(NOW + 16, WALL + 16_000_000)
+    find_nothing(leader, NOW + 16, WALL + 16_000_000)
     assert kinds(leader.take())[:2] == [GiveUp, Acknowledge]
     assert leader.open == 0
+
+
+def test_a_chord_that_expired_before_it_was_delivered_is_given_up_only_after_a_look_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pending, "MAX_LOOK_UP", 1)
+    leader = Leader(1000)
+    leader.plan_delivered(plan("a", "b", began=WALL, expires=1_000), 7, True, NOW)
+    leader.bound(NUMBER, NOW, WALL + LATER)
+    leader.tick(NOW, WALL + LATER)
+    now = NOW + 60
+    leader.tick(now, WALL + 2 * LATER)
+    (_, request) = leader.take()
+    leader.look_up_failed(request, now)
+    for _ in range(2):
+        assert leader.open == 1
+        now += 1
+        leader.tick(now, WALL + 2 * LATER)
+        request = the(LookUp, leader)
+        assert len(request.tasks) == 1
+        leader.looked_up(request, {}, {}, now)
+    leader.tick(now, WALL + 2 * LATER)
+    assert kinds(leader.take())[:2] == [GiveUp, Acknowledge]
+
+
+def test_an_end_that_the_last_look_up_finds_keeps_a_chord_open() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", "b", began=WALL, expires=10_000), 7, False, NOW)
+    leader.tick(NOW + 11, WALL + 11_000_000)
+    request = the(LookUp, leader)
+    leader.looked_up(request, {"a": end("a", WALL + 9_000_000)}, {}, NOW + 11)
+    leader.tick(NOW + 11, WALL + 11_000_000)
+    assert (leader.take(), leader.progress(GROUP)) == ([], (2, ["b"]))
+
+
+def test_a_complete_chord_that_could_not_be_sent_is_not_given_up() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", began=WALL, expires=10_000), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    assert kinds(leader.take()) == [Fire]
+    leader.not_sent("m", NOW + 60)
+    leader.tick(NOW + 60, WALL + LATER)
+    assert leader.open == 1
+    leader.take()
+    leader.tick(NOW + 61, WALL + 2 * LATER)
+    assert kinds(leader.take()) == [Fire]
 
 
 def test_a_chord_of_which_nothing_is_heard_is_looked_up_less_and_less_often() -> None:
@@ -547,6 +603,7 @@ def test_the_message_about_an_expired_chord_tells_how_many_tasks_have_not_ended(
     leader.plan_delivered(plan("a", "b", began=WALL, expires=10_000), 7, False, NOW)
     leader.state_pushed(end("a", WALL + 5_000_000), NOW + 5, WALL + 5_000_000)
     leader.tick(NOW + 16, WALL + 16_000_000)
+    find_nothing(leader, NOW + 16, WALL + 16_000_000)
     assert leader.take()[0] == GiveUp(GROUP, "1 of 2 tasks have not ended")
 
 
@@ -586,9 +643,10 @@ def test_a_chord_that_was_bound_late_is_given_up_at_the_moment_of_its_expiry() -
     leader.plan_delivered(plan("a", began=WALL, expires=500), 7, False, NOW)
     leader.bound(NUMBER, NOW, WALL)
     leader.tick(NOW, WALL)
-    leader.take()
+    find_nothing(leader, NOW, WALL)
     assert leader.next_event() == NOW + 0.5
     leader.tick(NOW + 0.5, WALL + 500_000)
+    find_nothing(leader, NOW + 0.5, WALL + 500_000)
     assert kinds(leader.take()) == [GiveUp, Acknowledge]
 
 
@@ -600,9 +658,13 @@ def test_nothing_is_left_of_a_chord_that_is_over() -> None:
     leader.state_pushed(end("a"), NOW, WALL)
     leader.tick(NOW, WALL)
     request = the(LookUp, leader)
+    leader.looked_up(request, {}, {"body": []}, NOW)
+    leader.tick(NOW + 11, WALL + 11_000_000)
+    request = the(LookUp, leader)
+    leader.looked_up(request, {}, {}, NOW + 11)
     leader.tick(NOW + 11, WALL + 11_000_000)
     assert kinds(leader.take()) == [GiveUp, Acknowledge]
-    # The answer, and states of its tasks, come when it was given up.
+    # Another answer, and states of its tasks, come when it was given up.
     leader.looked_up(request, {"b": end("b")}, {"body": []}, NOW + 11)
     for task_id in "ab":
         leader.state_pushed(end(task_id), NOW + 11, WALL + 11_000_000)
