@@ -66,6 +66,9 @@ class _Feed:
         self.failure: Optional[Exception] = None
         #: States dropped because too many were waiting.
         self.left_out = 0
+        #: Above this length, states are left out. Final states of given tasks stay, so the rest may
+        #: be longer than the limit. Doubling keeps the work per state constant.
+        self._limit = MAX_BUFFERED
         self._newest = Newest()
         self._waiting: Optional[asyncio.Future[None]] = None
 
@@ -78,23 +81,26 @@ class _Feed:
         if self.missing is not None and update.final is not None:
             self.missing.discard(update.task_id)
             self._newest.drop(update.task_id)
-        if len(self.arrived) > MAX_BUFFERED:
+        if len(self.arrived) <= MAX_BUFFERED:
+            self._limit = MAX_BUFFERED
+        elif len(self.arrived) > self._limit:
             self._leave_out()
         self._wake()
 
     def _leave_out(self) -> None:
-        before = len(self.arrived)
         keep = list(self.arrived)[-MAX_BUFFERED // 2 :]
         if self.missing is not None:
             older = list(self.arrived)[: -MAX_BUFFERED // 2]
             keep = [state for state in older if is_final(state.state)] + keep
+        left_out = len(self.arrived) - len(keep)
         self.arrived = collections.deque(keep)
-        if not self.left_out:
+        self._limit = max(MAX_BUFFERED, 2 * len(keep))
+        if left_out and not self.left_out:
             logger.warning(
                 "more than %d states wait for somebody who watches: the oldest are left out",
                 MAX_BUFFERED,
             )
-        self.left_out += before - len(keep)
+        self.left_out += left_out
 
     def fail(self, failure: Exception) -> None:
         self.failure = failure
