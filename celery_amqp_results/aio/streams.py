@@ -202,7 +202,7 @@ class _Stream(Generic[_T]):
         raise NotImplementedError
 
     async def _decode(self, state: StateMessage) -> Any:
-        """Decode a state; an error ends the iteration, except in a watch of everything."""
+        """Decode a state."""
         return await targets.decoded_state(self._backend, state)
 
     def _item(self, decoded: Any) -> _T:
@@ -226,8 +226,10 @@ class _Stream(Generic[_T]):
             try:
                 decoded = await self._decode(state)
             except Exception as exc:
-                if self._ids is not None or not isinstance(exc, watching.UNREADABLE):
-                    await self.aclose()
+                if self._ids is not None or not watching.concerns_one_state(exc):
+                    # The state stays first if the next call may be able to fetch it.
+                    if not watching.may_be_fetched_later(exc):
+                        await self.aclose()
                     raise
                 watching.leave_out(state, exc)
             if feed.arrived and feed.arrived[0] is state:
@@ -364,6 +366,9 @@ def watch(
             just ends.
         BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or when
             the backend was closed.
+        LookupTimeout, BackendUnavailable: when a large state of a given task cannot be fetched for
+            the moment. The next call tries again. A watch of everything leaves the state out and
+            logs a warning.
         kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot be
             decoded. A watch of everything leaves it out and logs a warning.
         RuntimeError: when two coroutines iterate over it at once, or another event loop does.
@@ -453,6 +458,7 @@ def as_completed(
     Iterating raises:
         WaitTimeout: when *timeout* is over.
         Exception: the exception of a task, if it failed and *propagate* is true.
-        BackendUnavailable: see :func:`get`.
+        BackendUnavailable: see :func:`get`. If a large result cannot be fetched for the moment, the
+            next call tries again.
     """
     return Completed(target, timeout, propagate, app)
