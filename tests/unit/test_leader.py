@@ -300,6 +300,20 @@ def test_messages_that_were_taken_back_are_acknowledged_by_their_new_deliveries(
     assert leader.take() == [Acknowledge((8,))]
 
 
+def test_a_delivery_that_was_taken_back_is_not_acknowledged() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.plan_delivered(plan("b", mark="other"), 8, False, NOW)
+    leader.state_pushed(end("b"), NOW, WALL)
+    leader.sent("m")
+    # The shell has not carried out any action.
+    leader.requeued()
+    assert kinds(leader.take()) == [Fire, Fire]
+    leader.plan_delivered(plan("a"), 9, True, NOW)
+    assert leader.take() == [Acknowledge((9,))]
+
+
 def amendment(*results: Any, after: Optional[str] = "a", **options: Any) -> Amendment:
     options = {"mark": "x", "began": WALL + LATER, **options}
     return Amendment(GROUP, after=after, results=list(results), **options)
