@@ -91,6 +91,7 @@ def the(kind: Type[_A], leader: Leader) -> _A:
 def find_nothing(leader: Leader, now: float, wall: int) -> None:
     """Answer the look-up that is due: the store has nothing."""
     *_, request = leader.take()
+    assert isinstance(request, LookUp)
     leader.looked_up(request, {}, {}, now)
     leader.tick(now, wall)
 
@@ -529,6 +530,7 @@ def test_a_chord_that_expired_before_it_was_delivered_is_given_up_only_after_a_l
     now = NOW + 60
     leader.tick(now, WALL + 2 * LATER)
     (_, request) = leader.take()
+    assert isinstance(request, LookUp)
     leader.look_up_failed(request, now)
     for _ in range(2):
         assert leader.open == 1
