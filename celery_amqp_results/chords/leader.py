@@ -246,6 +246,9 @@ class Leader:
         for chord in self._chords.values():
             chord.deliveries.clear()
         self._orphans.clear()
+        # The broker closes a channel that acknowledges a delivery it has requeued.
+        others = [action for action in self._actions if not isinstance(action, Acknowledge)]
+        self._actions = collections.deque(others)
 
     def connection_lost(self, sending: Collection[str]) -> None:
         """Forget everything that the broker redelivers, or that may have changed meanwhile.

@@ -91,6 +91,7 @@ def the(kind: Type[_A], leader: Leader) -> _A:
 def find_nothing(leader: Leader, now: float, wall: int) -> None:
     """Answer the look-up that is due: the store has nothing."""
     *_, request = leader.take()
+    assert isinstance(request, LookUp)
     leader.looked_up(request, {}, {}, now)
     leader.tick(now, wall)
 
@@ -298,6 +299,20 @@ def test_messages_that_were_taken_back_are_acknowledged_by_their_new_deliveries(
     leader.plan_delivered(plan("a"), 8, True, NOW)
     leader.sent("m")
     assert leader.take() == [Acknowledge((8,))]
+
+
+def test_a_delivery_that_was_taken_back_is_not_acknowledged() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.plan_delivered(plan("b", mark="other"), 8, False, NOW)
+    leader.state_pushed(end("b"), NOW, WALL)
+    leader.sent("m")
+    # The shell has not carried out any action.
+    leader.requeued()
+    assert kinds(leader.take()) == [Fire, Fire]
+    leader.plan_delivered(plan("a"), 9, True, NOW)
+    assert leader.take() == [Acknowledge((9,))]
 
 
 def amendment(*results: Any, after: Optional[str] = "a", **options: Any) -> Amendment:
@@ -515,6 +530,7 @@ def test_a_chord_that_expired_before_it_was_delivered_is_given_up_only_after_a_l
     now = NOW + 60
     leader.tick(now, WALL + 2 * LATER)
     (_, request) = leader.take()
+    assert isinstance(request, LookUp)
     leader.look_up_failed(request, now)
     for _ in range(2):
         assert leader.open == 1
