@@ -68,6 +68,9 @@ class _Feed:
         self.failure: Optional[Exception] = None
         #: States dropped because too many were waiting.
         self.left_out = 0
+        #: Above this length, states are left out. Final states of given tasks stay, so the rest may
+        #: be longer than the limit. Doubling keeps the work per state constant.
+        self._limit = MAX_BUFFERED
         self._newest = Newest()
         self._waiting: Optional[asyncio.Future[None]] = None
 
@@ -80,23 +83,26 @@ class _Feed:
         if self.missing is not None and update.final is not None:
             self.missing.discard(update.task_id)
             self._newest.drop(update.task_id)
-        if len(self.arrived) > MAX_BUFFERED:
+        if len(self.arrived) <= MAX_BUFFERED:
+            self._limit = MAX_BUFFERED
+        elif len(self.arrived) > self._limit:
             self._leave_out()
         self._wake()
 
     def _leave_out(self) -> None:
-        before = len(self.arrived)
         keep = list(self.arrived)[-MAX_BUFFERED // 2 :]
         if self.missing is not None:
             older = list(self.arrived)[: -MAX_BUFFERED // 2]
             keep = [state for state in older if is_final(state.state)] + keep
+        left_out = len(self.arrived) - len(keep)
         self.arrived = collections.deque(keep)
-        if not self.left_out:
+        self._limit = max(MAX_BUFFERED, 2 * len(keep))
+        if left_out and not self.left_out:
             logger.warning(
                 "more than %d states wait for somebody who watches: the oldest are left out",
                 MAX_BUFFERED,
             )
-        self.left_out += before - len(keep)
+        self.left_out += left_out
 
     def fail(self, failure: Exception) -> None:
         self.failure = failure
@@ -200,7 +206,7 @@ class _Stream(Generic[_T]):
         raise NotImplementedError
 
     async def _decode(self, state: StateMessage) -> Any:
-        """Decode a state; an error ends the iteration, except in a watch of everything."""
+        """Decode a state."""
         return await targets.decoded_state(self._backend, state, self._decode_by)
 
     def _item(self, decoded: Any) -> _T:
@@ -224,11 +230,16 @@ class _Stream(Generic[_T]):
             state, decoded = feed.arrived[0], None
             try:
                 decoded = await self._decode(state)
+            except WaitTimeout:
+                await self.aclose()
+                if self._ids is None:
+                    return None
+                raise
             except Exception as exc:
-                if self._ids is not None or not isinstance(exc, watching.UNREADABLE):
-                    await self.aclose()
-                    if self._ids is None and isinstance(exc, WaitTimeout):
-                        return None
+                if self._ids is not None or not watching.concerns_one_state(exc):
+                    # The state stays first if the next call may be able to fetch it.
+                    if not watching.may_be_fetched_later(exc):
+                        await self.aclose()
                     raise
                 watching.leave_out(state, exc)
             if feed.arrived and feed.arrived[0] is state:
@@ -365,6 +376,9 @@ def watch(
             just ends.
         BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or when
             the backend was closed.
+        LookupTimeout, BackendUnavailable: when a large state of a given task cannot be fetched for
+            the moment. The next call tries again. A watch of everything leaves the state out and
+            logs a warning.
         kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot be
             decoded. A watch of everything leaves it out and logs a warning.
         RuntimeError: when two coroutines iterate over it at once, or another event loop does.
@@ -454,6 +468,7 @@ def as_completed(
     Iterating raises:
         WaitTimeout: when *timeout* is over.
         Exception: the exception of a task, if it failed and *propagate* is true.
-        BackendUnavailable: see :func:`get`.
+        BackendUnavailable: see :func:`get`. If a large result cannot be fetched for the moment, the
+            next call tries again.
     """
     return Completed(target, timeout, propagate, app)

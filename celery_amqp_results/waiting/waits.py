@@ -373,7 +373,8 @@ class Waits:
                 when the backend was closed.
             LookupTimeout: when *timeout* is 0 and the store could not be read in time.
             kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot
-                be decoded. A watch of everything leaves it out and logs a warning.
+                be decoded. A watch of everything leaves it out and logs a warning, also if it is
+                large and cannot be fetched for the moment.
             TypeError, ValueError: when *target* or *states* are invalid, at once.
             ValueError: when *timeout* is nan, at the beginning of the iteration.
             RuntimeError: when the watch was begun before a fork and goes on in the child.

@@ -30,6 +30,7 @@ from celery.exceptions import TimeoutError
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.failures import was_refused
 from celery_amqp_results.library_types import Meta
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
@@ -43,7 +44,9 @@ from celery_amqp_results.waiting.tap import FORKED, Tap
 __all__ = (
     "UNREADABLE",
     "Target",
+    "concerns_one_state",
     "leave_out",
+    "may_be_fetched_later",
     "read_states",
     "read_target",
     "watch_everything",
@@ -149,7 +152,8 @@ def watch_everything(
 ) -> Generator[Meta, None, None]:
     """Yield the metas of the states from *tap*, for *timeout* seconds or for ever.
 
-    A state that cannot be decoded is left out with a warning, since the others are not affected.
+    A state that cannot be decoded, or whose body cannot be fetched for the moment, is left out with
+    a warning, since the others are not affected.
     """
     deadline = deadline_after(timeout)
     with tap:
@@ -157,12 +161,24 @@ def watch_everything(
             for state in tap.step(deadline, LONGEST_STEP):
                 try:
                     decoded = decode(state, deadline)
-                except UNREADABLE as exc:
-                    leave_out(state, exc)
                 except TimeoutError:
                     return
+                except Exception as exc:
+                    if not concerns_one_state(exc):
+                        raise
+                    leave_out(state, exc)
                 else:
                     yield {"task_id": state.id, **decoded}
+
+
+def concerns_one_state(exc: Exception) -> bool:
+    """Return whether other states may be decoded after *exc*, an error of decoding one."""
+    return isinstance(exc, UNREADABLE) or may_be_fetched_later(exc)
+
+
+def may_be_fetched_later(exc: Exception) -> bool:
+    """Return whether *exc* says that the body of a large state cannot be fetched for the moment."""
+    return isinstance(exc, errors.BackendUnavailable) and not was_refused(exc)
 
 
 def leave_out(state: StateMessage, exc: Exception) -> None:
