@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from typing import Any, List
+import time
+from typing import Any, List, Optional
 
 import amqp
 import pytest
@@ -13,6 +14,7 @@ from celery import Celery, states
 from celery_amqp_results import aio, errors
 from celery_amqp_results.aio import streams
 from celery_amqp_results.protocol.message import StateMessage
+from celery_amqp_results.toolkit.retry import time_left
 from celery_amqp_results.waiting.progress import Update
 from celery_amqp_results.waiting.watch import watch_everything
 
@@ -44,7 +46,7 @@ def failures(app: Celery, monkeypatch: pytest.MonkeyPatch) -> List[Exception]:
     """The errors of the next fetches; after them a body is there."""
     found: List[Exception] = []
 
-    def fetch(state: StateMessage) -> StateMessage:
+    def fetch(state: StateMessage, deadline: Optional[float] = None) -> StateMessage:
         if found:
             raise found.pop(0)
         body = b'{"status": "SUCCESS", "result": 1}'
@@ -111,6 +113,24 @@ def test_a_coroutine_that_watches_everything_goes_on_as_well(
 
     asyncio.run(scenario())
     assert f"left out the SUCCESS of large: {failure}" in caplog.text
+
+
+def test_a_watch_of_everything_just_ends_if_its_timeout_ends_during_a_fetch(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(state: StateMessage, deadline: Optional[float]) -> StateMessage:
+        time.sleep(time_left(deadline, 60))
+        raise errors.LookupTimeout("the broker does not answer")
+
+    monkeypatch.setattr(app.backend.layout, "fetch", fetch)
+    tap: Any = FakeTap()
+    assert list(watch_everything(tap, app.backend.reader.decode, 0.1)) == []
+
+    async def scenario() -> None:
+        watch = arrived(aio.watch(app=app, timeout=0.1), LARGE, SMALL)
+        assert [meta async for meta in watch] == []
+
+    asyncio.run(scenario())
 
 
 def test_a_refusal_ends_a_watch_of_everything(app: Celery, failures: List[Exception]) -> None:
