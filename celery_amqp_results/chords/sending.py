@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 import time
 import uuid
@@ -55,6 +56,7 @@ CHECK_SECONDS = 30.0
 LOOK_AHEAD = 2
 
 _clock = PublishClock()
+os.register_at_fork(after_in_child=_clock.after_fork_in_child)
 
 
 @dataclasses.dataclass

@@ -142,7 +142,7 @@ def forget(session: Session, ids: Tuple[str, ...], group: Optional[str]) -> None
             )
         unique = list(dict.fromkeys([*unique, *members]))
     if unique:
-        session.backend.layout.forget(unique)
+        session.backend.forget_all(unique)
     if group is not None:
         session.backend.delete_group(group)
     if session.output.json:

@@ -188,6 +188,16 @@ def test_forget_deletes_results_and_groups(app: Celery) -> None:
     assert "GroupResult.save" in result.stderr
 
 
+@pytest.mark.usefixtures("new_pools")
+def test_forget_gives_tasks_the_fate_forgotten(make_app: Apps) -> None:
+    app = make_app(result_backend_transport_options={"shards": 1, "track_sent": True})
+    ids = [app.send_task("task").id for _ in range(2)]
+    for task_id in ids:
+        app.backend.store_result(task_id, 1, states.SUCCESS)
+    assert run(app, "forget", *ids).exit_code == Exit.OK
+    eventually(lambda: {app.backend.fate(each).status for each in ids} == {"forgotten"})
+
+
 # -- watch ---------------------------------------------------------------------------------------
 
 
