@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union
 
 import celery
@@ -275,9 +275,15 @@ class AMQPBackend(Backend):
         super().forget(id_text(task_id))
 
     def _forget(self, task_id: str) -> None:
-        self.reader.forget(task_id)
-        self.layout.forget((task_id,))
-        self.recorder.mark_forgotten(task_id)
+        self.forget_all((task_id,))
+
+    def forget_all(self, ids: Collection[str]) -> None:
+        """Delete everything kept of several tasks, as :meth:`forget` does, with fewer look-ups."""
+        for task_id in ids:
+            self._cache.pop(task_id, None)
+            self.reader.forget(task_id)
+        self.layout.forget(ids)
+        self.recorder.mark_forgotten(ids)
 
     # -- waiting -----------------------------------------------------------------------------
 

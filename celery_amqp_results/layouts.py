@@ -155,7 +155,9 @@ class KeepsBodies(abc.ABC):
     """A layout that keeps the bodies of large states elsewhere."""
 
     @abc.abstractmethod
-    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+    def fetch(
+        self, pointer: StateMessage, deadline: Optional[float] = None
+    ) -> Optional[StateMessage]:
         """Return the state that a pointer stands for, or ``None`` if the body is gone."""
 
     @abc.abstractmethod

@@ -10,12 +10,13 @@ import logging
 from typing import Any, Callable, Collection, ContextManager, Iterable, Optional
 
 from celery import states
-from celery.exceptions import SecurityError
+from celery.exceptions import SecurityError, TimeoutError
 from celery.result import result_from_tuple
 from kombu.exceptions import ContentDisallowed
 from kombu.utils.functional import LRUCache
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.failures import was_refused
 from celery_amqp_results.config import BackendConfig
 from celery_amqp_results.layouts import KeepsBodies, KeepsMarks, Layout, LimitsBacklog
 from celery_amqp_results.library_types import App, Meta
@@ -23,6 +24,7 @@ from celery_amqp_results.protocol.ids import plain_ids
 from celery_amqp_results.protocol.message import STATE, StateMessage
 from celery_amqp_results.protocol.ranking import is_final
 from celery_amqp_results.store.marks import Fate
+from celery_amqp_results.toolkit.retry import is_over
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting.groups import Pass
 
@@ -62,21 +64,37 @@ class Reader:
 
     # -- decoding ----------------------------------------------------------------------------------
 
-    def content(self, state: StateMessage, besides: Collection[str] = ()) -> Meta:
+    def content(
+        self,
+        state: StateMessage,
+        deadline: Optional[float] = None,
+        besides: Collection[str] = (),
+    ) -> Meta:
         """Return the decoded body of *state*, which may have to be fetched.
 
         Parameters:
+            deadline: time (``time.monotonic``) at which the caller's timeout is over.
             besides: queues with bodies that cannot be decoded.
 
         Raises:
             ResultExpired: when the body is gone.
             LookupTimeout, BackendUnavailable: when it could not be read.
+            celery.exceptions.TimeoutError: when it could not be read before *deadline*.
             kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
         """
         if state.body_queue is None:
             return self._config.codec.decode(state)
         layout = self._layout()
-        complete = layout.fetch(state) if isinstance(layout, KeepsBodies) else None
+        complete = None
+        if isinstance(layout, KeepsBodies):
+            try:
+                complete = layout.fetch(state, deadline)
+            except errors.BackendUnavailable as exc:
+                if was_refused(exc) or not is_over(deadline):
+                    raise
+                raise TimeoutError(
+                    f"The operation timed out: the large result of {state.id!r} is not read yet."
+                ) from exc
         if complete is None:
             raise errors.ResultExpired(
                 f"the {state.state} of {state.id!r} is gone from the queue {state.body_queue!r}: "
@@ -97,15 +115,14 @@ class Reader:
             other = layout.stored_besides(state.id, besides)
             if other is None or not is_final(other.state):
                 raise
-            return self.content(other, besides)
+            return self.content(other, deadline, besides)
 
-    def decode(self, state: StateMessage) -> Meta:
+    def decode(self, state: StateMessage, deadline: Optional[float] = None) -> Meta:
         """Return the meta that *state* holds.
 
-        Raises:
-            Exception: as :meth:`content`.
+        Parameters and errors are those of :meth:`content`.
         """
-        content = self.content(state)
+        content = self.content(state, deadline)
         try:
             meta = self.convert(content)
         except SecurityError:
@@ -119,9 +136,11 @@ class Reader:
             self._failed[state.id] = None
         return meta
 
-    def decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
+    def decode_if_kept(
+        self, state: StateMessage, deadline: Optional[float] = None
+    ) -> Optional[Meta]:
         """Return the meta of *state*, or ``None`` if its body is gone."""
-        return _unless_expired(self.decode, state)
+        return _unless_expired(self.decode, state, deadline)
 
     # -- look-ups ----------------------------------------------------------------------------------
 
@@ -213,9 +232,13 @@ class Reader:
         self._failed.pop(task_id, None)
 
 
-def _unless_expired(read: Callable[[StateMessage], Meta], state: StateMessage) -> Optional[Meta]:
+def _unless_expired(
+    read: Callable[[StateMessage, Optional[float]], Meta],
+    state: StateMessage,
+    deadline: Optional[float] = None,
+) -> Optional[Meta]:
     try:
-        return read(state)
+        return read(state, deadline)
     except errors.ResultExpired as exc:
         logger.warning("taken for expired: %s", exc)
         return None

@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import logging
 import os
-from typing import Any, Callable, Iterator, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Tuple
 
 import kombu
 from celery.app.task import Context
@@ -192,14 +192,15 @@ class Recorder:
             if self._config.broker.is_that_of(connection):
                 self._marks().mark_sent(connection, self._mark(task_id, tracking.SENT))
 
-    def mark_forgotten(self, task_id: str) -> None:
-        """With ``track_sent``, publish that a task was forgotten.
+    def mark_forgotten(self, ids: Iterable[str]) -> None:
+        """With ``track_sent``, publish that tasks were forgotten.
 
         Raises:
             BackendUnavailable, DeclarationRefused: see :meth:`Layout.mark`.
         """
         if self._config.options.track_sent:
-            self._marks().mark([self._mark(task_id, tracking.FORGOTTEN)], True)
+            marks = [self._mark(task_id, tracking.FORGOTTEN) for task_id in ids]
+            self._marks().mark(marks, True)
 
     def _marks(self) -> KeepsMarks:
         layout = self._layout()

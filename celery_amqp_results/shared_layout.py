@@ -146,9 +146,11 @@ class SharedLayout:
         found = self.store.read((task_id,))[task_id]
         return fold(state for state in found if state.body_queue not in queues)
 
-    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+    def fetch(
+        self, pointer: StateMessage, deadline: Optional[float] = None
+    ) -> Optional[StateMessage]:
         """Return the state that a pointer stands for, or ``None`` if the body is gone."""
-        return self._large.fetch(pointer)
+        return self._large.fetch(pointer, deadline)
 
     def publish(
         self,

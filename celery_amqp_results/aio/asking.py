@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Dict, List, Optional
+from typing import Dict, Optional
 
 from celery import Celery
 from celery import states as celery_states
@@ -13,7 +13,6 @@ from celery_amqp_results import errors
 from celery_amqp_results.aio import bridge
 from celery_amqp_results.aio.driver import run_blocking
 from celery_amqp_results.aio.targets import backend_of, checked, decoded_state, id_of
-from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.library_types import Meta
 from celery_amqp_results.waiting import results as trees
 
@@ -88,10 +87,4 @@ async def forget(target: object, *, app: Optional[Celery] = None) -> None:
                 each._cache = None
             ids[id_of(each)] = None
     if backend is not None:
-        await run_blocking(_forget, backend, list(ids))
-
-
-def _forget(backend: AMQPBackend, ids: List[str]) -> None:
-    for task_id in ids:
-        backend._cache.pop(task_id, None)
-    backend.layout.forget(ids)
+        await run_blocking(backend.forget_all, list(ids))

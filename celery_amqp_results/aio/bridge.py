@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import itertools
 import os
 import threading
 import weakref
@@ -27,9 +28,10 @@ from typing import (
     Protocol,
     Sequence,
     Tuple,
+    Union,
 )
 
-from celery_amqp_results.aio.driver import Driver, TapDriver, threads
+from celery_amqp_results.aio.driver import NOT_OF_ONE_TASK, Driver, TapDriver, threads
 from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.layouts import Layout
 from celery_amqp_results.protocol.message import StateMessage
@@ -40,6 +42,7 @@ from celery_amqp_results.waiting.tap import tap_of
 __all__ = ("Bridge", "Subscriber", "bridge_of")
 
 _States = Dict[str, Optional[StateMessage]]
+_Answer = Union[_States, BaseException]
 
 
 class Subscriber(Protocol):
@@ -204,7 +207,7 @@ class Bridge:
         """Return the current state of each of *ids*, or ``None`` where nothing is known.
 
         All ids requested in one turn of the loop are looked up together. Raises what
-        ``Layout.poll`` does.
+        ``Layout.poll`` does for these ids.
         """
         if not ids:
             return {}
@@ -217,30 +220,48 @@ class Bridge:
 
     def _ask(self) -> None:
         asked, self._asked = self._asked, []
-        wanted = dict.fromkeys(task_id for ids, _ in asked for task_id in ids)
         loop = asyncio.get_running_loop()
 
-        def answer(done: asyncio.Future[_States]) -> None:
-            failure = None if done.cancelled() else done.exception()
-            for ids, future in asked:
+        def answer(done: asyncio.Future[List[_Answer]]) -> None:
+            if done.cancelled():
+                for _, future in asked:
+                    future.cancel()
+                return
+            failure = done.exception()
+            answers = done.result() if failure is None else [failure] * len(asked)
+            for (_, future), found in zip(asked, answers):
                 if future.done():
                     continue
-                if done.cancelled():
-                    future.cancel()
-                elif failure is not None:
-                    future.set_exception(_copied(failure))
+                if isinstance(found, BaseException):
+                    future.set_exception(_copied(found))
                     # The coroutine may be cancelled before it gets the error.
                     future.exception()
                 else:
-                    future.set_result({task_id: done.result()[task_id] for task_id in ids})
+                    future.set_result(found)
 
         try:
-            task = loop.run_in_executor(threads(), self.layout.poll, list(wanted))
+            requests = [ids for ids, _ in asked]
+            task = loop.run_in_executor(threads(), _poll_together, self.layout, requests)
         except Exception as exc:
             # The interpreter is about to end, or no thread can be started now.
             task = loop.create_future()
             task.set_exception(exc)
         task.add_done_callback(answer)
+
+
+def _poll_together(layout: Layout, requests: Sequence[Sequence[str]]) -> List[_Answer]:
+    """Look up the ids of all *requests* together; return the states, or the error, of each.
+
+    In the layout ``per-task`` one unreadable task fails the whole look-up. Then each request is
+    looked up alone, so that the others get their states.
+    """
+    try:
+        found = layout.poll(list(dict.fromkeys(itertools.chain.from_iterable(requests))))
+    except Exception as exc:
+        if len(requests) == 1 or isinstance(exc, NOT_OF_ONE_TASK):
+            return [exc] * len(requests)
+        return [answer for ids in requests for answer in _poll_together(layout, [ids])]
+    return [{task_id: found[task_id] for task_id in ids} for ids in requests]
 
 
 def _copied(exc: BaseException) -> Any:

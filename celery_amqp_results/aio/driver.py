@@ -18,7 +18,7 @@ from celery_amqp_results.waiting.following import Following
 from celery_amqp_results.waiting.progress import Update
 from celery_amqp_results.waiting.tap import Tap
 
-__all__ = ("Driver", "TapDriver", "run_blocking", "threads")
+__all__ = ("NOT_OF_ONE_TASK", "Driver", "TapDriver", "run_blocking", "threads")
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,9 @@ _T = TypeVar("_T")
 
 #: The driver's thread ends after this many seconds without a task to follow.
 LINGER = 5.0
+
+#: Errors of a look-up that every task would meet.
+NOT_OF_ONE_TASK = (errors.BackendUnavailable, errors.DeclarationRefused)
 
 #: The most threads for blocking calls in the process.
 MAX_THREADS = 8
@@ -64,7 +67,8 @@ def _submit(function: Callable[..., object], *args: object) -> None:
 async def run_blocking(function: Callable[..., _T], *args: object) -> _T:
     """Call *function* on one of a few threads and return its result.
 
-    When the waiting coroutine is cancelled, the function runs to its end all the same.
+    When the waiting coroutine is cancelled, a function that has begun runs to its end all the same.
+    One that still waits for a thread is not called.
     """
     return await asyncio.get_running_loop().run_in_executor(threads(), function, *args)
 
@@ -159,7 +163,7 @@ class Driver:
                 return
             try:
                 updates = follower.step(None, LINGER)
-            except (errors.BackendUnavailable, errors.DeclarationRefused) as exc:
+            except NOT_OF_ONE_TASK as exc:
                 self._lose(follower, exc)
                 continue
             except Exception as exc:

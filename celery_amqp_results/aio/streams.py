@@ -31,6 +31,7 @@ from celery.states import READY_STATES
 
 from celery_amqp_results.aio import bridge, targets
 from celery_amqp_results.backend import AMQPBackend
+from celery_amqp_results.errors import WaitTimeout
 from celery_amqp_results.library_types import Leaf, Meta
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
@@ -39,6 +40,7 @@ from celery_amqp_results.waiting import watch as watching
 from celery_amqp_results.waiting.progress import Newest, Update
 from celery_amqp_results.waiting.results import tasks_in
 from celery_amqp_results.waiting.tap import tap_of
+from celery_amqp_results.waiting.waits import Patience
 
 __all__ = ("Completed", "Watch", "as_completed", "watch")
 
@@ -66,6 +68,9 @@ class _Feed:
         self.failure: Optional[Exception] = None
         #: States dropped because too many were waiting.
         self.left_out = 0
+        #: Above this length, states are left out. Final states of given tasks stay, so the rest may
+        #: be longer than the limit. Doubling keeps the work per state constant.
+        self._limit = MAX_BUFFERED
         self._newest = Newest()
         self._waiting: Optional[asyncio.Future[None]] = None
 
@@ -78,23 +83,26 @@ class _Feed:
         if self.missing is not None and update.final is not None:
             self.missing.discard(update.task_id)
             self._newest.drop(update.task_id)
-        if len(self.arrived) > MAX_BUFFERED:
+        if len(self.arrived) <= MAX_BUFFERED:
+            self._limit = MAX_BUFFERED
+        elif len(self.arrived) > self._limit:
             self._leave_out()
         self._wake()
 
     def _leave_out(self) -> None:
-        before = len(self.arrived)
         keep = list(self.arrived)[-MAX_BUFFERED // 2 :]
         if self.missing is not None:
             older = list(self.arrived)[: -MAX_BUFFERED // 2]
             keep = [state for state in older if is_final(state.state)] + keep
+        left_out = len(self.arrived) - len(keep)
         self.arrived = collections.deque(keep)
-        if not self.left_out:
+        self._limit = max(MAX_BUFFERED, 2 * len(keep))
+        if left_out and not self.left_out:
             logger.warning(
                 "more than %d states wait for somebody who watches: the oldest are left out",
                 MAX_BUFFERED,
             )
-        self.left_out += before - len(keep)
+        self.left_out += left_out
 
     def fail(self, failure: Exception) -> None:
         self.failure = failure
@@ -139,6 +147,8 @@ class _Stream(Generic[_T]):
         self._timeout = timeout
         self._wanted = wanted
         self._deadline: Optional[float] = None
+        #: When reading a body ends. A poll has no such time.
+        self._decode_by: Optional[float] = None
         self._feed: Optional[_Feed] = None
         self._bridge: Optional[bridge.Bridge] = None
         #: Removes the bindings. The loop calls it.
@@ -196,8 +206,8 @@ class _Stream(Generic[_T]):
         raise NotImplementedError
 
     async def _decode(self, state: StateMessage) -> Any:
-        """Decode a state; an error ends the iteration, except in a watch of everything."""
-        return await targets.decoded_state(self._backend, state)
+        """Decode a state."""
+        return await targets.decoded_state(self._backend, state, self._decode_by)
 
     def _item(self, decoded: Any) -> _T:
         """Return the item for a decoded state."""
@@ -209,6 +219,7 @@ class _Stream(Generic[_T]):
         if self._loop is None:
             self._loop = loop
             self._deadline = deadline_after(self._timeout)
+            self._decode_by = Patience(self._timeout).deadline()
         elif self._loop is not loop:
             raise RuntimeError("this belongs to another event loop: begin it on the running one")
 
@@ -219,9 +230,16 @@ class _Stream(Generic[_T]):
             state, decoded = feed.arrived[0], None
             try:
                 decoded = await self._decode(state)
+            except WaitTimeout:
+                await self.aclose()
+                if self._ids is None:
+                    return None
+                raise
             except Exception as exc:
-                if self._ids is not None or not isinstance(exc, watching.UNREADABLE):
-                    await self.aclose()
+                if self._ids is not None or not watching.concerns_one_state(exc):
+                    # The state stays first if the next call may be able to fetch it.
+                    if not watching.may_be_fetched_later(exc):
+                        await self.aclose()
                     raise
                 watching.leave_out(state, exc)
             if feed.arrived and feed.arrived[0] is state:
@@ -358,6 +376,9 @@ def watch(
             just ends.
         BackendUnavailable: when the broker cannot be reached at the beginning, refuses us, or when
             the backend was closed.
+        LookupTimeout, BackendUnavailable: when a large state of a given task cannot be fetched for
+            the moment. The next call tries again. A watch of everything leaves the state out and
+            logs a warning.
         kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot be
             decoded. A watch of everything leaves it out and logs a warning.
         RuntimeError: when two coroutines iterate over it at once, or another event loop does.
@@ -447,6 +468,7 @@ def as_completed(
     Iterating raises:
         WaitTimeout: when *timeout* is over.
         Exception: the exception of a task, if it failed and *propagate* is true.
-        BackendUnavailable: see :func:`get`.
+        BackendUnavailable: see :func:`get`. If a large result cannot be fetched for the moment, the
+            next call tries again.
     """
     return Completed(target, timeout, propagate, app)

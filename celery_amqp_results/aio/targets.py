@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import time
 import uuid
 from typing import Any, Iterable, Optional, Protocol, Tuple, TypeVar
 
 import celery
 from celery import states as celery_states
+from celery.exceptions import TimeoutError
 from celery.result import AsyncResult, EagerResult, ResultSet
 
 from celery_amqp_results.aio.driver import run_blocking
@@ -97,12 +100,18 @@ def known_value(leaf: Any) -> Tuple[str, Any]:
     return leaf._cache["status"], leaf._cache["result"]
 
 
-async def decoded_state(backend: AMQPBackend, state: StateMessage) -> StateMessage:
+async def decoded_state(
+    backend: AMQPBackend, state: StateMessage, deadline: Optional[float] = None
+) -> StateMessage:
     """Return *state*, decoded on another thread if decoding may take long.
 
     The body of a large result is fetched from the broker there as well.
 
+    Parameters:
+        deadline: time (``time.monotonic``) at which the caller's timeout is over.
+
     Raises:
+        WaitTimeout: when that takes until *deadline*.
         ResultExpired: when the body is gone.
         LookupTimeout, BackendUnavailable: when it could not be read.
         kombu.exceptions.ContentDisallowed, ForeignMessage: when it cannot be decoded.
@@ -110,7 +119,13 @@ async def decoded_state(backend: AMQPBackend, state: StateMessage) -> StateMessa
     if state.decoded is not None:
         return state
     if state.body_queue is not None or state.compression or len(state.body) > LARGE_BODY:
-        content = await run_blocking(backend.reader.content, state)
+        reading = run_blocking(backend.reader.content, state, deadline)
+        seconds = None if deadline is None else deadline - time.monotonic()
+        try:
+            # All threads may be busy with reads that have no deadline.
+            content = await asyncio.wait_for(reading, seconds)
+        except (TimeoutError, asyncio.TimeoutError) as exc:
+            raise WaitTimeout(f"the result of {state.id} is not read yet") from exc
         state = dataclasses.replace(state, decoded=content, body_queue=None)
     return state
 

@@ -19,9 +19,9 @@ from celery_amqp_results.backend import AMQPBackend
 from celery_amqp_results.library_types import Leaf
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import is_final
-from celery_amqp_results.toolkit.retry import deadline_after
 from celery_amqp_results.waiting import results as trees
 from celery_amqp_results.waiting.progress import Update
+from celery_amqp_results.waiting.waits import Patience
 
 __all__ = ("gather", "get")
 
@@ -263,12 +263,13 @@ async def _wait_for(
 
     The failure of one of *parents* means that the others will never run.
     """
-    deadline = deadline_after(timeout)
+    patience = Patience(timeout)
+    deadline = patience.deadline()
     failing: Dict[str, List[Leaf]] = dict(waited) if propagate else {}
     for task_id, parent in parents.items():
         failing.setdefault(task_id, [parent])
     found, failed = await _ends(backend, list(waited), timeout, failing)
-    if failed is not None and failed not in parents:
+    if failed is not None and failed not in parents and not patience.polls_once:
         # Celery raises the error of the header, not that of the body: the former came first.
         found.update(await _failures(backend, parents, deadline))
     known: Dict[str, Tuple[str, Any]] = {}
@@ -277,7 +278,7 @@ async def _wait_for(
         if time.monotonic() >= pause_at:
             await asyncio.sleep(0)
             pause_at = time.monotonic() + SLICE
-        decoded = await targets.decoded_state(backend, state)
+        decoded = await targets.decoded_state(backend, state, deadline)
         for leaf in waited.get(task_id) or failing[task_id]:
             known[task_id] = targets.resolve(backend, leaf, decoded)
     if failed is not None:

@@ -156,8 +156,9 @@ class Celery4API:
         return meta
 
     def _end_of(self, task_id: str, patience: Patience) -> Meta:
+        deadline = patience.deadline()
         ((_, state),) = self._backend.waits.follow((task_id,), patience)
-        return self._backend.reader.decode(state)
+        return self._backend.reader.decode(state, deadline)
 
     def wait_for(
         self,
@@ -237,9 +238,10 @@ class Celery4API:
         if max_iterations is not None:
             timeout = (max_iterations - 1) * (interval or DEFAULT_INTERVAL)
         patience = Patience(timeout, interval, on_interval)
+        deadline = patience.deadline()
         try:
             for task_id, state in self._backend.waits.follow(missing, patience, on_message):
-                meta = self._backend.reader.decode(state)
+                meta = self._backend.reader.decode(state, deadline)
                 if meta["status"] == states.SUCCESS:
                     cache[task_id] = meta
                 yield task_id, meta

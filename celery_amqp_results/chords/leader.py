@@ -201,6 +201,11 @@ class Leader:
                 state = found[task_id]
                 if not chord.plan.again or state.published >= chord.plan.began:
                     self._end(chord, state, now)
+        for mark in self._waiting.of(request.tasks):
+            chord = self._chords[mark]
+            if chord.last_look is not None:
+                chord.last_look -= request.tasks
+                self._push_timer(chord, now)
         for mark in self._proving.of(request.bodies):
             chord = self._chords[mark]
             chord.unproven -= request.bodies
@@ -241,6 +246,9 @@ class Leader:
         for chord in self._chords.values():
             chord.deliveries.clear()
         self._orphans.clear()
+        # The broker closes a channel that acknowledges a delivery it has requeued.
+        others = [action for action in self._actions if not isinstance(action, Acknowledge)]
+        self._actions = collections.deque(others)
 
     def connection_lost(self, sending: Collection[str]) -> None:
         """Forget everything that the broker redelivers, or that may have changed meanwhile.
@@ -394,7 +402,7 @@ class Leader:
     def _look_after(self, chord: OpenChord, now: float, wall: int) -> None:
         if chord.sending:
             return
-        if chord.seconds_left(wall) <= 0:
+        if self._is_abandoned(chord, wall):
             missing = f"{len(chord.missing)} of {len(chord.watched)} tasks have not ended"
             self._actions.append(GiveUp(chord.plan.group_id, missing))
             self._close(chord)
@@ -410,9 +418,20 @@ class Leader:
                 self._ask(chord)
         self._set_chord_timer(chord, now, wall)
 
+    def _is_abandoned(self, chord: OpenChord, wall: int) -> bool:
+        """Return whether a chord has expired and the store, too, has no later end for it."""
+        if chord.complete or chord.seconds_left(wall) > 0:
+            chord.last_look = None
+            return False
+        if chord.last_look is None:
+            chord.last_look = set(chord.missing)
+            self._ask(chord)
+        return not (chord.unproven or chord.last_look & chord.missing)
+
     def _set_chord_timer(self, chord: OpenChord, now: float, wall: int) -> None:
-        at = min(chord.recheck_at, now + chord.seconds_left(wall))
-        self._push_timer(chord, at)
+        left = chord.seconds_left(wall)
+        # An expired chord waits for the answer of the last look-up, or to be sent.
+        self._push_timer(chord, min(chord.recheck_at, now + left if left > 0 else math.inf))
 
     def _push_timer(self, chord: OpenChord, at: float) -> None:
         if at < chord.timer_at:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, Iterable, List, Mapping, Set
+from typing import Dict, Iterable, List, Mapping, Optional, Set
 
 from celery_amqp_results.chords import plan as plans
 from celery_amqp_results.chords.actions import Delivery, Fire
@@ -40,6 +40,8 @@ class OpenChord:
         self.heard_at = now
         #: When the latest end was published.
         self.latest = plan.began
+        #: Once the chord has expired, the tasks to look up before it is given up.
+        self.last_look: Optional[Set[str]] = None
 
     @property
     def watched(self) -> Set[str]:
@@ -62,7 +64,8 @@ class OpenChord:
     def was_sent(self, bodies: Mapping[str, Iterable[StateMessage]]) -> bool:
         """Return whether the states of *bodies* prove that another leader has sent the body."""
         return not self.sending and any(
-            not self.plan.again or state.published >= self.plan.began
+            # A body with the id of the task that sends the chord has older states of that task.
+            state.published >= self.plan.began
             for proof in self.plan.proofs
             for state in bodies.get(proof, ())
         )

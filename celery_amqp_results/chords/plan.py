@@ -40,7 +40,8 @@ class Plan:
     expires: Optional[int] = None
     #: Whether the sender has sent a chord with this id before, whose results may be in the store.
     again: bool = False
-    #: Tasks of the body: a state of one of them proves that the body was sent.
+    #: Tasks of the body: a state of one of them, published since ``began``, proves that the body
+    #: was sent.
     proofs: Tuple[str, ...] = ()
     #: Id of the first task of the workflow, ``None`` if that is a task of the header.
     root_id: Optional[str] = None
@@ -206,7 +207,11 @@ def fill(results: Iterable[Nested], values: Mapping[str, object]) -> List[object
 
 
 def proofs(body: Signature) -> Tuple[str, ...]:
-    """Return ids of tasks of a frozen *body* whose states prove that it was sent."""
+    """Return ids of tasks of a frozen *body* whose states prove that it was sent.
+
+    Older states than the chord prove nothing: a task that replaces itself by a chord gives its own
+    id to the body.
+    """
     return tuple(dict.fromkeys(_first_tasks(body)))[:MAX_PROOFS]
 
 

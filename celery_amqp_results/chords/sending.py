@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 import time
 import uuid
@@ -55,6 +56,7 @@ CHECK_SECONDS = 30.0
 LOOK_AHEAD = 2
 
 _clock = PublishClock()
+os.register_at_fork(after_in_child=_clock.after_fork_in_child)
 
 
 @dataclasses.dataclass
@@ -75,6 +77,8 @@ class _Generator:
     results: weakref.ref[Any]
     #: The number of published tasks.
     published: int = 0
+    #: Whether it runs at the moment.
+    running: bool = False
     #: The error that it has raised.
     failure: Optional[Exception] = None
 
@@ -362,9 +366,13 @@ def _follow_generator(group_id: str, results: Any) -> None:
 def _take_ahead(**kwargs: object) -> None:
     while _lazy.headers:
         group_id, generator = next(reversed(_lazy.headers.items()))
+        if generator.running:
+            # It has sent a task itself.
+            return
         results = generator.results()
         if results is not None:
             generator.published += 1
+            generator.running = True
             try:
                 results[generator.published + LOOK_AHEAD - 2]
             except IndexError:
@@ -372,6 +380,8 @@ def _take_ahead(**kwargs: object) -> None:
             except Exception as exc:
                 # For Celery the generator seems to end there.
                 generator.failure = exc
+            finally:
+                generator.running = False
             return
         # The generator has raised an error.
         _forget_generator(group_id)

@@ -20,7 +20,7 @@ from kombu.exceptions import ContentDisallowed
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import connections
 from celery_amqp_results.amqp.declarations import Declarations
-from celery_amqp_results.amqp.failures import TRANSIENT
+from celery_amqp_results.amqp.failures import TRANSIENT, is_refusal
 from celery_amqp_results.chords import actions, leader
 from celery_amqp_results.chords.helpers import Helpers
 from celery_amqp_results.chords.plan import Amendment, Plan
@@ -216,7 +216,7 @@ class Service:
     def _pause(self, exc: Exception, tries: Retry, wake_up: WakeUp) -> None:
         """Wait before the next connection is opened."""
         refused = isinstance(exc, (errors.DeclarationRefused, errors.BackendUnavailable))
-        if refused:
+        if refused or is_refusal(exc):
             pause = REFUSED_SECONDS
             logger.error("chords cannot be led here, trying again in %.0f s: %s", pause, exc)
         elif isinstance(exc, TRANSIENT):

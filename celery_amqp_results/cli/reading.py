@@ -30,14 +30,15 @@ def present(
     A meta that cannot be read has the error in ``unreadable``. Ends when all have ended, or after
     *timeout* seconds.
     """
-    backend = session.backend
+    backend, patience = session.backend, Patience(timeout)
+    deadline = patience.deadline()
     try:
-        for update in backend.waits.updates(ids, Patience(timeout)):
+        for update in backend.waits.updates(ids, patience):
             state = update.final or fold(update.states)
             if state is None:
                 continue
             try:
-                decoded = backend.reader.decode_if_kept(state)
+                decoded = backend.reader.decode_if_kept(state, deadline)
                 if decoded is not None:
                     yield update.task_id, decoded
             except (KombuError, SecurityError, errors.ForeignMessage) as exc:
@@ -141,7 +142,7 @@ def forget(session: Session, ids: Tuple[str, ...], group: Optional[str]) -> None
             )
         unique = list(dict.fromkeys([*unique, *members]))
     if unique:
-        session.backend.layout.forget(unique)
+        session.backend.forget_all(unique)
     if group is not None:
         session.backend.delete_group(group)
     if session.output.json:

@@ -35,6 +35,7 @@ from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.names import Topology
 from celery_amqp_results.store.checkout import Checkout, limits_for
 from celery_amqp_results.store.publisher import Outgoing, Publisher
+from celery_amqp_results.toolkit.retry import time_left
 
 __all__ = ("LargeBodies",)
 
@@ -128,8 +129,14 @@ class LargeBodies:
             except errors.BackendUnavailable as exc:
                 logger.warning("queue %r is left, whose result was not stored: %s", queue, exc)
 
-    def fetch(self, pointer: StateMessage) -> Optional[StateMessage]:
+    def fetch(
+        self, pointer: StateMessage, deadline: Optional[float] = None
+    ) -> Optional[StateMessage]:
         """Return the state that *pointer* stands for, or ``None`` if the body is gone.
+
+        Parameters:
+            deadline: time (``time.monotonic``) at which to give up, if that is before
+                ``lookup_timeout`` is over; ``None`` for no earlier end.
 
         Raises:
             LookupTimeout: when it could not be read in time.
@@ -137,7 +144,7 @@ class LargeBodies:
         """
         queue = pointer.body_queue
         assert queue is not None
-        end = time.monotonic() + self._lookup_timeout
+        end = time.monotonic() + time_left(deadline, self._lookup_timeout)
         tries = connections.LookupTries(self._pool.policy, end, self._topology.prefix)
         while True:
             try:
@@ -169,10 +176,10 @@ class LargeBodies:
         checkout = Checkout(link, queue, take, limits)
         if not checkout.wait(end):
             raise errors.LookupTimeout(
-                f"the large result in {queue!r} could not be read within lookup_timeout "
-                f"({self._lookup_timeout:g} s): other readers are in front, the broker does "
-                "not answer or blocks publishers, or it takes that long to transfer. Asking "
-                "again is safe."
+                f"the large result in {queue!r} could not be read in time (lookup_timeout is "
+                f"{self._lookup_timeout:g} s): other readers are in front, the broker does not "
+                "answer or blocks publishers, or it takes that long to transfer. Asking again is "
+                "safe."
             )
         checkout.close(wait=False)
         return found[0] if found else None

@@ -41,8 +41,12 @@ class OnceLogger:
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._lock = threading.Lock()
         self._seen: BoundedDict[Hashable, bool] = BoundedDict(MAX_LOGGED)
+        self.after_fork_in_child()
+
+    def after_fork_in_child(self) -> None:
+        """Replace a lock that a thread of the parent may have held."""
+        self._lock = threading.Lock()
 
     def log(self, level: int, key: Hashable, message: str, *args: object) -> None:
         """Log a message at *level* if it is the first with *key*, and at DEBUG otherwise."""

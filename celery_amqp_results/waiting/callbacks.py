@@ -154,16 +154,33 @@ class PendingResults:
             logger.warning("callbacks of results have to wait: %s", exc)
             follower.pause(1.0)
             return
-        for update in updates:
-            if update.final is None:
-                continue
-            with self._lock:
-                results = self._results.pop(update.task_id, [])
-            for result in results:
-                try:
-                    self._resolve(result, update.final)
-                except Exception:
-                    logger.exception("a callback of the result %s has failed", update.task_id)
+        unfetched = [
+            update.task_id
+            for update in updates
+            if update.final is not None and not self._call(update.task_id, update.final)
+        ]
+        if unfetched:
+            follower.pause(1.0)
+            now = time.monotonic()
+            self._added.extend((task_id, now) for task_id in unfetched)
+
+    def _call(self, task_id: str, final: StateMessage) -> bool:
+        """Call the callbacks of a task that has ended; return whether its result was fetched."""
+        with self._lock:
+            results = self._results.pop(task_id, [])
+        for position, result in enumerate(results):
+            try:
+                self._resolve(result, final)
+            except BaseException as exc:
+                # A callback may raise SystemExit, for example, and errors of other results.
+                if not isinstance(exc, errors.BackendUnavailable) or result._cache is not None:
+                    logger.exception("a callback of the result %s has failed", task_id)
+                    continue
+                logger.warning("callbacks of results have to wait: %s", exc)
+                with self._lock:
+                    self._results.setdefault(task_id, [])[:0] = results[position:]
+                return False
+        return True
 
     def _unfollow(self, follower: Following, result: TaskResult) -> None:
         task_id = id_text(result.id)

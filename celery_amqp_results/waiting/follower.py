@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from typing import Callable, Dict, Iterable, List, Optional
 
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 #: Logs events that repeat at each poll only once, until the broker is back.
 once = OnceLogger(logger)
+os.register_at_fork(after_in_child=once.after_fork_in_child)
 LOOK_UP_FAILED = "look-up failed"
 
 #: If the store has had a final state for this many seconds without a push, the inbox is suspected

@@ -60,6 +60,7 @@ _NOT_READ = (
     errors.BackendUnavailable,
     errors.BacklogLimitExceeded,
     errors.DeclarationRefused,
+    TimeoutError,
 )
 
 logger = logging.getLogger(__name__)
@@ -82,10 +83,12 @@ class Readable(Protocol):
 class Decoder(Protocol):
     """Decodes states."""
 
-    def decode(self, state: StateMessage) -> Meta:
+    def decode(self, state: StateMessage, deadline: Optional[float] = None) -> Meta:
         """Return the meta that *state* holds."""
 
-    def decode_if_kept(self, state: StateMessage) -> Optional[Meta]:
+    def decode_if_kept(
+        self, state: StateMessage, deadline: Optional[float] = None
+    ) -> Optional[Meta]:
         """Return the meta of *state*, or ``None`` if its body is gone."""
 
 
@@ -98,6 +101,22 @@ class Patience(NamedTuple):
     interval: Optional[float] = None
     #: Called periodically while waiting, and once more when all have ended.
     on_interval: Optional[Callable[[], Any]] = None
+
+    @property
+    def polls_once(self) -> bool:
+        """Whether to poll once instead of waiting."""
+        return self.timeout is not None and self.timeout <= 0
+
+    def deadline(self) -> Optional[float]:
+        """Return when a wait that begins now ends (``time.monotonic``); ``None`` for no end.
+
+        A poll has none, so that it returns a large result: each of its reads takes up to
+        ``lookup_timeout``.
+
+        Raises:
+            ValueError: when the timeout is not a number.
+        """
+        return None if self.polls_once else deadline_after(self.timeout)
 
     def timed_out(self, missing: int, total: int) -> TimeoutError:
         """Return the error for tasks that have not ended in time."""
@@ -133,7 +152,7 @@ class Waits:
             celery.exceptions.TimeoutError: when the timeout is over.
         """
         ids = list(dict.fromkeys(ids))
-        if patience.timeout is not None and patience.timeout <= 0:
+        if patience.polls_once:
             yield from self._poll_once(ids, patience, parents)
         else:
             yield from self._updates_until(ids, patience, parents)
@@ -157,9 +176,8 @@ class Waits:
     def _updates_until(
         self, ids: List[str], patience: Patience, parents: Collection[str]
     ) -> Iterator[Update]:
-        timeout, interval, on_interval = patience
-        deadline = deadline_after(timeout)
-        interval = max(SHORTEST_INTERVAL, interval or DEFAULT_INTERVAL)
+        deadline, on_interval = patience.deadline(), patience.on_interval
+        interval = max(SHORTEST_INTERVAL, patience.interval or DEFAULT_INTERVAL)
         follower, process = self._layout().follower(), Process()
         missing = set(ids)
         try:
@@ -209,40 +227,47 @@ class Waits:
         ids = list(dict.fromkeys(ids))
         before = {id_text(parent.id): parent for parent in parents}
         before = {task_id: before[task_id] for task_id in before if task_id not in ids}
+        deadline = patience.deadline()
         with contextlib.closing(self.updates(ids, patience, before)) as updates:
             for update in updates:
                 parent = before.get(update.task_id)
                 if parent is not None:
                     if update.final is not None:
-                        self._end_parent(parent, update.final)
+                        self._end_parent(parent, update.final, deadline)
                     continue
                 if on_message is not None:
-                    self._report(update, on_message)
+                    self._report(update, on_message, deadline)
                 if update.final is not None:
                     yield update.task_id, update.final
 
-    def _end_parent(self, parent: Any, final: StateMessage) -> None:
+    def _end_parent(self, parent: Any, final: StateMessage, deadline: Optional[float]) -> None:
         """Give a parent its final state, and raise its exception if it has failed."""
         failed = final.state in states.PROPAGATE_STATES
         # Another value is not needed here: a large one is not fetched, an unreadable one no error.
         if failed or final.body_queue is None:
             with contextlib.suppress(*() if failed else watching.UNREADABLE):
-                self.resolve(parent, final)
+                self.resolve(parent, final, deadline)
         if failed:
             parent.maybe_throw()
 
-    def _report(self, update: Update, on_message: Callable[[Meta], Any]) -> None:
+    def _report(
+        self, update: Update, on_message: Callable[[Meta], Any], deadline: Optional[float]
+    ) -> None:
         for state in update.states:
-            meta = self._decoder.decode_if_kept(state)
+            meta = self._decoder.decode_if_kept(state, deadline)
             if meta is not None:
                 on_message(meta)
 
-    def resolve(self, result: Any, state: StateMessage) -> None:
-        """Give a result object its final state and call its callbacks, once."""
+    def resolve(self, result: Any, state: StateMessage, deadline: Optional[float] = None) -> None:
+        """Give a result object its final state and call its callbacks, once.
+
+        Raises:
+            celery.exceptions.TimeoutError: when the body could not be read before *deadline*.
+        """
         if result._cache is not None:
             return
         # Decoding may need a look-up, so it is done without the lock.
-        meta = self._decoder.decode(state)
+        meta = self._decoder.decode(state, deadline)
         with self._resolving:
             if result._cache is not None:
                 return
@@ -263,11 +288,11 @@ class Waits:
             Exception: with *follow_parents*, the exception of a task before this one in a chain or
                 chord, when that has failed.
         """
-        deadline = deadline_after(patience.timeout)
+        deadline = patience.deadline()
         parents = _unfailed_parents(result) if follow_parents else []
         for _, state in self.follow((id_text(result.id),), patience, on_message, parents):
-            self.resolve(result, state)
-        if result._cache["status"] in states.PROPAGATE_STATES:
+            self.resolve(result, state, deadline)
+        if result._cache["status"] in states.PROPAGATE_STATES and not patience.polls_once:
             self._raise_failure_before(result, parents, deadline)
 
     def _raise_failure_before(
@@ -283,7 +308,7 @@ class Waits:
         try:
             for task_id, state in self._layout().poll(unknown, deadline).items():
                 if state is not None and state.state in states.PROPAGATE_STATES:
-                    self.resolve(unknown[task_id], state)
+                    self.resolve(unknown[task_id], state, deadline)
         except _NOT_READ as exc:
             logger.warning(
                 "%s has failed, and the tasks before it could not be read: %s", result.id, exc
@@ -312,9 +337,10 @@ class Waits:
         missing = _Missing(result)
         yield from missing.ready
         parents = _unfailed_parents(result) if missing.leaves else []
+        deadline = patience.deadline()
         for task_id, state in self.follow(list(missing.leaves), patience, on_message, parents):
             for leaf in missing.leaves[task_id]:
-                self.resolve(leaf, state)
+                self.resolve(leaf, state, deadline)
             yield from missing.end(task_id)
 
     def watch(
@@ -347,7 +373,8 @@ class Waits:
                 when the backend was closed.
             LookupTimeout: when *timeout* is 0 and the store could not be read in time.
             kombu.exceptions.ContentDisallowed, ForeignMessage: when a state of a given task cannot
-                be decoded. A watch of everything leaves it out and logs a warning.
+                be decoded. A watch of everything leaves it out and logs a warning, also if it is
+                large and cannot be fetched for the moment.
             TypeError, ValueError: when *target* or *states* are invalid, at once.
             ValueError: when *timeout* is nan, at the beginning of the iteration.
             RuntimeError: when the watch was begun before a fork and goes on in the child.
@@ -361,8 +388,10 @@ class Waits:
             tap = tap_of(self._layout(), wanted)
             return watching.watch_everything(tap, self._decoder.decode, timeout)
         found = watching.read_target(target)
-        updates = self.updates(found.ids, Patience(timeout, WATCH_INTERVAL))
-        return watching.watch_ids(updates, found.ended, self._decoder.decode, wanted)
+        patience = Patience(timeout, WATCH_INTERVAL)
+        updates = self.updates(found.ids, patience)
+        decode = self._decoder.decode
+        return watching.watch_ids(updates, found.ended, decode, wanted, patience.deadline)
 
     def add_callback(self, result: Any) -> None:
         """Call the callbacks of *result* when its task ends. Does no I/O."""

@@ -26,9 +26,11 @@ from typing import (
     Union,
 )
 
+from celery.exceptions import TimeoutError
 from kombu.exceptions import ContentDisallowed
 
 from celery_amqp_results import errors
+from celery_amqp_results.amqp.failures import was_refused
 from celery_amqp_results.library_types import Meta
 from celery_amqp_results.protocol.ids import id_text
 from celery_amqp_results.protocol.message import StateMessage
@@ -42,7 +44,9 @@ from celery_amqp_results.waiting.tap import FORKED, Tap
 __all__ = (
     "UNREADABLE",
     "Target",
+    "concerns_one_state",
     "leave_out",
+    "may_be_fetched_later",
     "read_states",
     "read_target",
     "watch_everything",
@@ -113,15 +117,18 @@ def read_states(names: Union[str, Iterable[str], None]) -> Optional[FrozenSet[st
 def watch_ids(
     updates: Generator[Update, None, None],
     ended: Iterable[Meta],
-    decode: Callable[[StateMessage], Meta],
+    decode: Callable[[StateMessage, Optional[float]], Meta],
     wanted: Optional[Collection[str]],
+    begin: Callable[[], Optional[float]],
 ) -> Generator[Meta, None, None]:
     """Yield the metas of *ended* tasks and of *updates* in the guaranteed order.
 
     Parameters:
         updates: closed at the end.
         wanted: names of the states to yield, ``None`` for all.
+        begin: called when the iteration begins; returns the deadline for *decode*.
     """
+    deadline = begin()
     newest = Newest()
     process = Process()
     with contextlib.closing(updates):
@@ -131,7 +138,7 @@ def watch_ids(
         for update in updates:
             for state in newest.of_update(update):
                 if wanted is None or state.state in wanted:
-                    yield {"task_id": state.id, **decode(state)}
+                    yield {"task_id": state.id, **decode(state, deadline)}
                     if not process.is_current:
                         raise RuntimeError(FORKED)
             if update.final is not None:
@@ -139,22 +146,39 @@ def watch_ids(
 
 
 def watch_everything(
-    tap: Tap, decode: Callable[[StateMessage], Meta], timeout: Optional[float]
+    tap: Tap,
+    decode: Callable[[StateMessage, Optional[float]], Meta],
+    timeout: Optional[float],
 ) -> Generator[Meta, None, None]:
     """Yield the metas of the states from *tap*, for *timeout* seconds or for ever.
 
-    A state that cannot be decoded is left out with a warning, since the others are not affected.
+    A state that cannot be decoded, or whose body cannot be fetched for the moment, is left out with
+    a warning, since the others are not affected.
     """
     deadline = deadline_after(timeout)
     with tap:
         while deadline is None or time.monotonic() < deadline:
             for state in tap.step(deadline, LONGEST_STEP):
                 try:
-                    decoded = decode(state)
-                except UNREADABLE as exc:
+                    decoded = decode(state, deadline)
+                except TimeoutError:
+                    return
+                except Exception as exc:
+                    if not concerns_one_state(exc):
+                        raise
                     leave_out(state, exc)
                 else:
                     yield {"task_id": state.id, **decoded}
+
+
+def concerns_one_state(exc: Exception) -> bool:
+    """Return whether other states may be decoded after *exc*, an error of decoding one."""
+    return isinstance(exc, UNREADABLE) or may_be_fetched_later(exc)
+
+
+def may_be_fetched_later(exc: Exception) -> bool:
+    """Return whether *exc* says that the body of a large state cannot be fetched for the moment."""
+    return isinstance(exc, errors.BackendUnavailable) and not was_refused(exc)
 
 
 def leave_out(state: StateMessage, exc: Exception) -> None:

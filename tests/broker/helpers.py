@@ -13,7 +13,7 @@ import pytest
 from celery import Celery, states
 
 from celery_amqp_results.toolkit.threads import start_thread
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, raw_connection
 from tools import rabbitmq
 
 #: Seconds after which a wait counts as hanging.
@@ -73,6 +73,19 @@ def largest_message(node: rabbitmq.Node, size: int) -> Iterator[None]:
         yield
     finally:
         limit(before)
+
+
+@contextlib.contextmanager
+def held(url: str, queue: str) -> Iterator[Any]:
+    """Hold *queue* with a consumer that stands still, for the duration of a ``with`` block."""
+    with raw_connection(url) as connection:
+        holds = threading.Event()
+        connection.channel().basic_consume(
+            queue, no_ack=False, callback=lambda message: holds.set(), on_cancel=print
+        )
+        while not holds.is_set():
+            connection.drain_events(timeout=LONG)
+        yield connection
 
 
 class Waiting:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any, List
+import time
+from typing import Any, Callable, List
 
 import pytest
 from celery import Celery, states
 from celery.result import GroupResult
 
 from celery_amqp_results import aio, errors
-from tests.broker.helpers import LONG, new_id
+from celery_amqp_results.aio import driver, targets
+from tests.broker.helpers import LONG, held, new_id
 from tests.conftest import Apps
 
 
@@ -32,9 +34,9 @@ def threads(app: Celery, monkeypatch: pytest.MonkeyPatch) -> List[threading.Thre
     layout = app.backend.layout
     fetch = layout.fetch
 
-    def fetching(state: Any) -> Any:
+    def fetching(*args: Any) -> Any:
         used.append(threading.current_thread())
-        return fetch(state)
+        return fetch(*args)
 
     monkeypatch.setattr(layout, "fetch", fetching)
     return used
@@ -114,10 +116,10 @@ def test_a_slow_fetch_holds_up_nobody_else(app: Celery, monkeypatch: pytest.Monk
     layout = app.backend.layout
     fetch = layout.fetch
 
-    def wait_and_fetch(state: Any) -> Any:
+    def wait_and_fetch(*args: Any) -> Any:
         fetching.set()
         assert go_on.wait(LONG)
-        return fetch(state)
+        return fetch(*args)
 
     monkeypatch.setattr(layout, "fetch", wait_and_fetch)
     reader = threading.Thread(target=lambda: app.AsyncResult(slow).get(timeout=LONG))
@@ -127,3 +129,53 @@ def test_a_slow_fetch_holds_up_nobody_else(app: Celery, monkeypatch: pytest.Monk
     go_on.set()
     reader.join(LONG)
     assert not reader.is_alive()
+
+
+async def collected(items: Any) -> List[Any]:
+    return [item async for item in items]
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda result: aio.get(result, timeout=1),
+        lambda result: aio.gather(result, timeout=1),
+        lambda result: collected(aio.as_completed(result, timeout=1)),
+        lambda result: collected(aio.watch(result, timeout=1)),
+    ],
+    ids=["get", "gather", "as_completed", "watch"],
+)
+def test_the_timeout_of_a_coroutine_limits_the_read_of_a_large_result(
+    make_app: Apps, amqp_url: str, wait: Callable[[Any], Any]
+) -> None:
+    app = make_app("amqp://?inline_limit=1024&lookup_timeout=60")
+    task_id, _ = store(app)
+    state = app.backend.layout.poll((task_id,))[task_id]
+    assert state is not None
+
+    async def main() -> None:
+        with pytest.raises(aio.WaitTimeout):
+            await wait(app.AsyncResult(task_id))
+
+    with held(amqp_url, str(state.body_queue)):
+        started = time.monotonic()
+        asyncio.run(main())
+        assert time.monotonic() - started < 30
+
+
+def test_a_coroutine_is_timed_out_while_all_threads_are_busy(app: Celery) -> None:
+    task_id, _ = store(app)
+    state = app.backend.layout.poll((task_id,))[task_id]
+    assert state is not None
+    go_on = threading.Event()
+    busy = [driver.threads().submit(go_on.wait, LONG) for _ in range(driver.MAX_THREADS)]
+
+    async def main() -> None:
+        with pytest.raises(aio.WaitTimeout):
+            await targets.decoded_state(app.backend, state, time.monotonic() + 0.1)
+
+    try:
+        asyncio.run(main())
+        assert not any(each.done() for each in busy)
+    finally:
+        go_on.set()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
-import threading
+import time
 import uuid
-from typing import Any, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import amqp
 import pytest
 from celery import Celery, states
+from celery.exceptions import TimeoutError
 from celery.result import GroupResult
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import declarations
 from celery_amqp_results.store import publisher
-from tests.broker.helpers import LONG, Waiting, new_id, until_watched
+from tests.broker.helpers import LONG, Waiting, held, new_id, until_watched
 from tests.conftest import Apps, raw_connection
 from tools import rabbitmq
 
@@ -252,15 +253,8 @@ def test_deleting_the_body_queue_does_not_hang_waiting_readers(
     task_id = new_id()
     app.backend.store_result(task_id, BODY, states.SUCCESS)
     (name,) = queues.names
-    with raw_connection(amqp_url) as connection:
-        # Given a consumer that holds the queue, and readers waiting behind it
-        channel = connection.channel()
-        held = threading.Event()
-        channel.basic_consume(
-            name, no_ack=False, callback=lambda message: held.set(), on_cancel=print
-        )
-        while not held.is_set():
-            connection.drain_events(timeout=LONG)
+    # Given a consumer that holds the queue, and readers waiting behind it
+    with held(amqp_url, name) as connection:
         readers = [Waiting(lambda: app.backend._get_task_meta_for(task_id)) for _ in range(2)]
         # When it is deleted
         other = connection.channel()
@@ -306,3 +300,39 @@ def test_a_body_queue_that_is_lost_after_its_declaration_is_declared_again(
     app.backend.store_result(task_id, BODY, states.SUCCESS)
     assert lost == queues.names * 2
     assert app.AsyncResult(task_id).get(timeout=LONG) == BODY
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda result, ids: result.get(timeout=1),
+        lambda result, ids: result.get(timeout=1, on_message=print),
+        lambda result, ids: GroupResult(new_id(), [result], app=result.app).get(timeout=1),
+        lambda result, ids: list(result.backend.watch(ids, timeout=1)),
+        lambda result, ids: list(result.backend.get_many(ids, timeout=1)),
+        lambda result, ids: result.backend.consume(result.id, timeout=1),
+    ],
+    ids=["get", "on_message", "group", "watch", "get_many", "consume"],
+)
+def test_the_timeout_of_a_wait_limits_the_read_of_a_large_result(
+    make_app: Apps, queues: Queues, amqp_url: str, wait: Callable[[Any, List[str]], Any]
+) -> None:
+    app = make(make_app, options={"lookup_timeout": 60})
+    task_id = new_id()
+    app.backend.store_result(task_id, BODY, states.SUCCESS)
+    (name,) = queues.names
+    with held(amqp_url, name):
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            wait(app.AsyncResult(task_id), [task_id])
+        assert time.monotonic() - started < 30
+    assert app.AsyncResult(task_id).get(timeout=LONG) == BODY
+
+
+def test_a_poll_returns_a_large_result(make_app: Apps, queues: Queues) -> None:
+    app = make(make_app)
+    task_id = new_id()
+    app.backend.store_result(task_id, BODY, states.SUCCESS)
+    assert app.AsyncResult(task_id).get(timeout=0) == BODY
+    assert GroupResult(new_id(), [app.AsyncResult(task_id)], app=app).get(timeout=0) == [BODY]
+    assert [meta["result"] for meta in app.backend.watch(task_id, timeout=0)] == [BODY]

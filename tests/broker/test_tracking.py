@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 from typing import Any, List
 
@@ -9,8 +10,9 @@ import amqp
 import kombu.pools
 import pytest
 from celery import Celery, states
+from celery.result import GroupResult
 
-from celery_amqp_results import errors
+from celery_amqp_results import aio, errors
 from celery_amqp_results.store.marks import Fate
 from tests.broker.helpers import LONG, Waiting, new_id, until_watched
 from tests.conftest import Apps, eventually
@@ -65,6 +67,19 @@ def test_the_fate_of_a_task_is_never_sent_waiting_stored_or_forgotten(make_app: 
         assert until(app, result.id, "forgotten")
         assert not app.backend.task_result_exists(result.id)
         assert app.AsyncResult(result.id).state == states.PENDING
+
+
+def test_a_coroutine_that_forgets_tasks_gives_them_the_fate_forgotten(make_app: Apps) -> None:
+    app = make(make_app)
+    results = [app.send_task("task") for _ in range(2)]
+    for result in results:
+        app.backend.store_result(result.id, ValueError("no"), states.FAILURE)
+        app.backend.get_task_meta(result.id)
+        assert app.backend.is_cached(result.id)
+    asyncio.run(aio.forget(GroupResult(new_id(), results, app=app), app=app))
+    for result in results:
+        until(app, result.id, "forgotten")
+        assert not app.backend.is_cached(result.id)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from celery_amqp_results.cli import common, inspection, results
 from celery_amqp_results.cli.common import Exit
+from tests.broker.helpers import held
 from tests.conftest import Apps, eventually, raw_connection
 from tools import rabbitmq
 
@@ -95,6 +96,18 @@ def test_get_waits_for_a_result_up_to_its_timeout(make_app: Apps) -> None:
     timer.join()
     assert result.exit_code == Exit.OK
     assert lines(result)[0]["result"] == 7
+
+
+def test_the_timeout_of_get_limits_the_read_of_a_large_result(
+    make_app: Apps, amqp_url: str
+) -> None:
+    app = make_app("amqp://?inline_limit=1024&lookup_timeout=60")
+    task_id = store(app, "x" * 5000)
+    state = app.backend.layout.poll((task_id,))[task_id]
+    assert state is not None
+    with held(amqp_url, str(state.body_queue)):
+        result = run(app, "get", "--wait", "--timeout", "1", "--json", task_id)
+    assert result.exit_code == Exit.NOT_READY
 
 
 def test_get_shows_the_progress_of_a_task_while_it_waits(make_app: Apps) -> None:
@@ -175,6 +188,16 @@ def test_forget_deletes_results_and_groups(app: Celery) -> None:
     result = run(app, "forget", "--group", group.id)
     assert result.exit_code == Exit.NOT_READY
     assert "GroupResult.save" in result.stderr
+
+
+@pytest.mark.usefixtures("new_pools")
+def test_forget_gives_tasks_the_fate_forgotten(make_app: Apps) -> None:
+    app = make_app(result_backend_transport_options={"shards": 1, "track_sent": True})
+    ids = [app.send_task("task").id for _ in range(2)]
+    for task_id in ids:
+        app.backend.store_result(task_id, 1, states.SUCCESS)
+    assert run(app, "forget", *ids).exit_code == Exit.OK
+    eventually(lambda: {app.backend.fate(each).status for each in ids} == {"forgotten"})
 
 
 # -- watch ---------------------------------------------------------------------------------------

@@ -174,6 +174,12 @@ class Scenarios:
         result = run(self.app, "forget", "--group", group.id)
         if result.exit_code != Exit.OK:
             return False
+        # The mark of track_sent needs no other permission.
+        options = {"shards": 1, "track_sent": True}
+        tracking = self.apps(self.app.conf.result_backend, result_backend_transport_options=options)
+        tracking.conf.broker_url = self.app.conf.broker_url
+        if run(tracking, "forget", store(self.theirs, 1)).exit_code != Exit.OK:
+            return False
         return run(self.theirs, "get", *ids).exit_code == Exit.NOT_READY and not self.has_queue(
             large
         )

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import itertools
 import logging
+import os
 import threading
 import time
 from typing import Any, Deque, Dict, Iterator, List, Optional, Set, Tuple
@@ -27,6 +28,7 @@ from hypothesis.stateful import (
 )
 
 from celery_amqp_results import errors
+from celery_amqp_results.chords import sending
 from celery_amqp_results.protocol import clock as clock_module
 from celery_amqp_results.protocol.message import StateMessage
 from celery_amqp_results.protocol.ranking import fold, is_final
@@ -925,3 +927,13 @@ def keys(found: List[StateMessage]) -> Set[Tuple[int, str]]:
 
 def test_no_final_state_is_missed_after_any_events() -> None:
     run_state_machine_as_test(Events, settings=settings(stateful_step_count=40))
+
+
+@pytest.mark.parametrize("owner", [waiting_module.once, sending._clock], ids=["log", "clock"])
+def test_a_forked_child_has_a_free_lock_although_a_thread_of_its_parent_held_it(owner: Any) -> None:
+    with owner._lock:
+        child = os.fork()
+        if not child:
+            free = owner._lock.acquire(blocking=False)
+            os._exit(0 if free else 1)
+    assert os.waitpid(child, 0)[1] == 0

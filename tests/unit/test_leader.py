@@ -8,6 +8,7 @@ from typing import Any, Iterable, Iterator, List, Optional, Type, TypeVar
 import pytest
 
 from celery_amqp_results.chords import leader as leading
+from celery_amqp_results.chords import pending
 from celery_amqp_results.chords.actions import (
     Acknowledge,
     Bind,
@@ -87,6 +88,14 @@ def the(kind: Type[_A], leader: Leader) -> _A:
     return action
 
 
+def find_nothing(leader: Leader, now: float, wall: int) -> None:
+    """Answer the look-up that is due: the store has nothing."""
+    *_, request = leader.take()
+    assert isinstance(request, LookUp)
+    leader.looked_up(request, {}, {}, now)
+    leader.tick(now, wall)
+
+
 def kinds(actions: Iterable[Any]) -> List[type]:
     return [type(action) for action in actions]
 
@@ -144,7 +153,8 @@ def test_a_redelivered_plan_whose_body_was_sent_is_acknowledged() -> None:
     assert leader.take() == []
     leader.tick(NOW, WALL)
     request = the(LookUp, leader)
-    leader.looked_up(request, {}, {"body": [end("body", state="STARTED")]}, NOW)
+    started = end("body", WALL + LATER, "STARTED")
+    leader.looked_up(request, {}, {"body": [started]}, NOW)
     assert leader.take() == [Acknowledge((7,))]
 
 
@@ -155,6 +165,17 @@ def test_a_redelivered_plan_whose_body_was_not_sent_is_fired() -> None:
     leader.tick(NOW, WALL)
     request = the(LookUp, leader)
     leader.looked_up(request, {}, {"body": []}, NOW)
+    assert kinds(leader.take()) == [Fire]
+
+
+def test_a_body_that_replaces_a_started_task_is_sent() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", proofs=("replaced",)), 7, True, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.tick(NOW, WALL)
+    request = the(LookUp, leader)
+    started = end("replaced", WALL + LATER - 1, "STARTED")
+    leader.looked_up(request, {}, {"replaced": [started]}, NOW)
     assert kinds(leader.take()) == [Fire]
 
 
@@ -278,6 +299,20 @@ def test_messages_that_were_taken_back_are_acknowledged_by_their_new_deliveries(
     leader.plan_delivered(plan("a"), 8, True, NOW)
     leader.sent("m")
     assert leader.take() == [Acknowledge((8,))]
+
+
+def test_a_delivery_that_was_taken_back_is_not_acknowledged() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a"), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    leader.plan_delivered(plan("b", mark="other"), 8, False, NOW)
+    leader.state_pushed(end("b"), NOW, WALL)
+    leader.sent("m")
+    # The shell has not carried out any action.
+    leader.requeued()
+    assert kinds(leader.take()) == [Fire, Fire]
+    leader.plan_delivered(plan("a"), 9, True, NOW)
+    assert leader.take() == [Acknowledge((9,))]
 
 
 def amendment(*results: Any, after: Optional[str] = "a", **options: Any) -> Amendment:
@@ -476,10 +511,59 @@ def test_an_abandoned_chord_is_given_up_when_nothing_has_come_for_its_expiry() -
     leader.plan_delivered(plan("a", "b", began=WALL, expires=10_000), 7, False, NOW)
     leader.state_pushed(end("a", WALL + 5_000_000), NOW + 5, WALL + 5_000_000)
     leader.tick(NOW + 14, WALL + 14_000_000)
-    assert GiveUp not in kinds(leader.take())
+    find_nothing(leader, NOW + 14, WALL + 14_000_000)
+    assert leader.open == 1
     leader.tick(NOW + 16, WALL + 16_000_000)
+    find_nothing(leader, NOW + 16, WALL + 16_000_000)
     assert kinds(leader.take())[:2] == [GiveUp, Acknowledge]
     assert leader.open == 0
+
+
+def test_a_chord_that_expired_before_it_was_delivered_is_given_up_only_after_a_look_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pending, "MAX_LOOK_UP", 1)
+    leader = Leader(1000)
+    leader.plan_delivered(plan("a", "b", began=WALL, expires=1_000), 7, True, NOW)
+    leader.bound(NUMBER, NOW, WALL + LATER)
+    leader.tick(NOW, WALL + LATER)
+    now = NOW + 60
+    leader.tick(now, WALL + 2 * LATER)
+    (_, request) = leader.take()
+    assert isinstance(request, LookUp)
+    leader.look_up_failed(request, now)
+    for _ in range(2):
+        assert leader.open == 1
+        now += 1
+        leader.tick(now, WALL + 2 * LATER)
+        request = the(LookUp, leader)
+        assert len(request.tasks) == 1
+        leader.looked_up(request, {}, {}, now)
+    leader.tick(now, WALL + 2 * LATER)
+    assert kinds(leader.take())[:2] == [GiveUp, Acknowledge]
+
+
+def test_an_end_that_the_last_look_up_finds_keeps_a_chord_open() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", "b", began=WALL, expires=10_000), 7, False, NOW)
+    leader.tick(NOW + 11, WALL + 11_000_000)
+    request = the(LookUp, leader)
+    leader.looked_up(request, {"a": end("a", WALL + 9_000_000)}, {}, NOW + 11)
+    leader.tick(NOW + 11, WALL + 11_000_000)
+    assert (leader.take(), leader.progress(GROUP)) == ([], (2, ["b"]))
+
+
+def test_a_complete_chord_that_could_not_be_sent_is_not_given_up() -> None:
+    leader = settled()
+    leader.plan_delivered(plan("a", began=WALL, expires=10_000), 7, False, NOW)
+    leader.state_pushed(end("a"), NOW, WALL)
+    assert kinds(leader.take()) == [Fire]
+    leader.not_sent("m", NOW + 60)
+    leader.tick(NOW + 60, WALL + LATER)
+    assert leader.open == 1
+    leader.take()
+    leader.tick(NOW + 61, WALL + 2 * LATER)
+    assert kinds(leader.take()) == [Fire]
 
 
 def test_a_chord_of_which_nothing_is_heard_is_looked_up_less_and_less_often() -> None:
@@ -535,6 +619,7 @@ def test_the_message_about_an_expired_chord_tells_how_many_tasks_have_not_ended(
     leader.plan_delivered(plan("a", "b", began=WALL, expires=10_000), 7, False, NOW)
     leader.state_pushed(end("a", WALL + 5_000_000), NOW + 5, WALL + 5_000_000)
     leader.tick(NOW + 16, WALL + 16_000_000)
+    find_nothing(leader, NOW + 16, WALL + 16_000_000)
     assert leader.take()[0] == GiveUp(GROUP, "1 of 2 tasks have not ended")
 
 
@@ -574,9 +659,10 @@ def test_a_chord_that_was_bound_late_is_given_up_at_the_moment_of_its_expiry() -
     leader.plan_delivered(plan("a", began=WALL, expires=500), 7, False, NOW)
     leader.bound(NUMBER, NOW, WALL)
     leader.tick(NOW, WALL)
-    leader.take()
+    find_nothing(leader, NOW, WALL)
     assert leader.next_event() == NOW + 0.5
     leader.tick(NOW + 0.5, WALL + 500_000)
+    find_nothing(leader, NOW + 0.5, WALL + 500_000)
     assert kinds(leader.take()) == [GiveUp, Acknowledge]
 
 
@@ -588,9 +674,13 @@ def test_nothing_is_left_of_a_chord_that_is_over() -> None:
     leader.state_pushed(end("a"), NOW, WALL)
     leader.tick(NOW, WALL)
     request = the(LookUp, leader)
+    leader.looked_up(request, {}, {"body": []}, NOW)
+    leader.tick(NOW + 11, WALL + 11_000_000)
+    request = the(LookUp, leader)
+    leader.looked_up(request, {}, {}, NOW + 11)
     leader.tick(NOW + 11, WALL + 11_000_000)
     assert kinds(leader.take()) == [GiveUp, Acknowledge]
-    # The answer, and states of its tasks, come when it was given up.
+    # Another answer, and states of its tasks, come when it was given up.
     leader.looked_up(request, {"b": end("b")}, {"body": []}, NOW + 11)
     for task_id in "ab":
         leader.state_pushed(end(task_id), NOW + 11, WALL + 11_000_000)

@@ -58,16 +58,17 @@ def test_a_state_of_the_body_proves_that_another_leader_has_sent_it() -> None:
     opened = chord("a", proofs=("body", "other"))
     assert not opened.was_sent({})
     assert not opened.was_sent({"body": [], "a": [state("a")]})
-    assert opened.was_sent({"other": [state("other", published=1)]})
+    assert opened.was_sent({"other": [state("other", published=BEGAN)]})
     opened.sending = True
     assert not opened.was_sent({"other": [state("other")]})
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(("published", "sent"), [(BEGAN - 1, False), (BEGAN, True)])
-def test_a_chord_sent_again_is_not_proved_by_the_body_of_the_first_time(
-    published: int, sent: bool
+def test_a_state_of_the_body_from_before_the_chord_proves_nothing(
+    published: int, sent: bool, again: bool
 ) -> None:
-    opened = chord("a", proofs=("body",), again=True)
+    opened = chord("a", proofs=("body",), again=again)
     assert opened.was_sent({"body": [state("body", published=published)]}) is sent
 
 

@@ -124,6 +124,10 @@ def register(app: Celery) -> SimpleNamespace:
     def replaced_by_chord(self: Any, x: int) -> Any:
         return self.replace(chord([add.s(x, 1), add.s(x, 2)], total.s()))
 
+    @task(bind=True, track_started=True)
+    def started_and_replaced(self: Any, x: int) -> Any:
+        return self.replace(chord([add.s(x, 1), add.s(x, 2)], total.s()))
+
     @task(bind=True)
     def adds(self: Any, x: int, more: int) -> int:
         """Header task that adds tasks to its chord."""

@@ -67,6 +67,14 @@ def test_threads_of_a_fresh_process_send_chords_at_once(
         assert values == [10 * number for number in range(8)]
 
 
+def test_a_started_task_of_a_fresh_worker_can_replace_itself_by_a_chord(
+    app: Celery, t: SimpleNamespace, start_worker: Callable[..., Any]
+) -> None:
+    # The leader looks up the body of the first plan of a queue, which has the id of the task.
+    start_worker(app, module=MODULE)
+    assert t.started_and_replaced.delay(1).get(timeout=TIMEOUT) == 5
+
+
 @pytest.mark.parametrize(
     ("pool", "options", "args"),
     [
