@@ -145,9 +145,8 @@ def _open(app: App) -> AMQPBackend:
             "`celery -A proj results ...`, and set result_backend = 'amqp://' in it.",
             Exit.CONFIGURATION,
         )
-    # Its connections are closed with the command, and it gives up sooner. It moves results, so it
-    # must know that the broker has them.
-    return theirs.clone("the command line", retry_policy=RETRY_POLICY, confirm=True)
+    # Its connections are closed with the command, and it gives up sooner.
+    return theirs.clone("the command line", retry_policy=RETRY_POLICY)
 
 
 def command(**attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:

@@ -58,10 +58,12 @@ def migrate(session: Session, ids: Tuple[str, ...], delete: bool, dry_run: bool,
         click.confirm(f"{what.capitalize()} of {len(chosen)} tasks?", abort=True, err=True)
     # Reads the queues of single tasks on the same broker.
     old = session.backend.clone("the command line", layout="per-task", track_sent=False)
+    # A result is deleted there only after the broker has confirmed the copy.
+    new = session.backend.clone("the command line", confirm=True)
     counts: Counter[str] = collections.Counter()
     try:
         for task_id in chosen:
-            outcome = _one(session, old, task_id, delete, dry_run)
+            outcome = _one(new, old, task_id, delete, dry_run)
             counts[outcome] += 1
             if session.output.json:
                 session.output.data({"id": task_id, "outcome": outcome})
@@ -69,6 +71,7 @@ def migrate(session: Session, ids: Tuple[str, ...], delete: bool, dry_run: bool,
                 session.output.line(f"{task_id} {outcome}")
     finally:
         old.close()
+        new.close()
     if not session.output.json:
         session.output.line(
             ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or "nothing to do"
@@ -94,9 +97,8 @@ def _listed(broker: inspection.Broker, api: Optional[management.Management]) -> 
     return [str(uuid.UUID(name)) for name in names]
 
 
-def _one(session: Session, old: AMQPBackend, task_id: str, delete: bool, dry_run: bool) -> str:
+def _one(new: AMQPBackend, old: AMQPBackend, task_id: str, delete: bool, dry_run: bool) -> str:
     """Move or delete one result; return the outcome."""
-    new = session.backend
     try:
         old.rkey(task_id)
     except ValueError:
@@ -125,8 +127,6 @@ def _one(session: Session, old: AMQPBackend, task_id: str, delete: bool, dry_run
             return "unreadable"
         expiration = new.config.expirations.result
         message = new.recorder.encode(task_id, state.state, found, STATE, expiration)
-        # Deleted only after the broker has confirmed the copy.
-        layout = session.shared_layout()
-        layout.publish(message, Route(BROADCAST), True)
+        new.layout.publish(message, Route(BROADCAST), True)
     old.layout.forget((task_id,))
     return "deleted" if delete else "moved"

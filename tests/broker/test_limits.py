@@ -92,7 +92,8 @@ def test_a_limit_on_connections_delays_a_result_and_loses_none(
     whose: str, tenant: Tenant, tenant_apps: Apps, caplog: Any
 ) -> None:
     # Given a virtual host in which no further connection is allowed
-    app, reader = tenant_apps(), tenant_apps()
+    patient = options(retry_policy={"max_retries": 300})
+    app, reader = (tenant_apps(result_backend_transport_options=patient) for _ in range(2))
     task_id = new_id()
     (tenant.limit if whose == "host" else tenant.limit_user)(max_connections=2)
     with tenant.connections(2):

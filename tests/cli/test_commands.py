@@ -324,13 +324,6 @@ def test_no_management_wins_over_the_environment(
     assert found["management"] is None
 
 
-def test_commands_that_move_results_wait_for_confirms_whatever_the_app_does(
-    make_app: Apps,
-) -> None:
-    made = make_app(result_backend_transport_options={"confirm": False})
-    assert common._open(made).options.confirm
-
-
 def test_a_queue_whose_node_is_down_is_not_missing() -> None:
     broker = object.__new__(inspection.Broker)
 

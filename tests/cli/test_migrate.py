@@ -17,6 +17,7 @@ from amqp import exceptions as amqp_errors
 from celery import states
 
 from celery_amqp_results.cli.common import Exit
+from celery_amqp_results.store.publisher import Publisher
 from tests.cli.conftest import Administrator
 from tests.cli.test_commands import lines, new_id, run
 from tests.conftest import PATIENCE, PATIENT, Apps, raw_connection
@@ -116,6 +117,24 @@ def ids(managed_apps: Apps) -> Iterator[List[str]]:
     with raw_connection(managed_apps.url) as connection:
         for task_id in made:
             connection.channel().queue_delete(task_id.replace("-", ""))
+
+
+def test_a_moved_result_is_confirmed_although_the_app_confirms_none(
+    managed_apps: Apps, ids: List[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confirms: List[bool] = []
+    publish = Publisher.publish
+
+    def note(self: Publisher, messages: Any, confirm: bool = True) -> None:
+        confirms.append(confirm)
+        publish(self, messages, confirm)
+
+    monkeypatch.setattr(Publisher, "publish", note)
+    as_recorded(managed_apps, [[ids[0], "SUCCESS", 7]])
+    app = managed_apps(result_backend_transport_options={"confirm": False})
+    assert run(app, "migrate", ids[0], "--yes").exit_code == Exit.OK
+    assert confirms == [True]
+    assert app.AsyncResult(ids[0]).get(timeout=PATIENCE) == 7
 
 
 @pytest.mark.parametrize("write", [as_recorded, by_celery_4])
