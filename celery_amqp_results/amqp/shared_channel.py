@@ -294,6 +294,13 @@ class SharedChannel:
                 self._survives(channel, functools.partial(_take_in, channel, before))
         return True
 
+    def renew(self, seconds: float) -> None:
+        """Drop a connection that is older than *seconds*; the next message opens another."""
+        with self._held(None):
+            channel = self._channel
+            if channel is not None and time.monotonic() - self._opening > seconds:
+                self._lose(channel, errors.NotConfirmed("the broker refuses states (nack)"))
+
     def collect(self, deadline: Optional[float] = None) -> List[Publication]:
         """Take in buffered confirms without waiting; return stray publications.
 

@@ -44,6 +44,12 @@ logger = logging.getLogger(__name__)
 #: the broker has routed them. A stuck third-party queue must not delay results.
 COPY_SECONDS = 0.25
 
+#: After this many tries a refused message goes over another connection, if the present one is older
+#: than so many seconds. A channel of RabbitMQ 3.10 that has met a quorum queue without a leader
+#: refuses everything for that queue, also when it has one again.
+REFUSED_TRIES = 4
+REFUSED_SECONDS = 3.0
+
 #: Seconds before messages are published again that were lost in an alarm of the broker. Storing
 #: waits for its end, however long it takes.
 ALARM_SECONDS = 1.0
@@ -302,6 +308,8 @@ class Publisher:
             raise
         self._warn(delivery.messages, pause, tries, failure)
         time.sleep(pause)
+        if verdict.refused and tries.failed % REFUSED_TRIES == 0:
+            self._channel.renew(REFUSED_SECONDS)
 
     def _warn(
         self, messages: Sequence[Outgoing], pause: float, tries: retry.Retry, failure: BaseException

@@ -14,6 +14,7 @@ from celery import Celery
 
 from celery_amqp_results import errors
 from celery_amqp_results.amqp import pool
+from celery_amqp_results.amqp.declarations import declare_exchange
 from celery_amqp_results.store import publisher
 from tests import subprocesses
 from tests.broker.helpers import Waiting, largest_message, new_id, open_inbox
@@ -172,6 +173,43 @@ def test_a_stuck_queue_of_a_third_party_holds_up_a_result_for_a_moment_only(
     assert app.backend.metrics().late_copies >= 50
     assert len(log._copies) <= 200
     assert {make_app(shards=2).AsyncResult(task_id).state for task_id in ids} == {"SUCCESS"}
+
+
+def test_a_result_that_is_refused_several_times_goes_over_another_connection(
+    make_app: Apps, raw: amqp.Connection, monkeypatch: Any, eventually: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(publisher, "REFUSED_SECONDS", 0.0)
+    # Given a shard that takes one message
+    app = make_app(
+        result_backend_transport_options={"shards": 1, "retry_policy": {"max_retries": 300}}
+    )
+    topology = app.backend.config.topology
+    channel = raw.channel()
+    declare_exchange(channel, topology)
+    shard = topology.shard_queue(0)
+    channel.queue_declare(
+        shard.name,
+        durable=True,
+        auto_delete=False,
+        arguments={**shard.arguments, "x-max-length": 1, "x-overflow": "reject-publish"},
+    )
+    app.backend.store_result(new_id(), 1, "SUCCESS")
+    shared = app.backend.layout.publisher._channel
+    with shared.present() as first:
+        assert first is not None
+    # When a second result is refused
+    task_id = new_id()
+    storing = Waiting(lambda: app.backend.store_result(task_id, 2, "SUCCESS"))
+
+    def renewed() -> bool:
+        with shared.present() as now:
+            return now is not None and now is not first
+
+    eventually(renewed)
+    # Then it is stored over another connection, as soon as the shard takes it
+    channel.queue_purge(shard.name)
+    storing.result()
+    assert app.AsyncResult(task_id).result == 2
 
 
 def test_a_closed_idle_connection_loses_no_state(
