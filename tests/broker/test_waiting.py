@@ -438,6 +438,8 @@ def test_an_inbox_that_receives_nothing_is_replaced(
     task_id, inbox = new_id(), app.backend.layout.inbox
     waiting = Waiting(lambda: app.AsyncResult(task_id).get(timeout=LONG))
     until_watched(app, task_id, eventually)
+    # The inbox was silent between two look-ups.
+    eventually(lambda: app.backend.metrics().looked_up >= 3)
     # Deleting the exchange deletes its bindings; another process declares it without the inbox's.
     channel = raw.channel()
     channel.exchange_delete(app.backend.config.topology.exchange)
