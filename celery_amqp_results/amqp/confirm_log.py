@@ -82,7 +82,7 @@ class Publication:
         #: Whether the live copy is unconfirmed.
         self.copying = False
         #: When an answer said that the broker has routed the live copy (``time.monotonic``);
-        #: ``None`` if none has, or if nobody asked.
+        #: ``None`` before that, and without a request.
         self.routed_at: Optional[float] = None
         #: Whether the message came back; its confirm comes after that.
         self.returned = False
@@ -102,7 +102,7 @@ class Publication:
 
     @property
     def routed(self) -> bool:
-        """Whether the broker has routed the live copy, or nothing is to be waited for."""
+        """Whether the broker has routed the live copy, or has none to route."""
         return not self.copying or self.routed_at is not None
 
 

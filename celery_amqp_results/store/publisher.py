@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 #: the broker has routed them. A stuck third-party queue must not delay results.
 COPY_SECONDS = 0.25
 
-#: After this many tries a refused message goes over another connection, if the present one is older
-#: than so many seconds. A channel of RabbitMQ 3.10 that has met a quorum queue without a leader
-#: refuses everything for that queue, also when it has one again.
+#: Each time after this many refused tries, a message goes over another connection, if the present
+#: one is older than :data:`REFUSED_SECONDS`. A channel of RabbitMQ 3.10 that has met a quorum queue
+#: without a leader refuses everything for that queue, also when it has one again.
 REFUSED_TRIES = 4
 REFUSED_SECONDS = 3.0
 

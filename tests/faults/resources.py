@@ -16,7 +16,7 @@ MIB = 1024 * 1024
 
 
 class Use(NamedTuple):
-    """What a process, and all that it has started, uses."""
+    """The use of a process together with all processes that it has started."""
 
     #: Resident memory in MiB.
     memory: float

@@ -1,4 +1,4 @@
-"""Large results whose bodies cannot be fetched for the moment, for those who watch."""
+"""Watching large results whose bodies cannot be fetched for the moment."""
 
 from __future__ import annotations
 
